@@ -1,0 +1,45 @@
+"""torchquant: a quantization development kit for PyTorch researchers."""
+
+from torchquant.qmodule import QModule as QModule
+from torchquant.qmodule import QModuleState as QModuleState
+from torchquant.qmodule import QOp as QOp
+from torchquant.qmodule import QWrapper as QWrapper
+from torchquant.qmodule import register_pattern as register_pattern
+from torchquant.quantizers import QUANTIZERS as QUANTIZERS
+from torchquant.quantizers import AffineQuantizer as AffineQuantizer
+from torchquant.quantizers import ESBQuantizer as ESBQuantizer
+from torchquant.quantizers import QfmtQuantizer as QfmtQuantizer
+from torchquant.quantizers import Quantizer as Quantizer
+from torchquant.quantizers import TernaryQuantizer as TernaryQuantizer
+from torchquant.range_observers import BatchMinMax as BatchMinMax
+from torchquant.range_observers import ExpAvgMinMax as ExpAvgMinMax
+from torchquant.range_observers import RangeObserver as RangeObserver
+from torchquant.utils import freeze_bn as freeze_bn
+from torchquant.utils import observe_weights as observe_weights
+from torchquant.utils import qmodule_state as qmodule_state
+from torchquant.utils import set_qmodule_state as set_qmodule_state
+from torchquant.utils import state_report as state_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QUANTIZERS",
+    "AffineQuantizer",
+    "BatchMinMax",
+    "ESBQuantizer",
+    "ExpAvgMinMax",
+    "QModule",
+    "QModuleState",
+    "QOp",
+    "QWrapper",
+    "QfmtQuantizer",
+    "Quantizer",
+    "RangeObserver",
+    "TernaryQuantizer",
+    "freeze_bn",
+    "observe_weights",
+    "qmodule_state",
+    "register_pattern",
+    "set_qmodule_state",
+    "state_report",
+]

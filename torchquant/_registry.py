@@ -1,0 +1,62 @@
+"""Name -> object, with a clash as an error and the known names in every message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from torchquant.errors import NameClashError, UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A dictionary that refuses to override and that explains a miss.
+
+    >>> schemes = Registry("scheme")
+    >>> @schemes.register("affine")
+    ... class Affine: ...
+    >>> schemes["afine"]
+    Traceback (most recent call last):
+    torchquant.errors.UnknownNameError: no scheme 'afine'; did you mean 'affine'? Known: affine
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that enters its object under `name`."""
+
+        def enter(entry: T) -> T:
+            known = self._entries.setdefault(name, entry)
+            if known is not entry:
+                raise NameClashError(f"{self.kind} '{name}' is already registered as {known!r}")
+            return entry
+
+        return enter
+
+    def unregister(self, name: str) -> None:
+        """Forget `name`; for plug-ins and tests that come and go."""
+        del self._entries[self._checked(name)]
+
+    def _checked(self, name: str) -> str:
+        if name not in self._entries:
+            close = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f" did you mean '{close[0]}'?" if close else ""
+            known = ", ".join(sorted(self._entries)) or "none"
+            raise UnknownNameError(f"no {self.kind} '{name}';{hint} Known: {known}")
+        return name
+
+    def __getitem__(self, name: str) -> T:
+        return self._entries[self._checked(name)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)

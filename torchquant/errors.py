@@ -1,0 +1,108 @@
+"""Every error torchquant raises on purpose.
+
+TorchQuantError
+├── ConfigError              also a ValueError: an argument is out of its allowed set
+│   ├── UnknownNameError     a name nobody registered
+│   └── NameClashError       a name registered twice
+├── UnsupportedPatternError  also a TypeError: layers no QWrapper knows
+├── UnobservedRangeError     also a RuntimeError: asked to quantize before seeing data
+├── NonFiniteError           also a ValueError: NaN or Inf where only numbers make sense
+├── NoAffineViewError        also a TypeError: a non-uniform format was asked for a scale
+├── NoCodesError             also a TypeError: a quantizer that defines no integer codes
+├── ExportError              also a RuntimeError: a model that cannot be written in the asked form
+├── MissingDependencyError   also an ImportError: an optional package is not installed
+└── LawViolation             also an AssertionError: `check_quantizer` found a broken law
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "ConfigError",
+    "ExportError",
+    "LawViolation",
+    "MissingDependencyError",
+    "NameClashError",
+    "NoAffineViewError",
+    "NoCodesError",
+    "NonFiniteError",
+    "TorchQuantError",
+    "UnknownNameError",
+    "UnobservedRangeError",
+    "UnsupportedPatternError",
+]
+
+
+class TorchQuantError(Exception):
+    """Base of every error torchquant raises on purpose."""
+
+
+class ConfigError(TorchQuantError, ValueError):
+    """An argument is outside what is allowed; the message says what came and what is allowed."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that nobody registered; the message lists the known ones."""
+
+
+class NameClashError(ConfigError):
+    """A name that is already registered for something else."""
+
+
+class UnsupportedPatternError(TorchQuantError, TypeError):
+    """A sequence of layers that QWrapper does not know how to run."""
+
+
+class UnobservedRangeError(TorchQuantError, RuntimeError):
+    """Something was asked to quantize before it had seen any data."""
+
+
+class NonFiniteError(TorchQuantError, ValueError):
+    """NaN or Inf arrived where only finite numbers make sense."""
+
+
+class NoAffineViewError(TorchQuantError, TypeError):
+    """A non-uniform format was asked for the step and zero point of a uniform one."""
+
+
+class NoCodesError(TorchQuantError, TypeError):
+    """A quantizer that defines no integer codes was asked for them."""
+
+
+class ExportError(TorchQuantError, RuntimeError):
+    """A model cannot be written in the form that was asked for."""
+
+
+class MissingDependencyError(TorchQuantError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+class LawViolation(TorchQuantError, AssertionError):
+    """A quantizer breaks one of the laws that `check_quantizer` tests.
+
+    `law` is the name of the law, `detail` what was seen.
+    """
+
+    def __init__(self, law: str, detail: str) -> None:
+        super().__init__(f"law '{law}' does not hold: {detail}")
+        self.law = law
+        self.detail = detail
+
+
+def require(package: str, extra: str) -> ModuleType:
+    """Import an optional package, or say which extra of torchquant installs it.
+
+    >>> require("math", "report").pi > 3
+    True
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        if error.name is not None and not package.startswith(error.name):
+            raise
+        raise MissingDependencyError(
+            f"this needs the package '{package.partition('.')[0]}', which is not installed; "
+            f"run: pip install 'torchquant[{extra}]'"
+        ) from error

@@ -1,0 +1,11 @@
+"""Modules that quantize: when they observe, when they quantize, and what they can wrap."""
+
+from torchquant.qmodule.op import QOp as QOp
+from torchquant.qmodule.patterns import ActivationRow as ActivationRow
+from torchquant.qmodule.patterns import LayerRow as LayerRow
+from torchquant.qmodule.patterns import register_pattern as register_pattern
+from torchquant.qmodule.state import QModule as QModule
+from torchquant.qmodule.state import QModuleState as QModuleState
+from torchquant.qmodule.wrapper import QWrapper as QWrapper
+
+__all__ = ["ActivationRow", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper", "register_pattern"]

@@ -1,0 +1,44 @@
+"""QOp: an operator that returns a tensor, such as an addition, and can quantize its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchquant.qmodule.state import QModule
+from torchquant.quantizers import Quantizer
+
+
+class QOp(QModule):
+    """Wraps `op(*args)`, then an optional activation; quantizes the result.
+
+    `op`: a function or module that returns one tensor. `acts_quantizer` may be None (float).
+
+    >>> import operator, torch
+    >>> from torchquant.quantizers import AffineQuantizer
+    >>> from torchquant.range_observers import ExpAvgMinMax
+    >>> add = QOp(operator.add, AffineQuantizer(8, ExpAvgMinMax()))
+    >>> add(torch.ones(2), torch.ones(2))
+    tensor([2., 2.])
+    """
+
+    def __init__(
+        self,
+        op: Callable[..., Tensor],
+        acts_quantizer: Quantizer | None,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.op = op
+        self.acts_quantizer = acts_quantizer
+        self.activation = activation
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.op(*args, **kwargs)
+        return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
+
+    def extra_repr(self) -> str:
+        op = "" if isinstance(self.op, nn.Module) else f"{getattr(self.op, '__name__', self.op)}, "
+        return f"{op}state={self.state.name}"

@@ -1,0 +1,153 @@
+"""QWrapper: a layer, optionally with batch norm and activation, that can quantize."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
+from torchquant.qmodule.patterns import layer_row, split_pattern
+from torchquant.qmodule.state import QModule
+from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional.bn_fold import channel_view
+
+
+class QWrapper(QModule):
+    """Wraps `layer [+ batch norm] [+ activation]`; quantizes its weight and its output.
+
+    `layers`: a module, a Sequential or a list; what is allowed is the table in `patterns.py`.
+    `weight_quantizer` sees the weight with the output channel on axis 0, for transposed convolutions
+    too, so `axis=0` always means "per output channel". `acts_quantizer` sees the output after the
+    activation, `input_quantizer` the input. Each may be None: that site stays float.
+
+    `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
+    "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
+    deployed; `bn_folding.py` has the table. States that do not quantize weights run the plain layers.
+
+    In BYPASSED the output is that of the plain layers, bit for bit. Nothing is kept after forward.
+    Raises UnsupportedPatternError, ConfigError; in forward UnobservedRangeError.
+
+    >>> from torchquant.quantizers import AffineQuantizer
+    >>> from torchquant.range_observers import BatchMinMax, ExpAvgMinMax
+    >>> wrapper = QWrapper(
+    ...     [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()],
+    ...     weight_quantizer=AffineQuantizer(8, BatchMinMax(axis=0), symmetric="narrow"),
+    ...     acts_quantizer=AffineQuantizer(8, ExpAvgMinMax()),
+    ... )
+    >>> wrapper(torch.randn(1, 3, 8, 8)).shape
+    torch.Size([1, 8, 6, 6])
+    """
+
+    def __init__(
+        self,
+        layers: nn.Module | Iterable[nn.Module],
+        weight_quantizer: Quantizer | None,
+        acts_quantizer: Quantizer | None,
+        fold_bn: bool | str = False,
+        input_quantizer: Quantizer | None = None,
+    ) -> None:
+        super().__init__()
+        given = (weight_quantizer, acts_quantizer, input_quantizer)
+        sites = [q for q in given if q is not None]
+        if len({id(q) for q in sites}) != len(sites):
+            raise ConfigError("each site needs a quantizer of its own; one object was given for two of them")
+        self.layer, self.bn, self.activation = split_pattern(layers)
+        self.weight_quantizer = weight_quantizer
+        self.acts_quantizer = acts_quantizer
+        self.input_quantizer = input_quantizer
+        out_channels = self._channels_first_weight().shape[0]
+        self.fold_mode = check_fold(fold_bn, self.bn, out_channels)
+        self.bn_frozen = False
+        if weight_quantizer is not None:
+            weight_quantizer.allocate(out_channels)
+            weight_quantizer.to(self.layer.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state
+        x = self._run_acts_quantizer("input", self.input_quantizer, x)
+        if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
+            y = self._normalized(self.layer(x))
+        elif self.fold_mode is None or self.bn is None:
+            y = self._normalized(self._run(x, None, self.layer.bias))
+        elif state.is_weight_quantized:
+            y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self.layer.bias, x)
+        else:
+            self._observe_weight(running_factor(self.bn))
+            y = self._normalized(self.layer(x))
+        return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
+
+    def _normalized(self, y: Tensor) -> Tensor:
+        return y if self.bn is None else self.bn(y)
+
+    def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
+        weight = layer_row(self.layer).channels_first(self.layer, self.layer.weight)
+        return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
+
+    def _observe_weight(self, factor: Tensor | None) -> None:
+        assert self.weight_quantizer is not None
+        self.weight_quantizer.pre_observe(self._channels_first_weight(factor))
+
+    def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The layer with its weight times `factor`, observed and quantized as the state says."""
+        assert self.weight_quantizer is not None
+        weight = self._channels_first_weight(factor)
+        if self.state.is_weight_observed:
+            self.weight_quantizer.pre_observe(weight)
+        if self.state.is_weight_quantized:
+            weight = self._quantize_site("weight", self.weight_quantizer, weight)
+        row = layer_row(self.layer)
+        return row.run(self.layer, x, row.channels_first(self.layer, weight), bias)
+
+    @torch.no_grad()
+    def observe_weight(self) -> None:
+        """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
+        if self.weight_quantizer is not None:
+            folded = self.fold_mode is not None and self.bn is not None
+            self._observe_weight(running_factor(self.bn) if folded else None)
+
+    @torch.no_grad()
+    def float_weight(self) -> Tensor:
+        """The real weight that QUANT_EVAL quantizes, output channel on axis 0, folded where folding is on."""
+        folded = self.fold_mode is not None and self.bn is not None
+        return self._channels_first_weight(running_factor(self.bn) if folded else None)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        """A float copy of the layer with the batch norm folded in (ALGORITHMS D1); a plain copy without one.
+
+        Equals layer + batch norm in eval mode. Raises ConfigError if the batch norm has no running statistics.
+        """
+        layer = copy.deepcopy(self.layer)
+        if self.bn is None:
+            return layer
+        check_fold(True, self.bn, self._channels_first_weight().shape[0])
+        weight = self._channels_first_weight(running_factor(self.bn))
+        layer.weight = nn.Parameter(layer_row(self.layer).channels_first(self.layer, weight).contiguous())
+        layer.bias = nn.Parameter(running_bias(self.bn, self.layer.bias))
+        return layer
+
+    def freeze_bn(self, frozen: bool = True) -> None:
+        """Keep the batch norm on its running statistics, also in train mode; survives `.train()`."""
+        self.bn_frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> QWrapper:
+        super().train(mode)
+        if self.bn is not None and self.bn_frozen:
+            self.bn.eval()
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        return torch.stack([super().get_extra_state(), torch.tensor(self.bn_frozen, dtype=torch.uint8)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        super().set_extra_state(state[0])
+        self.freeze_bn(bool(state[1]))
+
+    def extra_repr(self) -> str:
+        fold = f", fold_bn={self.fold_mode!r}" if self.fold_mode else ""
+        return f"state={self.state.name}{fold}"

@@ -1,0 +1,25 @@
+"""Quantizers with state: when to look, what to remember. One file per scheme."""
+
+from torchquant.quantizers._base import QUANTIZERS as QUANTIZERS
+from torchquant.quantizers._base import FittedQuantizer as FittedQuantizer
+from torchquant.quantizers._base import GridQuantizer as GridQuantizer
+from torchquant.quantizers._base import Quantizer as Quantizer
+from torchquant.quantizers._base import QuantizerFactory as QuantizerFactory
+from torchquant.quantizers._base import UniformQuantizer as UniformQuantizer
+from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
+from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
+from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
+from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
+
+__all__ = [
+    "QUANTIZERS",
+    "AffineQuantizer",
+    "ESBQuantizer",
+    "FittedQuantizer",
+    "GridQuantizer",
+    "QfmtQuantizer",
+    "Quantizer",
+    "QuantizerFactory",
+    "TernaryQuantizer",
+    "UniformQuantizer",
+]

@@ -1,0 +1,243 @@
+"""The contract of quantizers, and the two bodies most schemes share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._registry import Registry
+from torchquant.errors import NoAffineViewError, NoCodesError, NonFiniteError
+from torchquant.quantizers_functional._gradient import Clamp, apply_projection, cast_back, check_gradient, compute_dtype
+from torchquant.quantizers_functional.affine import AffineParams, code_bounds
+from torchquant.quantizers_functional.uniform import like, uniform_codes, uniform_projection
+from torchquant.range_observers import RangeObserver
+from torchquant.range_observers._statistics import StatisticTracker, per_channel_view
+
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
+
+
+class Quantizer(nn.Module, ABC):
+    """Turns real tensors into real tensors that lie on a grid.
+
+    Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it
+    can be exported, packed and analysed. The state of the QModule decides which method is called:
+
+    * `pre_observe(x)`: the real tensor, in states that observe.
+    * `quantize(x)`: real to real on the grid, differentiable, in states that quantize.
+    * `post_observe(x)`: the quantized tensor, in states that quantize.
+
+    Laws that hold for every quantizer here are in `torchquant.check_quantizer`.
+    """
+
+    n_bits: int
+    axis: int | None = None
+    fuses_clamp: ClassVar[bool] = False
+    """Whether `pre_observe` and `quantize` take `clamp=(low, high)` and do `x.clamp(low, high)` in
+    the same pass. Falls back to False in a subclass that overrides either without saying so."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        overrides = "quantize" in cls.__dict__ or "pre_observe" in cls.__dict__
+        if overrides and "fuses_clamp" not in cls.__dict__:
+            cls.fuses_clamp = False
+
+    def pre_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
+        """See the real tensor before it is quantized."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Tensor:
+        """Real to real on the grid; same shape, dtype and memory format as x."""
+
+    def post_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
+        """See the quantized tensor."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as `quantize`."""
+        return self.quantize(*args, **kwargs)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `quantize` can be called: False for a quantizer that still has to see data."""
+        return True
+
+    def allocate(self, n_channels: int) -> None:  # noqa: B027 - most schemes have nothing to size
+        """Size per-channel state for `n_channels` before the first batch."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Real to integer codes (int32), exactly the codes behind `quantize(x)`."""
+        raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes to real values of type `dtype`; `decode(encode(x), x.dtype)` equals `quantize(x)`."""
+        raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
+
+    def levels(self) -> Tensor:
+        """The representable values, sorted: (L,), or (C, L) per channel."""
+        low, high = self.code_range
+        values = self._decode(torch.arange(low, high + 1), torch.float32, axis=0)
+        return values.sort(-1).values
+
+    def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
+        """`decode` for codes whose channel axis is `axis`; (L,) codes and axis 0 give (C, L)."""
+        return self.decode(codes, dtype)
+
+    def affine_params(self) -> AffineParams:
+        """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
+        raise NoAffineViewError(
+            f"{type(self).__name__} is not a uniform grid: it has levels() and codes, but no step and zero point"
+        )
+
+
+class GridQuantizer(Quantizer):
+    """A quantizer whose grid is given by a few numbers, fixed while it quantizes.
+
+    A subclass says which numbers (`grid`) and what they mean (`project`, `codes`, `values`); all in
+    terms of tensors already shaped to broadcast against x. Gradient, clamp, half types, channels,
+    NaN and the level list are done here.
+    """
+
+    fuses_clamp = True
+
+    def __init__(self, gradient_clip: bool = False) -> None:
+        super().__init__()
+        self.gradient = check_gradient("clipped" if gradient_clip else "ste")
+
+    @abstractmethod
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """The numbers of the grid: tensors () or (C,), or plain integers."""
+
+    @abstractmethod
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        """Nearest grid value, and 1 where x was not clipped (None unless asked for), in x's type."""
+
+    @abstractmethod
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        """Integer codes behind `project`."""
+
+    @abstractmethod
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        """Grid values of codes, in `dtype` (float32 or float64)."""
+
+    def _grid_for(self, ndim: int, axis: int | None) -> tuple[Any, ...]:
+        return tuple(per_channel_view(p, ndim, axis) if isinstance(p, Tensor) else p for p in self.grid())
+
+    def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
+        """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
+        grid = self._grid_for(x.ndim, self.axis)
+        return apply_projection(x, lambda real, inside: self.project(real, inside, *grid), self.gradient, clamp)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Real to integer codes (int32). Raises NonFiniteError for NaN; Inf saturates."""
+        if bool(torch.isnan(x).any()):
+            raise NonFiniteError(f"{type(self).__name__} cannot encode NaN; x has {int(torch.isnan(x).sum())} of them")
+        return self.codes(x.to(compute_dtype(x)), *self._grid_for(x.ndim, self.axis)).to(torch.int32)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes to real values of type `dtype`."""
+        return self._decode(codes, dtype, self.axis)
+
+    @torch.no_grad()
+    def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
+        grid = self.grid()
+        channels = [p for p in grid if isinstance(p, Tensor) and p.ndim == 1]
+        if axis == 0 and codes.ndim == 1 and channels:
+            codes = codes.to(channels[0].device).expand(len(channels[0]), -1)
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        return cast_back(self.values(codes, working, *self._grid_for(codes.ndim, axis)), dtype)
+
+
+class UniformQuantizer(GridQuantizer):
+    """A uniform grid over the range of an observer. A subclass turns the range into `affine_params`."""
+
+    fuses_clamp = True
+
+    def __init__(self, n_bits: int, range_observer: RangeObserver, gradient_clip: bool = False) -> None:
+        super().__init__(gradient_clip)
+        if not isinstance(range_observer, RangeObserver):
+            raise TypeError(f"range_observer must be a RangeObserver such as BatchMinMax(), got {range_observer!r}")
+        self.n_bits = n_bits
+        self.observer = range_observer
+
+    @property
+    def axis(self) -> int | None:  # type: ignore[override]
+        """Axis whose slices have a grid each; the observer's."""
+        return self.observer.axis
+
+    @property
+    def is_ready(self) -> bool:
+        return self.observer.is_observed
+
+    def allocate(self, n_channels: int) -> None:
+        self.observer.allocate(n_channels)
+
+    def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
+        """Take x, or `x.clamp(*clamp)`, into the range."""
+        if clamp is None:
+            self.observer.observe_batch(x)
+        else:
+            self.observer.observe_clamped(x, clamp)
+
+    @abstractmethod
+    def affine_params(self) -> AffineParams:
+        """The grid over the observed range."""
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        params = self.affine_params()
+        return params.qmin, params.qmax
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        return tuple(self.affine_params())
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        params = AffineParams(*grid)
+        return uniform_projection(params.delta, *code_bounds(params))(x, want_inside)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        params = AffineParams(*grid)
+        return uniform_codes(x, params.delta, *code_bounds(params)) + params.zero_point
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        params = AffineParams(*grid)
+        steps = (codes - params.zero_point).to(dtype)
+        return steps * like(params.delta, steps)
+
+
+class FittedQuantizer(StatisticTracker, GridQuantizer):
+    """A quantizer whose numbers are fitted to the data itself: thresholds, scales, levels.
+
+    The numbers are the statistics of a `StatisticTracker`: named in `statistics`, computed by
+    `measure(x)`, averaged over batches with `momentum`, saved and loaded like any observer's.
+    """
+
+    fuses_clamp = True
+
+    def __init__(
+        self, momentum: float = 0.0, axis: int | None = None, gradient_clip: bool = False, nonfinite: str = "raise"
+    ) -> None:
+        super().__init__(momentum, axis, nonfinite)
+        self.gradient = check_gradient("clipped" if gradient_clip else "ste")
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_observed
+
+    def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
+        """Fit the numbers to x, or to `x.clamp(*clamp)`."""
+        self.observe_batch(x if clamp is None else x.clamp(*clamp))
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        return self.get()
+
+
+QuantizerFactory = Callable[[nn.Module], Quantizer]

@@ -1,0 +1,47 @@
+"""Affine (uniform integer) quantizer. Maths: quantizers_functional/affine.py."""
+
+from __future__ import annotations
+
+from torchquant.quantizers._base import QUANTIZERS, UniformQuantizer
+from torchquant.quantizers_functional.affine import AffineParams, affine_params, check_affine
+from torchquant.range_observers import BatchMinMax, RangeObserver
+
+
+@QUANTIZERS.register("affine")
+class AffineQuantizer(UniformQuantizer):
+    """Uniform grid over the observed range, real 0 always on it.
+
+    `n_bits` 1..24. `range_observer` says which range, and per tensor or per channel (its `axis`).
+    `symmetric`: False (0..2**n-1 codes and a zero point), True (the published grid), "narrow"
+    (weights), "full" (signed activations); see `affine_params`. `gradient_clip=True` stops the
+    gradient of elements whose code saturates; the published code masks on the quantized value and
+    so loses in-range elements (ALGORITHMS I-3). Raises ConfigError.
+
+    >>> quantizer = AffineQuantizer(4, BatchMinMax(), symmetric="narrow")
+    >>> quantizer.pre_observe(torch.tensor([3.9, 7.2, -10.0]))
+    >>> quantizer(torch.tensor([3.9, 7.2, -10.0]))
+    tensor([  4.2857,   7.1429, -10.0000])
+    """
+
+    def __init__(
+        self,
+        n_bits: int,
+        range_observer: RangeObserver,
+        symmetric: bool | str = False,
+        gradient_clip: bool = False,
+    ) -> None:
+        check_affine(n_bits, symmetric)
+        super().__init__(n_bits, range_observer, gradient_clip)
+        self.symmetric = symmetric
+
+    def affine_params(self) -> AffineParams:
+        return affine_params(*self.observer.get_ranges(), self.n_bits, self.symmetric)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[AffineQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        settings = [(8, False, True), (4, True, False), (4, "narrow", True), (2, "full", False), (1, False, True)]
+        return [cls(bits, BatchMinMax(axis), symmetric, clip) for bits, symmetric, clip in settings]
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, symmetric={self.symmetric!r}, gradient={self.gradient!r}"

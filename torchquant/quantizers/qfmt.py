@@ -1,0 +1,100 @@
+"""Q-format (fixed point) quantizer. Maths: quantizers_functional/qfmt.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, UniformQuantizer
+from torchquant.quantizers_functional._gradient import Clamp, compute_dtype
+from torchquant.quantizers_functional.affine import AffineParams
+from torchquant.quantizers_functional.qfmt import check_qfmt, qfmt_int_bits, qfmt_params, qfmt_quantize
+from torchquant.range_observers import BatchMinMax, RangeObserver
+from torchquant.range_observers._statistics import per_channel_view, rows
+
+N_CANDIDATES = 4
+
+
+@QUANTIZERS.register("qfmt")
+class QfmtQuantizer(UniformQuantizer):
+    """Fixed point: a uniform grid whose step is a power of two, codes always `n_bits` wide.
+
+    `n_bits` 1..24, `signed` or not. `rule` picks the integer bits: "nosat" (default), "sat" (both in
+    `qfmt_int_bits`), "mse" (of "nosat" and up to three bits fewer, the least squared error on the
+    tensor observed last). An unsigned quantizer is refused data below 0 unless `allow_clip=True`.
+    Raises ConfigError. Source: ALGORITHMS A2.
+
+    >>> quantizer = QfmtQuantizer(8, True, BatchMinMax())
+    >>> quantizer.pre_observe(torch.tensor([-1.0, 0.5]))
+    >>> quantizer.affine_params().delta
+    tensor(0.0078)
+    """
+
+    fewer_bits: Tensor
+    fuses_clamp = True
+
+    def __init__(
+        self,
+        n_bits: int,
+        signed: bool,
+        range_observer: RangeObserver,
+        gradient_clip: bool = False,
+        rule: str = "nosat",
+        allow_clip: bool = False,
+    ) -> None:
+        check_qfmt(n_bits, signed, rule)
+        super().__init__(n_bits, range_observer, gradient_clip)
+        self.signed = signed
+        self.rule = rule
+        self.allow_clip = allow_clip
+        self.register_buffer("fewer_bits", torch.zeros((), dtype=torch.int64))
+
+    def affine_params(self) -> AffineParams:
+        return self._params(self.fewer_bits)
+
+    def _params(self, fewer_bits: Tensor | int) -> AffineParams:
+        low, high = self.observer.get_ranges()
+        m = qfmt_int_bits(low, high, self.n_bits, self.signed, self.rule) - fewer_bits
+        return qfmt_params(m, self.n_bits, self.signed, high.dtype)
+
+    def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
+        super().pre_observe(x, clamp)
+        if not self.is_ready:
+            return
+        low, _ = self.observer.get_ranges()
+        if not (self.signed or self.allow_clip or torch.compiler.is_compiling() or low.device.type != "cpu"):
+            if bool((low < 0).any()):
+                raise ConfigError(
+                    f"an unsigned Q-format saw values down to {float(low.min()):.4g}, which it would clip to 0; "
+                    "use signed=True, or allow_clip=True if that is wanted"
+                )
+        if self.rule == "mse":
+            self._fit_fewer_bits(x if clamp is None else x.clamp(*clamp))
+
+    @torch.no_grad()
+    def _fit_fewer_bits(self, x: Tensor) -> None:
+        x = x.detach().to(compute_dtype(x))
+        errors = []
+        for fewer in range(N_CANDIDATES):
+            delta, _, qmin, qmax = self._params(fewer)
+            quantized = qfmt_quantize(x, per_channel_view(delta, x.ndim, self.axis), qmin, qmax)
+            errors.append(rows((quantized - x).square(), self.axis).to(torch.float64).mean(1))
+        best = torch.stack(errors).argmin(0)
+        self.fewer_bits = best if self.axis is not None else best.squeeze(0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        saved = state_dict.get(prefix + "fewer_bits")
+        if saved is not None and saved.shape != self.fewer_bits.shape:
+            self.fewer_bits = self.fewer_bits.new_zeros(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[QfmtQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        signed = [cls(8, True, BatchMinMax(axis), clip, rule) for clip, rule in ((True, "nosat"), (False, "mse"))]
+        return [*signed, cls(4, True, BatchMinMax(axis), rule="sat"), cls(4, False, BatchMinMax(axis), allow_clip=True)]
+
+    def extra_repr(self) -> str:
+        sign = "signed" if self.signed else "unsigned"
+        return f"n_bits={self.n_bits}, {sign}, rule={self.rule!r}, gradient={self.gradient!r}"

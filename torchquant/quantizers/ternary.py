@@ -1,0 +1,66 @@
+"""Ternary weight quantizer. Maths: quantizers_functional/ternary.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, FittedQuantizer
+from torchquant.quantizers_functional.ternary import METHODS, ternary_codes, ternary_params, ternary_projection
+from torchquant.quantizers_functional.uniform import like
+from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._statistics import rows
+
+
+@QUANTIZERS.register("ternary")
+class TernaryQuantizer(FittedQuantizer):
+    """{-alpha, 0, alpha}: ternary weight networks (Li et al. 2016, arXiv:1605.04711; ALGORITHMS A7).
+
+    `method="twn"`: threshold 0.7 E|x|, alpha the mean above it. `"exact"`: the pair of least squared
+    error. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
+    Ranks of torch.distributed average their two numbers. Stored in 2 bits. Raises ConfigError.
+
+    >>> quantizer = TernaryQuantizer()
+    >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    >>> quantizer(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    tensor([-0.9250, -0.9250,  0.0000,  0.0000,  0.9250,  0.9250])
+    """
+
+    n_bits = 2
+    statistics = ("threshold", "alpha")
+    code_range = (-1, 1)
+
+    def __init__(
+        self,
+        method: str = "twn",
+        axis: int | None = None,
+        momentum: float = 0.0,
+        gradient_clip: bool = False,
+        nonfinite: str = "raise",
+    ) -> None:
+        if method not in METHODS:
+            raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        super().__init__(momentum, axis, gradient_clip, nonfinite)
+        self.method = method
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        params = ternary_params(rows(x, self.axis), self.method)
+        return tuple(reduce_mean(p if self.axis is not None else p.squeeze(0)) for p in params)
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        return ternary_projection(*grid)(x, want_inside)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return ternary_codes(x, grid[0])
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        signs = codes.to(dtype)
+        return signs * like(grid[1], signs)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[TernaryQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls("twn", axis, gradient_clip=True), cls("exact", axis)]

@@ -1,0 +1,23 @@
+"""Quantizers without state: pure functions of tensors, differentiable, one file per format."""
+
+from torchquant.quantizers_functional._gradient import gradient_clip as gradient_clip
+from torchquant.quantizers_functional.affine import affine_params as affine_params
+from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
+from torchquant.quantizers_functional.esb import esb_quantize as esb_quantize
+from torchquant.quantizers_functional.qfmt import qfmt_int_bits as qfmt_int_bits
+from torchquant.quantizers_functional.qfmt import qfmt_params as qfmt_params
+from torchquant.quantizers_functional.qfmt import qfmt_quantize as qfmt_quantize
+from torchquant.quantizers_functional.ternary import ternary_params as ternary_params
+from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
+
+__all__ = [
+    "affine_params",
+    "affine_quantize",
+    "esb_quantize",
+    "gradient_clip",
+    "qfmt_int_bits",
+    "qfmt_params",
+    "qfmt_quantize",
+    "ternary_params",
+    "ternary_quantize",
+]

@@ -1,0 +1,129 @@
+"""How a gradient passes a quantizer: the part every format shares.
+
+A format is a *projection*: `project(x, want_inside) -> (value, inside)`, plain tensor maths without
+autograd, where `inside` is 1 for elements the format did not clip and 0 for the others. This file
+attaches a gradient to it. The value is returned as computed, so it is on the grid bit for bit; the
+popular `x + (q - x).detach()` is not (docs/decisions/0001).
+
+Why masks are built as floats and stored as int8: on a CPU a comparison that writes bool, and a
+product float * bool, are not vectorised (9 and 50 memory passes at a million elements); `eq_` into
+a float, a cast to int8 and back cost 0.8, 0.6 and 0.7 (docs/decisions/0002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+
+GRADIENTS = ("ste", "clipped")
+
+Clamp = tuple[float | None, float | None]
+Projection = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+class _PassThrough(torch.autograd.Function):
+    """Output `value`; the gradient of x is the incoming one, times `mask` where there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.has_mask = mask is not None
+        if mask is not None:
+            ctx.save_for_backward(mask)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        if not ctx.has_mask:
+            return grad, None, None
+        (mask,) = ctx.saved_tensors
+        return mask.to(grad.dtype).mul_(grad), None, None
+
+
+def check_gradient(gradient: str) -> str:
+    """Return `gradient` if it names an estimator, else raise ConfigError."""
+    if gradient not in GRADIENTS:
+        raise ConfigError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    return gradient
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type the maths runs in: float32 for half types, else the tensor's own."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def cast_back(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Grid values in the tensor's own type; a float16 that would overflow takes the largest float16."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        value = value.clamp(-largest, largest)
+    return value.to(dtype)
+
+
+def apply_projection(x: Tensor, project: Projection, gradient: str = "ste", clamp: Clamp | None = None) -> Tensor:
+    """Project `clamp(x)` on a grid and attach a gradient for x.
+
+    `gradient`: "ste" passes the gradient as it is; "clipped" stops it where the format clipped.
+    `clamp=(low, high)` quantizes `torch.clamp(x, low, high)` in the same pass; the gradient is then
+    that of the clamp followed by the quantizer, strict at both ends as in `torch.relu` and
+    `torch.nn.functional.hardtanh`. Half types are computed in float32 and cast back.
+    """
+    check_gradient(gradient)
+    if not x.is_floating_point():
+        raise ConfigError(f"only floating point tensors can be quantized, got {x.dtype}")
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    with torch.no_grad():
+        real = x.detach().to(compute_dtype(x))
+        clamped = real if clamp is None else real.clamp(*clamp)
+        value, inside = project(clamped, needs_grad and gradient == "clipped")
+        value = cast_back(value, x.dtype)
+        if not needs_grad:
+            return value
+        mask = inside if clamp is None else _where_strictly_inside(real, clamp, inside)
+        mask = None if mask is None else mask.to(torch.int8)
+    return _PassThrough.apply(x, value, mask)
+
+
+def _where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Tensor:
+    """`inside` (or 1) where low < x < high, else 0, by native selects that stay in floats."""
+    low, high = clamp
+    mask = torch.ones_like(x) if inside is None else inside
+    if high is None:
+        return torch.ops.aten.threshold_backward(mask, x, low)
+    if low is None:
+        return torch.ops.aten.threshold_backward(mask, -x, -high)
+    return torch.ops.aten.hardtanh_backward(mask, x, low, high)
+
+
+class _GradientClip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, range_min: Tensor, range_max: Tensor) -> Tensor:
+        inside = torch.minimum(torch.maximum(x, range_min), range_max)
+        ctx.save_for_backward(inside.eq_(x).to(torch.int8))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        (mask,) = ctx.saved_tensors
+        return mask.to(grad.dtype).mul_(grad), None, None
+
+
+def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | float) -> Tensor:
+    """Return x; in backward, stop the gradient where x is outside [range_min, range_max].
+
+    x: (*). range_min, range_max: number, () or broadcastable to x, same unit as x.
+
+    >>> x = torch.tensor([-2.0, 0.5, 3.0], requires_grad=True)
+    >>> gradient_clip(x, -1.0, 1.0).sum().backward()
+    >>> x.grad
+    tensor([0., 1., 0.])
+    """
+    low = torch.as_tensor(range_min, dtype=x.dtype, device=x.device)
+    high = torch.as_tensor(range_max, dtype=x.dtype, device=x.device)
+    return _GradientClip.apply(x, low, high)

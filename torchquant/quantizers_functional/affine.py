@@ -1,0 +1,115 @@
+"""Affine (uniform integer) quantization: `x_hat = (clamp(RHE(x / delta) + z) - z) * delta`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._gradient import Clamp, apply_projection
+from torchquant.quantizers_functional.uniform import Bound, uniform_projection
+
+SYMMETRIES = (False, True, "narrow", "full")
+MAX_BITS = 24
+
+
+class AffineParams(NamedTuple):
+    """The numbers of a uniform grid: real = (code - zero_point) * delta, qmin <= code <= qmax."""
+
+    delta: Tensor | float
+    zero_point: Tensor | int
+    qmin: int
+    qmax: int
+
+
+def check_affine(n_bits: int, symmetric: bool | str) -> None:
+    """Raise ConfigError unless the pair names a grid of ALGORITHMS A1."""
+    if symmetric not in SYMMETRIES:
+        raise ConfigError(f"symmetric must be one of {SYMMETRIES}, got {symmetric!r}")
+    fewest = 2 if symmetric == "narrow" else 1
+    if not (isinstance(n_bits, int) and fewest <= n_bits <= MAX_BITS):
+        kind = f" with symmetric={symmetric!r}" if symmetric else ""
+        raise ConfigError(f"n_bits must be a whole number from {fewest} to {MAX_BITS}{kind}, got {n_bits!r}")
+
+
+def step(span: Tensor, n_steps: float) -> Tensor:
+    """`span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (ALGORITHMS 0.3)."""
+    delta = (span / n_steps).clamp_min(2.0**-126)
+    return torch.where(span > 0, delta, torch.ones_like(delta))
+
+
+def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: bool | str = False) -> AffineParams:
+    """Step, zero point and code bounds of the grid that covers [range_min, range_max] and real 0.
+
+    range_min, range_max: () or (C,), same unit as the tensor to quantize. `symmetric`:
+
+    * `False`: codes 0 .. 2**n_bits - 1, `delta = (max - min) / (2**n_bits - 1)`.
+    * `True`: the published torchquant grid, `delta = 2 * absmax / (2**n_bits - 1)` on signed codes
+      -2**(n_bits-1) .. 2**(n_bits-1) - 1; the positive end saturates by half a step.
+    * `"narrow"`: `delta = absmax / (2**(n_bits-1) - 1)`, one code fewer, symmetric about 0.
+    * `"full"`: all 2**n_bits signed codes, no saturation at either end.
+
+    Source: ALGORITHMS A1; Jacob et al. 2018 for the asymmetric rule. Deviation: an empty range
+    gives `delta = 1` and `zero_point = 0`; delta is at least 2**-126; ranges stop at half the
+    largest float, so that no grid value overflows.
+
+    >>> affine_params(torch.tensor(-10.0), torch.tensor(7.2), 4)[:2]
+    (tensor(1.1467), tensor(9.))
+    """
+    check_affine(n_bits, symmetric)
+    limit = torch.finfo(range_max.dtype).max / 2
+    low, high = range_min.clamp(-limit, 0.0), range_max.clamp(0.0, limit)
+    half = 2 ** (n_bits - 1)
+    if symmetric is False:
+        delta = step(high - low, 2 * half - 1)
+        zero_point = torch.round(-low / delta).clamp(0, 2 * half - 1)
+        return AffineParams(delta, zero_point, 0, 2 * half - 1)
+    absmax = torch.maximum(-low, high)
+    if symmetric == "narrow":
+        return AffineParams(step(absmax, half - 1), 0, 1 - half, half - 1)
+    if symmetric == "full":
+        span = -low / half if half == 1 else torch.maximum(-low / half, high / (half - 1))
+        return AffineParams(step(span, 1.0), 0, -half, half - 1)
+    return AffineParams(step(absmax, half - 0.5), 0, -half, half - 1)
+
+
+def affine_quantize(
+    x: Tensor,
+    delta: Tensor | float,
+    zero_point: Tensor | int,
+    n_levels: int,
+    gradient: str = "ste",
+    clamp: Clamp | None = None,
+) -> Tensor:
+    """Quantize x to `(q - zero_point) * delta` with codes q in 0 .. n_levels - 1.
+
+    x: (*) float16, bfloat16, float32 or float64. delta: () or broadcastable to x, > 0, same unit
+    as x. zero_point: whole number(s) of the same shape. Returns (*), x's type and memory format.
+    Per channel through the shape of delta and zero_point, e.g. (C, 1, 1, 1).
+
+    Source: ALGORITHMS A1: divide, round half to even, then add the zero point, as ONNX
+    QuantizeLinear does. `gradient`: "ste" or "clipped" (0 where the code saturates).
+    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError.
+
+    >>> affine_quantize(torch.tensor([3.9, 7.2, -10.0]), 17.2 / 15, 9, 16)
+    tensor([  3.4400,   6.8800, -10.3200])
+    """
+    if not (isinstance(n_levels, int) and n_levels >= 2):
+        raise ConfigError(f"n_levels must be a whole number of at least 2, got {n_levels!r}")
+    return quantize_uniform(x, AffineParams(delta, zero_point, 0, n_levels - 1), gradient, clamp)
+
+
+def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:
+    """The code range counted from real 0: [qmin - zero_point, qmax - zero_point].
+
+    Rounding, adding the zero point, clamping and taking it off again is the same as clamping to
+    these bounds, for whole numbers exactly, and two passes cheaper.
+    """
+    return params.qmin - params.zero_point, params.qmax - params.zero_point
+
+
+def quantize_uniform(x: Tensor, params: AffineParams, gradient: str = "ste", clamp: Clamp | None = None) -> Tensor:
+    """Quantize x on the grid of `params`; shapes as in `affine_quantize`."""
+    return apply_projection(x, uniform_projection(params.delta, *code_bounds(params)), gradient, clamp)

@@ -1,0 +1,34 @@
+"""Arithmetic of batch-norm folding (ALGORITHMS D1, D2). All vectors are (C,), C output channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bn_sigma(var: Tensor, eps: float) -> Tensor:
+    """Standard deviation as batch norm uses it, `sqrt(var + eps)`."""
+    return torch.sqrt(var + eps)
+
+
+def fold_factor(gamma: Tensor | None, sigma: Tensor) -> Tensor:
+    """What each output channel of the weight is multiplied with, `gamma / sigma`."""
+    return 1.0 / sigma if gamma is None else gamma / sigma
+
+
+def fold_bias(bias: Tensor | None, mean: Tensor, factor: Tensor, beta: Tensor | None) -> Tensor:
+    """Bias of the folded layer, `beta + (bias - mean) * factor`.
+
+    >>> fold_bias(None, torch.tensor([0.5]), torch.tensor([2.0]), torch.tensor([0.25]))
+    tensor([-0.7500])
+    """
+    shifted = -mean if bias is None else bias - mean
+    folded = shifted * factor
+    return folded if beta is None else folded + beta
+
+
+def channel_view(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
+    """(C,) as a tensor of `ndim` dimensions with C at `axis` and 1 elsewhere."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return vector.view(shape)

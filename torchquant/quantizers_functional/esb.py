@@ -1,0 +1,122 @@
+"""Elastic significant bits, ESB(b, k): sign, b-1-k exponent bits, k stored fraction bits.
+
+Exactly a sign-magnitude mini-float with subnormals, no Inf or NaN, whose first normal number is 1
+(Gong et al., TPDS 33(11) 2022, arXiv:2109.03513; ALGORITHMS A4). k = 0 is power of two with zero,
+k = b-2 is uniform narrow, (4, 1) is FP4 E2M1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
+from torchquant.quantizers_functional._powers import floor_pow2, pow2
+from torchquant.quantizers_functional.uniform import like
+
+# (n_bits, significant_bits) -> alpha that minimises the squared error on N(0, 1); ALGORITHMS H2.
+# fmt: off
+ESB_ALPHA = {
+    (2, 0): 1.22400636,
+    (3, 0): 0.518127213, (3, 1): 1.30153941,
+    (4, 0): 0.0655253074, (4, 1): 0.487079179, (4, 2): 1.41364526,
+    (5, 0): 0.000512547598, (5, 1): 0.0766382188, (5, 2): 0.482773226, (5, 3): 1.5459882,
+    (6, 1): 0.0003002018, (6, 2): 0.0405514256, (6, 3): 0.499672029, (6, 4): 1.68780138,
+    (7, 2): 0.000315185619, (7, 3): 0.0409406351, (7, 4): 0.524688208, (7, 5): 1.83236098,
+    (8, 3): 0.000318393549, (8, 4): 0.0411766087, (8, 5): 0.552655222, (8, 6): 1.97568551,
+    (9, 4): 0.000319108523, (9, 5): 0.041586367, (9, 6): 0.581613406, (9, 7): 2.11560356,
+}
+# fmt: on
+
+
+def check_esb(n_bits: int, significant_bits: int) -> None:
+    """Raise ConfigError unless (n_bits, significant_bits) is a format with a known optimal alpha."""
+    if (n_bits, significant_bits) not in ESB_ALPHA:
+        allowed = ", ".join(f"({b},{k})" for b, k in ESB_ALPHA)
+        raise ConfigError(
+            f"(n_bits, significant_bits) must be one of {allowed}; got ({n_bits!r}, {significant_bits!r})"
+        )
+
+
+def esb_max_exponent(n_bits: int, significant_bits: int) -> int:
+    """Largest exponent N of the grid before scaling."""
+    return 2 ** (n_bits - 1 - significant_bits) - 2
+
+
+def esb_max(n_bits: int, significant_bits: int) -> float:
+    """Largest value of the grid before scaling, `2**(N+1) - 2**(N-k)`."""
+    top = esb_max_exponent(n_bits, significant_bits)
+    return 2.0 ** (top + 1) - 2.0 ** (top - significant_bits)
+
+
+def esb_significands(x: Tensor, alpha: Tensor | float, n_bits: int, significant_bits: int) -> Tensor:
+    """Nearest value of the unscaled grid to x / alpha (ties as in IEEE floats), in x's type."""
+    scaled = torch.div(x, like(alpha, x))
+    top = esb_max_exponent(n_bits, significant_bits)
+    # The step is the power of two below |x / alpha|, held to the binades of the grid, over 2**k.
+    spacing = floor_pow2(scaled).clamp_(1.0, 2.0**top).mul_(2.0**-significant_bits)
+    bound = esb_max(n_bits, significant_bits)
+    return scaled.div_(spacing).round_().mul_(spacing).clamp_(-bound, bound)
+
+
+def esb_projection(alpha: Tensor | float, n_bits: int, significant_bits: int) -> Projection:
+    """Projection on alpha times the ESB grid; `inside` is 1 where |x| <= alpha * max."""
+
+    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        scale = like(alpha, real)
+        value = esb_significands(real, scale, n_bits, significant_bits).mul_(scale)
+        inside = real.abs().le_(scale * esb_max(n_bits, significant_bits)) if want_inside else None
+        return value, inside
+
+    return project
+
+
+def esb_quantize(
+    x: Tensor,
+    alpha: Tensor | float,
+    n_bits: int,
+    significant_bits: int,
+    gradient: str = "ste",
+    clamp: Clamp | None = None,
+) -> Tensor:
+    """Quantize x to `alpha` times the nearest value of the ESB(n_bits, significant_bits) grid.
+
+    x: (*) float. alpha: () or broadcastable to x, > 0, same unit as x; `ESB_ALPHA[b, k] * rms(x)` is
+    optimal for Gaussian data. Returns (*). `gradient="clipped"` stops the gradient where
+    |x| > alpha * max. Raises ConfigError for a pair that is no format.
+
+    >>> esb_quantize(torch.tensor([0.3, -0.8, 2.4, 9.0]), 1.0, 4, 1)
+    tensor([ 0.5000, -1.0000,  2.0000,  6.0000])
+    """
+    check_esb(n_bits, significant_bits)
+
+    return apply_projection(x, esb_projection(alpha, n_bits, significant_bits), gradient, clamp)
+
+
+def esb_encode(significands: Tensor, n_bits: int, significant_bits: int) -> Tensor:
+    """Codes of unscaled grid values: sign times the bit pattern `exponent . fraction`. int32, monotone.
+
+    >>> esb_encode(torch.tensor([0.0, 0.5, 1.0, -6.0]), 4, 1)
+    tensor([ 0,  1,  2, -7], dtype=torch.int32)
+    """
+    magnitude = significands.abs()
+    binade = floor_pow2(magnitude).clamp(min=1.0)
+    fraction_steps = 2**significant_bits
+    # Normal numbers: (E << k) + F with E = log2(binade) + 1; subnormals have E = 0 and no hidden bit.
+    exponents = torch.zeros_like(magnitude)
+    for exponent in range(1, esb_max_exponent(n_bits, significant_bits) + 1):
+        exponents += magnitude.ge(2.0**exponent)
+    code = exponents * fraction_steps + magnitude / binade * fraction_steps
+    return (code * significands.sign()).to(torch.int32)
+
+
+def esb_decode(codes: Tensor, n_bits: int, significant_bits: int, dtype: torch.dtype) -> Tensor:
+    """Unscaled grid values of `codes`; the inverse of `esb_encode`."""
+    magnitude = codes.abs()
+    fraction_steps = 2**significant_bits
+    stored = torch.div(magnitude, fraction_steps, rounding_mode="floor")
+    exponent = (stored - 1).clamp_min(0)
+    significand = magnitude - exponent * fraction_steps
+    value = significand.to(dtype) * 2.0**-significant_bits * pow2(exponent, dtype)
+    return value * codes.sign().to(dtype)

@@ -1,0 +1,82 @@
+"""Ternary quantization: {-alpha, 0, +alpha}, with alpha and the threshold from the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
+from torchquant.quantizers_functional.uniform import like
+
+METHODS = ("twn", "exact")
+
+
+def ternary_codes(x: Tensor, threshold: Tensor | float) -> Tensor:
+    """`sign(x)` where |x| > threshold (strictly), else 0, in x's type. NaN stays NaN."""
+    zero_or_nan = x.clamp(0.0, 1.0).mul_(0.0)
+    return x.abs().gt_(like(threshold, x)).mul_(x.sign()).add_(zero_or_nan)
+
+
+def ternary_projection(threshold: Tensor | float, alpha: Tensor | float) -> Projection:
+    """Projection on {-alpha, 0, alpha}; `inside` is 1 where |x| <= 1.5 alpha."""
+
+    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        scale = like(alpha, real)
+        value = ternary_codes(real, threshold).mul_(scale)
+        inside = real.abs().le_(1.5 * scale) if want_inside else None
+        return value, inside
+
+    return project
+
+
+def ternary_quantize(
+    x: Tensor,
+    threshold: Tensor | float,
+    alpha: Tensor | float,
+    gradient: str = "ste",
+    clamp: Clamp | None = None,
+) -> Tensor:
+    """Quantize x to `alpha * sign(x)` where |x| > threshold, else 0.
+
+    x: (*) float. threshold, alpha: () or broadcastable to x, >= 0, same unit as x. Returns (*).
+    Source: Li et al. 2016, arXiv:1605.04711, as in ALGORITHMS A7. `gradient="clipped"` (ours; the
+    paper uses the plain straight-through) stops the gradient where |x| > 1.5 alpha, half a level
+    beyond the last one.
+
+    >>> ternary_quantize(torch.tensor([-1.2, 0.2, 0.6]), 0.4, 0.9)
+    tensor([-0.9000,  0.0000,  0.9000])
+    """
+
+    return apply_projection(x, ternary_projection(threshold, alpha), gradient, clamp)
+
+
+def ternary_params(rows: Tensor, method: str = "twn") -> tuple[Tensor, Tensor]:
+    """Threshold and alpha of each row. rows: (C, n) float, n > 0. Returns two (C,) float64.
+
+    `"twn"`: threshold = 0.7 E|x|, alpha = mean of |x| above it (0 if none is).
+    `"exact"`: the pair that minimises the squared error, by sorting |x| and maximising
+    `(sum of the k largest)**2 / k` over k; O(n log n).
+
+    Source: ALGORITHMS A7. Sums run in float64, so that a channel alone gives the same numbers.
+
+    >>> [p.item() for p in ternary_params(torch.tensor([[-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]]))]
+    [0.46666667275130747, 0.925000011920929]
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    magnitude = rows.abs().to(torch.float64)
+    if method == "twn":
+        threshold = 0.7 * magnitude.mean(1)
+        above = (magnitude > threshold[:, None]).to(magnitude.dtype)
+        alpha = (magnitude * above).sum(1) / above.sum(1).clamp_min(1.0)
+        return threshold, alpha
+    largest = magnitude.sort(1, descending=True).values
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=magnitude.dtype)
+    sums = largest.cumsum(1)
+    best = (sums.square() / count).argmax(1, keepdim=True)
+    smallest_kept = largest.gather(1, best)
+    padded = torch.cat([largest, torch.zeros_like(largest[:, :1])], 1)
+    largest_dropped = padded.gather(1, best + 1)
+    alpha = (sums.gather(1, best) / (best + 1)).squeeze(1)
+    return ((smallest_kept + largest_dropped) / 2).squeeze(1), alpha

@@ -1,0 +1,179 @@
+"""What every observer and every data-driven quantizer shares: statistics that survive.
+
+A tracker declares names of statistics and says how to measure them on one tensor. This file keeps
+them in buffers, averages them over batches, holds them in at least float32, refuses NaN and Inf,
+and loads them back.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
+from torchquant.quantizers_functional.bn_fold import channel_view
+
+NONFINITE = ("raise", "ignore")
+
+
+def rows(x: Tensor, axis: int | None) -> Tensor:
+    """x as (C, n): one row per slice of `axis`, or a single row."""
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+
+
+def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """A statistic, () or (C,), in a shape that broadcasts against `ndim` dimensions."""
+    return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)
+
+
+class StatisticTracker(nn.Module):
+    """Statistics of the tensors it is shown, averaged over batches.
+
+    `momentum` 0 keeps the last batch only; mu in (0, 1) keeps an exponential average with bias
+    correction: after t batches the weights are `(1-mu) mu**(t-i) / (1-mu**t)`. `axis` None measures
+    the whole tensor, an integer measures each slice of that axis. `nonfinite="raise"` refuses a
+    tensor with NaN or Inf, `"ignore"` takes each of them for 0.
+
+    Buffers, one per statistic: () or (C,), at least float32 whatever `.half()` does to the model;
+    and `observed_weight` (), 0 before the first batch. A subclass sets `statistics` and writes
+    `measure(x)`, which returns one tensor per statistic, () or (C,), reduced over all ranks.
+
+    On a CPU a refused tensor raises at once. On an accelerator and in compiled code a check would
+    stall or break the graph: there such a batch leaves the statistics as they were.
+    """
+
+    statistics: ClassVar[tuple[str, ...]]
+    observed_weight: Tensor
+
+    def __init__(self, momentum: float = 0.0, axis: int | None = None, nonfinite: str = "raise") -> None:
+        super().__init__()
+        if not 0.0 <= momentum < 1.0:
+            raise ConfigError(f"momentum must be in [0, 1), got {momentum!r}")
+        if axis is not None and not isinstance(axis, int):
+            raise ConfigError(f"axis must be None (per tensor) or an integer, got {axis!r}")
+        if nonfinite not in NONFINITE:
+            raise ConfigError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        self.momentum = momentum
+        self.axis = axis
+        self.nonfinite = nonfinite
+        self.is_observed = False
+        for name in self.statistics:
+            self.register_buffer(name, torch.zeros(() if axis is None else (0,)))
+        self.register_buffer("observed_weight", torch.zeros(()))
+
+    @abstractmethod
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The statistics of x, () or (C,) each, over all ranks. x has at least one element."""
+
+    def allocate(self, n_channels: int) -> None:
+        """Give per-channel buffers their size before the first batch; no-op per tensor."""
+        if self.axis is not None:
+            self._resize((n_channels,))
+
+    def observe_batch(self, x: Tensor) -> None:
+        """Take one tensor into the statistics. An empty tensor changes nothing."""
+        self._observe(x, self.measure)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        if x.numel() == 0:
+            return
+        x = x.detach()
+        if self.nonfinite == "ignore":
+            x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
+        held = self.observed_weight.dtype
+        measured = tuple(m.to(held) for m in measure(x))
+        rate = (1.0 - self.momentum) / self._next_weight()
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            finite = torch.stack([torch.isfinite(m).all() for m in measured]).all()
+            measured = tuple(torch.nan_to_num(m) for m in measured)
+            rate = rate * finite
+            self.observed_weight.copy_(torch.where(finite, self._next_weight(), self.observed_weight))
+        else:
+            if not all(bool(torch.isfinite(m).all()) for m in measured):
+                raise NonFiniteError(
+                    f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
+                    "find where it comes from, or build the observer with nonfinite='ignore'"
+                )
+            self.observed_weight.copy_(self._next_weight())
+        self._resize(measured[0].shape)
+        for name, value in zip(self.statistics, measured, strict=True):
+            getattr(self, name).lerp_(value, rate)
+        if not self.is_observed:
+            self.is_observed = True
+
+    def _next_weight(self) -> Tensor:
+        return self.observed_weight * self.momentum + (1.0 - self.momentum)
+
+    def _resize(self, shape: tuple[int, ...] | torch.Size) -> None:
+        for name in self.statistics:
+            buffer = getattr(self, name)
+            if buffer.shape != torch.Size(shape):
+                setattr(self, name, buffer.new_zeros(shape))
+
+    def force(self, *values: Tensor | float) -> None:
+        """Set the statistics by hand, () or (C,) each, in the order of `statistics`."""
+        tensors = [torch.as_tensor(v, dtype=torch.float64) for v in values]
+        shapes = {tuple(t.shape) for t in tensors}
+        if len(tensors) != len(self.statistics) or len(shapes) != 1:
+            raise ConfigError(
+                f"expected {len(self.statistics)} values of one shape ({', '.join(self.statistics)}), "
+                f"got {len(tensors)} with shapes {sorted(shapes)}"
+            )
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            raise NonFiniteError(f"{', '.join(self.statistics)} must be finite, got {values}")
+        if tensors[0].ndim != (0 if self.axis is None else 1):
+            raise ConfigError(
+                f"axis={self.axis} takes {'one number' if self.axis is None else 'a (C,) tensor'} "
+                f"a statistic, got shape {tuple(tensors[0].shape)}"
+            )
+        self._resize(tensors[0].shape)
+        for name, tensor in zip(self.statistics, tensors, strict=True):
+            getattr(self, name).copy_(tensor)
+        self.observed_weight.fill_(1.0)
+        self.is_observed = True
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        for name in (*self.statistics, "observed_weight"):
+            getattr(self, name).zero_()
+        self.is_observed = False
+
+    def get(self) -> tuple[Tensor, ...]:
+        """The statistics, () or (C,) each. Raises UnobservedRangeError before the first batch."""
+        if not self.is_observed:
+            raise UnobservedRangeError(
+                f"{type(self).__name__} has seen no data; run a batch in QModuleState.CALIBRATION "
+                "or set its values by hand (force_ranges / force)"
+            )
+        return tuple(getattr(self, name) for name in self.statistics)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticTracker:
+        """Follow device moves and `.double()`, but stay at float32 under `.half()` and the like."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        first = state_dict.get(prefix + self.statistics[0])
+        if first is not None:
+            self._resize(first.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_observed = bool(self.observed_weight > 0)
+
+    def extra_repr(self) -> str:
+        parts = [f"momentum={self.momentum}"] if self.momentum else []
+        parts += [] if self.axis is None else [f"axis={self.axis}"]
+        if not self.is_observed:
+            parts.append("no data yet")
+        elif self.axis is None:
+            parts += [f"{n}={float(getattr(self, n)):.4g}" for n in self.statistics]
+        return ", ".join(parts)

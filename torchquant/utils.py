@@ -1,0 +1,156 @@
+"""Changing and reading the state of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from torchquant.errors import ConfigError
+from torchquant.qmodule.state import QModule, QModuleState
+from torchquant.qmodule.wrapper import QWrapper
+from torchquant.quantizers import Quantizer
+
+__all__ = [
+    "SiteReport",
+    "StateReport",
+    "freeze_bn",
+    "observe_weights",
+    "qmodule_state",
+    "qmodules",
+    "set_qmodule_state",
+    "state_report",
+]
+
+
+def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
+    """(path, QModule) of every QModule in the model; writes each path into its module for messages."""
+    for path, module in model.named_modules():
+        if isinstance(module, QModule):
+            module.path = path
+            yield path, module
+
+
+def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
+    """Put every QModule of the model in `state`, until it is set again. Raises ConfigError.
+
+    >>> set_qmodule_state(nn.Linear(1, 1), "QUANT_EVAL")
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: state must be a QModuleState, got 'QUANT_EVAL'
+    """
+    _check_state(state)
+    for _, module in qmodules(model):
+        module.state = state
+
+
+def _check_state(state: QModuleState) -> None:
+    if not isinstance(state, QModuleState):
+        raise ConfigError(f"state must be a QModuleState, got {state!r}")
+
+
+class qmodule_state:  # noqa: N801 - published name
+    """`with qmodule_state(model, state):` sets a state and gives each module back its own on exit.
+
+    Also after an exception, nested, and when the same object is used again.
+
+    >>> from torchquant.qmodule import QOp
+    >>> op = QOp(abs, None)
+    >>> with qmodule_state(op, QModuleState.QUANT_EVAL):
+    ...     op.state.name
+    'QUANT_EVAL'
+    >>> op.state.name
+    'BYPASSED'
+    """
+
+    def __init__(self, model: nn.Module, state: QModuleState) -> None:
+        _check_state(state)
+        self.model = model
+        self.state = state
+        self._former: list[list[tuple[QModule, QModuleState]]] = []
+
+    def __enter__(self) -> nn.Module:
+        self._former.append([(module, module.state) for _, module in qmodules(self.model)])
+        set_qmodule_state(self.model, self.state)
+        return self.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module, state in self._former.pop():
+            module.state = state
+
+
+def observe_weights(model: nn.Module) -> None:
+    """Show every weight quantizer its weight as it is now. No data needed.
+
+    After the last optimizer step the weight ranges are one step old; this brings them up to date.
+    """
+    for _, module in qmodules(model):
+        if isinstance(module, QWrapper):
+            module.observe_weight()
+
+
+def freeze_bn(model: nn.Module, frozen: bool = True) -> None:
+    """Keep the batch norms inside QWrappers on their running statistics, also in train mode."""
+    for _, module in qmodules(model):
+        if isinstance(module, QWrapper):
+            module.freeze_bn(frozen)
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One place of a model where a quantizer sits."""
+
+    path: str
+    site: str
+    state: str
+    scheme: str
+    n_bits: int | None
+    calibrated: bool
+    ranges: str
+
+
+class StateReport(list[SiteReport]):
+    """A list of SiteReport that prints as a table."""
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Rows as plain dictionaries, for JSON or pandas."""
+        return [asdict(row) for row in self]
+
+    def __str__(self) -> str:
+        header = list(SiteReport.__dataclass_fields__)
+        cells = [header] + [[str(v) for v in row.values()] for row in self.to_dicts()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def state_report(model: nn.Module) -> StateReport:
+    """For every quantizer of the model: where, in which state, which scheme, bits, calibrated, ranges."""
+    return StateReport(
+        SiteReport(
+            path=path or "(root)",
+            site=site,
+            state=module.state.name,
+            scheme=type(quantizer).__name__,
+            n_bits=getattr(quantizer, "n_bits", None),
+            calibrated=quantizer.is_ready,
+            ranges=_ranges(quantizer),
+        )
+        for path, module in qmodules(model)
+        for site, quantizer in module.quantizers().items()
+    )
+
+
+def _ranges(quantizer: Quantizer) -> str:
+    tracker = getattr(quantizer, "observer", quantizer)
+    if not quantizer.is_ready or not hasattr(tracker, "get"):
+        return "-"
+    parts = []
+    for name, value in zip(tracker.statistics, tracker.get(), strict=True):
+        low, high = float(value.min()), float(value.max())
+        parts.append(f"{name} {low:.4g}" + (f"..{high:.4g} ({value.numel()} channels)" if value.ndim else ""))
+    return ", ".join(parts)
