@@ -1,5 +1,6 @@
 """torchquant: a quantization development kit for PyTorch researchers."""
 
+from torchquant.models import _patterns as _patterns
 from torchquant.qmodule import QModule as QModule
 from torchquant.qmodule import QModuleState as QModuleState
 from torchquant.qmodule import QOp as QOp
@@ -11,6 +12,7 @@ from torchquant.quantizers import ESBQuantizer as ESBQuantizer
 from torchquant.quantizers import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers import Quantizer as Quantizer
 from torchquant.quantizers import TernaryQuantizer as TernaryQuantizer
+from torchquant.quantizers import check_quantizer as check_quantizer
 from torchquant.range_observers import BatchMinMax as BatchMinMax
 from torchquant.range_observers import ExpAvgMinMax as ExpAvgMinMax
 from torchquant.range_observers import RangeObserver as RangeObserver
@@ -36,6 +38,7 @@ __all__ = [
     "Quantizer",
     "RangeObserver",
     "TernaryQuantizer",
+    "check_quantizer",
     "freeze_bn",
     "observe_weights",
     "qmodule_state",

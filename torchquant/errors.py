@@ -79,7 +79,7 @@ class MissingDependencyError(TorchQuantError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
-class LawViolation(TorchQuantError, AssertionError):
+class LawViolation(TorchQuantError, AssertionError):  # noqa: N818 - says what it is
     """A quantizer breaks one of the laws that `check_quantizer` tests.
 
     `law` is the name of the law, `detail` what was seen.

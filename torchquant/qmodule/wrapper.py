@@ -72,9 +72,9 @@ class QWrapper(QModule):
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self.layer(x))
         elif self.fold_mode is None or self.bn is None:
-            y = self._normalized(self._run(x, None, self.layer.bias))
+            y = self._normalized(self._run(x, None, self._bias))
         elif state.is_weight_quantized:
-            y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self.layer.bias, x)
+            y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self._bias, x)
         else:
             self._observe_weight(running_factor(self.bn))
             y = self._normalized(self.layer(x))
@@ -82,6 +82,10 @@ class QWrapper(QModule):
 
     def _normalized(self, y: Tensor) -> Tensor:
         return y if self.bn is None else self.bn(y)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return getattr(self.layer, "bias", None)
 
     def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
         weight = layer_row(self.layer).channels_first(self.layer, self.layer.weight)
@@ -127,7 +131,7 @@ class QWrapper(QModule):
         check_fold(True, self.bn, self._channels_first_weight().shape[0])
         weight = self._channels_first_weight(running_factor(self.bn))
         layer.weight = nn.Parameter(layer_row(self.layer).channels_first(self.layer, weight).contiguous())
-        layer.bias = nn.Parameter(running_bias(self.bn, self.layer.bias))
+        layer.bias = nn.Parameter(running_bias(self.bn, self._bias))
         return layer
 
     def freeze_bn(self, frozen: bool = True) -> None:

@@ -6,20 +6,26 @@ from torchquant.quantizers._base import GridQuantizer as GridQuantizer
 from torchquant.quantizers._base import Quantizer as Quantizer
 from torchquant.quantizers._base import QuantizerFactory as QuantizerFactory
 from torchquant.quantizers._base import UniformQuantizer as UniformQuantizer
+from torchquant.quantizers._laws import LAWS as LAWS
+from torchquant.quantizers._laws import LawReport as LawReport
+from torchquant.quantizers._laws import check_quantizer as check_quantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 
 __all__ = [
+    "LAWS",
     "QUANTIZERS",
     "AffineQuantizer",
     "ESBQuantizer",
     "FittedQuantizer",
     "GridQuantizer",
+    "LawReport",
     "QfmtQuantizer",
     "Quantizer",
     "QuantizerFactory",
     "TernaryQuantizer",
     "UniformQuantizer",
+    "check_quantizer",
 ]

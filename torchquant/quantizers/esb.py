@@ -61,9 +61,10 @@ class ESBQuantizer(FittedQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         squares = rows(x, self.axis).to(torch.float64).square().mean(1)
         rms = reduce_mean(squares if self.axis is not None else squares.squeeze(0)).sqrt()
-        alpha = ESB_ALPHA[self.n_bits, self.significant_bits] * rms
-        largest = torch.finfo(torch.float32).max / esb_max(self.n_bits, self.significant_bits)
-        return (torch.where(rms > 0, alpha.clamp(2.0**-126, largest), 1.0),)
+        largest = torch.finfo(torch.float32).max / 2 / esb_max(self.n_bits, self.significant_bits)
+        alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * rms).clamp(2.0**-126, largest)
+        # NaN and Inf go on as they are, for the tracker to refuse.
+        return (torch.where(rms.isfinite(), torch.where(rms > 0, alpha, 1.0), rms),)
 
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
         return esb_projection(grid[0], self.n_bits, self.significant_bits)(x, want_inside)

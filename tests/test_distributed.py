@@ -1,0 +1,171 @@
+"""Two ranks of DistributedDataParallel against one process on the joined batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import torchquant as tq
+from torchquant.errors import NonFiniteError
+
+WORLD_SIZE = 2
+BATCH = 8
+STEPS = 4
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+def small_model() -> nn.Sequential:
+    """Float64, so that another order of summation is far below every tolerance. Same weights each time."""
+    torch.manual_seed(1)
+
+    def weights() -> tq.Quantizer:
+        return tq.AffineQuantizer(4, tq.BatchMinMax(axis=0), symmetric="narrow", gradient_clip=True)
+
+    def acts(axis: int | None = None) -> tq.Quantizer:
+        return tq.AffineQuantizer(8, tq.ExpAvgMinMax(axis=axis), gradient_clip=True)
+
+    return nn.Sequential(
+        tq.QWrapper([nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()], weights(), acts(), input_quantizer=acts()),
+        tq.QWrapper([nn.Conv2d(4, 4, 3), nn.SiLU()], weights(), acts(axis=1)),
+        nn.Flatten(),
+        tq.QWrapper(nn.Linear(4 * 36, 3), weights(), acts()),
+    ).double()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    xs = torch.randn(STEPS, BATCH, 2, 8, 8, generator=generator, dtype=torch.float64)
+    xs *= torch.linspace(0.5, 2.0, BATCH, dtype=torch.float64).view(1, -1, 1, 1, 1)  # the ranks' ranges differ
+    return list(zip(xs, torch.randint(0, 3, (STEPS, BATCH), generator=generator), strict=True))
+
+
+def part_of(x: Tensor, rank: int | None) -> Tensor:
+    return x if rank is None else x.chunk(WORLD_SIZE)[rank]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def calibrated(rank: int | None) -> dict[str, Tensor]:
+    """State after calibration on whole numbers: sums are exact, so any difference is one of method."""
+    model = small_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 64).round())
+    model[1].activation = None
+    tq.set_qmodule_state(model, tq.QModuleState.CALIBRATION)
+    for x, _ in batches():
+        model((part_of(x, rank) * 8).round())
+    return snapshot(model)
+
+
+def trained(rank: int | None) -> list[dict[str, Tensor]]:
+    """State after each step of quantization-aware training; the second half with frozen ranges."""
+    model = small_model()
+    network = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    states = []
+    for step, (x, labels) in enumerate(batches()):
+        observe = step < STEPS // 2
+        tq.set_qmodule_state(model, tq.QModuleState.QUANT_AWARE_TRAIN if observe else tq.QModuleState.QUANT_EVAL)
+        optimizer.zero_grad()
+        F.cross_entropy(network(part_of(x, rank)), part_of(labels, rank)).backward()
+        optimizer.step()
+        states.append(snapshot(model))
+    return states
+
+
+def fitted(rank: int | None) -> dict[str, Tensor]:
+    """Numbers that data-driven quantizers fit to activations of which each rank sees a part."""
+    found = {}
+    quantizers = {
+        "twn": tq.TernaryQuantizer(momentum=0.5),
+        "exact": tq.TernaryQuantizer("exact", axis=1),
+        "esb": tq.ESBQuantizer(4, 1, momentum=0.5),
+        "esb_channel": tq.ESBQuantizer(3, 0, axis=1),
+    }
+    for name, quantizer in quantizers.items():
+        for x, _ in batches():
+            quantizer.pre_observe(part_of(x, rank))
+        found |= {f"{name}.{key}": value for key, value in quantizer.state_dict().items()}
+    return found
+
+
+def refused(rank: int) -> bool:
+    """Whether a NaN that only the last rank sees is refused on this rank."""
+    x = torch.ones(4)
+    if rank == WORLD_SIZE - 1:
+        x[2] = torch.nan
+    try:
+        tq.BatchMinMax().observe_batch(x)
+    except NonFiniteError:
+        return True
+    return False
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+    try:
+        result = {"calibrated": calibrated(rank), "trained": trained(rank), "fitted": fitted(rank)}
+        torch.save(result | {"refused": refused(rank)}, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD_SIZE, join=True)
+    return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(WORLD_SIZE)]
+
+
+def test_calibrated_ranges_equal_one_process_exactly(ranks: list[dict[str, Any]]) -> None:
+    alone = calibrated(None)
+    assert any(name.endswith("range_max") and value.numel() == 4 for name, value in alone.items())
+    for rank in ranks:
+        torch.testing.assert_close(rank["calibrated"], alone, rtol=0, atol=0)
+
+
+def test_training_equals_one_process(ranks: list[dict[str, Any]]) -> None:
+    for step, alone in enumerate(trained(None)):
+        for rank in ranks:
+            torch.testing.assert_close(rank["trained"][step], alone, rtol=1e-9, atol=1e-12)
+
+
+def test_training_moves_the_weights() -> None:
+    first, *_, last = trained(None)
+    assert not torch.allclose(first["0.layer.weight"], last["0.layer.weight"], atol=1e-3)
+
+
+def test_ranks_agree_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    first, second = ranks
+    torch.testing.assert_close(first["trained"], second["trained"], rtol=0, atol=0)
+    torch.testing.assert_close(first["fitted"], second["fitted"], rtol=0, atol=0)
+
+
+def test_esb_scale_equals_one_process(ranks: list[dict[str, Any]]) -> None:
+    alone = fitted(None)
+    for name in ("esb.alpha", "esb_channel.alpha"):
+        torch.testing.assert_close(ranks[0]["fitted"][name], alone[name], rtol=1e-6, atol=0)
+
+
+def test_ternary_numbers_are_those_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    each = [fitted(rank) for rank in range(WORLD_SIZE)]
+    for name in ("twn.threshold", "twn.alpha", "exact.threshold", "exact.alpha"):
+        mean = (each[0][name] + each[1][name]) / 2
+        torch.testing.assert_close(ranks[0]["fitted"][name], mean, rtol=1e-6, atol=0)
+        assert not torch.equal(each[0][name], each[1][name])
+
+
+def test_nan_on_one_rank_is_refused_on_all(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["refused"] for rank in ranks] == [True, True]

@@ -1,0 +1,81 @@
+"""The public names: none appears, goes or moves without a line here and in the changelog."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# fmt: off
+PUBLIC = {
+    "torchquant": [
+        "QUANTIZERS", "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState",
+        "QOp", "QWrapper", "QfmtQuantizer", "Quantizer", "RangeObserver", "TernaryQuantizer", "check_quantizer",
+        "freeze_bn", "observe_weights", "qmodule_state", "register_pattern", "set_qmodule_state", "state_report",
+    ],
+    "torchquant.quantizers_functional": [
+        "affine_params", "affine_quantize", "esb_quantize", "gradient_clip", "qfmt_int_bits", "qfmt_params",
+        "qfmt_quantize", "ternary_params", "ternary_quantize",
+    ],
+    "torchquant.quantizers": [
+        "QUANTIZERS", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "QfmtQuantizer",
+        "Quantizer", "QuantizerFactory", "TernaryQuantizer", "UniformQuantizer",
+    ],
+    "torchquant.range_observers": ["BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
+    "torchquant.qmodule": [
+        "ActivationRow", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper", "register_pattern",
+    ],
+    "torchquant.utils": [
+        "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
+        "set_qmodule_state", "state_report",
+    ],
+    "torchquant.errors": [
+        "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",
+        "NoAffineViewError", "NoCodesError", "NonFiniteError", "TorchQuantError", "UnknownNameError",
+        "UnobservedRangeError", "UnsupportedPatternError",
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_names_are_the_listed_ones(address: str) -> None:
+    module = importlib.import_module(address)
+    assert sorted(module.__all__) == sorted(PUBLIC[address])
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_names_are_in_the_changelog(address: str) -> None:
+    words = set(re.findall(r"\w+", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
+    assert [name for name in PUBLIC[address] if name not in words] == []
+
+
+def test_changelog_has_the_version() -> None:
+    version = importlib.import_module("torchquant").__version__
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_qmodules_is_qmodule() -> None:
+    assert importlib.import_module("torchquant.qmodules") is importlib.import_module("torchquant.qmodule")
+    from torchquant.qmodules import QWrapper
+
+    assert QWrapper is importlib.import_module("torchquant").QWrapper
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("torchquant.models.resnet", "FusedResNet"),
+        ("torchquant.models.mobilenet", "FusedMobileNetV2"),
+        ("torchquant.models.efficientnet", "FusedEfficientNet"),
+    ],
+)
+def test_published_models_keep_their_address(address: str, name: str) -> None:
+    assert getattr(importlib.import_module("torchquant.models"), name) is getattr(
+        importlib.import_module(address), name
+    )

@@ -1,0 +1,180 @@
+"""The laws over every registered scheme, and proof that each law can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+import torchquant as tq
+from torchquant.errors import LawViolation
+from torchquant.quantizers import LAWS, QUANTIZERS, Quantizer
+
+CASES = [
+    pytest.param(name, axis, i, id=f"{name}-{i}-{'tensor' if axis is None else f'axis{axis}'}")
+    for name in QUANTIZERS
+    for axis in (None, 0, 1, -1)
+    for i in range(len(QUANTIZERS[name].examples(axis)))
+]
+FAST = tuple(law for law in LAWS if law != "compiles")
+
+
+@pytest.mark.parametrize(("name", "axis", "i"), CASES)
+def test_every_scheme_keeps_the_laws(name: str, axis: int | None, i: int) -> None:
+    report = tq.check_quantizer(QUANTIZERS[name].examples(axis)[i], laws=FAST)
+    assert set(report.passed) | set(report.skipped) == set(FAST)
+    assert set(report.skipped) == (set() if axis is not None else {"per_channel"})
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_scheme_compiles_and_exports(name: str, axis: int | None) -> None:
+    quantizer = QUANTIZERS[name].examples(axis)[0]
+    assert tq.check_quantizer(quantizer, laws=("compiles",)).passed == ("compiles",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "axis", "i"), CASES)
+def test_every_example_compiles_and_exports(name: str, axis: int | None, i: int) -> None:
+    quantizer = QUANTIZERS[name].examples(axis)[i]
+    assert tq.check_quantizer(quantizer, laws=("compiles",)).passed == ("compiles",)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_per_channel_equals_a_loop_of_per_tensor_bit_for_bit(name: str) -> None:
+    x = torch.randn(5, 7, 3) * torch.tensor([1.0, 10.0, 0.01, 3.0, 0.0]).view(5, 1, 1)
+    for per_channel, *per_tensor in zip(
+        QUANTIZERS[name].examples(0), *[QUANTIZERS[name].examples(None) for _ in range(5)], strict=True
+    ):
+        per_channel.pre_observe(x)
+        together = per_channel(x)
+        for i, quantizer in enumerate(per_tensor):
+            quantizer.pre_observe(x[i])
+            assert torch.equal(together[i], quantizer(x[i]))
+            assert torch.equal(per_channel.levels()[i], quantizer.levels())
+            assert torch.equal(per_channel.encode(x)[i], quantizer.encode(x[i]))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@settings(max_examples=40, deadline=None)
+@given(
+    array=hnp.arrays("float32", hnp.array_shapes(min_dims=1, max_dims=3, max_side=6), elements=st.floats(width=32)),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_any_tensor_at_all(name: str, array: object, dtype: torch.dtype) -> None:
+    """NaN passes, Inf saturates, everything else lands on the grid; statistics of any finite data are usable."""
+    x = torch.from_numpy(array.copy()).to(dtype)
+    finite = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
+    for quantizer in QUANTIZERS[name].examples(None):
+        quantizer.pre_observe(finite)
+        y = quantizer(x)
+        assert torch.equal(y.isnan(), x.isnan())
+        assert y[~x.isnan()].isfinite().all()
+        assert y[~x.isnan()].unique().numel() <= 2**quantizer.n_bits
+        assert torch.equal(quantizer.decode(quantizer.encode(finite), dtype), quantizer(finite))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_scaling_by_a_power_of_two_scales_the_output_exactly(name: str) -> None:
+    x = torch.randn(300)
+    for a, b in zip(QUANTIZERS[name].examples(None), QUANTIZERS[name].examples(None), strict=True):
+        a.pre_observe(x)
+        b.pre_observe(x * 8)
+        assert torch.equal(b(x * 8), a(x) * 8)
+
+
+class Rounding(Quantizer):
+    """A correct quantizer written against the published contract only: no observer, no codes."""
+
+    n_bits = 3
+    scale = 0.3
+
+    def quantize(self, x: Tensor) -> Tensor:
+        on_grid = self.scale * (x / self.scale).round().clamp(-4, 3)
+        return x + (on_grid - x).detach()
+
+    def __init__(self, break_law: str = "") -> None:
+        super().__init__()
+        self.break_law = break_law
+
+
+class Exact(Rounding):
+    def quantize(self, x: Tensor) -> Tensor:
+        x_hat = x.round().clamp(-4, 3).detach()
+        if self.break_law == "monotone":
+            x_hat = torch.where(x_hat == 2, -x_hat, x_hat)
+        if self.break_law == "idempotent":
+            x_hat = (x_hat + 1).clamp(-4, 3)
+        if self.break_law == "keeps_form":
+            x_hat = x_hat.float()
+        if self.break_law == "gradient":
+            return x_hat
+        if self.break_law == "edge_cases":
+            x_hat = x_hat / x.detach().abs().max() * x.detach().abs().max()
+        if self.break_law == "levels_used":
+            x_hat = x_hat.clamp(-1, 1)
+        if self.break_law == "nonfinite":
+            x_hat = x_hat.nan_to_num()
+        if self.break_law == "compiles" and float(x_hat.sum()) > 1e9:
+            return x
+        return x_hat + (x - x.detach()).nan_to_num()
+
+
+class Forgetful(tq.AffineQuantizer):
+    """Keeps its range in a plain attribute, so that no checkpoint has it."""
+
+    def pre_observe(self, x: Tensor) -> None:
+        super().pre_observe(x)
+        self.gain = 2.0
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return super().quantize(x) * getattr(self, "gain", 1.0)
+
+
+class Leaky(tq.AffineQuantizer):
+    """Lets one channel's range depend on the others."""
+
+    def pre_observe(self, x: Tensor) -> None:
+        super().pre_observe(x + 0 * x.mean())
+        self.observer.range_max.fill_(float(self.observer.range_max.max()))
+
+
+def test_a_quantizer_of_the_published_contract_passes_what_can_be_asked() -> None:
+    report = tq.check_quantizer(Exact())
+    assert "on_grid" in report.passed
+    assert "compiles" in report.passed
+
+
+def test_the_additive_straight_through_is_caught() -> None:
+    with pytest.raises(LawViolation, match="distinct values from 3 bits") as caught:
+        tq.check_quantizer(Rounding(), laws=("on_grid", "monotone"))
+    assert "on_grid" in caught.value.law
+
+
+@pytest.mark.parametrize(
+    "law", ["monotone", "idempotent", "keeps_form", "gradient", "edge_cases", "levels_used", "nonfinite", "compiles"]
+)
+def test_a_broken_law_is_named(law: str) -> None:
+    with pytest.raises(LawViolation, match=law) as caught:
+        tq.check_quantizer(Exact(break_law=law))
+    assert law in caught.value.law.split(", ")
+
+
+def test_state_outside_the_checkpoint_is_caught() -> None:
+    with pytest.raises(LawViolation, match="survives"):
+        tq.check_quantizer(Forgetful(4, tq.BatchMinMax()), laws=("survives",))
+
+
+def test_channels_that_are_not_independent_are_caught() -> None:
+    with pytest.raises(LawViolation, match="slice 0 alone differs"):
+        tq.check_quantizer(Leaky(4, tq.BatchMinMax(axis=0)), laws=("per_channel",))
+
+
+def test_one_sided_data_can_be_given() -> None:
+    quantizer = tq.QfmtQuantizer(8, False, tq.BatchMinMax())
+    report = tq.check_quantizer(quantizer, sample=torch.rand(4, 6, 5, 5), laws=("on_grid", "edge_cases", "levels_used"))
+    assert report.passed == ("on_grid", "edge_cases", "levels_used")
+    assert "holds    on_grid" in str(report)

@@ -1,0 +1,106 @@
+"""The wheel is complete, works from an empty folder, and the core needs nothing but torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+OPTIONAL = (
+    "torchvision",
+    "efficientnet_pytorch",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "rich",
+    "typer",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "jinja2",
+)
+
+
+def run_python(code: str, folder: Path, *python_path: Path) -> str:
+    """Standard output of `code` run by a fresh interpreter in `folder`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, so that nothing left in `build/` can slip in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SHIPPED:
+        shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "torchquant", source / "torchquant", ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    wanted = [p for suffix in ("py", "html.j2", "typed") for p in (ROOT / "torchquant").rglob(f"*.{suffix}")]
+    assert packed == {path.relative_to(ROOT).as_posix() for path in wanted}
+
+
+def test_wheel_imports_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip("install", "--no-deps", "--target", site, wheel)
+    code = """
+import importlib, pkgutil, torchquant
+names = [m.name for m in pkgutil.walk_packages(torchquant.__path__, "torchquant.") if not m.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+print(torchquant.__file__, len(names))
+"""
+    origin, count = run_python(code, empty, site).split()
+    assert Path(origin).is_relative_to(site)
+    assert int(count) == sum(p.name != "__main__.py" for p in (ROOT / "torchquant").rglob("*.py")) - 1
+
+
+def test_core_needs_torch_only(tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError("not installed: " + name, name=name)
+sys.meta_path.insert(0, Missing())
+import torch, torchquant as tq
+layer = tq.QWrapper(
+    [torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.ReLU()],
+    weight_quantizer=tq.AffineQuantizer(4, tq.BatchMinMax(axis=0)),
+    acts_quantizer=tq.AffineQuantizer(4, tq.ExpAvgMinMax()),
+)
+tq.set_qmodule_state(layer, tq.QModuleState.QUANT_AWARE_TRAIN)
+layer(torch.randn(2, 2, 8, 8)).sum().backward()
+print(tq.state_report(layer))
+"""
+    assert "AffineQuantizer" in run_python(code, tmp_path, ROOT)
+
+
+def test_import_adds_at_most_a_tenth_of_a_second(tmp_path: Path) -> None:
+    # Processor time, so that whatever else the machine does is not counted.
+    code = "import time, torch; t = time.process_time(); import torchquant; print(time.process_time() - t)"
+    assert min(float(run_python(code, tmp_path, ROOT)) for _ in range(3)) <= 0.1

@@ -1,0 +1,326 @@
+"""Training infrastructure: mixed precision, interruption, checkpoints, copies, compilation, states, memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import operator
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchquant as tq
+from torchquant.errors import ConfigError
+
+STATES = list(tq.QModuleState)
+QAT = tq.QModuleState.QUANT_AWARE_TRAIN
+
+
+class SmallNet(nn.Module):
+    """A residual block with batch norm, a per-channel weight on every layer, a QOp and a dropout."""
+
+    def __init__(self, fold_bn: bool | str = False) -> None:
+        super().__init__()
+        self.stem = tq.QWrapper([nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()], *self._sites(), fold_bn)
+        self.block = tq.QWrapper([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)], *self._sites(), fold_bn)
+        self.add = tq.QOp(operator.add, tq.AffineQuantizer(4, tq.ExpAvgMinMax()), nn.ReLU())
+        self.dropout = nn.Dropout(0.1)
+        self.fc = tq.QWrapper(nn.Linear(4 * 36, 3), *self._sites())
+
+    @staticmethod
+    def _sites() -> tuple[tq.Quantizer, tq.Quantizer]:
+        weights = tq.AffineQuantizer(4, tq.BatchMinMax(axis=0), symmetric="narrow", gradient_clip=True)
+        return weights, tq.AffineQuantizer(4, tq.ExpAvgMinMax(), gradient_clip=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.add(x, self.block(x))
+        return self.fc(self.dropout(x).flatten(1))
+
+
+def data(n: int = 48) -> tuple[Tensor, Tensor]:
+    """Images whose label is the third that is bright."""
+    labels = torch.arange(n) % 3
+    x = torch.randn(n, 1, 6, 6)
+    for label in range(3):
+        x[labels == label, :, 2 * label : 2 * label + 2] += 1.5
+    return x, labels
+
+
+def calibrated_net(fold_bn: bool | str = False) -> tuple[SmallNet, Tensor]:
+    """A network after two steps of training, in QUANT_EVAL and eval mode, and an input."""
+    net, (x, labels) = SmallNet(fold_bn), data()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    tq.set_qmodule_state(net, QAT)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    tq.set_qmodule_state(net, tq.QModuleState.QUANT_EVAL)
+    return net.eval(), x
+
+
+def ranges(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in net.named_buffers() if "range_" in name or "observed_weight" in name}
+
+
+# Mixed precision
+
+
+def test_bfloat16_autocast_trains() -> None:
+    net, (x, labels) = SmallNet(), data()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    tq.set_qmodule_state(net, QAT)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = net(x)
+            assert logits.dtype == torch.bfloat16
+            loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in net.parameters() if p.requires_grad)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert {value.dtype for value in ranges(net).values()} == {torch.float32}
+    assert all(torch.isfinite(value).all() for value in ranges(net).values())
+
+
+# Interruption
+
+RESUMABLE = """
+import os, sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from test_training import QAT, F, SmallNet, data, tq
+path, steps, pause = sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+torch.set_num_threads(1)
+torch.manual_seed(3)
+net = SmallNet(fold_bn="corrected")
+optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+tq.set_qmodule_state(net, QAT)
+first = 0
+if os.path.exists(path):
+    saved = torch.load(path, weights_only=True)
+    net.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"])
+    first = saved["step"]
+for step in range(first, steps):
+    x, labels = data()
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), labels).backward()
+    optimizer.step()
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    torch.save(state | {"step": step + 1}, path + ".new")
+    os.replace(path + ".new", path)
+    time.sleep(pause)
+"""
+
+
+def start_training(checkpoint: Path, steps: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
+    arguments = [str(Path(__file__).parent), str(checkpoint), str(steps), str(pause)]
+    return subprocess.Popen([sys.executable, "-c", RESUMABLE, *arguments], stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors.decode()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_training_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
+    steps, whole, broken = 8, tmp_path / "whole.pt", tmp_path / "broken.pt"
+    reference = start_training(whole, steps)
+    victim = start_training(broken, steps, pause=0.3)
+    deadline = time.monotonic() + 120
+    while not (broken.exists() and torch.load(broken, weights_only=True)["step"] >= 2):
+        assert victim.poll() is None, victim.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    assert 2 <= torch.load(broken, weights_only=True)["step"] < steps
+    finish(start_training(broken, steps))
+    finish(reference)
+    uninterrupted, resumed = (torch.load(path, weights_only=True) for path in (whole, broken))
+    assert resumed["step"] == steps
+    torch.testing.assert_close(resumed["model"], uninterrupted["model"], rtol=0, atol=0)
+    torch.testing.assert_close(resumed["optimizer"]["state"], uninterrupted["optimizer"]["state"], rtol=0, atol=0)
+
+
+# Checkpoints and copies
+
+
+@pytest.mark.parametrize("fold_bn", [False, "rescale"])
+def test_state_dict_loads_weights_only_and_strict(tmp_path: Path, fold_bn: bool | str) -> None:
+    net, x = calibrated_net(fold_bn)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    fresh = SmallNet(fold_bn).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True), strict=True)
+    assert fresh.stem.state is tq.QModuleState.QUANT_EVAL
+    assert torch.equal(fresh(x), net(x))
+
+
+def test_deep_copy_is_equal_and_independent() -> None:
+    net, x = calibrated_net()
+    before = net(x)
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(x), before)
+    tq.set_qmodule_state(twin, QAT)
+    twin(10 * x)
+    assert net.stem.state is tq.QModuleState.QUANT_EVAL
+    assert torch.equal(net(x), before)
+
+
+def test_pickle_gives_equal_output() -> None:
+    net, x = calibrated_net()
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+def test_double_keeps_the_ranges_and_the_codes() -> None:
+    net, x = calibrated_net()
+    before, weight_codes = ranges(net), net.fc.weight_quantizer.encode(net.fc.layer.weight)
+    wide = copy.deepcopy(net).to(torch.float64)
+    for name, value in ranges(wide).items():
+        assert value.dtype == torch.float64
+        assert torch.equal(value.float(), before[name])
+    assert torch.equal(wide.fc.weight_quantizer.encode(wide.fc.layer.weight), weight_codes)
+    step = float(net.fc.acts_quantizer.affine_params().delta)
+    assert (wide(x.double()) - net(x)).abs().max() <= 2.01 * step  # rounding near a tie may move a code
+    assert torch.equal(wide.float()(x), net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_keeps_ranges_in_float32(dtype: torch.dtype) -> None:
+    net, x = calibrated_net()
+    before = ranges(net)
+    half = copy.deepcopy(net).to(dtype)
+    for name, value in ranges(half).items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+    assert half(x.to(dtype)).dtype == dtype
+    quantizer, twin = net.stem.acts_quantizer, half.stem.acts_quantizer
+    assert torch.equal(twin(x.to(dtype)), quantizer(x.to(dtype).float()).to(dtype))
+    tq.set_qmodule_state(half, QAT)
+    half(x.to(dtype))
+    assert {value.dtype for value in ranges(half).values()} == {torch.float32}
+
+
+# Compilation
+
+
+def qat_step(net: SmallNet, run: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    net.dropout.p = 0.0
+    tq.set_qmodule_state(net, QAT)
+    loss = F.cross_entropy(run(x), labels)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in net.named_parameters()} | dict(ranges(net))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_qat_step_equals_eager(backend: str) -> None:
+    torch._dynamo.reset()
+    eager, (x, labels) = calibrated_net()[0].train(), data()
+    twin = copy.deepcopy(eager)
+    expected = qat_step(eager, eager, x, labels)
+    found = qat_step(twin, torch.compile(twin, backend=backend, fullgraph=True), x, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Memory
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.name)
+def test_no_activation_outlives_forward(state: tq.QModuleState) -> None:
+    net, x = calibrated_net()
+    net.train()
+    tq.set_qmodule_state(net, state)
+    seen: list[weakref.ref[Tensor]] = []
+    for module in net.modules():
+        module.register_forward_hook(lambda module, args, y: seen.extend(weakref.ref(t) for t in (*args, y)))
+    net(x)
+    before = tensors_alive()
+    x = x.clone()
+    net(x)
+    del x
+    assert len(seen) > 10
+    assert tensors_alive() <= before
+    assert [ref() for ref in seen if ref() is not None] == []
+
+
+# The state machine around training
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.name)
+def test_train_and_eval_never_change_the_state(state: tq.QModuleState) -> None:
+    net = SmallNet()
+    tq.set_qmodule_state(net, state)
+    for call in (net.train, net.eval, lambda: net.train(False), net.stem.train, net.add.eval):
+        call()
+        assert {row.state for row in tq.state_report(net)} == {state.name}
+
+
+def states_of(net: nn.Module) -> list[tq.QModuleState]:
+    return [module.state for module in net.modules() if isinstance(module, tq.QModule)]
+
+
+def test_context_restores_each_modules_own_state() -> None:
+    net = SmallNet()
+    net.block.state = tq.QModuleState.CALIBRATION_ACT_ONLY
+    before = states_of(net)
+    with tq.qmodule_state(net, QAT) as entered:
+        assert entered is net
+        assert set(states_of(net)) == {QAT}
+    assert states_of(net) == before
+    assert len(set(before)) == 2
+
+
+def test_context_nests_and_can_be_reused() -> None:
+    net = SmallNet()
+    evaluate, bypass = tq.qmodule_state(net, tq.QModuleState.QUANT_EVAL), tq.qmodule_state(net, STATES[0])
+    tq.set_qmodule_state(net, QAT)
+    for _ in range(2):
+        with evaluate:
+            with bypass, evaluate:
+                assert set(states_of(net)) == {tq.QModuleState.QUANT_EVAL}
+            assert set(states_of(net)) == {tq.QModuleState.QUANT_EVAL}
+        assert set(states_of(net)) == {QAT}
+
+
+def test_context_restores_after_an_exception() -> None:
+    net = SmallNet()
+    with pytest.raises(ZeroDivisionError), tq.qmodule_state(net, QAT):
+        raise ZeroDivisionError
+    assert set(states_of(net)) == {tq.QModuleState.BYPASSED}
+
+
+def test_context_leaves_modules_that_came_inside_alone() -> None:
+    net = SmallNet()
+    with tq.qmodule_state(net, QAT):
+        net.extra = tq.QOp(operator.neg, None)
+        del net.add
+    assert net.extra.state is tq.QModuleState.BYPASSED
+    assert set(states_of(net)) == {tq.QModuleState.BYPASSED}
+
+
+@pytest.mark.parametrize("state", ["QUANT_EVAL", (True, True, True, True), None])
+def test_only_a_state_is_taken(state: object) -> None:
+    with pytest.raises(ConfigError, match="must be a QModuleState, got"):
+        tq.qmodule_state(SmallNet(), state)

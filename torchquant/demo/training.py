@@ -1,0 +1,84 @@
+"""Training, calibration and evaluation: the few steps around the state machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchquant.demo.data import Digits
+from torchquant.qmodule import QModuleState
+from torchquant.utils import observe_weights, qmodule_state, set_qmodule_state
+
+BATCH_SIZE = 64
+
+OnEpoch = Callable[[int, float], None]
+"""Called after each epoch with its number, from 1, and its mean loss."""
+
+
+def train(
+    model: nn.Module, data: Digits, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
+) -> None:
+    """Train on cross entropy with AdamW and a one-cycle learning rate; leaves the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+    n_steps = epochs * -(-len(data.train_labels) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps)
+    model.train()
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for x, labels in _batches(*data.train_epoch(generator)):
+            loss = F.cross_entropy(model(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        if on_epoch is not None:
+            on_epoch(epoch, float(torch.stack(losses).mean()))
+    model.eval()
+
+
+def _batches(x: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(x.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, data: Digits, n_batches: int, seed: int) -> None:
+    """Show `n_batches` distorted training batches to every observer; then the model is in QUANT_EVAL."""
+    images, labels = data.train_epoch(torch.Generator().manual_seed(seed))
+    with qmodule_state(model.eval(), QModuleState.CALIBRATION):
+        for (x, _), _ in zip(_batches(images, labels), range(n_batches), strict=False):
+            model(x)
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+
+
+def quantization_aware_train(
+    model: nn.Module, data: Digits, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
+) -> None:
+    """Train with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
+    set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
+    train(model, data, epochs, learning_rate, seed, on_epoch)
+    observe_weights(model)
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
+    """Class scores (N, 10) of (N, 1, 16, 16) images, in eval mode and in the state the model is in."""
+    was_training = model.training
+    model.eval()
+    scores = torch.cat([model(part) for part in x.split(batch_size)])
+    model.train(was_training)
+    return scores
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows of (N, classes) whose largest score is at the label, 0..1.
+
+    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    0.5
+    """
+    return float((scores.argmax(1) == labels).double().mean())

@@ -1,0 +1,150 @@
+"""Writing the deploy form of a model as a QDQ ONNX file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.deploy.form import deploy_form
+from torchquant.errors import ConfigError, ExportError, require
+
+OPSET = 21
+"""ONNX operator set of the files; the first with 4-bit codes and scales per block."""
+
+MAX_BYTES = 2**31 - 1
+"""What a single ONNX file can hold."""
+
+MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Tensor | Sequence[Tensor],
+    dynamic_batch: bool = True,
+) -> Path:
+    """Write a calibrated model as one ONNX file that computes what QUANT_EVAL computes. Returns its path.
+
+    Weights are stored as int8 or uint8 codes, per channel where the quantizer is, batch norms folded;
+    activations pass QuantizeLinear/DequantizeLinear pairs. Bias and sites without quantizer are float32.
+    `example_inputs`: what `model(*example_inputs)` takes, tensors on any device. `dynamic_batch`
+    leaves the size of axis 0 of every input open. The model itself is not changed; a file that cannot
+    be finished is not begun. Needs the extra `deploy`.
+
+    The simulation rounds to nearest in float32 and so does the file; a sum that ends within float32
+    rounding of a tie may differ by one step. Raises ExportError, ConfigError, MissingDependencyError.
+
+    >>> import tempfile
+    >>> from torchquant import AffineQuantizer, BatchMinMax, QModuleState, QWrapper, qmodule_state
+    >>> weights = AffineQuantizer(8, BatchMinMax(axis=0), symmetric="narrow")
+    >>> model = QWrapper(nn.Linear(4, 2), weights, acts_quantizer=AffineQuantizer(8, BatchMinMax()))
+    >>> with qmodule_state(model, QModuleState.CALIBRATION):
+    ...     _ = model(torch.randn(8, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_onnx(model, f"{folder}/model.onnx", torch.randn(1, 4)).name
+    'model.onnx'
+    """
+    for package in ("onnx", "onnxscript"):
+        require(package, "deploy")
+    inputs = _checked_inputs(example_inputs)
+    form = deploy_form(model)
+    n_bytes = sum(t.nbytes for t in form.state_dict().values() if isinstance(t, Tensor))
+    if n_bytes > MAX_BYTES:
+        raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
+    proto = _exported(form, inputs, dynamic_batch)
+    if dynamic_batch:
+        _check_batch_is_open(proto)
+    _own_zero_points(proto)
+    _finish(proto)
+    target = Path(path)
+    _write_whole(target, proto.SerializeToString())
+    return target
+
+
+def _checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not given or not all(isinstance(x, Tensor) for x in given):
+        kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
+        raise ConfigError(f"example_inputs must be a tensor or a sequence of tensors, got {kinds}")
+    return tuple(x.detach().cpu() for x in given)
+
+
+def _exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> Any:
+    """The ModelProto of torch's exporter. A batch of 1 is doubled: torch.export takes sizes 0 and 1 for constants."""
+    shapes = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch")
+        inputs = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
+        shapes = tuple({0: batch} if x.ndim else {} for x in inputs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                form, inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        hint = " If the model fixes its batch size, pass dynamic_batch=False." if dynamic_batch else ""
+        raise ExportError(f"torch.onnx.export cannot translate the model: {error}{hint}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _check_batch_is_open(proto: Any) -> None:
+    for entry in proto.graph.input:
+        dims = entry.type.tensor_type.shape.dim
+        if dims and not dims[0].dim_param:
+            raise ExportError(
+                f"the model fixes the size of axis 0 of its input '{entry.name}' to {dims[0].dim_value}. Make its "
+                "forward independent of the batch size, or pass dynamic_batch=False"
+            )
+
+
+def _own_zero_points(proto: Any) -> None:
+    """Give each weight a zero point of its own.
+
+    The exporter merges equal initializers. ONNX Runtime's precise mode (see `onnx_run.py`) turns each
+    weight and its zero point from int8 to uint8 and stops at a zero point that it has turned before.
+    """
+    initializers = {entry.name: entry for entry in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in initializers:
+            own_name = node.input[0].removesuffix("codes") + "zero_point"
+            if own_name not in initializers:
+                copied = proto.graph.initializer.add()
+                copied.CopyFrom(initializers[node.input[2]])
+                copied.name = own_name
+                initializers[own_name] = copied
+            node.input[2] = own_name
+
+
+def _finish(proto: Any) -> None:
+    """Take off the exporter's notes on source files, enter torchquant's version, check."""
+    onnx = require("onnx", "deploy")
+    from torchquant import __version__
+
+    for node in proto.graph.node:
+        kept = [entry.value for entry in node.metadata_props if entry.key == MODULE_PATH_KEY]
+        del node.metadata_props[:]
+        for value in kept:
+            node.metadata_props.add(key=MODULE_PATH_KEY, value=value)
+    for entry in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
+        del entry.metadata_props[:]
+    proto.metadata_props.add(key="torchquant_version", value=__version__)
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """Write into a temporary file beside the target, then rename it: the target is whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

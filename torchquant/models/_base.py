@@ -1,0 +1,144 @@
+"""What the fused models share: the recipe of their quantizers, and the way a float model becomes one."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.models._float_checkpoints import FloatCheckpoints, shared_keys
+from torchquant.qmodule import QOp, QWrapper
+from torchquant.quantizers import Quantizer
+from torchquant.utils import qmodules
+
+Factory = Callable[[nn.Module], Quantizer | None]
+"""Makes the quantizer of one site, given the layer there; None leaves the site float."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which quantizers a fused model gets: the arguments of its constructor."""
+
+    weight_quantizer: Factory
+    acts_quantizer: Factory
+    quantize_first: bool
+    quantize_fc: bool
+    avg_pool_quantizer: Factory | None
+    fc_weight_quantizer: Factory | None
+    fc_acts_quantizer: Factory | None
+    fold_bn: bool | str
+    input_quantizer: Factory | None
+    _made: dict[int, Quantizer] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("weight_quantizer", "acts_quantizer"):
+            self._check_factory(name, getattr(self, name))
+        for name in ("avg_pool_quantizer", "fc_weight_quantizer", "fc_acts_quantizer", "input_quantizer"):
+            if getattr(self, name) is not None:
+                self._check_factory(name, getattr(self, name))
+
+    @staticmethod
+    def _check_factory(name: str, factory: object) -> None:
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise ConfigError(
+                f"{name} must be a function of the layer, such as lambda module: AffineQuantizer(8, BatchMinMax()), "
+                f"got {factory!r}"
+            )
+
+    def _make(self, factory: Factory | None, layer: nn.Module) -> Quantizer | None:
+        quantizer = None if factory is None else factory(layer)
+        if quantizer is None:
+            return None
+        if not isinstance(quantizer, Quantizer):
+            raise ConfigError(f"a quantizer factory must return a Quantizer or None, got {quantizer!r} for {layer}")
+        if id(quantizer) in self._made:
+            raise ConfigError(
+                f"each site needs a quantizer of its own; the factory returned the same {type(quantizer).__name__} "
+                f"again for {layer}. Build it inside the factory"
+            )
+        self._made[id(quantizer)] = quantizer
+        return quantizer
+
+    def wrap(self, layers: Iterable[nn.Module], input_quantizer: Quantizer | None = None) -> QWrapper:
+        """`layer [+ batch norm] [+ activation]`, with quantizers for its weight and output."""
+        layers = list(layers)
+        weight, acts = self._make(self.weight_quantizer, layers[0]), self._make(self.acts_quantizer, layers[0])
+        return QWrapper(layers, weight, acts, self.fold_bn, input_quantizer)
+
+    def op(self, op: Callable[..., Tensor], layer: nn.Module, activation: nn.Module | None = None) -> QOp:
+        """`op`, then the activation; its output looks like that of `layer`, which its factory is given."""
+        return QOp(op, self._make(self.acts_quantizer, layer), activation)
+
+    def stem(self, layers: Iterable[nn.Module], body: nn.Module) -> nn.Module:
+        """The first layers, quantized or not. `input_quantizer` sits where the first quantized layer reads."""
+        layers = list(layers)
+        if self.quantize_first:
+            return self.wrap(layers, self._make(self.input_quantizer, layers[0]))
+        reader = next(module for module in body.modules() if isinstance(module, nn.Conv2d))
+        quantizer = self._make(self.input_quantizer, reader)
+        if quantizer is None:
+            return nn.Sequential(*layers)
+        return QOp(nn.Sequential(*layers[:-1]), quantizer, layers[-1])
+
+    def head(self, pool: nn.Module, fc: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The pooling before the last layer, and the last layer: quantized or not."""
+        if not self.quantize_fc:
+            return pool, fc
+        pooling = QOp(pool, self._make(self.avg_pool_quantizer or self.acts_quantizer, fc))
+        weight = self._make(self.fc_weight_quantizer or self.weight_quantizer, fc)
+        acts = self._make(self.fc_acts_quantizer or self.acts_quantizer, fc)
+        return pooling, QWrapper([fc], weight, acts, self.fold_bn)
+
+
+def check_kind(owner: str, module: nn.Module, kinds: tuple[type[nn.Module], ...], *methods: str) -> None:
+    """Raise ConfigError unless `module` runs as one of `kinds` does: a subclass keeps their `methods`."""
+    for kind in kinds:
+        if isinstance(module, kind) and all(getattr(type(module), m) is getattr(kind, m) for m in methods):
+            return
+    given = f"{type(module).__module__}.{type(module).__qualname__}"
+    allowed = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    raise ConfigError(
+        f"{owner} takes {allowed}, or a subclass that keeps {' and '.join(methods)}; got {given}. "
+        "Wrap the layers of another model with QWrapper and QOp"
+    )
+
+
+class FusedModel(FloatCheckpoints, ABC):
+    """A copy of a float model whose layers are QWrappers and QOps.
+
+    The float model stays as it is; weights, batch norm statistics, devices and train / eval modes are
+    copied. In BYPASSED the output equals that of the float model bit for bit, in train mode for the
+    same random state. Float checkpoints load, and `float_state_dict` writes them.
+    """
+
+    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self._check(net)
+        net = copy.deepcopy(net)
+        self._fuse(net, recipe)
+        self.float_keys = shared_keys(net, self)
+        lost = net.state_dict().keys() - {float_key for float_key, _ in self.float_keys}
+        if lost:
+            raise ConfigError(
+                f"{type(net).__name__} holds {', '.join(sorted(lost))}, which its forward does not use; "
+                "delete these modules first"
+            )
+        modes = {id(module): module.training for module in net.modules()}
+        for module in self.modules():
+            module.training = modes.get(id(module), net.training)
+        device = next((p.device for p in net.parameters()), None)
+        for _, module in qmodules(self):
+            for quantizer in module.quantizers().values():
+                quantizer.to(device)
+
+    @abstractmethod
+    def _check(self, net: nn.Module) -> None:
+        """Raise ConfigError, MissingDependencyError unless `net` can be fused."""
+
+    @abstractmethod
+    def _fuse(self, net: nn.Module, recipe: Recipe) -> None:
+        """Build this module from the layers of `net`, all of them."""

@@ -1,0 +1,92 @@
+"""MobileNetV2 of torchvision with every layer wrapped."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from torchquant.errors import require
+from torchquant.models._base import Factory, FusedModel, Recipe, check_kind
+
+if TYPE_CHECKING:
+    from torchvision.models import MobileNetV2
+
+
+class FusedInvertedResidual(nn.Module):
+    """Expansion (if there is one), depthwise convolution, linear projection; added to the input at stride 1."""
+
+    def __init__(self, block: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        *inner, projection, bn = block.conv
+        self.conv = nn.Sequential(*map(recipe.wrap, inner), recipe.wrap([projection, bn]))
+        self.qadd = recipe.op(operator.add, projection) if block.use_res_connect else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if self.qadd is None else self.qadd(x, y)
+
+
+class FusedMobileNetV2(FusedModel):
+    """A copy of a torchvision MobileNetV2 of any width, ready to quantize.
+
+    `net`: the float model, left as it is. `weight_quantizer`, `acts_quantizer`: functions that make
+    the quantizer of a site from its layer, or return None to leave it float. An addition gets the
+    layer before it.
+
+    `quantize_first`: also the first convolution. `quantize_fc`: also the last layer and the pooling
+    before it, with `fc_weight_quantizer`, `fc_acts_quantizer`, `avg_pool_quantizer`, each given the
+    last layer; where one is None, the model's own. `fold_bn`: as in QWrapper. `input_quantizer`: for
+    the tensor that the first quantized layer reads.
+
+    forward: (B, 3, H, W) -> (B, classes). Raises ConfigError, UnsupportedPatternError,
+    MissingDependencyError without torchvision.
+    """
+
+    def __init__(
+        self,
+        net: MobileNetV2,
+        weight_quantizer: Factory,
+        acts_quantizer: Factory,
+        *,
+        quantize_first: bool = True,
+        quantize_fc: bool = False,
+        avg_pool_quantizer: Factory | None = None,
+        fc_weight_quantizer: Factory | None = None,
+        fc_acts_quantizer: Factory | None = None,
+        fold_bn: bool | str = False,
+        input_quantizer: Factory | None = None,
+    ) -> None:
+        recipe = Recipe(
+            weight_quantizer=weight_quantizer,
+            acts_quantizer=acts_quantizer,
+            quantize_first=quantize_first,
+            quantize_fc=quantize_fc,
+            avg_pool_quantizer=avg_pool_quantizer,
+            fc_weight_quantizer=fc_weight_quantizer,
+            fc_acts_quantizer=fc_acts_quantizer,
+            fold_bn=fold_bn,
+            input_quantizer=input_quantizer,
+        )
+        super().__init__(net, recipe)
+
+    def _check(self, net: nn.Module) -> None:
+        mobilenet = require("torchvision.models.mobilenetv2", "all")
+        check_kind("FusedMobileNetV2", net, (mobilenet.MobileNetV2,), "forward", "_forward_impl")
+        for block in net.features[1:-1]:
+            check_kind("FusedMobileNetV2's block", block, (mobilenet.InvertedResidual,), "forward")
+
+    def _fuse(self, net: nn.Module, recipe: Recipe) -> None:
+        first, *blocks, last = net.features
+        self.features = nn.Sequential(
+            recipe.stem(first, net.features[1:]),
+            *(FusedInvertedResidual(block, recipe) for block in blocks),
+            recipe.wrap(last),
+        )
+        *dropout, fc = net.classifier if isinstance(net.classifier, nn.Sequential) else [net.classifier]
+        self.avg_pool, fc = recipe.head(nn.AdaptiveAvgPool2d(1), fc)
+        self.classifier = nn.Sequential(*dropout, fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avg_pool(self.features(x)).flatten(1))

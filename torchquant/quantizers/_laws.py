@@ -1,0 +1,326 @@
+"""The laws every quantizer must keep, as a function anybody can call on theirs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import LawViolation, NoCodesError, NonFiniteError
+from torchquant.quantizers._base import Quantizer
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LawReport:
+    """Which laws hold, and which could not be asked of this quantizer and why."""
+
+    passed: tuple[str, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"holds    {name}" for name in self.passed]
+        return "\n".join(lines + [f"skipped  {name}: {why}" for name, why in self.skipped.items()])
+
+
+class _Skip(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+def _require(holds: bool, detail: str) -> None:
+    if not holds:
+        raise AssertionError(detail)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+class _Case:
+    """A quantizer, unobserved and observed, with the data it saw."""
+
+    def __init__(self, quantizer: Quantizer, sample: Tensor | None) -> None:
+        self.fresh = copy.deepcopy(quantizer).cpu()
+        self.sample = self._default_sample(quantizer.axis) if sample is None else sample.detach().clone()
+        self.axis = None if quantizer.axis is None else quantizer.axis % self.sample.ndim
+        self.observed = copy.deepcopy(self.fresh)
+        self.observed.pre_observe(self.sample)
+
+    @staticmethod
+    def _default_sample(axis: int | None) -> Tensor:
+        x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+        return x if axis is None else x.movedim(0, axis).contiguous()
+
+    def wide(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The sample, the same eight times too large, and the same very small."""
+        return torch.cat([self.sample, 8 * self.sample, self.sample / 64], self._free_axis()).to(dtype)
+
+    def _free_axis(self) -> int:
+        return self.sample.ndim - 1 if self.axis != self.sample.ndim - 1 else 0
+
+    def slices(self, x: Tensor) -> list[Tensor]:
+        """The parts of x that share parameters, flat."""
+        return [x.flatten()] if self.axis is None else [s.flatten() for s in x.unbind(self.axis)]
+
+    def n_bits(self) -> int:
+        bits = getattr(self.observed, "n_bits", None)
+        if not isinstance(bits, int):
+            raise _Skip("it has no n_bits")
+        return bits
+
+
+def on_grid(case: _Case) -> None:
+    """At most 2**n_bits distinct values, and `quantize(x) == decode(encode(x))`, in every type."""
+    bits = case.n_bits()
+    for dtype in DTYPES:
+        x = case.wide(dtype)
+        y = case.observed(x)
+        distinct = max(part.unique().numel() for part in case.slices(y))
+        _require(distinct <= 2**bits, f"{distinct} distinct values from {bits} bits in {dtype}")
+        try:
+            decoded = case.observed.decode(case.observed.encode(x), dtype)
+        except NoCodesError:
+            continue
+        _require(torch.equal(decoded, y), f"decode(encode(x)) differs from quantize(x) in {dtype}")
+
+
+def levels_used(case: _Case) -> None:
+    """More than half of the 2**n_bits codes can be reached, and `levels()` lists what is."""
+    bits = case.n_bits()
+    if bits > 10:
+        raise _Skip("more than 1024 levels")
+    reach = 40.0 * float(case.sample.abs().max())
+    ramp = torch.cat([torch.linspace(-1, 1, 4001) * reach / 8, reach * torch.logspace(-9, 0, 2000)])
+    ramp = torch.cat([ramp, -ramp])
+    shape = [1] * case.sample.ndim
+    if case.axis is None:
+        x = ramp
+    else:
+        shape[case.axis], shape[case._free_axis()] = case.sample.shape[case.axis], -1
+        x = ramp.expand(shape[case.axis], -1)
+        x = (x.T if case.axis > case._free_axis() else x).reshape(shape)
+    y = case.observed(x)
+    fewest = min(part.unique().numel() for part in case.slices(y))
+    _require(fewest > 2**bits / 2, f"only {fewest} of {2**bits} levels are ever used")
+    try:
+        levels = case.observed.levels()
+    except NoCodesError:
+        return
+    for part, known in zip(case.slices(y), levels if case.axis is not None else [levels], strict=True):
+        _require(bool((known.diff() >= 0).all()), "levels() is not sorted")
+        _require(bool(torch.isin(part.unique(), known).all()), "quantize gives a value that levels() does not list")
+
+
+def idempotent(case: _Case) -> None:
+    """Quantizing what is quantized changes nothing."""
+    bits = getattr(case.observed, "n_bits", 8)
+    for dtype in DTYPES if bits <= 8 else DTYPES[:2]:
+        y = case.observed(case.wide(dtype))
+        _require(torch.equal(case.observed(y), y), f"quantize(quantize(x)) differs from quantize(x) in {dtype}")
+
+
+def monotone(case: _Case) -> None:
+    """A larger input never gives a smaller output."""
+    x = case.wide()
+    for real, quantized in zip(case.slices(x), case.slices(case.observed(x)), strict=True):
+        _require(bool((quantized[real.argsort()].diff() >= 0).all()), "a larger input gave a smaller output")
+
+
+def keeps_form(case: _Case) -> None:
+    """Shape, dtype, device and memory format are kept; the input is not changed."""
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "contiguous": lambda x: x.contiguous(),
+        "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    }
+    if case.sample.ndim == 4:
+        layouts["channels_last"] = lambda x: x.contiguous(memory_format=torch.channels_last)
+    for dtype in DTYPES:
+        expected = case.observed(case.sample.to(dtype))
+        for name, layout in layouts.items():
+            x = layout(case.sample.to(dtype))
+            before = x.clone()
+            y = case.observed(x)
+            _require((y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device), f"{name} {dtype} changed form")
+            _require(torch.equal(x, before), f"a {name} input was changed in place")
+            _require(torch.equal(y, expected), f"a {name} input in {dtype} gives other values")
+            _require(name == "strided" or y.stride() == x.stride(), f"memory format: {x.stride()} became {y.stride()}")
+
+
+def edge_cases(case: _Case) -> None:
+    """Zeros, constants, one channel of zeros, one element, none: finite, no warning."""
+    sample = case.sample
+    dead_channel = sample.clone()
+    dead_channel.select(case.axis or 0, 0).zero_()
+    inputs = {
+        "zeros": torch.zeros_like(sample),
+        "a constant": torch.full_like(sample, 0.7),
+        "one slice of zeros": dead_channel,
+        "huge values": sample.sign() * 3e38,
+        "tiny values": sample * 1e-38,
+        "denormal values": sample * 1e-42,
+        "no elements": sample[..., :0] if case.axis != sample.ndim - 1 else sample[:0],
+    }
+    for name, x in inputs.items():
+        if bool((sample >= 0).all()):
+            x = x.abs()
+        quantizer = copy.deepcopy(case.fresh) if x.numel() else case.observed
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quantizer.pre_observe(x)
+            y = quantizer(x)
+        _require(bool(torch.isfinite(y).all()), f"{name} gave a value that is not finite")
+        _require(y.shape == x.shape, f"{name} changed shape from {tuple(x.shape)} to {tuple(y.shape)}")
+        _require(name != "zeros" or not y.any(), "zeros did not give zeros")
+
+
+def nonfinite(case: _Case) -> None:
+    """NaN passes through quantize and is refused by encode and by observers; Inf saturates."""
+    x = case.sample.clone()
+    x.flatten()[0] = float("nan")
+    y = case.observed(x)
+    _require(torch.equal(y.isnan(), x.isnan()), "quantize did not pass NaN on, or made some")
+    try:
+        case.observed.encode(x)
+    except NoCodesError:
+        pass
+    except NonFiniteError:
+        pass
+    else:
+        _require(False, "encode took NaN")
+    x = case.sample.clone()
+    x.flatten()[0], x.flatten()[-1] = float("inf"), float("-inf")
+    _require(bool(torch.isfinite(case.observed(x)).all()), "Inf did not saturate")
+    if not case.fresh.is_ready:
+        for bad in (float("nan"), float("inf")):
+            x.flatten()[0] = bad
+            quantizer = copy.deepcopy(case.fresh)
+            try:
+                quantizer.pre_observe(x)
+                refused = False
+            except NonFiniteError:
+                refused = True
+            _require(refused or getattr(quantizer, "nonfinite", "") == "ignore", f"pre_observe took {bad}")
+
+
+def per_channel(case: _Case) -> None:
+    """A slice alone gives the same numbers as the same slice among others."""
+    if case.axis is None:
+        raise _Skip("it works per tensor")
+    together = case.observed(case.sample)
+    for i in range(case.sample.shape[case.axis]):
+        alone = copy.deepcopy(case.fresh)
+        part = case.sample.narrow(case.axis, i, 1)
+        alone.pre_observe(part)
+        _require(torch.equal(alone(part), together.narrow(case.axis, i, 1)), f"slice {i} alone differs")
+
+
+def gradient(case: _Case) -> None:
+    """A finite gradient reaches x and every learned parameter."""
+    quantizer = copy.deepcopy(case.observed)
+    x = case.sample.clone().requires_grad_()
+    y = quantizer(x)
+    _require(y.requires_grad, "the output does not require grad although x does")
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    _require(x.grad is not None and bool(torch.isfinite(x.grad).all()), "the gradient of x is missing or not finite")
+    reached = float((x.grad != 0).float().mean()) if x.grad is not None else 0.0
+    _require(reached > 0.5, f"only {reached:.0%} of in-range elements got a gradient")
+    for name, parameter in quantizer.named_parameters():
+        found = parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
+        _require(found, f"parameter {name} got no finite gradient")
+
+
+def survives(case: _Case) -> None:
+    """state_dict (strict, weights only), deepcopy, pickle, `.double().float()` and `.half()` keep the output."""
+    x, expected = case.sample, case.observed(case.sample)
+    file = io.BytesIO()
+    torch.save(case.observed.state_dict(), file)
+    file.seek(0)
+    loaded = copy.deepcopy(case.fresh)
+    loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    _require(_same(loaded(x), expected), "a state_dict loaded into a fresh quantizer changes the output")
+    _require(_same(copy.deepcopy(case.observed)(x), expected), "deepcopy changes the output")
+    _require(_same(pickle.loads(pickle.dumps(case.observed))(x), expected), "pickle changes the output")
+    for name, move in {"double().float()": lambda q: q.double().float(), "half()": lambda q: q.half()}.items():
+        _require(_same(move(copy.deepcopy(case.observed))(x), expected), f".{name} changes the output")
+
+
+class _ObserveAndQuantize(nn.Module):
+    def __init__(self, quantizer: Quantizer, observe: bool) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.observe = observe
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observe:
+            self.quantizer.pre_observe(x)
+        y = self.quantizer(x)
+        self.quantizer.post_observe(y)
+        return y
+
+
+def compiles(case: _Case) -> None:
+    """`torch.compile(fullgraph=True)` and `torch.export` give what eager gives."""
+    for observe in (False, True):
+        expected = _ObserveAndQuantize(copy.deepcopy(case.observed), observe)(case.sample)
+        module = _ObserveAndQuantize(copy.deepcopy(case.observed), observe)
+        torch.compiler.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(case.sample)
+        _require(torch.equal(compiled, expected), f"the compiled result differs (observe={observe})")
+        module = _ObserveAndQuantize(copy.deepcopy(case.observed), observe)
+        exported = torch.export.export(module, (case.sample,)).module()(case.sample)
+        _require(torch.equal(exported, expected), f"the exported result differs (observe={observe})")
+
+
+LAWS: dict[str, Callable[[_Case], None]] = {
+    law.__name__: law
+    for law in (
+        on_grid,
+        levels_used,
+        idempotent,
+        monotone,
+        keeps_form,
+        edge_cases,
+        nonfinite,
+        per_channel,
+        gradient,
+        survives,
+        compiles,
+    )
+}
+
+
+def check_quantizer(
+    quantizer: Quantizer, sample: Tensor | None = None, laws: tuple[str, ...] | None = None
+) -> LawReport:
+    """Run the laws of DESIGN on a quantizer, ours or yours; nothing happens to the one you pass.
+
+    `sample`: float tensor the quantizer is shown first, default N(0, 1) of shape (4, 6, 5, 5); pass one
+    if yours takes only some data, e.g. not below 0. `laws`: names out of `LAWS`, default all.
+    Raises LawViolation that names every law that fails and what was seen.
+
+    >>> from torchquant import AffineQuantizer, BatchMinMax
+    >>> report = check_quantizer(AffineQuantizer(4, BatchMinMax()), laws=("on_grid", "monotone"))
+    >>> report.passed
+    ('on_grid', 'monotone')
+    """
+    passed, skipped, broken = [], {}, {}
+    for name in LAWS if laws is None else laws:
+        try:
+            LAWS[name](_Case(quantizer, sample))
+        except _Skip as why:
+            skipped[name] = str(why)
+        except Exception as error:  # a law that crashes is a law that fails
+            broken[name] = str(error) if type(error) is AssertionError else f"{type(error).__name__}: {error}"
+        else:
+            passed.append(name)
+    if broken:
+        raise LawViolation(", ".join(broken), "; ".join(f"[{n}] {d}" for n, d in broken.items()))
+    return LawReport(tuple(passed), skipped)
