@@ -13,6 +13,7 @@ from torchquant.errors import ConfigError
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.qmodule.wrapper import QWrapper
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._statistics import StatisticTracker
 
 __all__ = [
     "SiteReport",
@@ -147,7 +148,7 @@ def state_report(model: nn.Module) -> StateReport:
 
 def _ranges(quantizer: Quantizer) -> str:
     tracker = getattr(quantizer, "observer", quantizer)
-    if not quantizer.is_ready or not hasattr(tracker, "get"):
+    if not (quantizer.is_ready and isinstance(tracker, StatisticTracker)):
         return "-"
     parts = []
     for name, value in zip(tracker.statistics, tracker.get(), strict=True):

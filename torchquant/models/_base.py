@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -136,9 +137,9 @@ class FusedModel(FloatCheckpoints, ABC):
                 quantizer.to(device)
 
     @abstractmethod
-    def _check(self, net: nn.Module) -> None:
+    def _check(self, net: Any) -> None:
         """Raise ConfigError, MissingDependencyError unless `net` can be fused."""
 
     @abstractmethod
-    def _fuse(self, net: nn.Module, recipe: Recipe) -> None:
+    def _fuse(self, net: Any, recipe: Recipe) -> None:
         """Build this module from the layers of `net`, all of them."""

@@ -5,22 +5,24 @@ Its `Swish` is `nn.SiLU`, which has a row already.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchquant.qmodule import ActivationRow, LayerRow, register_pattern
 
 
-def _run_unpadded(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_unpadded(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # not layer._conv_forward: these layers ignore padding_mode
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def _run_static(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_static(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _run_unpadded(layer, layer.static_padding(x), weight, bias)
 
 
-def _run_dynamic(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_dynamic(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     height, width = (
         max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         for size, kernel, stride, dilation in zip(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, require
 from torchquant.models._base import Factory, FusedModel, Recipe, check_kind
-
-if TYPE_CHECKING:
-    from efficientnet_pytorch import EfficientNet
 
 
 def excite(x: Tensor, squeezed: Tensor) -> Tensor:
@@ -23,7 +20,7 @@ def excite(x: Tensor, squeezed: Tensor) -> Tensor:
 class FusedSqueezeExcitation(nn.Module):
     """Pool, reduce, expand, excite."""
 
-    def __init__(self, block: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, block: Any, recipe: Recipe) -> None:
         super().__init__()
         self.adaptive_pool = recipe.op(nn.AdaptiveAvgPool2d(1), block._depthwise_conv)
         self.se_reduce = recipe.wrap([block._se_reduce, block._swish])
@@ -40,7 +37,7 @@ class FusedMBConvBlock(nn.Module):
     `drop_connect_rate`: probability of this block, None or 0 for none.
     """
 
-    def __init__(self, block: nn.Module, recipe: Recipe, drop_connect_rate: float | None) -> None:
+    def __init__(self, block: Any, recipe: Recipe, drop_connect_rate: float | None) -> None:
         super().__init__()
         args = block._block_args
         layers = [] if args.expand_ratio == 1 else [recipe.wrap([block._expand_conv, block._bn0, block._swish])]
@@ -82,7 +79,7 @@ class FusedEfficientNet(FusedModel):
 
     def __init__(
         self,
-        net: EfficientNet,
+        net: nn.Module,
         weight_quantizer: Factory,
         acts_quantizer: Factory,
         *,
@@ -107,13 +104,13 @@ class FusedEfficientNet(FusedModel):
         )
         super().__init__(net, recipe)
 
-    def _check(self, net: nn.Module) -> None:
+    def _check(self, net: Any) -> None:
         model = require("efficientnet_pytorch.model", "all")
         check_kind("FusedEfficientNet", net, (model.EfficientNet,), "forward", "extract_features")
         for block in net._blocks:
             check_kind("FusedEfficientNet's block", block, (model.MBConvBlock,), "forward")
 
-    def _fuse(self, net: nn.Module, recipe: Recipe) -> None:
+    def _fuse(self, net: Any, recipe: Recipe) -> None:
         rate, n_blocks = net._global_params.drop_connect_rate, len(net._blocks)
         rates = [rate * (float(i) / n_blocks) if rate else None for i in range(n_blocks)]
         self.conv_stem = recipe.stem([net._conv_stem, net._bn0, net._swish], net._blocks)
@@ -121,7 +118,8 @@ class FusedEfficientNet(FusedModel):
             *(FusedMBConvBlock(block, recipe, rate) for block, rate in zip(net._blocks, rates, strict=True))
         )
         self.conv_head = recipe.wrap([net._conv_head, net._bn1, net._swish])
-        self.avg_pool, self.classifier = net._avg_pooling, None
+        self.avg_pool: nn.Module = net._avg_pooling
+        self.classifier: nn.Module | None = None
         if recipe.quantize_fc and not net._global_params.include_top:
             raise ConfigError("quantize_fc=True needs a last layer; this EfficientNet was built with include_top=False")
         if net._global_params.include_top:

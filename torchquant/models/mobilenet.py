@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
 from torchquant.errors import require
 from torchquant.models._base import Factory, FusedModel, Recipe, check_kind
 
-if TYPE_CHECKING:
-    from torchvision.models import MobileNetV2
-
 
 class FusedInvertedResidual(nn.Module):
     """Expansion (if there is one), depthwise convolution, linear projection; added to the input at stride 1."""
 
-    def __init__(self, block: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, block: Any, recipe: Recipe) -> None:
         super().__init__()
         *inner, projection, bn = block.conv
         self.conv = nn.Sequential(*map(recipe.wrap, inner), recipe.wrap([projection, bn]))
@@ -46,7 +43,7 @@ class FusedMobileNetV2(FusedModel):
 
     def __init__(
         self,
-        net: MobileNetV2,
+        net: nn.Module,
         weight_quantizer: Factory,
         acts_quantizer: Factory,
         *,
@@ -71,13 +68,13 @@ class FusedMobileNetV2(FusedModel):
         )
         super().__init__(net, recipe)
 
-    def _check(self, net: nn.Module) -> None:
+    def _check(self, net: Any) -> None:
         mobilenet = require("torchvision.models.mobilenetv2", "all")
         check_kind("FusedMobileNetV2", net, (mobilenet.MobileNetV2,), "forward", "_forward_impl")
         for block in net.features[1:-1]:
             check_kind("FusedMobileNetV2's block", block, (mobilenet.InvertedResidual,), "forward")
 
-    def _fuse(self, net: nn.Module, recipe: Recipe) -> None:
+    def _fuse(self, net: Any, recipe: Recipe) -> None:
         first, *blocks, last = net.features
         self.features = nn.Sequential(
             recipe.stem(first, net.features[1:]),

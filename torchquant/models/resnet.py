@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
 from torchquant.errors import require
 from torchquant.models._base import Factory, FusedModel, Recipe, check_kind
 
-if TYPE_CHECKING:
-    from torchvision.models import ResNet
-
 
 class FusedBlock(nn.Module):
     """A BasicBlock or Bottleneck: two or three convolutions, the skip, and an addition with ReLU."""
 
-    def __init__(self, block: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, block: Any, recipe: Recipe) -> None:
         super().__init__()
         layers = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if hasattr(block, "conv3"):
@@ -50,7 +47,7 @@ class FusedResNet(FusedModel):
 
     def __init__(
         self,
-        net: ResNet,
+        net: nn.Module,
         weight_quantizer: Factory,
         acts_quantizer: Factory,
         *,
@@ -75,14 +72,14 @@ class FusedResNet(FusedModel):
         )
         super().__init__(net, recipe)
 
-    def _check(self, net: nn.Module) -> None:
+    def _check(self, net: Any) -> None:
         resnet = require("torchvision.models.resnet", "all")
         check_kind("FusedResNet", net, (resnet.ResNet,), "forward", "_forward_impl")
         for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
             for block in layer:
                 check_kind("FusedResNet's block", block, (resnet.BasicBlock, resnet.Bottleneck), "forward")
 
-    def _fuse(self, net: nn.Module, recipe: Recipe) -> None:
+    def _fuse(self, net: Any, recipe: Recipe) -> None:
         self.fused_1 = recipe.stem([net.conv1, net.bn1, net.relu], net.layer1)
         self.maxpool = net.maxpool
         self.layer1 = nn.Sequential(*(FusedBlock(block, recipe) for block in net.layer1))

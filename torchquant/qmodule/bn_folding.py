@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional.bn_fold import bn_sigma, channel_view, fold_bias, fold_factor
@@ -32,7 +33,7 @@ FOLD_MODES = ("running", "batch", "corrected", "rescale")
 RunScaled = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def check_fold(fold_bn: bool | str, bn: nn.Module | None, out_channels: int) -> str | None:
+def check_fold(fold_bn: bool | str, bn: _BatchNorm | None, out_channels: int) -> str | None:
     """The fold mode that `fold_bn` names, None for no folding. Raises ConfigError."""
     if fold_bn is False:
         return None
@@ -48,25 +49,32 @@ def check_fold(fold_bn: bool | str, bn: nn.Module | None, out_channels: int) -> 
     return mode
 
 
-def running_factor(bn: nn.Module) -> Tensor:
+def running_sigma(bn: _BatchNorm) -> Tensor:
+    """sigma_R, (C,)."""
+    assert bn.running_var is not None
+    return bn_sigma(bn.running_var, bn.eps)
+
+
+def running_factor(bn: _BatchNorm) -> Tensor:
     """gamma / sigma_R, (C,)."""
-    return fold_factor(bn.weight, bn_sigma(bn.running_var, bn.eps))
+    return fold_factor(bn.weight, running_sigma(bn))
 
 
-def running_bias(bn: nn.Module, bias: Tensor | None) -> Tensor:
+def running_bias(bn: _BatchNorm, bias: Tensor | None) -> Tensor:
     """Bias of the layer folded with running statistics, (C,)."""
+    assert bn.running_mean is not None
     return fold_bias(bias, bn.running_mean, running_factor(bn), bn.bias)
 
 
 def folded_forward(
-    mode: str, run: RunScaled, run_float: Callable[[Tensor], Tensor], bn: nn.Module, bias: Tensor | None, x: Tensor
+    mode: str, run: RunScaled, run_float: Callable[[Tensor], Tensor], bn: _BatchNorm, bias: Tensor | None, x: Tensor
 ) -> Tensor:
     """Output of layer + batch norm with the folded, quantized weight. `run_float` is the plain layer."""
     if not bn.training:
         return run(x, running_factor(bn), running_bias(bn, bias))
     if mode == "rescale":
         factor = running_factor(bn)
-        factor = torch.where(factor == 0, bn_sigma(bn.running_var, bn.eps).reciprocal(), factor)
+        factor = torch.where(factor == 0, running_sigma(bn).reciprocal(), factor)
         y = run(x, factor, None)
         y = y / channel_view(factor, y.ndim)
         return bn(y if bias is None else y + channel_view(bias, y.ndim))
@@ -83,6 +91,6 @@ def folded_forward(
     batch_bias = fold_bias(bias, mean, batch_factor, bn.bias)
     if mode == "batch":
         return run(x, batch_factor, batch_bias)
-    correction = bn_sigma(bn.running_var, bn.eps) / batch_sigma
+    correction = running_sigma(bn) / batch_sigma
     y = run(x, running_factor(bn), None)
     return y * channel_view(correction, y.ndim) + channel_view(batch_bias, y.ndim)

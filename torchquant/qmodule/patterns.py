@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,16 +16,18 @@ from torch.func import functional_call
 from torchquant.errors import NameClashError, UnsupportedPatternError
 from torchquant.quantizers_functional.bn_fold import channel_view
 
-RunLayer = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+RunLayer = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def run_by_functional_call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def run_by_functional_call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run any layer with another weight and bias, by its own `forward`.
 
     Bit-identical to the direct call and about 30 us dearer, so the layers of torch have direct rows.
     """
     own_bias = getattr(layer, "bias", None)
-    parameters = {"weight": weight} if own_bias is None else {"weight": weight, "bias": bias}
+    parameters = {"weight": weight}
+    if own_bias is not None and bias is not None:
+        parameters["bias"] = bias
     y = functional_call(layer, parameters, (x,))
     return y if own_bias is not None or bias is None else y + channel_view(bias, y.ndim)
 
@@ -42,7 +44,7 @@ class LayerRow:
     batch_norm: type[nn.Module] | None = None
     transposed: bool = False
 
-    def channels_first(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
         """The weight with the output channel on axis 0: what weight quantizers see, for every layer.
 
         (in, out / groups, ...) becomes (out, in / groups, ...). Its own inverse.
@@ -60,16 +62,16 @@ class ActivationRow:
     clamp: tuple[float | None, float | None] | None = None
 
 
-def _run_linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _run_conv(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return layer._conv_forward(x, weight, bias)  # padding modes and dilation included
 
 
 def _conv_transpose_runner(conv: Callable[..., Tensor]) -> RunLayer:
-    def run(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         return conv(x, weight, bias, *geometry)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class QWrapper(QModule):
         sites = [q for q in given if q is not None]
         if len({id(q) for q in sites}) != len(sites):
             raise ConfigError("each site needs a quantizer of its own; one object was given for two of them")
+        self.layer: Any
+        self.bn: Any
         self.layer, self.bn, self.activation = split_pattern(layers)
         self.weight_quantizer = weight_quantizer
         self.acts_quantizer = acts_quantizer
@@ -71,12 +74,12 @@ class QWrapper(QModule):
         x = self._run_acts_quantizer("input", self.input_quantizer, x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self.layer(x))
-        elif self.fold_mode is None or self.bn is None:
+        elif self.fold_mode is None:
             y = self._normalized(self._run(x, None, self._bias))
         elif state.is_weight_quantized:
             y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self._bias, x)
         else:
-            self._observe_weight(running_factor(self.bn))
+            self._observe_weight(self._fold_factor())
             y = self._normalized(self.layer(x))
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
@@ -90,6 +93,9 @@ class QWrapper(QModule):
     def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
         weight = layer_row(self.layer).channels_first(self.layer, self.layer.weight)
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
+
+    def _fold_factor(self) -> Tensor | None:
+        return None if self.fold_mode is None else running_factor(self.bn)
 
     def _observe_weight(self, factor: Tensor | None) -> None:
         assert self.weight_quantizer is not None
@@ -110,14 +116,12 @@ class QWrapper(QModule):
     def observe_weight(self) -> None:
         """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
         if self.weight_quantizer is not None:
-            folded = self.fold_mode is not None and self.bn is not None
-            self._observe_weight(running_factor(self.bn) if folded else None)
+            self._observe_weight(self._fold_factor())
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:
         """The real weight that QUANT_EVAL quantizes, output channel on axis 0, folded where folding is on."""
-        folded = self.fold_mode is not None and self.bn is not None
-        return self._channels_first_weight(running_factor(self.bn) if folded else None)
+        return self._channels_first_weight(self._fold_factor())
 
     @torch.no_grad()
     def fold(self) -> nn.Module:

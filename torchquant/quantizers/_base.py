@@ -197,7 +197,8 @@ class UniformQuantizer(GridQuantizer):
         return params.qmin, params.qmax
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        return tuple(self.affine_params())
+        delta, zero_point, qmin, qmax = self.affine_params()
+        return delta, zero_point, qmin, qmax
 
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
         params = AffineParams(*grid)

@@ -40,6 +40,7 @@ class AffineQuantizer(UniformQuantizer):
     @classmethod
     def examples(cls, axis: int | None = None) -> list[AffineQuantizer]:
         """Instances that stand for the scheme in the laws."""
+        settings: list[tuple[int, bool | str, bool]]
         settings = [(8, False, True), (4, True, False), (4, "narrow", True), (2, "full", False), (1, False, True)]
         return [cls(bits, BatchMinMax(axis), symmetric, clip) for bits, symmetric, clip in settings]
 

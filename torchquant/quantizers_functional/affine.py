@@ -18,7 +18,7 @@ MAX_BITS = 24
 class AffineParams(NamedTuple):
     """The numbers of a uniform grid: real = (code - zero_point) * delta, qmin <= code <= qmax."""
 
-    delta: Tensor | float
+    delta: Tensor
     zero_point: Tensor | int
     qmin: int
     qmax: int
@@ -98,7 +98,7 @@ def affine_quantize(
     """
     if not (isinstance(n_levels, int) and n_levels >= 2):
         raise ConfigError(f"n_levels must be a whole number of at least 2, got {n_levels!r}")
-    return quantize_uniform(x, AffineParams(delta, zero_point, 0, n_levels - 1), gradient, clamp)
+    return apply_projection(x, uniform_projection(delta, -zero_point, n_levels - 1 - zero_point), gradient, clamp)
 
 
 def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:

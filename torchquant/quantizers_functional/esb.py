@@ -41,7 +41,7 @@ def check_esb(n_bits: int, significant_bits: int) -> None:
 
 def esb_max_exponent(n_bits: int, significant_bits: int) -> int:
     """Largest exponent N of the grid before scaling."""
-    return 2 ** (n_bits - 1 - significant_bits) - 2
+    return int(2 ** (n_bits - 1 - significant_bits) - 2)
 
 
 def esb_max(n_bits: int, significant_bits: int) -> float:

@@ -1,0 +1,94 @@
+"""Bytes that the weights of a model take, at their true width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import NoAffineViewError
+from torchquant.qmodule import LayerRow, QWrapper
+from torchquant.qmodule.patterns import row_of
+from torchquant.quantizers import GridQuantizer, Quantizer
+
+FLOAT_BYTES = 4
+"""A scale, and an element of a float weight."""
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of one weight: packed codes (or float32 elements), and the numbers needed to decode them."""
+
+    path: str
+    n_bits: int
+    codes: int
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        """Codes and parameters."""
+        return self.codes + self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+def weight_bytes(model: nn.Module) -> list[WeightBytes]:
+    """Bytes of every layer weight of the model, whatever state it is in. Biases are not counted.
+
+    Codes are packed at their true width, rounded up to whole bytes a weight. Parameters are 4 bytes a
+    scale (a step, an alpha) and `ceil(n_bits / 8)` bytes a zero point where one is not 0. A weight
+    without quantizer takes 4 bytes an element, so a float model can be counted too.
+    Raises UnobservedRangeError before calibration.
+
+    >>> [site.total for site in weight_bytes(nn.Linear(10, 4))]
+    [160]
+    """
+    return [_site_bytes(path, weight, quantizer) for path, weight, quantizer in _weights(model)]
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]:
+    wrapped: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, QWrapper):
+            wrapped.add(id(module.layer))
+            yield path or "(root)", module.layer.weight, module.weight_quantizer
+        elif isinstance(row_of(module), LayerRow) and id(module) not in wrapped:
+            yield path or "(root)", module.weight, None
+
+
+def _site_bytes(path: str, weight: Tensor, quantizer: Quantizer | None) -> WeightBytes:
+    if quantizer is None:
+        return WeightBytes(path, 8 * FLOAT_BYTES, FLOAT_BYTES * weight.numel(), 0)
+    packed = -(-weight.numel() * quantizer.n_bits // 8)
+    return WeightBytes(path, quantizer.n_bits, packed, _parameter_bytes(quantizer))
+
+
+@torch.no_grad()
+def _parameter_bytes(quantizer: Quantizer) -> int:
+    try:
+        params = quantizer.affine_params()
+    except NoAffineViewError:
+        return FLOAT_BYTES * sum(number.numel() for number in _decoding_numbers(quantizer))
+    zero_point_bytes = -(-quantizer.n_bits // 8) if bool(torch.as_tensor(params.zero_point).any()) else 0
+    return params.delta.numel() * (FLOAT_BYTES + zero_point_bytes)
+
+
+def _decoding_numbers(quantizer: Quantizer) -> list[Tensor]:
+    """The numbers of a grid that its values depend on; a threshold, say, is only needed to encode."""
+    if not isinstance(quantizer, GridQuantizer):
+        return []
+    low, high = quantizer.code_range
+    grid = [number[..., None] if isinstance(number, Tensor) else number for number in quantizer.grid()]
+    codes = torch.arange(low, high + 1)
+
+    def matters(i: int, number: Tensor) -> bool:
+        changed = [*grid[:i], number * 2 + 1, *grid[i + 1 :]]
+        values = [quantizer.values(codes.to(number.device), torch.float32, *g) for g in (grid, changed)]
+        return not torch.equal(*values)
+
+    return [number for i, number in enumerate(grid) if isinstance(number, Tensor) and matters(i, number)]

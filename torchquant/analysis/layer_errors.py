@@ -1,0 +1,146 @@
+"""Where quantization costs accuracy: the error of every QModule, in dB and as samples to plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.qmodule import QModule, QModuleState, QWrapper
+from torchquant.utils import qmodule_state, qmodules
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """Error at one quantizer: its signal to quantization noise ratio and what it was computed from.
+
+    `sqnr_db` is over all elements; `real` and `quantized` are the same random positions of the float
+    and the quantized tensor, (K,) float32 each, for histograms.
+    """
+
+    scheme: str
+    n_bits: int | None
+    sqnr_db: float
+    real: Tensor = field(repr=False)
+    quantized: Tensor = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Scheme, bits and SQNR for JSON, which has no infinity: without any error the SQNR is None."""
+        sqnr_db = self.sqnr_db if math.isfinite(self.sqnr_db) else None
+        return {"scheme": self.scheme, "n_bits": self.n_bits, "sqnr_db": sqnr_db}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Errors of one QModule; None for a site without a quantizer."""
+
+    path: str
+    weight: SiteError | None
+    output: SiteError | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Path and both sites, for JSON."""
+        sites = {"weight": self.weight, "output": self.output}
+        return {"path": self.path} | {name: None if site is None else site.to_dict() for name, site in sites.items()}
+
+
+def sqnr(x: Tensor, x_hat: Tensor) -> float:
+    """Signal to quantization noise ratio in dB, `10 log10(sum x**2 / sum (x - x_hat)**2)`, in float64.
+
+    inf if the two are equal, -inf for noise on a tensor of zeros. Raises ConfigError for two shapes or no element.
+
+    >>> round(sqnr(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5])), 6)
+    20.0
+    """
+    if x.shape != x_hat.shape or x.numel() == 0:
+        raise ConfigError(
+            f"sqnr needs two tensors of one shape with at least one element, got {tuple(x.shape)} and "
+            f"{tuple(x_hat.shape)}"
+        )
+    real = x.detach().to(torch.float64)
+    noise = float((real - x_hat.detach().to(torch.float64)).square().sum())
+    signal = float(real.square().sum())
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan
+
+
+@torch.no_grad()
+def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[LayerError]:
+    """What quantization changes in every QModule, in the order of `named_modules`.
+
+    Weight: the real weight against its quantized value. Output: the same input `x` through the whole
+    model in BYPASSED and in QUANT_EVAL, so it contains the error of all layers before. At most
+    `n_samples` elements a tensor are sampled, the same ones in every call. A module called several
+    times counts its first call; one that `x` does not reach has no output error.
+
+    Runs in eval mode; modes and states are as before afterwards, and no hook stays. While it runs it
+    holds the float output of every quantized site. Raises UnobservedRangeError before calibration.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        real: dict[str, Tensor] = {}
+        with qmodule_state(model, QModuleState.BYPASSED), _on_output(model, real.setdefault):
+            model(x)
+        outputs: dict[str, SiteError] = {}
+        modules = dict(qmodules(model))
+
+        def compare(path: str, quantized: Tensor) -> None:
+            if path in real:
+                outputs[path] = _site_error(modules[path], "output", real.pop(path), quantized, n_samples)
+
+        with qmodule_state(model, QModuleState.QUANT_EVAL), _on_output(model, compare):
+            model(x)
+    finally:
+        for module in training:
+            module.training = True
+    return [
+        LayerError(path or "(root)", _weight_error(module, n_samples), outputs.get(path))
+        for path, module in modules.items()
+    ]
+
+
+@contextmanager
+def _on_output(model: nn.Module, receive: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Call `receive(path, output)` after each forward of a QModule with an output quantizer."""
+
+    def hook(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def call(module: nn.Module, args: Any, output: Tensor) -> None:
+            receive(path, output)
+
+        return call
+
+    handles = [
+        module.register_forward_hook(hook(path)) for path, module in qmodules(model) if "output" in module.quantizers()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight_error(module: QModule, n_samples: int) -> SiteError | None:
+    quantizer = module.quantizers().get("weight")
+    if quantizer is None or not isinstance(module, QWrapper):
+        return None
+    weight = module.float_weight()
+    return _site_error(module, "weight", weight, quantizer(weight), n_samples)
+
+
+def _site_error(module: QModule, site: str, real: Tensor, quantized: Tensor, n_samples: int) -> SiteError:
+    quantizer = module.quantizers()[site]
+    positions = slice(None)
+    if real.numel() > n_samples:
+        generator = torch.Generator().manual_seed(0)
+        positions = torch.randint(real.numel(), (n_samples,), generator=generator).to(real.device)
+    samples = [t.flatten()[positions].to("cpu", torch.float32, copy=True) for t in (real, quantized)]
+    n_bits = getattr(quantizer, "n_bits", None)
+    return SiteError(type(quantizer).__name__, n_bits, sqnr(real, quantized), *samples)

@@ -1,0 +1,180 @@
+"""The main job: train in float, quantize in six ways, export, compare, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from torchquant.analysis import layer_errors, weight_bytes
+from torchquant.demo.data import Digits, load_digits
+from torchquant.demo.files import output_folder, write_checkpoint, write_json, write_whole
+from torchquant.demo.network import QuantSmallResNet, SmallResNet
+from torchquant.demo.progress import Silent
+from torchquant.demo.report import render_report
+from torchquant.demo.results import DemoResult, OnnxResult, SchemeResult, versions
+from torchquant.demo.schemes import SCHEMES, Scheme
+from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.deploy import export_onnx, run_onnx
+from torchquant.errors import ConfigError, require
+
+FLOAT_RATE = 8e-3
+QAT_RATE = 4e-3
+EXPORTED = "w8a8-ptq"
+MAX_SEED = 2**32 - 1
+PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How long the demo trains. `qat_epochs`: epochs of the training lengths that schemes name.
+
+    `test_copies`: distorted versions of each of the 450 test images. Raises ConfigError.
+    """
+
+    seed: int = 0
+    float_epochs: int = 30
+    long_epochs: int = 10
+    short_epochs: int = 4
+    test_copies: int = 4
+    calibration_batches: int = 8
+    command: str = "torchquant demo"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed must be 0..{MAX_SEED}, got {self.seed}")
+        for name in ("float_epochs", "long_epochs", "short_epochs", "test_copies", "calibration_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def preset(cls, seed: int = 0, quick: bool = False) -> DemoConfig:
+        """The lengths behind `torchquant demo` and `torchquant demo --quick`."""
+        config = cls(seed=seed, command=f"torchquant demo --seed {seed}{' --quick' if quick else ''}")
+        return replace(config, float_epochs=9, long_epochs=3, short_epochs=1, test_copies=2) if quick else config
+
+    def qat_epochs(self, scheme: Scheme) -> int:
+        """Epochs of quantization-aware training of a scheme, 0 for calibration only."""
+        return {"": 0, "short": self.short_epochs, "long": self.long_epochs}[scheme.qat]
+
+
+def run_demo(
+    config: DemoConfig | None = None, out: str | os.PathLike[str] = "demo_out", show: Silent | None = None
+) -> DemoResult:
+    """Run the main job and write report.html, results.json, checkpoints and w8a8.onnx into the folder `out`.
+
+    Same seed, same numbers, on one machine with one number of threads. The caller's random state is
+    left alone. Raises ConfigError for a bad `out`, MissingDependencyError before any work is done.
+    """
+    for package in PACKAGES:
+        require(package, "demo")
+    folder = output_folder(out)
+    with torch.random.fork_rng(devices=[]), show or Silent() as shown:
+        return _Job(config or DemoConfig.preset(), folder, shown).run()
+
+
+class _Job:
+    """One run: the steps share the data, the float network and the clock."""
+
+    def __init__(self, config: DemoConfig, folder: Path, show: Silent) -> None:
+        self.config = config
+        self.folder = folder
+        self.show = show
+        self.seconds: dict[str, float] = {}
+        self.data: Digits = load_digits(config.seed, config.test_copies)
+        torch.manual_seed(config.seed)
+        self.network = SmallResNet()
+
+    def run(self) -> DemoResult:
+        epochs = self.config.float_epochs + sum(2 * self.config.qat_epochs(s) + 1 for s in SCHEMES)
+        self.show.start(epochs + 2)
+        started = time.perf_counter()
+        rows = [self._float()]
+        models = {}
+        for scheme in SCHEMES:
+            models[scheme.name] = model = scheme.build(self.network)
+            rows.append(self._scheme(scheme, model))
+        onnx = self._onnx(models[EXPORTED])
+        self.show.advance(1, "analysing layers and drawing the report")
+        with self._timed("analysis"):
+            sample = self.data.test_images[:256]
+            layers = {name: layer_errors(model, sample) for name, model in models.items()}
+        self.seconds["total before report"] = time.perf_counter() - started
+        result = DemoResult(self.config, tuple(rows), onnx, layers, self.seconds, versions())
+        html = render_report(result)
+        write_whole(self.folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
+        write_json(self.folder / "results.json", result.to_dict())
+        self.show.advance(1, "done")
+        return result
+
+    def _float(self) -> SchemeResult:
+        config = self.config
+        with self._timed("float"):
+            train(
+                self.network,
+                self.data,
+                config.float_epochs,
+                FLOAT_RATE,
+                config.seed,
+                lambda epoch, loss: self.show.advance(1, f"float: epoch {epoch}, loss {loss:.3f}"),
+            )
+            scores = predict(self.network, self.data.test_images)
+        write_checkpoint(self.folder / "float.pt", self.network)
+        bytes_ = sum(site.total for site in weight_bytes(self.network))
+        return self._finished(SchemeResult("float", "float32", accuracy(scores, self.data.test_labels), bytes_))
+
+    def _scheme(self, scheme: Scheme, model: QuantSmallResNet) -> SchemeResult:
+        config = self.config
+        with self._timed(scheme.name):
+            calibrate(model, self.data, config.calibration_batches, config.seed)
+            self.show.advance(1, f"{scheme.title}: calibrated")
+            if scheme.qat:
+                quantization_aware_train(
+                    model,
+                    self.data,
+                    config.qat_epochs(scheme),
+                    QAT_RATE,
+                    config.seed,
+                    lambda epoch, loss: self.show.advance(2, f"{scheme.title}: epoch {epoch}, loss {loss:.3f}"),
+                )
+            scores = predict(model, self.data.test_images)
+        write_checkpoint(self.folder / f"{scheme.name}.pt", model)
+        bytes_ = sum(site.total for site in weight_bytes(model))
+        return self._finished(
+            SchemeResult(scheme.name, scheme.title, accuracy(scores, self.data.test_labels), bytes_)
+        )
+
+    def _onnx(self, model: QuantSmallResNet) -> OnnxResult:
+        x, labels = self.data.test_images, self.data.test_labels
+        path = self.folder / "w8a8.onnx"
+        with self._timed("onnx"):
+            write_whole(path, lambda temporary: export_onnx(model, temporary, x[:2]))
+            scores = run_onnx(path, x)
+            simulated = predict(model, x)
+        result = OnnxResult(
+            accuracy=accuracy(scores, labels),
+            simulated_accuracy=accuracy(simulated, labels),
+            same_top1=float((scores.argmax(1) == simulated.argmax(1)).double().mean()),
+            largest_difference=float((scores - simulated).abs().max()),
+            file_bytes=path.stat().st_size,
+        )
+        self.show.message(
+            f"w8a8.onnx in ONNX Runtime: accuracy {result.accuracy:.2%}, same class as the simulation for "
+            f"{result.same_top1:.2%} of {len(labels)} test images"
+        )
+        return result
+
+    def _finished(self, row: SchemeResult) -> SchemeResult:
+        self.show.message(f"{row.title}: accuracy {row.accuracy:.2%} after {self.seconds[row.name]:.1f} s")
+        return row
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,81 @@
+"""What the demo says while it runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torchquant.errors import require
+
+
+class Silent:
+    """Says nothing. Also the interface: a context manager with `start`, `message`, `advance`, `table`."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away, if there is one."""
+
+    def start(self, total: float) -> None:
+        """`total` units of work lie ahead."""
+
+    def message(self, text: str) -> None:
+        """Something finished; the text stays."""
+
+    def advance(self, amount: float, doing: str) -> None:
+        """`amount` units are done; `doing` is what happens now and need not stay."""
+
+    def table(self, title: str, header: list[str], rows: list[list[str]], note: str) -> None:
+        """Show the result."""
+
+
+class Terminal(Silent):
+    """rich on a terminal: one bar with a live message, finished lines above it. Elsewhere lines only.
+
+    `console`: a rich Console, by default one on standard output. Raises MissingDependencyError.
+    """
+
+    def __init__(self, console: Any = None) -> None:
+        self._console = console or require("rich.console", "cli").Console()
+        rich = require("rich.progress", "cli")
+        columns = ("[progress.description]{task.description}", "[progress.percentage]{task.percentage:>3.0f}%")
+        self._bar = rich.Progress(
+            rich.SpinnerColumn(),
+            rich.TextColumn(columns[0]),
+            rich.BarColumn(),
+            rich.TextColumn(columns[1]),
+            rich.TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Terminal:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def start(self, total: float) -> None:
+        self._task = self._bar.add_task("starting", total=total)
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, amount: float, doing: str) -> None:
+        self._bar.update(self._task, advance=amount, description=doing)
+
+    def table(self, title: str, header: list[str], rows: list[list[str]], note: str) -> None:
+        table = require("rich.table", "cli").Table(title=title, caption=note)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)

@@ -1,0 +1,90 @@
+"""What a run of the demo found out."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchquant.analysis import LayerError
+
+if TYPE_CHECKING:
+    from torchquant.demo.job import DemoConfig
+
+LIBRARIES = ("torchquant", "torch", "numpy", "scikit-learn", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class SchemeResult:
+    """One row of the table: test accuracy 0..1, bytes of all layer weights (`analysis.weight_bytes`)."""
+
+    name: str
+    title: str
+    accuracy: float
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class OnnxResult:
+    """The exported model in ONNX Runtime beside the simulation, on all test images.
+
+    `same_top1`: share of images for which both name the same class. `largest_difference`: of any class score.
+    """
+
+    accuracy: float
+    simulated_accuracy: float
+    same_top1: float
+    largest_difference: float
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """A whole run. `rows[0]` is the float network; `layers` has one list of layer errors a scheme."""
+
+    config: DemoConfig
+    rows: tuple[SchemeResult, ...]
+    onnx: OnnxResult
+    layers: dict[str, list[LayerError]]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def row(self, name: str) -> SchemeResult:
+        """The row of a scheme by its name, e.g. "w4a4-qat"; KeyError if there is none."""
+        return {row.name: row for row in self.rows}[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything for JSON. All that differs between two runs with one seed stands under "seconds"."""
+        return {
+            "config": asdict(self.config),
+            "versions": self.versions,
+            "schemes": [asdict(row) for row in self.rows],
+            "onnx": asdict(self.onnx),
+            "layers": {name: [layer.to_dict() for layer in layers] for name, layers in self.layers.items()},
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Header, rows of text and a note: the summary as the terminal and the report show it."""
+        float_bytes = self.rows[0].weight_bytes
+        rows = [
+            [
+                row.title,
+                f"{row.accuracy:.2%}",
+                f"{row.weight_bytes:,}",
+                f"{float_bytes / row.weight_bytes:.1f}x",
+                f"{self.seconds[row.name]:.1f}",
+            ]
+            for row in self.rows
+        ]
+        note = "weight bytes: packed codes at their true width, with scales at 4 bytes each; biases not counted"
+        return ["scheme", "accuracy", "weight bytes", "smaller", "seconds"], rows, note
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of Python and of the libraries that decide the numbers, and the threads in use."""
+    found = {name: metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **found, "threads": str(torch.get_num_threads())}
