@@ -23,6 +23,7 @@ from torchquant.quantizers_functional import (
     ternary_params,
     ternary_quantize,
 )
+from torchquant.quantizers_functional._bits import pack_mask, unpack_mask
 from torchquant.quantizers_functional.affine import quantize_uniform
 from torchquant.quantizers_functional.esb import ESB_ALPHA, esb_decode, esb_encode, esb_max
 from torchquant.quantizers_functional.uniform import uniform_codes
@@ -281,3 +282,40 @@ def test_gradient_clip_passes_inside_and_stops_outside() -> None:
 def test_bad_arguments_say_what_is_allowed(call: object, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         call()
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (3, 5), (2, 3, 5, 7), (16, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_masks_pack_to_one_bit_an_element_and_back(shape: tuple, dtype: torch.dtype) -> None:
+    mask = (torch.rand(shape) > 0.4).to(dtype)
+    bits = pack_mask(mask)
+    assert bits.numel() == -(-mask.numel() // 8)
+    assert torch.equal(unpack_mask(bits, mask.shape, dtype), mask)
+
+
+def test_a_clipped_gradient_saves_one_bit_an_element() -> None:
+    saved = []
+    x = torch.randn(1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        affine_quantize(x, 0.1, 8, 16, gradient="clipped", clamp=(0.0, None))
+    assert saved == [125]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last"])
+def test_the_clipped_gradient_in_every_memory_format(layout: str, grad_layout: str) -> None:
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    x = torch.randn(2, 3, 4, 5) * 2
+    if layout == "transposed":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        x = x.contiguous(memory_format=formats[layout])
+    leaf = x.clone().requires_grad_()
+    upstream = torch.randn_like(x).contiguous(memory_format=formats[grad_layout])
+    affine_quantize(leaf, 0.1, 8, 16, gradient="clipped").backward(upstream)
+    assert torch.equal(leaf.grad, upstream * inside_4_bits(x))
+
+
+def inside_4_bits(x: Tensor) -> Tensor:
+    code = (x / 0.1).round() + 8
+    return ((code >= 0) & (code <= 15)).to(x.dtype)

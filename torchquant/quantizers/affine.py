@@ -17,6 +17,7 @@ class AffineQuantizer(UniformQuantizer):
     gradient of elements whose code saturates; the published code masks on the quantized value and
     so loses in-range elements (ALGORITHMS I-3). Raises ConfigError.
 
+    >>> import torch
     >>> quantizer = AffineQuantizer(4, BatchMinMax(), symmetric="narrow")
     >>> quantizer.pre_observe(torch.tensor([3.9, 7.2, -10.0]))
     >>> quantizer(torch.tensor([3.9, 7.2, -10.0]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, FittedQuantizer
+from torchquant.quantizers_functional._sums import row_sums, unit_rows
 from torchquant.quantizers_functional.esb import (
     ESB_ALPHA,
     check_esb,
@@ -59,8 +60,9 @@ class ESBQuantizer(FittedQuantizer):
         return -largest, largest
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        squares = rows(x, self.axis).to(torch.float64).square().mean(1)
-        rms = reduce_mean(squares if self.axis is not None else squares.squeeze(0)).sqrt()
+        units, unit = unit_rows(rows(x, self.axis))
+        mean_squares = row_sums(units.square_()) / units.shape[1] * unit.to(torch.float64).square()
+        rms = reduce_mean(mean_squares if self.axis is not None else mean_squares.squeeze(0)).sqrt()
         largest = torch.finfo(torch.float32).max / 2 / esb_max(self.n_bits, self.significant_bits)
         alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * rms).clamp(2.0**-126, largest)
         # NaN and Inf go on as they are, for the tracker to refuse.

@@ -5,9 +5,9 @@ autograd, where `inside` is 1 for elements the format did not clip and 0 for the
 attaches a gradient to it. The value is returned as computed, so it is on the grid bit for bit; the
 popular `x + (q - x).detach()` is not (docs/decisions/0001).
 
-Why masks are built as floats and stored as int8: on a CPU a comparison that writes bool, and a
-product float * bool, are not vectorised (9 and 50 memory passes at a million elements); `eq_` into
-a float, a cast to int8 and back cost 0.8, 0.6 and 0.7 (docs/decisions/0002).
+Why masks are built as floats and kept as bits: on a CPU a comparison that writes bool, and a product
+float * bool, are not vectorised (9 and 50 memory passes at a million elements), while `eq_` into a
+float is (0.8), and packing to a bit costs one pass (docs/decisions/0002).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, unpack_mask
 
 GRADIENTS = ("ste", "clipped")
 
@@ -27,13 +28,17 @@ Projection = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 class _PassThrough(torch.autograd.Function):
-    """Output `value`; the gradient of x is the incoming one, times `mask` where there is one."""
+    """Output `value`; the gradient of x is the incoming one, times `mask` where there is one.
+
+    The mask has one bit an element, laid out in memory as x was.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.has_mask = mask is not None
         if mask is not None:
-            ctx.save_for_backward(mask)
+            ctx.save_for_backward(pack_mask(mask))
+            ctx.channels_last = is_channels_last(mask)
         return value.view_as(value)
 
     @staticmethod
@@ -41,8 +46,8 @@ class _PassThrough(torch.autograd.Function):
         (grad,) = grads
         if not ctx.has_mask:
             return grad, None, None
-        (mask,) = ctx.saved_tensors
-        return mask.to(grad.dtype).mul_(grad), None, None
+        (bits,) = ctx.saved_tensors
+        return unpack_mask(bits, grad.shape, grad.dtype, ctx.channels_last).mul_(grad), None, None
 
 
 def check_gradient(gradient: str) -> str:
@@ -85,7 +90,6 @@ def apply_projection(x: Tensor, project: Projection, gradient: str = "ste", clam
         if not needs_grad:
             return value
         mask = inside if clamp is None else _where_strictly_inside(real, clamp, inside)
-        mask = None if mask is None else mask.to(torch.int8)
     return _PassThrough.apply(x, value, mask)
 
 
@@ -100,20 +104,6 @@ def _where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Te
     return torch.ops.aten.hardtanh_backward(mask, x, low, high)
 
 
-class _GradientClip(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, range_min: Tensor, range_max: Tensor) -> Tensor:
-        inside = torch.minimum(torch.maximum(x, range_min), range_max)
-        ctx.save_for_backward(inside.eq_(x).to(torch.int8))
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        (mask,) = ctx.saved_tensors
-        return mask.to(grad.dtype).mul_(grad), None, None
-
-
 def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | float) -> Tensor:
     """Return x; in backward, stop the gradient where x is outside [range_min, range_max].
 
@@ -124,6 +114,10 @@ def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | floa
     >>> x.grad
     tensor([0., 1., 0.])
     """
-    low = torch.as_tensor(range_min, dtype=x.dtype, device=x.device)
-    high = torch.as_tensor(range_max, dtype=x.dtype, device=x.device)
-    return _GradientClip.apply(x, low, high)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    with torch.no_grad():
+        low = torch.as_tensor(range_min, dtype=x.dtype, device=x.device)
+        high = torch.as_tensor(range_max, dtype=x.dtype, device=x.device)
+        inside = torch.minimum(torch.maximum(x, low), high).eq_(x)
+    return _PassThrough.apply(x, x.detach(), inside)

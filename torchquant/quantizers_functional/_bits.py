@@ -1,0 +1,49 @@
+"""Masks of one bit an element, packed and unpacked eight at a time by integer arithmetic.
+
+What a clipped gradient must remember is one bit an element. PyTorch has no packed bool, but eight
+0/1 bytes are one int64, and multiplying by the right constant gathers them into one byte. On a CPU
+that costs about one memory pass, on top of a quarter of the memory traffic of float masks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_GATHER = 0x0102040810204080  # moves the flag in byte k to bit 56 + k; no two terms share a bit
+_REPEAT = 0x0101010101010101  # copies a byte into all eight
+_SELECT = 0x8040201008040201 - 2**64  # keeps bit k in byte k (as a signed 64-bit integer)
+_CARRY = 0x7F7F7F7F7F7F7F7F  # added to a byte, sets its top bit unless the byte is 0
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x lies in memory as (N, H, W, C) and not also as (N, C, H, W)."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """(*) of exact 0 and 1, any float type -> (ceil(n / 8),) uint8, in memory order.
+
+    >>> pack_mask(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    tensor([13], dtype=torch.uint8)
+    """
+    ordered = mask.permute(0, 2, 3, 1) if is_channels_last(mask) else mask
+    flags = ordered.to(torch.int8).reshape(-1)
+    if flags.numel() % 8:
+        flags = F.pad(flags, (0, -flags.numel() % 8))
+    return (flags.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+
+
+def unpack_mask(bits: Tensor, shape: torch.Size, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+    """The mask behind `bits`, of that shape and type; `channels_last` as it was when packed.
+
+    >>> unpack_mask(torch.tensor([13], dtype=torch.uint8), torch.Size([4]), torch.float32)
+    tensor([1., 0., 1., 1.])
+    """
+    words = bits.to(torch.int64).mul_(_REPEAT).bitwise_and_(_SELECT).add_(_CARRY)
+    flags = words.bitwise_right_shift_(7).bitwise_and_(_REPEAT).view(torch.int8)[: shape.numel()].to(dtype)
+    if not channels_last:
+        return flags.view(shape)
+    n, c, h, w = shape
+    return flags.view(n, h, w, c).permute(0, 3, 1, 2)
