@@ -34,7 +34,8 @@ def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: boo
     `rule="sat"`: plain `ceil(log2(absmax))`, one more bit of resolution at an exact power of two.
 
     Source: ALGORITHMS A2. The published torchquant rule (`floor(log2 absmax) + 1`) wastes a bit at
-    range_min = -2**k. A range of zeros gives m = 0.
+    range_min = -2**k. A range of zeros gives m = 0; ranges stop at a quarter of the largest float, so
+    that no grid value overflows.
 
     >>> qfmt_int_bits(torch.tensor(-1.0), torch.tensor(0.5), 8, signed=True)
     tensor(0)
@@ -42,8 +43,8 @@ def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: boo
     tensor(1)
     """
     check_qfmt(n_bits, signed, rule)
-    tiny = torch.finfo(range_max.dtype).tiny
-    below, above = (-range_min).clamp_min(tiny), range_max.clamp_min(tiny)
+    info = torch.finfo(range_max.dtype)
+    below, above = (-range_min).clamp(info.tiny, info.max / 4), range_max.clamp(info.tiny, info.max / 4)
     m_below, m_above = ceil_log2(below), ceil_log2(above)
     if rule != "sat":
         half_step_bits = n_bits if signed else n_bits + 1
