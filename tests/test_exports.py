@@ -22,8 +22,8 @@ PUBLIC = {
         "qfmt_quantize", "ternary_params", "ternary_quantize",
     ],
     "torchquant.quantizers": [
-        "QUANTIZERS", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "QfmtQuantizer",
-        "Quantizer", "QuantizerFactory", "TernaryQuantizer", "UniformQuantizer",
+        "LAWS", "QUANTIZERS", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "LawReport",
+        "QfmtQuantizer", "Quantizer", "QuantizerFactory", "TernaryQuantizer", "UniformQuantizer", "check_quantizer",
     ],
     "torchquant.range_observers": ["BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
     "torchquant.qmodule": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def imported(node: ast.AST) -> list[str]:
     assert node.level == 0, "relative import"
     module = node.module or ""
     folder = PACKAGE.parent.joinpath(*module.split("."))
-    names = [alias.name for alias in node.names]
+    names = [alias.name for alias in node.names if (module, alias.name) != ("torchquant", "__version__")]
     is_module = [
         module.startswith("torchquant") and any((folder / n).with_suffix(s).exists() for s in ("", ".py"))
         for n in names
@@ -88,16 +89,16 @@ def imported(node: ast.AST) -> list[str]:
     return [f"{module}.{n}" if m else module for n, m in zip(names, is_module, strict=True)]
 
 
-def own_imports(tree: ast.Module) -> set[tuple[str, ...]]:
-    """Parts below `torchquant` of every torchquant module the file imports, also inside functions."""
-    names = {name for node in ast.walk(tree) for name in imported(node)}
+def own_imports(nodes: Iterable[ast.AST]) -> set[tuple[str, ...]]:
+    """Parts below `torchquant` of every torchquant module that the nodes import."""
+    names = {name for node in nodes for name in imported(node)}
     return {tuple(name.split(".")[1:]) or ("__init__",) for name in names if name.split(".")[0] == "torchquant"}
 
 
 def layer_violations(own: tuple[str, ...], tree: ast.Module) -> list[str]:
     problems = []
     unit, row = own[0], ROW[own[0]]
-    for other in sorted(own_imports(tree)):
+    for other in sorted(own_imports(ast.walk(tree))):
         if ROW.get(other[0]) is None:
             problems.append(f"{'.'.join(other)} has no row in the layer table")
         elif other[0] != unit and ROW[other[0]] >= row and (unit, other[0]) not in ROW_MATES:
@@ -133,7 +134,8 @@ def test_file_keeps_to_its_row(path: Path) -> None:
 
 
 def test_no_import_cycle() -> None:
-    graph = {parts_of(p): own_imports(ast.parse((PACKAGE / p).read_text(encoding="utf-8"))) for p in source_files()}
+    trees = {parts_of(p): ast.parse((PACKAGE / p).read_text(encoding="utf-8")) for p in source_files()}
+    graph = {own: own_imports(eager_statements(tree)) for own, tree in trees.items()}
     order = list(TopologicalSorter(graph).static_order())
     assert order.index(("errors",)) < order.index(("quantizers", "affine")) < order.index(("__init__",))
 
@@ -183,6 +185,7 @@ def test_checker_catches(path: str, source: str, problem: str) -> None:
         ("quantizers_functional/x.py", "from torchquant.quantizers_functional.uniform import like"),
         ("models/x.py", "from torchquant.plan import QuantPlan\nfrom torchquant.utils import qmodules\nimport numpy"),
         ("deploy/x.py", "def f():\n    import onnx"),
+        ("deploy/x.py", "from torchquant import __version__"),
         ("deploy/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx"),
     ],
 )

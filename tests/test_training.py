@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant as tq
-from torchquant.errors import ConfigError
 
 STATES = list(tq.QModuleState)
 QAT = tq.QModuleState.QUANT_AWARE_TRAIN
@@ -74,9 +73,6 @@ def ranges(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.named_buffers() if "range_" in name or "observed_weight" in name}
 
 
-# Mixed precision
-
-
 def test_bfloat16_autocast_trains() -> None:
     net, (x, labels) = SmallNet(), data()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
@@ -96,8 +92,6 @@ def test_bfloat16_autocast_trains() -> None:
     assert {value.dtype for value in ranges(net).values()} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in ranges(net).values())
 
-
-# Interruption
 
 RESUMABLE = """
 import os, sys, time, torch
@@ -160,9 +154,6 @@ def test_training_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
     torch.testing.assert_close(resumed["optimizer"]["state"], uninterrupted["optimizer"]["state"], rtol=0, atol=0)
 
 
-# Checkpoints and copies
-
-
 @pytest.mark.parametrize("fold_bn", [False, "rescale"])
 def test_state_dict_loads_weights_only_and_strict(tmp_path: Path, fold_bn: bool | str) -> None:
     net, x = calibrated_net(fold_bn)
@@ -218,12 +209,10 @@ def test_half_keeps_ranges_in_float32(dtype: torch.dtype) -> None:
     assert {value.dtype for value in ranges(half).values()} == {torch.float32}
 
 
-# Compilation
-
-
 def qat_step(net: SmallNet, run: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     net.dropout.p = 0.0
     tq.set_qmodule_state(net, QAT)
+    net.zero_grad()
     loss = F.cross_entropy(run(x), labels)
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in net.named_parameters()} | dict(ranges(net))
@@ -231,38 +220,37 @@ def qat_step(net: SmallNet, run: nn.Module, x: Tensor, labels: Tensor) -> dict[s
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_qat_step_equals_eager(backend: str) -> None:
+    """Without a graph break; in float64, where another order of summation moves no code."""
     torch._dynamo.reset()
-    eager, (x, labels) = calibrated_net()[0].train(), data()
+    eager, (x, labels) = calibrated_net()[0].train().double(), data()
     twin = copy.deepcopy(eager)
-    expected = qat_step(eager, eager, x, labels)
-    found = qat_step(twin, torch.compile(twin, backend=backend, fullgraph=True), x, labels)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-# Memory
+    expected = qat_step(eager, eager, x.double(), labels)
+    found = qat_step(twin, torch.compile(twin, backend=backend, fullgraph=True), x.double(), labels)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def tensors_alive() -> int:
     gc.collect()
-    return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("state", STATES, ids=lambda state: state.name)
-def test_no_activation_outlives_forward(state: tq.QModuleState) -> None:
+def test_no_activation_outlives_forward() -> None:
     net, x = calibrated_net()
     net.train()
-    tq.set_qmodule_state(net, state)
     seen: list[weakref.ref[Tensor]] = []
     for module in net.modules():
         module.register_forward_hook(lambda module, args, y: seen.extend(weakref.ref(t) for t in (*args, y)))
     net(x)
     before = tensors_alive()
-    x = x.clone()
-    net(x)
-    del x
-    assert len(seen) > 10
+    for state in STATES:
+        seen.clear()
+        tq.set_qmodule_state(net, state)
+        net(x.clone())
+        assert len(seen) > 10
+        alive = [tensor for tensor in (ref() for ref in seen) if tensor is not None]
+        assert [tensor for tensor in alive if not isinstance(tensor, nn.Parameter)] == [], state
+    del alive
     assert tensors_alive() <= before
-    assert [ref() for ref in seen if ref() is not None] == []
 
 
 # The state machine around training
@@ -306,21 +294,7 @@ def test_context_nests_and_can_be_reused() -> None:
 
 def test_context_restores_after_an_exception() -> None:
     net = SmallNet()
+    tq.set_qmodule_state(net, tq.QModuleState.CALIBRATION)
     with pytest.raises(ZeroDivisionError), tq.qmodule_state(net, QAT):
         raise ZeroDivisionError
-    assert set(states_of(net)) == {tq.QModuleState.BYPASSED}
-
-
-def test_context_leaves_modules_that_came_inside_alone() -> None:
-    net = SmallNet()
-    with tq.qmodule_state(net, QAT):
-        net.extra = tq.QOp(operator.neg, None)
-        del net.add
-    assert net.extra.state is tq.QModuleState.BYPASSED
-    assert set(states_of(net)) == {tq.QModuleState.BYPASSED}
-
-
-@pytest.mark.parametrize("state", ["QUANT_EVAL", (True, True, True, True), None])
-def test_only_a_state_is_taken(state: object) -> None:
-    with pytest.raises(ConfigError, match="must be a QModuleState, got"):
-        tq.qmodule_state(SmallNet(), state)
+    assert set(states_of(net)) == {tq.QModuleState.CALIBRATION}

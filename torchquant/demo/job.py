@@ -24,7 +24,7 @@ from torchquant.deploy import export_onnx, run_onnx
 from torchquant.errors import ConfigError, require
 
 FLOAT_RATE = 8e-3
-QAT_RATE = 4e-3
+QAT_RATE = 2e-3
 EXPORTED = "w8a8-ptq"
 MAX_SEED = 2**32 - 1
 PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
@@ -32,9 +32,10 @@ PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntim
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How long the demo trains. `qat_epochs`: epochs of the training lengths that schemes name.
+    """How long the demo trains. `long_epochs`, `short_epochs`: of the training lengths that schemes name.
 
-    `test_copies`: distorted versions of each of the 450 test images. Raises ConfigError.
+    `test_copies`: distorted versions of each of the 450 test images. `command`: what the report says
+    the run was started with. Raises ConfigError.
     """
 
     seed: int = 0
@@ -145,9 +146,7 @@ class _Job:
             scores = predict(model, self.data.test_images)
         write_checkpoint(self.folder / f"{scheme.name}.pt", model)
         bytes_ = sum(site.total for site in weight_bytes(model))
-        return self._finished(
-            SchemeResult(scheme.name, scheme.title, accuracy(scores, self.data.test_labels), bytes_)
-        )
+        return self._finished(SchemeResult(scheme.name, scheme.title, accuracy(scores, self.data.test_labels), bytes_))
 
     def _onnx(self, model: QuantSmallResNet) -> OnnxResult:
         x, labels = self.data.test_images, self.data.test_labels

@@ -32,15 +32,19 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """(N, 1, H, W) images to (N, 10) class scores; 8 convolutions and a linear layer."""
+    """(N, 1, H, W) images to (N, 10) class scores; 14 convolutions and a linear layer."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.blocks = nn.Sequential(
-            Block(width, width, stride=2), Block(width, 2 * width, stride=2), Block(2 * width, 4 * width, stride=2)
+            Block(width, width, stride=2),
+            Block(width, width, stride=1),
+            Block(width, 2 * width, stride=2),
+            Block(2 * width, 2 * width, stride=1),
+            Block(2 * width, 4 * width, stride=2),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()

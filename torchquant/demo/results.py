@@ -14,7 +14,7 @@ from torchquant.analysis import LayerError
 if TYPE_CHECKING:
     from torchquant.demo.job import DemoConfig
 
-LIBRARIES = ("torchquant", "torch", "numpy", "scikit-learn", "onnx", "onnxruntime")
+LIBRARIES = ("torchquant", "numpy", "scikit-learn", "onnx", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -87,4 +87,9 @@ class DemoResult:
 def versions() -> dict[str, str]:
     """Name -> version of Python and of the libraries that decide the numbers, and the threads in use."""
     found = {name: metadata.version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), **found, "threads": str(torch.get_num_threads())}
+    return {
+        "python": platform.python_version(),
+        **found,
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+    }

@@ -6,9 +6,10 @@ Names follow ONNX here: `scale` is what the rest of torchquant calls delta.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchquant.errors import ExportError, NoAffineViewError
 from torchquant.qmodule.patterns import LayerRow
@@ -94,7 +95,7 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
     return codes, replace(grid, scale=scale, zero_point=zero_point, axis=0)
 
 
-def layer_grid(grid: Grid, layer: nn.Module, row: LayerRow) -> Grid | None:
+def layer_grid(grid: Grid, layer: Any, row: LayerRow) -> Grid | None:
     """The grid of a channels-first weight, for the weight as the layer stores it.
 
     They differ for transposed convolutions, stored as (in, out / groups, ...): there the groups share

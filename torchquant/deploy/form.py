@@ -17,7 +17,6 @@ from torchquant.deploy.qdq import QuantizeDequantize, StoredWeight
 from torchquant.errors import ExportError
 from torchquant.qmodule import QModule, QOp, QWrapper
 from torchquant.qmodule.bn_folding import running_bias, running_factor
-from torchquant.qmodule.patterns import layer_row
 from torchquant.quantizers import Quantizer
 
 
@@ -31,19 +30,21 @@ class DeployLayer(nn.Module):
         self.input = _acts_site(wrapper.input_quantizer, f"{path}: the input quantizer")
         self.output = _acts_site(wrapper.acts_quantizer, f"{path}: the output quantizer")
         self.layer = wrapper.layer
+        self.row = wrapper.row
         self.weight: StoredWeight | None = None
         self.bias: nn.Parameter | None = None
         if wrapper.weight_quantizer is not None:
             codes, grid, self.bn = _weight_codes(wrapper, wrapper.weight_quantizer, path)
             self.weight = StoredWeight(codes, grid)
-            folded = wrapper.bn is not None and self.bn is None
-            bias = running_bias(wrapper.bn, wrapper.layer.bias) if folded else wrapper.layer.bias
+            bias = getattr(wrapper.layer, "bias", None)
+            if self.bn is None and wrapper.bn is not None:
+                bias = running_bias(wrapper.bn, bias)
             self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
             self.layer = _without_weight(wrapper.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
-        y = self.layer(x) if self.weight is None else layer_row(self.layer).run(self.layer, x, self.weight(), self.bias)
+        y = self.layer(x) if self.weight is None else self.row.run(self.layer, x, self.weight(), self.bias)
         y = y if self.bn is None else self.bn(y)
         return self.output(y if self.activation is None else self.activation(y))
 
@@ -114,7 +115,7 @@ def _weight_codes(wrapper: QWrapper, quantizer: Quantizer, path: str) -> tuple[T
     weight = wrapper.float_weight()
     if weight.dtype != torch.float32:
         raise ExportError(f"{path}: the weight is {weight.dtype}, but files are written in float32. Call model.float()")
-    grid, layer, row = uniform_grid(quantizer, name), wrapper.layer, layer_row(wrapper.layer)
+    grid, layer, row = uniform_grid(quantizer, name), wrapper.layer, wrapper.row
     if grid.axis is not None:
         grid = replace(grid, axis=grid.axis % weight.ndim)
     codes = quantizer.encode(weight)
@@ -139,7 +140,7 @@ def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:
     return bn.running_mean is not None and not isinstance(layer, nn.Linear)
 
 
-def _without_weight(layer: nn.Module) -> nn.Module:
+def _without_weight(layer: Any) -> nn.Module:
     """A copy that keeps the geometry of the layer, but not its float weight."""
     empty = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
     return copy.deepcopy(layer, {id(layer.weight): empty})

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.deploy.form import deploy_form
+from torchquant.deploy.qdq import onnx_nodes
 from torchquant.errors import ConfigError, ExportError, require
 
-OPSET = 21
-"""ONNX operator set of the files; the first with 4-bit codes and scales per block."""
+OPSET = 20
+"""ONNX operator set of the files. With 21, whose QuantizeLinear names its output type, ONNX Runtime 1.31
+refuses graphs with signed activations on x86: it turns them unsigned and leaves the name as it was."""
 
 MAX_BYTES = 2**31 - 1
 """What a single ONNX file can hold."""
@@ -58,8 +60,6 @@ def export_onnx(
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
     proto = _exported(form, inputs, dynamic_batch)
-    if dynamic_batch:
-        _check_batch_is_open(proto)
     _own_zero_points(proto)
     _finish(proto)
     target = Path(path)
@@ -82,27 +82,29 @@ def _exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
         batch = torch.export.Dim("batch")
         inputs = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
         shapes = tuple({0: batch} if x.ndim else {} for x in inputs)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                form, inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with onnx_nodes(), torch.no_grad():
+                program = torch.export.export(form, inputs, dynamic_shapes=shapes, strict=False)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n\n")[0]
+            hint = "\nIf the model fixes its batch size, pass dynamic_batch=False" if dynamic_batch else ""
+            raise ExportError(f"torch.export cannot trace the model: {reason}{hint}") from error
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
             )
-    except torch.onnx.errors.OnnxExporterError as error:
-        hint = " If the model fixes its batch size, pass dynamic_batch=False." if dynamic_batch else ""
-        raise ExportError(f"torch.onnx.export cannot translate the model: {error}{hint}") from error
-    assert program is not None
-    return program.model_proto
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"torch.onnx.export cannot translate the model: {_root_cause(error)}") from error
+    assert exported is not None
+    return exported.model_proto
 
 
-def _check_batch_is_open(proto: Any) -> None:
-    for entry in proto.graph.input:
-        dims = entry.type.tensor_type.shape.dim
-        if dims and not dims[0].dim_param:
-            raise ExportError(
-                f"the model fixes the size of axis 0 of its input '{entry.name}' to {dims[0].dim_value}. Make its "
-                "forward independent of the batch size, or pass dynamic_batch=False"
-            )
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _own_zero_points(proto: Any) -> None:

@@ -11,12 +11,14 @@ from torchquant.errors import ConfigError, require
 
 
 @torch.no_grad()
-def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, optimize: bool = True) -> Tensor:
+def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, optimize: bool = False) -> Tensor:
     """The first output of an ONNX file for x, computed by ONNX Runtime on the CPU. Needs the extra `deploy`.
 
     x: (N, ...), cut into batches of `batch_size`, or of the size the file fixes. Returns (N, ...).
-    `optimize=False` runs the graph node by node as it is written; True fuses it into integer kernels,
-    in the precise mode: without it, processors without VNNI saturate int8 products at 16 bits.
+    `optimize=False` runs the graph node by node as it is written, in float32 between the codes. True
+    fuses it into integer kernels, in ONNX Runtime's precise mode (`session.x64quantprecision`): without
+    it, processors without VNNI saturate sums of int8 products at 16 bits. The kernels round the bias to
+    multiples of the product of both steps; and 1.31 refuses a weight that two nodes share in this mode.
     Raises ConfigError for a file with several inputs, or N that is no multiple of a fixed batch.
     """
     runtime = require("onnxruntime", "deploy")

@@ -1,7 +1,10 @@
-"""QuantizeLinear and DequantizeLinear: as numbers in eager mode, as ONNX nodes while torch.onnx exports."""
+"""QuantizeLinear and DequantizeLinear: as numbers, or as ONNX nodes inside `with onnx_nodes():`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,6 +12,18 @@ from torch import Tensor, nn
 
 from torchquant.deploy.codes import Grid
 from torchquant.range_observers._statistics import per_channel_view
+
+_AS_NODES = ContextVar("as_nodes", default=False)
+
+
+@contextmanager
+def onnx_nodes() -> Iterator[None]:
+    """Trace the functions of this file as the ONNX operators they are named after."""
+    token = _AS_NODES.set(True)
+    try:
+        yield
+    finally:
+        _AS_NODES.reset(token)
 
 
 def _node(op: str, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
@@ -24,7 +39,7 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | No
     >>> quantize_linear(torch.tensor([-9.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(2, dtype=torch.uint8), None)
     tensor([0, 2, 4], dtype=torch.uint8)
     """
-    if torch.onnx.is_in_onnx_export():
+    if _AS_NODES.get():
         return _node("QuantizeLinear", x, scale, zero_point, axis, zero_point.dtype)
     steps = torch.round(x / per_channel_view(scale, x.ndim, axis))
     limits = torch.iinfo(zero_point.dtype)
@@ -33,7 +48,7 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | No
 
 def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """`(codes - zero_point) * scale` in float32, as ONNX defines it; shapes as in `quantize_linear`."""
-    if torch.onnx.is_in_onnx_export():
+    if _AS_NODES.get():
         return _node("DequantizeLinear", codes, scale, zero_point, axis, torch.float32)
     steps = codes.to(torch.float32) - per_channel_view(zero_point, codes.ndim, axis)
     return steps * per_channel_view(scale, codes.ndim, axis)
@@ -75,11 +90,14 @@ class QuantizeDequantize(StoredGrid):
         self.high = _bound(grid, grid.qmax) if grid.qmax < limits.max else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bounds = [per_channel_view(b, x.ndim, self.axis) if isinstance(b, Tensor) else b for b in (self.low, self.high)]
-        if any(bound is not None for bound in bounds):
-            x = x.clamp(*bounds)
-        codes = quantize_linear(x, self.scale, self.zero_point, self.axis)
+        codes = quantize_linear(self._clipped(x), self.scale, self.zero_point, self.axis)
         return dequantize_linear(codes, self.scale, self.zero_point, self.axis)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        if self.low is None and self.high is None:
+            return x
+        bounds: list[Any] = [self.low, self.high]
+        return x.clamp(*(per_channel_view(b, x.ndim, self.axis) if isinstance(b, Tensor) else b for b in bounds))
 
 
 def _bound(grid: Grid, code: int) -> Tensor | float:

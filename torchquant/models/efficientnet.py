@@ -40,7 +40,9 @@ class FusedMBConvBlock(nn.Module):
     def __init__(self, block: Any, recipe: Recipe, drop_connect_rate: float | None) -> None:
         super().__init__()
         args = block._block_args
-        layers = [] if args.expand_ratio == 1 else [recipe.wrap([block._expand_conv, block._bn0, block._swish])]
+        layers: list[nn.Module] = []
+        if args.expand_ratio != 1:
+            layers.append(recipe.wrap([block._expand_conv, block._bn0, block._swish]))
         layers.append(recipe.wrap([block._depthwise_conv, block._bn1, block._swish]))
         if block.has_se:
             layers.append(FusedSqueezeExcitation(block, recipe))

@@ -126,13 +126,6 @@ def activation_clamp(activation: nn.Module | None) -> tuple[float | None, float 
     return row.clamp if isinstance(row, ActivationRow) else None
 
 
-def layer_row(layer: nn.Module) -> LayerRow:
-    """The row of a layer that `split_pattern` accepted."""
-    row = row_of(layer)
-    assert isinstance(row, LayerRow)
-    return row
-
-
 def split_pattern(
     layers: nn.Module | Iterable[nn.Module],
 ) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
-from torchquant.qmodule.patterns import layer_row, split_pattern
+from torchquant.qmodule.patterns import PATTERNS, LayerRow, row_of, split_pattern
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
@@ -59,6 +59,8 @@ class QWrapper(QModule):
         self.layer: Any
         self.bn: Any
         self.layer, self.bn, self.activation = split_pattern(layers)
+        row_of(self.layer)  # enters a class known by name only under the class itself
+        self._layer_type = type(self.layer)  # torch.export puts a stand-in class in place of a shared layer's
         self.weight_quantizer = weight_quantizer
         self.acts_quantizer = acts_quantizer
         self.input_quantizer = input_quantizer
@@ -87,11 +89,18 @@ class QWrapper(QModule):
         return y if self.bn is None else self.bn(y)
 
     @property
+    def row(self) -> LayerRow:
+        """How the layer is run with another weight."""
+        row = PATTERNS[self._layer_type]
+        assert isinstance(row, LayerRow)
+        return row
+
+    @property
     def _bias(self) -> Tensor | None:
         return getattr(self.layer, "bias", None)
 
     def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
-        weight = layer_row(self.layer).channels_first(self.layer, self.layer.weight)
+        weight = self.row.channels_first(self.layer, self.layer.weight)
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
 
     def _fold_factor(self) -> Tensor | None:
@@ -109,8 +118,7 @@ class QWrapper(QModule):
             self.weight_quantizer.pre_observe(weight)
         if self.state.is_weight_quantized:
             weight = self._quantize_site("weight", self.weight_quantizer, weight)
-        row = layer_row(self.layer)
-        return row.run(self.layer, x, row.channels_first(self.layer, weight), bias)
+        return self.row.run(self.layer, x, self.row.channels_first(self.layer, weight), bias)
 
     @torch.no_grad()
     def observe_weight(self) -> None:
@@ -134,7 +142,7 @@ class QWrapper(QModule):
             return layer
         check_fold(True, self.bn, self._channels_first_weight().shape[0])
         weight = self._channels_first_weight(running_factor(self.bn))
-        layer.weight = nn.Parameter(layer_row(self.layer).channels_first(self.layer, weight).contiguous())
+        layer.weight = nn.Parameter(self.row.channels_first(self.layer, weight).contiguous())
         layer.bias = nn.Parameter(running_bias(self.bn, self._bias))
         return layer
 

@@ -11,6 +11,7 @@ from torchquant.quantizers_functional._gradient import Clamp, compute_dtype
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.qfmt import check_qfmt, qfmt_int_bits, qfmt_params, qfmt_quantize
 from torchquant.range_observers import BatchMinMax, RangeObserver
+from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import per_channel_view, rows
 
 N_CANDIDATES = 4
@@ -80,7 +81,7 @@ class QfmtQuantizer(UniformQuantizer):
             delta, _, qmin, qmax = self._params(fewer)
             quantized = qfmt_quantize(x, per_channel_view(delta, x.ndim, self.axis), qmin, qmax)
             errors.append(rows((quantized - x).square(), self.axis).to(torch.float64).mean(1))
-        best = torch.stack(errors).argmin(0)
+        best = reduce_mean(torch.stack(errors)).argmin(0)
         self.fewer_bits = best if self.axis is not None else best.squeeze(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:

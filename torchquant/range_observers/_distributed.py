@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,8 +13,9 @@ def world_size() -> int:
 
 
 def reduce_max(x: Tensor) -> Tensor:
-    """Element-wise maximum of x over all ranks."""
+    """Element-wise maximum of x over all ranks; Inf where any rank has NaN, which a reduction may lose."""
     if world_size() > 1:
+        x = torch.where(x.isnan(), torch.inf, x)
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 

@@ -1,0 +1,63 @@
+# Everything from a fresh clone: needs Python >= 3.10 with pip and venv, and make. Nothing else.
+#   make demo    the main job, end to end, into demo_out/
+#   make test    the tests
+# Environments are installed once, and again when the packaging files change.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo_out
+PYTEST_ARGS ?=
+# Torch releases of `make test-oldest`; torchvision must be the release made for that torch.
+OLDEST := 'torch==2.11.*' 'torchvision==0.26.*'
+
+BIN := $(VENV)/bin
+PACKAGING := pyproject.toml setup.py
+# Set by test-oldest and test-newest: requirements beside the package's own, and pip's options.
+PINS :=
+PIP_OPTIONS :=
+
+.PHONY: help demo test test-slow test-oldest test-newest check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo | test | test-slow | test-oldest | test-newest | check | bench | clean"
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# One stamp for each extra: `make demo` after `make test` adds only what is missing.
+$(VENV)/.installed-%: $(PACKAGING) | $(VENV)/.created
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --editable '.[$*]' $(PINS)
+	touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/torchquant demo --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PINS="$(OLDEST)"
+
+test-newest:
+	rm -f .venv-newest/.installed-dev
+	$(MAKE) test VENV=.venv-newest PIP_OPTIONS="--upgrade --upgrade-strategy eager"
+
+check: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed-dev $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.fake_quant
+	$(BIN)/python -m benchmarks.qat_step
+	$(BIN)/python -m benchmarks.calibration
+
+clean:
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info demo_out
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,14 @@
+"""The libraries that are measured. A new one: one file with one class, one line here."""
+
+from benchmarks.adapters.base import Adapter
+from benchmarks.adapters.brevitas_adapter import BrevitasAdapter
+from benchmarks.adapters.plain_ste import PlainSteAdapter
+from benchmarks.adapters.torch_native import TorchNativeAdapter
+from benchmarks.adapters.torchquant_adapter import TorchquantAdapter
+
+ADAPTERS: dict[str, Adapter] = {
+    "torchquant": TorchquantAdapter(),
+    "plain": PlainSteAdapter(),
+    "torch": TorchNativeAdapter(),
+    "brevitas": BrevitasAdapter(),
+}

@@ -1,0 +1,28 @@
+"""torchquant: the library this repository is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from benchmarks.adapters.base import ESB, QFMT, TERNARY, Adapter, ObserveAndQuantize
+from torchquant.quantizers import AffineQuantizer, ESBQuantizer, QfmtQuantizer, Quantizer, TernaryQuantizer
+from torchquant.range_observers import BatchMinMax, ExpAvgMinMax
+
+
+class TorchquantAdapter(Adapter):
+    name = "torchquant"
+
+    def weight_quantizer(self, layer: nn.Module) -> Quantizer:
+        return AffineQuantizer(8, BatchMinMax(axis=0), symmetric="narrow", gradient_clip=True)
+
+    def acts_quantizer(self, layer: nn.Module) -> Quantizer:
+        return AffineQuantizer(8, ExpAvgMinMax(), gradient_clip=True)
+
+    def fake_quant(self, case: str, layer: nn.Module) -> nn.Module | None:
+        if case == ESB:
+            return ObserveAndQuantize(ESBQuantizer(4, 1, gradient_clip=True))
+        if case == TERNARY:
+            return ObserveAndQuantize(TernaryQuantizer(gradient_clip=True))
+        if case == QFMT:
+            return ObserveAndQuantize(QfmtQuantizer(8, True, ExpAvgMinMax(), gradient_clip=True))
+        return super().fake_quant(case, layer)

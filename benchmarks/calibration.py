@@ -1,0 +1,63 @@
+"""Min-max calibration over the float model's eval forward on the same batches.
+
+python -m benchmarks.calibration --out calibration.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.adapters.base import Adapter
+from benchmarks.command import available, finish, parser, start
+from benchmarks.harness import compare
+from benchmarks.models import MODELS, build_float, image_batch
+from benchmarks.results import Report
+
+TARGET = 1.15
+
+
+@torch.no_grad()
+def run_float(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """The float model, in eval mode, over all batches."""
+    for batch in batches:
+        model(batch)
+
+
+def measure(
+    report: Report, adapters: Sequence[Adapter], name: str, batches: Sequence[Tensor], size: int, rounds: int
+) -> None:
+    """Add the rows of one model. The control is the same float model: it has no state that a run changes."""
+    net = build_float(name, size).eval()
+    calls: dict[str, Callable[[], object]] = {}
+    for adapter in adapters:
+        model = adapter.quantize_model(net).eval()
+        calls[adapter.name] = lambda adapter=adapter, model=model: adapter.calibrate(model, batches)
+    report.add(name, compare(lambda: run_float(net, batches), calls, rounds), target=TARGET)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser("Min-max calibration, as a ratio to the float model's eval forward.", threads=2, rounds=7)
+    options.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet18", "mobilenet_v2"])
+    options.add_argument("--batches", type=int, default=32, help="batches to calibrate on (%(default)s)")
+    options.add_argument("--batch", type=int, default=8, help="images a batch (%(default)s)")
+    options.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
+    return options.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 1 if a control failed."""
+    options = arguments(argv)
+    report = start("calibration", "time over the float eval forward", "", options)
+    adapters = available(options.adapters, report)
+    batches = [image_batch(options.batch, options.size, seed)[0] for seed in range(options.batches)]
+    for name in options.models:
+        measure(report, adapters, name, batches, options.size, options.rounds)
+    return finish(report, options.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,62 @@
+"""What the three commands share: options, the choice of adapters, and the end of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.adapters import ADAPTERS
+from benchmarks.adapters.base import Adapter
+from benchmarks.machine import command_line, keep_memory_mapped, machine_facts
+from benchmarks.results import Report
+
+
+def parser(description: str, threads: int, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the options every command has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS), metavar="NAME")
+    options.add_argument("--rounds", type=int, default=rounds, help="turns that every candidate gets (%(default)s)")
+    options.add_argument("--threads", type=int, default=threads, help="threads of torch (%(default)s)")
+    options.add_argument("--out", type=results_path, help="also write the results to this .json or .csv file")
+    options.add_argument(
+        "--mallopt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let glibc keep large blocks mapped, for every side alike (%(default)s)",
+    )
+    return options
+
+
+def results_path(text: str) -> Path:
+    """A path that `Report.write` can write, refused before the measurement rather than after it."""
+    path = Path(text)
+    if path.suffix not in (".json", ".csv"):
+        raise argparse.ArgumentTypeError(f"must end in .json or .csv, got '{text}'")
+    return path
+
+
+def start(benchmark: str, ratio_unit: str, saved_unit: str, options: argparse.Namespace) -> Report:
+    """Set threads and allocator; an empty report that remembers both."""
+    torch.set_num_threads(options.threads)
+    is_memory_kept = options.mallopt and keep_memory_mapped()
+    return Report(benchmark, ratio_unit, saved_unit, machine_facts(is_memory_kept), command_line())
+
+
+def available(names: Sequence[str], report: Report) -> list[Adapter]:
+    """The adapters whose library is installed; the report says which are not."""
+    adapters = [ADAPTERS[name] for name in names]
+    for adapter in adapters:
+        if adapter.missing is not None:
+            report.notes.append(f"{adapter.name}: skipped, {adapter.missing}")
+    return [adapter for adapter in adapters if adapter.missing is None]
+
+
+def finish(report: Report, out: Path | None) -> int:
+    """Print the table, write the file; 1 if a control failed, else 0."""
+    print(report.table())
+    if out is not None:
+        report.write(out)
+    return 0 if report.is_valid else 1

@@ -1,0 +1,108 @@
+"""The command line: commands, bad input, missing packages."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import torchquant
+from torchquant import cli, demo
+from torchquant.demo import DemoConfig, Silent, Terminal
+from torchquant.demo import job as demo_job
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+def test_version(runner: CliRunner) -> None:
+    result = runner.invoke(cli.build_app(), ["--version"])
+    assert (result.exit_code, result.output) == (0, f"torchquant {torchquant.__version__}\n")
+
+
+def test_help_names_the_options(runner: CliRunner) -> None:
+    result = runner.invoke(cli.build_app(), ["demo", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+    assert all(option in text for option in ("--out", "--seed", "--quick"))
+
+
+def test_demo_passes_its_options_on(runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    class Result:
+        def table(self) -> tuple[list[str], list[list[str]], str]:
+            return ["scheme", "accuracy"], [["W8A8", "97.00%"]], "a note"
+
+    def run(config: DemoConfig, out: Path, show: Silent) -> Result:
+        calls.append((config, out, type(show)))
+        return Result()
+
+    monkeypatch.setattr(demo, "run_demo", run)
+    result = runner.invoke(cli.build_app(), ["demo", "--out", str(tmp_path), "--seed", "7", "--quick"])
+    assert result.exit_code == 0, result.output
+    assert calls == [(DemoConfig.preset(7, quick=True), tmp_path, Terminal)]
+    assert "97.00%" in result.output
+    assert "report.html" in result.output
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"), [("-1", "seed must be 0..4294967295, got -1"), (str(2**32), "seed must be 0..4294967295")]
+)
+def test_seed_out_of_range(runner: CliRunner, tmp_path: Path, seed: str, message: str) -> None:
+    result = runner.invoke(cli.build_app(), ["demo", "--out", str(tmp_path), "--seed", seed])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_out_is_a_file(runner: CliRunner, tmp_path: Path, below: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    result = runner.invoke(cli.build_app(), ["demo", "--out", str(file / below)])
+    assert result.exit_code == 1
+    assert "must be a folder" in result.output
+    assert file.read_text() == "mine"
+
+
+def test_missing_package_is_named_before_any_work(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(*args: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(demo_job, "load_digits", never)
+    for package in ("sklearn", "matplotlib", "jinja2", "onnx", "onnxruntime"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            result = runner.invoke(cli.build_app(), ["demo", "--out", str(tmp_path / "out")])
+        assert result.exit_code == 1
+        assert f"'{package}'" in result.output
+        assert "pip install 'torchquant[demo]'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_its_packages_main_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 1
+    assert "pip install 'torchquant[cli]'" in capsys.readouterr().err
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torchquant", "--version"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["torchquant", torchquant.__version__]

@@ -1,0 +1,155 @@
+"""What the documentation shows, runs: README, CONTRIBUTING, the examples, and the published README's snippets."""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchquant
+from torchquant import (
+    QUANTIZERS,
+    AffineQuantizer,
+    BatchMinMax,
+    ExpAvgMinMax,
+    QModuleState,
+    QOp,
+    QWrapper,
+    qmodule_state,
+    set_qmodule_state,
+)
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+BLOCK = re.compile(
+    r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
+)
+
+
+def runnable_blocks(text: str) -> list[tuple[int, str]]:
+    """(line, code) of each Python block that no `<!-- no-run: reason -->` stands before."""
+    return [(text.count("\n", 0, m.start("code")), m["code"]) for m in BLOCK.finditer(text) if not m["skip"]]
+
+
+@pytest.fixture
+def keeps_registry() -> Iterator[None]:
+    known = set(QUANTIZERS)
+    yield
+    for name in set(QUANTIZERS) - known:
+        QUANTIZERS.unregister(name)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.usefixtures("keeps_registry")
+def test_document_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = runnable_blocks((ROOT / document).read_text(encoding="utf-8"))
+    assert blocks, f"{document} has no runnable Python block"
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("document_under_test")  # a real module, so that classes it defines can be pickled
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for line, code in blocks:
+        exec(compile("\n" * line + code, document, "exec"), module.__dict__)
+
+
+def test_blocks_are_found_and_skipped() -> None:
+    skipped = "<!-- no-run: needs a camera -->\n```python\nfail()\n```\n"
+    text = f"a\n```py\nx = 1\n```\n{skipped}```sh\nls\n```\n```python\ny\n```\n"
+    assert runnable_blocks(text) == [(2, "x = 1\n"), (12, "y\n")]
+
+
+def test_there_are_examples() -> None:
+    assert "quickstart.py" in [path.name for path in EXAMPLES]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_example_runs(example: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(example)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+# The snippets of the published README, word for word but for one comma that it lacks.
+
+WRAPPERS = """
+wrapper = QWrapper(
+    layers,
+    weight_quantizer=AffineQuantizer(n_bits, BatchMinMax()),
+    acts_quantizer=AffineQuantizer(n_bits, ExpAvgMinMax())
+)
+
+op = QOp(operators.add, acts_quantizer=AffineQuantizer(n_bits, ExpAvgMinMax()))
+"""
+
+FUSED = """
+fused_model = FusedResNet(
+    full_precision_model,
+    weight_quantizer=lambda module: QuantizerForMyModuleWeights(module),
+    acts_quantizer=lambda module: QuantizerForMyModuleActivations(module)
+)
+"""
+
+STATES = """
+with qmodule_state(module, QModuleState.QUANT_AWARE_TRAIN):
+    ...
+
+# Alternatively:
+
+set_qmodule_state(module, QModuleState.QUANT_AWARE_TRAIN)
+"""
+
+PUBLISHED = {
+    "QWrapper": QWrapper,
+    "QOp": QOp,
+    "AffineQuantizer": AffineQuantizer,
+    "BatchMinMax": BatchMinMax,
+    "ExpAvgMinMax": ExpAvgMinMax,
+    "QModuleState": QModuleState,
+    "qmodule_state": qmodule_state,
+    "set_qmodule_state": set_qmodule_state,
+}
+
+
+def run_snippet(code: str, **placeholders: Any) -> dict[str, Any]:
+    namespace = {**PUBLISHED, **placeholders}
+    exec(code, namespace)
+    return namespace
+
+
+def test_published_wrapper_snippet() -> None:
+    layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU6()]
+    found = run_snippet(WRAPPERS, layers=layers, n_bits=4, operators=operator)
+    wrapper, op = found["wrapper"], found["op"]
+    run_snippet(STATES, module=wrapper)
+    run_snippet(STATES, module=op)
+    y = wrapper(torch.randn(2, 1, 6, 6))
+    assert y.unique().numel() <= 2**4
+    assert op(y, y).unique().numel() <= 2**4
+
+
+def test_published_model_snippet() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    from torchquant.models.resnet import FusedResNet
+
+    found = run_snippet(
+        FUSED,
+        FusedResNet=FusedResNet,
+        full_precision_model=torchvision.models.resnet18(num_classes=5),
+        QuantizerForMyModuleWeights=lambda module: AffineQuantizer(8, BatchMinMax()),
+        QuantizerForMyModuleActivations=lambda module: AffineQuantizer(8, ExpAvgMinMax()),
+    )
+    model = found["fused_model"]
+    run_snippet(STATES, module=model)
+    assert {row.state for row in torchquant.state_report(model)} == {"QUANT_AWARE_TRAIN"}
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
