@@ -32,10 +32,6 @@ class SquareQuantizer(FittedQuantizer):
     def values(self, codes, dtype, alpha):  # code to real
         return codes.sign() * (codes.to(dtype) / self.code_range[1]).square() * alpha.to(dtype)
 
-    def project(self, x, want_inside, alpha):  # real to real; and 1 where x was not clipped, if asked for
-        inside = (x.abs() <= alpha).to(x.dtype) if want_inside else None
-        return self.values(self.codes(x, alpha), x.dtype, alpha), inside
-
 
 for axis in (None, 0):
     print(check_quantizer(SquareQuantizer(4, axis)))

@@ -163,7 +163,7 @@ def test_layer_errors_of_a_single_qmodule_called_twice() -> None:
         (ESBQuantizer(4, 1), 11, 4),
         (TernaryQuantizer(axis=0), 6, 3 * 4),  # alpha; the threshold is not needed to decode
     ],
-    ids=str,
+    ids=lambda value: f"{type(value).__name__}{value.n_bits}" if isinstance(value, nn.Module) else None,
 )
 def test_weight_bytes_by_hand(quantizer: nn.Module, codes: int, parameters: int) -> None:
     torch.manual_seed(0)

@@ -169,6 +169,13 @@ def test_freezing_survives_train_and_the_checkpoint() -> None:
     assert wrapper.train().bn.training
 
 
+def test_loading_a_checkpoint_leaves_train_and_eval_of_the_batch_norm_alone() -> None:
+    wrapper, _, _ = make("conv2d", True)
+    wrapper.train().bn.eval()
+    wrapper.load_state_dict(wrapper.state_dict(), strict=True)
+    assert not wrapper.bn.training
+
+
 def test_what_cannot_be_folded_is_refused() -> None:
     with pytest.raises(ConfigError, match="track_running_stats=False has nothing to fold"):
         tq.QWrapper([nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)], None, None, fold_bn=True)

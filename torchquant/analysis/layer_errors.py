@@ -137,7 +137,7 @@ def _weight_error(module: QModule, n_samples: int) -> SiteError | None:
 
 def _site_error(module: QModule, site: str, real: Tensor, quantized: Tensor, n_samples: int) -> SiteError:
     quantizer = module.quantizers()[site]
-    positions = slice(None)
+    positions: slice | Tensor = slice(None)
     if real.numel() > n_samples:
         generator = torch.Generator().manual_seed(0)
         positions = torch.randint(real.numel(), (n_samples,), generator=generator).to(real.device)

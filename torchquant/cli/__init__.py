@@ -31,7 +31,6 @@ def build_app() -> Any:
             typer.echo(f"torchquant {metadata.version('torchquant')}")
             raise typer.Exit
 
-    @app.callback()
     def root(
         version: Annotated[
             bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
@@ -39,7 +38,6 @@ def build_app() -> Any:
     ) -> None:
         """Quantization of PyTorch models."""
 
-    @app.command()
     def demo(
         out: Annotated[Path, typer.Option(help="Folder for the report, checkpoints, the ONNX file.")] = Path(
             "demo_out"
@@ -54,6 +52,8 @@ def build_app() -> Any:
             typer.echo(f"torchquant: {error}", err=True)
             raise typer.Exit(1) from None
 
+    app.callback()(root)
+    app.command()(demo)
     return app
 
 

@@ -24,7 +24,7 @@ from torchquant.deploy import export_onnx, run_onnx
 from torchquant.errors import ConfigError, require
 
 FLOAT_RATE = 8e-3
-QAT_RATE = 2e-3
+QAT_RATE = 3e-3
 EXPORTED = "w8a8-ptq"
 MAX_SEED = 2**32 - 1
 PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
@@ -57,7 +57,7 @@ class DemoConfig:
     def preset(cls, seed: int = 0, quick: bool = False) -> DemoConfig:
         """The lengths behind `torchquant demo` and `torchquant demo --quick`."""
         config = cls(seed=seed, command=f"torchquant demo --seed {seed}{' --quick' if quick else ''}")
-        return replace(config, float_epochs=9, long_epochs=3, short_epochs=1, test_copies=2) if quick else config
+        return replace(config, float_epochs=8, long_epochs=4, short_epochs=1) if quick else config
 
     def qat_epochs(self, scheme: Scheme) -> int:
         """Epochs of quantization-aware training of a scheme, 0 for calibration only."""

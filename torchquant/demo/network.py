@@ -107,7 +107,8 @@ class QuantSmallResNet(nn.Module):
         weight, acts = weight_quantizer, acts_quantizer
         stem = [net.conv, net.bn, net.relu]
         self.conv = QWrapper(stem, weight(net.conv), acts(net.conv), fold_bn, input_quantizer=acts(net.conv))
-        self.blocks = nn.Sequential(*(QuantBlock(block, weight, acts, fold_bn) for block in net.blocks))
+        blocks = [QuantBlock(block, weight, acts, fold_bn) for block in net.blocks]  # type: ignore[arg-type]
+        self.blocks = nn.Sequential(*blocks)
         self.pool = QOp(net.pool, acts(net.pool))
         self.flatten = net.flatten
         self.fc = QWrapper(net.fc, weight(net.fc), acts_quantizer=None)

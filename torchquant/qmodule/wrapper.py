@@ -148,8 +148,9 @@ class QWrapper(QModule):
 
     def freeze_bn(self, frozen: bool = True) -> None:
         """Keep the batch norm on its running statistics, also in train mode; survives `.train()`."""
+        if self.bn is not None and frozen != self.bn_frozen:
+            self.bn.train(self.training and not frozen)
         self.bn_frozen = frozen
-        self.train(self.training)
 
     def train(self, mode: bool = True) -> QWrapper:
         super().train(mode)

@@ -100,7 +100,7 @@ class Quantizer(nn.Module, ABC):
 class GridQuantizer(Quantizer):
     """A quantizer whose grid is given by a few numbers, fixed while it quantizes.
 
-    A subclass says which numbers (`grid`) and what they mean (`project`, `codes`, `values`); all in
+    A subclass says which numbers (`grid`) and what they mean (`codes`, `values`, `code_range`); all in
     terms of tensors already shaped to broadcast against x. Gradient, clamp, half types, channels,
     NaN and the level list are done here.
     """
@@ -115,13 +115,22 @@ class GridQuantizer(Quantizer):
     def grid(self) -> tuple[Tensor | int, ...]:
         """The numbers of the grid: tensors () or (C,), or plain integers."""
 
-    @abstractmethod
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        """Nearest grid value, and 1 where x was not clipped (None unless asked for), in x's type."""
+        """Nearest grid value, and 1 where x was not clipped (None unless asked for), in x's type.
+
+        This one takes what lies between the lowest and the highest level for not clipped. Override it
+        where the value can be had faster than through codes, or where another rule is wanted.
+        """
+        value = self.values(self.codes(x, *grid), x.dtype, *grid)
+        if not want_inside:
+            return value, None
+        ends = [self.values(torch.as_tensor(code, device=x.device), x.dtype, *grid) for code in self.code_range]
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        return value, torch.minimum(torch.maximum(x, low), high).eq_(x)
 
     @abstractmethod
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        """Integer codes behind `project`."""
+        """Whole-number codes of the nearest grid values, in any type; NaN may stay NaN."""
 
     @abstractmethod
     def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
