@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchquant._registry import Registry
 from torchquant.errors import NoAffineViewError, NoCodesError, NonFiniteError
 from torchquant.quantizers_functional._gradient import Clamp, apply_projection, cast_back, check_gradient, compute_dtype
-from torchquant.quantizers_functional.affine import AffineParams, code_bounds
-from torchquant.quantizers_functional.uniform import like, uniform_codes, uniform_projection
+from torchquant.quantizers_functional.affine import AffineParams, code_bounds, quantize_uniform
+from torchquant.quantizers_functional.uniform import like, uniform_codes
 from torchquant.range_observers import RangeObserver
 from torchquant.range_observers._statistics import StatisticTracker, per_channel_view
 
@@ -209,9 +209,9 @@ class UniformQuantizer(GridQuantizer):
         delta, zero_point, qmin, qmax = self.affine_params()
         return delta, zero_point, qmin, qmax
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        params = AffineParams(*grid)
-        return uniform_projection(params.delta, *code_bounds(params))(x, want_inside)
+    def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
+        """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
+        return quantize_uniform(x, AffineParams(*self._grid_for(x.ndim, self.axis)), self.gradient, clamp)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         params = AffineParams(*grid)

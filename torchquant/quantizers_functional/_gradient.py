@@ -70,13 +70,20 @@ def cast_back(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
-def apply_projection(x: Tensor, project: Projection, gradient: str = "ste", clamp: Clamp | None = None) -> Tensor:
+def apply_projection(
+    x: Tensor,
+    project: Projection,
+    gradient: str = "ste",
+    clamp: Clamp | None = None,
+    project_clamps: bool = False,
+) -> Tensor:
     """Project `clamp(x)` on a grid and attach a gradient for x.
 
     `gradient`: "ste" passes the gradient as it is; "clipped" stops it where the format clipped.
     `clamp=(low, high)` quantizes `torch.clamp(x, low, high)` in the same pass; the gradient is then
     that of the clamp followed by the quantizer, strict at both ends as in `torch.relu` and
-    `torch.nn.functional.hardtanh`. Half types are computed in float32 and cast back.
+    `torch.nn.functional.hardtanh`. `project_clamps` says that `project` does the clamp itself. Half
+    types are computed in float32 and cast back.
     """
     check_gradient(gradient)
     if not x.is_floating_point():
@@ -84,7 +91,7 @@ def apply_projection(x: Tensor, project: Projection, gradient: str = "ste", clam
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     with torch.no_grad():
         real = x.detach().to(compute_dtype(x))
-        clamped = real if clamp is None else real.clamp(*clamp)
+        clamped = real if clamp is None or project_clamps else real.clamp(*clamp)
         value, inside = project(clamped, needs_grad and gradient == "clipped")
         value = cast_back(value, x.dtype)
         if not needs_grad:

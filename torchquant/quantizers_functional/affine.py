@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp, apply_projection
-from torchquant.quantizers_functional.uniform import Bound, uniform_projection
+from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
 
 SYMMETRIES = (False, True, "narrow", "full")
 MAX_BITS = 24
@@ -98,7 +98,7 @@ def affine_quantize(
     """
     if not (isinstance(n_levels, int) and n_levels >= 2):
         raise ConfigError(f"n_levels must be a whole number of at least 2, got {n_levels!r}")
-    return apply_projection(x, uniform_projection(delta, -zero_point, n_levels - 1 - zero_point), gradient, clamp)
+    return uniform_quantize(x, delta, -zero_point, n_levels - 1 - zero_point, gradient, clamp)
 
 
 def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:
@@ -112,4 +112,4 @@ def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:
 
 def quantize_uniform(x: Tensor, params: AffineParams, gradient: str = "ste", clamp: Clamp | None = None) -> Tensor:
     """Quantize x on the grid of `params`; shapes as in `affine_quantize`."""
-    return apply_projection(x, uniform_projection(params.delta, *code_bounds(params)), gradient, clamp)
+    return uniform_quantize(x, params.delta, *code_bounds(params), gradient, clamp)

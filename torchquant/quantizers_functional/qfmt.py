@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp, apply_projection
+from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
 from torchquant.quantizers_functional.affine import AffineParams
-from torchquant.quantizers_functional.uniform import Bound, uniform_projection
+from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
 
 RULES = ("nosat", "sat", "mse")
 MAX_BITS = 24
@@ -86,4 +86,4 @@ def qfmt_quantize(
     >>> qfmt_quantize(torch.tensor([-1.0, 1.0, 0.26]), 2.0**-6, -128, 127)
     tensor([-1.0000,  1.0000,  0.2656])
     """
-    return apply_projection(x, uniform_projection(delta, min_int, max_int), gradient, clamp)
+    return uniform_quantize(x, delta, min_int, max_int, gradient, clamp)

@@ -1,11 +1,11 @@
-"""The one projection behind every uniform format: affine and Q-format differ in their numbers only."""
+"""The one body of every uniform format: affine and Q-format differ in their numbers only."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from torchquant.quantizers_functional._gradient import Projection
+from torchquant.quantizers_functional._gradient import Clamp, apply_projection
 
 Bound = Tensor | int
 
@@ -19,7 +19,7 @@ def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
     """A new tensor. Two binary passes for tensor bounds: `torch.clamp` with tensors costs five times that."""
     if isinstance(code_min, int) and isinstance(code_max, int):
         return codes.clamp(code_min, code_max)
-    return torch.minimum(torch.maximum(codes, like(code_min, codes)), like(code_max, codes))
+    return codes.clamp_min(like(code_min, codes)).clamp_max_(like(code_max, codes))
 
 
 def uniform_codes(x: Tensor, delta: Tensor | float, code_min: Bound, code_max: Bound) -> Tensor:
@@ -30,16 +30,37 @@ def uniform_codes(x: Tensor, delta: Tensor | float, code_min: Bound, code_max: B
     return _clamp(torch.div(x, like(delta, x)).round_(), code_min, code_max)
 
 
-def uniform_projection(delta: Tensor | float, code_min: Bound, code_max: Bound) -> Projection:
-    """Projection on `delta * {code_min .. code_max}`.
+def _absorb(clamp: Clamp, x: Tensor, delta: Tensor, code_min: Bound, code_max: Bound) -> tuple[Bound, Bound]:
+    """Code bounds that clamp x as well: rounding and dividing keep order, so bounds go through them exactly."""
+    low, high = clamp
+    if low is not None:
+        lowest = 0 if low == 0.0 else torch.round(like(low, x) / delta)
+        both_whole = isinstance(lowest, int) and isinstance(code_min, int)
+        code_min = max(lowest, code_min) if both_whole else torch.maximum(like(code_min, x), like(lowest, x))
+    if high is not None:
+        code_max = torch.minimum(like(code_max, x), torch.round(like(high, x) / delta))
+    return code_min, code_max
+
+
+def uniform_quantize(
+    x: Tensor,
+    delta: Tensor | float,
+    code_min: Bound,
+    code_max: Bound,
+    gradient: str = "ste",
+    clamp: Clamp | None = None,
+) -> Tensor:
+    """Quantize x, or `x.clamp(*clamp)`, on `delta * {code_min .. code_max}`, differentiable.
 
     `inside` follows ALGORITHMS A1: 1 where the rounded code was not clamped.
     """
 
-    def project(x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        rounded = torch.div(x, like(delta, x)).round_()
-        value = _clamp(rounded, code_min, code_max)
+    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        step = like(delta, real)
+        bounds = (code_min, code_max) if clamp is None else _absorb(clamp, real, step, code_min, code_max)
+        rounded = torch.div(real, step).round_()
+        value = _clamp(rounded, *bounds)
         inside = rounded.eq_(value) if want_inside else None
-        return value.mul_(like(delta, x)), inside
+        return value.mul_(step), inside
 
-    return project
+    return apply_projection(x, project, gradient, clamp, project_clamps=True)
