@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -116,8 +116,35 @@ class FusedModel(FloatCheckpoints, ABC):
     same random state. Float checkpoints load, and `float_state_dict` writes them.
     """
 
-    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+    quantizes_first: ClassVar[bool] = True
+    """What `quantize_first` is unless it is given: the published defaults differ from model to model."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        weight_quantizer: Factory,
+        acts_quantizer: Factory,
+        *,
+        quantize_first: bool | None = None,
+        quantize_fc: bool = False,
+        avg_pool_quantizer: Factory | None = None,
+        fc_weight_quantizer: Factory | None = None,
+        fc_acts_quantizer: Factory | None = None,
+        fold_bn: bool | str = False,
+        input_quantizer: Factory | None = None,
+    ) -> None:
         super().__init__()
+        recipe = Recipe(
+            weight_quantizer,
+            acts_quantizer,
+            self.quantizes_first if quantize_first is None else quantize_first,
+            quantize_fc,
+            avg_pool_quantizer,
+            fc_weight_quantizer,
+            fc_acts_quantizer,
+            fold_bn,
+            input_quantizer,
+        )
         self._check(net)
         net = copy.deepcopy(net)
         self._fuse(net, recipe)

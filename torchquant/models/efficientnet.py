@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, require
-from torchquant.models._base import Factory, FusedModel, Recipe, check_kind
+from torchquant.models._base import FusedModel, Recipe, check_kind
 
 
 def excite(x: Tensor, squeezed: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class FusedEfficientNet(FusedModel):
     the quantizer of a site from its layer, or return None to leave it float. An operation without a
     weight (addition, excitation, pooling) gets the layer before it.
 
-    `quantize_first`: also the first convolution. `quantize_fc`: also the last layer and the pooling
+    `quantize_first`: also the first convolution, by default. `quantize_fc`: also the last layer and the pooling
     before it, with `fc_weight_quantizer`, `fc_acts_quantizer`, `avg_pool_quantizer`, each given the
     last layer; where one is None, the model's own. `fold_bn`: as in QWrapper. `input_quantizer`: for
     the tensor that the first quantized layer reads.
@@ -78,33 +78,6 @@ class FusedEfficientNet(FusedModel):
     no last layer. Raises ConfigError, UnsupportedPatternError, MissingDependencyError without
     efficientnet_pytorch.
     """
-
-    def __init__(
-        self,
-        net: nn.Module,
-        weight_quantizer: Factory,
-        acts_quantizer: Factory,
-        *,
-        quantize_first: bool = True,
-        quantize_fc: bool = False,
-        avg_pool_quantizer: Factory | None = None,
-        fc_weight_quantizer: Factory | None = None,
-        fc_acts_quantizer: Factory | None = None,
-        fold_bn: bool | str = False,
-        input_quantizer: Factory | None = None,
-    ) -> None:
-        recipe = Recipe(
-            weight_quantizer=weight_quantizer,
-            acts_quantizer=acts_quantizer,
-            quantize_first=quantize_first,
-            quantize_fc=quantize_fc,
-            avg_pool_quantizer=avg_pool_quantizer,
-            fc_weight_quantizer=fc_weight_quantizer,
-            fc_acts_quantizer=fc_acts_quantizer,
-            fold_bn=fold_bn,
-            input_quantizer=input_quantizer,
-        )
-        super().__init__(net, recipe)
 
     def _check(self, net: Any) -> None:
         model = require("efficientnet_pytorch.model", "all")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchquant.errors import require
-from torchquant.models._base import Factory, FusedModel, Recipe, check_kind
+from torchquant.models._base import FusedModel, Recipe, check_kind
 
 
 class FusedBlock(nn.Module):
@@ -36,7 +36,7 @@ class FusedResNet(FusedModel):
     the quantizer of a site from its layer, or return None to leave it float. An addition gets the
     layer before it, the skip its convolution.
 
-    `quantize_first`: also the first convolution. `quantize_fc`: also the last layer and the pooling
+    `quantize_first`: also the first convolution, not by default. `quantize_fc`: also the last layer and the pooling
     before it, with `fc_weight_quantizer`, `fc_acts_quantizer`, `avg_pool_quantizer`, each given the
     last layer; where one is None, the model's own. `fold_bn`: as in QWrapper. `input_quantizer`: for
     the tensor that the first quantized layer reads.
@@ -45,32 +45,7 @@ class FusedResNet(FusedModel):
     MissingDependencyError without torchvision.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        weight_quantizer: Factory,
-        acts_quantizer: Factory,
-        *,
-        quantize_first: bool = False,
-        quantize_fc: bool = False,
-        avg_pool_quantizer: Factory | None = None,
-        fc_weight_quantizer: Factory | None = None,
-        fc_acts_quantizer: Factory | None = None,
-        fold_bn: bool | str = False,
-        input_quantizer: Factory | None = None,
-    ) -> None:
-        recipe = Recipe(
-            weight_quantizer=weight_quantizer,
-            acts_quantizer=acts_quantizer,
-            quantize_first=quantize_first,
-            quantize_fc=quantize_fc,
-            avg_pool_quantizer=avg_pool_quantizer,
-            fc_weight_quantizer=fc_weight_quantizer,
-            fc_acts_quantizer=fc_acts_quantizer,
-            fold_bn=fold_bn,
-            input_quantizer=input_quantizer,
-        )
-        super().__init__(net, recipe)
+    quantizes_first = False
 
     def _check(self, net: Any) -> None:
         resnet = require("torchvision.models.resnet", "all")
