@@ -1,4 +1,4 @@
-"""Batch-norm folding: golden numbers and the identities of ALGORITHMS D2, in float64."""
+"""Batch-norm folding: golden numbers and the identities of docs/algorithms.md D2, in float64."""
 
 from __future__ import annotations
 
@@ -183,3 +183,10 @@ def test_what_cannot_be_folded_is_refused() -> None:
         tq.QWrapper([nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)], None, None, fold_bn="folded")
     with pytest.raises(ConfigError, match="2 output channels, its batch norm 3"):
         tq.QWrapper([nn.Conv2d(1, 2, 1), nn.BatchNorm2d(3)], None, None, fold_bn=True)
+
+
+def test_a_linear_whose_batch_norm_runs_along_another_axis_is_not_folded() -> None:
+    wrapper = tq.QWrapper([nn.Linear(6, 4), nn.BatchNorm1d(4)], Identity(), None, fold_bn=True).eval()
+    assert wrapper(torch.randn(2, 4, 6)).shape == (2, 4, 4)
+    with tq.qmodule_state(wrapper, TRAIN), pytest.raises(ConfigError, match=r"for inputs \(N, features\) only"):
+        wrapper(torch.randn(2, 4, 6))

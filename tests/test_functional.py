@@ -319,3 +319,14 @@ def test_the_clipped_gradient_in_every_memory_format(layout: str, grad_layout: s
 def inside_4_bits(x: Tensor) -> Tensor:
     code = (x / 0.1).round() + 8
     return ((code >= 0) & (code <= 15)).to(x.dtype)
+
+
+def test_a_clamp_below_the_grid_stays_on_the_grid() -> None:
+    x = torch.tensor([-9.0, 0.0, 4.0])
+    assert affine_quantize(x, 1.0, 0, 16, clamp=(None, -3.0)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_format_without_a_known_scale_works_with_a_given_one() -> None:
+    x = torch.linspace(-2, 2, 1001, dtype=torch.float64)
+    y = esb_quantize(x, 1.0, 12, 10)  # e = 1: uniform with step 2**-10, up to 2 - 2**-10
+    assert torch.equal(y, (x * 1024).round().clamp(-2047, 2047) / 1024)

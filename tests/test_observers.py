@@ -160,3 +160,23 @@ def test_bad_arguments_say_what_is_allowed(call: object, text: str) -> None:
         call()
     with pytest.raises(NonFiniteError, match="must be finite"):
         BatchMinMax().force_ranges(0.0, float("inf"))
+
+
+def test_another_number_of_channels_is_refused_until_reset() -> None:
+    observer = ExpAvgMinMax(axis=0)
+    observer.observe_batch(torch.full((8, 2), 10.0))
+    with pytest.raises(ConfigError, match=r"statistics of shape \(8,\), the new tensor gives \(4,\); call reset"):
+        observer.observe_batch(torch.full((4, 2), 10.0))
+    with pytest.raises(ConfigError, match="call reset"):
+        observer.allocate(5)
+    observer.reset()
+    observer.observe_batch(torch.full((4, 2), 10.0))
+    assert observer.get_ranges()[1].tolist() == [10.0] * 4
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_largest_floats_of_both_signs_leave_finite_ranges(kind: str) -> None:
+    observer = MAKERS[kind]()
+    for x in (-3e38, 3e38):
+        observer.observe_batch(torch.tensor([x]))
+    assert all(bool(r.isfinite()) for r in observer.get_ranges())

@@ -100,7 +100,7 @@ def require(package: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        if error.name is not None and not package.startswith(error.name):
+        if error.name is not None and not f"{package}.".startswith(f"{error.name}."):
             raise
         raise MissingDependencyError(
             f"this needs the package '{package.partition('.')[0]}', which is not installed; "

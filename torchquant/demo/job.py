@@ -164,7 +164,7 @@ class _Job:
         x, labels = self.data.test_images, self.data.test_labels
         path = self.folder / "w8a8.onnx"
         with self._timed("onnx"):
-            write_whole(path, lambda temporary: export_onnx(model, temporary, x[:2]))
+            export_onnx(model, path, x[:2])
             scores = run_onnx(path, x)
             simulated = predict(model, x)
         result = OnnxResult(

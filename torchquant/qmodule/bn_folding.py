@@ -1,4 +1,4 @@
-"""Forward passes of a layer whose batch norm is folded into its weight (ALGORITHMS D2).
+"""Forward passes of a layer whose batch norm is folded into its weight (docs/algorithms.md D2).
 
 Each training mode answers the same question differently: what does the network see while the
 running statistics, which the deployed weight contains, still move? `B` batch statistics, `R`

@@ -79,6 +79,11 @@ class QWrapper(QModule):
         elif self.fold_mode is None:
             y = self._normalized(self._run(x, None, self._bias))
         elif state.is_weight_quantized:
+            if isinstance(self.layer, nn.Linear) and x.ndim != 2:
+                raise ConfigError(
+                    f"{self.path or 'QWrapper'}: a batch norm folds into a Linear for inputs (N, features) only, got "
+                    f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
+                )
             y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self._bias, x)
         else:
             self._observe_weight(self._fold_factor())
@@ -133,7 +138,9 @@ class QWrapper(QModule):
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """A float copy of the layer with the batch norm folded in (ALGORITHMS D1); a plain copy without one.
+        """A float copy of the layer with the batch norm folded in (docs/algorithms.md D1); a plain copy without one.
+
+        A Linear with batch norm folds for inputs (N, features).
 
         Equals layer + batch norm in eval mode. Raises ConfigError if the batch norm has no running statistics.
         """

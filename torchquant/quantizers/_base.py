@@ -158,9 +158,11 @@ class GridQuantizer(Quantizer):
     @torch.no_grad()
     def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
         grid = self.grid()
-        channels = [p for p in grid if isinstance(p, Tensor) and p.ndim == 1]
+        tensors = [p for p in grid if isinstance(p, Tensor)]
+        codes = codes.to(tensors[0].device) if tensors else codes
+        channels = [p for p in tensors if p.ndim == 1]
         if axis == 0 and codes.ndim == 1 and channels:
-            codes = codes.to(channels[0].device).expand(len(channels[0]), -1)
+            codes = codes.expand(len(channels[0]), -1)
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return cast_back(self.values(codes, working, *self._grid_for(codes.ndim, axis)), dtype)
 

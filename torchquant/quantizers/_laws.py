@@ -300,7 +300,7 @@ LAWS: dict[str, Callable[[_Case], None]] = {
 def check_quantizer(
     quantizer: Quantizer, sample: Tensor | None = None, laws: tuple[str, ...] | None = None
 ) -> LawReport:
-    """Run the laws of DESIGN on a quantizer, ours or yours; nothing happens to the one you pass.
+    """Run the laws (`LAWS`) on a quantizer, ours or yours; nothing happens to the one you pass.
 
     `sample`: float tensor the quantizer is shown first, default N(0, 1) of shape (4, 6, 5, 5); pass one
     if yours takes only some data, e.g. not below 0. `laws`: names out of `LAWS`, default all.

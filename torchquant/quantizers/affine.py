@@ -15,7 +15,7 @@ class AffineQuantizer(UniformQuantizer):
     `symmetric`: False (0..2**n-1 codes and a zero point), True (the published grid), "narrow"
     (weights), "full" (signed activations); see `affine_params`. `gradient_clip=True` stops the
     gradient of elements whose code saturates; the published code masks on the quantized value and
-    so loses in-range elements (ALGORITHMS I-3). Raises ConfigError.
+    so loses in-range elements (docs/algorithms.md I-3). Raises ConfigError.
 
     >>> import torch
     >>> quantizer = AffineQuantizer(4, BatchMinMax(), symmetric="narrow")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, FittedQuantizer
 from torchquant.quantizers_functional._sums import row_sums, unit_rows
 from torchquant.quantizers_functional.esb import (
@@ -25,12 +26,13 @@ from torchquant.range_observers._statistics import rows
 
 @QUANTIZERS.register("esb")
 class ESBQuantizer(FittedQuantizer):
-    """ESB(n_bits, significant_bits) (Gong et al. 2022, arXiv:2109.03513; ALGORITHMS A4).
+    """ESB(n_bits, significant_bits) (Gong et al. 2022, arXiv:2109.03513; docs/algorithms.md A4).
 
     `alpha = ESB_ALPHA[n_bits, significant_bits] * rms(x)`, optimal for Gaussian data; 1 for a tensor
     of zeros. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
     Deviation from the authors' code: the gradient reaches x (theirs returns none), and e=1 formats
-    use the ESB grid instead of a mid-rise one. Raises ConfigError for a pair that is no format.
+    use the ESB grid instead of a mid-rise one. Raises ConfigError for a pair that is no format or
+    has no known optimal scale (n_bits above 9).
 
     >>> quantizer = ESBQuantizer(4, 1)
     >>> quantizer.force(1.0)
@@ -50,6 +52,12 @@ class ESBQuantizer(FittedQuantizer):
         nonfinite: str = "raise",
     ) -> None:
         check_esb(n_bits, significant_bits)
+        if (n_bits, significant_bits) not in ESB_ALPHA:
+            allowed = ", ".join(f"({b},{k})" for b, k in ESB_ALPHA)
+            raise ConfigError(
+                f"no optimal scale is known for ESB({n_bits},{significant_bits}); known: {allowed}. With a scale of "
+                "your own, call esb_quantize"
+            )
         super().__init__(momentum, axis, gradient_clip, nonfinite)
         self.n_bits = n_bits
         self.significant_bits = significant_bits

@@ -23,8 +23,9 @@ class QfmtQuantizer(UniformQuantizer):
 
     `n_bits` 1..24, `signed` or not. `rule` picks the integer bits: "nosat" (default), "sat" (both in
     `qfmt_int_bits`), "mse" (of "nosat" and up to three bits fewer, the least squared error on the
-    tensor observed last). An unsigned quantizer is refused data below 0 unless `allow_clip=True`.
-    Raises ConfigError. Source: ALGORITHMS A2.
+    tensor observed last). An unsigned quantizer refuses data
+    below 0 unless `allow_clip=True`; on accelerators and in compiled code, where a check would stall, it clips.
+    Raises ConfigError. Source: docs/algorithms.md A2.
 
     >>> quantizer = QfmtQuantizer(8, True, BatchMinMax())
     >>> quantizer.pre_observe(torch.tensor([-1.0, 0.5]))
@@ -66,8 +67,10 @@ class QfmtQuantizer(UniformQuantizer):
         low, _ = self.observer.get_ranges()
         if not (self.signed or self.allow_clip or torch.compiler.is_compiling() or low.device.type != "cpu"):
             if bool((low < 0).any()):
+                lowest = float(low.min())
+                self.observer.reset()
                 raise ConfigError(
-                    f"an unsigned Q-format saw values down to {float(low.min()):.4g}, which it would clip to 0; "
+                    f"an unsigned Q-format saw values down to {lowest:.4g}, which it would clip to 0; "
                     "use signed=True, or allow_clip=True if that is wanted"
                 )
         if self.rule == "mse":

@@ -17,7 +17,7 @@ from torchquant.range_observers._statistics import rows
 
 @QUANTIZERS.register("ternary")
 class TernaryQuantizer(FittedQuantizer):
-    """{-alpha, 0, alpha}: ternary weight networks (Li et al. 2016, arXiv:1605.04711; ALGORITHMS A7).
+    """{-alpha, 0, alpha}: ternary weight networks (Li et al. 2016, arXiv:1605.04711; docs/algorithms.md A7).
 
     `method="twn"`: threshold 0.7 E|x|, alpha the mean above it. `"exact"`: the pair of least squared
     error. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.

@@ -1,8 +1,8 @@
 """Masks of one bit an element, packed and unpacked eight at a time by integer arithmetic.
 
 What a clipped gradient must remember is one bit an element. PyTorch has no packed bool, but eight
-0/1 bytes are one int64, and multiplying by the right constant gathers them into one byte. On a CPU
-that costs about one memory pass, on top of a quarter of the memory traffic of float masks.
+0/1 bytes are one int64, and multiplying by the right constant gathers them into one byte. What it
+costs stands in docs/decisions/0002.
 """
 
 from __future__ import annotations

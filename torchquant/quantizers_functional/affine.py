@@ -25,7 +25,7 @@ class AffineParams(NamedTuple):
 
 
 def check_affine(n_bits: int, symmetric: bool | str) -> None:
-    """Raise ConfigError unless the pair names a grid of ALGORITHMS A1."""
+    """Raise ConfigError unless the pair names a grid of docs/algorithms.md A1."""
     if symmetric not in SYMMETRIES:
         raise ConfigError(f"symmetric must be one of {SYMMETRIES}, got {symmetric!r}")
     fewest = 2 if symmetric == "narrow" else 1
@@ -35,7 +35,7 @@ def check_affine(n_bits: int, symmetric: bool | str) -> None:
 
 
 def step(span: Tensor, n_steps: float) -> Tensor:
-    """`span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (ALGORITHMS 0.3)."""
+    """`span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (docs/algorithms.md 0.3)."""
     delta = (span / n_steps).clamp_min(2.0**-126)
     return torch.where(span > 0, delta, torch.ones_like(delta))
 
@@ -51,7 +51,7 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
     * `"narrow"`: `delta = absmax / (2**(n_bits-1) - 1)`, one code fewer, symmetric about 0.
     * `"full"`: all 2**n_bits signed codes, no saturation at either end.
 
-    Source: ALGORITHMS A1; Jacob et al. 2018 for the asymmetric rule. Deviation: an empty range
+    Source: docs/algorithms.md A1; Jacob et al. 2018 for the asymmetric rule. Deviation: an empty range
     gives `delta = 1` and `zero_point = 0`; delta is at least 2**-126; ranges stop at half the
     largest float, so that no grid value overflows.
 
@@ -89,7 +89,7 @@ def affine_quantize(
     as x. zero_point: whole number(s) of the same shape. Returns (*), x's type and memory format.
     Per channel through the shape of delta and zero_point, e.g. (C, 1, 1, 1).
 
-    Source: ALGORITHMS A1: divide, round half to even, then add the zero point, as ONNX
+    Source: docs/algorithms.md A1: divide, round half to even, then add the zero point, as ONNX
     QuantizeLinear does. `gradient`: "ste" or "clipped" (0 where the code saturates).
     `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError.
 

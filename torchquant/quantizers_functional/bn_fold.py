@@ -1,4 +1,4 @@
-"""Arithmetic of batch-norm folding (ALGORITHMS D1, D2). All vectors are (C,), C output channels."""
+"""Arithmetic of batch-norm folding (docs/algorithms.md D1, D2). All vectors are (C,), C output channels."""
 
 from __future__ import annotations
 

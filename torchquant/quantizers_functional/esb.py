@@ -1,7 +1,7 @@
 """Elastic significant bits, ESB(b, k): sign, b-1-k exponent bits, k stored fraction bits.
 
 Exactly a sign-magnitude mini-float with subnormals, no Inf or NaN, whose first normal number is 1
-(Gong et al., TPDS 33(11) 2022, arXiv:2109.03513; ALGORITHMS A4). k = 0 is power of two with zero,
+(Gong et al., TPDS 33(11) 2022, arXiv:2109.03513; docs/algorithms.md A4). k = 0 is power of two with zero,
 k = b-2 is uniform narrow, (4, 1) is FP4 E2M1.
 """
 
@@ -15,7 +15,7 @@ from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
 from torchquant.quantizers_functional.uniform import like
 
-# (n_bits, significant_bits) -> alpha that minimises the squared error on N(0, 1); ALGORITHMS H2.
+# (n_bits, significant_bits) -> alpha that minimises the squared error on N(0, 1); docs/algorithms.md H2.
 # fmt: off
 ESB_ALPHA = {
     (2, 0): 1.22400636,
@@ -31,11 +31,12 @@ ESB_ALPHA = {
 
 
 def check_esb(n_bits: int, significant_bits: int) -> None:
-    """Raise ConfigError unless (n_bits, significant_bits) is a format with a known optimal alpha."""
-    if (n_bits, significant_bits) not in ESB_ALPHA:
-        allowed = ", ".join(f"({b},{k})" for b, k in ESB_ALPHA)
+    """Raise ConfigError unless the pair is a format: n_bits 2..16, 1 to 4 exponent bits."""
+    whole = isinstance(n_bits, int) and isinstance(significant_bits, int)
+    if not (whole and 2 <= n_bits <= 16 and significant_bits >= 0 and 1 <= n_bits - 1 - significant_bits <= 4):
         raise ConfigError(
-            f"(n_bits, significant_bits) must be one of {allowed}; got ({n_bits!r}, {significant_bits!r})"
+            "(n_bits, significant_bits) must have n_bits 2..16 and 1..4 exponent bits (n_bits - 1 - significant_bits); "
+            f"got ({n_bits!r}, {significant_bits!r})"
         )
 
 

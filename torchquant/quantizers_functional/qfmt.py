@@ -16,7 +16,7 @@ MAX_BITS = 24
 
 
 def check_qfmt(n_bits: int, signed: bool, rule: str) -> None:
-    """Raise ConfigError unless the three name a format of ALGORITHMS A2."""
+    """Raise ConfigError unless the three name a format of docs/algorithms.md A2."""
     if not (isinstance(n_bits, int) and 1 <= n_bits <= MAX_BITS):
         raise ConfigError(f"n_bits must be a whole number from 1 to {MAX_BITS}, got {n_bits!r}")
     if not isinstance(signed, bool):
@@ -33,7 +33,7 @@ def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: boo
     `ceil(log2)` below, and one more bit above when the top would clip by more than half a step.
     `rule="sat"`: plain `ceil(log2(absmax))`, one more bit of resolution at an exact power of two.
 
-    Source: ALGORITHMS A2. The published torchquant rule (`floor(log2 absmax) + 1`) wastes a bit at
+    Source: docs/algorithms.md A2. The published torchquant rule (`floor(log2 absmax) + 1`) wastes a bit at
     range_min = -2**k. A range of zeros gives m = 0; ranges stop at a quarter of the largest float, so
     that no grid value overflows.
 
@@ -81,7 +81,7 @@ def qfmt_quantize(
 
     x: (*) float. delta: () or broadcastable to x, a power of two, same unit as x. min_int, max_int:
     code bounds, e.g. -128 and 127 for signed 8 bits whatever delta is. Returns (*), as x.
-    `gradient` and `clamp` as in `affine_quantize`. Source: ALGORITHMS A2.
+    `gradient` and `clamp` as in `affine_quantize`. Source: docs/algorithms.md A2.
 
     >>> qfmt_quantize(torch.tensor([-1.0, 1.0, 0.26]), 2.0**-6, -128, 127)
     tensor([-1.0000,  1.0000,  0.2656])

@@ -41,7 +41,7 @@ def ternary_quantize(
     """Quantize x to `alpha * sign(x)` where |x| > threshold, else 0.
 
     x: (*) float. threshold, alpha: () or broadcastable to x, >= 0, same unit as x. Returns (*).
-    Source: Li et al. 2016, arXiv:1605.04711, as in ALGORITHMS A7. `gradient="clipped"` (ours; the
+    Source: Li et al. 2016, arXiv:1605.04711, as in docs/algorithms.md A7. `gradient="clipped"` (ours; the
     paper uses the plain straight-through) stops the gradient where |x| > 1.5 alpha, half a level
     beyond the last one.
 
@@ -59,7 +59,7 @@ def ternary_params(rows: Tensor, method: str = "twn") -> tuple[Tensor, Tensor]:
     `"exact"`: the pair that minimises the squared error, by sorting |x| and maximising
     `(sum of the k largest)**2 / k` over k; O(n log n).
 
-    Source: ALGORITHMS A7. A channel alone gives the same numbers, bit for bit.
+    Source: docs/algorithms.md A7. A channel alone gives the same numbers, bit for bit.
 
     >>> [round(p.item(), 4) for p in ternary_params(torch.tensor([[-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]]))]
     [0.4667, 0.925]

@@ -16,7 +16,7 @@ def like(value: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
-    """A new tensor. Two binary passes for tensor bounds: `torch.clamp` with tensors costs five times that."""
+    """A new tensor. Two binary passes for tensor bounds: `torch.clamp` with two tensors is not vectorised."""
     if isinstance(code_min, int) and isinstance(code_max, int):
         return codes.clamp(code_min, code_max)
     return codes.clamp_min(like(code_min, codes)).clamp_max_(like(code_max, codes))
@@ -38,7 +38,8 @@ def _absorb(clamp: Clamp, x: Tensor, delta: Tensor, code_min: Bound, code_max: B
         both_whole = isinstance(lowest, int) and isinstance(code_min, int)
         code_min = max(lowest, code_min) if both_whole else torch.maximum(like(code_min, x), like(lowest, x))
     if high is not None:
-        code_max = torch.minimum(like(code_max, x), torch.round(like(high, x) / delta))
+        highest = torch.minimum(like(code_max, x), torch.round(like(high, x) / delta))
+        code_max = torch.maximum(highest, like(code_min, x))
     return code_min, code_max
 
 
@@ -52,7 +53,7 @@ def uniform_quantize(
 ) -> Tensor:
     """Quantize x, or `x.clamp(*clamp)`, on `delta * {code_min .. code_max}`, differentiable.
 
-    `inside` follows ALGORITHMS A1: 1 where the rounded code was not clamped.
+    `inside` follows docs/algorithms.md A1: 1 where the rounded code was not clamped.
     """
 
     def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:

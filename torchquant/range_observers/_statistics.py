@@ -72,7 +72,7 @@ class StatisticTracker(nn.Module):
     def allocate(self, n_channels: int) -> None:
         """Give per-channel buffers their size before the first batch; no-op per tensor."""
         if self.axis is not None:
-            self._resize((n_channels,))
+            self._expect_channels(torch.Size([n_channels]))
 
     def observe_batch(self, x: Tensor) -> None:
         """Take one tensor into the statistics. An empty tensor changes nothing."""
@@ -86,28 +86,47 @@ class StatisticTracker(nn.Module):
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
         held = self.observed_weight.dtype
-        measured = tuple(m.to(held) for m in measure(x))
-        rate = (1.0 - self.momentum) / self._next_weight()
+        measured = torch.stack([m.to(held) for m in measure(x)])
+        self._expect_channels(measured.shape[1:])
+        usable = None
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            finite = torch.stack([torch.isfinite(m).all() for m in measured]).all()
-            measured = tuple(torch.nan_to_num(m) for m in measured)
-            rate = rate * finite
-            self.observed_weight.copy_(torch.where(finite, self._next_weight(), self.observed_weight))
-        else:
-            if not all(bool(torch.isfinite(m).all()) for m in measured):
-                raise NonFiniteError(
-                    f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
-                    "find where it comes from, or build the observer with nonfinite='ignore'"
-                )
-            self.observed_weight.copy_(self._next_weight())
-        self._resize(measured[0].shape)
-        for name, value in zip(self.statistics, measured, strict=True):
-            getattr(self, name).lerp_(value, rate)
+            usable = torch.isfinite(measured).all()
+            measured = torch.nan_to_num(measured)
+        elif bool((measured - measured).any()):  # x - x is 0 for a number and NaN for NaN and Inf
+            raise NonFiniteError(
+                f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
+                "find where it comes from, or build the observer with nonfinite='ignore'"
+            )
+        self._take_in(measured, usable)
         if not self.is_observed:
             self.is_observed = True
 
-    def _next_weight(self) -> Tensor:
-        return self.observed_weight * self.momentum + (1.0 - self.momentum)
+    def _take_in(self, measured: Tensor, usable: Tensor | None) -> None:
+        """Average one measurement in, (statistics, ...); where `usable` holds False, nothing changes."""
+        if self.momentum == 0.0 and usable is None:
+            for name, value in zip(self.statistics, measured, strict=True):
+                getattr(self, name).copy_(value)
+            self.observed_weight.fill_(1.0)
+            return
+        weight = self.observed_weight * self.momentum + (1.0 - self.momentum)
+        rate = (1.0 - self.momentum) / weight
+        rate = rate if usable is None else rate * usable
+        limit = torch.finfo(measured.dtype).max / 2  # so that the difference of two extremes is a number
+        for name, value in zip(self.statistics, measured.clamp(-limit, limit), strict=True):
+            getattr(self, name).lerp_(value, rate)
+        self.observed_weight.copy_(weight if usable is None else torch.where(usable, weight, self.observed_weight))
+
+    def _expect_channels(self, shape: torch.Size) -> None:
+        """Size the buffers for a first batch; refuse another number of channels later."""
+        known = getattr(self, self.statistics[0]).shape
+        if known == shape:
+            return
+        if self.is_observed:
+            raise ConfigError(
+                f"{type(self).__name__} has statistics of shape {tuple(known)}, the new tensor gives "
+                f"{tuple(shape)}; call reset() first, or give each site a quantizer of its own"
+            )
+        self._resize(shape)
 
     def _resize(self, shape: tuple[int, ...] | torch.Size) -> None:
         for name in self.statistics:

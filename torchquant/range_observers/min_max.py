@@ -8,7 +8,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.range_observers._base import RangeObserver
-from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._distributed import reduce_max, world_size
 
 
 class _MinMax(RangeObserver):
@@ -19,6 +19,8 @@ class _MinMax(RangeObserver):
             others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
             # Two native reductions: aminmax along a dimension costs twenty times as much.
             low, high = (x.amin(others), x.amax(others)) if others else (x.clone(), x.clone())
+        if world_size() == 1:
+            return low, high
         both = reduce_max(torch.stack([-low, high]))
         return -both[0], both[1]
 
@@ -36,7 +38,7 @@ class BatchMinMax(_MinMax):
     """Range of the last batch seen. The published default for weights.
 
     `axis`: None, or the axis whose slices have a range each. Ranks of torch.distributed agree on
-    the range of their joined batch. Source: ALGORITHMS C1.
+    the range of their joined batch. Source: docs/algorithms.md C1.
 
     >>> observer = BatchMinMax()
     >>> observer.observe_batch(torch.tensor([-1.0, 2.0]))
@@ -51,7 +53,7 @@ class BatchMinMax(_MinMax):
 class ExpAvgMinMax(_MinMax):
     """Exponential average of each batch's range, with bias correction. For activations.
 
-    `momentum` in (0, 1). Source: ALGORITHMS C2, the published torchquant rule; `range_min` and
+    `momentum` in (0, 1). Source: docs/algorithms.md C2, the published torchquant rule; `range_min` and
     `range_max` hold the corrected values. Deviation from C2's merge rule: ranks are merged by
     minimum and maximum before the average, so that N ranks equal one rank on the joined batch.
 
