@@ -13,26 +13,23 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError
 from torchquant.models._float_checkpoints import FloatCheckpoints, shared_keys
 from torchquant.qmodule import QOp, QWrapper
-from torchquant.quantizers import Quantizer
+from torchquant.quantizers import Quantizer, QuantizerFactory
 from torchquant.utils import qmodules
-
-Factory = Callable[[nn.Module], Quantizer | None]
-"""Makes the quantizer of one site, given the layer there; None leaves the site float."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Which quantizers a fused model gets: the arguments of its constructor."""
 
-    weight_quantizer: Factory
-    acts_quantizer: Factory
+    weight_quantizer: QuantizerFactory
+    acts_quantizer: QuantizerFactory
     quantize_first: bool
     quantize_fc: bool
-    avg_pool_quantizer: Factory | None
-    fc_weight_quantizer: Factory | None
-    fc_acts_quantizer: Factory | None
+    avg_pool_quantizer: QuantizerFactory | None
+    fc_weight_quantizer: QuantizerFactory | None
+    fc_acts_quantizer: QuantizerFactory | None
     fold_bn: bool | str
-    input_quantizer: Factory | None
+    input_quantizer: QuantizerFactory | None
     _made: dict[int, Quantizer] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +47,7 @@ class Recipe:
                 f"got {factory!r}"
             )
 
-    def _make(self, factory: Factory | None, layer: nn.Module) -> Quantizer | None:
+    def _make(self, factory: QuantizerFactory | None, layer: nn.Module) -> Quantizer | None:
         quantizer = None if factory is None else factory(layer)
         if quantizer is None:
             return None
@@ -122,16 +119,16 @@ class FusedModel(FloatCheckpoints, ABC):
     def __init__(
         self,
         net: nn.Module,
-        weight_quantizer: Factory,
-        acts_quantizer: Factory,
+        weight_quantizer: QuantizerFactory,
+        acts_quantizer: QuantizerFactory,
         *,
         quantize_first: bool | None = None,
         quantize_fc: bool = False,
-        avg_pool_quantizer: Factory | None = None,
-        fc_weight_quantizer: Factory | None = None,
-        fc_acts_quantizer: Factory | None = None,
+        avg_pool_quantizer: QuantizerFactory | None = None,
+        fc_weight_quantizer: QuantizerFactory | None = None,
+        fc_acts_quantizer: QuantizerFactory | None = None,
         fold_bn: bool | str = False,
-        input_quantizer: Factory | None = None,
+        input_quantizer: QuantizerFactory | None = None,
     ) -> None:
         super().__init__()
         recipe = Recipe(

@@ -252,4 +252,5 @@ class FittedQuantizer(StatisticTracker, GridQuantizer):
         return self.get()
 
 
-QuantizerFactory = Callable[[nn.Module], Quantizer]
+QuantizerFactory = Callable[[nn.Module], Quantizer | None]
+"""Makes the quantizer of one site, given the layer there; None leaves the site float."""
