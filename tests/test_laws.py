@@ -142,6 +142,14 @@ class Leaky(tq.AffineQuantizer):
         self.observer.range_max.fill_(float(self.observer.range_max.max()))
 
 
+class Widening(tq.AffineQuantizer):
+    """Takes a wider range each time it sees a tensor, although its observer remembers the last one only."""
+
+    def pre_observe(self, x: Tensor) -> None:
+        low, high = self.observer.get_ranges() if self.is_ready else (-1.0, 1.0)
+        self.observer.force_ranges(low * 2, high * 2)
+
+
 def test_a_quantizer_of_the_published_contract_passes_what_can_be_asked() -> None:
     report = tq.check_quantizer(Exact())
     assert "on_grid" in report.passed
@@ -171,6 +179,11 @@ def test_state_outside_the_checkpoint_is_caught() -> None:
 def test_channels_that_are_not_independent_are_caught() -> None:
     with pytest.raises(LawViolation, match="slice 0 alone differs"):
         tq.check_quantizer(Leaky(4, tq.BatchMinMax(axis=0)), laws=("per_channel",))
+
+
+def test_memory_that_is_not_admitted_is_caught() -> None:
+    with pytest.raises(LawViolation, match="seen twice changes the output"):
+        tq.check_quantizer(Widening(4, tq.BatchMinMax()), laws=("memoryless",))
 
 
 def test_one_sided_data_can_be_given() -> None:

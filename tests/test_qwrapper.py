@@ -109,6 +109,51 @@ def test_transposed_groups_have_a_scale_for_each_true_output_channel() -> None:
     assert torch.allclose(wrapper.weight_quantizer.affine_params().delta, absmax / 127)
 
 
+class Counting(tq.AffineQuantizer):
+    """Counts how often it is shown a tensor."""
+
+    seen = 0
+
+    def pre_observe(self, x: Tensor) -> None:
+        super().pre_observe(x)
+        self.seen += 1
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_calibration_observes_a_weight_once_and_again_when_it_changed(fold_bn: bool) -> None:
+    quantizer = Counting(8, tq.BatchMinMax(axis=0))
+    wrapper = tq.QWrapper([nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)], quantizer, None, fold_bn=fold_bn).eval()
+    x = torch.randn(2, 2, 4, 4)
+
+    def seen_by(*changes: object) -> int:
+        before = quantizer.seen
+        wrapper(x)
+        return quantizer.seen - before
+
+    tq.set_qmodule_state(wrapper, S.CALIBRATION)
+    assert [seen_by(), seen_by(), seen_by()] == [1, 0, 0]
+    assert seen_by(wrapper.layer.weight.detach().mul_(2.0)) == 1
+    assert torch.equal(quantizer.observer.range_max, wrapper.float_weight().amax((1, 2, 3)))
+    assert seen_by(wrapper.bn.running_var.mul_(4.0)) == int(fold_bn)
+    assert torch.equal(quantizer.observer.range_max, wrapper.float_weight().amax((1, 2, 3)))
+    assert seen_by(wrapper.load_state_dict(wrapper.state_dict())) == 1
+    assert seen_by(quantizer.observer.reset()) == 1
+    assert seen_by(setattr(wrapper.layer, "weight", nn.Parameter(wrapper.layer.weight.detach().clone()))) == 1
+    wrapper.layer.weight.data.mul_(3.0)  # unseen by the version counter, seen when the state is entered
+    assert seen_by(tq.set_qmodule_state(wrapper, S.CALIBRATION)) == 1
+    assert copy.deepcopy(wrapper)(x).shape == x.shape[:1] + (3, 4, 4)
+    tq.set_qmodule_state(wrapper, S.QUANT_AWARE_TRAIN)
+    assert [seen_by(), seen_by()] == [1, 1]
+
+
+def test_calibration_shows_every_batch_to_a_weight_quantizer_with_memory() -> None:
+    quantizer = Counting(8, tq.ExpAvgMinMax())
+    with tq.qmodule_state(tq.QWrapper(nn.Linear(2, 3), quantizer, None), S.CALIBRATION) as wrapper:
+        wrapper(torch.randn(4, 2))
+        wrapper(torch.randn(4, 2))
+    assert quantizer.seen == 2
+
+
 ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.LeakyReLU, nn.PReLU]
 ACTIVATIONS += [MemoryEfficientSwish, Swish]
 

@@ -47,9 +47,21 @@ class QModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = QModuleState.BYPASSED
+        self._state = QModuleState.BYPASSED
+        self._seen: list[tuple[Tensor, int]] = []
+        """The tensors behind the weight observed last, and their versions."""
         self.path = ""
         """Where the module sits in its model; written by `set_qmodule_state`, read by messages."""
+
+    @property
+    def state(self) -> QModuleState:
+        """What the module does. Entering a state, also the same one, observes an unchanged weight anew."""
+        return self._state
+
+    @state.setter
+    def state(self, state: QModuleState) -> None:
+        self._state = state
+        self._seen = []
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "input", "output") -> quantizer, for the sites that have one."""
@@ -74,9 +86,11 @@ class QModule(nn.Module):
         """Apply `activation`, then observe and quantize as the state says; in one pass where it can be."""
         if quantizer is None or not (self.state.is_act_observed or self.state.is_act_quantized):
             return x if activation is None else activation(x)
-        clamp = activation_clamp(activation)
-        if activation is not None and not (clamp and quantizer.fuses_clamp and self.state.is_act_quantized):
-            x, clamp = activation(x), None
+        clamp = None
+        if activation is not None:
+            if self.state.is_act_quantized and quantizer.fuses_clamp:
+                clamp = activation_clamp(activation)
+            x = activation(x) if clamp is None else x
         kwargs = {} if clamp is None else {"clamp": clamp}
         if self.state.is_act_observed:
             quantizer.pre_observe(x, **kwargs)

@@ -76,18 +76,18 @@ class QWrapper(QModule):
         x = self._run_acts_quantizer("input", self.input_quantizer, x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self.layer(x))
+        elif not state.is_weight_quantized:
+            self._observe_new_weight()
+            y = self._normalized(self.layer(x))
         elif self.fold_mode is None:
             y = self._normalized(self._run(x, None, self._bias))
-        elif state.is_weight_quantized:
+        else:
             if isinstance(self.layer, nn.Linear) and x.ndim != 2:
                 raise ConfigError(
                     f"{self.path or 'QWrapper'}: a batch norm folds into a Linear for inputs (N, features) only, got "
                     f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
                 )
             y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self._bias, x)
-        else:
-            self._observe_weight(self._fold_factor())
-            y = self._normalized(self.layer(x))
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
     def _normalized(self, y: Tensor) -> Tensor:
@@ -111,25 +111,37 @@ class QWrapper(QModule):
     def _fold_factor(self) -> Tensor | None:
         return None if self.fold_mode is None else running_factor(self.bn)
 
-    def _observe_weight(self, factor: Tensor | None) -> None:
+    def _observe_new_weight(self) -> None:
+        """Observe the weight unless it is the one observed last in this state, unchanged since.
+
+        Change is told by the tensors' version counters, which writing through `.data` does not move.
+        """
         assert self.weight_quantizer is not None
-        self.weight_quantizer.pre_observe(self._channels_first_weight(factor))
+        if torch.compiler.is_compiling() or not self.weight_quantizer.is_memoryless:
+            self.observe_weight()
+            return
+        sources = [self.layer.weight]
+        if self.fold_mode is not None:
+            sources += [t for t in (self.bn.weight, self.bn.running_var) if t is not None]
+        known = self._seen if self.weight_quantizer.is_ready else []
+        if [(id(t), t._version) for t in sources] != [(id(t), version) for t, version in known]:
+            self.observe_weight()
+            self._seen = [(t, t._version) for t in sources] if all(t.is_leaf for t in sources) else []
 
     def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The layer with its weight times `factor`, observed and quantized as the state says."""
+        """The layer with its weight times `factor` quantized; observed first if the state says so."""
         assert self.weight_quantizer is not None
         weight = self._channels_first_weight(factor)
         if self.state.is_weight_observed:
             self.weight_quantizer.pre_observe(weight)
-        if self.state.is_weight_quantized:
-            weight = self._quantize_site("weight", self.weight_quantizer, weight)
+        weight = self._quantize_site("weight", self.weight_quantizer, weight)
         return self.row.run(self.layer, x, self.row.channels_first(self.layer, weight), bias)
 
     @torch.no_grad()
     def observe_weight(self) -> None:
         """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
         if self.weight_quantizer is not None:
-            self._observe_weight(self._fold_factor())
+            self.weight_quantizer.pre_observe(self._channels_first_weight(self._fold_factor()))
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:

@@ -64,6 +64,14 @@ class Quantizer(nn.Module, ABC):
         """Whether `quantize` can be called: False for a quantizer that still has to see data."""
         return True
 
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether `pre_observe` of the same tensor twice in a row is the same as once.
+
+        If so, a weight that has not changed is shown once in calibration, not with every batch.
+        """
+        return False
+
     def allocate(self, n_channels: int) -> None:  # noqa: B027 - most schemes have nothing to size
         """Size per-channel state for `n_channels` before the first batch."""
 
@@ -187,6 +195,10 @@ class UniformQuantizer(GridQuantizer):
     @property
     def is_ready(self) -> bool:
         return self.observer.is_observed
+
+    @property
+    def is_memoryless(self) -> bool:
+        return self.observer.is_memoryless
 
     def allocate(self, n_channels: int) -> None:
         self.observer.allocate(n_channels)

@@ -222,6 +222,15 @@ def per_channel(case: _Case) -> None:
         _require(torch.equal(alone(part), together.narrow(case.axis, i, 1)), f"slice {i} alone differs")
 
 
+def memoryless(case: _Case) -> None:
+    """What says it `is_memoryless` is not changed by the tensor it has just seen."""
+    if not case.observed.is_memoryless:
+        raise _Skip("it averages over what it sees")
+    again = copy.deepcopy(case.observed)
+    again.pre_observe(case.sample)
+    _require(_same(again(case.sample), case.observed(case.sample)), "the same tensor seen twice changes the output")
+
+
 def gradient(case: _Case) -> None:
     """A finite gradient reaches x and every learned parameter."""
     quantizer = copy.deepcopy(case.observed)
@@ -290,6 +299,7 @@ LAWS: dict[str, Callable[[_Case], None]] = {
         edge_cases,
         nonfinite,
         per_channel,
+        memoryless,
         gradient,
         survives,
         compiles,

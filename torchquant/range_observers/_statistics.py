@@ -7,9 +7,10 @@ and loads them back.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,25 @@ def rows(x: Tensor, axis: int | None) -> Tensor:
 def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
     """A statistic, () or (C,), in a shape that broadcasts against `ndim` dimensions."""
     return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)
+
+
+def _is_finite(value: Tensor | float) -> bool:
+    """Whether all of value is finite. A sum that is a number has only numbers in it, and is cheap."""
+    if isinstance(value, Tensor):
+        return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+    return math.isfinite(value)
+
+
+def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> None:
+    """Move `held`, in place, by the share `rate` of the way to `value`; the number 1.0 gives it exactly."""
+    is_whole_way = isinstance(rate, float) and rate == 1.0
+    if not isinstance(value, Tensor):
+        held.fill_(value if is_whole_way else held.item() * (1.0 - rate) + value * rate)
+    elif is_whole_way:
+        held.copy_(value.detach())
+    else:
+        limit = torch.finfo(held.dtype).max / 2  # so that the difference of two extremes is a number
+        held.lerp_(value.detach().clamp(-limit, limit), rate)
 
 
 class StatisticTracker(nn.Module):
@@ -78,47 +98,47 @@ class StatisticTracker(nn.Module):
         """Take one tensor into the statistics. An empty tensor changes nothing."""
         self._observe(x, self.measure)
 
-    @torch.no_grad()
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether seeing the same tensor twice in a row is the same as seeing it once."""
+        return self.momentum == 0.0
+
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         if x.numel() == 0:
             return
         x = x.detach()
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
-        held = self.observed_weight.dtype
-        measured = torch.stack([m.to(held) for m in measure(x)])
-        self._expect_channels(measured.shape[1:])
-        usable = None
+        seen = cast(Tensor, self._buffers["observed_weight"])
+        measured = [m if m.dtype == seen.dtype else m.to(seen.dtype) for m in measure(x)]
+        if self.axis is not None:
+            self._expect_channels(measured[0].shape)
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            usable = torch.isfinite(measured).all()
-            measured = torch.nan_to_num(measured)
-        elif bool((measured - measured).any()):  # x - x is 0 for a number and NaN for NaN and Inf
-            raise NonFiniteError(
-                f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
-                "find where it comes from, or build the observer with nonfinite='ignore'"
-            )
-        self._take_in(measured, usable)
+            usable = torch.isfinite(torch.stack(measured)).all().to(seen.dtype)
+            self._take_in([torch.nan_to_num(m) for m in measured], seen, usable)
+        else:
+            # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
+            values = [m.item() for m in measured] if self.axis is None else measured
+            if not all(_is_finite(value) for value in values):
+                raise NonFiniteError(
+                    f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
+                    "find where it comes from, or build the observer with nonfinite='ignore'"
+                )
+            self._take_in(values, seen.item(), 1.0)
         if not self.is_observed:
             self.is_observed = True
 
-    def _take_in(self, measured: Tensor, usable: Tensor | None) -> None:
-        """Average one measurement in, (statistics, ...); where `usable` holds False, nothing changes."""
-        if self.momentum == 0.0 and usable is None:
-            for name, value in zip(self.statistics, measured, strict=True):
-                getattr(self, name).copy_(value)
-            self.observed_weight.fill_(1.0)
-            return
-        weight = self.observed_weight * self.momentum + (1.0 - self.momentum)
-        rate = (1.0 - self.momentum) / weight
-        rate = rate if usable is None else rate * usable
-        limit = torch.finfo(measured.dtype).max / 2  # so that the difference of two extremes is a number
-        for name, value in zip(self.statistics, measured.clamp(-limit, limit), strict=True):
-            getattr(self, name).lerp_(value, rate)
-        self.observed_weight.copy_(weight if usable is None else torch.where(usable, weight, self.observed_weight))
+    def _take_in(self, values: Sequence[Tensor | float], seen: Tensor | float, usable: Tensor | float) -> None:
+        """Average one measurement in, given the observed weight so far; `usable` 0 changes nothing."""
+        weight = seen * self.momentum + (1.0 - self.momentum)
+        rate = (1.0 - self.momentum) / weight * usable
+        for name, value in zip(self.statistics, values, strict=True):
+            _move_towards(cast(Tensor, self._buffers[name]), value, rate)
+        _move_towards(cast(Tensor, self._buffers["observed_weight"]), weight, usable)
 
     def _expect_channels(self, shape: torch.Size) -> None:
         """Size the buffers for a first batch; refuse another number of channels later."""
-        known = getattr(self, self.statistics[0]).shape
+        known = cast(Tensor, self._buffers[self.statistics[0]]).shape
         if known == shape:
             return
         if self.is_observed:
