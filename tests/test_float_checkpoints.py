@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from torchquant import AffineQuantizer, BatchMinMax, ExpAvgMinMax, QModuleState, set_qmodule_state, state_report
+from torchquant.demo.network import QuantSmallResNet, SmallResNet
+from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedMobileNetV2, FusedResNet
 from torchquant.models._base import FusedModel
+from torchquant.qmodule import FloatCheckpoints, QWrapper
 
 NAMES = ["resnet", "mobilenet", "efficientnet"]
 
@@ -100,6 +103,29 @@ def test_quantized_checkpoint_loads_with_equal_output(name: str) -> None:
     fresh.load_state_dict(fused.state_dict())
     assert torch.equal(fresh.eval()(x), fused(x))
     assert str(state_report(fresh)) == str(state_report(fused))
+
+
+@torch.no_grad()
+def test_a_network_wrapped_by_hand() -> None:
+    torch.manual_seed(0)
+    net, other, x = SmallResNet().eval(), SmallResNet().eval(), torch.randn(2, 1, 16, 16)
+    fused = QuantSmallResNet(net, lambda module: AffineQuantizer(4, BatchMinMax()), lambda module: None)
+    other.load_state_dict(fused.float_state_dict())
+    assert torch.equal(other(x), net(x))
+    other = SmallResNet().eval()
+    fused.load_state_dict(other.state_dict())
+    assert torch.equal(fused(x), other(x))
+
+
+def test_layers_left_out_are_named() -> None:
+    class Half(FloatCheckpoints):
+        def __init__(self, net: nn.Sequential) -> None:
+            super().__init__()
+            self.first = QWrapper(net[0], None, None)
+            self.share_keys(net)
+
+    with pytest.raises(ConfigError, match=r"Half was built without 1.bias, 1.weight of Sequential"):
+        Half(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ PACKAGE = Path(torchquant.__file__).parent
 
 # A file imports only from rows above its own, and from its own unit.
 ROWS = (
-    ("errors", "_registry"),
+    ("errors", "_files", "_registry"),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),

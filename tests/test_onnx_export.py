@@ -5,6 +5,7 @@ import operator
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torchquant import (
     qmodule_state,
     set_qmodule_state,
 )
+from torchquant._files import write_whole
 from torchquant.deploy import export_onnx, run_onnx
 from torchquant.deploy.form import DeployLayer, deploy_form
 from torchquant.errors import ConfigError, ExportError, MissingDependencyError
@@ -490,8 +492,6 @@ def test_what_torch_cannot_export_is_an_export_error(kind, message, tmp_path):
 
 @pytest.mark.parametrize("broken", ["replace", "write"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(broken, tmp_path, monkeypatch):
-    from torchquant.deploy import onnx_export
-
     def fail(*args):
         raise OSError("disk full")
 
@@ -501,14 +501,14 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(broken, tmp_path, monkey
         fail()
 
     if broken == "replace":
-        monkeypatch.setattr(onnx_export.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
     else:
-        monkeypatch.setattr(onnx_export.Path, "write_bytes", write_half)
+        monkeypatch.setattr(Path, "write_bytes", write_half)
     target = tmp_path / "net.onnx"
     with open(target, "wb") as file:
         file.write(b"old")
     with pytest.raises(OSError, match="disk full"):
-        onnx_export._write_whole(target, b"new content")
+        write_whole(target, lambda path: path.write_bytes(b"new content"))
     assert os.listdir(tmp_path) == ["net.onnx"]
     assert target.read_bytes() == b"old"
 

@@ -1,17 +1,17 @@
-"""Files that are written whole or not at all."""
+"""The folder a run writes into, and the kinds of files in it."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchquant._files import write_whole
 from torchquant.errors import ConfigError
 
 
@@ -27,18 +27,6 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write into the output folder {folder}: {error.strerror}") from error
     return folder
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then put it in its place in one step."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def write_json(path: Path, value: Any) -> Path:

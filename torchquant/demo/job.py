@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from torchquant._files import write_whole
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.demo.data import Digits, load_digits
-from torchquant.demo.files import output_folder, write_checkpoint, write_json, write_whole
+from torchquant.demo.files import output_folder, write_checkpoint, write_json
 from torchquant.demo.network import QuantSmallResNet, SmallResNet
 from torchquant.demo.progress import Silent
 from torchquant.demo.report import render_report

@@ -7,7 +7,7 @@ import operator
 
 from torch import Tensor, nn
 
-from torchquant.qmodule import QOp, QWrapper
+from torchquant.qmodule import FloatCheckpoints, QOp, QWrapper
 from torchquant.quantizers import QuantizerFactory
 
 
@@ -76,11 +76,12 @@ class QuantBlock(nn.Module):
         return self.add(shortcut, self.conv2(self.conv1(x)))
 
 
-class QuantSmallResNet(nn.Module):
+class QuantSmallResNet(FloatCheckpoints):
     """`SmallResNet` that can quantize: same weights (copied), same output until its state is changed.
 
     `weight_quantizer` and `acts_quantizer` are called once a site with the module that sits there and
-    return its quantizer. The image is quantized too; the class scores stay float.
+    return its quantizer. The image is quantized too; the class scores stay float. Checkpoints of the
+    float network load.
 
     >>> import torch
     >>> from torchquant import AffineQuantizer, BatchMinMax, ExpAvgMinMax
@@ -112,6 +113,7 @@ class QuantSmallResNet(nn.Module):
         self.pool = QOp(net.pool, acts(net.pool))
         self.flatten = net.flatten
         self.fc = QWrapper(net.fc, weight(net.fc), acts_quantizer=None)
+        self.share_keys(net)
         self.train(network.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._files import write_whole
 from torchquant.deploy.form import deploy_form
 from torchquant.deploy.qdq import onnx_nodes
 from torchquant.errors import ConfigError, ExportError, require
@@ -63,8 +64,8 @@ def export_onnx(
     _own_zero_points(proto)
     _finish(proto)
     target = Path(path)
-    _write_whole(target, proto.SerializeToString())
-    return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(target, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
 
 
 def _checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -139,14 +140,3 @@ def _finish(proto: Any) -> None:
         del entry.metadata_props[:]
     proto.metadata_props.add(key="torchquant_version", value=__version__)
     onnx.checker.check_model(proto, full_check=True)
-
-
-def _write_whole(target: Path, data: bytes) -> None:
-    """Write into a temporary file beside the target, then rename it: the target is whole or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
-from torchquant.models._float_checkpoints import FloatCheckpoints, shared_keys
-from torchquant.qmodule import QOp, QWrapper
+from torchquant.qmodule import FloatCheckpoints, QOp, QWrapper
 from torchquant.quantizers import Quantizer, QuantizerFactory
 from torchquant.utils import qmodules
 
@@ -145,13 +144,7 @@ class FusedModel(FloatCheckpoints, ABC):
         self._check(net)
         net = copy.deepcopy(net)
         self._fuse(net, recipe)
-        self.float_keys = shared_keys(net, self)
-        lost = net.state_dict().keys() - {float_key for float_key, _ in self.float_keys}
-        if lost:
-            raise ConfigError(
-                f"{type(net).__name__} holds {', '.join(sorted(lost))}, which its forward does not use; "
-                "delete these modules first"
-            )
+        self.share_keys(net)
         modes = {id(module): module.training for module in net.modules()}
         for module in self.modules():
             module.training = modes.get(id(module), net.training)

@@ -1,5 +1,6 @@
 """Modules that quantize: when they observe, when they quantize, and what they can wrap."""
 
+from torchquant.qmodule.float_checkpoints import FloatCheckpoints as FloatCheckpoints
 from torchquant.qmodule.op import QOp as QOp
 from torchquant.qmodule.patterns import ActivationRow as ActivationRow
 from torchquant.qmodule.patterns import LayerRow as LayerRow
@@ -8,4 +9,13 @@ from torchquant.qmodule.state import QModule as QModule
 from torchquant.qmodule.state import QModuleState as QModuleState
 from torchquant.qmodule.wrapper import QWrapper as QWrapper
 
-__all__ = ["ActivationRow", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper", "register_pattern"]
+__all__ = [
+    "ActivationRow",
+    "FloatCheckpoints",
+    "LayerRow",
+    "QModule",
+    "QModuleState",
+    "QOp",
+    "QWrapper",
+    "register_pattern",
+]

@@ -47,7 +47,8 @@ def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> 
         held.copy_(value.detach())
     else:
         limit = torch.finfo(held.dtype).max / 2  # so that the difference of two extremes is a number
-        held.lerp_(value.detach().clamp(-limit, limit), rate)
+        # As a view, because compiled code of torch 2.11 loses what is written to a () float64 tensor.
+        held.view(-1).lerp_(value.detach().view(-1).clamp(-limit, limit), rate)
 
 
 class StatisticTracker(nn.Module):

@@ -6,23 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchquant.errors import ConfigError
+
 KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model) of one tensor
-
-
-def shared_keys(net: nn.Module, quantized: nn.Module) -> list[KeyPair]:
-    """The keys under which both models hold the same tensor object, in the order of `net`."""
-    theirs = quantized.state_dict(keep_vars=True)
-    keys: dict[int, list[str]] = {}
-    for key, value in theirs.items():
-        keys.setdefault(id(value), []).append(key)
-    ours = net.state_dict(keep_vars=True)
-    return [(float_key, key) for float_key, value in ours.items() for key in keys.get(id(value), [])]
 
 
 class FloatCheckpoints(nn.Module):
     """A module made from the layers of a float `net`, that also speaks the checkpoints of `net`.
 
-    Fill `float_keys` with `shared_keys(net, self)` once the layers are in place; then
+    Call `share_keys(net)` once the layers are in place; then
 
     * `self.load_state_dict(net.state_dict())` takes weights and batch norm statistics; quantizers and
       states stay as they are. Under a prefix too, such as the "module." of DistributedDataParallel;
@@ -30,6 +22,19 @@ class FloatCheckpoints(nn.Module):
 
     A checkpoint of the quantized model loads as usual. What is neither is left to `load_state_dict`,
     which reports missing and unexpected keys.
+
+    >>> from torchquant.qmodule import QWrapper
+    >>> class Quantizable(FloatCheckpoints):
+    ...     def __init__(self, net):
+    ...         super().__init__()
+    ...         self.block = QWrapper([net[0], net[1]], None, None)
+    ...         self.share_keys(net)
+    >>> net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    >>> model = Quantizable(net)
+    >>> model.load_state_dict(net.state_dict())
+    <All keys matched successfully>
+    >>> list(model.float_state_dict()) == list(net.state_dict())
+    True
     """
 
     float_keys: list[KeyPair]
@@ -37,6 +42,23 @@ class FloatCheckpoints(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.float_keys = []
+
+    def share_keys(self, net: nn.Module) -> None:
+        """Note under which keys `net` and this module hold the same tensors.
+
+        Raises ConfigError if `net` has one that this module has not.
+        """
+        theirs = net.state_dict(keep_vars=True)
+        own: dict[int, list[str]] = {}
+        for key, value in self.state_dict(keep_vars=True).items():
+            own.setdefault(id(value), []).append(key)
+        self.float_keys = [(float_key, key) for float_key, value in theirs.items() for key in own.get(id(value), [])]
+        lost = theirs.keys() - {float_key for float_key, _ in self.float_keys}
+        if lost:
+            raise ConfigError(
+                f"{type(self).__name__} was built without {', '.join(sorted(lost))} of {type(net).__name__}; use these "
+                "modules in it (the same objects, not copies), or delete them from the float model first"
+            )
 
     def float_state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers under the keys of the float model; tensors share memory with this one."""
