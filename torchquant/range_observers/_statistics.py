@@ -38,17 +38,21 @@ def _is_finite(value: Tensor | float) -> bool:
     return math.isfinite(value)
 
 
+def _widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: the type of Python's numbers, so that both give the same bits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> None:
-    """Move `held`, in place, by the share `rate` of the way to `value`; the number 1.0 gives it exactly."""
-    is_whole_way = isinstance(rate, float) and rate == 1.0
+    """Move `held`, in place, by the share `rate` of the way to `value`."""
     if not isinstance(value, Tensor):
-        held.fill_(value if is_whole_way else held.item() * (1.0 - rate) + value * rate)
-    elif is_whole_way:
+        held.fill_(held.item() * (1.0 - rate) + value * rate)
+    elif isinstance(rate, float) and rate == 1.0:
         held.copy_(value.detach())
     else:
-        limit = torch.finfo(held.dtype).max / 2  # so that the difference of two extremes is a number
-        # As a view, because compiled code of torch 2.11 loses what is written to a () float64 tensor.
-        held.view(-1).lerp_(value.detach().view(-1).clamp(-limit, limit), rate)
+        wide = _widest(held.device)
+        moved = held.to(wide) * (1.0 - rate) + value.detach().to(wide) * rate
+        held.view(-1).copy_(moved.view(-1))  # compiled code of torch 2.11 loses what is written to a () float64 tensor
 
 
 class StatisticTracker(nn.Module):
@@ -115,8 +119,8 @@ class StatisticTracker(nn.Module):
         if self.axis is not None:
             self._expect_channels(measured[0].shape)
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            usable = torch.isfinite(torch.stack(measured)).all().to(seen.dtype)
-            self._take_in([torch.nan_to_num(m) for m in measured], seen, usable)
+            usable = torch.isfinite(torch.stack(measured)).all().to(_widest(x.device))
+            self._take_in([torch.nan_to_num(m) for m in measured], seen.to(usable.dtype), usable)
         else:
             # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
             values = [m.item() for m in measured] if self.axis is None else measured
