@@ -27,7 +27,7 @@ PUBLIC = {
     ],
     "torchquant.range_observers": ["BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
     "torchquant.qmodule": [
-        "ActivationRow", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper", "register_pattern",
+        "ActivationRow", "FloatCheckpoints", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper", "register_pattern",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
