@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,10 @@ class Quantizer(nn.Module, ABC):
 
     n_bits: int
     axis: int | None = None
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Further names of the scheme, each with the constructor's arguments it stands for."""
+    short_names: ClassVar[Mapping[str, str]] = {}
+    """Short name -> argument of the constructor, for spec strings: "k" -> "significant_bits"."""
     fuses_clamp: ClassVar[bool] = False
     """Whether `pre_observe` and `quantize` take `clamp=(low, high)` and do `x.clamp(low, high)` in
     the same pass. Falls back to False in a subclass that overrides either without saying so."""
