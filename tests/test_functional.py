@@ -270,7 +270,7 @@ def test_gradient_clip_passes_inside_and_stops_outside() -> None:
     [
         (lambda: affine_quantize(torch.ones(2), 1.0, 0, 1), "n_levels must be a whole number of at least 2, got 1"),
         (lambda: affine_quantize(torch.ones(2, dtype=torch.int32), 1.0, 0, 4), "only floating point"),
-        (lambda: affine_quantize(torch.ones(2), 1.0, 0, 4, gradient="stee"), "one of ste, clipped, got 'stee'"),
+        (lambda: affine_quantize(torch.ones(2), 1.0, 0, 4, gradient="stee"), "no gradient 'stee'; did you mean 'ste'"),
         (lambda: esb_quantize(torch.ones(2), 1.0, 4, 3), r"got \(4, 3\)"),
         (lambda: affine_params(torch.tensor(0.0), torch.tensor(1.0), 0), "from 1 to 24, got 0"),
         (lambda: affine_params(torch.tensor(0.0), torch.tensor(1.0), 1, "narrow"), "from 2 to 24 with symmetric"),

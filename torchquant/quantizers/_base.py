@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._registry import Registry
-from torchquant.errors import NoAffineViewError, NoCodesError, NonFiniteError
-from torchquant.quantizers_functional._gradient import Clamp, apply_projection, cast_back, check_gradient, compute_dtype
+from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
+from torchquant.quantizers_functional._gradient import (
+    GRADIENTS,
+    Clamp,
+    Gradient,
+    apply_projection,
+    cast_back,
+    compute_dtype,
+    make_gradient,
+)
 from torchquant.quantizers_functional.affine import AffineParams, code_bounds, quantize_uniform
 from torchquant.quantizers_functional.uniform import like, uniform_codes
 from torchquant.range_observers import RangeObserver
@@ -118,10 +126,12 @@ class GridQuantizer(Quantizer):
     """
 
     fuses_clamp = True
+    traits: ClassVar[frozenset[str]] = frozenset()
+    """What estimators may ask of a format; see `Gradient.needs`."""
 
     def __init__(self, gradient_clip: bool = False) -> None:
         super().__init__()
-        self.gradient = check_gradient("clipped" if gradient_clip else "ste")
+        self.gradient = make_gradient("clipped" if gradient_clip else "ste")
 
     @abstractmethod
     def grid(self) -> tuple[Tensor | int, ...]:
@@ -136,9 +146,26 @@ class GridQuantizer(Quantizer):
         value = self.values(self.codes(x, *grid), x.dtype, *grid)
         if not want_inside:
             return value, None
-        ends = [self.values(torch.as_tensor(code, device=x.device), x.dtype, *grid) for code in self.code_range]
-        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        low, high = self._ends(x, *grid)
         return value, torch.minimum(torch.maximum(x, low), high).eq_(x)
+
+    def _ends(self, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level, in x's type."""
+        ends = [self.values(torch.as_tensor(code, device=x.device), x.dtype, *grid) for code in self.code_range]
+        return torch.minimum(*ends), torch.maximum(*ends)
+
+    @classmethod
+    def gradients(cls) -> tuple[str, ...]:
+        """Names of the gradient estimators that are defined for the format."""
+        return tuple(name for name in GRADIENTS if GRADIENTS[name].needs <= cls.traits)
+
+    def set_gradient(self, gradient: str | Gradient, **options: Any) -> None:
+        """Take another estimator, with its options. Raises ConfigError with the list that is allowed."""
+        made = make_gradient(gradient, **options)
+        if not made.needs <= self.traits:
+            allowed = ", ".join(self.gradients())
+            raise ConfigError(f"{type(self).__name__} takes the gradients {allowed}, got {made.name!r}")
+        self.gradient = made
 
     @abstractmethod
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
@@ -154,7 +181,15 @@ class GridQuantizer(Quantizer):
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
         grid = self._grid_for(x.ndim, self.axis)
-        return apply_projection(x, lambda real, inside: self.project(real, inside, *grid), self.gradient, clamp)
+
+        def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+            return self.project(real, want_inside, *grid)
+
+        def span() -> Tensor:
+            low, high = self._ends(x.to(compute_dtype(x)), *grid)
+            return high - low
+
+        return apply_projection(x, project, self.gradient, clamp, span=span)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -254,7 +289,7 @@ class FittedQuantizer(StatisticTracker, GridQuantizer):
         self, momentum: float = 0.0, axis: int | None = None, gradient_clip: bool = False, nonfinite: str = "raise"
     ) -> None:
         super().__init__(momentum, axis, nonfinite)
-        self.gradient = check_gradient("clipped" if gradient_clip else "ste")
+        self.gradient = make_gradient("clipped" if gradient_clip else "ste")
 
     @property
     def is_ready(self) -> bool:

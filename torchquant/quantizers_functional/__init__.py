@@ -1,5 +1,7 @@
 """Quantizers without state: pure functions of tensors, differentiable, one file per format."""
 
+from torchquant.quantizers_functional._gradient import GRADIENTS as GRADIENTS
+from torchquant.quantizers_functional._gradient import Gradient as Gradient
 from torchquant.quantizers_functional._gradient import gradient_clip as gradient_clip
 from torchquant.quantizers_functional.affine import affine_params as affine_params
 from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
@@ -11,6 +13,8 @@ from torchquant.quantizers_functional.ternary import ternary_params as ternary_p
 from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
 
 __all__ = [
+    "GRADIENTS",
+    "Gradient",
     "affine_params",
     "affine_quantize",
     "esb_quantize",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.quantizers_functional._gradient import Clamp, Gradient
 from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
 
 SYMMETRIES = (False, True, "narrow", "full")
@@ -110,6 +110,8 @@ def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:
     return params.qmin - params.zero_point, params.qmax - params.zero_point
 
 
-def quantize_uniform(x: Tensor, params: AffineParams, gradient: str = "ste", clamp: Clamp | None = None) -> Tensor:
+def quantize_uniform(
+    x: Tensor, params: AffineParams, gradient: str | Gradient = "ste", clamp: Clamp | None = None
+) -> Tensor:
     """Quantize x on the grid of `params`; shapes as in `affine_quantize`."""
     return uniform_quantize(x, params.delta, *code_bounds(params), gradient, clamp)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.quantizers_functional._gradient import Clamp, apply_projection
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 
 Bound = Tensor | int
 
@@ -48,7 +48,7 @@ def uniform_quantize(
     delta: Tensor | float,
     code_min: Bound,
     code_max: Bound,
-    gradient: str = "ste",
+    gradient: str | Gradient = "ste",
     clamp: Clamp | None = None,
 ) -> Tensor:
     """Quantize x, or `x.clamp(*clamp)`, on `delta * {code_min .. code_max}`, differentiable.
@@ -64,4 +64,8 @@ def uniform_quantize(
         inside = rounded.eq_(value) if want_inside else None
         return value.mul_(step), inside
 
-    return apply_projection(x, project, gradient, clamp, project_clamps=True)
+    def span() -> Tensor:
+        step = like(delta, x)
+        return (like(code_max, step) - like(code_min, step)) * step
+
+    return apply_projection(x, project, gradient, clamp, project_clamps=True, span=span)

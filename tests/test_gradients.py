@@ -1,0 +1,150 @@
+"""Every gradient estimator against its written formula, alone and on every format that takes it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchquant as tq
+from tests.oracles import GOLDEN
+from torchquant.errors import ConfigError
+from torchquant.quantizers import QUANTIZERS, GridQuantizer
+from torchquant.quantizers_functional._gradient import EWGS, GRADIENTS, Gradient, make_gradient
+
+COMBINATIONS = [
+    pytest.param(name, gradient, axis, id=f"{name}-{gradient}-{'tensor' if axis is None else f'axis{axis}'}")
+    for name in QUANTIZERS
+    if issubclass(QUANTIZERS[name], GridQuantizer)
+    for gradient in QUANTIZERS[name].gradients()
+    for axis in (None, 0)
+]
+
+
+def gradient_of(quantizer: GridQuantizer, x: Tensor, upstream: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    quantizer(x).backward(upstream)
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize(("name", "gradient", "axis"), COMBINATIONS)
+def test_the_forward_is_that_of_the_format_and_the_gradient_is_finite(
+    name: str, gradient: str, axis: int | None
+) -> None:
+    quantizer = QUANTIZERS[name].examples(axis)[0]
+    x = torch.randn(4, 6, 5)
+    quantizer.pre_observe(x)
+    expected = quantizer(x)
+    quantizer.set_gradient(gradient)
+    assert torch.equal(quantizer(x.clone().requires_grad_()), expected)
+    with torch.no_grad():
+        x[0, 0, 0], x[0, 0, 1] = float("inf"), -3e38
+    grad = gradient_of(quantizer, x, torch.randn(x.shape))
+    assert grad.isfinite().all()
+    assert (grad != 0).float().mean() > 0.5
+    assert torch.equal(copy.deepcopy(quantizer)(x), quantizer(x))
+
+
+@pytest.mark.parametrize("name", [n for n in GRADIENTS if n not in ("hardtanh", "approxsign")])
+def test_compiled_gradient_equals_eager(name: str) -> None:
+    quantizer = tq.AffineQuantizer(3, tq.BatchMinMax(axis=0), "narrow")
+    x, upstream = torch.randn(4, 50), torch.randn(4, 50)
+    quantizer.pre_observe(x / 2)
+    quantizer.set_gradient(name)
+    expected = gradient_of(quantizer, x, upstream)
+    torch._dynamo.reset()
+    found = gradient_of(torch.compile(quantizer, fullgraph=True, backend="aot_eager"), x, upstream)
+    assert torch.equal(found, expected)
+
+
+def test_ewgs_golden() -> None:
+    golden = GOLDEN["golden"]["ewgs"]
+    xn, xq, g = (torch.tensor(golden[key], dtype=torch.float64) for key in ("xn", "xq", "g"))
+    x = xn.clone().requires_grad_()
+    y = EWGS(delta=golden["delta"]).attach(x, xq, None, span=lambda: torch.tensor(2.0, dtype=torch.float64))
+    y.backward(g)
+    assert x.grad.tolist() == pytest.approx(golden["out"], abs=1e-7)
+
+
+def test_ewgs_is_the_formula_on_a_grid() -> None:
+    quantizer = tq.AffineQuantizer(2, tq.BatchMinMax(), "narrow")
+    quantizer.observer.force_ranges(-1.0, 1.0)  # levels -1, 0, 1: already normalised
+    quantizer.set_gradient("ewgs", delta=0.2)
+    x = torch.linspace(-2, 2, 101)
+    upstream = torch.randn(101)
+    value = quantizer(x)
+    inside = (x.round().abs() <= 1).float()
+    expected = inside * upstream * (1 + 0.2 * upstream.sign() * (x - value))
+    assert torch.allclose(gradient_of(quantizer, x, upstream), expected, atol=1e-7)
+
+
+def test_ewgs_without_delta_is_the_clipped_straight_through() -> None:
+    x, upstream = torch.randn(200), torch.randn(200)
+    quantizer = tq.ESBQuantizer(4, 1, gradient_clip=True)
+    quantizer.pre_observe(x / 2)
+    expected = gradient_of(quantizer, x, upstream)
+    quantizer.set_gradient("ewgs", delta=0.0)
+    assert torch.equal(gradient_of(quantizer, x, upstream), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("hardtanh", lambda x: (x.abs() <= 1).float()),
+        ("approxsign", lambda x: (2 - 2 * x.abs()).clamp_min(0)),
+    ],
+)
+def test_one_bit_estimators_are_their_formula(name: str, factor) -> None:  # noqa: ANN001
+    x = torch.linspace(-2, 2, 81).requires_grad_()
+    upstream = torch.randn(81)
+    make_gradient(name).attach(x, x.detach().sign(), None, None).backward(upstream)
+    assert torch.allclose(x.grad, factor(x.detach()) * upstream, atol=1e-7)
+
+
+def test_a_fused_clamp_goes_with_every_estimator() -> None:
+    x, upstream = torch.randn(300) * 3, torch.randn(300)
+    for name in ("ste", "clipped", "ewgs"):
+        quantizer = tq.AffineQuantizer(4, tq.BatchMinMax())
+        quantizer.observer.force_ranges(0.0, 2.5)
+        quantizer.set_gradient(name)
+        fused, apart = (x.clone().requires_grad_() for _ in range(2))
+        quantizer(fused, clamp=(0.0, 6.0)).backward(upstream)
+        quantizer(torch.nn.functional.relu6(apart)).backward(upstream)
+        assert torch.allclose(fused.grad, apart.grad, atol=1e-7), name
+
+
+def test_what_is_not_defined_is_refused_with_the_list() -> None:
+    quantizer = tq.AffineQuantizer(4, tq.BatchMinMax())
+    with pytest.raises(ConfigError, match="AffineQuantizer takes the gradients clipped, ewgs, ste, got 'approxsign'"):
+        quantizer.set_gradient("approxsign")
+    with pytest.raises(ConfigError, match="no gradient 'magic'.* Known: approxsign, clipped"):
+        quantizer.set_gradient("magic")
+    with pytest.raises(ConfigError, match="delta must be a number >= 0, got -1"):
+        quantizer.set_gradient("ewgs", delta=-1)
+    with pytest.raises(ConfigError, match="'ewgs' needs the span of the grid"):
+        tq.quantizers_functional.ternary_quantize(torch.ones(2, requires_grad=True), 0.5, 1.0, gradient="ewgs")
+
+
+def test_an_estimator_of_ones_own_goes_with_every_format() -> None:
+    @dataclass(frozen=True, repr=False)
+    class Half(Gradient):
+        name = "half"
+        share: float = 0.5
+
+        def attach(self, x: Tensor, value: Tensor, inside: Tensor | None, span: object) -> Tensor:
+            return x * self.share + (value - x * self.share).detach()
+
+    GRADIENTS.register("half")(Half)
+    try:
+        quantizer = tq.TernaryQuantizer()
+        assert "half" in quantizer.gradients()
+        x = torch.randn(9)
+        quantizer.pre_observe(x)
+        quantizer.set_gradient("half", share=0.25)
+        assert gradient_of(quantizer, x, torch.ones(9)).tolist() == [0.25] * 9
+    finally:
+        GRADIENTS.unregister("half")
