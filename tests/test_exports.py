@@ -13,9 +13,12 @@ ROOT = Path(__file__).parent.parent
 # fmt: off
 PUBLIC = {
     "torchquant": [
-        "QUANTIZERS", "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState",
-        "QOp", "QWrapper", "QfmtQuantizer", "Quantizer", "RangeObserver", "TernaryQuantizer", "check_quantizer",
-        "freeze_bn", "observe_weights", "qmodule_state", "register_pattern", "set_qmodule_state", "state_report",
+        "QUANTIZERS", "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule",
+        "QModuleState",
+        "QOp", "QWrapper", "QfmtQuantizer", "QuantSpec", "Quantizer", "RangeObserver", "TernaryQuantizer",
+        "check_quantizer",
+        "freeze_bn", "make_quantizer", "observe_weights", "qmodule_state", "register_pattern",
+        "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
         "GRADIENTS", "Gradient",
@@ -23,12 +26,16 @@ PUBLIC = {
         "qfmt_quantize", "ternary_params", "ternary_quantize",
     ],
     "torchquant.quantizers": [
-        "LAWS", "QUANTIZERS", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "LawReport",
-        "QfmtQuantizer", "Quantizer", "QuantizerFactory", "TernaryQuantizer", "UniformQuantizer", "check_quantizer",
+        "LAWS", "QUANTIZERS", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer",
+        "GroupQuantizer", "LawReport",
+        "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory", "TernaryQuantizer", "UniformQuantizer",
+        "check_quantizer",
+        "make_quantizer",
     ],
-    "torchquant.range_observers": ["BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
+    "torchquant.range_observers": ["OBSERVERS", "BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
     "torchquant.qmodule": [
-        "ActivationRow", "FloatCheckpoints", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper", "register_pattern",
+        "ActivationRow", "FloatCheckpoints", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper",
+        "register_pattern",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",

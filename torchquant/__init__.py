@@ -11,8 +11,10 @@ from torchquant.quantizers import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers import ESBQuantizer as ESBQuantizer
 from torchquant.quantizers import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers import Quantizer as Quantizer
+from torchquant.quantizers import QuantSpec as QuantSpec
 from torchquant.quantizers import TernaryQuantizer as TernaryQuantizer
 from torchquant.quantizers import check_quantizer as check_quantizer
+from torchquant.quantizers import make_quantizer as make_quantizer
 from torchquant.range_observers import BatchMinMax as BatchMinMax
 from torchquant.range_observers import ExpAvgMinMax as ExpAvgMinMax
 from torchquant.range_observers import RangeObserver as RangeObserver
@@ -35,11 +37,13 @@ __all__ = [
     "QOp",
     "QWrapper",
     "QfmtQuantizer",
+    "QuantSpec",
     "Quantizer",
     "RangeObserver",
     "TernaryQuantizer",
     "check_quantizer",
     "freeze_bn",
+    "make_quantizer",
     "observe_weights",
     "qmodule_state",
     "register_pattern",

@@ -6,9 +6,12 @@ from torchquant.quantizers._base import GridQuantizer as GridQuantizer
 from torchquant.quantizers._base import Quantizer as Quantizer
 from torchquant.quantizers._base import QuantizerFactory as QuantizerFactory
 from torchquant.quantizers._base import UniformQuantizer as UniformQuantizer
+from torchquant.quantizers._group import GroupQuantizer as GroupQuantizer
 from torchquant.quantizers._laws import LAWS as LAWS
 from torchquant.quantizers._laws import LawReport as LawReport
 from torchquant.quantizers._laws import check_quantizer as check_quantizer
+from torchquant.quantizers._spec import QuantSpec as QuantSpec
+from torchquant.quantizers._spec import make_quantizer as make_quantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
@@ -21,11 +24,14 @@ __all__ = [
     "ESBQuantizer",
     "FittedQuantizer",
     "GridQuantizer",
+    "GroupQuantizer",
     "LawReport",
     "QfmtQuantizer",
+    "QuantSpec",
     "Quantizer",
     "QuantizerFactory",
     "TernaryQuantizer",
     "UniformQuantizer",
     "check_quantizer",
+    "make_quantizer",
 ]

@@ -41,6 +41,7 @@ class ESBQuantizer(FittedQuantizer):
     """
 
     statistics = ("alpha",)
+    short_names = {"k": "significant_bits"}
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class TernaryQuantizer(FittedQuantizer):
     """
 
     n_bits = 2
+    presets = {"twn": {"method": "twn"}}
     statistics = ("threshold", "alpha")
     code_range = (-1, 1)
 

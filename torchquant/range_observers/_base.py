@@ -7,9 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from torchquant._registry import Registry
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.range_observers._statistics import StatisticTracker
+
+OBSERVERS: Registry[type[RangeObserver]] = Registry("range observer")
 
 
 class RangeObserver(StatisticTracker):

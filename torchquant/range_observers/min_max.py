@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
-from torchquant.range_observers._base import RangeObserver
+from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import reduce_max, world_size
 
 
@@ -34,6 +34,7 @@ class _MinMax(RangeObserver):
         self._observe(x, measure)
 
 
+@OBSERVERS.register("minmax")
 class BatchMinMax(_MinMax):
     """Range of the last batch seen. The published default for weights.
 
@@ -50,6 +51,7 @@ class BatchMinMax(_MinMax):
         super().__init__(0.0, axis, nonfinite)
 
 
+@OBSERVERS.register("ema")
 class ExpAvgMinMax(_MinMax):
     """Exponential average of each batch's range, with bias correction. For activations.
 

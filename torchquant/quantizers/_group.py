@@ -1,0 +1,83 @@
+"""Per-group granularity: one set of numbers for each run of neighbours in a row of a weight."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import Quantizer
+
+
+class GroupQuantizer(Quantizer):
+    """Any per-channel quantizer, applied to groups of `size` elements instead of channels.
+
+    A weight (out, in, ...) is read as `out` rows; each row is cut into groups of `size`, and the
+    last may be shorter: its statistics are its own, nothing is padded into them. `quantizer` works per
+    channel on axis 0. For weights: the number of rows must stay what it was. Raises ConfigError.
+
+    >>> from torchquant.quantizers import AffineQuantizer
+    >>> from torchquant.range_observers import BatchMinMax
+    >>> grouped = GroupQuantizer(AffineQuantizer(4, BatchMinMax(axis=0), "narrow"), size=2)
+    >>> weight = torch.tensor([[7.0, 1.0, 0.7, 0.1, 0.5]])
+    >>> grouped.pre_observe(weight)
+    >>> grouped(weight)
+    tensor([[7.0000, 1.0000, 0.7000, 0.1000, 0.5000]])
+    """
+
+    def __init__(self, quantizer: Quantizer, size: int) -> None:
+        super().__init__()
+        if quantizer.axis != 0:
+            raise ConfigError(f"a group takes a quantizer per channel on axis 0, got axis={quantizer.axis!r}")
+        if not (isinstance(size, int) and size > 0):
+            raise ConfigError(f"the elements of a group must be a whole number > 0, got {size!r}")
+        self.size = size
+        self.n_bits = quantizer.n_bits
+        self.whole = quantizer
+        self.last = copy.deepcopy(quantizer)
+
+    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole groups (groups, size) and the shorter last ones (rows, rest); either may be empty."""
+        rows = x.reshape(x.shape[0], -1) if x.numel() else x.reshape(0, self.size)
+        end = rows.shape[1] - rows.shape[1] % self.size
+        return rows[:, :end].reshape(-1, self.size), rows[:, end:]
+
+    def _join(self, whole: Tensor, last: Tensor, shape: torch.Size) -> Tensor:
+        rows = len(last)
+        return torch.cat([whole.reshape(rows, -1), last], 1).reshape(shape) if rows else whole.reshape(shape)
+
+    def _parts(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
+        return list(zip((self.whole, self.last), self._cut(x), strict=True))
+
+    def pre_observe(self, x: Tensor) -> None:
+        for quantizer, part in self._parts(x):
+            quantizer.pre_observe(part)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        whole, last = (q.quantize(part) if part.numel() else part for q, part in self._parts(x))
+        return self._join(whole, last, x.shape)
+
+    def encode(self, x: Tensor) -> Tensor:
+        whole, last = (q.encode(part) if part.numel() else part.to(torch.int32) for q, part in self._parts(x))
+        return self._join(whole, last, x.shape)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        whole, last = (q.decode(part, dtype) if part.numel() else part.to(dtype) for q, part in self._parts(codes))
+        return self._join(whole, last, codes.shape)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.whole.is_ready or self.last.is_ready
+
+    @property
+    def is_memoryless(self) -> bool:
+        return self.whole.is_memoryless
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return (self.whole if self.whole.is_ready else self.last).code_range
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"

@@ -1,0 +1,235 @@
+"""Spec strings: one line of text that names a quantizer everywhere.
+
+    scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G][@gradient]
+
+`QuantSpec` is the parsed form, `make_quantizer` builds what it names. Both know nothing of any scheme:
+arguments are found by name in the signatures of the scheme and of its range observer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torchquant.errors import ConfigError, UnknownNameError
+from torchquant.quantizers._base import QUANTIZERS, GridQuantizer, Quantizer
+from torchquant.quantizers._group import GroupQuantizer
+from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient
+from torchquant.range_observers import OBSERVERS, RangeObserver
+
+SITES = ("weight", "input", "output")
+GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G][@gradient]"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A quantizer in words. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
+
+    `options` keeps the values as they were written; they get their types from the scheme. `granularity`
+    is "tensor", "channel", "group" or "" (the scheme's default: per tensor); `group` the elements a group.
+
+    >>> spec = QuantSpec.parse("esb:4,k=1/channel@clipped")
+    >>> spec.scheme, spec.n_bits, spec.options, spec.granularity, spec.gradient
+    ('esb', 4, (('k', '1'),), 'channel', 'clipped')
+    >>> str(spec)
+    'esb:4,k=1/channel@clipped'
+    """
+
+    scheme: str
+    n_bits: int | None = None
+    options: tuple[tuple[str, str | None], ...] = ()
+    granularity: str = ""
+    group: int | None = None
+    gradient: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Read a spec string. Raises ConfigError that says which part is wrong and what is allowed there."""
+        if not isinstance(text, str):
+            raise ConfigError(f"a spec must be a string {GRAMMAR}, got {text!r}")
+        rest, at, gradient = text.strip().partition("@")
+        head, slash, granularity = rest.partition("/")
+        scheme, colon, arguments = head.partition(":")
+        _require(_NAME.fullmatch(scheme), text, f"the scheme {scheme!r} is not a name")
+        _require(not at or _NAME.fullmatch(gradient), text, f"the gradient {gradient!r} is not a name")
+        kind, equals, size = granularity.partition("=")
+        if slash:
+            allowed = (
+                kind in ("tensor", "channel") and not equals or kind == "group" and size.isdecimal() and int(size) > 0
+            )
+            _require(
+                allowed, text, f"the granularity {granularity!r} is not tensor, channel or group=G with a whole G > 0"
+            )
+        items = arguments.split(",") if colon else []
+        n_bits = int(items.pop(0)) if items and items[0].isdecimal() else None
+        options: dict[str, str | None] = {}
+        for item in items:
+            key, has_value, value = item.partition("=")
+            well_formed = _NAME.fullmatch(key) and bool(value) == bool(has_value)
+            _require(well_formed, text, f"the argument {item!r} is neither key=value nor a flag")
+            _require(key not in options, text, f"the argument {key!r} is given twice")
+            options[key] = value if has_value else None
+        return cls(scheme, n_bits, tuple(options.items()), kind, int(size) if size else None, gradient or None)
+
+    def __str__(self) -> str:
+        arguments = [] if self.n_bits is None else [str(self.n_bits)]
+        arguments += [key if value is None else f"{key}={value}" for key, value in self.options]
+        text = self.scheme + (":" + ",".join(arguments) if arguments else "")
+        text += f"/{self.granularity}" if self.granularity else ""
+        text += f"={self.group}" if self.group is not None else ""
+        return text + (f"@{self.gradient}" if self.gradient else "")
+
+
+def _require(condition: object, text: str, what: str) -> None:
+    if not condition:
+        raise ConfigError(f"spec {text!r}: {what}. A spec is {GRAMMAR}")
+
+
+def find_scheme(name: str) -> tuple[type[Quantizer], Mapping[str, Any]]:
+    """The class a spec's scheme names, and the arguments the name fixes. Raises UnknownNameError."""
+    known = {preset: (cls, fixed) for _, cls in schemes() for preset, fixed in cls.presets.items()}
+    if name in known and name not in QUANTIZERS:
+        return known[name]
+    try:
+        return QUANTIZERS[name], {}
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}; presets: {', '.join(sorted(known))}") from None
+
+
+def schemes() -> list[tuple[str, type[Quantizer]]]:
+    """Every registered scheme, by name."""
+    return [(name, QUANTIZERS[name]) for name in QUANTIZERS]
+
+
+def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
+    """The quantizer a spec string names.
+
+    `site` "weight", "input" or "output" fills what the text leaves open: a weight is measured anew each
+    time (observer `minmax`, momentum 0) and has its channels on axis 0; an activation is averaged over
+    batches (observer `ema`, momentum 0.9) and has its channels on axis 1. `observer=NAME` takes another
+    observer, whose own arguments may follow. Raises ConfigError, UnknownNameError.
+
+    >>> make_quantizer("affine:8,symmetric=narrow/channel")
+    AffineQuantizer(
+      n_bits=8, symmetric='narrow', gradient='ste'
+      (observer): BatchMinMax(axis=0, no data yet)
+    )
+    >>> make_quantizer("affine:8,observer=ema,momentum=0.99@clipped", site="output").observer.momentum
+    0.99
+    """
+    spec = spec if isinstance(spec, QuantSpec) else QuantSpec.parse(spec)
+    if site not in SITES:
+        raise ConfigError(f"site must be one of {', '.join(SITES)}, got {site!r}")
+    if spec.granularity == "group" and site != "weight":
+        raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
+    scheme, fixed = find_scheme(spec.scheme)
+    axis = {"": None, "tensor": None, "channel": 0 if site == "weight" else 1, "group": 0}[spec.granularity]
+    quantizer = _Builder(spec, scheme, fixed, axis, site).build()
+    return quantizer if spec.group is None else GroupQuantizer(quantizer, spec.group)
+
+
+class _Builder:
+    """Finds a place for every word of a spec in the constructors of a scheme and its observer."""
+
+    def __init__(
+        self, spec: QuantSpec, scheme: type[Quantizer], fixed: Mapping[str, Any], axis: int | None, site: str
+    ) -> None:
+        self.spec, self.scheme, self.axis, self.site = spec, scheme, axis, site
+        self.text = str(spec)
+        self.parameters = inspect.signature(scheme).parameters
+        self.arguments: dict[str, Any] = dict(fixed)
+        self.gradient: Gradient | None = None
+        self.options = {scheme.short_names.get(key, key): value for key, value in spec.options}
+
+    def build(self) -> Quantizer:
+        self._place_bits()
+        self._place_gradient()
+        self._take_options(self.scheme, self.parameters, self.arguments)
+        if "range_observer" in self.parameters:
+            self.arguments["range_observer"] = self._observer()
+        else:
+            self._place_axis()
+        unknown = ", ".join(sorted(self.options))
+        _require(not unknown, self.text, f"{self.spec.scheme} has no {unknown}; it has {self._known()}")
+        missing = [name for name, p in self.parameters.items() if p.default is p.empty and name not in self.arguments]
+        _require(not missing, self.text, f"{self.spec.scheme} needs {', '.join(missing)}")
+        quantizer = self.scheme(**self.arguments)
+        if self.gradient is not None and isinstance(quantizer, GridQuantizer):
+            quantizer.set_gradient(self.gradient)
+        return quantizer
+
+    def _place_bits(self) -> None:
+        bits = self.spec.n_bits
+        if bits is None:
+            return
+        takes_bits = "n_bits" in self.parameters
+        fixed = self.arguments.setdefault("n_bits", bits) if takes_bits else self.scheme.n_bits
+        _require(bits == fixed, self.text, f"{self.spec.scheme} always has {fixed} bits")
+
+    def _place_gradient(self) -> None:
+        """Check the gradient's name and make it with the options it knows."""
+        name = self.spec.gradient
+        if name is None:
+            return
+        allowed = self.scheme.gradients() if issubclass(self.scheme, GridQuantizer) else ("ste",)
+        _require(name in allowed, self.text, f"{self.spec.scheme} takes the gradients {', '.join(allowed)}")
+        kind = GRADIENTS[name]
+        options: dict[str, Any] = {}
+        self._take_options(kind, inspect.signature(kind).parameters, options)
+        self.gradient = kind(**options)
+
+    def _place_axis(self) -> None:
+        takes_axis = "axis" in self.parameters
+        if takes_axis and self.spec.granularity:
+            self.arguments["axis"] = self.axis
+        _require(takes_axis or self.axis is None, self.text, f"{self.spec.scheme} works per tensor only")
+        if "momentum" in self.parameters and self.site != "weight":
+            self.arguments.setdefault("momentum", 0.9)
+
+    def _observer(self) -> RangeObserver:
+        name = self.options.pop("observer", None) or ("minmax" if self.site == "weight" else "ema")
+        kind = OBSERVERS[name]
+        parameters = inspect.signature(kind).parameters
+        arguments = {key: value for key, value in self.arguments.items() if key in parameters}
+        self._take_options(kind, parameters, arguments)
+        return kind(**arguments, axis=self.axis)
+
+    def _take_options(self, owner: type, parameters: Mapping[str, Any], arguments: dict[str, Any]) -> None:
+        """Move the options `owner` has a parameter for into `arguments`, in the parameter's type."""
+        hints = get_type_hints(owner.__init__)  # type: ignore[misc]
+        for name in [name for name in self.options if name in parameters and name not in ("axis", "range_observer")]:
+            given = self.options.pop(name)
+            _require(name not in arguments, self.text, f"{name} is given twice, or fixed by {self.spec.scheme}")
+            arguments[name] = self._typed(name, given, hints.get(name, str))
+
+    def _typed(self, name: str, given: str | None, hint: Any) -> Any:
+        """The text in the first of the parameter's types that can read it."""
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if given is None:
+            _require(bool in kinds, self.text, f"{name} needs a value: {name}=...")
+            return True
+        readers: dict[type, Callable[[str], Any]] = {
+            bool: {"true": True, "false": False}.__getitem__,
+            int: int,
+            float: float,
+            str: str,
+        }
+        for kind, read in readers.items():
+            if kind in kinds:
+                try:
+                    return read(given)
+                except (KeyError, ValueError):
+                    continue
+        names = " or ".join(kind.__name__ for kind in kinds if kind in readers)
+        raise ConfigError(f"spec {self.text!r}: {name} takes {names}, got {given!r}")
+
+    def _known(self) -> str:
+        long_names = {long: short for short, long in self.scheme.short_names.items()}
+        hidden = ("axis", "range_observer", "n_bits", "gradient_clip")
+        names = [long_names.get(name, name) for name in self.parameters if name not in hidden]
+        return ", ".join(names + (["observer"] if "range_observer" in self.parameters else []))
