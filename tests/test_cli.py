@@ -15,6 +15,7 @@ import torchquant
 from torchquant import cli, demo
 from torchquant.demo import DemoConfig, Silent, Terminal
 from torchquant.demo import job as demo_job
+from torchquant.quantizers import QUANTIZERS, catalogue
 
 
 @pytest.fixture
@@ -106,3 +107,30 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "torchquant", "--version"], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split() == ["torchquant", torchquant.__version__]
+
+
+def test_schemes_lists_every_scheme_and_explains_one(runner: CliRunner) -> None:
+    wide = {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+    listed = runner.invoke(cli.build_app(), ["schemes"], env=wide)
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in QUANTIZERS)
+    one = runner.invoke(cli.build_app(), ["schemes", "twn"], env=wide)
+    assert "arXiv:1605.04711" in one.output
+    assert "clipped, ewgs, ste" in one.output
+    missing = runner.invoke(cli.build_app(), ["schemes", "twin"])
+    assert missing.exit_code == 1
+    assert "no quantizer scheme 'twin'" in missing.output
+
+
+def test_the_page_of_schemes_is_the_generated_one(runner: CliRunner) -> None:
+    page = runner.invoke(cli.build_app(), ["schemes", "--markdown"]).output
+    written = (Path(__file__).parent.parent / "docs" / "schemes.md").read_text(encoding="utf-8")
+    assert page == written, "run: torchquant schemes --markdown > docs/schemes.md"
+
+
+def test_every_scheme_says_what_it_is() -> None:
+    for entry in catalogue():
+        assert entry.summary, entry.name
+        assert entry.formula, entry.name
+        assert entry.paper, entry.name
+        assert entry.bits, entry.name

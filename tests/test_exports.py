@@ -13,12 +13,10 @@ ROOT = Path(__file__).parent.parent
 # fmt: off
 PUBLIC = {
     "torchquant": [
-        "QUANTIZERS", "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule",
-        "QModuleState",
-        "QOp", "QWrapper", "QfmtQuantizer", "QuantSpec", "Quantizer", "RangeObserver", "TernaryQuantizer",
-        "check_quantizer",
-        "freeze_bn", "make_quantizer", "observe_weights", "qmodule_state", "register_pattern",
-        "set_qmodule_state", "state_report",
+        "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState", "QOp",
+        "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantSpec", "Quantizer", "RangeObserver",
+        "TernaryQuantizer", "check_quantizer", "freeze_bn", "make_quantizer", "observe_weights",
+        "qmodule_state", "register_pattern", "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
         "GRADIENTS", "Gradient",
@@ -26,11 +24,10 @@ PUBLIC = {
         "qfmt_quantize", "ternary_params", "ternary_quantize",
     ],
     "torchquant.quantizers": [
-        "LAWS", "QUANTIZERS", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer",
-        "GroupQuantizer", "LawReport",
-        "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory", "TernaryQuantizer", "UniformQuantizer",
-        "check_quantizer",
-        "make_quantizer",
+        "About", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "GroupQuantizer",
+        "LAWS", "LawReport", "QUANTIZERS", "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory",
+        "SchemeEntry", "TernaryQuantizer", "UniformQuantizer", "catalogue", "check_quantizer", "make_quantizer",
+        "scheme_entry",
     ],
     "torchquant.range_observers": ["OBSERVERS", "BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
     "torchquant.qmodule": [

@@ -52,8 +52,22 @@ def build_app() -> Any:
             typer.echo(f"torchquant: {error}", err=True)
             raise typer.Exit(1) from None
 
+    def schemes(
+        name: Annotated[str | None, typer.Argument(help="One scheme, or one of its further names.")] = None,
+        markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/schemes.md.")] = False,
+    ) -> None:
+        """Show the quantization schemes a spec string can name."""
+        from torchquant.cli import _schemes
+
+        try:
+            typer.echo(_schemes.markdown(), nl=False) if markdown else _schemes.show(name)
+        except TorchQuantError as error:
+            typer.echo(f"torchquant: {error}", err=True)
+            raise typer.Exit(1) from None
+
     app.callback()(root)
     app.command()(demo)
+    app.command()(schemes)
     return app
 
 

@@ -1,11 +1,15 @@
 """Quantizers with state: when to look, what to remember. One file per scheme."""
 
 from torchquant.quantizers._base import QUANTIZERS as QUANTIZERS
+from torchquant.quantizers._base import About as About
 from torchquant.quantizers._base import FittedQuantizer as FittedQuantizer
 from torchquant.quantizers._base import GridQuantizer as GridQuantizer
 from torchquant.quantizers._base import Quantizer as Quantizer
 from torchquant.quantizers._base import QuantizerFactory as QuantizerFactory
 from torchquant.quantizers._base import UniformQuantizer as UniformQuantizer
+from torchquant.quantizers._catalogue import SchemeEntry as SchemeEntry
+from torchquant.quantizers._catalogue import catalogue as catalogue
+from torchquant.quantizers._catalogue import scheme_entry as scheme_entry
 from torchquant.quantizers._group import GroupQuantizer as GroupQuantizer
 from torchquant.quantizers._laws import LAWS as LAWS
 from torchquant.quantizers._laws import LawReport as LawReport
@@ -20,6 +24,7 @@ from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 __all__ = [
     "LAWS",
     "QUANTIZERS",
+    "About",
     "AffineQuantizer",
     "ESBQuantizer",
     "FittedQuantizer",
@@ -30,8 +35,11 @@ __all__ = [
     "QuantSpec",
     "Quantizer",
     "QuantizerFactory",
+    "SchemeEntry",
     "TernaryQuantizer",
     "UniformQuantizer",
+    "catalogue",
     "check_quantizer",
     "make_quantizer",
+    "scheme_entry",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,16 @@ from torchquant.range_observers._statistics import StatisticTracker, per_channel
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
 
 
+@dataclass(frozen=True)
+class About:
+    """What the catalogue says of a scheme: its rule, its source, its widths; granularity if not the usual three."""
+
+    formula: str = ""
+    paper: str = ""
+    bits: str = ""
+    granularity: tuple[str, ...] = ()
+
+
 class Quantizer(nn.Module, ABC):
     """Turns real tensors into real tensors that lie on a grid.
 
@@ -43,6 +54,7 @@ class Quantizer(nn.Module, ABC):
 
     n_bits: int
     axis: int | None = None
+    about: ClassVar[About] = About()
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Further names of the scheme, each with the constructor's arguments it stands for."""
     short_names: ClassVar[Mapping[str, str]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchquant.quantizers._base import QUANTIZERS, UniformQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About, UniformQuantizer
 from torchquant.quantizers_functional.affine import AffineParams, affine_params, check_affine
 from torchquant.range_observers import BatchMinMax, RangeObserver
 
@@ -23,6 +23,12 @@ class AffineQuantizer(UniformQuantizer):
     >>> quantizer(torch.tensor([3.9, 7.2, -10.0]))
     tensor([  4.2857,   7.1429, -10.0000])
     """
+
+    about = About(
+        formula="(clamp(RHE(x / delta) + z) - z) * delta, range from an observer",
+        paper="Jacob et al. 2018, arXiv:1712.05877",
+        bits="1..24",
+    )
 
     def __init__(
         self,

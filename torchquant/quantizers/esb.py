@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._sums import row_sums, unit_rows
 from torchquant.quantizers_functional.esb import (
     ESB_ALPHA,
@@ -40,6 +40,11 @@ class ESBQuantizer(FittedQuantizer):
     tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])
     """
 
+    about = About(
+        formula="alpha * nearest of {0, +-F 2**-k, +-(1 + F 2**-k) 2**E}, alpha = c(n, k) rms(x)",
+        paper="Gong et al. 2022, TPDS 33(11), arXiv:2109.03513",
+        bits="2..9",
+    )
     statistics = ("alpha",)
     short_names = {"k": "significant_bits"}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, UniformQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About, UniformQuantizer
 from torchquant.quantizers_functional._gradient import Clamp, compute_dtype
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.qfmt import check_qfmt, qfmt_int_bits, qfmt_params, qfmt_quantize
@@ -33,6 +33,7 @@ class QfmtQuantizer(UniformQuantizer):
     tensor(0.0078)
     """
 
+    about = About(formula="clamp(RHE(x / delta)) * delta, delta = 2**-f", paper="fixed point, Q(m, f)", bits="1..24")
     fewer_bits: Tensor
     fuses_clamp = True
 

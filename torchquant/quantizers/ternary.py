@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional.ternary import METHODS, ternary_codes, ternary_params, ternary_projection
 from torchquant.quantizers_functional.uniform import like
 from torchquant.range_observers._distributed import reduce_mean
@@ -29,6 +29,11 @@ class TernaryQuantizer(FittedQuantizer):
     tensor([-0.9250, -0.9250,  0.0000,  0.0000,  0.9250,  0.9250])
     """
 
+    about = About(
+        formula="alpha * sign(x) where |x| > threshold, else 0; threshold = 0.7 E|x|, alpha = mean of |x| above it",
+        paper="Li et al. 2016, arXiv:1605.04711",
+        bits="2",
+    )
     n_bits = 2
     presets = {"twn": {"method": "twn"}}
     statistics = ("threshold", "alpha")

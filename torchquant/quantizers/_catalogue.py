@@ -1,0 +1,74 @@
+"""What every registered scheme is, as data: for the command line, the documentation, comparisons."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from torchquant.quantizers._base import GridQuantizer, Quantizer
+from torchquant.quantizers._spec import find_scheme, schemes
+
+
+@dataclass(frozen=True)
+class SchemeEntry:
+    """One row of the catalogue. All in words, ready to print; `presets` are further names."""
+
+    name: str
+    presets: tuple[str, ...]
+    summary: str
+    formula: str
+    paper: str
+    bits: str
+    granularity: tuple[str, ...]
+    gradients: tuple[str, ...]
+    arguments: tuple[str, ...]
+    export: tuple[str, ...]
+
+
+def catalogue() -> list[SchemeEntry]:
+    """Every registered scheme, yours included, by name.
+
+    >>> [entry.name for entry in catalogue() if "twn" in entry.presets]
+    ['ternary']
+    """
+    return [_entry(name, cls) for name, cls in schemes()]
+
+
+def scheme_entry(name: str) -> SchemeEntry:
+    """The entry of a scheme or of the scheme a preset belongs to. Raises UnknownNameError."""
+    cls, _ = find_scheme(name)
+    return next(entry for entry in catalogue() if find_scheme(entry.name)[0] is cls)
+
+
+def _entry(name: str, cls: type[Quantizer]) -> SchemeEntry:
+    parameters = inspect.signature(cls).parameters
+    long_names = {long: short for short, long in cls.short_names.items()}
+    arguments = []
+    for parameter in parameters.values():
+        if parameter.name not in ("n_bits", "axis", "range_observer", "gradient_clip"):
+            default = "" if parameter.default is parameter.empty else f"={parameter.default}"
+            arguments.append(long_names.get(parameter.name, parameter.name) + default)
+    if "range_observer" in parameters:
+        arguments.append("observer")
+    per_channel = "axis" in parameters or "range_observer" in parameters
+    return SchemeEntry(
+        name=name,
+        presets=tuple(sorted(cls.presets)),
+        summary=(inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
+        formula=cls.about.formula,
+        paper=cls.about.paper,
+        bits=cls.about.bits,
+        granularity=cls.about.granularity or (("tensor", "channel", "group") if per_channel else ("tensor",)),
+        gradients=cls.gradients() if issubclass(cls, GridQuantizer) else ("ste",),
+        arguments=tuple(arguments),
+        export=_export_forms(cls),
+    )
+
+
+def _export_forms(cls: type[Quantizer]) -> tuple[str, ...]:
+    forms = []
+    if cls.affine_params is not Quantizer.affine_params:
+        forms.append("ONNX QDQ to 8 bits")
+    if cls.encode is not Quantizer.encode:
+        forms.append("codes")
+    return tuple(forms)
