@@ -116,7 +116,7 @@ def test_schemes_lists_every_scheme_and_explains_one(runner: CliRunner) -> None:
     assert all(name in listed.output for name in QUANTIZERS)
     one = runner.invoke(cli.build_app(), ["schemes", "twn"], env=wide)
     assert "arXiv:1605.04711" in one.output
-    assert "clipped, ewgs, ste" in one.output
+    assert "clipped, ewgs, pwl" in one.output
     missing = runner.invoke(cli.build_app(), ["schemes", "twin"])
     assert missing.exit_code == 1
     assert "no quantizer scheme 'twin'" in missing.output

@@ -19,7 +19,7 @@ PUBLIC = {
         "qmodule_state", "register_pattern", "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
-        "GRADIENTS", "Gradient",
+        "GRADIENTS", "Gradient", "Projected",
         "affine_params", "affine_quantize", "esb_quantize", "gradient_clip", "qfmt_int_bits", "qfmt_params",
         "qfmt_quantize", "ternary_params", "ternary_quantize",
     ],

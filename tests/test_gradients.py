@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,9 @@ import torchquant as tq
 from tests.oracles import GOLDEN
 from torchquant.errors import ConfigError
 from torchquant.quantizers import QUANTIZERS, GridQuantizer
-from torchquant.quantizers_functional._gradient import EWGS, GRADIENTS, Gradient, make_gradient
+from torchquant.quantizers_functional import GRADIENTS, Gradient, Projected
+from torchquant.quantizers_functional._gradient import make_gradient
+from torchquant.quantizers_functional.gradients import EWGS
 
 COMBINATIONS = [
     pytest.param(name, gradient, axis, id=f"{name}-{gradient}-{'tensor' if axis is None else f'axis{axis}'}")
@@ -40,7 +43,10 @@ def test_the_forward_is_that_of_the_format_and_the_gradient_is_finite(
     quantizer.pre_observe(x)
     expected = quantizer(x)
     quantizer.set_gradient(gradient)
-    assert torch.equal(quantizer(x.clone().requires_grad_()), expected)
+    soft = quantizer(x.clone().requires_grad_())
+    assert torch.equal(soft, expected) != GRADIENTS[gradient].softens
+    assert torch.equal(quantizer.eval()(x.clone().requires_grad_()), expected)
+    quantizer.train()
     with torch.no_grad():
         x[0, 0, 0], x[0, 0, 1] = float("inf"), -3e38
     grad = gradient_of(quantizer, x, torch.randn(x.shape))
@@ -65,7 +71,8 @@ def test_ewgs_golden() -> None:
     golden = GOLDEN["golden"]["ewgs"]
     xn, xq, g = (torch.tensor(golden[key], dtype=torch.float64) for key in ("xn", "xq", "g"))
     x = xn.clone().requires_grad_()
-    y = EWGS(delta=golden["delta"]).attach(x, xq, None, span=lambda: torch.tensor(2.0, dtype=torch.float64))
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    y = EWGS(delta=golden["delta"]).attach(Projected(x, xq, ends=lambda: (ends[0], ends[1])))
     y.backward(g)
     assert x.grad.tolist() == pytest.approx(golden["out"], abs=1e-7)
 
@@ -101,13 +108,74 @@ def test_ewgs_without_delta_is_the_clipped_straight_through() -> None:
 def test_one_bit_estimators_are_their_formula(name: str, factor) -> None:  # noqa: ANN001
     x = torch.linspace(-2, 2, 81).requires_grad_()
     upstream = torch.randn(81)
-    make_gradient(name).attach(x, x.detach().sign(), None, None).backward(upstream)
+    make_gradient(name).attach(Projected(x, x.detach().sign())).backward(upstream)
     assert torch.allclose(x.grad, factor(x.detach()) * upstream, atol=1e-7)
+
+
+def test_dsq_is_the_slope_of_its_soft_staircase() -> None:
+    golden = GOLDEN["golden"]["dsq"]
+    low, high, alpha, n_cells = golden["l"], golden["u"], golden["alpha"], 2 ** golden["bits"] - 1
+    step = (high - low) / n_cells
+
+    def soft(x: Tensor) -> Tensor:
+        cell = ((x.clamp(low, high) - low) / step).floor().clamp(0, n_cells - 1).detach()
+        middle = low + (cell + 0.5) * step
+        phi = torch.tanh(math.log(2 / alpha - 1) / step * (x.clamp(low, high) - middle)) / (1 - alpha)
+        return low + step * (cell + (phi + 1) / 2)
+
+    x = torch.tensor(golden["x"], dtype=torch.float64)
+    assert soft(x).tolist() == pytest.approx(golden["y"], abs=1e-12)  # the oracle itself is right
+    x = torch.linspace(-1.3, 1.3, 41, dtype=torch.float64).requires_grad_()
+    (expected,) = torch.autograd.grad(soft(x).sum(), x)
+    quantizer = tq.AffineQuantizer(2, tq.BatchMinMax()).double()
+    quantizer.observer.force_ranges(low, high)
+    quantizer.set_gradient("dsq", alpha=alpha)
+    grid = quantizer.levels()
+    shift = float(grid.min()) - low  # real 0 is on the affine grid, so its ends may sit beside -1 and 1
+    assert torch.allclose(gradient_of(quantizer, x.detach() + shift, torch.ones_like(x)), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_pwl_leans_towards_x_in_training_only(exact: bool) -> None:
+    quantizer = tq.AffineQuantizer(3, tq.BatchMinMax())
+    x, upstream = torch.randn(50), torch.randn(50)
+    quantizer.pre_observe(x)
+    hard = quantizer(x)
+    quantizer.set_gradient("pwl", rho=0.3, exact=exact)
+    assert torch.allclose(quantizer(x.clone().requires_grad_()), hard + 0.3 * (x - hard))
+    assert torch.allclose(gradient_of(quantizer, x, upstream), upstream * (0.3 if exact else 1.0))
+    assert torch.equal(quantizer.eval()(x.clone().requires_grad_()), hard)
+
+
+def test_pwlc_stays_within_the_range() -> None:
+    quantizer = tq.AffineQuantizer(3, tq.BatchMinMax(), "narrow")
+    quantizer.observer.force_ranges(-1.0, 1.0)
+    quantizer.set_gradient("pwlc", rho=1.0)
+    x = torch.tensor([-50.0, -0.4, 0.2, float("inf")]).requires_grad_()
+    y = quantizer(x)
+    y.sum().backward()
+    assert torch.allclose(y, torch.tensor([-1.0, -0.4, 0.2, 1.0]))
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_noise_has_the_width_of_a_step_and_repeats() -> None:
+    quantizer = tq.AffineQuantizer(4, tq.BatchMinMax(), "narrow")
+    quantizer.observer.force_ranges(-7.0, 7.0)  # step 1
+    quantizer.set_gradient("noise")
+    x = torch.linspace(-6, 6, 10001).requires_grad_()
+    torch.manual_seed(3)
+    y = quantizer(x)
+    error = (y - x).detach()
+    assert error.abs().max() <= 0.5
+    assert float(error.var()) == pytest.approx(1 / 12, rel=0.05)
+    torch.manual_seed(3)
+    assert torch.equal(quantizer(x), y)
+    assert quantizer(torch.tensor([90.0], requires_grad=True)).item() == pytest.approx(7.0, abs=0.5)
 
 
 def test_a_fused_clamp_goes_with_every_estimator() -> None:
     x, upstream = torch.randn(300) * 3, torch.randn(300)
-    for name in ("ste", "clipped", "ewgs"):
+    for name in ("ste", "clipped", "ewgs", "dsq", "pwl", "pwlc"):
         quantizer = tq.AffineQuantizer(4, tq.BatchMinMax())
         quantizer.observer.force_ranges(0.0, 2.5)
         quantizer.set_gradient(name)
@@ -119,13 +187,16 @@ def test_a_fused_clamp_goes_with_every_estimator() -> None:
 
 def test_what_is_not_defined_is_refused_with_the_list() -> None:
     quantizer = tq.AffineQuantizer(4, tq.BatchMinMax())
-    with pytest.raises(ConfigError, match="AffineQuantizer takes the gradients clipped, ewgs, ste, got 'approxsign'"):
+    with pytest.raises(
+        ConfigError,
+        match="AffineQuantizer takes the gradients clipped, dsq, ewgs, .* ste, got 'approxsign'",
+    ):
         quantizer.set_gradient("approxsign")
     with pytest.raises(ConfigError, match="no gradient 'magic'.* Known: approxsign, clipped"):
         quantizer.set_gradient("magic")
     with pytest.raises(ConfigError, match="delta must be a number >= 0, got -1"):
         quantizer.set_gradient("ewgs", delta=-1)
-    with pytest.raises(ConfigError, match="'ewgs' needs the span of the grid"):
+    with pytest.raises(ConfigError, match="'ewgs' needs the ends of the grid"):
         tq.quantizers_functional.ternary_quantize(torch.ones(2, requires_grad=True), 0.5, 1.0, gradient="ewgs")
 
 
@@ -135,8 +206,9 @@ def test_an_estimator_of_ones_own_goes_with_every_format() -> None:
         name = "half"
         share: float = 0.5
 
-        def attach(self, x: Tensor, value: Tensor, inside: Tensor | None, span: object) -> Tensor:
-            return x * self.share + (value - x * self.share).detach()
+        def attach(self, projected: Projected) -> Tensor:
+            share = projected.x * self.share
+            return share + (projected.value - share).detach()
 
     GRADIENTS.register("half")(Half)
     try:

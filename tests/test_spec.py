@@ -58,7 +58,7 @@ def test_every_word_arrives_where_it_belongs() -> None:
         ("affine:8/group=0", "granularity 'group=0' is not"),
         ("affine:8/", "granularity '' is not"),
         ("affine:8@", "the gradient '' is not a name"),
-        ("affine:8@magic", "affine takes the gradients clipped, ewgs, ste"),
+        ("affine:8@magic", "affine takes the gradients clipped, dsq, ewgs, noise"),
         (":8", "the scheme '' is not a name"),
         ("affine:8,=3", "the argument '=3' is neither key=value nor a flag"),
         ("affine:8,symmetric=", "the argument 'symmetric=' is neither"),

@@ -197,11 +197,10 @@ class GridQuantizer(Quantizer):
         def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
             return self.project(real, want_inside, *grid)
 
-        def span() -> Tensor:
-            low, high = self._ends(x.to(compute_dtype(x)), *grid)
-            return high - low
+        def ends() -> tuple[Tensor, Tensor]:
+            return self._ends(x.to(compute_dtype(x)), *grid)
 
-        return apply_projection(x, project, self.gradient, clamp, span=span)
+        return apply_projection(x, project, self.gradient, clamp, training=self.training, ends=ends)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -230,6 +229,7 @@ class UniformQuantizer(GridQuantizer):
     """A uniform grid over the range of an observer. A subclass turns the range into `affine_params`."""
 
     fuses_clamp = True
+    traits = frozenset({"step"})
 
     def __init__(self, n_bits: int, range_observer: RangeObserver, gradient_clip: bool = False) -> None:
         super().__init__(gradient_clip)
@@ -276,7 +276,8 @@ class UniformQuantizer(GridQuantizer):
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
-        return quantize_uniform(x, AffineParams(*self._grid_for(x.ndim, self.axis)), self.gradient, clamp)
+        params = AffineParams(*self._grid_for(x.ndim, self.axis))
+        return quantize_uniform(x, params, self.gradient, clamp, self.training)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         params = AffineParams(*grid)

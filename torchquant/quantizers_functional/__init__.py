@@ -1,7 +1,9 @@
 """Quantizers without state: pure functions of tensors, differentiable, one file per format."""
 
+from torchquant.quantizers_functional import gradients as gradients
 from torchquant.quantizers_functional._gradient import GRADIENTS as GRADIENTS
 from torchquant.quantizers_functional._gradient import Gradient as Gradient
+from torchquant.quantizers_functional._gradient import Projected as Projected
 from torchquant.quantizers_functional._gradient import gradient_clip as gradient_clip
 from torchquant.quantizers_functional.affine import affine_params as affine_params
 from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
@@ -15,6 +17,7 @@ from torchquant.quantizers_functional.ternary import ternary_quantize as ternary
 __all__ = [
     "GRADIENTS",
     "Gradient",
+    "Projected",
     "affine_params",
     "affine_quantize",
     "esb_quantize",

@@ -12,7 +12,7 @@ docs/decisions/0002 has the measurements.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,7 +24,7 @@ from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, 
 
 Clamp = tuple[float | None, float | None]
 Projection = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
-Span = Callable[[], Tensor]
+Ends = Callable[[], tuple[Tensor, Tensor]]
 
 
 class _PassThrough(torch.autograd.Function):
@@ -50,140 +50,53 @@ class _PassThrough(torch.autograd.Function):
         return unpack_mask(bits, grad.shape, grad.dtype, ctx.channels_last).mul_(grad), None, None
 
 
-class _Scaled(torch.autograd.Function):
-    """Output `value`; the gradient of x is the incoming one times `factor`."""
+@dataclass(frozen=True)
+class Projected:
+    """A tensor and its projection, as a gradient estimator gets them.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        return value.view_as(value)
+    `x`: the real tensor, with its history. `value`: what it was projected on, without. `inside`: 1 where
+    the gradient may pass and 0 elsewhere, None for everywhere; the format's clipping is in it if the
+    estimator `wants_inside`. `training`: whether the quantizer is in train mode. `ends()`: lowest and
+    highest level, () or broadcastable against x. `step()`: distance of the levels, for uniform formats.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return factor.to(grads[0].dtype) * grads[0], None, None
-
-
-class _Leaning(torch.autograd.Function):
-    """Output `value`; the gradient of x is `g + |g| * lean` where `mask` is 1, else 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, lean: Tensor, mask: Tensor) -> Tensor:
-        ctx.channels_last = is_channels_last(mask)
-        ctx.save_for_backward(lean, pack_mask(mask))
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = grads
-        lean, bits = ctx.saved_tensors
-        leaned = torch.addcmul(grad, grad.abs(), lean.to(grad.dtype))
-        return unpack_mask(bits, grad.shape, grad.dtype, ctx.channels_last).mul_(leaned), None, None, None
+    x: Tensor
+    value: Tensor
+    inside: Tensor | None = None
+    training: bool = True
+    ends: Ends | None = None
+    step: Callable[[], Tensor] | None = None
 
 
 class Gradient:
-    """How the gradient of a quantizer's output reaches its input; the forward stays the projection.
+    """How the gradient of a quantizer's output reaches its input.
 
-    `attach(x, value, inside, span)` returns `value` with a gradient for x. x: the real tensor. `inside`: 1 where
-    the gradient may pass, None for everywhere; it has the format's clipping in it if `wants_inside`.
-    `span`: calls for the distance of the outermost levels, () or broadcastable against x.
-
-    A new one is a frozen dataclass entered with `@GRADIENTS.register("name")`; its fields are its options, and
-    every format that has what it `needs` takes it.
+    `attach(projected)` returns `projected.value` with a gradient for `projected.x`; an estimator that
+    `softens` returns something between the two while it trains. A new one is a frozen dataclass
+    entered with `@GRADIENTS.register("name")`; its fields are its options, and every format that has what
+    it `needs` takes it. The estimators that are there: gradients.py.
     """
 
     name: ClassVar[str]
     wants_inside: ClassVar[bool] = False
+    softens: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Traits a format must have: "sign" (one bit, its values are signs)."""
+    """Traits a format must have: "sign" (one bit, its values are signs), "step" (uniform)."""
 
-    def attach(self, x: Tensor, value: Tensor, inside: Tensor | None, span: Span | None) -> Tensor:
-        return cast(Tensor, _PassThrough.apply(x, value, inside))
+    def attach(self, projected: Projected) -> Tensor:
+        return pass_through(projected.x, projected.value, projected.inside)
 
     def __repr__(self) -> str:
-        return repr(self.name)
+        options = ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))  # type: ignore[arg-type]
+        return repr(self.name + (f"({options})" if options else ""))
 
 
 GRADIENTS: Registry[type[Gradient]] = Registry("gradient")
 
 
-@GRADIENTS.register("ste")
-@dataclass(frozen=True, repr=False)
-class STE(Gradient):
-    """B1, straight through: the gradient passes as it is."""
-
-    name = "ste"
-
-
-@GRADIENTS.register("clipped")
-@dataclass(frozen=True, repr=False)
-class ClippedSTE(Gradient):
-    """B2: straight through where the format did not clip, else 0."""
-
-    name = "clipped"
-    wants_inside = True
-
-
-@GRADIENTS.register("hardtanh")
-@dataclass(frozen=True, repr=False)
-class HardTanh(Gradient):
-    """B3, for 1-bit formats: straight through where |x| <= 1, else 0 (Courbariaux et al. 2016, arXiv:1602.02830)."""
-
-    name = "hardtanh"
-    needs = frozenset({"sign"})
-
-    def attach(self, x: Tensor, value: Tensor, inside: Tensor | None, span: Span | None) -> Tensor:
-        with torch.no_grad():
-            within = x.detach().abs().le_(1.0)
-            mask = within if inside is None else within.mul_(inside)
-        return cast(Tensor, _PassThrough.apply(x, value, mask))
-
-
-@GRADIENTS.register("approxsign")
-@dataclass(frozen=True, repr=False)
-class ApproxSign(Gradient):
-    """B3, for 1-bit formats: times `max(0, 2 - 2|x|)` (Liu et al. 2018, Bi-Real Net, arXiv:1808.00278)."""
-
-    name = "approxsign"
-    needs = frozenset({"sign"})
-
-    def attach(self, x: Tensor, value: Tensor, inside: Tensor | None, span: Span | None) -> Tensor:
-        with torch.no_grad():
-            factor = (2.0 - 2.0 * x.detach().abs()).clamp_min_(0.0)
-            factor = factor if inside is None else factor.mul_(inside)
-        return cast(Tensor, _Scaled.apply(x, value, factor))
-
-
-@GRADIENTS.register("ewgs")
-@dataclass(frozen=True, repr=False)
-class EWGS(Gradient):
-    """B8, element-wise scaling: `g * (1 + delta * sign(g) * (x - value) / (span / 2))` where not clipped, else 0.
-
-    Source: Lee et al. 2021, arXiv:2104.00903, with x and its discretisation normalised to [-1, 1] by the outermost
-    levels of the grid. `delta` 0 is the clipped straight-through.
-    """
-
-    name = "ewgs"
-    wants_inside = True
-    delta: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not self.delta >= 0.0:
-            raise ConfigError(f"delta must be a number >= 0, got {self.delta!r}")
-
-    def attach(self, x: Tensor, value: Tensor, inside: Tensor | None, span: Span | None) -> Tensor:
-        if span is None:
-            raise ConfigError("the gradient 'ewgs' needs the span of the grid; use a quantizer of this format")
-        with torch.no_grad():
-            half = (span() / 2).to(value.dtype)
-            safe = torch.where(half > 0, half, torch.ones_like(half))
-            # Outside, where the mask takes it away, it may be infinite; 0 times that would not be 0.
-            lean = (x.detach() - value).div_(safe).nan_to_num_(0.0).clamp_(-1.0, 1.0).mul_(self.delta)
-            mask = torch.ones_like(value) if inside is None else inside
-        return cast(Tensor, _Leaning.apply(x, value, lean, mask))
-
-    def __repr__(self) -> str:
-        return repr(f"ewgs(delta={self.delta})")
+def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
+    """`value`; the gradient of x is the incoming one, where `inside` is 1 if it is given."""
+    return cast(Tensor, _PassThrough.apply(x, value, inside))
 
 
 def make_gradient(gradient: str | Gradient, **options: Any) -> Gradient:
@@ -212,7 +125,9 @@ def apply_projection(
     gradient: str | Gradient = "ste",
     clamp: Clamp | None = None,
     project_clamps: bool = False,
-    span: Span | None = None,
+    training: bool = True,
+    ends: Ends | None = None,
+    step: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Project `clamp(x)` on a grid and attach a gradient for x.
 
@@ -220,12 +135,14 @@ def apply_projection(
     `torch.clamp(x, low, high)` in the same pass; the gradient is then that of the clamp followed by the
     quantizer, strict at both ends as in `torch.relu` and `torch.nn.functional.hardtanh`.
     `project_clamps` says that `project` does the clamp itself. Half types are computed in float32 and
-    cast back. `span` is what `Gradient.attach` asks for.
+    cast back. `training`, `ends` and `step` go on to the estimator, see `Projected`.
     """
     gradient = make_gradient(gradient)
     if not x.is_floating_point():
         raise ConfigError(f"only floating point tensors can be quantized, got {x.dtype}")
     needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if clamp is not None and needs_grad and gradient.softens:
+        x = x.clamp(*clamp)
     with torch.no_grad():
         real = x.detach().to(compute_dtype(x))
         clamped = real if clamp is None or project_clamps else real.clamp(*clamp)
@@ -233,8 +150,8 @@ def apply_projection(
         value = cast_back(value, x.dtype)
         if not needs_grad:
             return value
-        mask = inside if clamp is None else _where_strictly_inside(real, clamp, inside)
-    return gradient.attach(x, value, mask, span)
+        mask = inside if clamp is None or gradient.softens else _where_strictly_inside(real, clamp, inside)
+    return gradient.attach(Projected(x, value, mask, training, ends, step))
 
 
 def _where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Tensor:

@@ -111,7 +111,11 @@ def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:
 
 
 def quantize_uniform(
-    x: Tensor, params: AffineParams, gradient: str | Gradient = "ste", clamp: Clamp | None = None
+    x: Tensor,
+    params: AffineParams,
+    gradient: str | Gradient = "ste",
+    clamp: Clamp | None = None,
+    training: bool = True,
 ) -> Tensor:
     """Quantize x on the grid of `params`; shapes as in `affine_quantize`."""
-    return uniform_quantize(x, params.delta, *code_bounds(params), gradient, clamp)
+    return uniform_quantize(x, params.delta, *code_bounds(params), gradient, clamp, training)

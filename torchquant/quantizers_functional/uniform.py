@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection, compute_dtype
 
 Bound = Tensor | int
 
@@ -50,6 +50,7 @@ def uniform_quantize(
     code_max: Bound,
     gradient: str | Gradient = "ste",
     clamp: Clamp | None = None,
+    training: bool = True,
 ) -> Tensor:
     """Quantize x, or `x.clamp(*clamp)`, on `delta * {code_min .. code_max}`, differentiable.
 
@@ -64,8 +65,10 @@ def uniform_quantize(
         inside = rounded.eq_(value) if want_inside else None
         return value.mul_(step), inside
 
-    def span() -> Tensor:
-        step = like(delta, x)
-        return (like(code_max, step) - like(code_min, step)) * step
+    def step() -> Tensor:
+        return like(delta, x.to(compute_dtype(x)))
 
-    return apply_projection(x, project, gradient, clamp, project_clamps=True, span=span)
+    def ends() -> tuple[Tensor, Tensor]:
+        return like(code_min, step()) * step(), like(code_max, step()) * step()
+
+    return apply_projection(x, project, gradient, clamp, project_clamps=True, training=training, ends=ends, step=step)
