@@ -170,8 +170,9 @@ class PWLC(PWL):
 class AdditiveNoise(Gradient):
     """B12: in training, uniform noise of one step instead of rounding, on x clamped to the levels.
 
-    For uniform formats. Straight through where x was not clamped, else 0; in eval the value. The noise comes from torch's generator of
-    the device: `torch.manual_seed` repeats it. Source: Defossez et al. 2021, arXiv:2104.09987; Baskin et al. 2018.
+    For uniform formats. Straight through where x was not clamped, else 0; in eval the value. The noise comes
+    from torch's generator of the device: `torch.manual_seed` repeats it. Source: Defossez et al. 2021,
+    arXiv:2104.09987; Baskin et al. 2018.
     """
 
     name = "noise"
