@@ -27,7 +27,7 @@ PUBLIC = {
         "About", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "GroupQuantizer",
         "LAWS", "LawReport", "QUANTIZERS", "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory",
         "SchemeEntry", "TernaryQuantizer", "UniformQuantizer", "catalogue", "check_quantizer", "make_quantizer",
-        "scheme_entry",
+        "scheme_entry", "weight_spec",
     ],
     "torchquant.range_observers": ["OBSERVERS", "BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
     "torchquant.qmodule": [

@@ -24,7 +24,7 @@ ROWS = (
     ("plan", "graph", "models"),
     ("ptq", "search", "analysis"),
     ("deploy", "compat"),
-    ("demo", "cli"),
+    ("demo", "compare", "cli"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}
 LAST_CORE_ROW = 4
@@ -35,7 +35,9 @@ ROW_MATES = {
     ("utils", "qmodule"),
     ("graph", "plan"),
     ("models", "plan"),
+    ("compare", "demo"),
     ("cli", "demo"),
+    ("cli", "compare"),
 }
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
 PLUG_INS = {"quantizers_functional": {"uniform", "affine"}, "range_observers": set(), "quantizers": set()}

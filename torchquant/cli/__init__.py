@@ -65,9 +65,36 @@ def build_app() -> Any:
             typer.echo(f"torchquant: {error}", err=True)
             raise typer.Exit(1) from None
 
+    def compare(
+        schemes: Annotated[str, typer.Option(help="Schemes by name, with commas, or all.")] = "all",
+        bits: Annotated[str, typer.Option(help="Weight bits, with commas.")] = "2,3,4,8",
+        acts: Annotated[str, typer.Option(help="Activation bits, with commas.")] = "8",
+        seeds: Annotated[int, typer.Option(help="Runs of each case, with seeds 0, 1, ...")] = 3,
+        epochs: Annotated[int, typer.Option(help="Epochs of quantization-aware training; 0: calibrate only.")] = 10,
+        float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 30,
+        model: Annotated[str, typer.Option(help="The network: demo.")] = "demo",
+        data: Annotated[str, typer.Option(help="The data: digits.")] = "digits",
+        jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
+        plugin: Annotated[list[Path] | None, typer.Option(help="A Python file with quantizers of yours.")] = None,
+        out: Annotated[Path, typer.Option(help="Folder for runs and leaderboard; a stopped run goes on.")] = Path(
+            "compare_out"
+        ),
+    ) -> None:
+        """Train every scheme in the same recipe and write a leaderboard."""
+        from torchquant.cli import _compare
+
+        chosen = [name for name in schemes.split(",") if name]
+        recipe = {"model": model, "data": data, "epochs": epochs, "float_epochs": float_epochs}
+        try:
+            _compare.run(chosen, bits, acts, seeds, recipe, jobs, plugin or [], out)
+        except TorchQuantError as error:
+            typer.echo(f"torchquant: {error}", err=True)
+            raise typer.Exit(1) from None
+
     app.callback()(root)
     app.command()(demo)
     app.command()(schemes)
+    app.command()(compare)
     return app
 
 

@@ -10,6 +10,7 @@ from torchquant.quantizers._base import UniformQuantizer as UniformQuantizer
 from torchquant.quantizers._catalogue import SchemeEntry as SchemeEntry
 from torchquant.quantizers._catalogue import catalogue as catalogue
 from torchquant.quantizers._catalogue import scheme_entry as scheme_entry
+from torchquant.quantizers._catalogue import weight_spec as weight_spec
 from torchquant.quantizers._group import GroupQuantizer as GroupQuantizer
 from torchquant.quantizers._laws import LAWS as LAWS
 from torchquant.quantizers._laws import LawReport as LawReport
@@ -42,4 +43,5 @@ __all__ = [
     "check_quantizer",
     "make_quantizer",
     "scheme_entry",
+    "weight_spec",
 ]

@@ -55,6 +55,8 @@ class Quantizer(nn.Module, ABC):
     n_bits: int
     axis: int | None = None
     about: ClassVar[About] = About()
+    typical: ClassVar[str] = "{name}:{n}/channel"
+    """Spec string that stands for the scheme on weights at `{n}` bits; `{k}` is n - 3, at least 0."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Further names of the scheme, each with the constructor's arguments it stands for."""
     short_names: ClassVar[Mapping[str, str]] = {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
+from torchquant.errors import ConfigError
 from torchquant.quantizers._base import GridQuantizer, Quantizer
-from torchquant.quantizers._spec import find_scheme, schemes
+from torchquant.quantizers._spec import find_scheme, make_quantizer, schemes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,25 @@ def scheme_entry(name: str) -> SchemeEntry:
     """The entry of a scheme or of the scheme a preset belongs to. Raises UnknownNameError."""
     cls, _ = find_scheme(name)
     return next(entry for entry in catalogue() if find_scheme(entry.name)[0] is cls)
+
+
+def weight_spec(name: str, n_bits: int) -> str | None:
+    """The spec string that stands for a scheme or preset on weights of that width; None where it has none.
+
+    Raises UnknownNameError.
+
+    >>> weight_spec("esb", 4), weight_spec("ternary", 2), weight_spec("ternary", 3)
+    ('esb:4,k=1/channel', 'ternary:2/channel', None)
+    """
+    cls, _ = find_scheme(name)
+    text = cls.typical.format(name=name, n=n_bits, k=max(n_bits - 3, 0))
+    for candidate in (text, text.partition("/")[0]):
+        try:
+            make_quantizer(candidate)
+        except ConfigError:
+            continue
+        return candidate
+    return None
 
 
 def _entry(name: str, cls: type[Quantizer]) -> SchemeEntry:

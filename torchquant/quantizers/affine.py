@@ -24,6 +24,7 @@ class AffineQuantizer(UniformQuantizer):
     tensor([  4.2857,   7.1429, -10.0000])
     """
 
+    typical = "{name}:{n},symmetric=narrow/channel"
     about = About(
         formula="(clamp(RHE(x / delta) + z) - z) * delta, range from an observer",
         paper="Jacob et al. 2018, arXiv:1712.05877",

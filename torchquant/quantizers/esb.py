@@ -40,6 +40,7 @@ class ESBQuantizer(FittedQuantizer):
     tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])
     """
 
+    typical = "{name}:{n},k={k}/channel"
     about = About(
         formula="alpha * nearest of {0, +-F 2**-k, +-(1 + F 2**-k) 2**E}, alpha = c(n, k) rms(x)",
         paper="Gong et al. 2022, TPDS 33(11), arXiv:2109.03513",

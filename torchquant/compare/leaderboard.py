@@ -1,0 +1,131 @@
+"""The results of a comparison as a table: mean and spread over the seeds, in every form people read."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torchquant._files import write_whole
+from torchquant.compare.run import CaseResult
+from torchquant.compare.settings import Recipe
+from torchquant.demo.figures import accuracy_over_bits
+from torchquant.demo.files import write_json
+from torchquant.errors import require
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scheme at one width, over all seeds: means, and `spread`, the standard deviation of the accuracy.
+
+    `loss`: how far the accuracy is below the float network's.
+    """
+
+    scheme: str
+    weight_bits: int
+    acts_bits: int
+    spec: str
+    accuracy: float
+    spread: float
+    loss: float
+    weight_bytes: int
+    weight_sqnr_db: float
+    seconds_per_epoch: float | None
+    seeds: int
+
+
+def leaderboard(results: Sequence[CaseResult]) -> list[Row]:
+    """Rows by activation width, weight width, and falling accuracy."""
+    groups: dict[tuple[str, int, int], list[CaseResult]] = {}
+    for result in results:
+        groups.setdefault((result.case.scheme, result.case.weight_bits, result.case.acts_bits), []).append(result)
+    rows = []
+    for (scheme, weight_bits, acts_bits), group in groups.items():
+        scores = [r.accuracy for r in group]
+        seconds = [r.seconds_per_epoch for r in group if r.seconds_per_epoch is not None]
+        rows.append(
+            Row(
+                scheme,
+                weight_bits,
+                acts_bits,
+                group[0].case.weight,
+                statistics.mean(scores),
+                statistics.stdev(scores) if len(scores) > 1 else math.nan,
+                statistics.mean(r.float_accuracy - r.accuracy for r in group),
+                group[0].weight_bytes,
+                statistics.mean(r.weight_sqnr_db for r in group),
+                statistics.median(seconds) if seconds else None,
+                len(group),
+            )
+        )
+    return sorted(rows, key=lambda row: (row.acts_bits, row.weight_bits, -row.accuracy, row.scheme))
+
+
+HEADER = ("scheme", "W", "A", "accuracy", "+-", "below float", "weight bytes", "weight SQNR", "s/epoch", "spec")
+
+
+def cells(row: Row) -> list[str]:
+    """A row in words, under `HEADER`."""
+    return [
+        row.scheme,
+        str(row.weight_bits),
+        str(row.acts_bits),
+        f"{row.accuracy:.2%}",
+        "" if math.isnan(row.spread) else f"{row.spread:.2%}",
+        f"{row.loss:+.2%}",
+        f"{row.weight_bytes:,}",
+        f"{row.weight_sqnr_db:.1f} dB",
+        "" if row.seconds_per_epoch is None else f"{row.seconds_per_epoch:.2f}",
+        row.spec,
+    ]
+
+
+def markdown(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
+    """The page of a leaderboard."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    return f"# Leaderboard\n\nMade by `{command}`. {describe(recipe)}\n\n" + "\n".join(lines) + "\n"
+
+
+def describe(recipe: Recipe) -> str:
+    """The recipe in a sentence or two."""
+    training = f"{recipe.epochs} epochs of quantization-aware training" if recipe.epochs else "calibration only"
+    return (
+        f"Every row starts from the same float network ({recipe.model}, {recipe.float_epochs} epochs on {recipe.data}) "
+        f"and gets the same recipe: {training}, the same batches. Mean over the seeds, +- their standard deviation."
+    )
+
+
+def write_leaderboard(rows: Sequence[Row], recipe: Recipe, command: str, folder: Path) -> None:
+    """leaderboard.json, .csv, .md and the self-contained .html into `folder`."""
+    facts: dict[str, Any] = {"command": command, "recipe": asdict(recipe)}
+    plain = [asdict(row) | {"spread": None if math.isnan(row.spread) else row.spread} for row in rows]
+    write_json(folder / "leaderboard.json", facts | {"rows": plain})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [field.name for field in fields(Row)])
+    writer.writeheader()
+    writer.writerows(plain)
+    texts = {"csv": table.getvalue(), "md": markdown(rows, recipe, command), "html": _html(rows, recipe, command)}
+    for ending, text in texts.items():
+        data = text.encode()
+        write_whole(folder / f"leaderboard.{ending}", functools.partial(Path.write_bytes, data=data))
+
+
+def _html(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("torchquant.compare", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    pictures = {}
+    for width in sorted({row.acts_bits for row in rows}):
+        points = [(r.scheme, r.weight_bits, r.accuracy, r.spread) for r in rows if r.acts_bits == width]
+        pictures[width] = accuracy_over_bits(points)
+    return environment.get_template("leaderboard.html.j2").render(
+        header=HEADER, rows=[cells(row) for row in rows], pictures=pictures, text=describe(recipe), command=command
+    )

@@ -1,0 +1,178 @@
+"""Running a comparison: each case once, kept in a file of its own, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchquant._files import write_whole
+from torchquant.analysis import layer_errors, weight_bytes
+from torchquant.compare.settings import Case, Recipe
+from torchquant.demo.data import Digits, load_digits
+from torchquant.demo.files import output_folder, write_checkpoint, write_json
+from torchquant.demo.network import QuantSmallResNet, SmallResNet
+from torchquant.demo.progress import Silent
+from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.errors import ConfigError, require
+from torchquant.quantizers import make_quantizer
+
+FLOAT_RATE = 8e-3
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What one case gave. `accuracy` on the test images, 0..1; `float_accuracy` of the network it started from.
+
+    `weight_sqnr_db`: mean over the layers, of the weights as they were at the end. `seconds_per_epoch`
+    of quantization-aware training, None without.
+    """
+
+    case: Case
+    accuracy: float
+    float_accuracy: float
+    weight_bytes: int
+    weight_sqnr_db: float
+    seconds_per_epoch: float | None
+
+
+def compare(
+    cases: Sequence[Case],
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    jobs: int = 1,
+    plugins: Sequence[str | os.PathLike[str]] = (),
+    show: Silent | None = None,
+) -> list[CaseResult]:
+    """Run the cases that `out` does not hold yet; all results, in the order of `cases`.
+
+    Every case starts from the float network of its seed and sees the same batches. Each result is a
+    file `out/runs/NAME.json`, written whole: a killed comparison goes on where it was. `jobs`
+    processes at a time, one thread each, so that the numbers do not depend on it. `plugins`: Python
+    files with quantizers of yours. Raises ConfigError if `out` holds runs of another recipe.
+    """
+    require("sklearn", "demo")
+    for plugin in plugins:
+        load_plugin(plugin)
+    runs = output_folder(Path(out) / "runs")
+    _check_recipe(recipe, runs.parent)
+    missing = [case for case in cases if not (runs / f"{case.name}.json").exists()]
+    with show or Silent() as shown:
+        shown.start(len(cases))
+        shown.advance(len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases are there already")
+        seeds = sorted({case.seed for case in missing})
+        for _ in _in_processes(_train_float, [(recipe, seed, str(runs.parent)) for seed in seeds], jobs):
+            shown.message("a float network is trained")
+        tasks = [(case, recipe, str(runs.parent), tuple(map(str, plugins))) for case in missing]
+        for name, score in _in_processes(_run_case, tasks, jobs):
+            shown.message(f"{name}: accuracy {score:.2%}")
+            shown.advance(1, name)
+    return [_read(runs / f"{case.name}.json") for case in cases]
+
+
+def load_plugin(path: str | os.PathLike[str]) -> None:
+    """Run a Python file, which registers quantizers. Raises ConfigError if there is none."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"the plug-in {file} is not a file; give the path of a Python file that registers quantizers")
+    _load_once(str(file.resolve()))
+
+
+@cache
+def _load_once(path: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"torchquant_plugin_{Path(path).stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    path = folder / "recipe.json"
+    if not path.exists():
+        write_json(path, asdict(recipe))
+    elif (known := json.loads(path.read_text(encoding="utf-8"))) != asdict(recipe):
+        new = asdict(recipe)
+        changed = ", ".join(
+            f"{key}: {known.get(key)} there, {new[key]} now" for key in new if known.get(key) != new[key]
+        )
+        raise ConfigError(f"{folder} holds runs of another recipe ({changed}); choose another folder, or that recipe")
+
+
+def _in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+    """The results as they come; in this process if one at a time is enough."""
+    if jobs == 1 or len(tasks) < 2:
+        for task in tasks:
+            threads = torch.get_num_threads()
+            with torch.random.fork_rng(devices=[]):
+                yield work(*task)
+            torch.set_num_threads(threads)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(work, *task) for task in tasks]):
+            yield future.result()
+
+
+@cache
+def _data(seed: int, test_copies: int) -> Digits:
+    return load_digits(seed, test_copies)
+
+
+def _train_float(recipe: Recipe, seed: int, folder: str) -> None:
+    path = Path(folder) / f"float-seed{seed}.pt"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = SmallResNet()
+    train(network, _data(seed, recipe.test_copies), recipe.float_epochs, FLOAT_RATE, seed)
+    write_checkpoint(path, network)
+
+
+def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...]) -> tuple[str, float]:
+    for plugin in plugins:
+        load_plugin(plugin)
+    torch.set_num_threads(1)
+    torch.manual_seed(case.seed)
+    data = _data(case.seed, recipe.test_copies)
+    network = SmallResNet()
+    network.load_state_dict(torch.load(Path(folder) / f"float-seed{case.seed}.pt", weights_only=True))
+    float_accuracy = accuracy(predict(network.eval(), data.test_images), data.test_labels)
+    model = QuantSmallResNet(
+        network,
+        weight_quantizer=lambda module: make_quantizer(case.weight),
+        acts_quantizer=lambda module: make_quantizer(case.acts, site="output"),
+        fold_bn="rescale",
+    )
+    calibrate(model, data, recipe.calibration_batches, case.seed)
+    started = time.perf_counter()
+    if recipe.epochs:
+        quantization_aware_train(model, data, recipe.epochs, recipe.learning_rate, case.seed)
+    seconds = (time.perf_counter() - started) / recipe.epochs if recipe.epochs else None
+    errors = [e.weight.sqnr_db for e in layer_errors(model, data.test_images[:64]) if e.weight is not None]
+    result = CaseResult(
+        case,
+        accuracy(predict(model, data.test_images), data.test_labels),
+        float_accuracy,
+        sum(site.total for site in weight_bytes(model)),
+        sum(errors) / len(errors),
+        seconds,
+    )
+    text = json.dumps(asdict(result), indent=2) + "\n"
+    path = Path(folder) / "runs" / f"{case.name}.json"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return case.name, result.accuracy
+
+
+def _read(path: Path) -> CaseResult:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return CaseResult(**(found | {"case": Case(**found["case"])}))

@@ -1,0 +1,76 @@
+"""What a comparison compares: schemes, widths, seeds, and the one recipe for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers import QUANTIZERS, weight_spec
+
+MODELS = ("demo",)
+DATASETS = ("digits",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The same for every scheme: network, data, float training, calibration, quantization-aware training.
+
+    `epochs` of quantization-aware training, 0 for calibration only. `test_copies`: distorted versions of
+    each test image. Raises ConfigError.
+    """
+
+    model: str = "demo"
+    data: str = "digits"
+    float_epochs: int = 30
+    epochs: int = 10
+    learning_rate: float = 3e-3
+    calibration_batches: int = 8
+    test_copies: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("model", self.model, MODELS), ("data", self.data, DATASETS)):
+            if value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name, least in (("float_epochs", 1), ("epochs", 0), ("calibration_batches", 1), ("test_copies", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a weight scheme at a width, an activation width, a seed."""
+
+    scheme: str
+    weight_bits: int
+    weight: str
+    acts_bits: int
+    acts: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file, without the ending; unique in a comparison."""
+        return f"{self.scheme}-w{self.weight_bits}a{self.acts_bits}-seed{self.seed}"
+
+
+def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: Iterable[int], seeds: int) -> list[Case]:
+    """Every scheme at every width it has; "all" stands for all registered ones. Raises ConfigError, UnknownNameError.
+
+    >>> [case.weight for case in make_cases(["esb", "twn"], [2, 4], [8], seeds=1)]
+    ['esb:2,k=0/channel', 'esb:4,k=1/channel', 'twn:2/channel']
+    """
+    names = [name for given in schemes for name in (QUANTIZERS if given == "all" else [given])]
+    widths = list(weight_bits)
+    if seeds < 1:
+        raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    found = [(name, n, spec) for name in dict.fromkeys(names) for n in widths if (spec := weight_spec(name, n))]
+    for name in names:
+        if name not in {known for known, _, _ in found} and "all" not in schemes:
+            raise ConfigError(f"{name} has none of the widths {', '.join(map(str, widths))}; give it one that it has")
+    return [
+        Case(name, n, spec, a, f"affine:{a}", seed)
+        for name, n, spec in found
+        for a in acts_bits
+        for seed in range(seeds)
+    ]
