@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import torchquant
 from torchquant import (
@@ -25,9 +27,15 @@ from torchquant import (
     QModuleState,
     QOp,
     QWrapper,
+    check_quantizer,
+    make_quantizer,
     qmodule_state,
     set_qmodule_state,
 )
+from torchquant.cli import build_app
+from torchquant.deploy import export_onnx
+from torchquant.errors import TorchQuantError
+from torchquant.quantizers import LAWS, catalogue
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -60,6 +68,33 @@ def test_document_runs(document: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for line, code in blocks:
         exec(compile("\n" * line + code, document, "exec"), module.__dict__)
+
+
+@pytest.mark.usefixtures("keeps_registry")
+def test_the_scheme_of_the_page_is_everywhere_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, code),) = runnable_blocks((ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8"))
+    assert len(code.splitlines()) <= 30
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    plugin = tmp_path / "cubic.py"
+    plugin.write_text(code)
+    words = ["compare", "--plugin", str(plugin), "--schemes", "cubic,affine", "--bits", "4", "--seeds", "1"]
+    words += ["--epochs", "0", "--float-epochs", "1", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(build_app(), words, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["rows"]
+    assert {row["spec"] for row in rows} == {"cubic:4/channel", "affine:4,symmetric=narrow/channel"}
+
+    assert "cubic" in {entry.name for entry in catalogue()}
+    quantizer = make_quantizer("cubic:4/channel@ewgs")
+    fast = tuple(law for law in LAWS if law != "survives")  # a class of a plug-in file cannot be pickled by name
+    assert set(check_quantizer(quantizer, laws=fast).passed) == set(fast)
+    layer = QWrapper(nn.Linear(6, 3), quantizer, None)
+    x = torch.randn(4, 6)
+    with qmodule_state(layer, QModuleState.CALIBRATION):
+        layer(x)
+    set_qmodule_state(layer, QModuleState.QUANT_EVAL)
+    with pytest.raises(TorchQuantError, match="CubicQuantizer"):
+        export_onnx(layer, tmp_path / "cubic.onnx", x)
 
 
 def test_blocks_are_found_and_skipped() -> None:
