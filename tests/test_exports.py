@@ -19,17 +19,20 @@ PUBLIC = {
         "qmodule_state", "register_pattern", "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
-        "GRADIENTS", "Gradient", "Projected",
-        "affine_params", "affine_quantize", "esb_quantize", "gradient_clip", "qfmt_int_bits", "qfmt_params",
+        "GRADIENTS", "Gradient", "Projected", "affine_params", "affine_quantize", "binary_quantize",
+        "esb_quantize", "gradient_clip", "midrise_quantize", "pot_quantize", "qfmt_int_bits", "qfmt_params",
         "qfmt_quantize", "ternary_params", "ternary_quantize",
     ],
     "torchquant.quantizers": [
-        "About", "AffineQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "GroupQuantizer",
-        "LAWS", "LawReport", "QUANTIZERS", "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory",
-        "SchemeEntry", "TernaryQuantizer", "UniformQuantizer", "catalogue", "check_quantizer", "make_quantizer",
+        "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer", "ESBQuantizer", "FittedQuantizer",
+        "GridQuantizer", "GroupQuantizer", "LAWS", "LawReport", "PotQuantizer", "QUANTIZERS", "QfmtQuantizer",
+        "QuantSpec", "Quantizer", "QuantizerFactory", "SchemeEntry", "TernaryQuantizer", "UL2QQuantizer",
+        "UniformQuantizer", "VecQQuantizer", "ZoomQQuantizer", "catalogue", "check_quantizer", "make_quantizer",
         "scheme_entry", "weight_spec",
     ],
-    "torchquant.range_observers": ["OBSERVERS", "BatchMinMax", "ExpAvgMinMax", "RangeObserver"],
+    "torchquant.range_observers": [
+        "BatchMinMax", "ExpAvgMinMax", "OBSERVERS", "RangeObserver",
+    ],
     "torchquant.qmodule": [
         "ActivationRow", "FloatCheckpoints", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper",
         "register_pattern",

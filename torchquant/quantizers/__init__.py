@@ -18,11 +18,23 @@ from torchquant.quantizers._laws import check_quantizer as check_quantizer
 from torchquant.quantizers._spec import QuantSpec as QuantSpec
 from torchquant.quantizers._spec import make_quantizer as make_quantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
+from torchquant.quantizers.binary import BinaryQuantizer as BinaryQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
+from torchquant.quantizers.midrise import ClipQQuantizer as ClipQQuantizer
+from torchquant.quantizers.midrise import UL2QQuantizer as UL2QQuantizer
+from torchquant.quantizers.midrise import VecQQuantizer as VecQQuantizer
+from torchquant.quantizers.midrise import ZoomQQuantizer as ZoomQQuantizer
+from torchquant.quantizers.pot import PotQuantizer as PotQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 
 __all__ = [
+    "PotQuantizer",
+    "ZoomQQuantizer",
+    "VecQQuantizer",
+    "UL2QQuantizer",
+    "ClipQQuantizer",
+    "BinaryQuantizer",
     "LAWS",
     "QUANTIZERS",
     "About",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers_functional._sums import row_sums, unit_rows
+from torchquant.quantizers_functional._sums import row_mean_squares
 from torchquant.quantizers_functional.esb import (
     ESB_ALPHA,
     check_esb,
@@ -40,6 +40,7 @@ class ESBQuantizer(FittedQuantizer):
     tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 3.0000, 4.0000, 6.0000])
     """
 
+    presets = {"pot0": {"significant_bits": 0}}
     typical = "{name}:{n},k={k}/channel"
     about = About(
         formula="alpha * nearest of {0, +-F 2**-k, +-(1 + F 2**-k) 2**E}, alpha = c(n, k) rms(x)",
@@ -75,8 +76,7 @@ class ESBQuantizer(FittedQuantizer):
         return -largest, largest
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        units, unit = unit_rows(rows(x, self.axis))
-        mean_squares = row_sums(units.square_()) / units.shape[1] * unit.to(torch.float64).square()
+        mean_squares = row_mean_squares(rows(x, self.axis))
         rms = reduce_mean(mean_squares if self.axis is not None else mean_squares.squeeze(0)).sqrt()
         largest = torch.finfo(torch.float32).max / 2 / esb_max(self.n_bits, self.significant_bits)
         alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * rms).clamp(2.0**-126, largest)

@@ -7,7 +7,10 @@ from torchquant.quantizers_functional._gradient import Projected as Projected
 from torchquant.quantizers_functional._gradient import gradient_clip as gradient_clip
 from torchquant.quantizers_functional.affine import affine_params as affine_params
 from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
+from torchquant.quantizers_functional.binary import binary_quantize as binary_quantize
 from torchquant.quantizers_functional.esb import esb_quantize as esb_quantize
+from torchquant.quantizers_functional.midrise import midrise_quantize as midrise_quantize
+from torchquant.quantizers_functional.pot import pot_quantize as pot_quantize
 from torchquant.quantizers_functional.qfmt import qfmt_int_bits as qfmt_int_bits
 from torchquant.quantizers_functional.qfmt import qfmt_params as qfmt_params
 from torchquant.quantizers_functional.qfmt import qfmt_quantize as qfmt_quantize
@@ -15,6 +18,9 @@ from torchquant.quantizers_functional.ternary import ternary_params as ternary_p
 from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
 
 __all__ = [
+    "pot_quantize",
+    "midrise_quantize",
+    "binary_quantize",
     "GRADIENTS",
     "Gradient",
     "Projected",

@@ -39,3 +39,19 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     unit = floor_pow2(absmax)
     unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
     return rows / unit[:, None], unit
+
+
+def row_mean_squares(rows: Tensor) -> Tensor:
+    """Mean of the squares of each row, without overflow or underflow. rows: (C, n) float, n > 0. (C,) float64.
+
+    >>> row_mean_squares(torch.tensor([[3.0, 4.0]]))
+    tensor([12.5000], dtype=torch.float64)
+    """
+    units, unit = unit_rows(rows)
+    return row_sums(units.square_()) / units.shape[1] * unit.to(torch.float64).square()
+
+
+def usable_scale(scale: Tensor, largest_level: float) -> Tensor:
+    """A scale for which no level overflows float32 and no quotient is lost; 0 stays 0, NaN and Inf stay as they are."""
+    bounded = scale.clamp(2.0**-126, torch.finfo(torch.float32).max / 2 / largest_level)
+    return torch.where(scale.isfinite(), torch.where(scale > 0, bounded, torch.zeros_like(scale)), scale)

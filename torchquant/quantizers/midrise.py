@@ -1,0 +1,218 @@
+"""The mid-rise family: uL2Q, VecQ, ClipQ, ZoomQ. Maths: quantizers_functional/midrise.py."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional.midrise import MIDRISE_STEP, check_midrise, midrise_codes, midrise_values
+from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._statistics import rows
+
+
+class MidriseQuantizer(FittedQuantizer):
+    """What the family shares: `step` and `shift` of the cells, and the middle of a cell as its value.
+
+    `n_bits` 1..12; `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
+    Raises ConfigError.
+    """
+
+    statistics: ClassVar[tuple[str, ...]] = ("step", "shift")
+
+    def __init__(
+        self,
+        n_bits: int,
+        axis: int | None = None,
+        momentum: float = 0.0,
+        gradient_clip: bool = False,
+        nonfinite: str = "raise",
+    ) -> None:
+        check_midrise(n_bits)
+        super().__init__(momentum, axis, gradient_clip, nonfinite)
+        self.n_bits = n_bits
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        half = int(2 ** (self.n_bits - 1))
+        return -half, half - 1
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(s if self.axis is not None else s.squeeze(0) for s in self.fit(rows(x, self.axis)))
+
+    @abstractmethod
+    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The statistics of each row, over all ranks. x: (C, n). (C,) each."""
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        value = self.values(self.codes(x, *grid), x.dtype, *grid)
+        if not want_inside:
+            return value, None
+        half_width = grid[0].to(x.dtype) * 2 ** (self.n_bits - 1)
+        return value, (x - grid[1].to(x.dtype)).abs_().le_(half_width)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return midrise_codes(x, grid[0], grid[1], self.n_bits)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return midrise_values(codes.to(dtype), grid[0], grid[1])
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[Any]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(4, axis, gradient_clip=True), cls(1, axis), cls(8, axis)]
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, {super().extra_repr()}"
+
+    def _step(self, rms: Tensor) -> Tensor:
+        return usable_scale(MIDRISE_STEP[self.n_bits] * rms, 2.0**self.n_bits)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return reduce_mean(row_mean_squares(x)).sqrt()
+
+
+@QUANTIZERS.register("ul2q")
+class UL2QQuantizer(MidriseQuantizer):
+    """Mid-rise around the mean with the step that is optimal for a Gaussian (Gong et al. 2019, uL2Q).
+
+    Deviation from the published code, which dropped the half step and so was biased (docs/algorithms.md I-11);
+    above 8 bits the recomputed steps instead of 6 / (2**n - 1), which stop at 34 dB (I-14).
+
+    >>> quantizer = UL2QQuantizer(2)
+    >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    >>> quantizer(torch.tensor([-1.2, 0.2, 1.4]))
+    tensor([-1.1579,  0.4748,  1.2912])
+    """
+
+    about = About(
+        "(floor((x - mean) / step) + 1/2) * step + mean, step = c(n) * std", "Gong et al. 2019, IJCNN", "1..12"
+    )
+
+    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+        units, unit = unit_rows(x)
+        mean = reduce_mean(row_sums(units) / units.shape[1])
+        centred = units.to(torch.float64) - mean[:, None] * 1.0
+        deviation = reduce_mean(row_sums(centred.square_()) / units.shape[1]).sqrt()
+        # A constant row has a deviation of rounding errors; what is below them counts as none.
+        deviation = torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
+        return self._step(deviation * unit), mean * unit
+
+
+@QUANTIZERS.register("vecq")
+class VecQQuantizer(MidriseQuantizer):
+    """Thresholds of the optimal Gaussian step, values refitted by least squares (Gong et al. 2020, arXiv:2005.08501).
+
+    Deviation from the AutoQNN code: the refit is `<x, p> / <p, p>`, the least-squares one, not the ratio of norms
+    (docs/algorithms.md I-12). Because thresholds and values have steps of their own, quantizing twice can move a value
+    at widths above 3 on data far from Gaussian.
+
+    >>> quantizer = VecQQuantizer(2)
+    >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    >>> quantizer(torch.tensor([-1.2, 0.2, 1.4]))
+    tensor([-1.2545,  0.4182,  1.2545])
+    """
+
+    statistics = ("threshold_step", "step")
+    about = About(
+        "p * step, p = floor(x / (c(n) * rms)) + 1/2, step = <x, p> / <p, p>",
+        "Gong et al. 2020, IEEE TC, arXiv:2005.08501",
+        "1..12",
+    )
+
+    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+        threshold_step = self._step(_rms(x))
+        units, unit = unit_rows(x)
+        scaled = (threshold_step / unit).to(units.dtype)[:, None]
+        points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
+        along, square = row_sums(units * points), row_sums(points.square())
+        step = reduce_mean(along) / reduce_mean(square) * unit
+        return threshold_step, usable_scale(step, 2.0**self.n_bits)
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        value = self.values(self.codes(x, *grid), x.dtype, *grid)
+        half_width = grid[0].to(x.dtype) * 2 ** (self.n_bits - 1)
+        return value, x.abs().le_(half_width) if want_inside else None
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return midrise_codes(x, grid[0], 0.0, self.n_bits)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return midrise_values(codes.to(dtype), grid[1], 0.0)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[VecQQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(3, axis, gradient_clip=True), cls(2, axis), cls(1, axis)]
+
+
+@QUANTIZERS.register("clipq")
+class ClipQQuantizer(MidriseQuantizer):
+    """Mid-rise around 0, step optimal for a Gaussian, gradient clipped to the cells (AutoQNN, arXiv:2304.03782).
+
+    Deviation from the published code: the clipping limits are those of the tensor being quantized, not of the one
+    before it (docs/algorithms.md I-19), and the 1-bit step is the optimal one (I-13).
+
+    >>> quantizer = ClipQQuantizer(2)
+    >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    >>> quantizer(torch.tensor([-1.2, 0.2, 1.4]))
+    tensor([-1.2286,  0.4095,  1.2286])
+    """
+
+    statistics = ("step",)
+    about = About(
+        "(floor(x / step) + 1/2) * step, step = c(n) * rms", "AutoQNN, Gong et al. 2023, arXiv:2304.03782", "1..12"
+    )
+
+    def __init__(
+        self,
+        n_bits: int,
+        axis: int | None = None,
+        momentum: float = 0.0,
+        gradient_clip: bool = True,
+        nonfinite: str = "raise",
+    ) -> None:
+        super().__init__(n_bits, axis, momentum, gradient_clip, nonfinite)
+
+    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self._step(_rms(x)),)
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        (step,) = self.get()
+        return step, torch.zeros_like(step)
+
+
+@QUANTIZERS.register("zoomq")
+class ZoomQQuantizer(MidriseQuantizer):
+    """2**n_bits equal cells over the range of the data (AutoQNN, arXiv:2304.03782). Real 0 is not on the grid.
+
+    Largest error half a cell; for padded or sparse data prefer a grid that holds 0.
+
+    >>> quantizer = ZoomQQuantizer(2)
+    >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    >>> quantizer(torch.tensor([-1.2, 0.2, 1.4]))
+    tensor([-0.8750,  0.4250,  1.0750])
+    """
+
+    statistics = ("range_min", "range_max")
+    about = About(
+        "lo + (floor((x - lo) / step) + 1/2) * step, step = (hi - lo) / 2**n",
+        "AutoQNN, Gong et al. 2023, arXiv:2304.03782",
+        "1..12",
+    )
+
+    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+        low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]))
+        return -low, high
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        limit = torch.finfo(torch.float32).max / 4
+        low, high = (statistic.clamp(-limit, limit) for statistic in self.get())
+        step = (high - low) / 2**self.n_bits
+        step = torch.where(high > low, step.clamp_min(2.0**-126), torch.zeros_like(step))
+        return step, low + step * 2 ** (self.n_bits - 1)
