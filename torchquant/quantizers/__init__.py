@@ -24,11 +24,15 @@ from torchquant.quantizers.midrise import ClipQQuantizer as ClipQQuantizer
 from torchquant.quantizers.midrise import UL2QQuantizer as UL2QQuantizer
 from torchquant.quantizers.midrise import VecQQuantizer as VecQQuantizer
 from torchquant.quantizers.midrise import ZoomQQuantizer as ZoomQQuantizer
+from torchquant.quantizers.minifloat import MinifloatQuantizer as MinifloatQuantizer
+from torchquant.quantizers.nf4 import NF4Quantizer as NF4Quantizer
 from torchquant.quantizers.pot import PotQuantizer as PotQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 
 __all__ = [
+    "NF4Quantizer",
+    "MinifloatQuantizer",
     "PotQuantizer",
     "ZoomQQuantizer",
     "VecQQuantizer",

@@ -10,6 +10,9 @@ from torchquant.quantizers_functional.affine import affine_quantize as affine_qu
 from torchquant.quantizers_functional.binary import binary_quantize as binary_quantize
 from torchquant.quantizers_functional.esb import esb_quantize as esb_quantize
 from torchquant.quantizers_functional.midrise import midrise_quantize as midrise_quantize
+from torchquant.quantizers_functional.minifloat import FloatFormat as FloatFormat
+from torchquant.quantizers_functional.minifloat import minifloat_quantize as minifloat_quantize
+from torchquant.quantizers_functional.nf4 import nf4_quantize as nf4_quantize
 from torchquant.quantizers_functional.pot import pot_quantize as pot_quantize
 from torchquant.quantizers_functional.qfmt import qfmt_int_bits as qfmt_int_bits
 from torchquant.quantizers_functional.qfmt import qfmt_params as qfmt_params
@@ -18,6 +21,9 @@ from torchquant.quantizers_functional.ternary import ternary_params as ternary_p
 from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
 
 __all__ = [
+    "nf4_quantize",
+    "FloatFormat",
+    "minifloat_quantize",
     "pot_quantize",
     "midrise_quantize",
     "binary_quantize",

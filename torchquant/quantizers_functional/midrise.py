@@ -42,7 +42,7 @@ def midrise_codes(x: Tensor, step: Tensor | float, shift: Tensor | float, n_bits
 
 def midrise_values(codes: Tensor, step: Tensor | float, shift: Tensor | float) -> Tensor:
     """`(codes + 1/2) * step + shift`. codes: (*) float."""
-    return (codes + 0.5).mul_(like(step, codes)).add_(like(shift, codes))
+    return (codes + 0.5) * like(step, codes) + like(shift, codes)
 
 
 def midrise_quantize(

@@ -1,0 +1,114 @@
+"""Mini-float quantizers: FP8, FP6, FP4 and any other. Maths: quantizers_functional/minifloat.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers_functional._powers import ceil_log2, pow2
+from torchquant.quantizers_functional._sums import usable_scale
+from torchquant.quantizers_functional.minifloat import (
+    FORMATS,
+    FloatFormat,
+    minifloat_decode,
+    minifloat_encode,
+    minifloat_projection,
+    nearest_floats,
+)
+from torchquant.quantizers_functional.uniform import like
+from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._statistics import rows
+
+SCALES = ("absmax", "pow2", "one")
+
+
+def _preset(form: FloatFormat) -> dict[str, Any]:
+    widths = {"exponent_bits": form.exponent_bits, "mantissa_bits": form.mantissa_bits}
+    return {"n_bits": form.n_bits, **widths, "special": form.special}
+
+
+@QUANTIZERS.register("minifloat")
+class MinifloatQuantizer(FittedQuantizer):
+    """Floating point of few bits, with subnormals, saturating (OCP FP8 and MX, IEEE 754; docs/algorithms.md A11).
+
+    `exponent_bits` 1..5, `mantissa_bits` 0..10, `n_bits` their sum and the sign; `bias`, `special`: see
+    `FloatFormat`. `scale` makes the format's numbers fit: "absmax" puts the largest magnitude on the largest number,
+    "pow2" the same rounded up to a power of two, "one" leaves them. Raises ConfigError.
+
+    >>> quantizer = MinifloatQuantizer(8, 4, 3, special="fn")
+    >>> quantizer.pre_observe(torch.tensor([-448.0, 1.06]))
+    >>> quantizer(torch.tensor([-448.0, 1.06]))
+    tensor([-448.0000,    1.0000])
+    """
+
+    statistics = ("unit",)
+    short_names = {"e": "exponent_bits", "m": "mantissa_bits"}
+    presets = {name: _preset(form) for name, form in FORMATS.items()}
+    about = About("scale * nearest of +-(1 + F 2**-m) 2**(E - bias) and subnormals", "OCP OFP8 and MX v1.0", "3..16")
+
+    def __init__(
+        self,
+        n_bits: int,
+        exponent_bits: int,
+        mantissa_bits: int,
+        bias: int | None = None,
+        special: str = "none",
+        scale: str = "absmax",
+        axis: int | None = None,
+        momentum: float = 0.0,
+        gradient_clip: bool = False,
+        nonfinite: str = "raise",
+    ) -> None:
+        form = FloatFormat(exponent_bits, mantissa_bits, bias, special)
+        if n_bits != form.n_bits:
+            parts = f"1 sign, {exponent_bits} exponent and {mantissa_bits} fraction bits"
+            raise ConfigError(f"{parts} are {form.n_bits} bits, not {n_bits}")
+        if scale not in SCALES:
+            raise ConfigError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        super().__init__(momentum, axis, gradient_clip, nonfinite)
+        self.n_bits = n_bits
+        self.form = form
+        self.scale = scale
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return -self.form.largest_code, self.form.largest_code
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        absmax = reduce_max(rows(x, self.axis).abs().amax(1))
+        fitting = absmax.to(torch.float64) / self.form.largest
+        if self.scale == "one":
+            fitting = torch.where(absmax.isfinite(), torch.ones_like(fitting), fitting)
+        elif self.scale == "pow2":
+            exponent = ceil_log2(torch.where(fitting > 0, fitting, torch.ones_like(fitting)))
+            fitting = torch.where(fitting.isfinite(), pow2(exponent, torch.float64), fitting)
+        scale = usable_scale(fitting, self.form.largest)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return (scale if self.axis is not None else scale.squeeze(0),)
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        return minifloat_projection(grid[0], self.form)(x, want_inside)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return minifloat_encode(nearest_floats(x / like(grid[0], x), self.form), self.form)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        numbers = minifloat_decode(codes, self.form, dtype)
+        return numbers * like(grid[0], numbers)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[MinifloatQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        fp8 = FORMATS["fp8_e4m3"]
+        return [
+            cls(8, fp8.exponent_bits, fp8.mantissa_bits, special=fp8.special, axis=axis, gradient_clip=True),
+            cls(4, 2, 1, scale="pow2", axis=axis),
+            cls(6, 3, 2, axis=axis),
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{self.form}, scale={self.scale!r}, {super().extra_repr()}"

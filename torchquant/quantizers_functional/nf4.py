@@ -1,0 +1,76 @@
+"""NF4: sixteen levels at the quantiles of a Gaussian, between -1 and 1. docs/algorithms.md A10."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
+from torchquant.quantizers_functional.uniform import like
+
+# The published constants (Dettmers et al. 2023, QLoRA, arXiv:2305.14314).
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def nf4_codes(x: Tensor, absmax: Tensor | float) -> Tensor:
+    """Index 0..15 of the level nearest to x / absmax, in x's type; NaN stays NaN.
+
+    Fifteen comparisons: counting the middles below x is exact and needs no search.
+    """
+    scaled = x / like(absmax, x)
+    codes = scaled.clamp(0.0, 0.0)
+    for low, high in pairwise(NF4_LEVELS):
+        codes += scaled.gt((low + high) / 2).to(x.dtype)
+    return codes
+
+
+def nf4_values(codes: Tensor, absmax: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """`absmax * level`. codes: (*) whole numbers of any type; NaN stays NaN."""
+    levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
+    values = levels[codes.nan_to_num(0.0).to(torch.int64)]
+    if codes.is_floating_point():
+        values = values + codes.to(dtype).clamp(0.0, 0.0)
+    return values * like(absmax, values)
+
+
+def nf4_projection(absmax: Tensor | float) -> Projection:
+    """Projection on the levels; `inside` is 1 where |x| <= absmax."""
+
+    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        scale = like(absmax, real)
+        value = nf4_values(nf4_codes(real, scale), scale, real.dtype)
+        return value, real.abs().le_(scale) if want_inside else None
+
+    return project
+
+
+def nf4_quantize(
+    x: Tensor, absmax: Tensor | float, gradient: str | Gradient = "ste", clamp: Clamp | None = None
+) -> Tensor:
+    """Quantize x to the nearest of `absmax * NF4_LEVELS`.
+
+    x: (*) float. absmax: () or broadcastable to x, > 0, same unit as x. Returns (*).
+
+    >>> nf4_quantize(torch.tensor([-2.0, 0.01, 0.5]), 1.0)
+    tensor([-1.0000,  0.0000,  0.4407])
+    """
+    return apply_projection(x, nf4_projection(absmax), gradient, clamp)
