@@ -16,20 +16,21 @@ PUBLIC = {
         "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState", "QOp",
         "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantSpec", "Quantizer", "RangeObserver",
         "TernaryQuantizer", "check_quantizer", "freeze_bn", "make_quantizer", "observe_weights",
-        "qmodule_state", "register_pattern", "set_qmodule_state", "state_report",
+        "qmodule_state", "quantizer_parameters", "register_pattern", "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
         "FloatFormat", "GRADIENTS", "Gradient", "Projected", "affine_params", "affine_quantize",
-        "binary_quantize", "esb_quantize", "gradient_clip", "midrise_quantize", "minifloat_quantize",
-        "nf4_quantize", "pot_quantize", "qfmt_int_bits", "qfmt_params", "qfmt_quantize", "ternary_params",
-        "ternary_quantize",
+        "binary_quantize", "esb_quantize", "gradient_clip", "lsq_quantize", "midrise_quantize",
+        "minifloat_quantize", "nf4_quantize", "pot_quantize", "qfmt_int_bits", "qfmt_params", "qfmt_quantize",
+        "ternary_params", "ternary_quantize",
     ],
     "torchquant.quantizers": [
         "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer", "ESBQuantizer", "FittedQuantizer",
-        "GridQuantizer", "GroupQuantizer", "LAWS", "LawReport", "MinifloatQuantizer", "NF4Quantizer",
-        "PotQuantizer", "QUANTIZERS", "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory",
-        "SchemeEntry", "TernaryQuantizer", "UL2QQuantizer", "UniformQuantizer", "VecQQuantizer",
-        "ZoomQQuantizer", "catalogue", "check_quantizer", "make_quantizer", "scheme_entry", "weight_spec",
+        "GridQuantizer", "GroupQuantizer", "LAWS", "LSQQuantizer", "LawReport", "MinifloatQuantizer",
+        "NF4Quantizer", "PotQuantizer", "QUANTIZERS", "QfmtQuantizer", "QuantSpec", "Quantizer",
+        "QuantizerFactory", "SchemeEntry", "TernaryQuantizer", "UL2QQuantizer", "UniformQuantizer",
+        "VecQQuantizer", "ZoomQQuantizer", "catalogue", "check_quantizer", "make_quantizer", "scheme_entry",
+        "weight_spec",
     ],
     "torchquant.range_observers": [
         "BatchMinMax", "ExpAvgMinMax", "OBSERVERS", "RangeObserver",
@@ -40,7 +41,7 @@ PUBLIC = {
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
-        "set_qmodule_state", "state_report",
+        "quantizer_parameters", "set_qmodule_state", "state_report",
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",

@@ -21,6 +21,7 @@ from torchquant.range_observers import RangeObserver as RangeObserver
 from torchquant.utils import freeze_bn as freeze_bn
 from torchquant.utils import observe_weights as observe_weights
 from torchquant.utils import qmodule_state as qmodule_state
+from torchquant.utils import quantizer_parameters as quantizer_parameters
 from torchquant.utils import set_qmodule_state as set_qmodule_state
 from torchquant.utils import state_report as state_report
 
@@ -46,6 +47,7 @@ __all__ = [
     "make_quantizer",
     "observe_weights",
     "qmodule_state",
+    "quantizer_parameters",
     "register_pattern",
     "set_qmodule_state",
     "state_report",

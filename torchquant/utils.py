@@ -22,6 +22,7 @@ __all__ = [
     "observe_weights",
     "qmodule_state",
     "qmodules",
+    "quantizer_parameters",
     "set_qmodule_state",
     "state_report",
 ]
@@ -92,6 +93,20 @@ def observe_weights(model: nn.Module) -> None:
     for _, module in qmodules(model):
         if isinstance(module, QWrapper):
             module.observe_weight()
+
+
+def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
+    """What the quantizers of the model learn, as an optimizer group without weight decay.
+
+    >>> from torchquant.qmodule import QOp
+    >>> from torchquant.quantizers import LSQQuantizer
+    >>> model = nn.Sequential(nn.Linear(2, 2), QOp(abs, LSQQuantizer(4)))
+    >>> learned = quantizer_parameters(model)
+    >>> len(learned["params"]), learned["weight_decay"]
+    (1, 0.0)
+    """
+    learned = {id(p): p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    return {"params": list(learned.values()), "weight_decay": 0.0}
 
 
 def freeze_bn(model: nn.Module, frozen: bool = True) -> None:

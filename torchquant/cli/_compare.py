@@ -11,6 +11,9 @@ from torchquant.compare.leaderboard import HEADER, cells
 from torchquant.demo import Terminal
 from torchquant.errors import ConfigError
 
+TERMINAL_COLUMNS = 7
+"""Those that fit on a terminal; the files have all."""
+
 
 def run(
     schemes: Sequence[str],
@@ -33,9 +36,9 @@ def run(
     flags += [f"--{name.replace('_', '-')} {value}" for name, value in recipe.items()]
     flags += [f"--plugin {plugin}" for plugin in plugins]
     write_leaderboard(rows, made, " ".join(["torchquant compare", *flags]), out)
-    terminal.table(
-        "leaderboard", list(HEADER), [cells(row) for row in rows], "mean over the seeds, +- standard deviation"
-    )
+    narrow = slice(0, TERMINAL_COLUMNS)
+    shown = [cells(row)[narrow] for row in rows]
+    terminal.table("leaderboard", list(HEADER[narrow]), shown, "mean over the seeds, +- standard deviation")
     terminal.message(f"leaderboard: {out / 'leaderboard.html'}")
 
 

@@ -176,6 +176,8 @@ class GridQuantizer(Quantizer):
     def set_gradient(self, gradient: str | Gradient, **options: Any) -> None:
         """Take another estimator, with its options. Raises ConfigError with the list that is allowed."""
         made = make_gradient(gradient, **options)
+        if not self.gradients():
+            raise ConfigError(f"{type(self).__name__} has its own gradient, there is none to choose; got {made.name!r}")
         if not made.needs <= self.traits:
             allowed = ", ".join(self.gradients())
             raise ConfigError(f"{type(self).__name__} takes the gradients {allowed}, got {made.name!r}")

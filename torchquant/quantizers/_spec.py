@@ -23,6 +23,7 @@ from torchquant.range_observers import OBSERVERS, RangeObserver
 
 SITES = ("weight", "input", "output")
 GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G][@gradient]"
+_OF_ACTIVATIONS = {"momentum": 0.9, "per_sample": True}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -177,6 +178,7 @@ class _Builder:
         if name is None:
             return
         allowed = self.scheme.gradients() if issubclass(self.scheme, GridQuantizer) else ("ste",)
+        _require(allowed, self.text, f"{self.spec.scheme} has its own gradient, there is none to choose")
         _require(name in allowed, self.text, f"{self.spec.scheme} takes the gradients {', '.join(allowed)}")
         kind = GRADIENTS[name]
         options: dict[str, Any] = {}
@@ -188,8 +190,9 @@ class _Builder:
         if takes_axis and self.spec.granularity:
             self.arguments["axis"] = self.axis
         _require(takes_axis or self.axis is None, self.text, f"{self.spec.scheme} works per tensor only")
-        if "momentum" in self.parameters and self.site != "weight":
-            self.arguments.setdefault("momentum", 0.9)
+        for name, value in _OF_ACTIVATIONS.items():
+            if name in self.parameters and self.site != "weight":
+                self.arguments.setdefault(name, value)
 
     def _observer(self) -> RangeObserver:
         name = self.options.pop("observer", None) or ("minmax" if self.site == "weight" else "ema")

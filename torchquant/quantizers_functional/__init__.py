@@ -9,6 +9,7 @@ from torchquant.quantizers_functional.affine import affine_params as affine_para
 from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
 from torchquant.quantizers_functional.binary import binary_quantize as binary_quantize
 from torchquant.quantizers_functional.esb import esb_quantize as esb_quantize
+from torchquant.quantizers_functional.lsq import lsq_quantize as lsq_quantize
 from torchquant.quantizers_functional.midrise import midrise_quantize as midrise_quantize
 from torchquant.quantizers_functional.minifloat import FloatFormat as FloatFormat
 from torchquant.quantizers_functional.minifloat import minifloat_quantize as minifloat_quantize
@@ -21,6 +22,7 @@ from torchquant.quantizers_functional.ternary import ternary_params as ternary_p
 from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
 
 __all__ = [
+    "lsq_quantize",
     "nf4_quantize",
     "FloatFormat",
     "minifloat_quantize",
