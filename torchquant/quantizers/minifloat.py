@@ -42,7 +42,7 @@ class MinifloatQuantizer(FittedQuantizer):
     >>> quantizer = MinifloatQuantizer(8, 4, 3, special="fn")
     >>> quantizer.pre_observe(torch.tensor([-448.0, 1.06]))
     >>> quantizer(torch.tensor([-448.0, 1.06]))
-    tensor([-448.0000,    1.0000])
+    tensor([-448.,    1.])
     """
 
     statistics = ("unit",)
