@@ -20,6 +20,7 @@ from torchquant.quantizers._spec import make_quantizer as make_quantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers.binary import BinaryQuantizer as BinaryQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
+from torchquant.quantizers.lsq import LSQPlusQuantizer as LSQPlusQuantizer
 from torchquant.quantizers.lsq import LSQQuantizer as LSQQuantizer
 from torchquant.quantizers.midrise import ClipQQuantizer as ClipQQuantizer
 from torchquant.quantizers.midrise import UL2QQuantizer as UL2QQuantizer
@@ -32,6 +33,7 @@ from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 
 __all__ = [
+    "LSQPlusQuantizer",
     "LSQQuantizer",
     "NF4Quantizer",
     "MinifloatQuantizer",

@@ -27,6 +27,7 @@ from torchquant.range_observers import RangeObserver
 from torchquant.range_observers._statistics import StatisticTracker, per_channel_view
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
+SITES = ("weight", "input", "output")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,17 @@ class Quantizer(nn.Module, ABC):
 
     n_bits: int
     axis: int | None = None
+    signed: bool | None = True
+    """Whether there are levels below 0; None: the first tensor decides."""
+    sites: ClassVar[tuple[str, ...]] = SITES
+    """Where in a layer the scheme is meant to sit."""
+    keeps_units: ClassVar[bool] = True
+    """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
     about: ClassVar[About] = About()
     typical: ClassVar[str] = "{name}:{n}/channel"
     """Spec string that stands for the scheme on weights at `{n}` bits; `{k}` is n - 3, at least 0."""
+    typical_acts: ClassVar[str] = "affine:{n}"
+    """Spec string of the activations that the scheme's authors put beside its weights, at `{n}` bits."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Further names of the scheme, each with the constructor's arguments it stands for."""
     short_names: ClassVar[Mapping[str, str]] = {}
@@ -84,6 +93,10 @@ class Quantizer(nn.Module, ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The same as `quantize`."""
         return self.quantize(*args, **kwargs)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The parts of x whose elements share parameters, flat."""
+        return [x.flatten()] if self.axis is None else [s.flatten() for s in x.unbind(self.axis)]
 
     @property
     def is_ready(self) -> bool:

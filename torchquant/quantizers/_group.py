@@ -51,6 +51,9 @@ class GroupQuantizer(Quantizer):
     def _parts(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
         return list(zip((self.whole, self.last), self._cut(x), strict=True))
 
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [group for part in self._cut(x) for group in part]
+
     def pre_observe(self, x: Tensor) -> None:
         for quantizer, part in self._parts(x):
             quantizer.pre_observe(part)

@@ -48,14 +48,16 @@ class _Case:
 
     def __init__(self, quantizer: Quantizer, sample: Tensor | None) -> None:
         self.fresh = copy.deepcopy(quantizer).cpu()
-        self.sample = self._default_sample(quantizer.axis) if sample is None else sample.detach().clone()
+        self.sample = self._default_sample(quantizer) if sample is None else sample.detach().clone()
         self.axis = None if quantizer.axis is None else quantizer.axis % self.sample.ndim
         self.observed = copy.deepcopy(self.fresh)
         self.observed.pre_observe(self.sample)
 
     @staticmethod
-    def _default_sample(axis: int | None) -> Tensor:
+    def _default_sample(quantizer: Quantizer) -> Tensor:
+        axis = quantizer.axis
         x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+        x = x.abs() if quantizer.signed is False else x
         return x if axis is None else x.movedim(0, axis).contiguous()
 
     def wide(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +69,7 @@ class _Case:
 
     def slices(self, x: Tensor) -> list[Tensor]:
         """The parts of x that share parameters, flat."""
-        return [x.flatten()] if self.axis is None else [s.flatten() for s in x.unbind(self.axis)]
+        return self.observed.parts(x)
 
     def n_bits(self) -> int:
         bits = getattr(self.observed, "n_bits", None)
@@ -120,6 +122,8 @@ def levels_used(case: _Case) -> None:
 
 def idempotent(case: _Case) -> None:
     """Quantizing what is quantized changes nothing."""
+    if not case.observed.keeps_units:
+        raise _Skip("its levels are not in the units of x")
     bits = getattr(case.observed, "n_bits", 8)
     for dtype in DTYPES if bits <= 8 else DTYPES[:2]:
         y = case.observed(case.wide(dtype))

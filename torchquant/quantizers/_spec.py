@@ -16,14 +16,21 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torchquant.errors import ConfigError, UnknownNameError
-from torchquant.quantizers._base import QUANTIZERS, GridQuantizer, Quantizer
+from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer
 from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient
 from torchquant.range_observers import OBSERVERS, RangeObserver
 
-SITES = ("weight", "input", "output")
 GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G][@gradient]"
-_OF_ACTIVATIONS = {"momentum": 0.9, "per_sample": True}
+_OF_ACTIVATIONS = {
+    "momentum": 0.9,
+    "per_sample": True,
+    "signed": None,
+    "offset": True,
+    "normalize": False,
+    "activation": True,
+    "block_axis": 1,
+}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -129,6 +136,8 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     if spec.granularity == "group" and site != "weight":
         raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
     scheme, fixed = find_scheme(spec.scheme)
+    if site not in scheme.sites:
+        raise ConfigError(f"spec {str(spec)!r}: {spec.scheme} is for {' and '.join(scheme.sites)}, not for {site}")
     axis = {"": None, "tensor": None, "channel": 0 if site == "weight" else 1, "group": 0}[spec.granularity]
     quantizer = _Builder(spec, scheme, fixed, axis, site).build()
     return quantizer if spec.group is None else GroupQuantizer(quantizer, spec.group)
@@ -157,6 +166,10 @@ class _Builder:
             self._place_axis()
         unknown = ", ".join(sorted(self.options))
         _require(not unknown, self.text, f"{self.spec.scheme} has no {unknown}; it has {self._known()}")
+        for name, value in _OF_ACTIVATIONS.items() if self.site != "weight" else ():
+            parameter = self.parameters.get(name)
+            if parameter is not None and parameter.default is not parameter.empty:
+                self.arguments.setdefault(name, value)
         missing = [name for name, p in self.parameters.items() if p.default is p.empty and name not in self.arguments]
         _require(not missing, self.text, f"{self.spec.scheme} needs {', '.join(missing)}")
         quantizer = self.scheme(**self.arguments)
@@ -190,9 +203,6 @@ class _Builder:
         if takes_axis and self.spec.granularity:
             self.arguments["axis"] = self.axis
         _require(takes_axis or self.axis is None, self.text, f"{self.spec.scheme} works per tensor only")
-        for name, value in _OF_ACTIVATIONS.items():
-            if name in self.parameters and self.site != "weight":
-                self.arguments.setdefault(name, value)
 
     def _observer(self) -> RangeObserver:
         name = self.options.pop("observer", None) or ("minmax" if self.site == "weight" else "ema")

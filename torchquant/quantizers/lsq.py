@@ -1,37 +1,44 @@
-"""Learned step size quantizer. Maths: quantizers_functional/lsq.py."""
+"""Learned step sizes: LSQ and LSQ+. Maths: quantizers_functional/lsq.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.errors import ConfigError, NoAffineViewError
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._learned import LearnedQuantizer, first, gradient_scale, or_one, scaled_gradient
+from torchquant.quantizers_functional._range_search import best_range
 from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes, lsq_quantize
 from torchquant.quantizers_functional.uniform import uniform_codes
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
 
 INITS = ("mse", "paper")
 
 
+def check_init(init: str) -> None:
+    """Raise ConfigError for an unknown way to start."""
+    if init not in INITS:
+        raise ConfigError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+
+
 @QUANTIZERS.register("lsq")
-class LSQQuantizer(FittedQuantizer):
+class LSQQuantizer(LearnedQuantizer):
     """A uniform grid through 0 whose step is trained (Esser et al. 2020, arXiv:1902.08153; docs/algorithms.md B5).
 
     The first tensor observed sets the step; from then on observing changes nothing and the optimizer moves it.
     `init="mse"`: the step of least squared error on Gaussian data of that size (on its positive half if
-    unsigned), or "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not: not after a
-    ReLU. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements that share a step, or those of
-    one sample if `per_sample` (activations). A step is never used below a thousandth of its first value, so
-    it stays positive. `torchquant.quantizer_parameters(model)` is an optimizer group without weight decay; build
-    the optimizer after calibration where steps per group, or per channel of an activation, get their number only
-    then. Raises ConfigError.
+    unsigned), or "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not, None: the
+    first tensor decides, by whether it goes below 0. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements
+    that share a step, or those of one sample if `per_sample` (activations). A step is never used below a thousandth
+    of its first value, so it stays positive. `torchquant.quantizer_parameters(model)` is an optimizer group without
+    weight decay; build the optimizer after calibration where steps per group, or per channel of an activation, get
+    their number only then. Raises ConfigError.
 
     >>> quantizer = LSQQuantizer(4)
     >>> quantizer.pre_observe(torch.randn(1000))
@@ -40,90 +47,75 @@ class LSQQuantizer(FittedQuantizer):
     torch.Size([])
     """
 
-    statistics = ("initial_step",)
+    learned = ("step",)
+    statistics = ("initial_step", "lowest")
+    set_once = frozenset(statistics)
+    typical_acts = "lsq:{n}"
     about = About("step * RHE(clamp(x / step)), step learned", "Esser et al. 2020, LSQ, arXiv:1902.08153", "1..12")
     initial_step: Tensor
+    lowest: Tensor
+    step: Tensor
 
     def __init__(
         self,
         n_bits: int,
-        signed: bool = True,
+        signed: bool | None = True,
         init: str = "mse",
         per_sample: bool = False,
         axis: int | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        lsq_codes(n_bits, signed)
-        if init not in INITS:
-            raise ConfigError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-        super().__init__(0.0, axis, False, nonfinite)
+        lsq_codes(n_bits, n_bits == max(FULL_STEP) if signed is None else signed)
+        check_init(init)
+        super().__init__(axis, nonfinite)
         self.n_bits = n_bits
         self.signed = signed
         self.init = init
         self.per_sample = per_sample
-        self.step = nn.Parameter(torch.ones_like(self.initial_step))
+        self._goes_below_zero = True
 
     @property
     def code_range(self) -> tuple[int, int]:
-        return lsq_codes(self.n_bits, self.signed)
-
-    @classmethod
-    def gradients(cls) -> tuple[str, ...]:
-        """None to choose from: the step's own."""
-        return ()
+        if self.signed is None:
+            self.get()
+        return lsq_codes(self.n_bits, self._goes_below_zero if self.signed is None else self.signed)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
+        lowest = -reduce_max(-x.amin(1))
+        signed = (lowest < 0).any() if self.signed is None else torch.tensor(self.signed)
         if self.init == "mse":
-            rms = reduce_mean(row_mean_squares(x)).sqrt()
-            step = rms * (FULL_STEP[self.n_bits] if self.signed else 2**0.5 * NARROW_STEP[self.n_bits + 1])
+            signed_step = FULL_STEP.get(self.n_bits, 1.0)
+            unsigned_step = 2**0.5 * NARROW_STEP.get(self.n_bits + 1, 1.0)
+            factor = torch.where(signed, signed_step, unsigned_step).to(torch.float64)
+            step = reduce_mean(row_mean_squares(x)).sqrt() * factor
         else:
             units, unit = unit_rows(x)
-            mean = reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit)
-            step = 2.0 * mean / self.code_range[1] ** 0.5
-        step = usable_scale(step, 2.0**self.n_bits)
-        step = torch.where(step == 0, torch.ones_like(step), step)
-        return (step if self.axis is not None else step.squeeze(0),)
+            largest_code = torch.where(signed, 2 ** (self.n_bits - 1) - 1, 2**self.n_bits - 1)
+            step = 2.0 * reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit) / largest_code**0.5
+        return first((or_one(usable_scale(step, 2.0**self.n_bits)), lowest), self.axis)
 
-    def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        if not self.is_observed:
-            super()._observe(x, measure)
-            self._start()
-
-    def force(self, *values: Tensor | float) -> None:
-        """Set the step by hand, () or (C,)."""
-        super().force(*values)
-        self._start()
-
-    @torch.no_grad()
     def _start(self) -> None:
-        if self.is_observed:
-            self.step.copy_(self.initial_step)
+        super()._start()
+        self._decide_sign()
 
-    def _resize(self, shape: tuple[int, ...] | torch.Size) -> None:
-        super()._resize(shape)
-        if self.step.shape != torch.Size(shape):
-            self.step = nn.Parameter(self.step.new_ones(shape))
+    def _decide_sign(self) -> None:
+        if self.is_observed and self.signed is None:
+            self._goes_below_zero = bool((self.lowest < 0).any())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LSQQuantizer:
-        """Follow device moves and `.double()`; the step stays at float32 under `.half()`, as its statistics do."""
-        before = self.step.data
-        super()._apply(fn, recurse)
-        if self.step.dtype in (torch.float16, torch.bfloat16):
-            self.step.data = before.to(device=self.step.device, dtype=torch.float32)
-        return self
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._decide_sign()
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        """The step in use: never below its floor, with the gradient passing through that bound."""
-        (initial,) = self.get()
-        floor = (initial * 1e-3).clamp_min(2.0**-126)
-        return (self.step + (torch.maximum(self.step, floor) - self.step).detach(),)
+        """The step in use."""
+        return (self.bounded("step"),)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         (step,) = self._grid_for(x.ndim, self.axis)
-        sharing = x.numel() / (len(x) if self.per_sample and x.ndim else self.initial_step.numel())
-        scale = 1.0 / (max(sharing, 1.0) * self.code_range[1]) ** 0.5
-        return lsq_quantize(x, step, self.n_bits, self.signed, scale)
+        qmin, qmax = self.code_range
+        scale = gradient_scale(x, self.initial_step.numel(), self.per_sample, qmax)
+        return lsq_quantize(x, step, self.n_bits, qmin < 0, scale)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         return uniform_codes(x, grid[0], *self.code_range)
@@ -132,9 +124,7 @@ class LSQQuantizer(FittedQuantizer):
         return codes.to(dtype) * grid[0].to(dtype)
 
     def affine_params(self) -> AffineParams:
-        (step,) = self.grid()
-        assert isinstance(step, Tensor)
-        return AffineParams(step.detach(), 0, *self.code_range)
+        return AffineParams(self.bounded("step").detach(), 0, *self.code_range)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[LSQQuantizer]:
@@ -142,5 +132,133 @@ class LSQQuantizer(FittedQuantizer):
         return [cls(4, axis=axis), cls(8, axis=axis, init="paper"), cls(2, axis=axis)]
 
     def extra_repr(self) -> str:
-        sign = "signed" if self.signed else "unsigned"
+        sign = {True: "signed", False: "unsigned", None: "sign by the first tensor"}[self.signed]
         return f"n_bits={self.n_bits}, {sign}, init={self.init!r}, {super().extra_repr()}"
+
+
+@QUANTIZERS.register("lsqplus")
+class LSQPlusQuantizer(LearnedQuantizer):
+    """LSQ with a better start, and for activations a trained offset too (Bhalgat et al. 2020, arXiv:2004.09576).
+
+    Without `offset` (weights): signed codes, `init="paper"` the step `max(|mean - 3 std|, |mean + 3 std|) / 2**(n-1)`,
+    "mse" the one of least error on a Gaussian. With it: `x^ = step * RHE(clamp((x - offset) / step)) + offset` with
+    codes 0 .. 2**n - 1, both started where the squared error of the first tensor is least. Real 0 is then between two
+    levels until `snap()` moves the offset to a whole number of steps; only then has it an affine view.
+    Gradient of the offset: 0 inside the codes, 1 outside; docs/algorithms.md B6. Raises ConfigError.
+
+    >>> quantizer = LSQPlusQuantizer(4, offset=True)
+    >>> quantizer.pre_observe(torch.linspace(-0.3, 4.0, 500))
+    >>> quantizer.snap()
+    >>> quantizer.affine_params().zero_point
+    tensor(1., dtype=torch.float64)
+    """
+
+    typical_acts = "lsqplus:{n}"
+    about = About(
+        "step * RHE(clamp((x - offset) / step)) + offset, both learned",
+        "Bhalgat et al. 2020, arXiv:2004.09576",
+        "2..11",
+    )
+    initial_step: Tensor
+    initial_offset: Tensor
+    step: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        n_bits: int,
+        offset: bool = False,
+        init: str = "mse",
+        per_sample: bool = False,
+        axis: int | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        lsq_codes(n_bits, not offset)
+        check_init(init)
+        self.learned = ("step", "offset") if offset else ("step",)
+        self.statistics = tuple(f"initial_{name}" for name in self.learned)
+        super().__init__(axis, nonfinite)
+        self.n_bits = n_bits
+        self.has_offset = offset
+        self.init = init
+        self.per_sample = per_sample
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return lsq_codes(self.n_bits, not self.has_offset)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = rows(x, self.axis)
+        if self.has_offset:
+            return first(self._least_error(x), self.axis)
+        units, unit = unit_rows(x)
+        mean = reduce_mean(row_sums(units) / units.shape[1])
+        square = reduce_mean(row_sums(units.square()) / units.shape[1])
+        if self.init == "mse":
+            step = square.sqrt() * FULL_STEP[self.n_bits]
+        else:
+            deviation = (square - mean.square()).clamp_min(0.0).sqrt()
+            step = (mean.abs() + 3 * deviation) / 2 ** (self.n_bits - 1)
+        return first((or_one(usable_scale(step * unit, 2.0**self.n_bits)),), self.axis)
+
+    def _least_error(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))
+        limit = torch.finfo(torch.float32).max / 4
+        finite = low.isfinite() & high.isfinite()
+        low, high = (-low).clamp(-limit, limit), high.clamp(-limit, limit)
+        n_steps = 2**self.n_bits - 1
+
+        def quantize(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+            step = ((high - low) / n_steps).clamp_min(2.0**-126)
+            return ((values - low) / step).round().clamp(0, n_steps) * step + low
+
+        wide = x.to(torch.float64)
+        # Shrink towards 0, or towards the low end of what never reaches it.
+        towards = torch.where(low > 0, low, torch.zeros_like(low))
+        shrunk = best_range(wide - towards[:, None], None, low - towards, high - towards, quantize, steps=50)
+        low, high = reduce_mean(torch.stack(shrunk) + towards)
+        step = usable_scale((high - low) / n_steps, 2.0**self.n_bits)
+        nan = torch.full_like(step, torch.nan)
+        return torch.where(finite, or_one(step), nan), torch.where(finite, low, nan)
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """The step in use, and the offset."""
+        step = self.bounded("step")
+        return step, self.offset if self.has_offset else torch.zeros_like(step)
+
+    def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        step, offset = self._grid_for(x.ndim, self.axis)
+        scale = gradient_scale(x, self.initial_step.numel(), self.per_sample, self.code_range[1])
+        if not self.has_offset:
+            return lsq_quantize(x, step, self.n_bits, True, scale)
+        return lsq_quantize(x, step, self.n_bits, False, scale, scaled_gradient(offset, scale))
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        step, offset = (number.to(x.dtype) for number in grid)
+        return uniform_codes(x - offset, step, *self.code_range)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        step, offset = (number.to(dtype) for number in grid)
+        return codes.to(dtype) * step + offset
+
+    @torch.no_grad()
+    def snap(self) -> None:
+        """Move the offset to the nearest whole number of steps, so that real 0 is a level where it is in range."""
+        if self.has_offset:
+            step = self.bounded("step")
+            self.offset.copy_((self.offset / step).round() * step)
+
+    def affine_params(self) -> AffineParams:
+        step, offset = (number.detach() for number in self.grid() if isinstance(number, Tensor))
+        zero_point = (-offset.to(torch.float64) / step).round()
+        if not torch.allclose(-zero_point * step, offset.to(torch.float64), rtol=1e-5, atol=0.0):
+            raise NoAffineViewError("the offset of LSQ+ is between two levels; call snap() and train a little on")
+        return AffineParams(step, zero_point, *self.code_range)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[LSQPlusQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(4, True, axis=axis), cls(4, axis=axis), cls(8, init="paper", axis=axis)]
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, offset={self.has_offset}, init={self.init!r}, {super().extra_repr()}"

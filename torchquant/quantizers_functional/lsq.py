@@ -77,13 +77,21 @@ class _LearnedStep(torch.autograd.Function):
         return for_x, for_step, None, None, None
 
 
-def lsq_quantize(x: Tensor, step: Tensor, n_bits: int, signed: bool = True, gradient_scale: float = 1.0) -> Tensor:
-    """Quantize x to `step * {codes}`, differentiable in x and step.
+def lsq_quantize(
+    x: Tensor,
+    step: Tensor,
+    n_bits: int,
+    signed: bool = True,
+    gradient_scale: float = 1.0,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Quantize x to `step * {codes} + offset`, differentiable in all three.
 
-    x: (*) float. step: () or broadcastable to x, > 0, same unit as x. Returns (*). Gradient of x: 1 strictly
-    inside the codes, else 0. Gradient of step: `round(v) - v` inside with v = x / step, the end code outside,
-    summed over the elements that share a step, times `gradient_scale`. Source: Esser et al. 2020,
-    arXiv:1902.08153. Raises ConfigError.
+    x: (*) float. step, offset: () or broadcastable to x, same unit as x; step > 0. Returns (*). Gradient of x: 1
+    strictly inside the codes, else 0. Gradient of step: `round(v) - v` inside with v = (x - offset) / step, the end
+    code outside, summed over the elements that share a step, times `gradient_scale`. Gradient of offset: 0 inside,
+    1 outside. Source: Esser et al. 2020, arXiv:1902.08153; the offset Bhalgat et al. 2020, arXiv:2004.09576.
+    Raises ConfigError.
 
     >>> step = torch.tensor(0.5, requires_grad=True)
     >>> lsq_quantize(torch.tensor([0.74, 9.0]), step, 3).sum().backward()
@@ -92,5 +100,9 @@ def lsq_quantize(x: Tensor, step: Tensor, n_bits: int, signed: bool = True, grad
     """
     qmin, qmax = lsq_codes(n_bits, signed)
     real = x.to(compute_dtype(x))
+    if offset is not None:
+        shift = like(offset, real)
+        value = cast(Tensor, _LearnedStep.apply(real - shift, like(step, real), qmin, qmax, gradient_scale))
+        return cast_back(value + shift, x.dtype)
     value = cast(Tensor, _LearnedStep.apply(real, like(step, real), qmin, qmax, gradient_scale))
     return cast_back(value, x.dtype)

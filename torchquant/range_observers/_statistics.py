@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -71,7 +71,11 @@ class StatisticTracker(nn.Module):
     stall or break the graph: there such a batch leaves the statistics as they were.
     """
 
-    statistics: ClassVar[tuple[str, ...]]
+    statistics: tuple[str, ...]
+    set_once: ClassVar[frozenset[str]] = frozenset()
+    """Statistics that the first tensor sets for good."""
+    widths: Mapping[str, int] = {}
+    """Statistics that are a row of so many numbers, (L,) or (C, L), and not one number."""
     observed_weight: Tensor
 
     def __init__(self, momentum: float = 0.0, axis: int | None = None, nonfinite: str = "raise") -> None:
@@ -87,7 +91,7 @@ class StatisticTracker(nn.Module):
         self.nonfinite = nonfinite
         self.is_observed = False
         for name in self.statistics:
-            self.register_buffer(name, torch.zeros(() if axis is None else (0,)))
+            self.register_buffer(name, torch.zeros(self._shape_of(name, () if axis is None else (0,))))
         self.register_buffer("observed_weight", torch.zeros(()))
 
     @abstractmethod
@@ -106,10 +110,10 @@ class StatisticTracker(nn.Module):
     @property
     def is_memoryless(self) -> bool:
         """Whether seeing the same tensor twice in a row is the same as seeing it once."""
-        return self.momentum == 0.0
+        return self.momentum == 0.0 or self.set_once.issuperset(self.statistics)
 
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        if x.numel() == 0:
+        if x.numel() == 0 or (self.is_observed and self.set_once.issuperset(self.statistics)):
             return
         x = x.detach()
         if self.nonfinite == "ignore":
@@ -117,13 +121,14 @@ class StatisticTracker(nn.Module):
         seen = cast(Tensor, self._buffers["observed_weight"])
         measured = [m if m.dtype == seen.dtype else m.to(seen.dtype) for m in measure(x)]
         if self.axis is not None:
-            self._expect_channels(measured[0].shape)
+            self._expect_channels(measured[0].shape[:1])
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            usable = torch.isfinite(torch.stack(measured)).all().to(_widest(x.device))
+            finite = [torch.isfinite(m).all() for m in measured]
+            usable = torch.stack(finite).all().to(_widest(x.device))
             self._take_in([torch.nan_to_num(m) for m in measured], seen.to(usable.dtype), usable)
         else:
             # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
-            values = [m.item() for m in measured] if self.axis is None else measured
+            values = [m if m.ndim else m.item() for m in measured]
             if not all(_is_finite(value) for value in values):
                 raise NonFiniteError(
                     f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
@@ -138,12 +143,13 @@ class StatisticTracker(nn.Module):
         weight = seen * self.momentum + (1.0 - self.momentum)
         rate = (1.0 - self.momentum) / weight * usable
         for name, value in zip(self.statistics, values, strict=True):
-            _move_towards(cast(Tensor, self._buffers[name]), value, rate)
+            if not (self.is_observed and name in self.set_once):
+                _move_towards(cast(Tensor, self._buffers[name]), value, rate)
         _move_towards(cast(Tensor, self._buffers["observed_weight"]), weight, usable)
 
     def _expect_channels(self, shape: torch.Size) -> None:
         """Size the buffers for a first batch; refuse another number of channels later."""
-        known = cast(Tensor, self._buffers[self.statistics[0]]).shape
+        known = cast(Tensor, self._buffers[self.statistics[0]]).shape[:1]
         if known == shape:
             return
         if self.is_observed:
@@ -153,33 +159,43 @@ class StatisticTracker(nn.Module):
             )
         self._resize(shape)
 
-    def _resize(self, shape: tuple[int, ...] | torch.Size) -> None:
+    def _shape_of(self, name: str, groups: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
+        return (*groups, self.widths[name]) if name in self.widths else tuple(groups)
+
+    def _resize(self, groups: tuple[int, ...] | torch.Size) -> None:
         for name in self.statistics:
-            buffer = getattr(self, name)
+            buffer, shape = getattr(self, name), self._shape_of(name, groups)
             if buffer.shape != torch.Size(shape):
                 setattr(self, name, buffer.new_zeros(shape))
 
     def force(self, *values: Tensor | float) -> None:
         """Set the statistics by hand, () or (C,) each, in the order of `statistics`."""
         tensors = [torch.as_tensor(v, dtype=torch.float64) for v in values]
-        shapes = {tuple(t.shape) for t in tensors}
-        if len(tensors) != len(self.statistics) or len(shapes) != 1:
+        n_channels = {tuple(t.shape[:1]) for t in tensors if self.axis is not None}
+        if len(tensors) != len(self.statistics) or len(n_channels) > 1:
             raise ConfigError(
                 f"expected {len(self.statistics)} values of one shape ({', '.join(self.statistics)}), "
-                f"got {len(tensors)} with shapes {sorted(shapes)}"
+                f"got {len(tensors)} with shapes {sorted(tuple(t.shape) for t in tensors)}"
             )
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise NonFiniteError(f"{', '.join(self.statistics)} must be finite, got {values}")
-        if tensors[0].ndim != (0 if self.axis is None else 1):
-            raise ConfigError(
-                f"axis={self.axis} takes {'one number' if self.axis is None else 'a (C,) tensor'} "
-                f"a statistic, got shape {tuple(tensors[0].shape)}"
-            )
-        self._resize(tensors[0].shape)
+        groups = tensors[0].shape[: 0 if self.axis is None else 1]
+        for name, tensor in zip(self.statistics, tensors, strict=True):
+            expected = self._shape_of(name, groups)
+            if tensor.shape != torch.Size(expected) or (self.axis is not None and not groups):
+                raise ConfigError(
+                    f"axis={self.axis} takes {self._form(name)} for {name}, got shape {tuple(tensor.shape)}"
+                )
+        self._resize(groups)
         for name, tensor in zip(self.statistics, tensors, strict=True):
             getattr(self, name).copy_(tensor)
         self.observed_weight.fill_(1.0)
         self.is_observed = True
+
+    def _form(self, name: str) -> str:
+        if name in self.widths:
+            return f"a ({'C, ' if self.axis is not None else ''}{self.widths[name]}) tensor"
+        return "one number" if self.axis is None else "a (C,) tensor"
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -209,7 +225,7 @@ class StatisticTracker(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         first = state_dict.get(prefix + self.statistics[0])
         if first is not None:
-            self._resize(first.shape)
+            self._resize(first.shape[: 0 if self.axis is None else 1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.is_observed = bool(self.observed_weight > 0)
 
@@ -219,5 +235,5 @@ class StatisticTracker(nn.Module):
         if not self.is_observed:
             parts.append("no data yet")
         elif self.axis is None:
-            parts += [f"{n}={float(getattr(self, n)):.4g}" for n in self.statistics]
+            parts += [f"{n}={float(getattr(self, n)):.4g}" for n in self.statistics if n not in self.widths]
         return ", ".join(parts)

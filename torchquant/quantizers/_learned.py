@@ -1,0 +1,100 @@
+"""What quantizers with trained numbers share: parameters that the first tensor sets and an optimizer moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.quantizers._base import FittedQuantizer
+
+
+class LearnedQuantizer(FittedQuantizer):
+    """A quantizer some of whose numbers are `nn.Parameter`s, () or (C,).
+
+    `learned` names them; each has a statistic `initial_NAME` that `measure` returns, the parameter starts at
+    it with the first tensor observed, and from then on only the optimizer moves it. Other statistics go
+    on being measured. Parameters stay in float32 under `.half()`, as statistics do.
+    """
+
+    learned: tuple[str, ...]
+
+    def __init__(self, axis: int | None = None, nonfinite: str = "raise") -> None:
+        super().__init__(0.0, axis, False, nonfinite)
+        for name in self.learned:
+            setattr(self, name, nn.Parameter(torch.ones_like(getattr(self, f"initial_{name}"))))
+
+    @property
+    def set_once(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(f"initial_{name}" for name in self.learned)
+
+    @classmethod
+    def gradients(cls) -> tuple[str, ...]:
+        """None to choose from: the scheme is defined by its own."""
+        return ()
+
+    def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        is_first = not self.is_observed
+        super()._observe(x, measure)
+        if is_first:
+            self._start()
+
+    def force(self, *values: Tensor | float) -> None:
+        """Set the numbers by hand, () or (C,) each, in the order of `statistics`; learned ones start there."""
+        super().force(*values)
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        if self.is_observed:
+            for name in self.learned:
+                getattr(self, name).copy_(getattr(self, f"initial_{name}"))
+
+    def _resize(self, groups: tuple[int, ...] | torch.Size) -> None:
+        super()._resize(groups)
+        for name in self.learned:
+            parameter = getattr(self, name)
+            if parameter.shape != torch.Size(groups):
+                setattr(self, name, nn.Parameter(parameter.new_ones(groups)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantizer:
+        before = {name: getattr(self, name).data for name in self.learned}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            parameter = getattr(self, name)
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = old.to(device=parameter.device, dtype=torch.float32)
+        return self
+
+    def bounded(self, name: str) -> Tensor:
+        """A positive parameter as it is used: never below a thousandth of its first value.
+
+        The gradient passes through the bound, so that a parameter pushed below it can come back.
+        """
+        self.get()
+        parameter, initial = getattr(self, name), getattr(self, f"initial_{name}")
+        floor = (initial * 1e-3).clamp_min(2.0**-126)
+        return parameter + (torch.maximum(parameter, floor) - parameter).detach()
+
+
+def gradient_scale(x: Tensor, n_groups: int, per_sample: bool, largest_code: int) -> float:
+    """LSQ's `1 / sqrt(N Qp)`: N the elements that share a parameter, of one sample if `per_sample`."""
+    sharing = x.numel() / (len(x) if per_sample and x.ndim else n_groups)
+    return float((max(sharing, 1.0) * largest_code) ** -0.5)
+
+
+def scaled_gradient(parameter: Tensor, scale: float) -> Tensor:
+    """The parameter, its gradient times `scale`."""
+    return parameter.detach() + (parameter - parameter.detach()) * scale
+
+
+def or_one(scale: Tensor) -> Tensor:
+    """`scale`, 1 where it is 0: the scale of a tensor of zeros."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def first(values: tuple[Tensor, ...], axis: int | None) -> tuple[Tensor, ...]:
+    """(C,) statistics in the shape a tracker wants: () each without an axis."""
+    return values if axis is not None else tuple(value.squeeze(0) for value in values)
