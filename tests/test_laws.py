@@ -19,6 +19,8 @@ CASES = [
     for axis in (None, 0, 1, -1)
     for i in range(len(QUANTIZERS[name].examples(axis)))
 ]
+BLOCKS = ("mx", "nvfp4")
+PER_CHANNEL = [name for name in QUANTIZERS if name not in BLOCKS]
 FAST = tuple(law for law in LAWS if law != "compiles")
 
 
@@ -26,11 +28,12 @@ FAST = tuple(law for law in LAWS if law != "compiles")
 def test_every_scheme_keeps_the_laws(name: str, axis: int | None, i: int) -> None:
     report = tq.check_quantizer(QUANTIZERS[name].examples(axis)[i], laws=FAST)
     assert set(report.passed) | set(report.skipped) == set(FAST)
-    assert set(report.skipped) == (set() if axis is not None else {"per_channel"})
+    quantizer = QUANTIZERS[name].examples(axis)[i]
+    expected = {"per_channel": axis is None, "levels_used": name in BLOCKS, "idempotent": not quantizer.keeps_units}
+    assert set(report.skipped) == {law for law, is_skipped in expected.items() if is_skipped}
 
 
-@pytest.mark.parametrize("axis", [None, 0])
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(("name", "axis"), [(n, None) for n in QUANTIZERS] + [(n, 0) for n in PER_CHANNEL])
 def test_every_scheme_compiles_and_exports(name: str, axis: int | None) -> None:
     quantizer = QUANTIZERS[name].examples(axis)[0]
     assert tq.check_quantizer(quantizer, laws=("compiles",)).passed == ("compiles",)
@@ -43,7 +46,7 @@ def test_every_example_compiles_and_exports(name: str, axis: int | None, i: int)
     assert tq.check_quantizer(quantizer, laws=("compiles",)).passed == ("compiles",)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", PER_CHANNEL)
 def test_per_channel_equals_a_loop_of_per_tensor_bit_for_bit(name: str) -> None:
     x = torch.randn(5, 7, 3) * torch.tensor([1.0, 10.0, 0.01, 3.0, 0.0]).view(5, 1, 1)
     for per_channel, *per_tensor in zip(
@@ -73,11 +76,17 @@ def test_any_tensor_at_all(name: str, array: object, dtype: torch.dtype) -> None
         y = quantizer(x)
         assert torch.equal(y.isnan(), x.isnan())
         assert y[~x.isnan()].isfinite().all()
-        assert y[~x.isnan()].unique().numel() <= 2**quantizer.n_bits
+        assert all(part[~part.isnan()].unique().numel() <= 2**quantizer.n_bits for part in quantizer.parts(y))
         assert torch.equal(quantizer.decode(quantizer.encode(finite), dtype), quantizer(finite))
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("text", ["affine:4,symmetric=narrow/group=16", "esb:4,k=1/group=5", "nf4/group=64"])
+def test_groups_keep_the_laws(text: str) -> None:
+    report = tq.check_quantizer(tq.make_quantizer(text), torch.randn(4, 40))
+    assert set(report.skipped) == {"per_channel", "levels_used"}
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "dorefa"])  # whose levels have no units
 def test_scaling_by_a_power_of_two_scales_the_output_exactly(name: str) -> None:
     x = torch.randn(300)
     for a, b in zip(QUANTIZERS[name].examples(None), QUANTIZERS[name].examples(None), strict=True):

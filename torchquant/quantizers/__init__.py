@@ -18,7 +18,12 @@ from torchquant.quantizers._laws import check_quantizer as check_quantizer
 from torchquant.quantizers._spec import QuantSpec as QuantSpec
 from torchquant.quantizers._spec import make_quantizer as make_quantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
+from torchquant.quantizers.apot import APoTQuantizer as APoTQuantizer
 from torchquant.quantizers.binary import BinaryQuantizer as BinaryQuantizer
+from torchquant.quantizers.blocks import MXQuantizer as MXQuantizer
+from torchquant.quantizers.blocks import NVFP4Quantizer as NVFP4Quantizer
+from torchquant.quantizers.codebook import CodebookQuantizer as CodebookQuantizer
+from torchquant.quantizers.dorefa import DoReFaQuantizer as DoReFaQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
 from torchquant.quantizers.lsq import LSQPlusQuantizer as LSQPlusQuantizer
 from torchquant.quantizers.lsq import LSQQuantizer as LSQQuantizer
@@ -28,11 +33,26 @@ from torchquant.quantizers.midrise import VecQQuantizer as VecQQuantizer
 from torchquant.quantizers.midrise import ZoomQQuantizer as ZoomQQuantizer
 from torchquant.quantizers.minifloat import MinifloatQuantizer as MinifloatQuantizer
 from torchquant.quantizers.nf4 import NF4Quantizer as NF4Quantizer
+from torchquant.quantizers.pact import PACTQuantizer as PACTQuantizer
+from torchquant.quantizers.pact import pact_penalty as pact_penalty
 from torchquant.quantizers.pot import PotQuantizer as PotQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
+from torchquant.quantizers.residual import ResidualQuantizer as ResidualQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
+from torchquant.quantizers.tqt import TQTQuantizer as TQTQuantizer
+from torchquant.quantizers.ttq import TTQQuantizer as TTQQuantizer
 
 __all__ = [
+    "NVFP4Quantizer",
+    "MXQuantizer",
+    "ResidualQuantizer",
+    "CodebookQuantizer",
+    "APoTQuantizer",
+    "TTQQuantizer",
+    "DoReFaQuantizer",
+    "pact_penalty",
+    "PACTQuantizer",
+    "TQTQuantizer",
     "LSQPlusQuantizer",
     "LSQQuantizer",
     "NF4Quantizer",

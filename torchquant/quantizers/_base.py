@@ -59,7 +59,7 @@ class Quantizer(nn.Module, ABC):
     """Whether there are levels below 0; None: the first tensor decides."""
     sites: ClassVar[tuple[str, ...]] = SITES
     """Where in a layer the scheme is meant to sit."""
-    keeps_units: ClassVar[bool] = True
+    keeps_units: bool = True
     """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
     about: ClassVar[About] = About()
     typical: ClassVar[str] = "{name}:{n}/channel"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import Quantizer
+from torchquant.quantizers._base import About, Quantizer
+from torchquant.quantizers_functional._levels import in_layout_of
 
 
 class GroupQuantizer(Quantizer):
@@ -27,6 +28,8 @@ class GroupQuantizer(Quantizer):
     tensor([[7.0000, 1.0000, 0.7000, 0.1000, 0.5000]])
     """
 
+    about = About(granularity=("block",))
+
     def __init__(self, quantizer: Quantizer, size: int) -> None:
         super().__init__()
         if quantizer.axis != 0:
@@ -44,9 +47,10 @@ class GroupQuantizer(Quantizer):
         end = rows.shape[1] - rows.shape[1] % self.size
         return rows[:, :end].reshape(-1, self.size), rows[:, end:]
 
-    def _join(self, whole: Tensor, last: Tensor, shape: torch.Size) -> Tensor:
+    def _join(self, whole: Tensor, last: Tensor, x: Tensor) -> Tensor:
         rows = len(last)
-        return torch.cat([whole.reshape(rows, -1), last], 1).reshape(shape) if rows else whole.reshape(shape)
+        joined = torch.cat([whole.reshape(rows, -1), last], 1) if rows else whole
+        return in_layout_of(joined.reshape(x.shape), x)
 
     def _parts(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
         return list(zip((self.whole, self.last), self._cut(x), strict=True))
@@ -60,15 +64,15 @@ class GroupQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         whole, last = (q.quantize(part) if part.numel() else part for q, part in self._parts(x))
-        return self._join(whole, last, x.shape)
+        return self._join(whole, last, x)
 
     def encode(self, x: Tensor) -> Tensor:
         whole, last = (q.encode(part) if part.numel() else part.to(torch.int32) for q, part in self._parts(x))
-        return self._join(whole, last, x.shape)
+        return self._join(whole, last, x)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         whole, last = (q.decode(part, dtype) if part.numel() else part.to(dtype) for q, part in self._parts(codes))
-        return self._join(whole, last, codes.shape)
+        return self._join(whole, last, codes)
 
     @property
     def is_ready(self) -> bool:

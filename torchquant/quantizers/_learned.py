@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchquant.errors import ConfigError
 from torchquant.quantizers._base import FittedQuantizer
+from torchquant.range_observers._distributed import reduce_max
+
+INITS = ("mse", "paper")
+
+
+def check_init(init: str) -> None:
+    """Raise ConfigError for an unknown way to start."""
+    if init not in INITS:
+        raise ConfigError(f"init must be one of {', '.join(INITS)}, got {init!r}")
 
 
 class LearnedQuantizer(FittedQuantizer):
@@ -20,15 +30,23 @@ class LearnedQuantizer(FittedQuantizer):
     """
 
     learned: tuple[str, ...]
+    lowest: Tensor
+    """Statistic of schemes that take `signed=None`: what is below 0 in the first tensor makes the codes signed."""
+    _goes_below_zero = True
 
-    def __init__(self, axis: int | None = None, nonfinite: str = "raise") -> None:
-        super().__init__(0.0, axis, False, nonfinite)
+    def __init__(self, axis: int | None = None, nonfinite: str = "raise", momentum: float = 0.0) -> None:
+        super().__init__(momentum, axis, False, nonfinite)
+        self.set_once = frozenset([*(f"initial_{name}" for name in self.learned), "lowest"])
         for name in self.learned:
             setattr(self, name, nn.Parameter(torch.ones_like(getattr(self, f"initial_{name}"))))
 
     @property
-    def set_once(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset(f"initial_{name}" for name in self.learned)
+    def is_signed(self) -> bool:
+        """Whether codes go below 0. Raises UnobservedRangeError if the first tensor is to say and has not come."""
+        if self.signed is None:
+            self.get()
+            return self._goes_below_zero
+        return self.signed
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
@@ -51,13 +69,23 @@ class LearnedQuantizer(FittedQuantizer):
         if self.is_observed:
             for name in self.learned:
                 getattr(self, name).copy_(getattr(self, f"initial_{name}"))
+            self._decide_sign()
+
+    def _decide_sign(self) -> None:
+        if self.is_observed and self.signed is None:
+            self._goes_below_zero = bool((self.lowest < 0).any())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._decide_sign()
 
     def _resize(self, groups: tuple[int, ...] | torch.Size) -> None:
         super()._resize(groups)
         for name in self.learned:
             parameter = getattr(self, name)
-            if parameter.shape != torch.Size(groups):
-                setattr(self, name, nn.Parameter(parameter.new_ones(groups)))
+            shape = self._shape_of(f"initial_{name}", groups)
+            if parameter.shape != torch.Size(shape):
+                setattr(self, name, nn.Parameter(parameter.new_ones(shape)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantizer:
         before = {name: getattr(self, name).data for name in self.learned}
@@ -88,6 +116,17 @@ def gradient_scale(x: Tensor, n_groups: int, per_sample: bool, largest_code: int
 def scaled_gradient(parameter: Tensor, scale: float) -> Tensor:
     """The parameter, its gradient times `scale`."""
     return parameter.detach() + (parameter - parameter.detach()) * scale
+
+
+def lowest_of(x: Tensor) -> Tensor:
+    """Smallest value of each row, over all ranks. x: (C, n). (C,)."""
+    return -reduce_max(-x.amin(1))
+
+
+def where_signed(signed: bool | None, lowest: Tensor, if_signed: float, if_not: float) -> Tensor:
+    """One of two numbers, float64 (), by what `signed` says or, if it is None, by the lowest values."""
+    below = (lowest < 0).any() if signed is None else torch.tensor(signed, device=lowest.device)
+    return torch.where(below, if_signed, if_not).to(torch.float64)
 
 
 def or_one(scale: Tensor) -> Tensor:

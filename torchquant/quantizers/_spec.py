@@ -30,6 +30,7 @@ _OF_ACTIVATIONS = {
     "normalize": False,
     "activation": True,
     "block_axis": 1,
+    "decay": 1.0,
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -166,10 +167,7 @@ class _Builder:
             self._place_axis()
         unknown = ", ".join(sorted(self.options))
         _require(not unknown, self.text, f"{self.spec.scheme} has no {unknown}; it has {self._known()}")
-        for name, value in _OF_ACTIVATIONS.items() if self.site != "weight" else ():
-            parameter = self.parameters.get(name)
-            if parameter is not None and parameter.default is not parameter.empty:
-                self.arguments.setdefault(name, value)
+        self._fill_for_activations(self.parameters, self.arguments)
         missing = [name for name, p in self.parameters.items() if p.default is p.empty and name not in self.arguments]
         _require(not missing, self.text, f"{self.spec.scheme} needs {', '.join(missing)}")
         quantizer = self.scheme(**self.arguments)
@@ -210,7 +208,14 @@ class _Builder:
         parameters = inspect.signature(kind).parameters
         arguments = {key: value for key, value in self.arguments.items() if key in parameters}
         self._take_options(kind, parameters, arguments)
+        self._fill_for_activations(parameters, arguments)
         return kind(**arguments, axis=self.axis)
+
+    def _fill_for_activations(self, parameters: Mapping[str, inspect.Parameter], arguments: dict[str, Any]) -> None:
+        for name, value in _OF_ACTIVATIONS.items() if self.site != "weight" else ():
+            parameter = parameters.get(name)
+            if parameter is not None and parameter.default is not parameter.empty:
+                arguments.setdefault(name, value)
 
     def _take_options(self, owner: type, parameters: Mapping[str, Any], arguments: dict[str, Any]) -> None:
         """Move the options `owner` has a parameter for into `arguments`, in the parameter's type."""

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.errors import ConfigError, NoAffineViewError
+from torchquant.errors import NoAffineViewError
 from torchquant.quantizers._base import QUANTIZERS, About
-from torchquant.quantizers._learned import LearnedQuantizer, first, gradient_scale, or_one, scaled_gradient
+from torchquant.quantizers._learned import (
+    LearnedQuantizer,
+    check_init,
+    first,
+    gradient_scale,
+    lowest_of,
+    or_one,
+    scaled_gradient,
+    where_signed,
+)
 from torchquant.quantizers_functional._range_search import best_range
 from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.affine import AffineParams
@@ -17,14 +26,6 @@ from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_cod
 from torchquant.quantizers_functional.uniform import uniform_codes
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
-
-INITS = ("mse", "paper")
-
-
-def check_init(init: str) -> None:
-    """Raise ConfigError for an unknown way to start."""
-    if init not in INITS:
-        raise ConfigError(f"init must be one of {', '.join(INITS)}, got {init!r}")
 
 
 @QUANTIZERS.register("lsq")
@@ -49,11 +50,9 @@ class LSQQuantizer(LearnedQuantizer):
 
     learned = ("step",)
     statistics = ("initial_step", "lowest")
-    set_once = frozenset(statistics)
     typical_acts = "lsq:{n}"
     about = About("step * RHE(clamp(x / step)), step learned", "Esser et al. 2020, LSQ, arXiv:1902.08153", "1..12")
     initial_step: Tensor
-    lowest: Tensor
     step: Tensor
 
     def __init__(
@@ -72,40 +71,23 @@ class LSQQuantizer(LearnedQuantizer):
         self.signed = signed
         self.init = init
         self.per_sample = per_sample
-        self._goes_below_zero = True
 
     @property
     def code_range(self) -> tuple[int, int]:
-        if self.signed is None:
-            self.get()
-        return lsq_codes(self.n_bits, self._goes_below_zero if self.signed is None else self.signed)
+        return lsq_codes(self.n_bits, self.is_signed)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
-        lowest = -reduce_max(-x.amin(1))
-        signed = (lowest < 0).any() if self.signed is None else torch.tensor(self.signed)
+        lowest = lowest_of(x)
         if self.init == "mse":
-            signed_step = FULL_STEP.get(self.n_bits, 1.0)
-            unsigned_step = 2**0.5 * NARROW_STEP.get(self.n_bits + 1, 1.0)
-            factor = torch.where(signed, signed_step, unsigned_step).to(torch.float64)
+            steps = FULL_STEP.get(self.n_bits, 1.0), 2**0.5 * NARROW_STEP.get(self.n_bits + 1, 1.0)
+            factor = where_signed(self.signed, lowest, *steps)
             step = reduce_mean(row_mean_squares(x)).sqrt() * factor
         else:
             units, unit = unit_rows(x)
-            largest_code = torch.where(signed, 2 ** (self.n_bits - 1) - 1, 2**self.n_bits - 1)
+            largest_code = where_signed(self.signed, lowest, 2 ** (self.n_bits - 1) - 1, 2**self.n_bits - 1)
             step = 2.0 * reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit) / largest_code**0.5
         return first((or_one(usable_scale(step, 2.0**self.n_bits)), lowest), self.axis)
-
-    def _start(self) -> None:
-        super()._start()
-        self._decide_sign()
-
-    def _decide_sign(self) -> None:
-        if self.is_observed and self.signed is None:
-            self._goes_below_zero = bool((self.lowest < 0).any())
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._decide_sign()
 
     def grid(self) -> tuple[Tensor | int, ...]:
         """The step in use."""

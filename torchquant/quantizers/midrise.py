@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class MidriseQuantizer(FittedQuantizer):
     Raises ConfigError.
     """
 
-    statistics: ClassVar[tuple[str, ...]] = ("step", "shift")
+    statistics: tuple[str, ...] = ("step", "shift")
 
     def __init__(
         self,

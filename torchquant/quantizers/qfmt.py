@@ -33,6 +33,7 @@ class QfmtQuantizer(UniformQuantizer):
     tensor(0.0078)
     """
 
+    signed: bool
     typical = "{name}:{n},signed/channel"
     about = About(formula="clamp(RHE(x / delta)) * delta, delta = 2**-f", paper="fixed point, Q(m, f)", bits="1..24")
     fewer_bits: Tensor

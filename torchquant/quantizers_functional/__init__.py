@@ -7,21 +7,43 @@ from torchquant.quantizers_functional._gradient import Projected as Projected
 from torchquant.quantizers_functional._gradient import gradient_clip as gradient_clip
 from torchquant.quantizers_functional.affine import affine_params as affine_params
 from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
+from torchquant.quantizers_functional.apot import apot_quantize as apot_quantize
 from torchquant.quantizers_functional.binary import binary_quantize as binary_quantize
+from torchquant.quantizers_functional.codebook import codebook_quantize as codebook_quantize
+from torchquant.quantizers_functional.codebook import lloyd_max as lloyd_max
+from torchquant.quantizers_functional.dorefa import dorefa_act_quantize as dorefa_act_quantize
+from torchquant.quantizers_functional.dorefa import dorefa_gradient as dorefa_gradient
+from torchquant.quantizers_functional.dorefa import dorefa_weight_quantize as dorefa_weight_quantize
 from torchquant.quantizers_functional.esb import esb_quantize as esb_quantize
 from torchquant.quantizers_functional.lsq import lsq_quantize as lsq_quantize
 from torchquant.quantizers_functional.midrise import midrise_quantize as midrise_quantize
 from torchquant.quantizers_functional.minifloat import FloatFormat as FloatFormat
 from torchquant.quantizers_functional.minifloat import minifloat_quantize as minifloat_quantize
 from torchquant.quantizers_functional.nf4 import nf4_quantize as nf4_quantize
+from torchquant.quantizers_functional.pact import pact_quantize as pact_quantize
 from torchquant.quantizers_functional.pot import pot_quantize as pot_quantize
 from torchquant.quantizers_functional.qfmt import qfmt_int_bits as qfmt_int_bits
 from torchquant.quantizers_functional.qfmt import qfmt_params as qfmt_params
 from torchquant.quantizers_functional.qfmt import qfmt_quantize as qfmt_quantize
+from torchquant.quantizers_functional.residual import residual_alphas as residual_alphas
+from torchquant.quantizers_functional.residual import residual_levels as residual_levels
 from torchquant.quantizers_functional.ternary import ternary_params as ternary_params
 from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
+from torchquant.quantizers_functional.tqt import tqt_quantize as tqt_quantize
+from torchquant.quantizers_functional.ttq import ttq_quantize as ttq_quantize
 
 __all__ = [
+    "residual_levels",
+    "residual_alphas",
+    "lloyd_max",
+    "codebook_quantize",
+    "dorefa_weight_quantize",
+    "dorefa_gradient",
+    "dorefa_act_quantize",
+    "apot_quantize",
+    "ttq_quantize",
+    "pact_quantize",
+    "tqt_quantize",
     "lsq_quantize",
     "nf4_quantize",
     "FloatFormat",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+AT_ONCE = 2**21  # elements of an intermediate tensor
+
 QuantizeRange = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -21,18 +23,22 @@ def best_range(
 ) -> tuple[Tensor, Tensor]:
     """The range `gamma * (low, high)`, gamma = i / steps, of least `sum of weights |v - Q(v)|**power`.
 
-    values: (C, n); weights: (C, n) >= 0, or None for 1. low, high: (C,). `quantize(values, low, high)` with (C, 1)
-    ends. Equal errors: the largest gamma. Returns two (C,). docs/algorithms.md C5.
+    values: (C, n); weights: (C, n) >= 0, or None for 1. low, high: (C,). `quantize(values, low, high)` gets
+    (c, 1, n) values and (c, g, 1) ends. Equal errors: the largest gamma. Returns two (C,). docs/algorithms.md C5.
     """
-    best = torch.full_like(low, torch.inf)
-    best_low, best_high = low, high
-    for i in range(steps, 0, -1):
-        shrunk_low, shrunk_high = low * (i / steps), high * (i / steps)
-        error = (quantize(values, shrunk_low[:, None], shrunk_high[:, None]) - values).abs()
-        error = error.square() if power == 2.0 else error.pow(power)
-        total = (error if weights is None else error * weights).sum(1)
-        is_better = total < best
-        best = torch.where(is_better, total, best)
-        best_low = torch.where(is_better, shrunk_low, best_low)
-        best_high = torch.where(is_better, shrunk_high, best_high)
-    return best_low, best_high
+    gammas = torch.arange(steps, 0, -1, dtype=low.dtype, device=low.device) / steps
+    n_rows, n = values.shape
+    rows_at_once = max(1, AT_ONCE // (steps * n))
+    gammas_at_once = max(1, AT_ONCE // (rows_at_once * n))
+    errors = []
+    for start in range(0, n_rows, rows_at_once):
+        some = slice(start, start + rows_at_once)
+        of_rows = []
+        for factors in gammas.split(gammas_at_once):
+            ends = (end[some, None, None] * factors[:, None] for end in (low, high))
+            error = (quantize(values[some, None], *ends) - values[some, None]).abs()
+            error = error.square() if power == 2.0 else error.pow(power)
+            of_rows.append((error if weights is None else error * weights[some, None]).sum(-1))
+        errors.append(torch.cat(of_rows, 1))
+    best = gammas[torch.cat(errors).argmin(1)]
+    return low * best, high * best

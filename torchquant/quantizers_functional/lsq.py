@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.uniform import integer_codes, like
 
 # n_bits -> step of -2**(n-1) .. 2**(n-1) - 1 that minimises the squared error on N(0, 1); docs/algorithms.md H1.
 FULL_STEP = {
@@ -47,7 +47,7 @@ def lsq_codes(n_bits: int, signed: bool) -> tuple[int, int]:
     if not (isinstance(n_bits, int) and least <= n_bits <= most):
         kind = "signed" if signed else "unsigned"
         raise ConfigError(f"n_bits must be a whole number from {least} to {most} ({kind}), got {n_bits!r}")
-    return (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if signed else (0, 2**n_bits - 1)
+    return integer_codes(n_bits, signed)
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -22,6 +22,15 @@ def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
     return codes.clamp_min(like(code_min, codes)).clamp_max_(like(code_max, codes))
 
 
+def integer_codes(n_bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest of the n-bit integers, two's complement if signed.
+
+    >>> integer_codes(4, True), integer_codes(4, False)
+    ((-8, 7), (0, 15))
+    """
+    return (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if signed else (0, 2**n_bits - 1)
+
+
 def uniform_codes(x: Tensor, delta: Tensor | float, code_min: Bound, code_max: Bound) -> Tensor:
     """`clamp(round_half_even(x / delta), code_min, code_max)` in x's type: codes counted from real 0.
 

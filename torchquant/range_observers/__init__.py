@@ -2,7 +2,26 @@
 
 from torchquant.range_observers._base import OBSERVERS as OBSERVERS
 from torchquant.range_observers._base import RangeObserver as RangeObserver
+from torchquant.range_observers.histogram import EntropyObserver as EntropyObserver
+from torchquant.range_observers.histogram import HistogramObserver as HistogramObserver
+from torchquant.range_observers.histogram import MSEObserver as MSEObserver
 from torchquant.range_observers.min_max import BatchMinMax as BatchMinMax
 from torchquant.range_observers.min_max import ExpAvgMinMax as ExpAvgMinMax
+from torchquant.range_observers.min_max import RunningMinMax as RunningMinMax
+from torchquant.range_observers.moments import ACIQObserver as ACIQObserver
+from torchquant.range_observers.moments import MeanStdObserver as MeanStdObserver
+from torchquant.range_observers.percentile import PercentileObserver as PercentileObserver
 
-__all__ = ["OBSERVERS", "BatchMinMax", "ExpAvgMinMax", "RangeObserver"]
+__all__ = [
+    "OBSERVERS",
+    "ACIQObserver",
+    "BatchMinMax",
+    "EntropyObserver",
+    "ExpAvgMinMax",
+    "HistogramObserver",
+    "MSEObserver",
+    "MeanStdObserver",
+    "PercentileObserver",
+    "RangeObserver",
+    "RunningMinMax",
+]

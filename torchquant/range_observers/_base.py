@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ class RangeObserver(StatisticTracker):
     `observe_batch`, `get_ranges`, `force_ranges`, `reset`.
     """
 
-    statistics: ClassVar[tuple[str, ...]] = ("range_min", "range_max")
+    statistics: tuple[str, ...] = ("range_min", "range_max")
     range_min: Tensor
     range_max: Tensor
 
@@ -33,7 +31,7 @@ class RangeObserver(StatisticTracker):
 
     def get_ranges(self) -> tuple[Tensor, Tensor]:
         """(range_min, range_max), () or (C,) each. Raises UnobservedRangeError before any data."""
-        range_min, range_max = self.get()
+        range_min, range_max, *_ = self.get()
         return range_min, range_max
 
     def force_ranges(self, range_min: Tensor | float, range_max: Tensor | float) -> None:

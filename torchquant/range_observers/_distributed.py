@@ -20,9 +20,13 @@ def reduce_max(x: Tensor) -> Tensor:
     return x
 
 
-def reduce_mean(x: Tensor) -> Tensor:
-    """Element-wise mean of x over all ranks."""
+def reduce_sum(x: Tensor) -> Tensor:
+    """Element-wise sum of x over all ranks."""
     if world_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.SUM)
-        x /= world_size()
     return x
+
+
+def reduce_mean(x: Tensor) -> Tensor:
+    """Element-wise mean of x over all ranks."""
+    return reduce_sum(x).div_(world_size()) if world_size() > 1 else x

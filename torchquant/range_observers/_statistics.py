@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,10 @@ class StatisticTracker(nn.Module):
     """
 
     statistics: tuple[str, ...]
-    set_once: ClassVar[frozenset[str]] = frozenset()
+    set_once: frozenset[str] = frozenset()
     """Statistics that the first tensor sets for good."""
+    starts_at_first: bool = False
+    """Whether an average starts at the first batch, with no bias correction after it."""
     widths: Mapping[str, int] = {}
     """Statistics that are a row of so many numbers, (L,) or (C, L), and not one number."""
     observed_weight: Tensor
@@ -119,7 +121,10 @@ class StatisticTracker(nn.Module):
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
         seen = cast(Tensor, self._buffers["observed_weight"])
-        measured = [m if m.dtype == seen.dtype else m.to(seen.dtype) for m in measure(x)]
+        measured = [
+            m if m.dtype == held.dtype else m.to(held.dtype)
+            for m, held in zip(measure(x), (getattr(self, name) for name in self.statistics), strict=True)
+        ]
         if self.axis is not None:
             self._expect_channels(measured[0].shape[:1])
         if torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -140,8 +145,9 @@ class StatisticTracker(nn.Module):
 
     def _take_in(self, values: Sequence[Tensor | float], seen: Tensor | float, usable: Tensor | float) -> None:
         """Average one measurement in, given the observed weight so far; `usable` 0 changes nothing."""
-        weight = seen * self.momentum + (1.0 - self.momentum)
-        rate = (1.0 - self.momentum) / weight * usable
+        momentum = 0.0 if self.starts_at_first and not self.is_observed else self.momentum
+        weight = seen * self.momentum + (1.0 - momentum)
+        rate = (1.0 - momentum) / weight * usable
         for name, value in zip(self.statistics, values, strict=True):
             if not (self.is_observed and name in self.set_once):
                 _move_towards(cast(Tensor, self._buffers[name]), value, rate)
@@ -219,7 +225,7 @@ class StatisticTracker(nn.Module):
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+                self._buffers[name] = old.to(device=new.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

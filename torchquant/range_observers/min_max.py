@@ -51,11 +51,33 @@ class BatchMinMax(_MinMax):
         super().__init__(0.0, axis, nonfinite)
 
 
+@OBSERVERS.register("running")
+class RunningMinMax(_MinMax):
+    """Range of everything seen: smallest minimum, largest maximum (docs/algorithms.md C1).
+
+    >>> observer = RunningMinMax()
+    >>> for batch in ([-1.0, 2.0], [-3.0, 1.0]):
+    ...     observer.observe_batch(torch.tensor(batch))
+    >>> observer.get_ranges()
+    (tensor(-3.), tensor(2.))
+    """
+
+    def __init__(self, axis: int | None = None, nonfinite: str = "raise") -> None:
+        super().__init__(0.0, axis, nonfinite)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = super().measure(x)
+        if not self.is_observed:
+            return low, high
+        return torch.minimum(low, self.range_min.to(low.dtype)), torch.maximum(high, self.range_max.to(high.dtype))
+
+
 @OBSERVERS.register("ema")
 class ExpAvgMinMax(_MinMax):
     """Exponential average of each batch's range, with bias correction. For activations.
 
-    `momentum` in (0, 1). Source: docs/algorithms.md C2, the published torchquant rule; `range_min` and
+    `momentum` in (0, 1). `init="first"` starts the average at the first batch instead, without correction (Jacob et
+    al. 2018; NNI, with momentum 0.99). Source: docs/algorithms.md C2, the published torchquant rule; `range_min` and
     `range_max` hold the corrected values. Deviation from C2's merge rule: ranks are merged by
     minimum and maximum before the average, so that N ranks equal one rank on the joined batch.
 
@@ -66,7 +88,12 @@ class ExpAvgMinMax(_MinMax):
     (tensor(-2.0526), tensor(1.4737))
     """
 
-    def __init__(self, momentum: float = 0.9, axis: int | None = None, nonfinite: str = "raise") -> None:
+    def __init__(
+        self, momentum: float = 0.9, axis: int | None = None, nonfinite: str = "raise", init: str = "corrected"
+    ) -> None:
+        if init not in ("corrected", "first"):
+            raise ConfigError(f"init must be corrected or first, got {init!r}")
         if not 0.0 < momentum < 1.0:
             raise ConfigError(f"momentum must be in (0, 1), got {momentum!r}; BatchMinMax has none")
         super().__init__(momentum, axis, nonfinite)
+        self.starts_at_first = init == "first"

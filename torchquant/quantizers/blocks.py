@@ -1,0 +1,207 @@
+"""Block formats MX and NVFP4. Maths: quantizers_functional/blocks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer, GridQuantizer
+from torchquant.quantizers_functional._gradient import make_gradient
+from torchquant.quantizers_functional.blocks import (
+    ELEMENTS,
+    MODES,
+    by_blocks,
+    mx_codes,
+    mx_project,
+    mx_values,
+    nvfp4_codes,
+    nvfp4_project,
+    nvfp4_values,
+)
+from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._statistics import rows
+
+
+def _check_block(block: int) -> None:
+    if not (isinstance(block, int) and block > 0):
+        raise ConfigError(f"block must be a whole number > 0, got {block!r}")
+
+
+class _BlockQuantizer(GridQuantizer):
+    """What block formats share: the scale of a block comes from the block itself, each time."""
+
+    block: int
+    block_axis: int | None
+    fuses_clamp = False
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        cut: list[Tensor] = []
+
+        def keep(blocks: Tensor) -> Tensor:
+            cut.extend(blocks.flatten(0, -2))
+            return blocks
+
+        by_blocks(x, self.block, self.block_axis, keep)
+        return cut
+
+    @classmethod
+    def gradients(cls) -> tuple[str, ...]:
+        """Straight through: a scale that covers the block clips nothing."""
+        return ("ste",)
+
+    def levels(self) -> Tensor:
+        """Raises ConfigError: every block has levels of its own."""
+        raise ConfigError(f"{type(self).__name__} has no one list of levels; each block has its own")
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}, block_axis={self.block_axis}"
+
+
+def _element_preset(name: str) -> dict[str, Any]:
+    return {"n_bits": ELEMENTS[name].n_bits, "element": name}
+
+
+@QUANTIZERS.register("mx")
+class MXQuantizer(_BlockQuantizer):
+    """Microscaling: blocks of 32 mini-floats or 8-bit integers that share a power of two (OCP MX v1.0; A12).
+
+    `element`: fp4_e2m1, fp6_e2m3, fp6_e3m2, fp8_e4m3, fp8_e5m2 or int8. `mode` says how the shared exponent follows
+    the largest magnitude: "floor" (OCP), "rceil", "ceil" or "even". `block_axis`: the axis cut into blocks; None
+    cuts each row of a weight, everything after axis 0. Nothing is observed. A code holds the block's exponent
+    above the element's bits. Deviation from OCP: NaN stays in its element and Inf saturates, where OCP makes the
+    whole block NaN. Raises ConfigError.
+
+    >>> MXQuantizer(4, "fp4_e2m1")(torch.tensor([[0.1, 0.9, 3.2, -6.9]]))
+    tensor([[ 0.,  1.,  3., -6.]])
+    """
+
+    typical = "{name}:{n}"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mxfp4": _element_preset("fp4_e2m1"),
+        "mxfp6_e2m3": _element_preset("fp6_e2m3"),
+        "mxfp6_e3m2": _element_preset("fp6_e3m2"),
+        "mxfp8_e4m3": _element_preset("fp8_e4m3"),
+        "mxfp8_e5m2": _element_preset("fp8_e5m2"),
+        "mxint8": _element_preset("int8"),
+    }
+    about = About("2**p * nearest element, p by the block", "OCP Microscaling Formats v1.0", "4, 6, 8", ("block",))
+
+    def __init__(
+        self,
+        n_bits: int,
+        element: str,
+        mode: str = "floor",
+        block: int = 32,
+        block_axis: int | None = None,
+    ) -> None:
+        super().__init__()
+        if element not in ELEMENTS:
+            raise ConfigError(f"element must be one of {', '.join(ELEMENTS)}, got {element!r}")
+        if n_bits != ELEMENTS[element].n_bits:
+            raise ConfigError(f"{element} has {ELEMENTS[element].n_bits} bits, not {n_bits}")
+        if mode not in MODES:
+            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        _check_block(block)
+        self.n_bits = n_bits
+        self.element = ELEMENTS[element]
+        self.element_name = element
+        self.mode = mode
+        self.block = block
+        self.block_axis = block_axis
+
+    @property
+    def is_memoryless(self) -> bool:
+        return True
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, int(2 ** (self.n_bits + 8)) - 1
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """Nothing: all is in the blocks."""
+        return ()
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        return by_blocks(x, self.block, self.block_axis, lambda b: mx_project(b, self.element, self.mode)), None
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return by_blocks(x, self.block, self.block_axis, lambda b: mx_codes(b, self.element, self.mode))
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return mx_values(codes, self.element, dtype)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[MXQuantizer]:
+        """Instances that stand for the scheme in the laws; per channel there is none."""
+        if axis is not None:
+            return []
+        return [cls(4, "fp4_e2m1"), cls(8, "fp8_e4m3", "rceil", block_axis=1), cls(8, "int8", "even", block=7)]
+
+    def extra_repr(self) -> str:
+        return f"{self.element_name}, mode={self.mode!r}, {super().extra_repr()}"
+
+
+@QUANTIZERS.register("nvfp4")
+class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
+    """Blocks of 16 FP4 numbers with an FP8 E4M3 scale each, and one float scale for the tensor (NVIDIA; A12).
+
+    The tensor's scale is its largest magnitude over 6 * 448, observed; `two_level=False` leaves it 1, as the published
+    single-level form. `block_axis`: the axis that is cut into blocks; None cuts each row of a weight. A code
+    holds the block's scale above the element's 4 bits. Raises ConfigError.
+
+    >>> quantizer = NVFP4Quantizer(two_level=False)
+    >>> quantizer.pre_observe(torch.tensor([[0.1, 0.9, 3.2, -6.0]]))
+    >>> quantizer(torch.tensor([[0.1, 0.9, 3.2, -6.0]]))
+    tensor([[ 0.,  1.,  3., -6.]])
+    """
+
+    n_bits = 4
+    code_range = (0, 127 * 16 + 15)
+    statistics = ("tensor_scale",)
+    typical = "{name}:{n}"
+    about = About("s_tensor * E4M3 * E2M1, scales by absmax", "NVIDIA NVFP4", "4", ("block",))
+
+    def __init__(
+        self,
+        two_level: bool = True,
+        block: int = 16,
+        block_axis: int | None = None,
+        momentum: float = 0.0,
+        nonfinite: str = "raise",
+    ) -> None:
+        _check_block(block)
+        super().__init__(momentum, None, False, nonfinite)
+        self.gradient = make_gradient("ste")
+        self.two_level = two_level
+        self.block = block
+        self.block_axis = block_axis
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        absmax = reduce_max(rows(x, None).abs().amax()).to(torch.float64)
+        scale = (absmax / (6 * 448)).clamp_min(2.0**-100)
+        scale = scale if self.two_level else torch.ones_like(scale)
+        usable = torch.where(absmax > 0, scale, torch.ones_like(scale))
+        return (torch.where(absmax.isfinite(), usable, absmax),)
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        scale = grid[0].to(x.dtype)
+        return by_blocks(x, self.block, self.block_axis, lambda b: nvfp4_project(b, scale)), None
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        scale = grid[0].to(x.dtype)
+        return by_blocks(x, self.block, self.block_axis, lambda b: nvfp4_codes(b, scale))
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return nvfp4_values(codes, grid[0], dtype)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[NVFP4Quantizer]:
+        """Instances that stand for the scheme in the laws; per channel there is none."""
+        return [] if axis is not None else [cls(), cls(False, block_axis=1)]
+
+    def extra_repr(self) -> str:
+        return f"two_level={self.two_level}, {_BlockQuantizer.extra_repr(self)}"

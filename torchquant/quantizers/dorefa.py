@@ -1,0 +1,120 @@
+"""DoReFa. Maths: quantizers_functional/dorefa.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._learned import first
+from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional.binary import binary_codes, binary_quantize
+from torchquant.quantizers_functional.dorefa import (
+    check_dorefa,
+    dorefa_act_quantize,
+    dorefa_gradient,
+    dorefa_weight_quantize,
+    signed_values,
+    squashed,
+    unit_codes,
+    unit_values,
+)
+from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._statistics import rows
+
+
+@QUANTIZERS.register("dorefa")
+class DoReFaQuantizer(FittedQuantizer):
+    """Weights squashed by tanh to [-1, 1], or activations in [0, 1] (Zhou et al. 2016, arXiv:1606.06160; B7).
+
+    Weights leave their own units: the levels are in [-1, 1] whatever their scale, so a batch norm should follow. At
+    1 bit: `sign(w) E|w|`. `activation` takes the form for activations, in spec strings that of every site but the
+    weight. `gradient_bits` then also quantizes the gradient that arrives, with noise (docs/algorithms.md B7).
+    Its gradient is its own, there is none to choose. Raises ConfigError.
+
+    >>> quantizer = DoReFaQuantizer(2)
+    >>> quantizer.pre_observe(torch.tensor([-1.0, -0.2, 0.1, 0.5]))
+    >>> quantizer(torch.tensor([-1.0, -0.2, 0.1, 0.5]))
+    tensor([-1.0000, -0.3333,  0.3333,  0.3333])
+    """
+
+    statistics = ("scale",)
+    typical_acts = "dorefa:{n}"
+    about = About(
+        "2 RHE(s (tanh w / 2 max|tanh w| + 1/2)) / s - 1, s = 2**n - 1; activations RHE(s clamp(x, 0, 1)) / s",
+        "Zhou et al. 2016, arXiv:1606.06160",
+        "1..16",
+    )
+
+    def __init__(
+        self,
+        n_bits: int,
+        activation: bool = False,
+        gradient_bits: int | None = None,
+        axis: int | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        check_dorefa(n_bits)
+        if gradient_bits is not None:
+            check_dorefa(gradient_bits, "gradient_bits")
+            if not activation:
+                raise ConfigError("gradient_bits quantizes the gradient of an activation, not that of a weight")
+        super().__init__(0.0, axis, False, nonfinite)
+        self.n_bits = n_bits
+        self.activation = activation
+        self.gradient_bits = gradient_bits
+        self.signed = not activation
+        self.keeps_units = activation
+
+    @classmethod
+    def gradients(cls) -> tuple[str, ...]:
+        """None to choose from: the scheme is defined by its own."""
+        return ()
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, 2**self.n_bits - 1
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = rows(x, self.axis)
+        if self.n_bits > 1 or self.activation:
+            return first((reduce_max(torch.maximum(x.amax(1), -x.amin(1))),), self.axis)
+        units, unit = unit_rows(x)
+        return first((usable_scale(reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit), 1.0),), self.axis)
+
+    def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        (scale,) = self._grid_for(x.ndim, self.axis)
+        if self.activation:
+            x = x if self.gradient_bits is None else dorefa_gradient(x, self.gradient_bits)
+            return dorefa_act_quantize(x, self.n_bits)
+        if self.n_bits == 1:
+            return binary_quantize(x, scale)
+        return dorefa_weight_quantize(x, scale, self.n_bits)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        if self.activation:
+            return unit_codes(x, self.n_bits)
+        if self.n_bits == 1:
+            return binary_codes(x)
+        return unit_codes(squashed(x, grid[0].to(x.dtype)), self.n_bits)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        codes = codes.to(dtype)
+        if self.activation:
+            return unit_values(codes, self.n_bits)
+        if self.n_bits == 1:
+            return (codes * 2.0 - 1.0) * grid[0].to(dtype)
+        return signed_values(codes, grid[0].to(dtype), self.n_bits)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[DoReFaQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(4, axis=axis), cls(3, True, 6, axis=axis), cls(1, axis=axis), cls(8, axis=axis)]
+
+    def extra_repr(self) -> str:
+        form = "activation" if self.activation else "weight"
+        bits = "" if self.gradient_bits is None else f", gradient_bits={self.gradient_bits}"
+        return f"n_bits={self.n_bits}, {form}{bits}, {super().extra_repr()}"

@@ -1,0 +1,106 @@
+"""PACT: activations with a learned clip. Maths: quantizers_functional/pact.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
+from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
+from torchquant.quantizers_functional.affine import AffineParams
+from torchquant.quantizers_functional.lsq import NARROW_STEP, lsq_codes
+from torchquant.quantizers_functional.pact import pact_quantize
+from torchquant.quantizers_functional.uniform import uniform_codes
+from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._statistics import per_channel_view, rows
+
+
+@QUANTIZERS.register("pact")
+class PACTQuantizer(LearnedQuantizer):
+    """Activations clipped to [0, alpha], alpha trained (Choi et al. 2018, arXiv:1805.06085; docs/algorithms.md B4).
+
+    Replaces a ReLU: what is below 0 gives 0. `init="mse"` starts alpha where the error is least on the positive half
+    of a Gaussian of that size, a number starts it there (paper: 6.0). Add `pact_penalty(model)` to the
+    loss: without it, and with nothing clipped, alpha has no gradient. alpha is never used below a thousandth
+    of its first value. Raises ConfigError.
+
+    >>> quantizer = PACTQuantizer(4, init=6.0)
+    >>> quantizer.pre_observe(torch.tensor([1.0]))
+    >>> quantizer(torch.tensor([-1.0, 2.1, 7.0])).tolist()
+    [0.0, 2.0, 6.0]
+    """
+
+    sites = ("input", "output")
+    learned = ("alpha",)
+    statistics = ("initial_alpha",)
+    signed = False
+    typical = ""
+    about = About(
+        "clamp(x, 0, alpha) in 2**n - 1 equal steps, alpha learned", "Choi et al. 2018, arXiv:1805.06085", "1..11"
+    )
+    initial_alpha: Tensor
+    alpha: Tensor
+
+    def __init__(
+        self, n_bits: int, init: float | str = "mse", axis: int | None = None, nonfinite: str = "raise"
+    ) -> None:
+        lsq_codes(n_bits, False)
+        if not (init == "mse" or (isinstance(init, int | float) and init > 0)):
+            raise ConfigError(f"init must be 'mse' or a number > 0, got {init!r}")
+        super().__init__(axis, nonfinite)
+        self.n_bits = n_bits
+        self.init = init
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return lsq_codes(self.n_bits, False)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        square = reduce_mean(row_mean_squares(rows(x.clamp_min(0.0), self.axis)))
+        if isinstance(self.init, str):
+            alpha = square.sqrt() * (2**0.5 * NARROW_STEP[self.n_bits + 1] * self.code_range[1])
+        else:
+            alpha = torch.where(square.isfinite(), torch.full_like(square, self.init), square)
+        return first((or_one(usable_scale(alpha, 4.0)),), self.axis)
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """alpha in use."""
+        return (self.bounded("alpha"),)
+
+    def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return pact_quantize(x, per_channel_view(self.bounded("alpha"), x.ndim, self.axis), self.n_bits)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return uniform_codes(x, grid[0].to(x.dtype) / self.code_range[1], *self.code_range)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return codes.to(dtype) * (grid[0].to(dtype) / self.code_range[1])
+
+    def affine_params(self) -> AffineParams:
+        return AffineParams(self.bounded("alpha").detach() / self.code_range[1], 0, *self.code_range)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[PACTQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(4, axis=axis), cls(8, axis=axis)]
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, init={self.init!r}, {super().extra_repr()}"
+
+
+def pact_penalty(model: nn.Module, weight: float = 2e-4) -> Tensor:
+    """`weight * sum of alpha**2` over the PACT quantizers of a model, to add to the loss; 0 if there are none.
+
+    Leave alpha out of weight decay then (`torchquant.quantizer_parameters`), or it is counted twice.
+
+    >>> quantizer = PACTQuantizer(4, init=6.0)
+    >>> quantizer.pre_observe(torch.tensor([1.0]))
+    >>> f"{pact_penalty(quantizer).item():.4f}"
+    '0.0072'
+    """
+    alphas = [module.bounded("alpha") for module in model.modules() if isinstance(module, PACTQuantizer)]
+    return torch.stack([alpha.square().sum() for alpha in alphas]).sum() * weight if alphas else torch.zeros(())

@@ -1,0 +1,115 @@
+"""Trained quantization thresholds. Maths: quantizers_functional/tqt.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._learned import LearnedQuantizer, first, lowest_of, or_one, where_signed
+from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional.affine import AffineParams
+from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes
+from torchquant.quantizers_functional.tqt import tqt_quantize, tqt_step
+from torchquant.quantizers_functional.uniform import uniform_codes
+from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._statistics import per_channel_view, rows
+
+INITS = ("mse", "3sigma", "absmax")
+
+
+@QUANTIZERS.register("tqt")
+class TQTQuantizer(LearnedQuantizer):
+    """A power-of-two step that is trained: Q-format with a learned point (Jain et al. 2019, arXiv:1903.08066).
+
+    The parameter is `log2_t`, the logarithm of the threshold; the step is `2**ceil(log2_t) / 2**(n_bits - 1)`, or
+    `/ 2**n_bits` if unsigned. `signed` None: the first tensor decides. `init`: "mse", the power of two nearest to
+    the optimal step for a Gaussian of that size; "3sigma" (paper, weights), the threshold at three standard
+    deviations; "absmax". Train it with Adam, learning rate 1e-2 (paper). docs/algorithms.md B10. Raises ConfigError.
+
+    >>> quantizer = TQTQuantizer(8, init="absmax")
+    >>> quantizer.pre_observe(torch.tensor([-0.9, 0.3]))
+    >>> quantizer(torch.tensor([-0.9, 0.3, 2.0]))
+    tensor([-0.8984,  0.2969,  0.9922], grad_fn=<_TrainedThresholdBackward>)
+    """
+
+    learned = ("log2_t",)
+    statistics = ("initial_log2_t", "lowest")
+    typical_acts = "tqt:{n}"
+    about = About(
+        "step * clamp(RHE(x / step)), step = 2**ceil(log2_t) / 2**(n-1)", "Jain et al. 2019, arXiv:1903.08066", "2..11"
+    )
+    initial_log2_t: Tensor
+    log2_t: Tensor
+
+    def __init__(
+        self,
+        n_bits: int,
+        signed: bool | None = True,
+        init: str = "mse",
+        axis: int | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        for sign in (True, False) if signed is None else (signed,):
+            lsq_codes(n_bits, sign)
+        if init not in INITS:
+            raise ConfigError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        super().__init__(axis, nonfinite)
+        self.n_bits = n_bits
+        self.signed = signed
+        self.init = init
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return lsq_codes(self.n_bits, self.is_signed)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = rows(x, self.axis)
+        lowest = lowest_of(x)
+        if self.init == "absmax":
+            threshold = torch.maximum(-lowest, reduce_max(x.amax(1))).to(torch.float64)
+        elif self.init == "mse":
+            half_codes = 2 ** (self.n_bits - 1)
+            steps = FULL_STEP[self.n_bits], 2**1.5 * NARROW_STEP.get(self.n_bits + 1, 1.0)
+            threshold = reduce_mean(row_mean_squares(x)).sqrt() * half_codes
+            # 2**ceil(log2(t / sqrt 2)) is the power of two nearest to t on a logarithmic scale.
+            threshold = threshold * where_signed(self.signed, lowest, *steps) / 2**0.5
+        else:
+            units, unit = unit_rows(x)
+            mean = reduce_mean(row_sums(units) / units.shape[1])
+            square = reduce_mean(row_sums(units.square()) / units.shape[1])
+            threshold = (mean.abs() + 3 * (square - mean.square()).clamp_min(0.0).sqrt()) * unit
+        threshold = or_one(usable_scale(threshold, 4.0))
+        return first((threshold.log2(), lowest), self.axis)
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """The step."""
+        self.get()
+        return (tqt_step(self.log2_t.clamp(-120.0, 120.0), self.n_bits, self.is_signed),)
+
+    def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.get()
+        log2_t = per_channel_view(self.log2_t.clamp(-120.0, 120.0), x.ndim, self.axis)
+        return tqt_quantize(x, log2_t, self.n_bits, self.is_signed)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return uniform_codes(x, grid[0], *self.code_range)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return codes.to(dtype) * grid[0].to(dtype)
+
+    def affine_params(self) -> AffineParams:
+        (step,) = self.grid()
+        assert isinstance(step, Tensor)
+        return AffineParams(step.detach(), 0, *self.code_range)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[TQTQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(4, axis=axis), cls(8, init="absmax", axis=axis), cls(3, init="3sigma", axis=axis)]
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, signed={self.signed}, init={self.init!r}, {super().extra_repr()}"

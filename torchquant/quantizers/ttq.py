@@ -1,0 +1,69 @@
+"""Trained ternary quantization. Maths: quantizers_functional/ttq.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
+from torchquant.quantizers_functional.ternary import ternary_params
+from torchquant.quantizers_functional.ttq import ttq_codes, ttq_quantize, ttq_values
+from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._statistics import rows
+
+
+@QUANTIZERS.register("ttq")
+class TTQQuantizer(LearnedQuantizer):
+    """{-negative, 0, positive} with two trained scales (Zhu et al. 2017, arXiv:1612.01064; docs/algorithms.md A7).
+
+    The threshold is `t` times the largest |w| of the tensor observed last (paper: 0.05). Both scales start at the
+    scale of ternary weight networks. For weights. Stored in 2 bits. Raises ConfigError.
+
+    >>> quantizer = TTQQuantizer(t=0.5)
+    >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
+    >>> quantizer(torch.tensor([-1.2, -0.5, 1.4])).tolist()
+    [-0.925000011920929, 0.0, 0.925000011920929]
+    """
+
+    n_bits = 2
+    code_range = (-1, 1)
+    sites = ("weight",)
+    learned = ("positive", "negative")
+    statistics = ("initial_positive", "initial_negative", "threshold")
+    about = About(
+        "positive where w > t max|w|, -negative where w < -t max|w|, else 0", "Zhu et al. 2017, arXiv:1612.01064", "2"
+    )
+
+    def __init__(self, t: float = 0.05, axis: int | None = None, nonfinite: str = "raise") -> None:
+        if not 0.0 < t < 1.0:
+            raise ConfigError(f"t must be between 0 and 1, got {t!r}")
+        super().__init__(axis, nonfinite)
+        self.t = t
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = rows(x, self.axis)
+        absmax = reduce_max(torch.maximum(x.amax(1), -x.amin(1))).to(torch.float64)
+        alpha = or_one(reduce_mean(ternary_params(x)[1]))
+        return first((alpha, alpha, self.t * absmax), self.axis)
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """Threshold, positive and negative scale in use."""
+        return self.get()[2], self.bounded("positive"), self.bounded("negative")
+
+    def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return ttq_quantize(x, *self._grid_for(x.ndim, self.axis))
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return ttq_codes(x, grid[0].to(x.dtype))
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return ttq_values(codes.to(dtype), grid[1].to(dtype), grid[2].to(dtype))
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[TTQQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(axis=axis), cls(0.1, axis=axis)]

@@ -1,0 +1,63 @@
+"""Ranges that leave out the outermost elements of a batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.range_observers._base import OBSERVERS, RangeObserver
+from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._statistics import rows
+
+
+@OBSERVERS.register("percentile")
+class PercentileObserver(RangeObserver):
+    """Range that holds `percentile` percent of the magnitudes of a batch, exactly (docs/algorithms.md C4).
+
+    The clip is the ceil(p n)-th of the n sorted magnitudes; the range never goes beyond the smallest and the largest
+    element, so 100 is minimum and maximum. With `low_percentile` the two ends are those percentiles of the
+    elements themselves. `momentum` averages over batches as `ExpAvgMinMax` does; ranks are averaged.
+
+    >>> observer = PercentileObserver(90.0)
+    >>> observer.observe_batch(torch.arange(-3.0, 18.0))
+    >>> observer.get_ranges()
+    (tensor(-3.), tensor(15.))
+    """
+
+    def __init__(
+        self,
+        percentile: float = 99.99,
+        low_percentile: float | None = None,
+        momentum: float = 0.0,
+        axis: int | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        if not 0.0 < percentile <= 100.0:
+            raise ConfigError(f"percentile must be above 0 and at most 100, got {percentile!r}")
+        if low_percentile is not None and not 0.0 <= low_percentile < percentile:
+            raise ConfigError(f"low_percentile must be from 0 and below percentile, got {low_percentile!r}")
+        super().__init__(momentum, axis, nonfinite)
+        self.percentile = percentile
+        self.low_percentile = low_percentile
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = rows(x, self.axis)
+        lowest, highest = x.amin(1), x.amax(1)
+        if self.low_percentile is None:
+            clip = _percentile(x.abs(), self.percentile)
+            low, high = torch.maximum(lowest, -clip), torch.minimum(highest, clip)
+        else:
+            low, high = _percentile(x, self.low_percentile), _percentile(x, self.percentile)
+        refused = ~(lowest.isfinite() & highest.isfinite())
+        nan = torch.full_like(low, torch.nan)
+        ends = reduce_mean(torch.stack([torch.where(refused, nan, low), torch.where(refused, nan, high)]))
+        return tuple(ends if self.axis is not None else ends.squeeze(1))
+
+
+def _percentile(x: Tensor, percentile: float) -> Tensor:
+    """The ceil(p n)-th smallest of each row, p in percent; the smallest for p = 0."""
+    k = min(max(math.ceil(percentile / 100.0 * x.shape[1]), 1), x.shape[1])
+    return x.kthvalue(k, 1).values
