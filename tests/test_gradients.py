@@ -24,6 +24,7 @@ COMBINATIONS = [
     if issubclass(QUANTIZERS[name], GridQuantizer)
     for gradient in QUANTIZERS[name].gradients()
     for axis in (None, 0)
+    if QUANTIZERS[name].examples(axis)
 ]
 
 

@@ -40,7 +40,7 @@ ROW_MATES = {
     ("cli", "compare"),
 }
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
-PLUG_INS = {"quantizers_functional": {"uniform", "affine"}, "range_observers": set(), "quantizers": set()}
+PLUG_INS = {"quantizers_functional": {"uniform", "affine", "minifloat"}, "range_observers": set(), "quantizers": set()}
 # What a file may import as it is loaded; everything else waits for the function that needs it.
 EAGER = {"torch", "torchquant", *sys.stdlib_module_names}
 EAGER_OUTSIDE_CORE = {"numpy"}

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from torchquant.errors import NoAffineViewError
 from torchquant.qmodule import LayerRow, QWrapper
 from torchquant.qmodule.patterns import row_of
-from torchquant.quantizers import GridQuantizer, Quantizer
+from torchquant.quantizers import Quantizer
 
 FLOAT_BYTES = 4
 """A scale, and an element of a float weight."""
@@ -65,30 +63,4 @@ def _site_bytes(path: str, weight: Tensor, quantizer: Quantizer | None) -> Weigh
     if quantizer is None:
         return WeightBytes(path, 8 * FLOAT_BYTES, FLOAT_BYTES * weight.numel(), 0)
     packed = -(-weight.numel() * quantizer.n_bits // 8)
-    return WeightBytes(path, quantizer.n_bits, packed, _parameter_bytes(quantizer))
-
-
-@torch.no_grad()
-def _parameter_bytes(quantizer: Quantizer) -> int:
-    try:
-        params = quantizer.affine_params()
-    except NoAffineViewError:
-        return FLOAT_BYTES * sum(number.numel() for number in _decoding_numbers(quantizer))
-    zero_point_bytes = -(-quantizer.n_bits // 8) if bool(torch.as_tensor(params.zero_point).any()) else 0
-    return params.delta.numel() * (FLOAT_BYTES + zero_point_bytes)
-
-
-def _decoding_numbers(quantizer: Quantizer) -> list[Tensor]:
-    """The numbers of a grid that its values depend on; a threshold, say, is only needed to encode."""
-    if not isinstance(quantizer, GridQuantizer):
-        return []
-    low, high = quantizer.code_range
-    grid = [number[..., None] if isinstance(number, Tensor) else number for number in quantizer.grid()]
-    codes = torch.arange(low, high + 1)
-
-    def matters(i: int, number: Tensor) -> bool:
-        changed = [*grid[:i], number * 2 + 1, *grid[i + 1 :]]
-        values = [quantizer.values(codes.to(number.device), torch.float32, *g) for g in (grid, changed)]
-        return not torch.equal(*values)
-
-    return [number for i, number in enumerate(grid) if isinstance(number, Tensor) and matters(i, number)]
+    return WeightBytes(path, quantizer.n_bits, packed, quantizer.side_bytes(weight))

@@ -28,6 +28,7 @@ from torchquant.errors import ConfigError, require
 from torchquant.quantizers import make_quantizer
 
 FLOAT_RATE = 8e-3
+LOSSLESS_DB = 150.0  # the precision of float32; what a layer without any error counts for
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,16 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         network,
         weight_quantizer=lambda module: make_quantizer(case.weight),
         acts_quantizer=lambda module: make_quantizer(case.acts, site="output"),
-        fold_bn="rescale",
+        # A folded batch norm would undo the scale that such weights rely on it for.
+        fold_bn="rescale" if make_quantizer(case.weight).keeps_units else False,
     )
     calibrate(model, data, recipe.calibration_batches, case.seed)
     started = time.perf_counter()
     if recipe.epochs:
         quantization_aware_train(model, data, recipe.epochs, recipe.learning_rate, case.seed)
     seconds = (time.perf_counter() - started) / recipe.epochs if recipe.epochs else None
-    errors = [e.weight.sqnr_db for e in layer_errors(model, data.test_images[:64]) if e.weight is not None]
+    found = layer_errors(model, data.test_images[:64])
+    errors = [min(e.weight.sqnr_db, LOSSLESS_DB) for e in found if e.weight is not None]
     result = CaseResult(
         case,
         accuracy(predict(model, data.test_images), data.test_labels),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers import QUANTIZERS, weight_spec
+from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
 
 MODELS = ("demo",)
 DATASETS = ("digits",)
@@ -55,22 +55,34 @@ class Case:
 
 
 def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: Iterable[int], seeds: int) -> list[Case]:
-    """Every scheme at every width it has; "all" stands for all registered ones. Raises ConfigError, UnknownNameError.
+    """Every scheme at every width it has, with the activations its authors put beside it.
+
+    "all" stands for all registered schemes; "affine@pwl" for one with another gradient on its weights. Raises
+    ConfigError, UnknownNameError.
 
     >>> [case.weight for case in make_cases(["esb", "twn"], [2, 4], [8], seeds=1)]
     ['esb:2,k=0/channel', 'esb:4,k=1/channel', 'twn:2/channel']
     """
     names = [name for given in schemes for name in (QUANTIZERS if given == "all" else [given])]
     widths = list(weight_bits)
+    acts_of = {name: find_scheme(name.partition("@")[0])[0].typical_acts for name in names}
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
-    found = [(name, n, spec) for name in dict.fromkeys(names) for n in widths if (spec := weight_spec(name, n))]
+    found = [(name, n, spec) for name in dict.fromkeys(names) for n in widths if (spec := _weights(name, n))]
     for name in names:
         if name not in {known for known, _, _ in found} and "all" not in schemes:
             raise ConfigError(f"{name} has none of the widths {', '.join(map(str, widths))}; give it one that it has")
     return [
-        Case(name, n, spec, a, f"affine:{a}", seed)
+        Case(name, n, spec, a, acts_of[name].format(n=a), seed)
         for name, n, spec in found
         for a in acts_bits
         for seed in range(seeds)
     ]
+
+
+def _weights(name: str, n_bits: int) -> str | None:
+    scheme, at, gradient = name.partition("@")
+    spec = weight_spec(scheme, n_bits)
+    if spec and at:
+        make_quantizer(f"{spec}@{gradient}")
+    return spec and spec + at + gradient

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchquant.demo.data import Digits
 from torchquant.qmodule import QModuleState
-from torchquant.utils import observe_weights, qmodule_state, set_qmodule_state
+from torchquant.utils import observe_weights, qmodule_state, quantizer_parameters, set_qmodule_state
 
 BATCH_SIZE = 64
 
@@ -23,7 +23,11 @@ def train(
 ) -> None:
     """Train on cross entropy with AdamW and a one-cycle learning rate; leaves the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+    learned = quantizer_parameters(model)
+    of_quantizers = set(map(id, learned["params"]))
+    weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
+    groups = [weights, learned] if of_quantizers else [weights]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
     n_steps = epochs * -(-len(data.train_labels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps)
     model.train()

@@ -16,6 +16,7 @@ from torchquant.quantizers._laws import LAWS as LAWS
 from torchquant.quantizers._laws import LawReport as LawReport
 from torchquant.quantizers._laws import check_quantizer as check_quantizer
 from torchquant.quantizers._spec import QuantSpec as QuantSpec
+from torchquant.quantizers._spec import find_scheme as find_scheme
 from torchquant.quantizers._spec import make_quantizer as make_quantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers.apot import APoTQuantizer as APoTQuantizer
@@ -25,6 +26,7 @@ from torchquant.quantizers.blocks import NVFP4Quantizer as NVFP4Quantizer
 from torchquant.quantizers.codebook import CodebookQuantizer as CodebookQuantizer
 from torchquant.quantizers.dorefa import DoReFaQuantizer as DoReFaQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
+from torchquant.quantizers.lsq import EWGSQuantizer as EWGSQuantizer
 from torchquant.quantizers.lsq import LSQPlusQuantizer as LSQPlusQuantizer
 from torchquant.quantizers.lsq import LSQQuantizer as LSQQuantizer
 from torchquant.quantizers.midrise import ClipQQuantizer as ClipQQuantizer
@@ -43,6 +45,8 @@ from torchquant.quantizers.tqt import TQTQuantizer as TQTQuantizer
 from torchquant.quantizers.ttq import TTQQuantizer as TTQQuantizer
 
 __all__ = [
+    "EWGSQuantizer",
+    "find_scheme",
     "NVFP4Quantizer",
     "MXQuantizer",
     "ResidualQuantizer",

@@ -27,6 +27,7 @@ from torchquant.range_observers import RangeObserver
 from torchquant.range_observers._statistics import StatisticTracker, per_channel_view
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
+FLOAT_BYTES = 4
 SITES = ("weight", "input", "output")
 
 
@@ -93,6 +94,10 @@ class Quantizer(nn.Module, ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The same as `quantize`."""
         return self.quantize(*args, **kwargs)
+
+    def side_bytes(self, x: Tensor) -> int:
+        """Bytes that decoding x needs beside its codes: scales, zero points, tables. 0 where nothing is known of it."""
+        return 0
 
     def parts(self, x: Tensor) -> list[Tensor]:
         """The parts of x whose elements share parameters, flat."""
@@ -218,6 +223,29 @@ class GridQuantizer(Quantizer):
             return self._ends(x.to(compute_dtype(x)), *grid)
 
         return apply_projection(x, project, self.gradient, clamp, training=self.training, ends=ends)
+
+    @torch.no_grad()
+    def side_bytes(self, x: Tensor) -> int:
+        """4 bytes a scale, or a number that the values depend on; `ceil(n_bits / 8)` a zero point if one is not 0."""
+        try:
+            params = self.affine_params()
+        except NoAffineViewError:
+            return FLOAT_BYTES * sum(number.numel() for number in self.decoding_numbers())
+        zero_point_bytes = -(-self.n_bits // 8) if bool(torch.as_tensor(params.zero_point).any()) else 0
+        return params.delta.numel() * (FLOAT_BYTES + zero_point_bytes)
+
+    def decoding_numbers(self) -> list[Tensor]:
+        """The numbers of the grid that its values depend on; a threshold, say, is only needed to encode."""
+        low, high = self.code_range
+        grid = [number[..., None] if isinstance(number, Tensor) else number for number in self.grid()]
+        codes = torch.arange(low, high + 1)
+
+        def matters(i: int, number: Tensor) -> bool:
+            changed = [*grid[:i], number * 2 + 1, *grid[i + 1 :]]
+            values = [self.values(codes.to(number.device), torch.float32, *g) for g in (grid, changed)]
+            return not torch.equal(*values)
+
+        return [number for i, number in enumerate(grid) if isinstance(number, Tensor) and matters(i, number)]
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

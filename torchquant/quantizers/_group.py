@@ -55,6 +55,9 @@ class GroupQuantizer(Quantizer):
     def _parts(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
         return list(zip((self.whole, self.last), self._cut(x), strict=True))
 
+    def side_bytes(self, x: Tensor) -> int:
+        return sum(quantizer.side_bytes(part) for quantizer, part in self._parts(x) if part.numel())
+
     def parts(self, x: Tensor) -> list[Tensor]:
         return [group for part in self._cut(x) for group in part]
 

@@ -32,6 +32,9 @@ class LevelList(GridQuantizer):
     def _grid_for(self, ndim: int, axis: int | None) -> tuple[Any, ...]:
         return self.level_list(), axis
 
+    def decoding_numbers(self) -> list[Tensor]:
+        return [self.level_list()]
+
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         levels, axis = grid
         return nearest_level(x, levels.to(x.dtype), axis)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer, GridQuantizer
+from torchquant.quantizers._base import FLOAT_BYTES, QUANTIZERS, About, FittedQuantizer, GridQuantizer
 from torchquant.quantizers_functional._gradient import make_gradient
 from torchquant.quantizers_functional.blocks import (
     ELEMENTS,
@@ -36,6 +36,7 @@ class _BlockQuantizer(GridQuantizer):
 
     block: int
     block_axis: int | None
+    has_tensor_scale = False
     fuses_clamp = False
 
     def parts(self, x: Tensor) -> list[Tensor]:
@@ -47,6 +48,10 @@ class _BlockQuantizer(GridQuantizer):
 
         by_blocks(x, self.block, self.block_axis, keep)
         return cut
+
+    def side_bytes(self, x: Tensor) -> int:
+        """One byte a block, and 4 for a scale of the whole tensor."""
+        return len(self.parts(x)) + (FLOAT_BYTES if self.has_tensor_scale else 0)
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
@@ -176,7 +181,7 @@ class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
         _check_block(block)
         super().__init__(momentum, None, False, nonfinite)
         self.gradient = make_gradient("ste")
-        self.two_level = two_level
+        self.two_level = self.has_tensor_scale = two_level
         self.block = block
         self.block_axis = block_axis
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.errors import NoAffineViewError
+from torchquant.errors import ConfigError, NoAffineViewError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import (
     LearnedQuantizer,
@@ -97,7 +97,7 @@ class LSQQuantizer(LearnedQuantizer):
         (step,) = self._grid_for(x.ndim, self.axis)
         qmin, qmax = self.code_range
         scale = gradient_scale(x, self.initial_step.numel(), self.per_sample, qmax)
-        return lsq_quantize(x, step, self.n_bits, qmin < 0, scale)
+        return lsq_quantize(x, step, self.n_bits, qmin < 0, scale, delta=self._buffers.get("delta"))
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         return uniform_codes(x, grid[0], *self.code_range)
@@ -116,6 +116,53 @@ class LSQQuantizer(LearnedQuantizer):
     def extra_repr(self) -> str:
         sign = {True: "signed", False: "unsigned", None: "sign by the first tensor"}[self.signed]
         return f"n_bits={self.n_bits}, {sign}, init={self.init!r}, {super().extra_repr()}"
+
+
+@QUANTIZERS.register("ewgs")
+class EWGSQuantizer(LSQQuantizer):
+    """A learned step, and a gradient scaled by the rounding error of each element (Lee et al. 2021, arXiv:2104.00903).
+
+    The gradient of x is `g (1 + delta sign(g) (x_n - x_q))`; `delta` is a buffer that `set_delta`, or
+    `torchquant.training.adapt_ewgs`, changes during training. Deviation: one step is learned, with LSQ's gradient,
+    where the paper learns the two ends of the interval. For any other format: `@ewgs`. Raises ConfigError.
+
+    >>> quantizer = EWGSQuantizer(2, delta=1e-3)
+    >>> quantizer.pre_observe(torch.randn(1000))
+    >>> quantizer.set_delta(0.2)
+    """
+
+    typical_acts = "ewgs:{n}"
+    about = About(
+        "step * RHE(clamp(x / step)), step learned, gradient g (1 + delta sign(g) (x_n - x_q))",
+        "Lee et al. 2021, EWGS, arXiv:2104.00903",
+        "1..12",
+    )
+    delta: Tensor
+
+    def __init__(
+        self,
+        n_bits: int,
+        signed: bool | None = True,
+        delta: float = 1e-3,
+        init: str = "mse",
+        per_sample: bool = False,
+        axis: int | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        super().__init__(n_bits, signed, init, per_sample, axis, nonfinite)
+        self.register_buffer("delta", torch.zeros(()))
+        self.set_delta(delta)
+
+    def set_delta(self, delta: float | Tensor) -> None:
+        """Set delta, >= 0; 0 is LSQ. Raises ConfigError."""
+        if not float(delta) >= 0.0:
+            raise ConfigError(f"delta must be a number >= 0, got {float(delta)!r}")
+        self.delta.fill_(float(delta))
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[LSQQuantizer]:
+        """Instances that stand for the scheme in the laws."""
+        return [cls(4, delta=0.1, axis=axis), cls(2, delta=0.0, axis=axis)]
 
 
 @QUANTIZERS.register("lsqplus")

@@ -186,6 +186,9 @@ class ClipQQuantizer(MidriseQuantizer):
         (step,) = self.get()
         return step, torch.zeros_like(step)
 
+    def decoding_numbers(self) -> list[Tensor]:
+        return list(self.get())
+
 
 @QUANTIZERS.register("zoomq")
 class ZoomQQuantizer(MidriseQuantizer):

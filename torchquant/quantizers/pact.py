@@ -38,7 +38,8 @@ class PACTQuantizer(LearnedQuantizer):
     learned = ("alpha",)
     statistics = ("initial_alpha",)
     signed = False
-    typical = ""
+    typical = "affine:{n},symmetric=narrow/channel"  # weights to compare its activations with
+    typical_acts = "pact:{n}"
     about = About(
         "clamp(x, 0, alpha) in 2**n - 1 equal steps, alpha learned", "Choi et al. 2018, arXiv:1805.06085", "1..11"
     )

@@ -62,6 +62,9 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
     def level_list(self) -> Tensor:
         return residual_levels(self.get()[0])
 
+    def decoding_numbers(self) -> list[Tensor]:
+        return [self.get()[0]]
+
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ResidualQuantizer]:
         """Instances that stand for the scheme in the laws."""

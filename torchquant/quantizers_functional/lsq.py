@@ -54,16 +54,18 @@ class _LearnedStep(torch.autograd.Function):
     """`step * round(clamp(x / step, qmin, qmax))` with the gradients of docs/algorithms.md B5 for x and step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float) -> Tensor:
-        ctx.save_for_backward(x, step)
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float, delta: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, step, delta)
         ctx.codes = (qmin, qmax)
         ctx.gradient_scale = gradient_scale
         return torch.div(x, step).clamp_(qmin, qmax).round_().mul_(step)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
-        x, step = ctx.saved_tensors
+        x, step, delta = ctx.saved_tensors
         qmin, qmax = ctx.codes
         scaled = torch.div(x, step)
         clamped = scaled.clamp(qmin, qmax)
@@ -73,8 +75,13 @@ class _LearnedStep(torch.autograd.Function):
             inside = torch.ops.aten.hardtanh_backward(scaled, scaled, float(qmin), float(qmax))
             for_step = clamped.round().sub_(inside).mul_(grad).sum_to_size(step.shape) * ctx.gradient_scale
         if ctx.needs_input_grad[0]:
-            for_x = torch.ops.aten.hardtanh_backward(grad, scaled, float(qmin), float(qmax))
-        return for_x, for_step, None, None, None
+            passed = grad
+            if delta is not None:
+                # x and its level, in an interval of length 2, as the paper normalizes them.
+                lean = (clamped - clamped.round()) * (2.0 / (qmax - qmin))
+                passed = grad * (1.0 + delta * grad.sign() * lean)
+            for_x = torch.ops.aten.hardtanh_backward(passed, scaled, float(qmin), float(qmax))
+        return for_x, for_step, None, None, None, None
 
 
 def lsq_quantize(
@@ -84,13 +91,16 @@ def lsq_quantize(
     signed: bool = True,
     gradient_scale: float = 1.0,
     offset: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> Tensor:
     """Quantize x to `step * {codes} + offset`, differentiable in all three.
 
     x: (*) float. step, offset: () or broadcastable to x, same unit as x; step > 0. Returns (*). Gradient of x: 1
     strictly inside the codes, else 0. Gradient of step: `round(v) - v` inside with v = (x - offset) / step, the end
     code outside, summed over the elements that share a step, times `gradient_scale`. Gradient of offset: 0 inside,
-    1 outside. Source: Esser et al. 2020, arXiv:1902.08153; the offset Bhalgat et al. 2020, arXiv:2004.09576.
+    1 outside. `delta` (): the gradient of x is scaled element by element, `g (1 + delta sign(g) (x_n - x_q))` with
+    x_n and x_q normalized to an interval of length 2. Source: Esser et al. 2020, arXiv:1902.08153; the offset Bhalgat
+    et al. 2020, arXiv:2004.09576; delta Lee et al. 2021, arXiv:2104.00903.
     Raises ConfigError.
 
     >>> step = torch.tensor(0.5, requires_grad=True)
@@ -102,7 +112,7 @@ def lsq_quantize(
     real = x.to(compute_dtype(x))
     if offset is not None:
         shift = like(offset, real)
-        value = cast(Tensor, _LearnedStep.apply(real - shift, like(step, real), qmin, qmax, gradient_scale))
+        value = cast(Tensor, _LearnedStep.apply(real - shift, like(step, real), qmin, qmax, gradient_scale, delta))
         return cast_back(value + shift, x.dtype)
-    value = cast(Tensor, _LearnedStep.apply(real, like(step, real), qmin, qmax, gradient_scale))
+    value = cast(Tensor, _LearnedStep.apply(real, like(step, real), qmin, qmax, gradient_scale, delta))
     return cast_back(value, x.dtype)
