@@ -107,7 +107,7 @@ class DoReFaQuantizer(FittedQuantizer):
             return unit_values(codes, self.n_bits)
         if self.n_bits == 1:
             return (codes * 2.0 - 1.0) * grid[0].to(dtype)
-        return signed_values(codes, grid[0].to(dtype), self.n_bits)
+        return signed_values(unit_values(codes, self.n_bits), grid[0].to(dtype))
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[DoReFaQuantizer]:

@@ -242,10 +242,16 @@ class LSQPlusQuantizer(LearnedQuantizer):
             return ((values - low) / step).round().clamp(0, n_steps) * step + low
 
         wide = x.to(torch.float64)
-        # Shrink towards 0, or towards the low end of what never reaches it.
-        towards = torch.where(low > 0, low, torch.zeros_like(low))
-        shrunk = best_range(wide - towards[:, None], None, low - towards, high - towards, quantize, steps=50)
-        low, high = reduce_mean(torch.stack(shrunk) + towards)
+        # Shrink towards real 0 or the end next to it, which suits what a ReLU leaves, or towards the mean.
+        mean = reduce_mean(row_sums(wide) / wide.shape[1])
+        found = []
+        for middle in (torch.zeros_like(low).clamp(low, high), mean.nan_to_num(0.0).clamp(low, high)):
+            ends = best_range(wide - middle[:, None], None, low - middle, high - middle, quantize, steps=50)
+            ends = reduce_mean(torch.stack(ends) + middle)
+            error = reduce_mean((quantize(wide, *ends[:, :, None]) - wide).square().mean(1))
+            found.append((error, ends))
+        (error, ends), (other_error, other_ends) = found
+        low, high = torch.where(error <= other_error, ends, other_ends)
         step = usable_scale((high - low) / n_steps, 2.0**self.n_bits)
         nan = torch.full_like(step, torch.nan)
         return torch.where(finite, or_one(step), nan), torch.where(finite, low, nan)

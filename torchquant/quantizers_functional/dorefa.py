@@ -35,9 +35,9 @@ def squashed(w: Tensor, absmax: Tensor) -> Tensor:
     return w.tanh() / (2.0 * torch.where(largest > 0, largest, torch.ones_like(largest))) + 0.5
 
 
-def signed_values(codes: Tensor, absmax: Tensor, n_bits: int) -> Tensor:
-    """`2 codes / (2**n_bits - 1) - 1`; 0 where absmax is 0."""
-    values = unit_values(codes, n_bits).mul(2.0).sub(1.0)
+def signed_values(unit: Tensor, absmax: Tensor) -> Tensor:
+    """`2 unit - 1`; 0 where absmax is 0."""
+    values = unit.mul(2.0).sub(1.0)
     return torch.where(absmax > 0, values, values * 0.0)
 
 
@@ -55,8 +55,8 @@ def dorefa_weight_quantize(w: Tensor, absmax: Tensor | float, n_bits: int) -> Te
     real = w.to(compute_dtype(w))
     scale = like(absmax, real)
     unit = squashed(real, scale)
-    codes = pass_through(unit, unit_codes(unit.detach(), n_bits))
-    return cast_back(signed_values(codes, scale, n_bits), w.dtype)
+    rounded = pass_through(unit, unit_values(unit_codes(unit.detach(), n_bits), n_bits))
+    return cast_back(signed_values(rounded, scale), w.dtype)
 
 
 def dorefa_act_quantize(x: Tensor, n_bits: int) -> Tensor:
