@@ -42,9 +42,13 @@ def gaussian() -> Tensor:
     return torch.from_numpy(oracles.gaussian_quantile_grid(2**16)).to(torch.float64)
 
 
+def number(x: Tensor) -> float:
+    return float(x.detach())
+
+
 @torch.no_grad()
 def slope(function, at: Tensor, eps: float = 1e-7) -> float:  # noqa: ANN001
-    return float((function(at + eps) - function(at - eps)) / (2 * eps))
+    return number((function(at + eps) - function(at - eps)) / (2 * eps))
 
 
 def gradients(y: Tensor, upstream: Tensor, *wanted: Tensor) -> list[Tensor]:
@@ -56,8 +60,8 @@ def test_tqt_golden() -> None:
     for x, y, d in zip(golden["x"], golden["y"], golden["dlog2t"], strict=True):
         log2_t = torch.tensor(golden["log2_t"], dtype=torch.float64, requires_grad=True)
         found = tqt_quantize(torch.tensor(x, dtype=torch.float64), log2_t, golden["bits"])
-        assert float(found.detach()) == y
-        assert float(torch.autograd.grad(found, log2_t)[0]) == pytest.approx(d, rel=1e-9)
+        assert number(found.detach()) == y
+        assert number(torch.autograd.grad(found, log2_t)[0]) == pytest.approx(d, rel=1e-9)
 
 
 def test_tqt_is_the_slope_with_the_ceil_and_the_rounding_held() -> None:
@@ -74,7 +78,7 @@ def test_tqt_is_the_slope_with_the_ceil_and_the_rounding_held() -> None:
         s = 2.0**t / 4
         return (torch.where(offset.isnan(), s * q.clamp(-4, 3), x + s * offset) * upstream).sum()
 
-    assert float(found) == pytest.approx(slope(surrogate, log2_t.detach()), rel=1e-6)
+    assert number(found) == pytest.approx(slope(surrogate, log2_t.detach()), rel=1e-6)
 
 
 @pytest.mark.parametrize(("n_bits", "init"), [(4, "mse"), (8, "mse"), (4, "3sigma"), (8, "absmax")])
@@ -82,18 +86,18 @@ def test_tqt_has_a_step_that_is_a_power_of_two(gaussian: Tensor, n_bits: int, in
     quantizer = TQTQuantizer(n_bits, init=init).double()
     quantizer.pre_observe(gaussian)
     step = quantizer.affine_params().delta
-    assert float(step.log2()) == round(float(step.log2()))
-    threshold = {"3sigma": 3.0, "absmax": float(gaussian.abs().max())}.get(init)
+    assert number(step.log2()) == round(number(step.log2()))
+    threshold = {"3sigma": 3.0, "absmax": number(gaussian.abs().max())}.get(init)
     if threshold is not None:
-        assert float(quantizer.log2_t.detach()) == pytest.approx(torch.tensor(threshold).log2().item(), rel=1e-4)
+        assert number(quantizer.log2_t.detach()) == pytest.approx(torch.tensor(threshold).log2().item(), rel=1e-4)
     else:
         errors = {}
         for k in range(-10, 3):
             codes = (gaussian / 2.0**k).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
-            errors[2.0**k] = float((codes * 2.0**k - gaussian).square().mean())
+            errors[2.0**k] = number((codes * 2.0**k - gaussian).square().mean())
         best = min(errors, key=errors.__getitem__)
-        assert float(step) in (best / 2, best, best * 2)
-        assert errors[float(step)] < 1.6 * errors[best]
+        assert number(step) in (best / 2, best, best * 2)
+        assert errors[number(step)] < 1.6 * errors[best]
 
 
 def test_pact_at_its_kinks() -> None:
@@ -102,7 +106,7 @@ def test_pact_at_its_kinks() -> None:
     y = pact_quantize(x, alpha, 2)
     for_x, for_alpha = gradients(y, torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), x, alpha)
     assert for_x.tolist() == [0.0, 2.0, 4.0, 8.0, 0.0, 0.0]
-    assert float(for_alpha) == 48.0
+    assert number(for_alpha) == 48.0
     assert y.tolist() == pytest.approx([0.0, 0.0, 4 / 3, 2.0, 2.0, 2.0])
 
 
@@ -113,10 +117,10 @@ def test_pact_penalty_counts_every_alpha_once() -> None:
         if isinstance(module, PACTQuantizer):
             module.pre_observe(torch.ones(3))
     penalty = pact_penalty(model, weight=0.1)
-    assert float(penalty.detach()) == pytest.approx(0.1 * (36 + 9))
+    assert number(penalty.detach()) == pytest.approx(0.1 * (36 + 9))
     penalty.backward()
-    assert [float(p.grad) for p in tq.quantizer_parameters(model)["params"]] == pytest.approx([1.2, 0.6])
-    assert float(pact_penalty(nn.Linear(1, 1))) == 0.0
+    assert [number(p.grad) for p in tq.quantizer_parameters(model)["params"]] == pytest.approx([1.2, 0.6])
+    assert number(pact_penalty(nn.Linear(1, 1))) == 0.0
 
 
 def test_ttq_is_the_derivative_of_its_three_pieces() -> None:
@@ -126,10 +130,10 @@ def test_ttq_is_the_derivative_of_its_three_pieces() -> None:
     y = ttq_quantize(x, 0.5, *numbers)
     assert y.tolist() == [-0.8, -0.8, 0.0, 0.0, 0.0, 1.5, 1.5]
     for_x, for_positive, for_negative = gradients(y, upstream, x, *numbers)
-    assert float(for_positive) == pytest.approx(
+    assert number(for_positive) == pytest.approx(
         slope(lambda p: (ttq_quantize(x, 0.5, p, numbers[1]) * upstream).sum(), numbers[0]), rel=1e-6
     )
-    assert float(for_negative) == pytest.approx(
+    assert number(for_negative) == pytest.approx(
         slope(lambda p: (ttq_quantize(x, 0.5, numbers[0], p) * upstream).sum(), numbers[1]), rel=1e-6
     )
     assert torch.equal(for_x, upstream * torch.tensor([0.8, 0.8, 1.0, 1.0, 1.0, 1.5, 1.5], dtype=torch.float64))
@@ -156,14 +160,14 @@ def test_apot_levels_and_error(gaussian: Tensor, n_bits: int) -> None:
     assert len(set(apot_magnitudes(n_bits - 1))) == 2 ** (n_bits - 1)
     quantizer = APoTQuantizer(n_bits).double()
     quantizer.pre_observe(gaussian)
-    assert float((quantizer(gaussian) - gaussian).square().mean()) == pytest.approx(golden["mse"], rel=2e-3)
+    assert number((quantizer(gaussian) - gaussian).square().mean()) == pytest.approx(golden["mse"], rel=2e-3)
     if n_bits < 7:
         assert apot_magnitudes(n_bits) == pytest.approx(GOLDEN["apot_unsigned_levels"][str(n_bits)], abs=1e-11)
         unsigned = APoTQuantizer(n_bits, signed=None).double()
         unsigned.pre_observe(gaussian.relu())
         assert unsigned.code_range == (0, 2**n_bits - 1)
         wider = GOLDEN["apot_signed_N01"][str(n_bits + 1)]["mse"]
-        error = float((unsigned(gaussian.relu()) - gaussian.relu()).square().mean())
+        error = number((unsigned(gaussian.relu()) - gaussian.relu()).square().mean())
         assert error == pytest.approx(wider / 2, rel=3e-3)
 
 
@@ -178,7 +182,7 @@ def test_apot_clip_has_the_published_gradient(signed: bool) -> None:
     low = -1.0 if signed else 0.0
     inside = (u >= low) & (u <= 1.0)
     expected = torch.where(inside, (y / clip).detach() - u, u.clamp(low, 1.0))
-    assert float(for_clip) == pytest.approx(float((expected * upstream).sum()), rel=1e-9)
+    assert number(for_clip) == pytest.approx(number((expected * upstream).sum()), rel=1e-9)
     assert torch.equal(for_x, upstream * inside)
 
 
@@ -186,7 +190,7 @@ def test_apot_clip_settles_at_the_optimum(gaussian: Tensor) -> None:
     for factor, sign in ((0.8, -1), (1.25, 1)):
         clip = torch.tensor(APOT_ALPHA[4] * factor, dtype=torch.float64, requires_grad=True)
         (0.5 * (apot_quantize(gaussian, clip, 4) - gaussian).square()).mean().backward()
-        assert float(clip.grad) * sign > 0
+        assert number(clip.grad) * sign > 0
 
 
 def test_lsqplus_gradients_are_those_of_lsq_and_of_the_offset() -> None:
@@ -199,9 +203,9 @@ def test_lsqplus_gradients_are_those_of_lsq_and_of_the_offset() -> None:
     inside = (v > 0) & (v < 7)
     assert torch.allclose(y, (v.clamp(0, 7).round() * step + offset).detach())
     assert torch.equal(for_x, upstream * inside)
-    assert float(for_offset) == pytest.approx(float((upstream * ~inside).sum()), rel=1e-9)
+    assert number(for_offset) == pytest.approx(number((upstream * ~inside).sum()), rel=1e-9)
     expected = torch.where(inside, v.round() - v, v.clamp(0, 7))
-    assert float(for_step) == pytest.approx(float((expected * upstream).sum()), rel=1e-9)
+    assert number(for_step) == pytest.approx(number((expected * upstream).sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("n_bits", range(2, 9))
@@ -213,8 +217,8 @@ def test_lsqplus_first_step(gaussian: Tensor, n_bits: int) -> None:
     ):
         quantizer = LSQPlusQuantizer(n_bits, init=init).double()
         quantizer.pre_observe(gaussian)
-        assert float(quantizer.step) == pytest.approx(step, rel=1e-3)
-        assert float((quantizer(gaussian) - gaussian).square().mean()) == pytest.approx(
+        assert number(quantizer.step) == pytest.approx(step, rel=1e-3)
+        assert number((quantizer(gaussian) - gaussian).square().mean()) == pytest.approx(
             error, rel=0.02 if n_bits < 8 else 0.05
         )
 
@@ -224,10 +228,10 @@ def test_lsqplus_offset_starts_where_the_error_is_least() -> None:
     with_offset, without = LSQPlusQuantizer(4, offset=True).double(), LSQQuantizer(4, signed=None).double()
     for quantizer in (with_offset, without):
         quantizer.pre_observe(x)
-    errors = [float((q(x) - x).square().mean()) for q in (with_offset, without)]
+    errors = [number((q(x) - x).square().mean()) for q in (with_offset, without)]
     assert errors[0] < errors[1] / 20
     best = min(
-        float(((((x - low) / s).round().clamp(0, 15) * s + low) - x).square().mean())
+        number(((((x - low) / s).round().clamp(0, 15) * s + low) - x).square().mean())
         for low in (x.min(), x.min() + 0.1, x.min() + 0.2, x.min() + 0.3)
         for s in torch.linspace(0.1, 0.2, 41).tolist()
     )
@@ -283,7 +287,7 @@ def test_dorefa_gradient_is_quantized_by_sample_without_bias() -> None:
     steps = (drawn[:, 2] / 16 + 0.5) * 7
     assert torch.allclose(steps, steps.round(), atol=1e-4)
     # defect 29: one draw for a whole sample would move its elements together
-    assert abs(float(torch.corrcoef(drawn[:, 2, 1:].T)[0, 1])) < 0.1
+    assert abs(number(torch.corrcoef(drawn[:, 2, 1:].T)[0, 1])) < 0.1
 
 
 def test_dorefa_activation_quantizes_the_gradient_too() -> None:
@@ -301,7 +305,7 @@ def test_ewgs_leans_the_gradient_by_the_rounding_error() -> None:
     quantizer.pre_observe(x)
     y = quantizer(x)
     (found,) = gradients(y, upstream, x)
-    step = float(quantizer.step)
+    step = number(quantizer.step)
     inside = (x / step > -4) & (x / step < 3)
     lean = (x - y) / (3.5 * step)
     assert torch.allclose(found, upstream * inside * (1 + 0.2 * upstream.sign() * lean).detach())
@@ -325,13 +329,13 @@ def test_learned_numbers_move_to_less_error(text: str) -> None:
     def error() -> Tensor:
         return (quantizer(x) - x).square().mean()
 
-    before = float(error().detach())
+    before = number(error().detach())
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
     for _ in range(150):
         optimizer.zero_grad()
         error().backward()
         optimizer.step()
-    assert float(error().detach()) < 0.7 * before
+    assert number(error().detach()) < 0.7 * before
 
 
 @pytest.mark.parametrize("text", ["lsq:4", "apot:4", "ttq"])

@@ -82,11 +82,11 @@ def test_error_on_a_gaussian(name: str) -> None:
 
 def test_scales() -> None:
     x = torch.tensor([3.0, -0.1])
-    for text, unit in (("fp4_e2m1", 0.5), ("fp4_e2m1:scale=pow2", 0.5), ("fp4_e2m1:scale=one", 1.0)):
+    for text, unit in (("fp4_e2m1", 0.5), ("fp4_e2m1,scale=pow2", 0.5), ("fp4_e2m1,scale=one", 1.0)):
         quantizer = tq.make_quantizer(text)
         quantizer.pre_observe(x)
         assert float(quantizer.unit) == unit, text
-    quantizer = tq.make_quantizer("fp4_e2m1:scale=pow2")
+    quantizer = tq.make_quantizer("fp4_e2m1,scale=pow2")
     quantizer.pre_observe(x * 1.1)
     assert float(quantizer.unit) == 1.0  # rounded up, so that nothing overflows
 
@@ -101,7 +101,7 @@ def test_any_split_of_the_bits_has_a_spec() -> None:
     with pytest.raises(ConfigError, match="special must be one of none, fn, ieee, fnuz"):
         FloatFormat(4, 3, special="fin")
     with pytest.raises(ConfigError, match="scale must be one of"):
-        tq.make_quantizer("fp4_e2m1:scale=big")
+        tq.make_quantizer("fp4_e2m1,scale=big")
 
 
 def test_nf4_levels_and_nearest() -> None:

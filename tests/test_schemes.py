@@ -145,7 +145,7 @@ def test_constants_are_reproduced_where_the_scheme_can(text: str, constant: floa
     assert fitted(text, torch.full((40,), constant))[1].tolist() == pytest.approx([expected] * 40, rel=1e-6)
 
 
-@pytest.mark.parametrize("text", ["ul2q:13", "clipq:0", "pot:6", "pot0:6", "binary:2", "binary:scale=big"])
+@pytest.mark.parametrize("text", ["ul2q:13", "clipq:0", "pot:6", "pot0:6", "binary:2", "binary,scale=big"])
 def test_widths_without_a_known_scale_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         tq.make_quantizer(text)

@@ -70,7 +70,7 @@ def test_every_word_arrives_where_it_belongs() -> None:
         ("esb:4,k=one", "significant_bits takes int, got 'one'"),
         ("esb:4,k", "significant_bits needs a value"),
         ("ternary:3", "ternary always has 2 bits"),
-        ("twn:method=exact", "method is given twice, or fixed by twn"),
+        ("twn,method=exact", "method is given twice, or fixed by twn"),
         ("qfmt:8", "qfmt needs signed"),
         ("esb:4,k=1,delta=-1@ewgs", "delta must be a number >= 0"),
         ("esb:4,k=1,delta=1@clipped", "esb has no delta; it has k, momentum, nonfinite"),
@@ -109,7 +109,7 @@ def test_a_scheme_of_ones_own_has_a_spec_at_once() -> None:
         presets = {"mine_exact": {"method": "exact"}}
 
     try:
-        assert isinstance(tq.make_quantizer("mine:method=twn/channel@clipped"), Mine)
+        assert isinstance(tq.make_quantizer("mine,method=twn/channel@clipped"), Mine)
         assert tq.make_quantizer("mine_exact").method == "exact"
     finally:
         QUANTIZERS.unregister("mine")

@@ -63,7 +63,8 @@ class QuantSpec:
             raise ConfigError(f"a spec must be a string {GRAMMAR}, got {text!r}")
         rest, at, gradient = text.strip().partition("@")
         head, slash, granularity = rest.partition("/")
-        scheme, colon, arguments = head.partition(":")
+        scheme, *items = head.split(",")
+        scheme, colon, bits = scheme.partition(":")
         _require(_NAME.fullmatch(scheme), text, f"the scheme {scheme!r} is not a name")
         _require(not at or _NAME.fullmatch(gradient), text, f"the gradient {gradient!r} is not a name")
         kind, equals, size = granularity.partition("=")
@@ -74,8 +75,8 @@ class QuantSpec:
             _require(
                 allowed, text, f"the granularity {granularity!r} is not tensor, channel or group=G with a whole G > 0"
             )
-        items = arguments.split(",") if colon else []
-        n_bits = int(items.pop(0)) if items and items[0].isdecimal() else None
+        _require(not colon or bits.isdecimal(), text, f"the width {bits!r} is not a whole number")
+        n_bits = int(bits) if colon else None
         options: dict[str, str | None] = {}
         for item in items:
             key, has_value, value = item.partition("=")
@@ -86,9 +87,8 @@ class QuantSpec:
         return cls(scheme, n_bits, tuple(options.items()), kind, int(size) if size else None, gradient or None)
 
     def __str__(self) -> str:
-        arguments = [] if self.n_bits is None else [str(self.n_bits)]
-        arguments += [key if value is None else f"{key}={value}" for key, value in self.options]
-        text = self.scheme + (":" + ",".join(arguments) if arguments else "")
+        text = self.scheme + ("" if self.n_bits is None else f":{self.n_bits}")
+        text += "".join(f",{key}" if value is None else f",{key}={value}" for key, value in self.options)
         text += f"/{self.granularity}" if self.granularity else ""
         text += f"={self.group}" if self.group is not None else ""
         return text + (f"@{self.gradient}" if self.gradient else "")
