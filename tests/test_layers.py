@@ -22,7 +22,7 @@ ROWS = (
     ("quantizers",),
     ("qmodule", "qmodules", "utils"),
     ("plan", "graph", "models"),
-    ("ptq", "search", "analysis"),
+    ("ptq", "search", "analysis", "training"),
     ("deploy", "compat"),
     ("demo", "compare", "cli"),
 )

@@ -73,11 +73,22 @@ def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: It
         if name not in {known for known, _, _ in found} and "all" not in schemes:
             raise ConfigError(f"{name} has none of the widths {', '.join(map(str, widths))}; give it one that it has")
     return [
-        Case(name, n, spec, a, acts_of[name].format(n=a), seed)
+        Case(name, n, spec, a, _acts(acts_of[name], a), seed)
         for name, n, spec in found
         for a in acts_bits
         for seed in range(seeds)
     ]
+
+
+def _acts(template: str, n_bits: int) -> str:
+    """The activations of that width; affine where the authors' have none. Raises ConfigError."""
+    spec = template.format(n=n_bits)
+    try:
+        make_quantizer(spec, site="output")
+    except ConfigError:
+        spec = f"affine:{n_bits}"
+        make_quantizer(spec, site="output")
+    return spec
 
 
 def _weights(name: str, n_bits: int) -> str | None:

@@ -108,7 +108,8 @@ class QWrapper(QModule):
         weight = self.row.channels_first(self.layer, self.layer.weight)
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
 
-    def _fold_factor(self) -> Tensor | None:
+    def fold_factor(self) -> Tensor | None:
+        """What the batch norm multiplies each output channel of the weight by, (C,); None where it is not folded."""
         return None if self.fold_mode is None else running_factor(self.bn)
 
     def _observe_new_weight(self) -> None:
@@ -141,12 +142,17 @@ class QWrapper(QModule):
     def observe_weight(self) -> None:
         """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
         if self.weight_quantizer is not None:
-            self.weight_quantizer.pre_observe(self._channels_first_weight(self._fold_factor()))
+            self.weight_quantizer.pre_observe(self._channels_first_weight(self.fold_factor()))
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:
         """The real weight that QUANT_EVAL quantizes, output channel on axis 0, folded where folding is on."""
-        return self._channels_first_weight(self._fold_factor())
+        return self.folded_weight()
+
+    def folded_weight(self) -> Tensor:
+        """`float_weight` with a gradient for the layer's own weight."""
+        factor = self.fold_factor()
+        return self._channels_first_weight(None if factor is None else factor.detach())
 
     @torch.no_grad()
     def fold(self) -> nn.Module:

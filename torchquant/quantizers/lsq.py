@@ -246,8 +246,8 @@ class LSQPlusQuantizer(LearnedQuantizer):
         mean = reduce_mean(row_sums(wide) / wide.shape[1])
         found = []
         for middle in (torch.zeros_like(low).clamp(low, high), mean.nan_to_num(0.0).clamp(low, high)):
-            ends = best_range(wide - middle[:, None], None, low - middle, high - middle, quantize, steps=50)
-            ends = reduce_mean(torch.stack(ends) + middle)
+            shrunk = best_range(wide - middle[:, None], None, low - middle, high - middle, quantize, steps=50)
+            ends = reduce_mean(torch.stack(shrunk) + middle)
             error = reduce_mean((quantize(wide, *ends[:, :, None]) - wide).square().mean(1))
             found.append((error, ends))
         (error, ends), (other_error, other_ends) = found

@@ -1,0 +1,210 @@
+"""What changes with the step: when to quantize, when to stop observing, how many bits, how soft a gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchquant.errors import ConfigError
+from torchquant.qmodule import QModuleState, QWrapper
+from torchquant.quantizers import GridQuantizer, Quantizer, make_quantizer
+from torchquant.quantizers_functional import GRADIENTS, Gradient
+from torchquant.utils import freeze_bn, observe_weights, qmodules, set_qmodule_state
+
+SHAPES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that goes from `start` to `end` in `n_steps` steps and stays there; "linear" or "cosine".
+
+    >>> ramp = Ramp(1.0, 0.0, 100)
+    >>> ramp(0), ramp(25), ramp(500)
+    (1.0, 0.75, 0.0)
+    """
+
+    start: float
+    end: float
+    n_steps: int
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        if self.n_steps < 1:
+            raise ConfigError(f"n_steps must be at least 1, got {self.n_steps!r}")
+
+    def __call__(self, step: int) -> float:
+        done = min(max(step / self.n_steps, 0.0), 1.0)
+        done = done if self.shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
+        return self.start + (self.end - self.start) * done
+
+
+class _Schedule(nn.Module):
+    """Counts optimizer steps, in a buffer, and applies itself after each; call `step()` after `optimizer.step()`."""
+
+    n_steps: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # in a list, so that the model is no part of the schedule's checkpoint
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model it works on."""
+        return self._model[0]
+
+    def step(self) -> None:
+        """Take note of an optimizer step."""
+        self.n_steps += 1
+        self.apply_at(int(self.n_steps))
+
+    def apply_at(self, step: int) -> None:
+        """Bring the model to what holds after that many steps."""
+        raise NotImplementedError
+
+    def load_state_dict(self, *args: object, **options: object) -> object:  # type: ignore[override]
+        """Load, and bring the model to where the schedule was."""
+        result = super().load_state_dict(*args, **options)  # type: ignore[arg-type]
+        self.apply_at(int(self.n_steps))
+        return result
+
+
+class QuantizationSchedule(_Schedule):
+    """When quantization begins, when ranges stop moving, when batch norms stop (docs/algorithms.md D3).
+
+    Until `quant_start_step` optimizer steps the model only observes; then it trains quantized; from
+    `freeze_observer_step` on ranges stay as they are (state QUANT_EVAL, which trains as well: it is the model's
+    train mode that decides about that); from `freeze_bn_step` on batch norms use their running statistics. The count
+    is of optimizer steps, not of forwards, and is in `state_dict`. Raises ConfigError.
+
+    >>> from torchquant import QWrapper, make_quantizer
+    >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:4"), None)
+    >>> schedule = QuantizationSchedule(model, quant_start_step=1, freeze_observer_step=2)
+    >>> states = [model.state.name]
+    >>> for _ in range(2):
+    ...     schedule.step()
+    ...     states.append(model.state.name)
+    >>> states
+    ['CALIBRATION', 'QUANT_AWARE_TRAIN', 'QUANT_EVAL']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quant_start_step: int = 0,
+        freeze_observer_step: int | None = None,
+        freeze_bn_step: int | None = None,
+    ) -> None:
+        super().__init__(model)
+        if quant_start_step < 0:
+            raise ConfigError(f"quant_start_step must be at least 0, got {quant_start_step!r}")
+        if freeze_observer_step is not None and freeze_observer_step <= quant_start_step:
+            raise ConfigError(
+                f"freeze_observer_step must come after quant_start_step {quant_start_step}, got {freeze_observer_step}"
+            )
+        self.quant_start_step = quant_start_step
+        self.freeze_observer_step = freeze_observer_step
+        self.freeze_bn_step = freeze_bn_step
+        self.apply_at(0)
+
+    def apply_at(self, step: int) -> None:
+        """Set the states that hold after that many optimizer steps."""
+        if step < self.quant_start_step:
+            state = QModuleState.CALIBRATION
+        elif self.freeze_observer_step is None or step < self.freeze_observer_step:
+            state = QModuleState.QUANT_AWARE_TRAIN
+        else:
+            if any(module.state is not QModuleState.QUANT_EVAL for _, module in qmodules(self.model)):
+                observe_weights(self.model)
+            state = QModuleState.QUANT_EVAL
+        set_qmodule_state(self.model, state)
+        freeze_bn(self.model, self.freeze_bn_step is not None and step >= self.freeze_bn_step)
+
+
+class GradientSchedule(_Schedule):
+    """An estimator whose options move: `GradientSchedule(model, "pwl", rho=Ramp(1.0, 0.0, 8000))`.
+
+    Every quantizer of the model that takes the estimator gets it. Options are numbers or functions of the step.
+    A changed option makes compiled code compile again. Raises ConfigError, UnknownNameError.
+
+    >>> from torchquant import QWrapper, make_quantizer
+    >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:4"), None)
+    >>> schedule = GradientSchedule(model, "pwl", rho=Ramp(1.0, 0.0, 2))
+    >>> schedule.step()
+    >>> model.weight_quantizer.gradient.rho
+    0.5
+    """
+
+    def __init__(self, model: nn.Module, gradient: str, **options: object) -> None:
+        super().__init__(model)
+        self.gradient = gradient
+        self.options = options
+        self.apply_at(0)
+
+    def apply_at(self, step: int) -> None:
+        """Give every quantizer the estimator as it is after that many optimizer steps."""
+        values = {name: value(step) if callable(value) else value for name, value in self.options.items()}
+        made: Gradient = GRADIENTS[self.gradient](**values)
+        takers = [m for m in self.model.modules() if isinstance(m, GridQuantizer) and made.name in m.gradients()]
+        if not takers:
+            raise ConfigError(f"no quantizer of the model takes the gradient {made.name!r}")
+        for quantizer in takers:
+            quantizer.set_gradient(made)
+
+
+class BitSchedule(_Schedule):
+    """Fewer bits step by step: `BitSchedule(model, {0: 8, 1000: 6, 2000: 4}, "affine:{n},symmetric=narrow/channel")`.
+
+    `bits`: optimizer step -> width from then on. At each, every QWrapper with a weight quantizer gets a new one of the
+    spec `weight` at that width, and, if `acts` is given, new quantizers of activations; the next batch they see sets
+    their ranges. Numbers they learn start anew: build the optimizer again where the spec has any. Raises ConfigError.
+
+    >>> from torchquant import QWrapper
+    >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:8"), None)
+    >>> schedule = BitSchedule(model, {0: 8, 2: 4}, "affine:{n},symmetric=narrow/channel")
+    >>> schedule.step(), schedule.step()
+    (None, None)
+    >>> model.weight_quantizer.n_bits
+    4
+    """
+
+    def __init__(self, model: nn.Module, bits: Mapping[int, int], weight: str, acts: str | None = None) -> None:
+        super().__init__(model)
+        if 0 not in bits or min(bits) < 0:
+            raise ConfigError(f"bits must say the width from step 0 on, got the steps {sorted(bits)}")
+        self.bits = dict(bits)
+        self.weight = weight
+        self.acts = acts
+        for n_bits in self.bits.values():
+            make_quantizer(weight.format(n=n_bits))
+            if acts is not None:
+                make_quantizer(acts.format(n=n_bits), site="output")
+        self._now: int | None = None
+        self.apply_at(0)
+
+    def apply_at(self, step: int) -> None:
+        """Put in the quantizers of the width that holds after that many optimizer steps, if they are not there."""
+        n_bits = self.bits[max(start for start in self.bits if start <= step)]
+        if n_bits == self._now:
+            return
+        self._now = n_bits
+        for _, module in qmodules(self.model):
+            if isinstance(module, QWrapper) and module.weight_quantizer is not None:
+                module.weight_quantizer = self._made(self.weight, "weight", module.weight_quantizer)
+                module.weight_quantizer.allocate(module.float_weight().shape[0])
+                module.observe_weight()
+            for site in ("input_quantizer", "acts_quantizer") if self.acts is not None else ():
+                known = getattr(module, site, None)
+                if known is not None:
+                    assert self.acts is not None
+                    setattr(module, site, self._made(self.acts, "output", known))
+
+    def _made(self, spec: str, site: str, known: Quantizer) -> Quantizer:
+        device = next((tensor.device for tensor in (*known.parameters(), *known.buffers())), torch.device("cpu"))
+        return make_quantizer(spec.format(n=self._now), site).to(device).train(known.training)
