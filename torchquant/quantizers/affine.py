@@ -13,8 +13,8 @@ class AffineQuantizer(UniformQuantizer):
 
     `n_bits` 1..24. `range_observer` says which range, and per tensor or per channel (its `axis`).
     `symmetric`: False (0..2**n-1 codes and a zero point), True (the published grid), "narrow"
-    (weights), "full" (signed activations); see `affine_params`. `gradient_clip=True` stops the
-    gradient of elements whose code saturates; the published code masks on the quantized value and
+    (weights), "full" (signed activations), "torch" (its unsigned codes); see `affine_params`.
+    `gradient_clip=True` stops the gradient of elements whose code saturates; the published code masks on the quantized value and
     so loses in-range elements (docs/algorithms.md I-3). Raises ConfigError.
 
     >>> import torch
@@ -49,7 +49,14 @@ class AffineQuantizer(UniformQuantizer):
     def examples(cls, axis: int | None = None) -> list[AffineQuantizer]:
         """Instances that stand for the scheme in the laws."""
         settings: list[tuple[int, bool | str, bool]]
-        settings = [(8, False, True), (4, True, False), (4, "narrow", True), (2, "full", False), (1, False, True)]
+        settings = [
+            (8, False, True),
+            (4, True, False),
+            (4, "narrow", True),
+            (2, "full", False),
+            (1, False, True),
+            (4, "torch", True),
+        ]
         return [cls(bits, BatchMinMax(axis), symmetric, clip) for bits, symmetric, clip in settings]
 
     def extra_repr(self) -> str:

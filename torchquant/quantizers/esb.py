@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers_functional._sums import row_mean_squares
+from torchquant.quantizers_functional._sums import row_mean_squares, row_moments
 from torchquant.quantizers_functional.esb import (
     ESB_ALPHA,
     check_esb,
@@ -29,7 +29,8 @@ class ESBQuantizer(FittedQuantizer):
     """ESB(n_bits, significant_bits) (Gong et al. 2022, arXiv:2109.03513; docs/algorithms.md A4).
 
     `alpha = ESB_ALPHA[n_bits, significant_bits] * rms(x)`, optimal for Gaussian data; 1 for a tensor
-    of zeros. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
+    of zeros. `center` takes the mean out of x and puts it back onto the levels, and the standard deviation
+    for the rms. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
     Deviation from the authors' code: the gradient reaches x (theirs returns none), and e=1 formats
     use the ESB grid instead of a mid-rise one. Raises ConfigError for a pair that is no format or
     has no known optimal scale (n_bits above 9).
@@ -47,7 +48,7 @@ class ESBQuantizer(FittedQuantizer):
         paper="Gong et al. 2022, TPDS 33(11), arXiv:2109.03513",
         bits="2..9",
     )
-    statistics = ("alpha",)
+    statistics: tuple[str, ...] = ("alpha",)
     short_names = {"k": "significant_bits"}
 
     def __init__(
@@ -58,6 +59,7 @@ class ESBQuantizer(FittedQuantizer):
         momentum: float = 0.0,
         gradient_clip: bool = False,
         nonfinite: str = "raise",
+        center: bool = False,
     ) -> None:
         check_esb(n_bits, significant_bits)
         if (n_bits, significant_bits) not in ESB_ALPHA:
@@ -66,7 +68,10 @@ class ESBQuantizer(FittedQuantizer):
                 f"no optimal scale is known for ESB({n_bits},{significant_bits}); known: {allowed}. With a scale of "
                 "your own, call esb_quantize"
             )
+        if center:
+            self.statistics = ("alpha", "shift")
         super().__init__(momentum, axis, gradient_clip, nonfinite)
+        self.center = center
         self.n_bits = n_bits
         self.significant_bits = significant_bits
 
@@ -76,29 +81,40 @@ class ESBQuantizer(FittedQuantizer):
         return -largest, largest
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean_squares = row_mean_squares(rows(x, self.axis))
-        rms = reduce_mean(mean_squares if self.axis is not None else mean_squares.squeeze(0)).sqrt()
+        x = rows(x, self.axis)
+        if self.center:
+            shift, size = row_moments(x, reduce_mean)
+        else:
+            shift, size = None, reduce_mean(row_mean_squares(x)).sqrt()
         largest = torch.finfo(torch.float32).max / 2 / esb_max(self.n_bits, self.significant_bits)
-        alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * rms).clamp(2.0**-126, largest)
+        alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * size).clamp(2.0**-126, largest)
         # NaN and Inf go on as they are, for the tracker to refuse.
-        return (torch.where(rms.isfinite(), torch.where(rms > 0, alpha, 1.0), rms),)
+        alpha = torch.where(size.isfinite(), torch.where(size > 0, alpha, 1.0), size)
+        found = (alpha,) if shift is None else (alpha, shift)
+        return found if self.axis is not None else tuple(number.squeeze(0) for number in found)
 
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return esb_projection(grid[0], self.n_bits, self.significant_bits)(x, want_inside)
+        on_grid = esb_projection(grid[0], self.n_bits, self.significant_bits)
+        if not self.center:
+            return on_grid(x, want_inside)
+        shift = like(grid[1], x)
+        value, inside = on_grid(x - shift, want_inside)
+        return value.add_(shift), inside
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return esb_encode(
-            esb_significands(x, grid[0], self.n_bits, self.significant_bits), self.n_bits, self.significant_bits
-        )
+        x = x - like(grid[1], x) if self.center else x
+        significands = esb_significands(x, grid[0], self.n_bits, self.significant_bits)
+        return esb_encode(significands, self.n_bits, self.significant_bits)
 
     def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
         significands = esb_decode(codes, self.n_bits, self.significant_bits, dtype)
-        return significands * like(grid[0], significands)
+        values = significands * like(grid[0], significands)
+        return values + like(grid[1], values) if self.center else values
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ESBQuantizer]:
         """Instances that stand for the scheme in the laws."""
-        return [cls(4, 1, axis, gradient_clip=True), cls(3, 0, axis), cls(8, 4, axis), cls(6, 4, axis)]
+        return [cls(4, 1, axis, gradient_clip=True), cls(3, 0, axis), cls(8, 4, axis), cls(4, 1, axis, center=True)]
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, significant_bits={self.significant_bits}, {super().extra_repr()}"

@@ -20,7 +20,7 @@ from torchquant.quantizers._learned import (
     where_signed,
 )
 from torchquant.quantizers_functional._range_search import best_range
-from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes, lsq_quantize
 from torchquant.quantizers_functional.uniform import uniform_codes
@@ -220,15 +220,12 @@ class LSQPlusQuantizer(LearnedQuantizer):
         x = rows(x, self.axis)
         if self.has_offset:
             return first(self._least_error(x), self.axis)
-        units, unit = unit_rows(x)
-        mean = reduce_mean(row_sums(units) / units.shape[1])
-        square = reduce_mean(row_sums(units.square()) / units.shape[1])
         if self.init == "mse":
-            step = square.sqrt() * FULL_STEP[self.n_bits]
+            step = reduce_mean(row_mean_squares(x)).sqrt() * FULL_STEP[self.n_bits]
         else:
-            deviation = (square - mean.square()).clamp_min(0.0).sqrt()
+            mean, deviation = row_moments(x, reduce_mean)
             step = (mean.abs() + 3 * deviation) / 2 ** (self.n_bits - 1)
-        return first((or_one(usable_scale(step * unit, 2.0**self.n_bits)),), self.axis)
+        return first((or_one(usable_scale(step, 2.0**self.n_bits)),), self.axis)
 
     def _least_error(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))

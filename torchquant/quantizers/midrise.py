@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.midrise import MIDRISE_STEP, check_midrise, midrise_codes, midrise_values
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
@@ -95,13 +95,8 @@ class UL2QQuantizer(MidriseQuantizer):
     )
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        units, unit = unit_rows(x)
-        mean = reduce_mean(row_sums(units) / units.shape[1])
-        centred = units.to(torch.float64) - mean[:, None] * 1.0
-        deviation = reduce_mean(row_sums(centred.square_()) / units.shape[1]).sqrt()
-        # A constant row has a deviation of rounding errors; what is below them counts as none.
-        deviation = torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
-        return self._step(deviation * unit), mean * unit
+        mean, deviation = row_moments(x, reduce_mean)
+        return self._step(deviation), mean
 
 
 @QUANTIZERS.register("vecq")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, first, lowest_of, or_one, where_signed
-from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, usable_scale
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes
 from torchquant.quantizers_functional.tqt import tqt_quantize, tqt_step
@@ -78,10 +78,8 @@ class TQTQuantizer(LearnedQuantizer):
             # 2**ceil(log2(t / sqrt 2)) is the power of two nearest to t on a logarithmic scale.
             threshold = threshold * where_signed(self.signed, lowest, *steps) / 2**0.5
         else:
-            units, unit = unit_rows(x)
-            mean = reduce_mean(row_sums(units) / units.shape[1])
-            square = reduce_mean(row_sums(units.square()) / units.shape[1])
-            threshold = (mean.abs() + 3 * (square - mean.square()).clamp_min(0.0).sqrt()) * unit
+            mean, deviation = row_moments(x, reduce_mean)
+            threshold = mean.abs() + 3 * deviation
         threshold = or_one(usable_scale(threshold, 4.0))
         return first((threshold.log2(), lowest), self.axis)
 

@@ -11,7 +11,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient
 from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
 
-SYMMETRIES = (False, True, "narrow", "full")
+SYMMETRIES = (False, True, "narrow", "full", "torch")
 MAX_BITS = 24
 
 
@@ -50,6 +50,8 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
       -2**(n_bits-1) .. 2**(n_bits-1) - 1; the positive end saturates by half a step.
     * `"narrow"`: `delta = absmax / (2**(n_bits-1) - 1)`, one code fewer, symmetric about 0.
     * `"full"`: all 2**n_bits signed codes, no saturation at either end.
+    * `"torch"`: the step of `True` on codes 0 .. 2**n_bits - 1 with zero point 2**(n_bits-1), as torch and NNI >= 3.0
+      store symmetric ranges on unsigned types.
 
     Source: docs/algorithms.md A1; Jacob et al. 2018 for the asymmetric rule. Deviation: an empty range
     gives `delta = 1` and `zero_point = 0`; delta is at least 2**-126; ranges stop at half the
@@ -72,6 +74,8 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
     if symmetric == "full":
         span = -low / half if half == 1 else torch.maximum(-low / half, high / (half - 1))
         return AffineParams(step(span, 1.0), 0, -half, half - 1)
+    if symmetric == "torch":
+        return AffineParams(step(absmax, half - 0.5), half, 0, 2 * half - 1)
     return AffineParams(step(absmax, half - 0.5), 0, -half, half - 1)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._sums import row_sums, unit_rows
+from torchquant.quantizers_functional._sums import row_moments, row_sums, unit_rows
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
@@ -69,12 +69,11 @@ class MeanStdObserver(RangeObserver):
         self.k = k
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        units, unit = unit_rows(rows(x, self.axis))
-        low, high = _extremes(units)
-        mean = _mean(units)
-        deviation = _mean((units.to(torch.float64) - mean[:, None]).square_()).sqrt()
+        x = rows(x, self.axis)
+        low, high = _extremes(x)
+        mean, deviation = row_moments(x, reduce_mean)
         ends = torch.maximum(low, mean - self.k * deviation), torch.minimum(high, mean + self.k * deviation)
-        return tuple(end * unit if self.axis is not None else (end * unit).squeeze(0) for end in ends)
+        return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 
 
 @OBSERVERS.register("aciq")
