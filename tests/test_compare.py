@@ -108,7 +108,9 @@ def test_the_command_writes_every_form_and_takes_a_plugin(tmp_path: Path) -> Non
         (["--schemes", "afine"], "no quantizer scheme 'afine'; did you mean 'affine'"),
         (["--schemes", "twn", "--bits", "8"], "twn has none of the widths 8"),
         (["--bits", "two"], "--bits takes whole numbers with commas"),
-        (["--model", "resnet18"], "model must be one of demo, got 'resnet18'"),
+        (["--model", "vgg99"], "model must be one of demo, resnet18, resnet34, resnet50, mobilenet_v2"),
+        (["--data", "missing"], "data must be digits, cifar10 or a folder of pictures, got 'missing'"),
+        (["--checkpoint", "missing.pt"], "the checkpoint missing.pt is not a file"),
         (["--seeds", "0"], "seeds must be at least 1"),
         (["--plugin", "missing.py"], "the plug-in missing.py is not a file"),
     ],
@@ -117,6 +119,19 @@ def test_bad_words_are_explained(words: list[str], message: str, tmp_path: Path)
     result = CliRunner().invoke(cli.build_app(), ["compare", *words, "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_activations_and_gradients_of_a_scheme() -> None:
+    cases = {case.name: case for case in make_cases(["lsq", "apot", "pact", "affine@pwl"], [2], [2, 8], 1)}
+    assert cases["lsq-w2a2-seed0"].acts == "lsq:2"
+    assert (cases["apot-w2a2-seed0"].acts, cases["apot-w2a8-seed0"].acts) == ("apot:2", "affine:8")  # no such APoT
+    assert (cases["pact-w2a2-seed0"].weight, cases["pact-w2a2-seed0"].acts) == (
+        "affine:2,symmetric=narrow/channel",
+        "pact:2",
+    )
+    assert cases["affine@pwl-w2a2-seed0"].weight == "affine:2,symmetric=narrow/channel@pwl"
+    with pytest.raises(ConfigError, match="lsq has its own gradient"):
+        make_cases(["lsq@pwl"], [2], [8], 1)
 
 
 def test_all_stands_for_every_scheme_that_has_the_width() -> None:

@@ -72,8 +72,11 @@ def build_app() -> Any:
         seeds: Annotated[int, typer.Option(help="Runs of each case, with seeds 0, 1, ...")] = 3,
         epochs: Annotated[int, typer.Option(help="Epochs of quantization-aware training; 0: calibrate only.")] = 10,
         float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 30,
-        model: Annotated[str, typer.Option(help="The network: demo.")] = "demo",
-        data: Annotated[str, typer.Option(help="The data: digits.")] = "digits",
+        model: Annotated[str, typer.Option(help="demo, resnet18, mobilenet_v2, efficientnet_b0, ...")] = "demo",
+        data: Annotated[str, typer.Option(help="digits, cifar10, or a folder with train/ and test/.")] = "digits",
+        checkpoint: Annotated[
+            str | None, typer.Option(help="A float state_dict to start from, instead of float training.")
+        ] = None,
         jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
         plugin: Annotated[list[Path] | None, typer.Option(help="A Python file with quantizers of yours.")] = None,
         out: Annotated[Path, typer.Option(help="Folder for runs and leaderboard; a stopped run goes on.")] = Path(
@@ -84,7 +87,8 @@ def build_app() -> Any:
         from torchquant.cli import _compare
 
         chosen = [name for name in schemes.split(",") if name]
-        recipe = {"model": model, "data": data, "epochs": epochs, "float_epochs": float_epochs}
+        recipe: dict[str, Any] = {"model": model, "data": data, "epochs": epochs, "float_epochs": float_epochs}
+        recipe |= {} if checkpoint is None else {"checkpoint": checkpoint}
         try:
             _compare.run(chosen, bits, acts, seeds, recipe, jobs, plugin or [], out)
         except TorchQuantError as error:

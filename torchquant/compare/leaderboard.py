@@ -36,7 +36,7 @@ class Row:
     loss: float
     weight_bytes: int
     weight_sqnr_db: float
-    seconds_per_epoch: float | None
+    seconds_per_step: float | None
     seeds: int
 
 
@@ -48,7 +48,7 @@ def leaderboard(results: Sequence[CaseResult]) -> list[Row]:
     rows = []
     for (scheme, weight_bits, acts_bits), group in groups.items():
         scores = [r.accuracy for r in group]
-        seconds = [r.seconds_per_epoch for r in group if r.seconds_per_epoch is not None]
+        seconds = [r.seconds_per_epoch / r.steps_per_epoch for r in group if r.seconds_per_epoch is not None]
         rows.append(
             Row(
                 scheme,
@@ -67,7 +67,7 @@ def leaderboard(results: Sequence[CaseResult]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.acts_bits, row.weight_bits, -row.accuracy, row.scheme))
 
 
-HEADER = ("scheme", "W", "A", "accuracy", "+-", "below float", "weight bytes", "weight SQNR", "s/epoch", "spec")
+HEADER = ("scheme", "W", "A", "accuracy", "+-", "below float", "weight bytes", "weight SQNR", "ms/step", "spec")
 
 
 def cells(row: Row) -> list[str]:
@@ -81,7 +81,7 @@ def cells(row: Row) -> list[str]:
         f"{row.loss:+.2%}",
         f"{row.weight_bytes:,}",
         f"{row.weight_sqnr_db:.1f} dB",
-        "" if row.seconds_per_epoch is None else f"{row.seconds_per_epoch:.2f}",
+        "" if row.seconds_per_step is None else f"{1e3 * row.seconds_per_step:.0f}",
         row.spec,
     ]
 
@@ -96,8 +96,9 @@ def markdown(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
 def describe(recipe: Recipe) -> str:
     """The recipe in a sentence or two."""
     training = f"{recipe.epochs} epochs of quantization-aware training" if recipe.epochs else "calibration only"
+    made = f"{recipe.float_epochs} epochs" if recipe.checkpoint is None else f"from {recipe.checkpoint}"
     return (
-        f"Every row starts from the same float network ({recipe.model}, {recipe.float_epochs} epochs on {recipe.data}) "
+        f"Every row starts from the same float network ({recipe.model}, {made} on {recipe.data}) "
         f"and gets the same recipe: {training}, the same batches. Mean over the seeds, +- their standard deviation."
     )
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchquant._files import write_whole
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.compare.settings import Case, Recipe
-from torchquant.demo.data import Digits, load_digits
+from torchquant.compare.tasks import NETWORKS, load_data
+from torchquant.demo.data import TrainingData
 from torchquant.demo.files import output_folder, write_checkpoint, write_json
-from torchquant.demo.network import QuantSmallResNet, SmallResNet
 from torchquant.demo.progress import Silent
-from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, steps_per_epoch, train
 from torchquant.errors import ConfigError, require
 from torchquant.quantizers import make_quantizer
 
-FLOAT_RATE = 8e-3
 LOSSLESS_DB = 150.0  # the precision of float32; what a layer without any error counts for
 
 
@@ -36,7 +37,7 @@ class CaseResult:
     """What one case gave. `accuracy` on the test images, 0..1; `float_accuracy` of the network it started from.
 
     `weight_sqnr_db`: mean over the layers, of the weights as they were at the end. `seconds_per_epoch`
-    of quantization-aware training, None without.
+    of quantization-aware training, None without; an epoch has `steps_per_epoch` batches.
     """
 
     case: Case
@@ -45,6 +46,7 @@ class CaseResult:
     weight_bytes: int
     weight_sqnr_db: float
     seconds_per_epoch: float | None
+    steps_per_epoch: int
 
 
 def compare(
@@ -62,7 +64,8 @@ def compare(
     processes at a time, one thread each, so that the numbers do not depend on it. `plugins`: Python
     files with quantizers of yours. Raises ConfigError if `out` holds runs of another recipe.
     """
-    require("sklearn", "demo")
+    if recipe.data == "digits":
+        require("sklearn", "demo")
     for plugin in plugins:
         load_plugin(plugin)
     runs = output_folder(Path(out) / "runs")
@@ -124,8 +127,8 @@ def _in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Ite
 
 
 @cache
-def _data(seed: int, test_copies: int) -> Digits:
-    return load_digits(seed, test_copies)
+def _data(recipe: Recipe, seed: int) -> TrainingData:
+    return load_data(recipe.data, seed, recipe.test_copies)
 
 
 def _train_float(recipe: Recipe, seed: int, folder: str) -> None:
@@ -134,9 +137,22 @@ def _train_float(recipe: Recipe, seed: int, folder: str) -> None:
         return
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    network = SmallResNet()
-    train(network, _data(seed, recipe.test_copies), recipe.float_epochs, FLOAT_RATE, seed)
+    kind, data = NETWORKS[recipe.model], _data(recipe, seed)
+    network = kind.build(data)
+    if recipe.checkpoint is None:
+        train(network, data, recipe.float_epochs, kind.float_rate, seed)
+    else:
+        _load(network, recipe.checkpoint)
     write_checkpoint(path, network)
+
+
+def _load(network: nn.Module, checkpoint: str) -> None:
+    try:
+        network.load_state_dict(torch.load(checkpoint, weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"{checkpoint} does not hold the state_dict of this network for this data: {error}"
+        ) from error
 
 
 def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...]) -> tuple[str, float]:
@@ -144,21 +160,21 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         load_plugin(plugin)
     torch.set_num_threads(1)
     torch.manual_seed(case.seed)
-    data = _data(case.seed, recipe.test_copies)
-    network = SmallResNet()
+    kind, data = NETWORKS[recipe.model], _data(recipe, case.seed)
+    network = kind.build(data)
     network.load_state_dict(torch.load(Path(folder) / f"float-seed{case.seed}.pt", weights_only=True))
     float_accuracy = accuracy(predict(network.eval(), data.test_images), data.test_labels)
-    model = QuantSmallResNet(
+    model = kind.quantize(
         network,
-        weight_quantizer=lambda module: make_quantizer(case.weight),
-        acts_quantizer=lambda module: make_quantizer(case.acts, site="output"),
-        # A folded batch norm would undo the scale that such weights rely on it for.
-        fold_bn="rescale" if make_quantizer(case.weight).keeps_units else False,
+        lambda module: make_quantizer(case.weight),
+        lambda module: make_quantizer(case.acts, site="output"),
+        # A folded batch norm would undo the scale that weights in other units rely on it for.
+        "rescale" if make_quantizer(case.weight).keeps_units else False,
     )
     calibrate(model, data, recipe.calibration_batches, case.seed)
     started = time.perf_counter()
     if recipe.epochs:
-        quantization_aware_train(model, data, recipe.epochs, recipe.learning_rate, case.seed)
+        quantization_aware_train(model, data, recipe.epochs, recipe.learning_rate or kind.rate, case.seed)
     seconds = (time.perf_counter() - started) / recipe.epochs if recipe.epochs else None
     found = layer_errors(model, data.test_images[:64])
     errors = [min(e.weight.sqnr_db, LOSSLESS_DB) for e in found if e.weight is not None]
@@ -169,6 +185,7 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         sum(site.total for site in weight_bytes(model)),
         sum(errors) / len(errors),
         seconds,
+        steps_per_epoch(data),
     )
     text = json.dumps(asdict(result), indent=2) + "\n"
     path = Path(folder) / "runs" / f"{case.name}.json"

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from torchquant.compare.tasks import NETWORKS
 from torchquant.errors import ConfigError
 from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
-
-MODELS = ("demo",)
-DATASETS = ("digits",)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The same for every scheme: network, data, float training, calibration, quantization-aware training.
 
-    `epochs` of quantization-aware training, 0 for calibration only. `test_copies`: distorted versions of
-    each test image. Raises ConfigError.
+    `model`: one of `NETWORKS`. `data`: see `load_data`. `checkpoint`: a float state_dict to start from instead of
+    `float_epochs` of training. `epochs` of quantization-aware training, 0 for calibration only; `learning_rate` None
+    is the network's own. `test_copies`: distorted versions of each test image, for digits. Raises ConfigError.
     """
 
     model: str = "demo"
     data: str = "digits"
     float_epochs: int = 30
     epochs: int = 10
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     calibration_batches: int = 8
     test_copies: int = 4
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (("model", self.model, MODELS), ("data", self.data, DATASETS)):
-            if value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.model not in NETWORKS:
+            raise ConfigError(f"model must be one of {', '.join(NETWORKS)}, got {self.model!r}")
+        if self.data not in ("digits", "cifar10") and not Path(self.data).is_dir():
+            raise ConfigError(f"data must be digits, cifar10 or a folder of pictures, got {self.data!r}")
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+            raise ConfigError(f"the checkpoint {self.checkpoint} is not a file")
         for name, least in (("float_epochs", 1), ("epochs", 0), ("calibration_batches", 1), ("test_copies", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")

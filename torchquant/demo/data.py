@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,30 @@ NOISE = 0.2
 """Standard deviation of the pixel noise; pixels are 0..1."""
 
 
+class TrainingData(Protocol):
+    """What training needs of its data."""
+
+    @property
+    def n_train(self) -> int:
+        """Number of training images."""
+
+    @property
+    def n_channels(self) -> int:
+        """1 or 3."""
+
+    @property
+    def n_classes(self) -> int: ...
+
+    @property
+    def test_images(self) -> Tensor: ...
+
+    @property
+    def test_labels(self) -> Tensor: ...
+
+    def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of (images, labels), in an order and with distortions drawn from `generator`."""
+
+
 @dataclass(frozen=True)
 class Digits:
     """Real digits, split by image: (N, 1, 8, 8) training images, (M, 1, 16, 16) distorted test images.
@@ -30,6 +56,17 @@ class Digits:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    n_channels: int = 1
+    n_classes: int = 10
+
+    @property
+    def n_train(self) -> int:
+        return len(self.train_labels)
+
+    def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`train_epoch`, in batches."""
+        images, labels = self.train_epoch(generator)
+        yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
     def train_epoch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The training images in random order, each newly distorted: (N, 1, 16, 16), (N,)."""

@@ -32,11 +32,11 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """(N, 1, H, W) images to (N, 10) class scores; 14 convolutions and a linear layer."""
+    """(N, n_channels, H, W) images to (N, n_classes) class scores; 14 convolutions and a linear layer."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, n_channels: int = 1, n_classes: int = 10) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(n_channels, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.blocks = nn.Sequential(
@@ -48,7 +48,7 @@ class SmallResNet(nn.Module):
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(4 * width, 10)
+        self.fc = nn.Linear(4 * width, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.relu(self.bn(self.conv(x))))

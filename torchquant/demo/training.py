@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchquant.demo.data import Digits
+from torchquant.demo.data import TrainingData
 from torchquant.qmodule import QModuleState
 from torchquant.utils import observe_weights, qmodule_state, quantizer_parameters, set_qmodule_state
 
@@ -19,7 +19,7 @@ OnEpoch = Callable[[int, float], None]
 
 
 def train(
-    model: nn.Module, data: Digits, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
+    model: nn.Module, data: TrainingData, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
 ) -> None:
     """Train on cross entropy with AdamW and a one-cycle learning rate; leaves the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,12 +28,12 @@ def train(
     weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
     groups = [weights, learned] if of_quantizers else [weights]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
-    n_steps = epochs * -(-len(data.train_labels) // BATCH_SIZE)
+    n_steps = epochs * steps_per_epoch(data)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps)
     model.train()
     for epoch in range(1, epochs + 1):
         losses = []
-        for x, labels in _batches(*data.train_epoch(generator)):
+        for x, labels in data.train_batches(generator, BATCH_SIZE):
             loss = F.cross_entropy(model(x), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -45,22 +45,23 @@ def train(
     model.eval()
 
 
-def _batches(x: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(x.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+def steps_per_epoch(data: TrainingData) -> int:
+    """Batches in an epoch."""
+    return -(-data.n_train // BATCH_SIZE)
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, data: Digits, n_batches: int, seed: int) -> None:
+def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int) -> None:
     """Show `n_batches` distorted training batches to every observer; then the model is in QUANT_EVAL."""
-    images, labels = data.train_epoch(torch.Generator().manual_seed(seed))
+    batches = data.train_batches(torch.Generator().manual_seed(seed), BATCH_SIZE)
     with qmodule_state(model.eval(), QModuleState.CALIBRATION):
-        for (x, _), _ in zip(_batches(images, labels), range(n_batches), strict=False):
+        for (x, _), _ in zip(batches, range(n_batches), strict=False):
             model(x)
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
 
 
 def quantization_aware_train(
-    model: nn.Module, data: Digits, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
+    model: nn.Module, data: TrainingData, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
 ) -> None:
     """Train with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
     set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)

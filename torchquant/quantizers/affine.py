@@ -14,8 +14,8 @@ class AffineQuantizer(UniformQuantizer):
     `n_bits` 1..24. `range_observer` says which range, and per tensor or per channel (its `axis`).
     `symmetric`: False (0..2**n-1 codes and a zero point), True (the published grid), "narrow"
     (weights), "full" (signed activations), "torch" (its unsigned codes); see `affine_params`.
-    `gradient_clip=True` stops the gradient of elements whose code saturates; the published code masks on the quantized value and
-    so loses in-range elements (docs/algorithms.md I-3). Raises ConfigError.
+    `gradient_clip=True` stops the gradient of elements whose code saturates; the published code masks on the
+    quantized value and so loses in-range elements (docs/algorithms.md I-3). Raises ConfigError.
 
     >>> import torch
     >>> quantizer = AffineQuantizer(4, BatchMinMax(), symmetric="narrow")

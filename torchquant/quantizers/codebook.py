@@ -30,6 +30,7 @@ class CodebookQuantizer(LevelList, LearnedQuantizer):
 
     statistics = ("initial_codebook",)
     about = About("nearest of 2**n fitted levels", "Max 1960; Lloyd 1982; Han et al. 2016, arXiv:1510.00149", "1..8")
+    typical = "{name}:{n},iterations=20/channel"  # in training it is fitted anew with every step
     presets = {"lloyd": {"zero": False, "learn": False}}
     codebook: Tensor
 
