@@ -19,11 +19,11 @@ from torchquant.quantizers._learned import (
     scaled_gradient,
     where_signed,
 )
-from torchquant.quantizers_functional._range_search import best_range
+from torchquant.quantizers_functional._range_search import best_range, refitted_step
 from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes, lsq_quantize
-from torchquant.quantizers_functional.uniform import uniform_codes
+from torchquant.quantizers_functional.uniform import integer_codes, uniform_codes
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -33,13 +33,13 @@ class LSQQuantizer(LearnedQuantizer):
     """A uniform grid through 0 whose step is trained (Esser et al. 2020, arXiv:1902.08153; docs/algorithms.md B5).
 
     The first tensor observed sets the step; from then on observing changes nothing and the optimizer moves it.
-    `init="mse"`: the step of least squared error on Gaussian data of that size (on its positive half if
-    unsigned), or "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not, None: the
-    first tensor decides, by whether it goes below 0. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements
-    that share a step, or those of one sample if `per_sample` (activations). A step is never used below a thousandth
-    of its first value, so it stays positive. `torchquant.quantizer_parameters(model)` is an optimizer group without
-    weight decay; build the optimizer after calibration where steps per group, or per channel of an activation, get
-    their number only then. Raises ConfigError.
+    `init="mse"`: the step of least squared error on that tensor, searched from the best one for a Gaussian, or
+    "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not, None: the first tensor decides, by
+    whether it goes below 0. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements that share a step, or
+    those of one sample if `per_sample` (activations). A step is never used below a thousandth of its first value, so
+    it stays positive. `torchquant.quantizer_parameters(model)` is an optimizer group without weight decay; build the
+    optimizer after calibration where steps per group, or per channel of an activation, get their number only
+    then. Raises ConfigError.
 
     >>> quantizer = LSQQuantizer(4)
     >>> quantizer.pre_observe(torch.randn(1000))
@@ -82,12 +82,23 @@ class LSQQuantizer(LearnedQuantizer):
         if self.init == "mse":
             steps = FULL_STEP.get(self.n_bits, 1.0), 2**0.5 * NARROW_STEP.get(self.n_bits + 1, 1.0)
             factor = where_signed(self.signed, lowest, *steps)
-            step = reduce_mean(row_mean_squares(x)).sqrt() * factor
+            step = self._least_error(x, or_one(row_mean_squares(x).sqrt() * factor), lowest)
         else:
             units, unit = unit_rows(x)
             largest_code = where_signed(self.signed, lowest, 2 ** (self.n_bits - 1) - 1, 2**self.n_bits - 1)
             step = 2.0 * reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit) / largest_code**0.5
         return first((or_one(usable_scale(step, 2.0**self.n_bits)), lowest), self.axis)
+
+    def _least_error(self, x: Tensor, guess: Tensor, lowest: Tensor) -> Tensor:
+        units, unit = unit_rows(x)
+        fitted = [
+            refitted_step(units, (guess / unit).clamp_min(2.0**-100), *integer_codes(self.n_bits, sign))
+            for sign in ((True, False) if self.signed is None else (self.signed,))
+        ]
+        below = (lowest < 0).any()
+        step = torch.where(below, fitted[0], fitted[-1])
+        rms = reduce_mean(row_mean_squares(x))
+        return torch.where(rms > 0, reduce_mean(step * unit), rms)
 
     def grid(self) -> tuple[Tensor | int, ...]:
         """The step in use."""
