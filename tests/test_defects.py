@@ -1,208 +1,161 @@
-"""Defects of the published codes this one grows out of: each was real, none may come back."""
+"""Defects of published code (docs/algorithms.md I) that are not reproduced here; those not named in other files."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import torchquant as tq
+from tests import oracles
 from tests.oracles import GOLDEN
-from torchquant.errors import UnobservedRangeError
-from torchquant.quantizers_functional.esb import ESB_ALPHA
+from torchquant.quantizers import QUANTIZERS, LSQQuantizer, MXQuantizer
+from torchquant.quantizers_functional import minifloat_quantize
+from torchquant.quantizers_functional.esb import ESB_ALPHA, esb_max_exponent
+from torchquant.quantizers_functional.minifloat import FORMATS
 
-S = tq.QModuleState
 
-
-def observed(quantizer: tq.Quantizer, x: torch.Tensor) -> tq.Quantizer:
+def observed(text: str, x: torch.Tensor, site: str = "weight") -> tq.Quantizer:
+    quantizer = tq.make_quantizer(text, site)
     quantizer.pre_observe(x)
     return quantizer
 
 
-def test_qfmt_clamps_codes_not_values() -> None:
-    """Published: codes were clamped to +-2**int_bits; 8 bits on [-1, 1] collapsed to +-1/32."""
-    defect = GOLDEN["golden"]["qfmt_published_defect"]
-    x = torch.tensor(defect["x"])
-    y = observed(tq.QfmtQuantizer(8, True, tq.BatchMinMax()), x)(x)
-    assert y.tolist() == defect["x"]
-    assert y.tolist() != defect["dequant"]
-    ramp = torch.linspace(-0.9, 0.9, 2001)
-    q = observed(tq.QfmtQuantizer(8, True, tq.BatchMinMax()), ramp)
-    assert float((q(ramp) - ramp).abs().max()) <= float(q.affine_params().delta) / 2
+def test_defect_1_an_eight_bit_q_format_has_its_256_codes() -> None:
+    x = torch.linspace(-1, 1, 4001)
+    y = observed("qfmt:8,signed", x)(x)
+    assert y.unique().numel() > 120  # published: 4
+    assert float((y - x).abs().max()) <= 1 / 128 + 1e-6
 
 
-def test_qfmt_exact_power_of_two_and_zeros() -> None:
-    """Published: floor(log2)+1 for both ends lost a bit at lo = -2**k; zeros gave log2(0)."""
-    assert observed(tq.QfmtQuantizer(8, True, tq.BatchMinMax()), torch.tensor([-1.0, 0.5]))(
-        torch.tensor([-1.0])
-    ).tolist() == [-1.0]
-    zeros = torch.zeros(4)
-    assert observed(tq.QfmtQuantizer(8, True, tq.BatchMinMax()), zeros)(zeros).tolist() == [0.0] * 4
+def test_defect_2_the_negative_end_at_a_power_of_two_costs_no_bit() -> None:
+    step = observed("qfmt:8,signed", torch.tensor([-1.0, 0.5])).affine_params().delta
+    assert float(step) == 2.0**-7
+    assert float(observed("qfmt:8,signed", torch.zeros(3))(torch.zeros(3)).abs().sum()) == 0.0
 
 
-def test_the_gradient_mask_is_computed_on_the_input() -> None:
-    """Published: masked on the quantized value against the observed range: -10 -> -10.32 lost its gradient,
-    and x = -5 outside [-1, 1] kept it."""
-    q = observed(tq.AffineQuantizer(4, tq.BatchMinMax(), gradient_clip=True), torch.tensor([3.9, 7.2, -10.0]))
+def test_defect_3_elements_in_range_keep_their_gradient() -> None:
     x = torch.tensor([3.9, 7.2, -10.0], requires_grad=True)
-    q(x).sum().backward()
+    quantizer = observed("affine:4@clipped", x.detach())
+    y = quantizer(x)
+    assert float(y[2].detach()) < -10.0  # rounds beyond the range, which made the published code mask it
+    y.sum().backward()
     assert x.grad.tolist() == [1.0, 1.0, 1.0]
-    q.observer.force_ranges(-1.0, 1.0)
-    x = torch.tensor([-5.0, 0.3], requires_grad=True)
-    q(x).sum().backward()
-    assert x.grad.tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("symmetric", [False, True, "narrow", "full"])
-def test_one_sided_and_empty_ranges(symmetric: bool | str) -> None:
-    """Published: symmetric with positive data raised AttributeError, a zero range gave NaN."""
-    for x in (torch.rand(9) + 1, -torch.rand(9) - 1, torch.zeros(9)):
-        y = observed(tq.AffineQuantizer(4, tq.BatchMinMax(), symmetric), x)(x)
+@pytest.mark.parametrize("symmetric", ["true", "narrow", "full", "torch", "false"])
+def test_defect_4_one_sided_and_empty_ranges_work_in_every_grid(symmetric: str) -> None:
+    for x in (torch.rand(50), -torch.rand(50), torch.zeros(50)):
+        y = observed(f"affine:4,symmetric={symmetric}", x)(x)
         assert y.isfinite().all()
-        assert float((y - x).abs().max()) <= 0.3
+        assert float((y - x).abs().max()) <= float(x.abs().max()) / 7 + 1e-6
 
 
-def test_the_published_symmetric_grid_and_the_ones_that_reach_the_maximum() -> None:
-    """Published symmetric grid: +-1 at 4 bits becomes +-0.933; kept under True, mended under narrow and full."""
+def test_defect_5_the_published_symmetric_grid_misses_the_top_and_narrow_does_not() -> None:
     x = torch.tensor([-1.0, 1.0])
-    grids = {s: observed(tq.AffineQuantizer(4, tq.BatchMinMax(), s), x)(x).tolist() for s in (True, "narrow", "full")}
-    assert grids[True] == pytest.approx([-14 / 15, 14 / 15])
-    assert observed(tq.AffineQuantizer(4, tq.BatchMinMax(), True), x).affine_params().delta == 2 / 15
-    assert grids["narrow"] == [-1.0, 1.0]
-    assert grids["full"] == [-1.0, 1.0]
+    assert float(observed("affine:4,symmetric=true", x)(x)[1]) == pytest.approx(1 - 1 / 15)
+    assert float(observed("affine:4,symmetric=narrow", x)(x)[1]) == pytest.approx(1.0)
 
 
-def test_forced_ranges_are_returned_and_reload() -> None:
-    """Published: get_ranges divided by 1 - momentum**0 after force_ranges; None buffers did not load."""
-    observer = tq.ExpAvgMinMax()
-    observer.force_ranges(-1.0, 3.0)
-    assert observer.get_ranges() == (-1.0, 3.0)
-    other = tq.ExpAvgMinMax()
-    other.load_state_dict(observer.state_dict(), strict=True)
-    assert other.get_ranges() == (-1.0, 3.0)
+def test_defect_6_a_forced_average_is_what_was_forced_and_loads() -> None:
+    observer = tq.ExpAvgMinMax(0.9)
+    observer.force_ranges(-1.0, 2.0)
+    assert [float(end) for end in observer.get_ranges()] == [-1.0, 2.0]
+    fresh = tq.ExpAvgMinMax(0.9)
+    fresh.load_state_dict(observer.state_dict(), strict=True)
+    assert [float(end) for end in fresh.get_ranges()] == [-1.0, 2.0]
 
 
-def test_dilation_and_padding_mode_are_kept() -> None:
-    """Published: F.conv2d was called without them; 7x7 came out where the layer gives 5x5."""
-    layer = nn.Conv2d(1, 1, 3, dilation=2, padding=1, padding_mode="circular")
-    wrapper = tq.QWrapper(layer, tq.AffineQuantizer(16, tq.BatchMinMax()), None)
-    x = torch.randn(1, 1, 9, 9)
-    with tq.qmodule_state(wrapper, S.QUANT_AWARE_TRAIN):
+def test_defect_7_dilation_and_padding_mode_reach_the_convolution() -> None:
+    layer = nn.Conv2d(2, 3, 3, padding=2, dilation=2, padding_mode="reflect")
+    wrapper = tq.QWrapper(layer, tq.make_quantizer("affine:16,symmetric=narrow/channel"), None)
+    wrapper.observe_weight()
+    x = torch.randn(1, 2, 8, 8)
+    with tq.qmodule_state(wrapper, tq.QModuleState.QUANT_EVAL):
         assert torch.allclose(wrapper(x), layer(x), atol=1e-3)
 
 
-def test_fold_bn_is_not_ignored() -> None:
-    """Published: fold_bn=True did nothing."""
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)]
-    layers[1].weight.data = torch.tensor([0.01, 1.0, 3.0, 10.0])
-    shapes = {}
-    for fold in (False, True):
-        wrapper = tq.QWrapper(layers, tq.AffineQuantizer(8, tq.BatchMinMax(0), "narrow"), None, fold_bn=fold).eval()
-        tq.observe_weights(wrapper)
-        shapes[fold] = wrapper.weight_quantizer.affine_params().delta
-    factor = layers[1].weight / torch.sqrt(layers[1].running_var + layers[1].eps)
-    assert torch.allclose(shapes[True], shapes[False] * factor)
+@pytest.mark.parametrize(("pair", "published"), [((9, 7), 1.9757), ((4, 0), 0.0381), ((5, 1), 0.0391)])
+def test_defect_9_esb_scales_are_optimal(pair: tuple[int, int], published: float) -> None:
+    x = torch.from_numpy(oracles.gaussian_quantile_grid(2**20)).to(torch.float64)
+
+    def error(alpha: float) -> float:
+        return float((tq.quantizers_functional.esb_quantize(x, alpha, *pair) - x).square().mean())
+
+    assert error(ESB_ALPHA[pair]) < error(published)
+    assert ESB_ALPHA[pair] == pytest.approx(GOLDEN["esb"]["N(0,1)"][f"{pair[0]},{pair[1]}"]["alpha"], rel=1e-6)
+    assert any(esb_max_exponent(b, k) == 14 for b, k in ESB_ALPHA)  # e = 4 is there, published: None
 
 
-def test_asking_too_early_says_what_to_do() -> None:
-    """Published: AttributeError('') with no message."""
-    with pytest.raises(UnobservedRangeError, match="has seen no data"):
-        tq.AffineQuantizer(8, tq.BatchMinMax())(torch.ones(1))
+def test_defect_10_one_exponent_bit_is_the_uniform_grid_and_powers_of_two_stay_themselves() -> None:
+    quantizer = tq.ESBQuantizer(4, 2)
+    quantizer.force(1.0)
+    assert quantizer.levels().diff().unique().tolist() == [0.25]
+    powers = tq.ESBQuantizer(4, 0)
+    powers.force(1.0)
+    x = 2.0 ** torch.arange(0, 7)
+    assert torch.equal(powers(x), x)
 
 
-def test_state_context_is_reentrant() -> None:
-    """Published: the list of former modes grew with every use and gave back the wrong ones."""
-    op = tq.QOp(abs, None)
-    context = tq.qmodule_state(op, S.QUANT_EVAL)
-    with context, context:
-        pass
-    assert op.state is S.BYPASSED
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_defect_20_the_forward_is_on_the_grid_in_training(name: str) -> None:
+    quantizer = QUANTIZERS[name].examples(None)[0]
+    x = torch.randn(64, 33).abs() if quantizer.signed is False else torch.randn(64, 33)
+    quantizer.pre_observe(x)
+    y = quantizer.train()(x.clone().requires_grad_())
+    assert all(part.unique().numel() <= 2**quantizer.n_bits for part in quantizer.parts(y.detach()))
+    assert torch.equal(y, quantizer.eval()(x))
 
 
-def test_no_activation_is_kept_after_forward() -> None:
-    """Published: forward stored its last activation on the module."""
-    wrapper = tq.QWrapper([nn.Linear(3, 3), nn.ReLU()], None, tq.AffineQuantizer(8, tq.ExpAvgMinMax()))
-    with tq.qmodule_state(wrapper, S.QUANT_AWARE_TRAIN):
-        wrapper(torch.randn(2, 3))
-    held = [v for m in wrapper.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
-    assert held == []
+@pytest.mark.parametrize("scheme", ["ul2q:4", "vecq:4", "clipq:4", "esb:4,k=1", "twn", "xnor", "residual:3"])
+def test_defect_21_averages_start_at_the_data(scheme: str) -> None:
+    x = 1e-4 * torch.randn(400)
+    averaged, plain = observed(scheme, x, "output"), observed(scheme, x)
+    assert torch.allclose(averaged(x), plain(x), rtol=1e-5, atol=1e-12)
 
 
-def test_esb_has_a_gradient() -> None:
-    """AutoQNN: the returned tensor had requires_grad=False, so weights never trained."""
-    x = torch.randn(20, requires_grad=True)
-    observed(tq.ESBQuantizer(4, 1), x)(x).sum().backward()
-    assert x.grad.tolist() == [1.0] * 20
+def test_defect_24_a_weight_has_its_current_range() -> None:
+    quantizer = tq.make_quantizer("affine:8,symmetric=narrow/channel")
+    for scale in (100.0, 1.0):
+        w = torch.randn(3, 50) * scale
+        quantizer.pre_observe(w)
+    assert torch.allclose(quantizer.affine_params().delta, w.abs().amax(1) / 127)
 
 
-def test_esb_constants_are_the_global_optima() -> None:
-    """AutoQNN: (9,7) was a copy of (8,6), (4,0) and (5,1) local optima, e=4 missing; e=1 used another grid."""
-    for pair, alpha in ESB_ALPHA.items():
-        assert alpha == pytest.approx(GOLDEN["esb"]["N(0,1)"][f"{pair[0]},{pair[1]}"]["alpha"], rel=1e-8)
-    q = tq.ESBQuantizer(4, 2)
-    q.force(1.0)
-    assert q.levels().diff().unique().tolist() == [0.25]
+def test_defect_25_torch_symmetric_codes_have_their_zero_point_stored() -> None:
+    x = torch.tensor([-18.0, 3.0])
+    params = observed("affine:8,symmetric=torch", x).affine_params()
+    assert (int(params.zero_point), params.qmin, params.qmax) == (128, 0, 255)
+    assert float(params.delta) == pytest.approx(18 / 127.5)
+    expected = torch.fake_quantize_per_tensor_affine(x, float(params.delta), 128, 0, 255)
+    assert torch.allclose(observed("affine:8,symmetric=torch", x)(x), expected)
 
 
-def test_esb_per_channel_clones_right() -> None:
-    """AutoQNN: cloning a per-channel ESB crashed."""
-    import copy
-
-    x = torch.randn(3, 5)
-    q = observed(tq.ESBQuantizer(4, 1, axis=0), x)
-    assert torch.equal(copy.deepcopy(q)(x), q(x))
+def test_defect_26_rounding_comes_before_the_zero_point() -> None:
+    quantizer = tq.AffineQuantizer(4, tq.BatchMinMax())
+    quantizer.observer.force_ranges(-5.0, 10.0)  # step 1, zero point 5, which is odd
+    ties = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
+    assert quantizer(ties).tolist() == [0.0, 2.0, 2.0, 0.0, -2.0]
 
 
-@pytest.mark.parametrize("make", [tq.TernaryQuantizer, lambda: tq.ESBQuantizer(4, 1)])
-def test_zeros_give_zeros_without_a_warning(make: object) -> None:
-    """AutoQNN: ternary (and others) gave NaN on an all-zero tensor."""
-    x = torch.zeros(6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert observed(make(), x)(x).tolist() == [0.0] * 6
+def test_defect_34_floats_saturate_before_a_cast() -> None:
+    for name, largest in (("fp8_e4m3", 448.0), ("fp8_e5m2", 57344.0)):
+        x = torch.tensor([1e6, -1e6, float("inf")])
+        assert minifloat_quantize(x, 1.0, FORMATS[name]).tolist() == [largest, -largest, largest]
 
 
-@pytest.mark.parametrize("name", tq.QUANTIZERS)
-def test_no_more_than_two_to_the_bits_values(name: str) -> None:
-    """AutoQNN: `x + (q - x)` gave 17 to 25 distinct values at 4 bits; FixedQuant did not clamp."""
-    x = 0.1 * torch.randn(5000)
-    for q in tq.QUANTIZERS[name].examples():
-        assert observed(q, x)(8 * x.requires_grad_()).unique().numel() <= 2**q.n_bits
+def test_defect_35_the_ocp_scale_saturates_and_rceil_does_not() -> None:
+    x = torch.full((1, 32), 500.0)
+    assert float(MXQuantizer(8, "fp8_e4m3", "floor")(x)[0, 0]) == 448.0
+    assert float(MXQuantizer(8, "fp8_e4m3", "rceil")(x)[0, 0]) == pytest.approx(500.0, rel=1 / 16)
 
 
-def test_the_average_is_not_pulled_to_its_start() -> None:
-    """AutoQNN: an average that starts at 0 or 1 without correction gave 0.029 after one N(0, 1) batch."""
-    observer = tq.ExpAvgMinMax(momentum=0.99)
-    observer.observe_batch(torch.tensor([-3.0, 3.0]))
-    assert observer.get_ranges() == (-3.0, 3.0)
-
-
-def test_running_statistics_under_folding_are_those_of_the_float_layer() -> None:
-    """NNI 2.x: from step 1 the statistics came from the folded, quantized convolution."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)]
-    for mode in ("running", "batch", "corrected"):
-        wrapper = tq.QWrapper(
-            [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)], tq.TernaryQuantizer(), None, fold_bn=mode
-        ).train()
-        plain = nn.Sequential(*[type(m)(*a) for m, a in zip(layers, [(1, 2, 3), (2,)], strict=True)]).train()
-        plain[0].load_state_dict(wrapper.layer.state_dict())
-        tq.set_qmodule_state(wrapper, S.QUANT_AWARE_TRAIN)
-        for _ in range(3):
-            x = torch.randn(4, 1, 6, 6)
-            wrapper(x)
-            plain(x)
-        assert torch.allclose(wrapper.bn.running_mean, plain[1].running_mean)
-        assert torch.allclose(wrapper.bn.running_var, plain[1].running_var)
-
-
-def test_gradients_are_not_edited_in_place() -> None:
-    """NNI: grad_output[mask] = 0 changed the gradient of other consumers."""
-    q = observed(tq.AffineQuantizer(4, tq.BatchMinMax(), gradient_clip=True), torch.tensor([-1.0, 1.0]))
-    x = torch.tensor([-9.0, 0.5], requires_grad=True)
-    upstream = torch.ones(2)
-    q(x).backward(upstream)
-    assert upstream.tolist() == [1.0, 1.0]
-    assert x.grad.tolist() == [0.0, 1.0]
+def test_defect_36_the_default_start_of_lsq_is_no_worse_than_the_papers() -> None:
+    x = torch.from_numpy(oracles.gaussian_quantile_grid(2**15)).to(torch.float64)
+    for n_bits, at_least in ((2, 1.4), (4, 2.4), (8, 15.0)):
+        errors = []
+        for init in ("paper", "mse"):
+            quantizer = LSQQuantizer(n_bits, init=init).double()
+            quantizer.pre_observe(x)
+            errors.append(float((quantizer(x).detach() - x).square().mean()))
+        assert errors[0] / errors[1] > at_least

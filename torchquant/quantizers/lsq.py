@@ -34,8 +34,8 @@ class LSQQuantizer(LearnedQuantizer):
 
     The first tensor observed sets the step; from then on observing changes nothing and the optimizer moves it.
     `init="mse"`: the step of least squared error on that tensor, searched from the best one for a Gaussian, or
-    "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not, None: the first tensor decides, by
-    whether it goes below 0. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements that share a step, or
+    "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not, None: the first tensor decides,
+    by whether it goes below 0. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements that share a step, or
     those of one sample if `per_sample` (activations). A step is never used below a thousandth of its first value, so
     it stays positive. `torchquant.quantizer_parameters(model)` is an optimizer group without weight decay; build the
     optimizer after calibration where steps per group, or per channel of an activation, get their number only
