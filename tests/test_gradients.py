@@ -56,6 +56,37 @@ def test_the_forward_is_that_of_the_format_and_the_gradient_is_finite(
     assert torch.equal(copy.deepcopy(quantizer)(x), quantizer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "gradient"), sorted({tuple(p.values[:2]) for p in COMBINATIONS}))
+def test_every_gradient_in_every_type(name: str, gradient: str, dtype: torch.dtype) -> None:
+    quantizer = QUANTIZERS[name].examples(None)[0]
+    x = torch.randn(4, 60).to(dtype)
+    quantizer.pre_observe(x)
+    quantizer.set_gradient(gradient)
+    grad = gradient_of(quantizer, x, torch.randn(x.shape).to(dtype))
+    assert grad.dtype == dtype
+    assert grad.isfinite().all()
+    wide = gradient_of(quantizer, x.double(), torch.ones(x.shape, dtype=torch.float64))
+    ones = gradient_of(quantizer, x, torch.ones(x.shape, dtype=dtype)).double()
+    if gradient in ("ste", "clipped"):  # elements at the very edge may round to its other side
+        assert float((wide != ones).double().mean()) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gradient", "axis"), COMBINATIONS)
+def test_every_combination_compiles(name: str, gradient: str, axis: int | None) -> None:
+    quantizer = QUANTIZERS[name].examples(axis)[0]
+    x, upstream = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
+    quantizer.pre_observe(x)
+    quantizer.set_gradient(gradient)
+    if gradient == "noise":
+        quantizer.eval()  # what it draws differs
+    expected = gradient_of(quantizer, x, upstream)
+    torch.compiler.reset()
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(gradient_of(compiled, x, upstream), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [n for n in GRADIENTS if n not in ("hardtanh", "approxsign")])
 def test_compiled_gradient_equals_eager(name: str) -> None:
     quantizer = tq.AffineQuantizer(3, tq.BatchMinMax(axis=0), "narrow")

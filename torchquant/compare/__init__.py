@@ -2,6 +2,8 @@
 
 from torchquant.compare.leaderboard import Row as Row
 from torchquant.compare.leaderboard import leaderboard as leaderboard
+from torchquant.compare.leaderboard import markdown as markdown
+from torchquant.compare.leaderboard import read_leaderboard as read_leaderboard
 from torchquant.compare.leaderboard import write_leaderboard as write_leaderboard
 from torchquant.compare.run import CaseResult as CaseResult
 from torchquant.compare.run import compare as compare
@@ -19,5 +21,7 @@ __all__ = [
     "leaderboard",
     "load_plugin",
     "make_cases",
+    "markdown",
+    "read_leaderboard",
     "write_leaderboard",
 ]

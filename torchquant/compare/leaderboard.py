@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -116,6 +118,13 @@ def write_leaderboard(rows: Sequence[Row], recipe: Recipe, command: str, folder:
     for ending, text in texts.items():
         data = text.encode()
         write_whole(folder / f"leaderboard.{ending}", functools.partial(Path.write_bytes, data=data))
+
+
+def read_leaderboard(path: str | os.PathLike[str]) -> tuple[list[Row], Recipe, str]:
+    """Rows, recipe and command of a leaderboard.json."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = [Row(**row | {"spread": math.nan if row["spread"] is None else row["spread"]}) for row in found["rows"]]
+    return rows, Recipe(**found["recipe"]), found["command"]
 
 
 def _html(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
