@@ -22,6 +22,20 @@ STEPS = 4
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
 
+# Schemes and observers whose numbers on N ranks are those of one process on the joined batch.
+AGREEING_SCHEMES = (
+    "ul2q:3",
+    "vecq:3/channel",
+    "clipq:3",
+    "zoomq:3",
+    "xnor/channel",
+    "esb:4,k=1,center=true",
+    "tqt:4",
+    "pact:4",
+)
+AGREEING_OBSERVERS = ("running", "histogram", "mse", "entropy", "aciq", "meanstd")
+
+
 def small_model() -> nn.Sequential:
     """Float64, so that another order of summation is far below every tolerance. Same weights each time."""
     torch.manual_seed(1)
@@ -93,10 +107,17 @@ def fitted(rank: int | None) -> dict[str, Tensor]:
         "esb": tq.ESBQuantizer(4, 1, momentum=0.5),
         "esb_channel": tq.ESBQuantizer(3, 0, axis=1),
     }
+    for text in AGREEING_SCHEMES:
+        quantizers[text] = tq.make_quantizer(text, site="output").double()
     for name, quantizer in quantizers.items():
         for x, _ in batches():
             quantizer.pre_observe(part_of(x, rank))
         found |= {f"{name}.{key}": value for key, value in quantizer.state_dict().items()}
+    for name in AGREEING_OBSERVERS:
+        observer = tq.make_quantizer(f"affine:4,observer={name}/channel", site="output").observer.double()
+        for x, _ in batches():
+            observer.observe_batch(part_of(x, rank))
+        found |= {f"{name}.{key}": value for key, value in observer.state_dict().items()}
     return found
 
 
@@ -129,6 +150,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(WORLD_SIZE)]
 
 
+@pytest.fixture(scope="module")
+def fitted_alone() -> dict[str, Tensor]:
+    return fitted(None)
+
+
 def test_calibrated_ranges_equal_one_process_exactly(ranks: list[dict[str, Any]]) -> None:
     alone = calibrated(None)
     assert any(name.endswith("range_max") and value.numel() == 4 for name, value in alone.items())
@@ -153,10 +179,19 @@ def test_ranks_agree_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(first["fitted"], second["fitted"], rtol=0, atol=0)
 
 
-def test_esb_scale_equals_one_process(ranks: list[dict[str, Any]]) -> None:
-    alone = fitted(None)
+@pytest.mark.parametrize("name", [*AGREEING_SCHEMES, *AGREEING_OBSERVERS])
+def test_numbers_are_those_of_the_joined_batch(
+    name: str, ranks: list[dict[str, Any]], fitted_alone: dict[str, Tensor]
+) -> None:
+    alone = {key: value for key, value in fitted_alone.items() if key.startswith(f"{name}.")}
+    assert alone
+    for key, value in alone.items():
+        torch.testing.assert_close(ranks[1]["fitted"][key], value, rtol=1e-6, atol=1e-9, msg=key)
+
+
+def test_esb_scale_equals_one_process(ranks: list[dict[str, Any]], fitted_alone: dict[str, Tensor]) -> None:
     for name in ("esb.alpha", "esb_channel.alpha"):
-        torch.testing.assert_close(ranks[0]["fitted"][name], alone[name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(ranks[0]["fitted"][name], fitted_alone[name], rtol=1e-6, atol=0)
 
 
 def test_ternary_numbers_are_those_of_all_ranks(ranks: list[dict[str, Any]]) -> None:

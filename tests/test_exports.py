@@ -28,12 +28,13 @@ PUBLIC = {
     ],
     "torchquant.quantizers": [
         "APoTQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer", "CodebookQuantizer",
-        "DoReFaQuantizer", "ESBQuantizer", "FittedQuantizer", "GridQuantizer", "GroupQuantizer", "LAWS",
-        "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "MXQuantizer", "MinifloatQuantizer", "NF4Quantizer",
-        "NVFP4Quantizer", "PACTQuantizer", "PotQuantizer", "QUANTIZERS", "QfmtQuantizer", "QuantSpec",
-        "Quantizer", "QuantizerFactory", "ResidualQuantizer", "SchemeEntry", "TQTQuantizer", "TTQQuantizer",
-        "TernaryQuantizer", "UL2QQuantizer", "UniformQuantizer", "VecQQuantizer", "ZoomQQuantizer", "catalogue",
-        "check_quantizer", "make_quantizer", "pact_penalty", "scheme_entry", "weight_spec",
+        "DoReFaQuantizer", "ESBQuantizer", "EWGSQuantizer", "FittedQuantizer", "GridQuantizer",
+        "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "MXQuantizer",
+        "MinifloatQuantizer", "NF4Quantizer", "NVFP4Quantizer", "PACTQuantizer", "PotQuantizer", "QUANTIZERS",
+        "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory", "ResidualQuantizer", "SchemeEntry",
+        "TQTQuantizer", "TTQQuantizer", "TernaryQuantizer", "UL2QQuantizer", "UniformQuantizer",
+        "VecQQuantizer", "ZoomQQuantizer", "catalogue", "check_quantizer", "find_scheme", "make_quantizer",
+        "pact_penalty", "scheme_entry", "weight_spec",
     ],
     "torchquant.range_observers": [
         "ACIQObserver", "BatchMinMax", "EntropyObserver", "ExpAvgMinMax", "HistogramObserver", "MSEObserver",
@@ -46,6 +47,14 @@ PUBLIC = {
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
         "quantizer_parameters", "set_qmodule_state", "state_report",
+    ],
+    "torchquant.training": [
+        "BitSchedule", "GradientSchedule", "OscillationReport", "OscillationTracker", "QuantizationSchedule",
+        "Ramp", "adapt_ewgs", "dampening_loss", "reestimate_bn",
+    ],
+    "torchquant.compare": [
+        "Case", "CaseResult", "Recipe", "Row", "compare", "leaderboard", "load_plugin", "make_cases",
+        "markdown", "read_leaderboard", "write_leaderboard",
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",

@@ -80,6 +80,19 @@ def test_any_tensor_at_all(name: str, array: object, dtype: torch.dtype) -> None
         assert torch.equal(quantizer.decode(quantizer.encode(finite), dtype), quantizer(finite))
 
 
+@pytest.mark.parametrize(("name", "axis", "i"), CASES)
+def test_every_code_comes_back(name: str, axis: int | None, i: int) -> None:
+    """`encode(decode(code))` is the code, for all codes of every format of up to 8 bits."""
+    quantizer = QUANTIZERS[name].examples(axis)[i]
+    if name in BLOCKS or not quantizer.keeps_units or quantizer.n_bits > 8:
+        return
+    x = torch.randn(3, 20, 20).movedim(0, axis or 0).contiguous()
+    quantizer.pre_observe(x.abs() if quantizer.signed is False else x)
+    codes = torch.arange(quantizer.code_range[0], quantizer.code_range[1] + 1, dtype=torch.int32)
+    along = codes.expand(3, 1, -1).movedim(0, axis or 0)
+    assert torch.equal(quantizer.encode(quantizer.decode(along)), along)
+
+
 @pytest.mark.parametrize("text", ["affine:4,symmetric=narrow/group=16", "esb:4,k=1/group=5", "nf4/group=64"])
 def test_groups_keep_the_laws(text: str) -> None:
     report = tq.check_quantizer(tq.make_quantizer(text), torch.randn(4, 40))

@@ -125,8 +125,8 @@ class VecQQuantizer(MidriseQuantizer):
         units, unit = unit_rows(x)
         scaled = (threshold_step / unit).to(units.dtype)[:, None]
         points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
-        along, square = row_sums(units * points), row_sums(points.square())
-        step = reduce_mean(along) / reduce_mean(square) * unit
+        along, square = row_sums(units * points) * unit, row_sums(points.square())
+        step = reduce_mean(along) / reduce_mean(square)
         return threshold_step, usable_scale(step, 2.0**self.n_bits)
 
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:

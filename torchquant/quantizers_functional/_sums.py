@@ -56,17 +56,18 @@ def row_mean_squares(rows: Tensor) -> Tensor:
 def row_moments(rows: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of each row. rows: (C, n) float, n > 0. Two (C,) float64.
 
-    `combine` joins means over ranks. A constant row has deviation 0, not what rounding leaves of it.
+    `combine` joins means over ranks, whose largest magnitudes differ: what it gets is in the units of x. A constant
+    row has deviation 0, not what rounding leaves of it.
 
     >>> row_moments(torch.tensor([[1.0, 3.0]]), lambda x: x)
     (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     units, unit = unit_rows(rows)
-    mean = combine(row_sums(units) / units.shape[1])
-    centred = units.to(torch.float64) - mean[:, None]
-    deviation = combine(row_sums(centred.square_()) / units.shape[1]).sqrt()
-    deviation = torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
-    return mean * unit, deviation * unit
+    unit = unit.to(torch.float64)
+    mean = combine(row_sums(units) / units.shape[1] * unit)
+    centred = units.to(torch.float64) - (mean / unit)[:, None]
+    deviation = combine(row_sums(centred.square_()) / units.shape[1] * unit.square()).sqrt()
+    return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
 
 
 def usable_scale(scale: Tensor, largest_level: float) -> Tensor:

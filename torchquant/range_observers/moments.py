@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._sums import row_moments, row_sums, unit_rows
+from torchquant.quantizers_functional._sums import row_moments, row_sums
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
@@ -108,13 +108,13 @@ class ACIQObserver(RangeObserver):
         self.family = family
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        units, unit = unit_rows(rows(x, self.axis))
-        low, high = _extremes(units)
+        wide = rows(x, self.axis).to(torch.float64)  # whose fourth powers neither overflow nor vanish
+        low, high = _extremes(wide)
         is_relu = low >= 0
         # Of what a ReLU left, the moments about 0 of the positive part: those of the whole bell around 0.
-        centre = torch.where(is_relu, torch.zeros_like(low), _mean(units))
-        centred = units.to(torch.float64) - centre[:, None]
-        counted = torch.where(is_relu[:, None], (units > 0).to(torch.float64), torch.ones_like(centred))
+        centre = torch.where(is_relu, torch.zeros_like(low), _mean(wide))
+        centred = wide - centre[:, None]
+        counted = torch.where(is_relu[:, None], (wide > 0).to(torch.float64), torch.ones_like(centred))
         share = _mean(counted).clamp_min(1e-12)
         square = _mean(centred.square()) / share
         spread = _mean(centred.abs()) / share
@@ -123,7 +123,7 @@ class ACIQObserver(RangeObserver):
         laplace = spread * self._constant(ACIQ_LAPLACE, is_relu)
         clip = {"gauss": gauss, "laplace": laplace, "auto": torch.where(kurtosis < KURTOSIS_BETWEEN, gauss, laplace)}
         ends = torch.maximum(low, centre - clip[self.family]), torch.minimum(high, centre + clip[self.family])
-        return tuple(end * unit if self.axis is not None else (end * unit).squeeze(0) for end in ends)
+        return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 
     def _constant(self, table: dict[int, float], is_relu: Tensor) -> Tensor:
         return torch.where(is_relu, table[self.n_bits + 1], table[self.n_bits]).to(torch.float64)
