@@ -11,6 +11,7 @@ from torchquant.errors import ConfigError, NoAffineViewError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import (
     LearnedQuantizer,
+    LearnedUniform,
     check_init,
     first,
     gradient_scale,
@@ -29,7 +30,7 @@ from torchquant.range_observers._statistics import rows
 
 
 @QUANTIZERS.register("lsq")
-class LSQQuantizer(LearnedQuantizer):
+class LSQQuantizer(LearnedUniform):
     """A uniform grid through 0 whose step is trained (Esser et al. 2020, arXiv:1902.08153; docs/algorithms.md B5).
 
     The first tensor observed sets the step; from then on observing changes nothing and the optimizer moves it.
@@ -72,10 +73,6 @@ class LSQQuantizer(LearnedQuantizer):
         self.init = init
         self.per_sample = per_sample
 
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return lsq_codes(self.n_bits, self.is_signed)
-
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         lowest = lowest_of(x)
@@ -109,15 +106,6 @@ class LSQQuantizer(LearnedQuantizer):
         qmin, qmax = self.code_range
         scale = gradient_scale(x, self.initial_step.numel(), self.per_sample, qmax)
         return lsq_quantize(x, step, self.n_bits, qmin < 0, scale, delta=self._buffers.get("delta"))
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return uniform_codes(x, grid[0], *self.code_range)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return codes.to(dtype) * grid[0].to(dtype)
-
-    def affine_params(self) -> AffineParams:
-        return AffineParams(self.bounded("step").detach(), 0, *self.code_range)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[LSQQuantizer]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
-from torchquant.quantizers._learned import LearnedQuantizer, first, lowest_of, or_one, where_signed
+from torchquant.quantizers._learned import LearnedUniform, first, lowest_of, or_one, where_signed
 from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, usable_scale
-from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes
 from torchquant.quantizers_functional.tqt import tqt_quantize, tqt_step
-from torchquant.quantizers_functional.uniform import uniform_codes
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import per_channel_view, rows
 
@@ -22,7 +18,7 @@ INITS = ("mse", "3sigma", "absmax")
 
 
 @QUANTIZERS.register("tqt")
-class TQTQuantizer(LearnedQuantizer):
+class TQTQuantizer(LearnedUniform):
     """A power-of-two step that is trained: Q-format with a learned point (Jain et al. 2019, arXiv:1903.08066).
 
     The parameter is `log2_t`, the logarithm of the threshold; the step is `2**ceil(log2_t) / 2**(n_bits - 1)`, or
@@ -62,10 +58,6 @@ class TQTQuantizer(LearnedQuantizer):
         self.signed = signed
         self.init = init
 
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return lsq_codes(self.n_bits, self.is_signed)
-
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         lowest = lowest_of(x)
@@ -92,17 +84,6 @@ class TQTQuantizer(LearnedQuantizer):
         self.get()
         log2_t = per_channel_view(self.log2_t.clamp(-120.0, 120.0), x.ndim, self.axis)
         return tqt_quantize(x, log2_t, self.n_bits, self.is_signed)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return uniform_codes(x, grid[0], *self.code_range)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return codes.to(dtype) * grid[0].to(dtype)
-
-    def affine_params(self) -> AffineParams:
-        (step,) = self.grid()
-        assert isinstance(step, Tensor)
-        return AffineParams(step.detach(), 0, *self.code_range)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[TQTQuantizer]:
