@@ -72,22 +72,28 @@ def test_document_runs(document: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("keeps_registry")
 def test_the_scheme_of_the_page_is_everywhere_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((_, code),) = runnable_blocks((ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8"))
+    (_, code), (_, learned) = runnable_blocks((ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8"))
     assert len(code.splitlines()) <= 30
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     plugin = tmp_path / "cubic.py"
-    plugin.write_text(code)
-    words = ["compare", "--plugin", str(plugin), "--schemes", "cubic,affine", "--bits", "4", "--seeds", "1"]
+    plugin.write_text(f"{code}\n\n{learned}")
+    assert len([line for line in learned.splitlines() if line.strip()]) <= 25
+    words = ["compare", "--plugin", str(plugin), "--schemes", "cubic,halfmax,affine", "--bits", "4", "--seeds", "1"]
     words += ["--epochs", "0", "--float-epochs", "1", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(build_app(), words, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["rows"]
-    assert {row["spec"] for row in rows} == {"cubic:4/channel", "affine:4,symmetric=narrow/channel"}
+    assert {row["spec"] for row in rows} == {
+        "cubic:4/channel",
+        "halfmax:4/channel",
+        "affine:4,symmetric=narrow/channel",
+    }
 
     assert "cubic" in {entry.name for entry in catalogue()}
     quantizer = make_quantizer("cubic:4/channel@ewgs")
     fast = tuple(law for law in LAWS if law != "survives")  # a class of a plug-in file cannot be pickled by name
     assert set(check_quantizer(quantizer, laws=fast).passed) == set(fast)
+    assert set(check_quantizer(make_quantizer("halfmax:4/channel"), laws=fast).passed) == set(fast)
     layer = QWrapper(nn.Linear(6, 3), quantizer, None)
     x = torch.randn(4, 6)
     with qmodule_state(layer, QModuleState.CALIBRATION):

@@ -29,12 +29,12 @@ PUBLIC = {
     "torchquant.quantizers": [
         "APoTQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer", "CodebookQuantizer",
         "DoReFaQuantizer", "ESBQuantizer", "EWGSQuantizer", "FittedQuantizer", "GridQuantizer",
-        "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "MXQuantizer",
-        "MinifloatQuantizer", "NF4Quantizer", "NVFP4Quantizer", "PACTQuantizer", "PotQuantizer", "QUANTIZERS",
-        "QfmtQuantizer", "QuantSpec", "Quantizer", "QuantizerFactory", "ResidualQuantizer", "SchemeEntry",
-        "TQTQuantizer", "TTQQuantizer", "TernaryQuantizer", "UL2QQuantizer", "UniformQuantizer",
-        "VecQQuantizer", "ZoomQQuantizer", "catalogue", "check_quantizer", "find_scheme", "make_quantizer",
-        "pact_penalty", "scheme_entry", "weight_spec",
+        "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "LearnedQuantizer",
+        "LearnedUniform", "LevelList", "MXQuantizer", "MinifloatQuantizer", "NF4Quantizer", "NVFP4Quantizer",
+        "PACTQuantizer", "PotQuantizer", "QUANTIZERS", "QfmtQuantizer", "QuantSpec", "Quantizer",
+        "QuantizerFactory", "ResidualQuantizer", "SchemeEntry", "TQTQuantizer", "TTQQuantizer",
+        "TernaryQuantizer", "UL2QQuantizer", "UniformQuantizer", "VecQQuantizer", "ZoomQQuantizer", "catalogue",
+        "check_quantizer", "find_scheme", "make_quantizer", "pact_penalty", "scheme_entry", "weight_spec",
     ],
     "torchquant.range_observers": [
         "ACIQObserver", "BatchMinMax", "EntropyObserver", "ExpAvgMinMax", "HistogramObserver", "MSEObserver",

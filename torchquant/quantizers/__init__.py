@@ -15,6 +15,9 @@ from torchquant.quantizers._group import GroupQuantizer as GroupQuantizer
 from torchquant.quantizers._laws import LAWS as LAWS
 from torchquant.quantizers._laws import LawReport as LawReport
 from torchquant.quantizers._laws import check_quantizer as check_quantizer
+from torchquant.quantizers._learned import LearnedQuantizer as LearnedQuantizer
+from torchquant.quantizers._learned import LearnedUniform as LearnedUniform
+from torchquant.quantizers._level_list import LevelList as LevelList
 from torchquant.quantizers._spec import QuantSpec as QuantSpec
 from torchquant.quantizers._spec import find_scheme as find_scheme
 from torchquant.quantizers._spec import make_quantizer as make_quantizer
@@ -45,6 +48,9 @@ from torchquant.quantizers.tqt import TQTQuantizer as TQTQuantizer
 from torchquant.quantizers.ttq import TTQQuantizer as TTQQuantizer
 
 __all__ = [
+    "LevelList",
+    "LearnedUniform",
+    "LearnedQuantizer",
     "EWGSQuantizer",
     "find_scheme",
     "NVFP4Quantizer",

@@ -212,9 +212,13 @@ class GridQuantizer(Quantizer):
     def _grid_for(self, ndim: int, axis: int | None) -> tuple[Any, ...]:
         return tuple(per_channel_view(p, ndim, axis) if isinstance(p, Tensor) else p for p in self.grid())
 
+    def grid_for(self, x: Tensor) -> tuple[Any, ...]:
+        """The numbers of the grid in shapes that broadcast against x."""
+        return self._grid_for(x.ndim, self.axis)
+
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
-        grid = self._grid_for(x.ndim, self.axis)
+        grid = self.grid_for(x)
 
         def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
             return self.project(real, want_inside, *grid)
@@ -252,7 +256,7 @@ class GridQuantizer(Quantizer):
         """Real to integer codes (int32). Raises NonFiniteError for NaN; Inf saturates."""
         if bool(torch.isnan(x).any()):
             raise NonFiniteError(f"{type(self).__name__} cannot encode NaN; x has {int(torch.isnan(x).sum())} of them")
-        return self.codes(x.to(compute_dtype(x)), *self._grid_for(x.ndim, self.axis)).to(torch.int32)
+        return self.codes(x.to(compute_dtype(x)), *self.grid_for(x)).to(torch.int32)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes to real values of type `dtype`."""
@@ -321,7 +325,7 @@ class UniformQuantizer(GridQuantizer):
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
-        params = AffineParams(*self._grid_for(x.ndim, self.axis))
+        params = AffineParams(*self.grid_for(x))
         return quantize_uniform(x, params, self.gradient, clamp, self.training)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:

@@ -77,7 +77,7 @@ class APoTQuantizer(LearnedQuantizer):
         return (self.bounded("alpha") * self.get()[2],)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        (clip,) = self._grid_for(x.ndim, self.axis)
+        (clip,) = self.grid_for(x)
         return apot_quantize(x, clip, self.n_bits, self.is_signed)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:

@@ -86,7 +86,7 @@ class DoReFaQuantizer(FittedQuantizer):
         return first((usable_scale(reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit), 1.0),), self.axis)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        (scale,) = self._grid_for(x.ndim, self.axis)
+        (scale,) = self.grid_for(x)
         if self.activation:
             x = x if self.gradient_bits is None else dorefa_gradient(x, self.gradient_bits)
             return dorefa_act_quantize(x, self.n_bits)

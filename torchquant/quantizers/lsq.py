@@ -102,7 +102,7 @@ class LSQQuantizer(LearnedUniform):
         return (self.bounded("step"),)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        (step,) = self._grid_for(x.ndim, self.axis)
+        (step,) = self.grid_for(x)
         qmin, qmax = self.code_range
         scale = gradient_scale(x, self.initial_step.numel(), self.per_sample, qmax)
         return lsq_quantize(x, step, self.n_bits, qmin < 0, scale, delta=self._buffers.get("delta"))
@@ -258,7 +258,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
         return step, self.offset if self.has_offset else torch.zeros_like(step)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        step, offset = self._grid_for(x.ndim, self.axis)
+        step, offset = self.grid_for(x)
         scale = gradient_scale(x, self.initial_step.numel(), self.per_sample, self.code_range[1])
         if not self.has_offset:
             return lsq_quantize(x, step, self.n_bits, True, scale)

@@ -55,7 +55,7 @@ class TTQQuantizer(LearnedQuantizer):
         return self.get()[2], self.bounded("positive"), self.bounded("negative")
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return ttq_quantize(x, *self._grid_for(x.ndim, self.axis))
+        return ttq_quantize(x, *self.grid_for(x))
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         return ttq_codes(x, grid[0].to(x.dtype))

@@ -148,7 +148,7 @@ def dampening_loss(model: nn.Module, weight: float = 1e-3) -> Tensor:
         w = wrapper.folded_weight()
         with torch.no_grad():
             level = quantizer.quantize(w)
-            low, high = quantizer._ends(w, *quantizer._grid_for(w.ndim, quantizer.axis))
+            low, high = quantizer._ends(w, *quantizer.grid_for(w))
             bounded = torch.minimum(torch.maximum(w, low), high).eq(w).to(w.dtype)
         total = total.to(w.device) + ((level - w) * bounded).square().sum()
     return total * weight
