@@ -133,3 +133,16 @@ def test_integers_in_blocks_of_a_gaussian() -> None:
 
 def error(x: Tensor, y: Tensor) -> float:
     return float((x - y).double().square().mean())
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp6_e2m3", "fp6_e3m2"])
+def test_the_scale_of_least_error_on_a_gaussian(name: str) -> None:
+    x = torch.from_numpy(oracles.gaussian_quantile_grid(2**15)).to(torch.float64)
+    errors = {}
+    for scale in ("mse", "absmax", "pow2"):
+        quantizer = tq.make_quantizer(f"{name},scale={scale}").double()
+        quantizer.pre_observe(x)
+        errors[scale] = float((quantizer(x) - x).square().mean())
+    optimum = GOLDEN["minifloat"][name]["N(0,1)"]["mse"]
+    assert errors["mse"] == pytest.approx(optimum, rel=0.02)
+    assert errors["mse"] <= min(errors.values())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
-from torchquant.quantizers_functional._sums import usable_scale
+from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.minifloat import (
     FORMATS,
     FloatFormat,
@@ -20,10 +20,12 @@ from torchquant.quantizers_functional.minifloat import (
     nearest_floats,
 )
 from torchquant.quantizers_functional.uniform import like
-from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
 
-SCALES = ("absmax", "pow2", "one")
+SCALES = ("absmax", "pow2", "one", "mse")
+MSE_STEPS = 24
+"""Eighths of a binade below the largest magnitude that "mse" tries."""
 
 
 def _preset(form: FloatFormat) -> dict[str, Any]:
@@ -37,7 +39,8 @@ class MinifloatQuantizer(FittedQuantizer):
 
     `exponent_bits` 1..5, `mantissa_bits` 0..10, `n_bits` their sum and the sign; `bias`, `special`: see
     `FloatFormat`. `scale` makes the format's numbers fit: "absmax" puts the largest magnitude on the largest number,
-    "pow2" the same rounded up to a power of two, "one" leaves them. Raises ConfigError.
+    "pow2" the same rounded up to a power of two, "one" leaves them, "mse" searches up to three binades below "absmax"
+    for the least squared error. Raises ConfigError.
 
     >>> quantizer = MinifloatQuantizer(8, 4, 3, special="fn")
     >>> quantizer.pre_observe(torch.tensor([-448.0, 1.06]))
@@ -88,7 +91,20 @@ class MinifloatQuantizer(FittedQuantizer):
             fitting = torch.where(fitting.isfinite(), pow2(exponent, torch.float64), fitting)
         scale = usable_scale(fitting, self.form.largest)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        if self.scale == "mse":
+            scale = self._least_error(rows(x, self.axis), scale)
         return (scale if self.axis is not None else scale.squeeze(0),)
+
+    def _least_error(self, x: Tensor, largest: Tensor) -> Tensor:
+        units, unit = unit_rows(x)
+        best_error, best = torch.full_like(largest, torch.inf), largest
+        for i in range(MSE_STEPS + 1):
+            scale = largest * 2.0 ** (-i / 8)
+            relative = (scale / unit).to(units.dtype)[:, None]
+            error = nearest_floats(units / relative, self.form).mul_(relative).sub_(units)
+            error = reduce_mean(row_sums(error.square_()) * unit.to(torch.float64).square())
+            best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
+        return best
 
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
         return minifloat_projection(grid[0], self.form)(x, want_inside)
@@ -108,6 +124,7 @@ class MinifloatQuantizer(FittedQuantizer):
             cls(8, fp8.exponent_bits, fp8.mantissa_bits, special=fp8.special, axis=axis, gradient_clip=True),
             cls(4, 2, 1, scale="pow2", axis=axis),
             cls(6, 3, 2, axis=axis),
+            cls(4, 2, 1, scale="mse", axis=axis),
         ]
 
     def extra_repr(self) -> str:

@@ -121,10 +121,8 @@ class StatisticTracker(nn.Module):
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
         seen = cast(Tensor, self._buffers["observed_weight"])
-        measured = [
-            m if m.dtype == held.dtype else m.to(held.dtype)
-            for m, held in zip(measure(x), (getattr(self, name) for name in self.statistics), strict=True)
-        ]
+        held = [cast(Tensor, self._buffers[name]) for name in self.statistics]
+        measured = [m if m.dtype == kept.dtype else m.to(kept.dtype) for m, kept in zip(measure(x), held, strict=True)]
         if self.axis is not None:
             self._expect_channels(measured[0].shape[:1])
         if torch.compiler.is_compiling() or x.device.type != "cpu":
