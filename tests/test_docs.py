@@ -83,7 +83,7 @@ def test_the_scheme_of_the_page_is_everywhere_at_once(tmp_path: Path, monkeypatc
     result = CliRunner().invoke(build_app(), words, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["rows"]
-    assert {row["spec"] for row in rows} == {
+    assert {row["weight"] for row in rows} == {
         "cubic:4/channel",
         "halfmax:4/channel",
         "affine:4,symmetric=narrow/channel",

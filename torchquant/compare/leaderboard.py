@@ -26,13 +26,14 @@ from torchquant.errors import require
 class Row:
     """One scheme at one width, over all seeds: means, and `spread`, the standard deviation of the accuracy.
 
-    `loss`: how far the accuracy is below the float network's.
+    `weight` and `acts` are spec strings; `loss` is how far the accuracy is below the float network's.
     """
 
     scheme: str
     weight_bits: int
     acts_bits: int
-    spec: str
+    weight: str
+    acts: str
     accuracy: float
     spread: float
     loss: float
@@ -57,6 +58,7 @@ def leaderboard(results: Sequence[CaseResult]) -> list[Row]:
                 weight_bits,
                 acts_bits,
                 group[0].case.weight,
+                group[0].case.acts,
                 statistics.mean(scores),
                 statistics.stdev(scores) if len(scores) > 1 else math.nan,
                 statistics.mean(r.float_accuracy - r.accuracy for r in group),
@@ -69,7 +71,19 @@ def leaderboard(results: Sequence[CaseResult]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.acts_bits, row.weight_bits, -row.accuracy, row.scheme))
 
 
-HEADER = ("scheme", "W", "A", "accuracy", "+-", "below float", "weight bytes", "weight SQNR", "ms/step", "spec")
+HEADER = (
+    "scheme",
+    "W",
+    "A",
+    "accuracy",
+    "+-",
+    "below float",
+    "weight bytes",
+    "weight SQNR",
+    "ms/step",
+    "weights",
+    "activations",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -84,7 +98,8 @@ def cells(row: Row) -> list[str]:
         f"{row.weight_bytes:,}",
         f"{row.weight_sqnr_db:.1f} dB",
         "" if row.seconds_per_step is None else f"{1e3 * row.seconds_per_step:.0f}",
-        row.spec,
+        row.weight,
+        row.acts,
     ]
 
 
@@ -101,7 +116,9 @@ def describe(recipe: Recipe) -> str:
     made = f"{recipe.float_epochs} epochs" if recipe.checkpoint is None else f"from {recipe.checkpoint}"
     return (
         f"Every row starts from the same float network ({recipe.model}, {made} on {recipe.data}) "
-        f"and gets the same recipe: {training}, the same batches. Mean over the seeds, +- their standard deviation."
+        f"and gets the same recipe: {training}, the same batches. Activations have the quantizer that the scheme's "
+        "authors put beside its weights, else an averaged range. Mean over the seeds, +- their standard deviation; "
+        "ms/step is wall-clock time of training with one thread, only to be compared within the table."
     )
 
 
