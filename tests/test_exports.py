@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "torchquant": [
         "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState", "QOp",
-        "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantSpec", "Quantizer", "RangeObserver",
-        "TernaryQuantizer", "check_quantizer", "freeze_bn", "make_quantizer", "observe_weights",
-        "qmodule_state", "quantizer_parameters", "register_pattern", "set_qmodule_state", "state_report",
+        "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantPlan", "QuantSpec", "Quantizer", "RangeObserver",
+        "TernaryQuantizer", "capture", "check_quantizer", "freeze_bn", "make_quantizer", "observe_weights",
+        "qmodule_state", "quantize", "quantizer_parameters", "register_pattern", "set_qmodule_state",
+        "state_report",
     ],
     "torchquant.quantizers_functional": [
         "FloatFormat", "GRADIENTS", "Gradient", "Projected", "affine_params", "affine_quantize",
@@ -41,8 +42,8 @@ PUBLIC = {
         "MeanStdObserver", "OBSERVERS", "PercentileObserver", "RangeObserver", "RunningMinMax",
     ],
     "torchquant.qmodule": [
-        "ActivationRow", "FloatCheckpoints", "LayerRow", "QModule", "QModuleState", "QOp", "QWrapper",
-        "register_pattern",
+        "ActivationRow", "FloatCheckpoints", "InputFirstRow", "LayerRow", "QModule", "QModuleState", "QOp",
+        "QWeights", "QWrapper", "float_state_dict", "register_pattern", "speak_float",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
@@ -55,6 +56,9 @@ PUBLIC = {
     "torchquant.compare": [
         "Case", "CaseResult", "Recipe", "Row", "compare", "leaderboard", "load_plugin", "make_cases",
         "markdown", "read_leaderboard", "write_leaderboard",
+    ],
+    "torchquant.graph": [
+        "Captured", "LeftFloat", "PlanCost", "Read", "Site", "SiteCost", "SitePlan", "capture",
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",

@@ -1,6 +1,9 @@
 """torchquant: a quantization development kit for PyTorch researchers."""
 
+from torchquant.graph import capture as capture
 from torchquant.models import _patterns as _patterns
+from torchquant.plan import QuantPlan as QuantPlan
+from torchquant.plan import quantize as quantize
 from torchquant.qmodule import QModule as QModule
 from torchquant.qmodule import QModuleState as QModuleState
 from torchquant.qmodule import QOp as QOp
@@ -38,15 +41,18 @@ __all__ = [
     "QOp",
     "QWrapper",
     "QfmtQuantizer",
+    "QuantPlan",
     "QuantSpec",
     "Quantizer",
     "RangeObserver",
     "TernaryQuantizer",
+    "capture",
     "check_quantizer",
     "freeze_bn",
     "make_quantizer",
     "observe_weights",
     "qmodule_state",
+    "quantize",
     "quantizer_parameters",
     "register_pattern",
     "set_qmodule_state",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._tables import text_table
 from torchquant.errors import ConfigError
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.qmodule.wrapper import QWrapper
@@ -91,8 +92,7 @@ def observe_weights(model: nn.Module) -> None:
     After the last optimizer step the weight ranges are one step old; this brings them up to date.
     """
     for _, module in qmodules(model):
-        if isinstance(module, QWrapper):
-            module.observe_weight()
+        module.observe_weight()
 
 
 def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
@@ -137,11 +137,7 @@ class StateReport(list[SiteReport]):
         return [asdict(row) for row in self]
 
     def __str__(self) -> str:
-        header = list(SiteReport.__dataclass_fields__)
-        cells = [header] + [[str(v) for v in row.values()] for row in self.to_dicts()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+        return text_table(list(SiteReport.__dataclass_fields__), (list(row.values()) for row in self.to_dicts()))
 
 
 def state_report(model: nn.Module) -> StateReport:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchquant.qmodule import LayerRow, QWrapper
+from torchquant.qmodule import LayerRow, QModule
 from torchquant.qmodule.patterns import row_of
 from torchquant.quantizers import Quantizer
 
@@ -52,9 +52,11 @@ def weight_bytes(model: nn.Module) -> list[WeightBytes]:
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]:
     wrapped: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, QWrapper):
-            wrapped.add(id(module.layer))
-            yield path or "(root)", module.layer.weight, module.weight_quantizer
+        if isinstance(module, QModule):
+            found = module.weights()
+            wrapped |= {id(part) for part in module.modules()} if found else set()
+            for name, weight, quantizer in found:
+                yield path + ("" if len(found) == 1 else f".{name}") or "(root)", weight, quantizer
         elif isinstance(row_of(module), LayerRow) and id(module) not in wrapped:
             yield path or "(root)", module.weight, None
 

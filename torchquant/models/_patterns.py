@@ -1,6 +1,6 @@
-"""Rows of QWrapper's table for the layers of efficientnet_pytorch, which is not imported here.
+"""Rows of QWrapper's table for layers of other packages, which are not imported here.
 
-Its `Swish` is `nn.SiLU`, which has a row already.
+efficientnet_pytorch's `Swish` is `nn.SiLU`, which has a row already.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchquant.qmodule import ActivationRow, LayerRow, register_pattern
+from torchquant.qmodule import ActivationRow, InputFirstRow, LayerRow, register_pattern
 
 
 def _run_unpadded(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,3 +37,10 @@ def _run_dynamic(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 register_pattern("efficientnet_pytorch.utils.Conv2dStaticSamePadding", LayerRow(_run_static, nn.BatchNorm2d))
 register_pattern("efficientnet_pytorch.utils.Conv2dDynamicSamePadding", LayerRow(_run_dynamic, nn.BatchNorm2d))
 register_pattern("efficientnet_pytorch.utils.MemoryEfficientSwish", ActivationRow())
+for _name in ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "SiLUActivation"):
+    register_pattern(f"transformers.activations.{_name}", ActivationRow())
+for _name in ("GELU", "GELUTanh", "Sigmoid", "Tanh", "Swish", "Mish", "HardSwish", "HardSigmoid", "PReLU"):
+    register_pattern(f"timm.layers.activations.{_name}", ActivationRow())
+register_pattern("timm.layers.conv2d_same.Conv2dSame", LayerRow(batch_norm=nn.BatchNorm2d))
+register_pattern("timm.layers.linear.Linear", LayerRow(batch_norm=nn.BatchNorm1d))
+register_pattern("transformers.pytorch_utils.Conv1D", InputFirstRow())

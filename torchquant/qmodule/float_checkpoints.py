@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,58 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError
 
 KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model) of one tensor
+
+
+def speak_float(model: nn.Module, float_state: Mapping[str, Tensor]) -> None:
+    """Let `model` load checkpoints of the float model it was made from; `float_state_dict(model)` writes them.
+
+    `float_state`: `net.state_dict(keep_vars=True)` of the float model, whose tensors `model` holds under
+    other keys. Raises ConfigError if one is missing.
+    """
+    own: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        own.setdefault(id(value), []).append(key)
+    pairs = [(float_key, key) for float_key, value in float_state.items() for key in own.get(id(value), [])]
+    lost = float_state.keys() - {float_key for float_key, _ in pairs}
+    if lost:
+        raise ConfigError(
+            f"{type(model).__name__} was built without {', '.join(sorted(lost))} of the float model; use its modules "
+            "(the same objects, not copies), or delete them from the float model first"
+        )
+    if not hasattr(model, "float_keys"):
+        model.register_load_state_dict_pre_hook(_translate)
+    model.float_keys = pairs  # type: ignore[assignment]
+
+
+def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers under the keys of the float model; tensors share memory with the model's.
+
+    Raises ConfigError for a model that was not made from a float one.
+    """
+    if not hasattr(model, "float_keys"):
+        raise ConfigError(f"{type(model).__name__} was not made from a float model; its state_dict is all there is")
+    state = model.state_dict()
+    return {float_key: state[key] for float_key, key in float_keys(model)}
+
+
+def float_keys(model: nn.Module) -> list[KeyPair]:
+    """(key in the float model, key in this one) of every tensor they share."""
+    return model.float_keys  # type: ignore[return-value]
+
+
+def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Turn a float checkpoint, in place, into one of the model."""
+    pairs = [(prefix + float_key, prefix + key) for float_key, key in float_keys(model)]
+    own = model.state_dict(prefix=prefix)
+    theirs = {float_key for float_key, _ in pairs}
+    if not state_dict.keys() & (theirs - own.keys()) or state_dict.keys() & (own.keys() - theirs):
+        return
+    translated = {key: state_dict[float_key] for float_key, key in pairs if float_key in state_dict}
+    for key in state_dict.keys() & theirs:
+        del state_dict[key]
+    shared = {key for _, key in pairs}
+    state_dict.update({key: value for key, value in own.items() if key not in shared})
+    state_dict.update(translated)
 
 
 class FloatCheckpoints(nn.Module):
@@ -37,48 +90,13 @@ class FloatCheckpoints(nn.Module):
     True
     """
 
-    float_keys: list[KeyPair]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.float_keys = []
-
     def share_keys(self, net: nn.Module) -> None:
         """Note under which keys `net` and this module hold the same tensors.
 
         Raises ConfigError if `net` has one that this module has not.
         """
-        theirs = net.state_dict(keep_vars=True)
-        own: dict[int, list[str]] = {}
-        for key, value in self.state_dict(keep_vars=True).items():
-            own.setdefault(id(value), []).append(key)
-        self.float_keys = [(float_key, key) for float_key, value in theirs.items() for key in own.get(id(value), [])]
-        lost = theirs.keys() - {float_key for float_key, _ in self.float_keys}
-        if lost:
-            raise ConfigError(
-                f"{type(self).__name__} was built without {', '.join(sorted(lost))} of {type(net).__name__}; use these "
-                "modules in it (the same objects, not copies), or delete them from the float model first"
-            )
+        speak_float(self, net.state_dict(keep_vars=True))
 
     def float_state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers under the keys of the float model; tensors share memory with this one."""
-        state = self.state_dict()
-        return {float_key: state[key] for float_key, key in self.float_keys}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._translate(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Turn a float checkpoint, in place, into one of this module."""
-        pairs = [(prefix + float_key, prefix + key) for float_key, key in self.float_keys]
-        own = self.state_dict(prefix=prefix)
-        float_keys = {float_key for float_key, _ in pairs}
-        if not state_dict.keys() & (float_keys - own.keys()) or state_dict.keys() & (own.keys() - float_keys):
-            return
-        translated = {key: state_dict[float_key] for float_key, key in pairs if float_key in state_dict}
-        for key in state_dict.keys() & float_keys:
-            del state_dict[key]
-        shared = {key for _, key in pairs}
-        state_dict.update({key: value for key, value in own.items() if key not in shared})
-        state_dict.update(translated)
+        return float_state_dict(self)

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from torchquant.errors import NameClashError, UnsupportedPatternError
 from torchquant.quantizers_functional.bn_fold import channel_view
@@ -56,6 +57,14 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class InputFirstRow(LayerRow):
+    """A linear layer whose weight is stored as (in, out)."""
+
+    def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
+        return weight.t()
+
+
+@dataclass(frozen=True)
 class ActivationRow:
     """An activation. `clamp=(low, high)` if it is `x.clamp(low, high)`: then a quantizer absorbs it."""
 
@@ -94,7 +103,35 @@ PATTERNS: dict[type[nn.Module] | str, LayerRow | ActivationRow] = {
     nn.Sigmoid: ActivationRow(),
     nn.LeakyReLU: ActivationRow(),
     nn.PReLU: ActivationRow(),
+    nn.ELU: ActivationRow(),
+    nn.Hardsigmoid: ActivationRow(),
+    nn.Hardtanh: ActivationRow(),
+    nn.Mish: ActivationRow(),
+    nn.Tanh: ActivationRow(),
 }
+
+
+NORM_ACTIVATIONS: dict[str, type[nn.Module]] = {"timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d}
+"""Modules, by name, that are a batch norm, a `drop` and an activation `act` in one."""
+
+
+def norm_of(module: nn.Module) -> type[nn.Module] | None:
+    """The batch norm class of a module that is one and an activation, if it drops nothing and can be split."""
+    kind = type(module)
+    norm = NORM_ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+    act = getattr(module, "act", None)
+    if act is None or type(getattr(module, "drop", None)) is not nn.Identity:
+        return None
+    return norm if type(act) is nn.Identity or isinstance(row_of(act), ActivationRow) else None
+
+
+def split_norm(module: Any) -> nn.Module:
+    """The batch norm of a module that is one and an activation; it holds the same tensors."""
+    kind = norm_of(module)
+    assert kind is not None
+    norm = kind.__new__(kind)
+    norm.__dict__.update({name: v for name, v in module.__dict__.items() if name != "_modules"}, _modules={})
+    return norm
 
 
 def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow) -> None:
@@ -112,9 +149,14 @@ def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow)
         raise NameClashError(f"{kind} already has the row {known}; got {row}")
 
 
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class whose forward a module runs: parametrizations give it a subclass that changes nothing but weights."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
 def row_of(module: nn.Module) -> LayerRow | ActivationRow | None:
     """The row of a module's exact class, or None. Subclasses do not inherit: their forward may differ."""
-    kind = type(module)
+    kind = plain_type(module)
     if kind not in PATTERNS and f"{kind.__module__}.{kind.__qualname__}" in PATTERNS:
         PATTERNS[kind] = PATTERNS[f"{kind.__module__}.{kind.__qualname__}"]
     return PATTERNS.get(kind)

@@ -64,10 +64,22 @@ class QModule(nn.Module):
         self._seen = []
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """Site name ("weight", "input", "output") -> quantizer, for the sites that have one."""
-        sites = {"weight": "weight_quantizer", "input": "input_quantizer", "output": "acts_quantizer"}
+        """Site name ("weight", "bias", "input", "output") -> quantizer, for the sites that have one."""
+        sites = {
+            "weight": "weight_quantizer",
+            "bias": "bias_quantizer",
+            "input": "input_quantizer",
+            "output": "acts_quantizer",
+        }
         found = {site: getattr(self, name, None) for site, name in sites.items()}
         return {site: quantizer for site, quantizer in found.items() if quantizer is not None}
+
+    def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+        """(name, real weight, its quantizer or None) of every weight the module holds itself."""
+        return []
+
+    def observe_weight(self) -> None:
+        """Show each weight quantizer its weight as it is now. Needs no data."""
 
     def _quantize_site(self, site: str, quantizer: Quantizer, x: Tensor, **kwargs: Any) -> Tensor:
         if not quantizer.is_ready:
@@ -84,7 +96,8 @@ class QModule(nn.Module):
         self, site: str, quantizer: Quantizer | None, x: Tensor, activation: nn.Module | None = None
     ) -> Tensor:
         """Apply `activation`, then observe and quantize as the state says; in one pass where it can be."""
-        if quantizer is None or not (self.state.is_act_observed or self.state.is_act_quantized):
+        is_real = isinstance(x, Tensor) and x.is_floating_point()  # an operator may also work on sizes
+        if quantizer is None or not is_real or not (self.state.is_act_observed or self.state.is_act_quantized):
             return x if activation is None else activation(x)
         clamp = None
         if activation is not None:

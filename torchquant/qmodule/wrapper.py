@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
-from torchquant.qmodule.patterns import PATTERNS, LayerRow, row_of, split_pattern
+from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, row_of, split_pattern
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
@@ -23,7 +23,8 @@ class QWrapper(QModule):
     `layers`: a module, a Sequential or a list; what is allowed is the table in `patterns.py`.
     `weight_quantizer` sees the weight with the output channel on axis 0, for transposed convolutions
     too, so `axis=0` always means "per output channel". `acts_quantizer` sees the output after the
-    activation, `input_quantizer` the input. Each may be None: that site stays float.
+    activation, `input_quantizer` the input, `bias_quantizer` the bias that the layer is run with, whenever
+    the weight is observed or quantized. Each may be None: that site stays float.
 
     `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
@@ -50,9 +51,10 @@ class QWrapper(QModule):
         acts_quantizer: Quantizer | None,
         fold_bn: bool | str = False,
         input_quantizer: Quantizer | None = None,
+        bias_quantizer: Quantizer | None = None,
     ) -> None:
         super().__init__()
-        given = (weight_quantizer, acts_quantizer, input_quantizer)
+        given = (weight_quantizer, acts_quantizer, input_quantizer, bias_quantizer)
         sites = [q for q in given if q is not None]
         if len({id(q) for q in sites}) != len(sites):
             raise ConfigError("each site needs a quantizer of its own; one object was given for two of them")
@@ -60,16 +62,22 @@ class QWrapper(QModule):
         self.bn: Any
         self.layer, self.bn, self.activation = split_pattern(layers)
         row_of(self.layer)  # enters a class known by name only under the class itself
-        self._layer_type = type(self.layer)  # torch.export puts a stand-in class in place of a shared layer's
+        self._layer_type = plain_type(self.layer)  # torch.export puts a stand-in class in place of a shared layer's
         self.weight_quantizer = weight_quantizer
         self.acts_quantizer = acts_quantizer
         self.input_quantizer = input_quantizer
+        self.bias_quantizer = bias_quantizer
+        if bias_quantizer is not None and weight_quantizer is None:
+            raise ConfigError("a bias is quantized together with the weight; give a weight_quantizer too")
         out_channels = self._channels_first_weight().shape[0]
         self.fold_mode = check_fold(fold_bn, self.bn, out_channels)
         self.bn_frozen = False
         if weight_quantizer is not None:
             weight_quantizer.allocate(out_channels)
             weight_quantizer.to(self.layer.weight.device)
+        if bias_quantizer is not None:
+            bias_quantizer.allocate(out_channels)
+            bias_quantizer.to(self.layer.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
@@ -136,6 +144,10 @@ class QWrapper(QModule):
         if self.state.is_weight_observed:
             self.weight_quantizer.pre_observe(weight)
         weight = self._quantize_site("weight", self.weight_quantizer, weight)
+        if self.bias_quantizer is not None and bias is not None:
+            if self.state.is_weight_observed:
+                self.bias_quantizer.pre_observe(bias)
+            bias = self._quantize_site("bias", self.bias_quantizer, bias)
         return self.row.run(self.layer, x, self.row.channels_first(self.layer, weight), bias)
 
     @torch.no_grad()
@@ -143,6 +155,22 @@ class QWrapper(QModule):
         """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
         if self.weight_quantizer is not None:
             self.weight_quantizer.pre_observe(self._channels_first_weight(self.fold_factor()))
+        bias = self._bias if self.fold_mode is None else running_bias(self.bn, self._bias)
+        if self.bias_quantizer is not None and bias is not None:
+            self.bias_quantizer.pre_observe(bias)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper has not is the layer's: `weight`, `in_channels`, ..."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules or "layer" not in modules or name.startswith("_"):
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(modules["layer"], name)
+
+    def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+        return [("weight", self.layer.weight, self.weight_quantizer)]
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:

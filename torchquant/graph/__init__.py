@@ -1,0 +1,16 @@
+"""Whole models: finding the sites of any model, and putting quantizers there.
+
+`trace.py` follows a forward, `ops.py` knows the operators, `capture.py` finds the sites, `rewrite.py` puts
+quantizers in and takes them out, `cost.py` counts. `torchquant.plan` is what people use.
+"""
+
+from torchquant.graph.capture import Captured as Captured
+from torchquant.graph.capture import capture as capture
+from torchquant.graph.cost import PlanCost as PlanCost
+from torchquant.graph.cost import SiteCost as SiteCost
+from torchquant.graph.sites import LeftFloat as LeftFloat
+from torchquant.graph.sites import Read as Read
+from torchquant.graph.sites import Site as Site
+from torchquant.graph.sites import SitePlan as SitePlan
+
+__all__ = ["Captured", "LeftFloat", "PlanCost", "Read", "Site", "SiteCost", "SitePlan", "capture"]

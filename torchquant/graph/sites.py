@@ -1,0 +1,112 @@
+"""Sites: the places of a model where quantizers can sit, and what a plan says of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers import Quantizer, make_quantizer
+
+FIELDS = ("weight", "input", "output", "bias")
+Choice = str | Callable[[nn.Module], Quantizer | None] | None
+"""A spec string, a function of the layer, or None: stays float."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A real value that a site takes in.
+
+    `sources`: the sites whose output it is, unchanged but for operators that pass values on; () if it comes
+    from elsewhere, an input of the model or a float operator. `node`: its name in the graph.
+    """
+
+    node: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer, or an operator that computes new values, with what is fused into it.
+
+    `path`: of its module, or of the module that an operator gets. `types`: what rules can call it. `fields`:
+    where it can have quantizers. `fused`: (path, type) of batch norm and activation, "" for a function.
+    """
+
+    path: str
+    types: tuple[str, ...]
+    fields: tuple[str, ...]
+    module: nn.Module | None = field(repr=False)
+    fused: tuple[tuple[str, str], ...] = ()
+    reads: tuple[Read, ...] = ()
+    region: str = ""
+    nodes: tuple[str, ...] = ()
+    """Names of its nodes in the graph of its region: its own, batch norm's, activation's; () without a graph."""
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it has weights."""
+        return "weight" in self.fields
+
+
+@dataclass(frozen=True)
+class LeftFloat:
+    """What no quantizer reaches, and why."""
+
+    path: str
+    type: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that runs one graph; or one that runs its own forward, for the reason told."""
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The quantizers of one site, None where it stays float. `fold_bn`: as in QWrapper."""
+
+    path: str
+    weight: Choice = None
+    input: Choice = None
+    output: Choice = None
+    bias: Choice = None
+    fold_bn: bool | str = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing at the site quantizes."""
+        return all(getattr(self, name) is None for name in FIELDS)
+
+    def make(self, name: str, module: nn.Module | None) -> Quantizer | None:
+        """A new quantizer for the field `name`. Raises ConfigError that names the site."""
+        choice = getattr(self, name)
+        if choice is None:
+            return None
+        try:
+            if isinstance(choice, str):
+                return make_quantizer(choice, {"bias": "weight"}.get(name, name))
+            made = choice(module if module is not None else nn.Identity())
+        except ConfigError as error:
+            raise ConfigError(f"site '{self.path}', {name}: {error}") from error
+        if made is not None and not isinstance(made, Quantizer):
+            raise ConfigError(f"site '{self.path}', {name}: a factory must return a Quantizer or None, got {made!r}")
+        return made
+
+    def words(self) -> dict[str, Any]:
+        """The fields that are set, factories by their names."""
+        values = {name: getattr(self, name) for name in (*FIELDS, "fold_bn")}
+        return {
+            name: value if isinstance(value, str | bool) else f"<{getattr(value, '__name__', 'factory')}>"
+            for name, value in values.items()
+            if value is not None and value is not False
+        }
