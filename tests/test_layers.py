@@ -35,6 +35,7 @@ ROW_MATES = {
     ("utils", "qmodule"),
     ("plan", "graph"),
     ("models", "plan"),
+    ("compat", "deploy"),
     ("compare", "demo"),
     ("cli", "demo"),
     ("cli", "compare"),

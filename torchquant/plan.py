@@ -99,7 +99,7 @@ class QuantPlan:
 
     sites: tuple[SitePlan, ...]
     floats: tuple[LeftFloat, ...] = ()
-    trace: bool = True
+    trace: bool | str = True
     fuse: bool | str = True
     types: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Site path -> what is there, for people."""
@@ -110,7 +110,7 @@ class QuantPlan:
         rules: Rules,
         model: nn.Module | Captured,
         example_inputs: Any = None,
-        trace: bool = True,
+        trace: bool | str = True,
         fuse: bool | str = True,
     ) -> QuantPlan:
         """The plan that rules make for a model.
@@ -139,8 +139,7 @@ class QuantPlan:
             if plan.is_float
         ]
         types = {site.path: " + ".join([site.types[-1], *(kind for _, kind in site.fused)]) for site in captured.sites}
-        traced = any(region.graph is not None for region in captured.regions.values()) or trace
-        return cls(kept, (*captured.floats, *unset), traced, fuse, types)
+        return cls(kept, (*captured.floats, *unset), captured.trace, captured.fuse, types)
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """A copy of the float model (or itself) with the quantizers in place, in QModuleState.BYPASSED.
@@ -279,7 +278,7 @@ def quantize(
         quantized = plan.apply(model, inplace=False)
         if example_inputs is not None and plan.trace and not _same(model, quantized, example_inputs):
             why = "as followed by torch.fx it computed something else on the example, so layers are wrapped one by one"
-            plan = QuantPlan.from_rules(rules, model, example_inputs, trace=False)
+            plan = QuantPlan.from_rules(rules, model, example_inputs, trace=False, fuse=False)
             plan = replace(plan, floats=(LeftFloat("", type(model).__name__, why), *plan.floats))
             quantized = plan.apply(model, inplace)
         elif inplace:

@@ -48,34 +48,41 @@ class Captured:
     sites: tuple[Site, ...]
     floats: tuple[LeftFloat, ...]
     regions: Mapping[str, Region] = field(repr=False)
+    trace: bool | str = True
+    fuse: bool | str = True
 
     def site(self, path: str) -> Site | None:
         """The site of that path, if there is one."""
         return next((site for site in self.sites if site.path == path), None)
 
 
-def capture(model: nn.Module, example_inputs: Any = None, trace: bool = True, fuse: bool | str = True) -> Captured:
+def capture(
+    model: nn.Module, example_inputs: Any = None, trace: bool | str = True, fuse: bool | str = True
+) -> Captured:
     """Find every place of the model where a quantizer can sit. The model is not changed.
 
     Where torch.fx can follow a forward, batch norms and activations are fused into the layers before them and
     operators become sites. Where it cannot, layers are sites one by one, and `floats` tells the reason.
 
     `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it, only what really is a real
-    tensor becomes a site. `trace=False`: layers and modules only. `fuse`: "bn" leaves activations alone,
-    False batch norms too. Raises ConfigError for a model that is quantized already.
+    tensor becomes a site. `trace=False`: layers, one by one, in the forwards as they are; "modules": so are all
+    modules without children. `fuse`: "bn" leaves activations alone, False batch norms too; without trace the only
+    fusing is "bn". Raises ConfigError for a model that is quantized already.
 
     >>> [site.path for site in capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))).sites]
     ['0', '2']
     """
     if any(isinstance(module, QModule) for module in model.modules()):
         raise ConfigError("the model has QModules already; capture the float model, or plan.revert(model) first")
+    if trace not in (True, False, "modules"):
+        raise ConfigError(f"trace must be True, False or 'modules', got {trace!r}")
     if fuse not in (True, False, "bn"):
         raise ConfigError(f"fuse must be True, False or 'bn', got {fuse!r}")
     finder = _Finder(model, trace, fuse)
     finder.look_into("", model)
     if example_inputs is not None and finder.regions:
         finder.keep_real(example_inputs)
-    return Captured(model, tuple(finder.sites), tuple(finder.floats), finder.regions)
+    return Captured(model, tuple(finder.sites), tuple(finder.floats), finder.regions, trace, fuse)
 
 
 def call_with(model: nn.Module, example_inputs: Any) -> Any:
@@ -91,8 +98,9 @@ def joined(*parts: str) -> str:
 
 
 class _Finder:
-    def __init__(self, model: nn.Module, trace: bool, fuse: bool | str) -> None:
+    def __init__(self, model: nn.Module, trace: bool | str, fuse: bool | str) -> None:
         self.model, self.trace, self.fuse = model, trace, fuse
+        self.norms = _norms_after(model) if trace is not True and fuse == "bn" else {}
         self.sites: list[Site] = []
         self.floats: list[LeftFloat] = []
         self.regions: dict[str, Region] = {}
@@ -103,10 +111,12 @@ class _Finder:
             return
         self.seen.add(module)
         if _layer_fields(module):
-            self.sites.append(Site(path, (plain_type(module).__name__,), _layer_fields(module), module, region=path))
+            fused = (self.norms[module],) if module in self.norms else ()
+            kind = plain_type(module).__name__
+            self.sites.append(Site(path, (kind,), _layer_fields(module), module, fused, region=path))
             return
         try:
-            if not self.trace:
+            if self.trace is not True:
                 raise NotTraceable("")
             graph = traced_graph(module, required_arguments(module))
         except NotTraceable as reason:
@@ -121,10 +131,12 @@ class _Finder:
         for name, child in module.named_children():
             below = joined(path, name)
             kind = computing_module_type(child)
-            if kind is not None and child not in self.seen:
+            is_leaf = self.trace == "modules" and next(child.children(), None) is None and not _layer_fields(child)
+            if (kind is not None or is_leaf) and child not in self.seen:
                 self.seen.add(child)
-                types: tuple[str, ...] = (kind, plain_type(child).__name__)
-                self.sites.append(Site(below, types, ("output",), child, region=path))
+                types = (*([] if kind is None else [kind]), plain_type(child).__name__)
+                if below not in {taken for taken, _ in self.norms.values()}:
+                    self.sites.append(Site(below, types, ("input", "output"), child, region=path))
             elif _has_layers(child):
                 self.look_into(below, child)
             elif "Norm" in type(child).__name__ and child not in self.seen:
@@ -162,6 +174,15 @@ def _layer_fields(module: nn.Module) -> tuple[str, ...]:
 
 def _has_layers(module: nn.Module) -> bool:
     return any(_layer_fields(m) for m in module.modules())
+
+
+def _norms_after(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+    """Layer -> (path, class) of the batch norm that follows it and nothing else, as far as a graph tells."""
+    finder = _Finder(model, True, "bn")
+    finder.look_into("", model)
+    return {
+        site.module: site.fused[0] for site in finder.sites if site.module is not None and site.fused and site.is_layer
+    }
 
 
 class _GraphSites:

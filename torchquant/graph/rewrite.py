@@ -128,7 +128,8 @@ class _Writer:
             self._swap(site.module, made)
         else:
             op = site.module if site.module is not None else _function(region, nodes[0])
-            made = QOp(op, plan.make("output", site.module), self._activation(site, nodes))
+            reads_here = None if nodes else plan.make("input", site.module)
+            made = QOp(op, plan.make("output", site.module), self._activation(site, nodes), reads_here)
             if site.module is not None:
                 self._swap(site.module, made)
             else:
@@ -136,7 +137,7 @@ class _Writer:
                 self._add(site.path, made)
                 _call_module(region, nodes[0], site.path)
         self.made[site.path] = made
-        if site.fused:
+        if site.fused and nodes:
             assert region is not None
             assert region.graph is not None
             nodes[-1].replace_all_uses_with(_nodes(region, site)[0])

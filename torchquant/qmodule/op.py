@@ -14,7 +14,8 @@ from torchquant.quantizers import Quantizer
 class QOp(QModule):
     """Wraps `op(*args)`, then an optional activation; quantizes the result.
 
-    `op`: a function or module that returns one tensor. `acts_quantizer` may be None (float).
+    `op`: a function or module that returns one tensor. `acts_quantizer` may be None (float). `input_quantizer` is
+    for the first argument.
 
     >>> import operator, torch
     >>> from torchquant.quantizers import AffineQuantizer
@@ -29,13 +30,17 @@ class QOp(QModule):
         op: Callable[..., Tensor],
         acts_quantizer: Quantizer | None,
         activation: nn.Module | None = None,
+        input_quantizer: Quantizer | None = None,
     ) -> None:
         super().__init__()
         self.op = op
         self.acts_quantizer = acts_quantizer
         self.activation = activation
+        self.input_quantizer = input_quantizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.input_quantizer is not None and args:
+            args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
         y = self.op(*args, **kwargs)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 

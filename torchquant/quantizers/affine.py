@@ -13,7 +13,8 @@ class AffineQuantizer(UniformQuantizer):
 
     `n_bits` 1..24. `range_observer` says which range, and per tensor or per channel (its `axis`).
     `symmetric`: False (0..2**n-1 codes and a zero point), True (the published grid), "narrow"
-    (weights), "full" (signed activations), "torch" (its unsigned codes); see `affine_params`.
+    (weights), "full" (signed activations), "torch" (its unsigned codes), "asymmetric-narrow" (NNI's signed ones); see
+    `affine_params`.
     `gradient_clip=True` stops the gradient of elements whose code saturates; the published code masks on the
     quantized value and so loses in-range elements (docs/algorithms.md I-3). Raises ConfigError.
 
@@ -56,6 +57,7 @@ class AffineQuantizer(UniformQuantizer):
             (2, "full", False),
             (1, False, True),
             (4, "torch", True),
+            (4, "asymmetric-narrow", False),
         ]
         return [cls(bits, BatchMinMax(axis), symmetric, clip) for bits, symmetric, clip in settings]
 

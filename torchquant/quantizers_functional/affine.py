@@ -11,7 +11,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient
 from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
 
-SYMMETRIES = (False, True, "narrow", "full", "torch")
+SYMMETRIES = (False, True, "narrow", "full", "torch", "asymmetric-narrow")
 MAX_BITS = 24
 
 
@@ -28,7 +28,7 @@ def check_affine(n_bits: int, symmetric: bool | str) -> None:
     """Raise ConfigError unless the pair names a grid of docs/algorithms.md A1."""
     if symmetric not in SYMMETRIES:
         raise ConfigError(f"symmetric must be one of {SYMMETRIES}, got {symmetric!r}")
-    fewest = 2 if symmetric == "narrow" else 1
+    fewest = 2 if symmetric in ("narrow", "asymmetric-narrow") else 1
     if not (isinstance(n_bits, int) and fewest <= n_bits <= MAX_BITS):
         kind = f" with symmetric={symmetric!r}" if symmetric else ""
         raise ConfigError(f"n_bits must be a whole number from {fewest} to {MAX_BITS}{kind}, got {n_bits!r}")
@@ -52,6 +52,8 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
     * `"full"`: all 2**n_bits signed codes, no saturation at either end.
     * `"torch"`: the step of `True` on codes 0 .. 2**n_bits - 1 with zero point 2**(n_bits-1), as torch and NNI >= 3.0
       store symmetric ranges on unsigned types.
+    * `"asymmetric-narrow"`: `delta = (max - min) / (2**n_bits - 2)` and a zero point on the codes of "narrow", as NNI
+      stores asymmetric ranges on signed types.
 
     Source: docs/algorithms.md A1; Jacob et al. 2018 for the asymmetric rule. Deviation: an empty range
     gives `delta = 1` and `zero_point = 0`; delta is at least 2**-126; ranges stop at half the
@@ -68,6 +70,10 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
         delta = step(high - low, 2 * half - 1)
         zero_point = torch.round(-low / delta).clamp(0, 2 * half - 1)
         return AffineParams(delta, zero_point, 0, 2 * half - 1)
+    if symmetric == "asymmetric-narrow":
+        delta = step(high - low, 2 * half - 2)
+        zero_point = (1 - half + torch.round(-low / delta)).clamp(1 - half, half - 1)
+        return AffineParams(delta, zero_point, 1 - half, half - 1)
     absmax = torch.maximum(-low, high)
     if symmetric == "narrow":
         return AffineParams(step(absmax, half - 1), 0, 1 - half, half - 1)
