@@ -1,5 +1,9 @@
 """The dialect of AutoQNN: `import torchquant.compat.autoqnn as autoqnn`."""
 
+from torchquant.compat.autoqnn import core as core
+from torchquant.compat.autoqnn import models as models
+from torchquant.compat.autoqnn import modules as modules
 from torchquant.compat.autoqnn import quantizers as quantizers
+from torchquant.compat.autoqnn import utils as utils
 
-__all__ = ["quantizers"]
+__all__ = ["core", "models", "modules", "quantizers", "utils"]

@@ -26,6 +26,10 @@ def _made(
     return quantizer
 
 
+def Quantization() -> None:  # noqa: N802
+    """AutoQNN's quantizer that leaves everything as it is."""
+
+
 def FixedQuant(  # noqa: N802
     bitwidth: int, per_channel: bool = False, backward_type: str = "ste", gradient_ratio: float = 0.0
 ) -> Quantizer:
@@ -129,6 +133,7 @@ __all__ = [
     "FixedQuantAct",
     "PotQ",
     "PotQAct",
+    "Quantization",
     "ResQ",
     "ResQAct",
     "Ternary",
