@@ -47,6 +47,17 @@ def calibration_config(
     return config
 
 
+def what_is_known(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The calibration config, in the keys of NNI 2.x, of any quantized model."""
+    config: dict[str, dict[str, Any]] = {}
+    for path, module in qmodules(model):
+        for site, quantizer in module.quantizers().items():
+            entry = config.setdefault(path, {})
+            entry[f"{site}_bits"] = quantizer.n_bits
+            entry.update(_legacy(site, _numbers(quantizer)))
+    return config
+
+
 def _legacy(site: str, known: Mapping[str, Any]) -> dict[str, Any]:
     if site in ("weight", "bias"):
         names = {"scale": f"{site}_scale", "zero_point": f"{site}_zero_point"}

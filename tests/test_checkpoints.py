@@ -1,0 +1,219 @@
+"""Checkpoints of other worlds: each goes in whole, with a map, or not at all, with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchquant import (
+    AffineQuantizer,
+    BatchMinMax,
+    ExpAvgMinMax,
+    QModuleState,
+    qmodule_state,
+    quantize,
+    set_qmodule_state,
+)
+from torchquant.compat import autoqnn
+from torchquant.compat.checkpoints import load_checkpoint, save_nni
+from torchquant.compat.nni import QAT_Quantizer
+from torchquant.errors import ConfigError
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 3))
+
+
+def image() -> Tensor:
+    return torch.randn(2, 1, 8, 8)
+
+
+def same(a: nn.Module, b: nn.Module, x: Tensor) -> bool:
+    with torch.no_grad():
+        return torch.equal(a.eval()(x), b.eval()(x))
+
+
+@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.module."])
+def test_a_float_checkpoint_also_in_its_wrappings(wrap: str, tmp_path: Path) -> None:
+    source = net()
+    state = {wrap + key: value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "float.pth")
+    model = quantize(net(), "w8a8")
+    key_map = load_checkpoint(model, tmp_path / "float.pth")
+    assert same(model, source, image())
+    assert [(row.source, row.target) for row in key_map][:2] == [
+        ("0.weight", "0.layer.weight"),
+        ("0.bias", "0.layer.bias"),
+    ]
+    assert str(key_map).splitlines()[0].split() == ["checkpoint", "model", "note"]
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = net()
+    safetensors.save_file(source.state_dict(), tmp_path / "float.safetensors")
+    model = quantize(net(), "w8a8")
+    load_checkpoint(model, tmp_path / "float.safetensors")
+    assert same(model, source, image())
+
+
+def test_timm_and_torchvision_checkpoints() -> None:
+    timm = pytest.importorskip("timm")
+    source, target = (timm.create_model("mobilenetv3_small_100", pretrained=False) for _ in range(2))
+    model = quantize(target, "w8a8")
+    load_checkpoint(model, source.state_dict())
+    assert same(model, source, torch.randn(1, 3, 64, 64))
+
+
+def test_our_own_checkpoint_brings_its_ranges() -> None:
+    model = quantize(net(), "w8a8")
+    with qmodule_state(model, QModuleState.CALIBRATION):
+        model(image())
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    other = quantize(net(), "w8a8")
+    load_checkpoint(other, model.state_dict())
+    x = image()
+    assert same(other, model, x)
+
+
+def published_state(model: nn.Module, renames: dict[str, str]) -> dict[str, Tensor]:
+    """What published torchquant would have saved of a calibrated model: uncorrected averages, no states."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.endswith("_extra_state"):
+            continue
+        for ours, theirs in renames.items():
+            key = key.replace(ours, theirs)
+        if key.endswith("observed_weight"):
+            if "acts_quantizer" in key:
+                state[key.replace("observed_weight", "num_batches_observed")] = torch.tensor(2.0)
+            continue
+        is_average = "acts_quantizer.observer.range" in key
+        state[key] = value * (1.0 - 0.9**2) if is_average else value
+    return state
+
+
+def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
+    with torch.no_grad(), qmodule_state(model.eval(), QModuleState.CALIBRATION):
+        model(x)
+        model(0.5 * x)
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    return model
+
+
+def test_published_resnet_checkpoint() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    from torchquant.models import FusedResNet
+
+    def fused() -> nn.Module:
+        float_net = torchvision.models.resnet18(num_classes=4)
+        weight, acts = (lambda m: AffineQuantizer(8, BatchMinMax())), (lambda m: AffineQuantizer(8, ExpAvgMinMax()))
+        return FusedResNet(float_net, weight, acts, quantize_fc=True)
+
+    x = torch.randn(1, 3, 32, 32)
+    model = calibrated(fused(), x)
+    renames = {".body.0.": ".fused1.", ".body.1.": ".fused2."}
+    state = published_state(model, renames)
+    assert "layer1.0.fused1.acts_quantizer.observer.num_batches_observed" in state
+    other = fused().eval()
+    key_map = load_checkpoint(other, state)
+    set_qmodule_state(other, QModuleState.QUANT_EVAL)
+    notes = {row.note for row in key_map}
+    assert "divided by 1 - 0.9 ** 2" in notes
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x), atol=0.05, rtol=0.0)
+
+
+def test_published_efficientnet_checkpoint() -> None:
+    package = pytest.importorskip("efficientnet_pytorch")
+    from torchquant.models import FusedEfficientNet
+
+    def fused() -> Any:
+        float_net = package.EfficientNet.from_name("efficientnet-b0", num_classes=4)
+        weight, acts = (lambda m: AffineQuantizer(8, BatchMinMax())), (lambda m: AffineQuantizer(8, ExpAvgMinMax()))
+        return FusedEfficientNet(float_net, weight, acts)
+
+    model, other = fused(), fused()
+    state = {}
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        if key.endswith(("_extra_state", "observed_weight")) or "range_" in key:
+            continue
+        if parts[0] == "blocks" and parts[2] == "body":
+            last = len(model.blocks[int(parts[1])].body) - 1
+            names = ["expand_conv", "depthwise_conv", "", "project_conv"][3 - last :]
+            name = names[int(parts[3])]
+            key = ".".join([*parts[:2], *([name] if name else []), *parts[4:]])
+        state[key] = value
+    assert "blocks.1.se_reduce.layer.weight" in state
+    load_checkpoint(other, state)
+    expected = model.state_dict()
+    assert all(
+        torch.equal(v, expected[k]) for k, v in other.state_dict().items() if "observ" not in k and "extra" not in k
+    )
+
+
+def test_autoqnn_state_dict() -> None:
+    """Its keys: those of the float model, and the buffers of its quantizers."""
+    source = net()
+    state = dict(source.state_dict())
+    for path in ("0", "4"):
+        state[f"{path}.weight_quant.alpha"] = torch.tensor(0.3)
+        state[f"{path}.act_quant.tensor_maxval"] = torch.tensor(1.0)
+    given = {"weight_quant": autoqnn.quantizers.VecQ(4), "act_quant": autoqnn.quantizers.FixedQuantAct(8)}
+    model = autoqnn.core.convert(net(), quantize_config_dict=given)
+    key_map = load_checkpoint(model, state)
+    assert torch.equal(model[0].layer.weight, source[0].weight)
+    left = {row.source: row.note for row in key_map if not row.target}
+    assert left["0.weight_quant.alpha"] == "measured anew from the weight"
+    assert left["4.act_quant.tensor_maxval"] == "starts at an arbitrary number there; calibrate"
+
+
+CONFIG = [
+    {"quant_types": ["weight", "output"], "quant_bits": 8, "op_types": ["Conv2d", "Linear"], "quant_dtype": "uint"},
+]
+
+
+def test_nni_export_goes_into_a_model_and_is_written(tmp_path: Path) -> None:
+    model = net()
+    quantizer = QAT_Quantizer(model, CONFIG)
+    model(image())
+    quantizer.export_model(tmp_path / "model.pth", tmp_path / "calibration.pth")
+    rules = [{"types": ["Conv2d", "Linear"], "weight": "affine:8", "output": "affine:8"}]
+    other = quantize(net(), rules)
+    key_map = load_checkpoint(other, tmp_path / "model.pth", tmp_path / "calibration.pth")
+    assert "calibration config: 0" in {row.source for row in key_map}
+    ours, theirs = (m[0].acts_quantizer.observer.get_ranges() for m in (other, model))
+    assert torch.allclose(torch.stack(ours), torch.stack(theirs))
+    written = save_nni(other, tmp_path / "again.pth", tmp_path / "again_calibration.pth")
+    assert torch.load(tmp_path / "again_calibration.pth", weights_only=True) == written
+    assert written["0"]["tracked_max_output"] == pytest.approx(float(theirs[1]))
+    plain = net()
+    plain.load_state_dict(torch.load(tmp_path / "again.pth", weights_only=True), strict=True)
+    back = QAT_Quantizer(plain, CONFIG)
+    back.load_calibration_config(written)
+    x = image()
+    assert same(plain, model, x)
+
+
+def test_what_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
+    model = quantize(net(), "w8a8")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    other = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(3, 3)).state_dict()
+    with pytest.raises(ConfigError, match=r"not one of this Sequential: it has 1\.wait too much; it lacks 0\.bn"):
+        load_checkpoint(model, {**other, "1.wait": torch.ones(1)})
+    wide = {**net().state_dict(), "4.weight": torch.ones(3, 7)}
+    with pytest.raises(ConfigError, match=r"4.layer.weight has shape \(3, 7\) there and \(3, 72\) here"):
+        load_checkpoint(model, wide)
+    with pytest.raises(ConfigError, match="there is no file .*none.pth"):
+        load_checkpoint(model, tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ConfigError, match="holds no state dict that can be read safely"):
+        load_checkpoint(model, tmp_path / "text.pth")
+    with pytest.raises(ConfigError, match="a checkpoint must be a state dict, names and tensors; got list"):
+        load_checkpoint(model, [1])  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

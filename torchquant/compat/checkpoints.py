@@ -1,0 +1,241 @@
+"""Checkpoints across worlds: into a quantized model, strictly, with a map of where every key went.
+
+Float checkpoints (torchvision, timm, any), our own, those of published torchquant's fused models, AutoQNN's state
+dicts, and NNI's exported model with its calibration config, which can be written too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._files import write_whole
+from torchquant._tables import text_table
+from torchquant.compat.nni.calibration import restore_calibration, what_is_known
+from torchquant.errors import ConfigError, require
+from torchquant.models import FusedEfficientNet, FusedResNet
+from torchquant.qmodule import float_state_dict
+from torchquant.utils import observe_weights
+
+__all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_nni"]
+
+WRAPPINGS = ("module.", "_orig_mod.", "bound_model.")
+"""What DataParallel, torch.compile and NNI's dialect put before every key."""
+ENVELOPES = ("state_dict", "model", "model_state_dict", "net")
+_QUANTIZER_KEY = re.compile(r"(_quantizers?\.|_extra_state$|(weight|bias|act)_quant\.)")
+_AUTOQNN_KEY = re.compile(r"(.*)\.(weight|bias|act)_quant\.(\w+)$")
+_OBSERVER_KEY = re.compile(r"(.*_quantizer\.observer)\.(range_min|range_max|num_batches_observed)$")
+
+
+@dataclass(frozen=True)
+class KeyMapRow:
+    """Where one tensor of a checkpoint went. `target` is "" for one that was not needed; `note` says why."""
+
+    source: str
+    target: str
+    note: str
+
+
+class KeyMap(list[KeyMapRow]):
+    """A list of KeyMapRow that prints as a table."""
+
+    def __str__(self) -> str:
+        return text_table(["checkpoint", "model", "note"], ([r.source, r.target or "-", r.note] for r in self))
+
+
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    calibration: str | os.PathLike[str] | Mapping[str, Mapping[str, Any]] | None = None,
+) -> KeyMap:
+    """Load a checkpoint of another world into a quantized (or float) model; all of it, or nothing.
+
+    `checkpoint`: a state dict, or a file with one (torch's, or .safetensors). `calibration`: NNI's calibration config,
+    or a file with it. Weights and batch norm statistics must all be there and have the model's shapes. Quantizers take
+    what the checkpoint knows of them; the others stay as they were, weight ranges are measured anew.
+
+    Raises ConfigError that names what is missing, left over or of another shape; MissingDependencyError.
+
+    >>> from torchquant import quantize
+    >>> net = nn.Sequential(nn.Linear(2, 2))
+    >>> model = quantize(net, "w8a8")
+    >>> print(load_checkpoint(model, net.state_dict()))
+    checkpoint  model           note
+    ----------  --------------  ----
+    0.weight    0.layer.weight
+    0.bias      0.layer.bias
+    """
+    state = _unwrapped(_read(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
+    own = model.state_dict()
+    loaded: dict[str, Tensor] = {}
+    key_map = KeyMap()
+    places = _places(model, own)
+    observers: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    is_published = not any(key.endswith("observed_weight") for key in state)
+    for key, value in state.items():
+        name = _renamed(key, model)
+        observer = _OBSERVER_KEY.match(name)
+        if observer and is_published:
+            observers.setdefault(observer[1], {})[observer[2]] = value
+        elif name in places:
+            for target in places[name]:
+                loaded[target] = value
+                key_map.append(KeyMapRow(key, target, ""))
+        elif _AUTOQNN_KEY.match(key):
+            key_map.append(_autoqnn_row(key))
+        else:
+            unknown.append(key)
+    for prefix, numbers in observers.items():
+        _take_observer(prefix, numbers, own, loaded, key_map)
+    needed = {key for key in own if not _QUANTIZER_KEY.search(key)}
+    _check_complete(model, unknown, sorted(needed - loaded.keys()), loaded, own)
+    model.load_state_dict({**own, **loaded}, strict=True)
+    if not any(_QUANTIZER_KEY.search(key) for key in loaded):
+        observe_weights(model)
+    if calibration is not None:
+        config = _read(calibration) if isinstance(calibration, str | os.PathLike) else calibration
+        restore_calibration(model, config)
+        key_map += [KeyMapRow(f"calibration config: {path}", path, ", ".join(entry)) for path, entry in config.items()]
+    return key_map
+
+
+def save_nni(
+    model: nn.Module, model_path: str | os.PathLike[str], calibration_path: str | os.PathLike[str]
+) -> dict[str, dict[str, Any]]:
+    """Write a model that a plan or NNI's dialect made as NNI's export_model does; the calibration config.
+
+    The float weights under the keys of the float model, and the calibration config of NNI 2.x. Raises ConfigError for
+    a model that was not made from a float one.
+    """
+    inner = getattr(model, "bound_model", model)
+    state = {key: value.detach().clone() for key, value in float_state_dict(inner).items()}
+    config = what_is_known(inner)
+    write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
+    write_whole(Path(calibration_path), lambda temporary: torch.save(config, temporary))
+    return config
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"there is no file {file}")
+    if file.suffix == ".safetensors":
+        return require("safetensors.torch", "all").load_file(file)
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{file} holds no state dict that can be read safely: {reason}") from error
+
+
+def _unwrapped(state: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, out of envelopes and without the prefixes of wrappers."""
+    for name in ENVELOPES:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        kind = type(state).__name__
+        raise ConfigError(f"a checkpoint must be a state dict, names and tensors; got {kind}")
+    state = dict(state)
+    while found := next((p for p in WRAPPINGS if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(found): value for key, value in state.items()}
+    return state
+
+
+def _places(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Key in a checkpoint, the model's own or the float model's -> keys in the model."""
+    places = {key: [key] for key in own}
+    for float_key, key in getattr(model, "float_keys", []):
+        if float_key not in own:
+            places.setdefault(float_key, []).append(key)
+    return places
+
+
+def _renamed(key: str, model: nn.Module) -> str:
+    """The key of a published fused model, in the words of ours."""
+    if isinstance(model, FusedResNet):
+        return re.sub(r"^(layer\d\.\d+)\.fused(\d)\.", lambda m: f"{m[1]}.body.{int(m[2]) - 1}.", key)
+    match = re.match(r"^blocks\.(\d+)\.(\w+)\.(.*)", key)
+    if isinstance(model, FusedEfficientNet) and match:
+        block: Any = model.blocks[int(match[1])]
+        n_layers = len(block.body)
+        has_se = type(block.body[-2]).__name__ == "FusedSqueezeExcitation"
+        names = ["expand_conv", "depthwise_conv", "se", "project_conv"]
+        names = [n for n in names if n != "se" or has_se][-n_layers:]
+        inside = {name: f"body.{i}" for i, name in enumerate(names)}
+        if has_se:
+            parts = ("adaptive_pool", "se_reduce", "se_expand", "excitation")
+            inside |= {part: f"{inside['se']}.{part}" for part in parts}
+        if match[2] in inside:
+            return f"blocks.{match[1]}.{inside[match[2]]}.{match[3]}"
+    return key
+
+
+def _take_observer(
+    prefix: str,
+    numbers: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    loaded: dict[str, Tensor],
+    key_map: KeyMap,
+) -> None:
+    """Ranges of a published observer; an average is kept uncorrected there, corrected here."""
+    if f"{prefix}.range_min" not in own:
+        key_map += [KeyMapRow(f"{prefix}.{name}", "", "there is no observer here") for name in numbers]
+        return
+    count = numbers.get("num_batches_observed")
+    if count is not None and float(count) == 0 or "range_min" not in numbers:
+        key_map += [KeyMapRow(f"{prefix}.{name}", "", "it has seen no data") for name in numbers]
+        return
+    correction = 1.0 if count is None else 1.0 - 0.9 ** float(count)  # the published momentum
+    for name in ("range_min", "range_max"):
+        loaded[f"{prefix}.{name}"] = numbers[name].to(own[f"{prefix}.{name}"].dtype) / correction
+        note = "" if count is None else f"divided by 1 - 0.9 ** {int(count)}"
+        key_map.append(KeyMapRow(f"{prefix}.{name}", f"{prefix}.{name}", note))
+    weight = own[f"{prefix}.observed_weight"]
+    loaded[f"{prefix}.observed_weight"] = torch.full_like(weight, correction)
+    if count is not None:
+        key_map.append(KeyMapRow(f"{prefix}.num_batches_observed", f"{prefix}.observed_weight", "1 - 0.9 ** n"))
+
+
+def _autoqnn_row(key: str) -> KeyMapRow:
+    """AutoQNN measures weights in every forward and starts its averages of activations anywhere."""
+    kind = key.rpartition(".")[0].rpartition(".")[2]
+    if kind == "act_quant":
+        return KeyMapRow(key, "", "starts at an arbitrary number there; calibrate")
+    return KeyMapRow(key, "", "measured anew from the weight")
+
+
+def _check_complete(
+    model: nn.Module,
+    unknown: list[str],
+    missing: list[str],
+    loaded: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> None:
+    problems = []
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(own), n=1)
+        hint = f" (did it mean {close[0]}?)" if close else ""
+        problems.append(f"it has {_some(unknown)} too much{hint}")
+    if missing:
+        problems.append(f"it lacks {_some(missing)}")
+    wrong = [k for k, v in loaded.items() if v.shape != own[k].shape and not _QUANTIZER_KEY.search(k)]
+    if wrong:
+        key = wrong[0]
+        problems.append(f"{key} has shape {tuple(loaded[key].shape)} there and {tuple(own[key].shape)} here")
+    if problems:
+        raise ConfigError(f"the checkpoint is not one of this {type(model).__name__}: {'; '.join(problems)}")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
