@@ -24,7 +24,7 @@ ROWS = (
     ("plan", "graph", "models"),
     ("ptq", "search", "analysis", "training"),
     ("deploy", "compat"),
-    ("demo", "compare", "cli"),
+    ("demo", "compare", "job", "cli"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}
 LAST_CORE_ROW = 4
@@ -38,7 +38,10 @@ ROW_MATES = {
     ("compat", "deploy"),
     ("compare", "demo"),
     ("cli", "demo"),
+    ("job", "demo"),
+    ("job", "compare"),
     ("cli", "compare"),
+    ("cli", "job"),
 }
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
 PLUG_INS = {"quantizers_functional": {"uniform", "affine", "minifloat"}, "range_observers": set(), "quantizers": set()}

@@ -95,10 +95,38 @@ def build_app() -> Any:
             typer.echo(f"torchquant: {error}", err=True)
             raise typer.Exit(1) from None
 
+    def quantize(
+        model: Annotated[str, typer.Argument(help="A name of torchvision or timm, demo, or path/to/file.py:function.")],
+        rules: Annotated[str, typer.Option(help="A ready set (w8a8, w4a4-lsq, ...), or a YAML file.")] = "w8a8",
+        data: Annotated[str, typer.Option(help="digits, cifar10, or a folder with train/ and test/.")] = "digits",
+        mode: Annotated[str, typer.Option(help="ptq: calibrate; qat: train too.")] = "ptq",
+        checkpoint: Annotated[
+            str | None, typer.Option(help="A float state_dict to start from, instead of float training.")
+        ] = None,
+        float_epochs: Annotated[int, typer.Option(help="Epochs of float training; 0: none.")] = 30,
+        epochs: Annotated[int, typer.Option(help="Epochs of quantization-aware training.")] = 10,
+        learning_rate: Annotated[float, typer.Option(help="Of float training; a third of it for qat.")] = 1e-3,
+        seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+        out: Annotated[Path, typer.Option(help="Folder for plan, checkpoints, results; a stopped run goes on.")] = Path(
+            "quantize_out"
+        ),
+    ) -> None:
+        """Quantize any model: plan, calibrate, train, evaluate."""
+        from torchquant.cli import _quantize
+
+        options: dict[str, Any] = {"rules": rules, "data": data, "mode": mode, "checkpoint": checkpoint, "seed": seed}
+        options |= {"float_epochs": float_epochs, "epochs": epochs, "learning_rate": learning_rate}
+        try:
+            _quantize.run(model, options, out)
+        except TorchQuantError as error:
+            typer.echo(f"torchquant: {error}", err=True)
+            raise typer.Exit(1) from None
+
     app.callback()(root)
     app.command()(demo)
     app.command()(schemes)
     app.command()(compare)
+    app.command()(quantize)
     return app
 
 

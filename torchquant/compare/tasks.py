@@ -162,7 +162,7 @@ def _quantized_small(
     return QuantSmallResNet(network, weight, acts, fold_bn)
 
 
-class _Gray(nn.Module):
+class Gray(nn.Module):
     """Hands pictures with one channel to a network that takes three."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -179,7 +179,7 @@ def _torchvision(name: str) -> Callable[[TrainingData], nn.Module]:
         if name.startswith("resnet") and data.test_images.shape[-1] <= SMALL:
             network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             network.maxpool = nn.Identity()
-        return network if data.n_channels == 3 else _Gray(network)
+        return network if data.n_channels == 3 else Gray(network)
 
     return build
 
@@ -189,7 +189,7 @@ def _efficientnet(data: TrainingData) -> nn.Module:
     network = package.EfficientNet.from_name(
         "efficientnet-b0", num_classes=data.n_classes, image_size=data.test_images.shape[-1]
     )
-    return network if data.n_channels == 3 else _Gray(network)
+    return network if data.n_channels == 3 else Gray(network)
 
 
 def _fused(kind: str) -> Callable[[nn.Module, QuantizerFactory, QuantizerFactory, bool | str], nn.Module]:
@@ -198,11 +198,11 @@ def _fused(kind: str) -> Callable[[nn.Module, QuantizerFactory, QuantizerFactory
     ) -> nn.Module:
         import torchquant.models as models
 
-        inner = network.network if isinstance(network, _Gray) else network
+        inner = network.network if isinstance(network, Gray) else network
         assert isinstance(inner, nn.Module)
         options = {"quantize_first": True, "quantize_fc": True, "fold_bn": fold_bn, "input_quantizer": acts}
         fused = getattr(models, kind)(inner, weight, acts, **options)
-        return _Gray(fused) if isinstance(network, _Gray) else fused
+        return Gray(fused) if isinstance(network, Gray) else fused
 
     return quantize
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchquant._files import write_whole
 from torchquant.demo.data import TrainingData
 from torchquant.qmodule import QModuleState
 from torchquant.utils import observe_weights, qmodule_state, quantizer_parameters, set_qmodule_state
@@ -19,9 +22,19 @@ OnEpoch = Callable[[int, float], None]
 
 
 def train(
-    model: nn.Module, data: TrainingData, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
+    model: nn.Module,
+    data: TrainingData,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    on_epoch: OnEpoch | None = None,
+    progress: Path | None = None,
 ) -> None:
-    """Train on cross entropy with AdamW and a one-cycle learning rate; leaves the model in eval mode."""
+    """Train on cross entropy with AdamW and a one-cycle learning rate; leaves the model in eval mode.
+
+    `progress`: a file that keeps where the training is after each epoch; if it is there already, training goes on
+    from it and ends with the same numbers, bit for bit.
+    """
     generator = torch.Generator().manual_seed(seed)
     learned = quantizer_parameters(model)
     of_quantizers = set(map(id, learned["params"]))
@@ -31,7 +44,16 @@ def train(
     n_steps = epochs * steps_per_epoch(data)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps)
     model.train()
-    for epoch in range(1, epochs + 1):
+    first = 1
+    if progress is not None and progress.exists():
+        saved = torch.load(progress, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        generator.set_state(saved["batches"])
+        torch.set_rng_state(saved["random"])
+        first = int(saved["epoch"]) + 1
+    for epoch in range(first, epochs + 1):
         losses = []
         for x, labels in data.train_batches(generator, BATCH_SIZE):
             loss = F.cross_entropy(model(x), labels)
@@ -40,6 +62,11 @@ def train(
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
+        if progress is not None:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            saved |= {"schedule": schedule.state_dict(), "epoch": epoch}
+            saved |= {"batches": generator.get_state(), "random": torch.get_rng_state()}
+            write_whole(progress, partial(torch.save, saved))
         if on_epoch is not None:
             on_epoch(epoch, float(torch.stack(losses).mean()))
     model.eval()
@@ -61,11 +88,17 @@ def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int) -
 
 
 def quantization_aware_train(
-    model: nn.Module, data: TrainingData, epochs: int, learning_rate: float, seed: int, on_epoch: OnEpoch | None = None
+    model: nn.Module,
+    data: TrainingData,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    on_epoch: OnEpoch | None = None,
+    progress: Path | None = None,
 ) -> None:
-    """Train with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
+    """`train` with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
     set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
-    train(model, data, epochs, learning_rate, seed, on_epoch)
+    train(model, data, epochs, learning_rate, seed, on_epoch, progress)
     observe_weights(model)
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
 
