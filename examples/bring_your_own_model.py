@@ -1,0 +1,68 @@
+"""Any model in one call: `python examples/bring_your_own_model.py`; needs torchquant[demo].
+
+The model here stands for yours: residuals, an activation used twice, functions and methods in its forward.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchquant as tq
+from torchquant.demo import load_digits
+from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+
+
+class Mine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(32 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        x = torch.cat([self.act(x + y), x], dim=1)
+        x = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        return self.head(F.dropout(x, 0.1, self.training))
+
+
+torch.manual_seed(0)
+data = load_digits(test_copies=2)
+net = Mine()
+train(net, data, epochs=10, learning_rate=2e-2, seed=0)
+floating = accuracy(predict(net, data.test_images), data.test_labels)
+
+# 1. Rules say what goes where; later ones win, site by site and field by field.
+rules = [
+    {"weight": "affine:4,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8", "fold_bn": True},
+    {"position": ["first", "last"], "weight": "affine:8,symmetric=narrow/channel"},
+    {"names": ["conv2"], "weight": "lsq:3/channel"},
+]
+example = data.test_images[:2]
+model = tq.quantize(net, rules, example)  # computes what `net` computes, bit for bit, until a state is set
+print(model.plan)
+print(model.plan.cost(net, example))
+
+# 2. Calibrate, then train.
+calibrate(model, data, n_batches=4, seed=0)
+calibrated = accuracy(predict(model, data.test_images), data.test_labels)
+quantization_aware_train(model, data, epochs=2, learning_rate=2e-3, seed=0)
+trained = accuracy(predict(model, data.test_images), data.test_labels)
+
+# 3. A plan is a value: saved, loaded, compared, changed, undone.
+with tempfile.TemporaryDirectory() as folder:
+    plan = tq.QuantPlan.load(model.plan.save(Path(folder) / "plan.yaml"))
+print(plan.diff(plan.replace("conv1", weight="esb:4,k=1/channel")))
+floats_again = plan.revert(model)
+
+print(f"\nfloat {floating:.2%}, calibrated {calibrated:.2%}, trained {trained:.2%}")
+assert type(floats_again) is Mine
+assert trained > floating - 0.1
