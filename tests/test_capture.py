@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from torchquant import QModuleState, QuantPlan, QWrapper, capture, qmodule_state, quantize, set_qmodule_state
+from torchquant.deploy import export_onnx, run_onnx
 from torchquant.errors import ConfigError
 from torchquant.graph.trace import TracedModule
 from torchquant.qmodule import QOp, QWeights
@@ -424,3 +426,35 @@ def test_a_bias_can_be_quantized_with_its_weight() -> None:
 def test_a_quantized_model_is_not_captured_again() -> None:
     with pytest.raises(ConfigError, match="has QModules already"):
         capture(quantize(Net(), "w8a8"))
+
+
+def test_a_captured_model_exports_and_computes_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = calibrated(quantize(Net(), "int8-ort", image()), image())
+    path = export_onnx(model, tmp_path / "model.onnx", image())
+    with torch.no_grad():
+        expected = model(image())
+        step = float(model.head.acts_quantizer.affine_params().delta)
+    torch.testing.assert_close(run_onnx(path, image()), expected, atol=1.01 * step, rtol=0.0)
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """Under DistributedDataParallel, with a shared hook-free model: the ranges are those of the joined batch."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), 2), nprocs=2)
+    ranges = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*ranges, strict=True))
+
+
+def _rank(rank: int, folder: str, n_ranks: int) -> None:
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
+    model = quantize(Net(), "w8a8", image())
+    set_qmodule_state(model.train(), QModuleState.QUANT_AWARE_TRAIN)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(image(2 + rank)).square().sum().backward()
+    wrappers = [module for module in model.modules() if isinstance(module, QWrapper)]
+    found = [number for module in wrappers for number in module.acts_quantizer.observer.get_ranges()]
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -147,6 +147,27 @@ def test_timm_families(name: str) -> None:
     _timm(name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TIMM_FAST, *TIMM_SLOW])
+def test_timm_learns_and_compiles(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    net, x = timm.create_model(name, pretrained=False), image(name)
+    learned_step(net, x)
+    model = quantize(net.eval(), "w8a8", x)
+    with torch.no_grad(), qmodule_state(model, QModuleState.CALIBRATION):
+        model(x)
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TORCHVISION_FAST, *TORCHVISION_SLOW])
+def test_torchvision_learns(name: str) -> None:
+    learned_step(torchvision_model(name), image(name))
+
+
 def test_batch_norm_with_activation_in_one_module_is_split() -> None:
     timm = pytest.importorskip("timm")
     net = timm.create_model("mobilenetv3_small_100", pretrained=False).eval()
