@@ -163,6 +163,8 @@ def test_revert_gives_the_float_model_with_the_weights_of_now() -> None:
     assert torch.equal(reverted(image()), model(image()))
     net.head.bias.data.zero_()
     assert torch.equal(reverted(image()), net(image()))
+    assert not reverted._load_state_dict_pre_hooks
+    assert not hasattr(reverted, "conversion")
     assert [m.inplace for m in reverted.modules() if isinstance(m, nn.ReLU)] == [True, True]
     with pytest.raises(ConfigError, match="was not made by a plan"):
         plan.revert(net)
@@ -289,6 +291,21 @@ def test_sizes_and_whole_numbers_are_no_sites() -> None:
     assert torch.equal(model(ids), net(ids))
     calibrated(model, ids)
     assert model(ids).shape == (4, 3)
+
+
+def test_every_module_keeps_its_mode() -> None:
+    net = Net().train()
+    net.blocks[0].bn1.eval()  # a frozen batch norm
+    model = quantize(net, "w8a8", image())
+    modes = [model.blocks[i].conv1.bn.training for i in range(2)]
+    assert modes == [False, True]
+    before = model.blocks[0].conv1.bn.running_mean.clone()
+    model(image())
+    assert torch.equal(model.blocks[0].conv1.bn.running_mean, before)
+    quantizers = [q for _, module in qmodules(quantize(Net().eval(), "w8a8")) for q in module.quantizers().values()]
+    assert not any(quantizer.training for quantizer in quantizers)
+    reverted = model.plan.revert(model)
+    assert [reverted.blocks[i].bn1.training for i in range(2)] == [False, True]
 
 
 def test_hooks_stay_and_keep_their_layer_from_being_fused() -> None:

@@ -304,6 +304,12 @@ def test_the_spelling_of_3_0() -> None:
     }
 
 
+def test_fuse_names_of_3_0_folds_batch_norms() -> None:
+    model = Mnist()
+    QAT_Quantizer(model, [{**MODERN, "fuse_names": [("conv1", "bn1")]}])
+    assert model.conv1.fold_mode == "running"
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "no list": ({}, "config_list must be a list of dictionaries"),
     "no dictionary": (["Conv2d"], r"config_list\[0\] must be a dictionary"),

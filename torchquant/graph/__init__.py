@@ -1,13 +1,14 @@
 """Whole models: finding the sites of any model, and putting quantizers there.
 
-`trace.py` follows a forward, `ops.py` knows the operators, `capture.py` finds the sites, `rewrite.py` puts
-quantizers in and takes them out, `cost.py` counts. `torchquant.plan` is what people use.
+`trace.py` follows a forward, `ops.py` knows the operators, `capture.py` and `graph_sites.py` find the sites,
+`rewrite.py` puts quantizers in and takes them out, `watch.py` runs examples, `cost.py` counts. `torchquant.plan` is
+what people use.
 """
 
-from torchquant.graph.capture import Captured as Captured
 from torchquant.graph.capture import capture as capture
 from torchquant.graph.cost import PlanCost as PlanCost
 from torchquant.graph.cost import SiteCost as SiteCost
+from torchquant.graph.sites import Captured as Captured
 from torchquant.graph.sites import LeftFloat as LeftFloat
 from torchquant.graph.sites import Read as Read
 from torchquant.graph.sites import Site as Site

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._tables import text_table
-from torchquant.graph.capture import Captured, tensors_in, watch_values
-from torchquant.graph.sites import Site, SitePlan
+from torchquant.graph.sites import Captured, Site, SitePlan
+from torchquant.graph.watch import tensors_in, watch_values
 from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
 from torchquant.qmodule.weights import weight_names
 

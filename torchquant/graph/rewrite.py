@@ -10,12 +10,11 @@ import torch
 from torch import fx, nn
 
 from torchquant.errors import ConfigError
-from torchquant.graph.capture import Captured, joined
 from torchquant.graph.ops import OUT_OF_PLACE, activation_of
-from torchquant.graph.sites import Region, Site, SitePlan
+from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
 from torchquant.graph.trace import FLAG, TracedModule, install_graph, remove_graph
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
-from torchquant.qmodule.float_checkpoints import speak_float
+from torchquant.qmodule.float_checkpoints import forget_float, speak_float
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.weights import weight_names
 
@@ -50,7 +49,6 @@ def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
     root = writer.write()
     speak_float(root, float_state)
     root.conversion = writer.conversion  # type: ignore[assignment]
-    root.train(model.training)
     return root
 
 
@@ -75,12 +73,16 @@ def revert(model: nn.Module) -> nn.Module:
     for activation in conversion.inplace:
         activation.inplace = True
     float_model = conversion.root or model
-    for name in ("conversion", "float_keys"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model._load_state_dict_pre_hooks.clear()
-    float_model.train(model.training)
+    del model.conversion
+    forget_float(model)
     return float_model
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    """Give a new module and its quantizers the mode of what they take the place of; layers in it keep theirs."""
+    module.training = training
+    for quantizer in module.quantizers().values() if isinstance(module, QModule) else ():
+        quantizer.train(training)
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -192,7 +194,7 @@ class _Writer:
 
     def _swap(self, module: nn.Module, new: nn.Module) -> None:
         """Put `new` wherever the model holds `module`; hooks go with the place."""
-        new.training = module.training
+        _set_mode(new, module.training)
         _move_hooks(module, new)
         if module is self.model:
             self.root, self.conversion.root = new, module
@@ -203,7 +205,7 @@ class _Writer:
     def _add(self, path: str, module: nn.Module) -> None:
         owner_path, _, name = path.rpartition(".")
         owner = self.model.get_submodule(owner_path)
-        module.training = owner.training
+        _set_mode(module, owner.training)
         self.conversion.swaps.append((owner, name, None))
         owner.add_module(name, module)
 

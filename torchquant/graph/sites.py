@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from torchquant.errors import ConfigError
+from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
+from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
 
+N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention": 3, "attention": 3}
+"""Inputs that carry values, where these are not the first only (layers) or all (operators)."""
+NORM_WHY = "a normalization stays float"
 FIELDS = ("weight", "input", "output", "bias")
 Choice = str | Callable[[nn.Module], Quantizer | None] | None
 """A spec string, a function of the layer, or None: stays float."""
@@ -72,6 +77,22 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """The sites of a model in the order they run, what stays float, and the graphs behind them."""
+
+    model: nn.Module = field(repr=False)
+    sites: tuple[Site, ...]
+    floats: tuple[LeftFloat, ...]
+    regions: Mapping[str, Region] = field(repr=False)
+    trace: bool | str = True
+    fuse: bool | str = True
+
+    def site(self, path: str) -> Site | None:
+        """The site of that path, if there is one."""
+        return next((site for site in self.sites if site.path == path), None)
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """The quantizers of one site, None where it stays float. `fold_bn`: as in QWrapper."""
 
@@ -110,3 +131,28 @@ class SitePlan:
             for name, value in values.items()
             if value is not None and value is not False
         }
+
+
+def joined(*parts: str) -> str:
+    """A path of parts, empty ones left out."""
+    return ".".join(part for part in parts if part)
+
+
+def layer_fields(module: nn.Module) -> tuple[str, ...]:
+    """The fields of a layer with weights, () for any other module."""
+    if isinstance(row_of(module), LayerRow):
+        has_bias = getattr(module, "bias", None) is not None
+        return ("weight", "input", "output", *(("bias",) if has_bias else ()))
+    if not weight_names(module):
+        return ()
+    return ("weight", "output") if N_READS.get(plain_type(module).__name__) == 0 else ("weight", "input", "output")
+
+
+def has_layers(module: nn.Module) -> bool:
+    """Whether the module is, or contains, a layer with weights."""
+    return any(layer_fields(m) for m in module.modules())
+
+
+def n_reads_of(kind: str, default: int | None = None) -> int | None:
+    """How many of the inputs of a layer or operator carry values; None: all."""
+    return N_READS.get(kind, default)

@@ -33,6 +33,15 @@ def speak_float(model: nn.Module, float_state: Mapping[str, Tensor]) -> None:
     model.float_keys = pairs  # type: ignore[assignment]
 
 
+def forget_float(model: nn.Module) -> None:
+    """Undo `speak_float`."""
+    for key, hook in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook) is _translate:
+            del model._load_state_dict_pre_hooks[key]
+    if hasattr(model, "float_keys"):
+        del model.float_keys
+
+
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Weights and buffers under the keys of the float model; tensors share memory with the model's.
 

@@ -63,6 +63,16 @@ class QModule(nn.Module):
         self._state = state
         self._seen = []
 
+    def __getattr__(self, name: str) -> Any:
+        """What a wrapper of a `layer` has not is the layer's: `weight`, `in_channels`, ..."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules or "layer" not in modules or name.startswith("_"):
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(modules["layer"], name)
+
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "output") -> quantizer, for the sites that have one."""
         sites = {

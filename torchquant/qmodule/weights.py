@@ -86,16 +86,6 @@ class QWeights(QModule):
         weights = {self._names[key]: quantizer for key, quantizer in self.weight_quantizers.items()}
         return {**weights, **super().quantizers()}  # type: ignore[dict-item]
 
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper has not is the layer's: `weight`, `in_channels`, ..."""
-        modules = self.__dict__.get("_modules", {})
-        if name in modules or "layer" not in modules or name.startswith("_"):
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(modules["layer"], name)
-
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         own = self.quantizers()
         return [(name, self.layer.get_parameter(name), own.get(name)) for name in weight_names(self.layer)]

@@ -159,16 +159,6 @@ class QWrapper(QModule):
         if self.bias_quantizer is not None and bias is not None:
             self.bias_quantizer.pre_observe(bias)
 
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper has not is the layer's: `weight`, `in_channels`, ..."""
-        modules = self.__dict__.get("_modules", {})
-        if name in modules or "layer" not in modules or name.startswith("_"):
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(modules["layer"], name)
-
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         return [("weight", self.layer.weight, self.weight_quantizer)]
 

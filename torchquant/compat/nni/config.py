@@ -3,7 +3,8 @@
 2.x: `op_types`, `op_names` (both: intersection), `quant_types`, `quant_bits`, `quant_dtype`, `quant_scheme`,
 `quant_start_step`, `exclude`; the last entry that matches a module replaces all before it.
 3.0: `op_types`, `op_names`, `op_names_re`, `exclude_*`, `target_names`, `target_settings`, `quant_dtype` ("int8"),
-`quant_scheme`, `granularity`; a target that is configured twice keeps the first setting.
+`quant_scheme`, `granularity`; a target that is configured twice keeps the first setting. `fuse_names` folds batch
+norms, all of them.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def compile_config(
     for i, entry in enumerate(config_list):
         if not isinstance(entry, Mapping):
             raise ConfigError(f"config_list[{i}] must be a dictionary, got {entry!r}")
-    fuse = "bn" if fuse_bn else False
+    fuse = "bn" if fuse_bn or any("fuse_names" in entry for entry in config_list) else False
     captured = capture(model, trace="modules", fuse=fuse)
     modern = [_is_3(entry) for entry in config_list]
     if any(modern) and not all(_is_3(entry) or "quant_types" not in entry for entry in config_list):

@@ -1,0 +1,194 @@
+"""Finding the sites of one graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from torchquant.graph.ops import about_tensors, activation_of, computing_type, passes_values
+from torchquant.graph.sites import NORM_WHY, LeftFloat, Read, Site, has_layers, joined, layer_fields, n_reads_of
+from torchquant.graph.trace import has_hooks, module_path
+from torchquant.qmodule.patterns import LayerRow, norm_of, plain_type, row_of
+
+if TYPE_CHECKING:
+    from torchquant.graph.capture import Finder
+
+NO_FORM = "it has no quantized form"
+ONE_READ = {"mean", "avg_pool", "batch_norm", "interpolate"}
+"""Operators that carry the values of their first argument only."""
+
+
+class GraphSites:
+    """The sites of one graph."""
+
+    def __init__(self, finder: Finder, path: str, root: nn.Module, graph: fx.Graph) -> None:
+        self.finder, self.path, self.root, self.graph = finder, path, root, graph
+        self.about = about_tensors(graph)
+        calls = (self.module_of(node) for node in graph.nodes if node.op == "call_module" and node not in self.about)
+        self.n_calls = Counter(id(module) for module in calls)
+        self.site_of: dict[fx.Node, str] = {}  # the last node of a site -> its path
+        self.inside: set[fx.Node] = set()  # nodes fused into a site
+        self.names: set[str] = set()
+        self.layers: dict[int, int] = {}  # a layer called again -> its site
+        self.needed = self._needed()
+
+    def module_of(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
+
+    def find(self) -> None:
+        """Note them, in the order they run."""
+        for node in self.graph.nodes:
+            if not node.op.startswith("call") or node in self.about or node in self.inside:
+                continue
+            if node.op == "call_module" and layer_fields(self.module_of(node)):
+                self._layer(node)
+            elif computing_type(node, self.root) is not None:
+                self._operator(node)
+            elif not passes_values(node, self.root):
+                self._other(node)
+
+    def _layer(self, node: fx.Node) -> None:
+        module = self.module_of(node)
+        path = joined(self.path, str(node.target))
+        kind = plain_type(module).__name__
+        known = self.layers.get(id(module))
+        if known is not None:
+            site = self.finder.sites[known]
+            self.site_of[node] = site.path
+            reads = site.reads + self._reads(node, n_reads_of(kind, 1))
+            self.finder.sites[known] = replace(site, reads=reads, nodes=(*site.nodes, node.name))
+            return
+        if module in self.finder.seen:
+            return
+        self.finder.seen.add(module)
+        nodes, fused = [node], []
+        is_plain = isinstance(row_of(module), LayerRow) and not has_hooks(module)
+        if self.fusable(node) and is_plain and len(node.args) == 1 and not node.kwargs:
+            fused = self._fuse(nodes, row_of(module))
+        elif isinstance(row_of(module), LayerRow) and (len(node.args) != 1 or node.kwargs):
+            self.finder.floats.append(LeftFloat(path, kind, "it is called with more than its input"))
+            return
+        self.layers[id(module)] = len(self.finder.sites)
+        self._add(Site(path, (kind,), layer_fields(module), module, tuple(fused)), nodes, n_reads_of(kind, 1))
+
+    def fusable(self, node: fx.Node) -> bool:
+        return bool(self.finder.fuse) and self.n_calls[id(self.module_of(node))] == 1
+
+    def _fuse(self, nodes: list[fx.Node], row: Any) -> list[tuple[str, str]]:
+        """Take batch norm and activation after the last of `nodes` in; what was taken."""
+        fused = []
+        after = self._only_user(nodes[-1])
+        if isinstance(row, LayerRow) and row.batch_norm is not None and after is not None:
+            norm = self.module_of(after) if after.op == "call_module" and self.fusable(after) else None
+            if norm is not None and row.batch_norm in (type(norm), norm_of(norm)) and not has_hooks(norm):
+                path = joined(self.path, str(after.target))
+                fused.append((path, row.batch_norm.__name__))
+                nodes.append(after)
+                if norm_of(norm) is not None:
+                    act = norm.get_submodule("act")
+                    return fused if type(act) is nn.Identity else [*fused, (f"{path}.act", plain_type(act).__name__)]
+                after = self._only_user(after)
+        activation = None if after is None or self.finder.fuse == "bn" else activation_of(after, self.root)
+        if after is not None and activation is not None and not has_hooks(activation):
+            has_state = next(activation.parameters(), None) is not None
+            if not has_state or self.fusable(after):
+                path = joined(self.path, str(after.target)) if after.op == "call_module" else ""
+                fused.append((path, plain_type(activation).__name__))
+                nodes.append(after)
+        return fused
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        """The one node that uses the result, as its first input and once; None otherwise."""
+        users = list(node.users)
+        if len(users) != 1 or not users[0].args or users[0].args[0] is not node:
+            return None
+        return users[0] if users[0].all_input_nodes == [node] else None
+
+    def _operator(self, node: fx.Node) -> None:
+        kind = computing_type(node, self.root)
+        assert kind is not None
+        module = self.module_of(node) if node.op == "call_module" else None
+        types: tuple[str, ...] = (kind,) if module is None else (kind, plain_type(module).__name__)
+        if module is None or (self.n_calls[id(module)] > 1 and not list(module.parameters())):
+            path, module = self._new_path(node, kind), None
+        else:
+            path = joined(self.path, str(node.target))
+            if module in self.finder.seen:
+                self.finder.floats.append(LeftFloat(path, types[-1], "it is called more than once"))
+                return
+            self.finder.seen.add(module)
+        if not self.needed[node]:
+            self.finder.floats.append(LeftFloat(path, types[-1], "only float operators read its result"))
+            return
+        nodes = [node]
+        fused = self._fuse(nodes, None) if self.finder.fuse else []
+        n_reads = 1 if kind in ONE_READ else n_reads_of(kind)
+        self._add(Site(path, types, ("input", "output"), module, tuple(fused)), nodes, n_reads)
+
+    def _add(self, site: Site, nodes: list[fx.Node], n_reads: int | None) -> None:
+        reads = self._reads(nodes[0], n_reads)
+        self.site_of[nodes[-1]] = site.path
+        self.inside.update(nodes)
+        names = tuple(node.name for node in nodes)
+        self.finder.sites.append(replace(site, reads=reads, region=self.path, nodes=names))
+
+    def _reads(self, node: fx.Node, limit: int | None) -> tuple[Read, ...]:
+        values: list[fx.Node] = []
+        taken = (node.args, node.kwargs) if limit is None else node.args[:limit]
+        fx.node.map_arg(taken, values.append)
+        return tuple(Read(v.name, self._sources(v)) for v in dict.fromkeys(values) if v not in self.about)
+
+    def _sources(self, node: fx.Node) -> tuple[str, ...]:
+        while node not in self.site_of:
+            first = node.args[0] if node.args else None
+            if not passes_values(node, self.root) or not isinstance(first, fx.Node):
+                return ()
+            node = first
+        return (self.site_of[node],)
+
+    def _other(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            module = self.module_of(node)
+            if has_layers(module):
+                self.finder.look_into(joined(self.path, str(node.target)), module)
+            else:
+                path, kind = joined(self.path, str(node.target)), type(module).__name__
+                self.finder.floats.append(LeftFloat(path, kind, NORM_WHY if "Norm" in kind else NO_FORM))
+            return
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        if self._takes_values(node) and not name.startswith("_assert"):
+            path = joined(self.path, module_path(node))
+            self.finder.floats.append(LeftFloat(path, name, NORM_WHY if "norm" in name else NO_FORM))
+
+    def _takes_values(self, node: fx.Node) -> bool:
+        return any(value not in self.about for value in node.all_input_nodes)
+
+    def _new_path(self, node: fx.Node, kind: str) -> str:
+        """A free name for an operator, in the module in whose forward it stands."""
+        where = module_path(node)
+        owner = self.root.get_submodule(where)
+        tries = (kind if i == 0 else f"{kind}_{i}" for i in range(len(self.graph.nodes) + 1))
+        name = next(n for n in tries if not hasattr(owner, n) and joined(where, n) not in self.names)
+        self.names.add(joined(where, name))
+        return joined(self.path, where, name)
+
+    def _needed(self) -> dict[fx.Node, bool]:
+        """Whether something that can compute with integers, or the caller, uses the result of a node."""
+        needed: dict[fx.Node, bool] = {}
+        for node in reversed(self.graph.nodes):
+            needed[node] = any(self._takes_integers(user, needed) for user in node.users)
+        return needed
+
+    def _takes_integers(self, user: fx.Node, needed: Mapping[fx.Node, bool]) -> bool:
+        if user.op == "output":
+            return True
+        if user.op == "call_module":
+            module = self.module_of(user)
+            if has_layers(module):
+                return True
+        is_open = computing_type(user, self.root) is not None or passes_values(user, self.root)
+        return (is_open or activation_of(user, self.root) is not None) and needed[user]

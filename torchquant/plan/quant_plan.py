@@ -1,0 +1,227 @@
+"""QuantPlan: which quantizer sits at which site of a model. Rules make it, a model carries it out."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchquant._files import write_whole
+from torchquant._tables import text_table
+from torchquant.errors import ConfigError, require
+from torchquant.graph.capture import capture
+from torchquant.graph.cost import PlanCost, plan_cost
+from torchquant.graph.rewrite import SHARE, revert, rewrite
+from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
+from torchquant.plan.rules import Rules, check_keys, choice, nearest, read_rules
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """One field of one site that two plans see differently."""
+
+    path: str
+    field: str
+    before: str
+    after: str
+
+
+class _Changes(list[PlanChange]):
+    def __str__(self) -> str:
+        if not self:
+            return "the plans are the same"
+        return text_table(["path", "field", "before", "after"], ([c.path, c.field, c.before, c.after] for c in self))
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Site by site, the quantizers of a model. Frozen; prints, compares, is saved and loaded.
+
+    `sites`: those with a quantizer, in the order they run. `floats`: what stays float, and why. `trace`,
+    `fuse`: how the sites are found, as in `capture`.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> plan = QuantPlan.from_rules([{"types": ["Linear"], "weight": "affine:4/channel"}], net)
+    >>> [site.path for site in plan.sites]
+    ['0', '2']
+    >>> model = plan.apply(net)
+    >>> float_model = plan.revert(model)
+    """
+
+    sites: tuple[SitePlan, ...]
+    floats: tuple[LeftFloat, ...] = ()
+    trace: bool | str = True
+    fuse: bool | str = True
+    types: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Site path -> what is there, for people."""
+
+    @classmethod
+    def from_rules(
+        cls,
+        rules: Rules,
+        model: nn.Module | Captured,
+        example_inputs: Any = None,
+        trace: bool | str = True,
+        fuse: bool | str = True,
+    ) -> QuantPlan:
+        """The plan that rules make for a model.
+
+        `rules`: the name of a ready set (`RULE_SETS`) or a list of dictionaries. Each selects sites by `types`
+        (a class or an operator: "Conv2d", "add"), `names` (exact, a glob, or "re:" and a regular expression),
+        `position` ("first", "last" among the layers), `where` (a function of the Site); all that are given must
+        hold, none selects all. It sets `weight`, `input`, `output`, `bias` (a spec string, a dictionary with
+        "scheme", or a function of the layer; None: float), `fold_bn`, or `skip: True`. Later rules win, site by
+        site and field by field. A batch norm or activation that is fused into a layer can be selected too, and
+        sets the layer's output. `input` counts where nothing has quantized the value yet.
+
+        Raises ConfigError that names the rule, the site and what is allowed.
+        """
+        captured = model if isinstance(model, Captured) else capture(model, example_inputs, trace, fuse)
+        chosen: dict[str, dict[str, Any]] = {site.path: {} for site in captured.sites}
+        for rule in read_rules(rules, captured):
+            rule.set_fields(chosen, captured)
+        plans = [SitePlan(path, **fields) for path, fields in chosen.items()]
+        for plan, site in zip(plans, captured.sites, strict=True):
+            _check_buildable(plan, site)
+        kept = tuple(plan for plan in plans if not plan.is_float)
+        unset = [
+            LeftFloat(site.path, site.types[-1], "no rule gives it a quantizer")
+            for plan, site in zip(plans, captured.sites, strict=True)
+            if plan.is_float
+        ]
+        types = {site.path: " + ".join([site.types[-1], *(kind for _, kind in site.fused)]) for site in captured.sites}
+        return cls(kept, (*captured.floats, *unset), captured.trace, captured.fuse, types)
+
+    def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
+        """A copy of the float model (or itself) with the quantizers in place, in QModuleState.BYPASSED.
+
+        It computes what the float model computes, bit for bit, until a state is set. It keeps its class, its
+        modules and their paths, but for what is wrapped. Float checkpoints load.
+        Raises ConfigError if the model has not the sites of the plan.
+        """
+        model = model if inplace else copy.deepcopy(model)
+        captured = capture(model, trace=self.trace, fuse=self.fuse)
+        known = [site.path for site in captured.sites]
+        for plan in self.sites:
+            if plan.path not in known:
+                raise ConfigError(
+                    f"the plan has the site '{plan.path}', {type(model).__name__} has not;{nearest(plan.path, known)} "
+                    "It was made for another model"
+                )
+        return rewrite(captured, {plan.path: plan for plan in self.sites})
+
+    def revert(self, model: nn.Module, inplace: bool = False) -> nn.Module:
+        """The float model that `apply` was given, with the weights as they are now. Raises ConfigError."""
+        return revert(model if inplace else copy.deepcopy(model))
+
+    def cost(self, model: nn.Module, example_inputs: Any) -> PlanCost:
+        """Weight bytes, activation bytes, multiply-adds and bit operations of the float model under this plan."""
+        return plan_cost(capture(model, example_inputs, self.trace, self.fuse), self.sites, example_inputs)
+
+    def replace(self, path: str, **fields: Any) -> QuantPlan:
+        """A plan with other fields at one site. Raises ConfigError for a site it has not.
+
+        >>> net = nn.Sequential(nn.Linear(4, 8))
+        >>> plan = QuantPlan.from_rules([{"weight": "affine:8"}], net)
+        >>> plan.replace("0", weight="affine:4").sites[0].weight
+        'affine:4'
+        """
+        known = [site.path for site in self.sites]
+        if path not in known:
+            raise ConfigError(f"the plan has no site '{path}';{nearest(path, known)}")
+        unknown = set(fields) - {*FIELDS, "fold_bn"}
+        if unknown:
+            raise ConfigError(f"a site has {', '.join(FIELDS)}, fold_bn; got {', '.join(sorted(unknown))}")
+        values = {name: choice(value, f"site '{path}'", name) for name, value in fields.items()}
+        return replace(self, sites=tuple(replace(s, **values) if s.path == path else s for s in self.sites))
+
+    def diff(self, other: QuantPlan) -> list[PlanChange]:
+        """What `other` changes of this plan; prints as a table."""
+        ours, theirs = ({site.path: site.words() for site in plan.sites} for plan in (self, other))
+        found = _Changes()
+        for path in dict.fromkeys([*ours, *theirs]):
+            before, after = ours.get(path, {}), theirs.get(path, {})
+            for name in (*FIELDS, "fold_bn"):
+                if before.get(name) != after.get(name):
+                    found.append(PlanChange(path, name, str(before.get(name, "-")), str(after.get(name, "-"))))
+        return found
+
+    def describe(self) -> str:
+        """Every site with its quantizers, then what stays float and why."""
+        header = ["site", "what", "weight", "input", "output", "bias"]
+        rows = []
+        for site in self.sites:
+            words = site.words()
+            rows.append([site.path or "(root)", self.types.get(site.path, "")] + [words.get(n, "-") for n in FIELDS])
+        text = text_table(header, rows)
+        if self.floats:
+            floats = ([left.path or "(root)", left.type, left.why] for left in self.floats)
+            text += "\n\nleft float\n" + text_table(["path", "what", "why"], floats)
+        return text
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as YAML. Raises ConfigError if a quantizer is a function, which has no text."""
+        yaml = require("yaml", "cli")
+        sites = []
+        for site in self.sites:
+            for name in FIELDS:
+                if callable(getattr(site, name)):
+                    raise ConfigError(
+                        f"site '{site.path}', {name}: a function cannot be saved; use a spec string such as 'affine:8'"
+                    )
+            sites.append({"path": site.path, "what": self.types.get(site.path, ""), **site.words()})
+        floats = [{"path": left.path, "type": left.type, "why": left.why} for left in self.floats]
+        data = {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse, "sites": sites, "left_float": floats}
+        text = yaml.safe_dump(data, sort_keys=False, width=200)
+        return write_whole(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> QuantPlan:
+        """Read a plan that `save` wrote, or that somebody wrote by hand. Raises ConfigError."""
+        data = read_yaml(path)
+        if not isinstance(data, dict) or data.get("torchquant_plan") != FORMAT:
+            raise ConfigError(f"{path} is not a plan: it must begin with 'torchquant_plan: {FORMAT}'")
+        check_keys(f"{path}", data, ("torchquant_plan", "trace", "fuse", "sites", "left_float"))
+        sites, types = [], {}
+        for i, entry in enumerate(data.get("sites") or []):
+            where = f"{path}, site {i + 1}"
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+                raise ConfigError(f"{where}: expected a mapping with a path, got {entry!r}")
+            check_keys(where, entry, ("path", "what", *FIELDS, "fold_bn"))
+            where = f"{path}, site '{entry['path']}'"
+            fields = {n: choice(entry[n], where, n) for n in (*FIELDS, "fold_bn") if n in entry}
+            sites.append(SitePlan(entry["path"], **fields))
+            types[entry["path"]] = entry.get("what", "")
+        floats = tuple(LeftFloat(**entry) for entry in data.get("left_float") or [])
+        return cls(tuple(sites), floats, data.get("trace", True), data.get("fuse", True), types)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a YAML (or JSON) file holds, by the safe loader. Raises ConfigError."""
+    yaml = require("yaml", "cli")
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+
+
+def _check_buildable(plan: SitePlan, site: Site) -> None:
+    """Raise ConfigError, naming the site, for what only shows when a quantizer is made."""
+    if plan.bias is not None and plan.weight is None:
+        raise ConfigError(f"site '{site.path}': a bias is quantized together with the weight; give it a weight too")
+    if plan.output == SHARE and "cat" not in site.types:
+        raise ConfigError(
+            f"site '{site.path}', output: 'share' is for concatenations ('cat'), not for {site.types[-1]}"
+        )

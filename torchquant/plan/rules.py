@@ -1,0 +1,225 @@
+"""Rules: what a user says about the sites of a model, and the ready sets."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchquant.errors import ConfigError
+from torchquant.graph.ops import COMPUTING
+from torchquant.graph.rewrite import SHARE
+from torchquant.graph.sites import FIELDS, Captured, Site
+from torchquant.qmodule.patterns import PATTERNS
+from torchquant.qmodule.weights import WEIGHTED
+from torchquant.quantizers import QuantSpec, make_quantizer
+
+Rules = str | Sequence[Mapping[str, Any]]
+SELECTORS = ("types", "names", "position", "where")
+SETTINGS = (*FIELDS, "fold_bn", "skip")
+POSITIONS = ("first", "last")
+
+_INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
+_ENDS = {"position": ["first", "last"]}
+_LAYERS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"]
+
+RULE_SETS: dict[str, list[dict[str, Any]]] = {
+    "w8a8": [{**_INT8, "fold_bn": True}],
+    "w4a8": [{**_INT8, "weight": "affine:4,symmetric=narrow/channel", "fold_bn": True}, {**_ENDS, **_INT8}],
+    "w4a4-lsq": [
+        {"weight": "lsq:4/channel", "input": "lsq:4", "output": "lsq:4"},
+        {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
+    ],
+    "w2a2-lsq": [
+        {"weight": "lsq:2/channel", "input": "lsq:2", "output": "lsq:2"},
+        {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
+    ],
+    "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}],
+    "int8-ort": [
+        {"types": [*_LAYERS, "add", "mul", "matmul", "avg_pool", "cat"], **_INT8, "fold_bn": True},
+    ],
+    "int8-openvino": [
+        {"types": [*_LAYERS, "add", "mul", "matmul", "avg_pool", "cat", "interpolate"], **_INT8, "fold_bn": True},
+        {"types": ["cat"], "output": SHARE},
+    ],
+}
+"""Ready rules by name. The last two quantize what ONNX Runtime and OpenVINO have integer kernels for."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that was found valid. `name` is what messages call it."""
+
+    name: str
+    types: tuple[str, ...] | None
+    names: tuple[str, ...] | None
+    position: tuple[str, ...] | None
+    where: Callable[[Site], bool] | None
+    skip: bool
+    fields: Mapping[str, Any]
+
+    def set_fields(self, chosen: dict[str, dict[str, Any]], captured: Captured) -> None:
+        ends = [site.path for site in captured.sites if site.is_layer]
+        at_ends = {"first": ends[:1], "last": ends[-1:]}
+        wanted = {path for position in self.position or () for path in at_ends[position]}
+        hit = applied = False
+        reached: Site | None = None
+        for site in captured.sites:
+            allowed = self._reach(site)
+            if not allowed or (self.position is not None and site.path not in wanted):
+                continue
+            if self.where is not None and not self.where(site):
+                continue
+            hit, reached = True, site
+            if self.skip:
+                chosen[site.path].clear()
+            given = {name: value for name, value in self.fields.items() if name in allowed}
+            applied = applied or bool(given) or self.skip
+            chosen[site.path].update(given)
+        if not hit and (self.names is not None or self.where is not None):
+            known = [path for site in captured.sites for path in (site.path, *(p for p, _ in site.fused))]
+            asked = (self.names or ("",))[0]
+            raise ConfigError(f"{self.name} selects no site;{nearest(asked, known)} Known: {', '.join(known)}")
+        if hit and not applied and reached is not None:
+            raise ConfigError(
+                f"{self.name} sets {', '.join(self.fields)}, but site '{reached.path}' ({reached.types[-1]}) takes "
+                f"{', '.join(self._reach(reached))}"
+            )
+
+    def _reach(self, site: Site) -> tuple[str, ...]:
+        """The fields of the site that the rule may set, () if it does not select it."""
+        if self._selects(site.path, site.types):
+            return (*site.fields, *(("fold_bn",) if site.is_layer else ()))
+        if any(self._selects(path, (kind,)) for path, kind in site.fused) and not self.skip:
+            return ("output",)
+        return ()
+
+    def _selects(self, path: str, types: Sequence[str]) -> bool:
+        if self.types is not None and not set(types) & set(self.types):
+            return False
+        return self.names is None or any(_matches(pattern, path) for pattern in self.names)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def read_rules(rules: Rules, captured: Captured) -> list[Rule]:
+    """The rules of a ready set or a list, checked. Raises ConfigError that names the rule."""
+    if isinstance(rules, str):
+        if rules not in RULE_SETS:
+            raise ConfigError(
+                f"no rules are called '{rules}';{nearest(rules, RULE_SETS)} Known: {', '.join(RULE_SETS)}. "
+                "Or give a list of rules"
+            )
+        return [_read_rule(f"rule {i + 1} of '{rules}'", r, captured) for i, r in enumerate(RULE_SETS[rules])]
+    if not isinstance(rules, Sequence):
+        raise ConfigError(f"rules must be the name of a ready set or a list of dictionaries, got {rules!r}")
+    return [_read_rule(f"rule {i + 1}", rule, captured) for i, rule in enumerate(rules)]
+
+
+def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
+    if not isinstance(rule, Mapping):
+        raise ConfigError(f"{name} must be a dictionary, got {rule!r}")
+    check_keys(name, rule, (*SELECTORS, *SETTINGS))
+    skip = rule.get("skip", False)
+    if not isinstance(skip, bool):
+        raise ConfigError(f"{name}: skip must be True or False, got {skip!r}")
+    given = [key for key in SETTINGS if key in rule and key != "skip"]
+    if skip and given:
+        raise ConfigError(
+            f"{name} clashes with itself: skip leaves the site float, but it also sets {', '.join(given)}"
+        )
+    if not skip and not given:
+        raise ConfigError(f"{name} sets nothing; it may set {', '.join(SETTINGS)}")
+    types, names, position = (_words(name, rule, key) for key in ("types", "names", "position"))
+    known = _known_types(captured)
+    for kind in types or ():
+        if kind not in known:
+            raise ConfigError(f"{name}: no type '{kind}';{nearest(kind, known)} Known: {', '.join(sorted(known))}")
+    for place in position or ():
+        if place not in POSITIONS:
+            raise ConfigError(f"{name}: position must be of {', '.join(POSITIONS)}, got '{place}'")
+    for pattern in names or ():
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ConfigError(f"{name}: '{pattern}' is no regular expression: {error}") from error
+    where = rule.get("where")
+    if where is not None and not callable(where):
+        raise ConfigError(f"{name}: where must be a function of a Site, got {where!r}")
+    fields = {key: choice(rule[key], name, key) for key in given}
+    return Rule(name, types, names, position, where, skip, fields)
+
+
+def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
+    value = rule.get(key)
+    if value is None:
+        return None
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{name}: {key} must be a string or a list of strings, got {value!r}")
+    return tuple(words)
+
+
+def _known_types(captured: Captured) -> set[str]:
+    own = {kind for site in captured.sites for kind in (*site.types, *(k for _, k in site.fused))}
+    rows = {kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in PATTERNS}
+    return own | rows | set(COMPUTING) | {kind.__name__ for kind in WEIGHTED}
+
+
+def choice(value: Any, where: str, name: str) -> Any:
+    """The value of a field, dictionaries as spec strings. Raises ConfigError."""
+    if name == "fold_bn":
+        if not isinstance(value, bool | str):
+            raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {value!r}")
+        return value
+    if isinstance(value, Mapping):
+        value = _spec_of(value, where, name)
+    if value is None or (value == SHARE and name == "output"):
+        return value
+    if isinstance(value, str):
+        try:
+            make_quantizer(value, {"bias": "weight"}.get(name, name))
+        except ConfigError as error:
+            raise ConfigError(f"{where}, {name}: {error}") from error
+        return value
+    if isinstance(value, nn.Module) or not callable(value):
+        raise ConfigError(
+            f"{where}, {name}: expected a spec string such as 'affine:8', a dictionary with 'scheme', a function of "
+            f"the layer, or None; got {value!r}"
+        )
+    return value
+
+
+def _spec_of(value: Mapping[str, Any], where: str, name: str) -> str:
+    parts = dict(value)
+    scheme = parts.pop("scheme", None)
+    if not isinstance(scheme, str):
+        raise ConfigError(f"{where}, {name}: a dictionary needs 'scheme', such as 'affine'; got {dict(value)!r}")
+    n_bits, granularity = parts.pop("n_bits", None), parts.pop("granularity", "")
+    group, gradient = parts.pop("group", None), parts.pop("gradient", None)
+    options = tuple((k, None if v is True else str(v)) for k, v in parts.items())
+    return str(QuantSpec(scheme, n_bits, options, granularity or ("group" if group else ""), group, gradient))
+
+
+def check_keys(where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    """Raise ConfigError for a key that is not allowed, with the nearest that is."""
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            raise ConfigError(f"{where}: no key '{key}';{nearest(str(key), allowed)} Allowed: {', '.join(allowed)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " did you mean 'x'?" for a name that is close to a known one, else ""."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" did you mean '{close[0]}'?" if close else ""
