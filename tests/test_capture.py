@@ -308,6 +308,20 @@ def test_every_module_keeps_its_mode() -> None:
     assert [reverted.blocks[i].bn1.training for i in range(2)] == [False, True]
 
 
+def test_weights_that_a_function_is_given_are_told_of() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.weight = nn.Parameter(torch.ones(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.linear(x), self.weight)
+
+    (left,) = capture(Functional()).floats
+    assert (left.type, left.why) == ("linear", "it has no quantized form, nor have the weights it is given")
+
+
 def test_hooks_stay_and_keep_their_layer_from_being_fused() -> None:
     seen: list[str] = []
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))

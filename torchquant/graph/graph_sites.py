@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchquant.graph.capture import Finder
 
 NO_FORM = "it has no quantized form"
+TAKES_WEIGHTS = ", nor have the weights it is given"
 ONE_READ = {"mean", "avg_pool", "batch_norm", "interpolate"}
 """Operators that carry the values of their first argument only."""
 
@@ -162,7 +163,9 @@ class GraphSites:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         if self._takes_values(node) and not name.startswith("_assert"):
             path = joined(self.path, module_path(node))
-            self.finder.floats.append(LeftFloat(path, name, NORM_WHY if "norm" in name else NO_FORM))
+            takes_weights = any(value.op == "get_attr" for value in node.all_input_nodes)
+            why = NORM_WHY if "norm" in name else NO_FORM + (TAKES_WEIGHTS if takes_weights else "")
+            self.finder.floats.append(LeftFloat(path, name, why))
 
     def _takes_values(self, node: fx.Node) -> bool:
         return any(value not in self.about for value in node.all_input_nodes)
