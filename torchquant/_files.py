@@ -1,10 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and Python files that are run."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
@@ -16,3 +19,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def run_python_file(path: Path, kind: str) -> ModuleType:
+    """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by that name.
+
+    Raises ImportError for a file that is not Python's.
+    """
+    name = f"torchquant_{kind}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -5,7 +5,6 @@ Each stage writes a file; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant._files import write_whole
+from torchquant._files import run_python_file, write_whole
 from torchquant.analysis import weight_bytes
 from torchquant.compare.tasks import NETWORKS, Gray, load_data
 from torchquant.compat.checkpoints import load_checkpoint
@@ -165,11 +164,10 @@ def _of_file(name: str) -> nn.Module:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise ConfigError(f"there is no file {path}; a model of your own is path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"torchquant_model_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file; a model of your own is path/to/file.py:function")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        module = run_python_file(Path(path), "model")
+    except ImportError as error:
+        raise ConfigError(f"{error}; a model of your own is path/to/file.py:function") from error
     build = getattr(module, function, None)
     if not callable(build):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant._files import write_whole
+from torchquant._files import run_python_file, write_whole
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.compare.settings import Case, Recipe
 from torchquant.compare.tasks import NETWORKS, load_data
@@ -94,10 +93,7 @@ def load_plugin(path: str | os.PathLike[str]) -> None:
 
 @cache
 def _load_once(path: str) -> None:
-    spec = importlib.util.spec_from_file_location(f"torchquant_plugin_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    run_python_file(Path(path), "plugin")
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
