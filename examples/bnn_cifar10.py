@@ -8,6 +8,7 @@ Needs torchquant[demo].
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from torchquant._files import write_whole
 from torchquant.compare.tasks import load_data
 from torchquant.compat.nni import BNNQuantizer
 from torchquant.demo import Terminal
@@ -128,9 +130,7 @@ def main(
             history.append(evaluate(model, source.test_images, source.test_labels, device))
             state = {"quantizer": quantizer.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
             state |= {"schedule": schedule.state_dict(), "batches": batches.get_state(), "history": history}
-            temporary = path.with_suffix(".part")
-            torch.save(state | {"epochs": epochs}, temporary)
-            temporary.replace(path)
+            write_whole(path, partial(torch.save, state | {"epochs": epochs}))
             shown.message(f"epoch {epoch}: accuracy {history[-1]:.2%}")
             shown.advance(1, f"epoch {epoch} of {epochs}")
     quantizer.export_model(folder / "binary.pth", folder / "calibration.pth")

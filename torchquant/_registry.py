@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from torchquant.errors import NameClashError, UnknownNameError
 
 T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the known name nearest to `name`, with a space before it; "" if none is near.
+
+    >>> did_you_mean("afine", ["affine", "esb"])
+    " did you mean 'affine'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" did you mean '{close[0]}'?" if close else ""
 
 
 class Registry(Generic[T]):
@@ -43,8 +53,7 @@ class Registry(Generic[T]):
 
     def _checked(self, name: str) -> str:
         if name not in self._entries:
-            close = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f" did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(name, self._entries)
             known = ", ".join(sorted(self._entries)) or "none"
             raise UnknownNameError(f"no {self.kind} '{name}';{hint} Known: {known}")
         return name

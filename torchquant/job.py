@@ -5,7 +5,8 @@ Each stage writes a file; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,13 +21,13 @@ from torchquant.analysis import weight_bytes
 from torchquant.compare.tasks import NETWORKS, Gray, load_data
 from torchquant.compat.checkpoints import load_checkpoint
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import output_folder, write_checkpoint, write_json
+from torchquant.demo.files import claim_folder, output_folder, write_checkpoint, write_json
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.errors import ConfigError, require
 from torchquant.plan import RULE_SETS, QuantPlan, quantize, read_yaml
 from torchquant.qmodule import QModuleState
-from torchquant.utils import set_qmodule_state, state_report
+from torchquant.utils import SiteReport, set_qmodule_state, state_report
 
 __all__ = ["JobConfig", "JobResult", "build_model", "read_rules", "run_job"]
 
@@ -94,7 +95,7 @@ def run_job(config: JobConfig, out: str | os.PathLike[str], show: Silent | None 
     A stage whose file is there is not run again. Raises ConfigError, also if `out` holds another job.
     """
     folder = output_folder(out)
-    _check_config(config, folder)
+    claim_folder(folder / "config.json", asdict(config), "another job", "job")
     with show or Silent() as shown:
         shown.start(4.0)
         data = load_data(config.data, config.seed)
@@ -189,16 +190,6 @@ def read_rules(rules: str) -> Any:
     return QuantPlan.load(path) if isinstance(found, dict) else found
 
 
-def _check_config(config: JobConfig, folder: Path) -> None:
-    path = folder / "config.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asdict(config)
-    if known != asdict(config):
-        new = asdict(config)
-        changed = ", ".join(f"{k}: {known.get(k)} there, {v} now" for k, v in new.items() if known.get(k) != v)
-        raise ConfigError(f"{folder} holds another job ({changed}); choose another folder, or that job")
-    write_json(path, asdict(config))
-
-
 def _stage(path: Path, model: nn.Module, work: Callable[[], object]) -> None:
     """Do the work and keep the model; or take it from the file, if the work was done before."""
     if path.exists():
@@ -254,6 +245,8 @@ def _tell(shown: Silent, what: str, epochs: int) -> Callable[[int, float], None]
 
 def _write_sites(path: Path, model: nn.Module) -> None:
     rows = state_report(model).to_dicts()
-    header = list(rows[0]) if rows else ["path"]
-    lines = [",".join(header)] + [",".join(f'"{row[name]}"' for name in header) for row in rows]
-    write_whole(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(SiteReport.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))

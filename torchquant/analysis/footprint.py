@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchquant.graph.cost import stored_bytes
 from torchquant.qmodule import LayerRow, QModule
 from torchquant.qmodule.patterns import row_of
 from torchquant.quantizers import Quantizer
-
-FLOAT_BYTES = 4
-"""A scale, and an element of a float weight."""
+from torchquant.quantizers._base import FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,5 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]
 
 
 def _site_bytes(path: str, weight: Tensor, quantizer: Quantizer | None) -> WeightBytes:
-    if quantizer is None:
-        return WeightBytes(path, 8 * FLOAT_BYTES, FLOAT_BYTES * weight.numel(), 0)
-    packed = -(-weight.numel() * quantizer.n_bits // 8)
-    return WeightBytes(path, quantizer.n_bits, packed, quantizer.side_bytes(weight))
+    n_bits = 8 * FLOAT_BYTES if quantizer is None else quantizer.n_bits
+    return WeightBytes(path, n_bits, *stored_bytes(weight, quantizer))

@@ -22,7 +22,7 @@ from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.compare.settings import Case, Recipe
 from torchquant.compare.tasks import NETWORKS, load_data
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import output_folder, write_checkpoint, write_json
+from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, steps_per_epoch, train
 from torchquant.errors import ConfigError, require
@@ -68,7 +68,7 @@ def compare(
     for plugin in plugins:
         load_plugin(plugin)
     runs = output_folder(Path(out) / "runs")
-    _check_recipe(recipe, runs.parent)
+    claim_folder(runs.parent / "recipe.json", asdict(recipe), "runs of another recipe", "recipe")
     missing = [case for case in cases if not (runs / f"{case.name}.json").exists()]
     with show or Silent() as shown:
         shown.start(len(cases))
@@ -94,18 +94,6 @@ def load_plugin(path: str | os.PathLike[str]) -> None:
 @cache
 def _load_once(path: str) -> None:
     run_python_file(Path(path), "plugin")
-
-
-def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    path = folder / "recipe.json"
-    if not path.exists():
-        write_json(path, asdict(recipe))
-    elif (known := json.loads(path.read_text(encoding="utf-8"))) != asdict(recipe):
-        new = asdict(recipe)
-        changed = ", ".join(
-            f"{key}: {known.get(key)} there, {new[key]} now" for key in new if known.get(key) != new[key]
-        )
-        raise ConfigError(f"{folder} holds runs of another recipe ({changed}); choose another folder, or that recipe")
 
 
 def _in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:

@@ -6,7 +6,6 @@ dicts, and NNI's exported model with its calibration config, which can be writte
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import write_whole
+from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
-from torchquant.compat.nni.calibration import restore_calibration, what_is_known
+from torchquant.compat.nni.calibration import calibration_config, restore_calibration
 from torchquant.errors import ConfigError, require
 from torchquant.models import FusedEfficientNet, FusedResNet
 from torchquant.qmodule import float_state_dict
@@ -118,7 +118,7 @@ def save_nni(
     """
     inner = getattr(model, "bound_model", model)
     state = {key: value.detach().clone() for key, value in float_state_dict(inner).items()}
-    config = what_is_known(inner)
+    config = calibration_config(inner)
     write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
     write_whole(Path(calibration_path), lambda temporary: torch.save(config, temporary))
     return config
@@ -223,9 +223,7 @@ def _check_complete(
 ) -> None:
     problems = []
     if unknown:
-        close = difflib.get_close_matches(unknown[0], list(own), n=1)
-        hint = f" (did it mean {close[0]}?)" if close else ""
-        problems.append(f"it has {_some(unknown)} too much{hint}")
+        problems.append(f"it has {_some(unknown)} too much{did_you_mean(unknown[0], own)}")
     if missing:
         problems.append(f"it lacks {_some(missing)}")
     wrong = [k for k, v in loaded.items() if v.shape != own[k].shape and not _QUANTIZER_KEY.search(k)]

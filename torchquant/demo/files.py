@@ -35,6 +35,20 @@ def write_json(path: Path, value: Any) -> Path:
     return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def claim_folder(path: Path, settings: dict[str, Any], holds: str, thing: str) -> None:
+    """Keep the settings of a run in the JSON file `path`; raise ConfigError if its folder holds a run of others.
+
+    `holds` and `thing` are the words of the message: "runs of another recipe", "recipe".
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if known != settings:
+        changed = ", ".join(f"{k}: {known.get(k)} there, {v} now" for k, v in settings.items() if known.get(k) != v)
+        raise ConfigError(f"{path.parent} holds {holds} ({changed}); choose another folder, or that {thing}")
+
+
 def write_checkpoint(path: Path, model: nn.Module) -> Path:
     """Write the `state_dict`; `torch.load(path, weights_only=True)` reads it."""
     return write_whole(path, lambda temporary: torch.save(model.state_dict(), temporary))

@@ -12,7 +12,7 @@ from torchquant.errors import ConfigError
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.ops import computing_module_type
 from torchquant.graph.sites import NORM_WHY, Captured, LeftFloat, Region, Site, has_layers, joined, layer_fields
-from torchquant.graph.trace import NotTraceable, required_arguments, traced_graph
+from torchquant.graph.trace import NotTraceable, traced_graph
 from torchquant.graph.watch import real_values
 from torchquant.qmodule.patterns import plain_type
 from torchquant.qmodule.state import QModule
@@ -71,7 +71,7 @@ class Finder:
         try:
             if self.trace is not True:
                 raise NotTraceable("")
-            graph = traced_graph(module, required_arguments(module))
+            graph = traced_graph(module)
         except NotTraceable as reason:
             self._look_at_children(path, module, str(reason))
         else:

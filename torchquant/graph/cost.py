@@ -15,6 +15,8 @@ from torchquant.graph.sites import Captured, Site, SitePlan
 from torchquant.graph.watch import tensors_in, watch_values
 from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
 from torchquant.qmodule.weights import weight_names
+from torchquant.quantizers import Quantizer
+from torchquant.quantizers._base import FLOAT_BYTES
 
 FLOAT_BITS = 32
 
@@ -90,10 +92,7 @@ def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any
         macs = sum(_macs(site, inputs, output) for inputs, output in calls)
         factors = weight_bits * max(read_bits) if site.is_layer else math.prod([*read_bits, read_bits[0]][:2])
         numel = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
-        size = sum(
-            4 * w.numel() if weight is None else -(-w.numel() * weight_bits // 8) + _side_bytes(plan, site, w)
-            for w in weights
-        )
+        size = sum(sum(stored_bytes(w, _observed(plan, site, w))) for w in weights)
         cost.append(
             SiteCost(
                 path=site.path or "(root)",
@@ -125,21 +124,29 @@ def _read_bits(sources: tuple[str, ...], plan: SitePlan, chosen: Mapping[str, Si
 
 
 def _weights(module: nn.Module | None) -> list[Tensor]:
+    """As their quantizers see them, the output channel on axis 0."""
     if module is None:
         return []
-    if isinstance(row_of(module), LayerRow):
-        return [module.weight]  # type: ignore[list-item]
+    row = row_of(module)
+    if isinstance(row, LayerRow):
+        return [row.channels_first(module, module.weight)]  # type: ignore[arg-type]
     return [module.get_parameter(name) for name in weight_names(module)]
 
 
-def _side_bytes(plan: SitePlan, site: Site, weight: Tensor) -> int:
+def _observed(plan: SitePlan, site: Site, weight: Tensor) -> Quantizer | None:
+    """A weight quantizer of the plan that has seen the weight."""
     quantizer = plan.make("weight", site.module)
-    assert quantizer is not None
-    row = None if site.module is None else row_of(site.module)
-    real = row.channels_first(site.module, weight) if isinstance(row, LayerRow) else weight
-    quantizer.allocate(real.shape[0])
-    quantizer.pre_observe(real.detach())
-    return quantizer.side_bytes(real)
+    if quantizer is not None:
+        quantizer.allocate(weight.shape[0])
+        quantizer.pre_observe(weight)
+    return quantizer
+
+
+def stored_bytes(weight: Tensor, quantizer: Quantizer | None) -> tuple[int, int]:
+    """Bytes of a weight: codes packed at their true width (or float32 elements), and numbers to decode them."""
+    if quantizer is None:
+        return FLOAT_BYTES * weight.numel(), 0
+    return -(-weight.numel() * quantizer.n_bits // 8), quantizer.side_bytes(weight)
 
 
 def _macs(site: Site, inputs: list[Tensor], output: Any) -> int:

@@ -103,7 +103,7 @@ class _Writer:
                 if child is not None:
                     self.homes.setdefault(child, []).append((owner, name))
         self.made: dict[str, QModule] = {}
-        self.inputs: dict[tuple[str, str, Any], str] = {}
+        self.inputs: dict[tuple[str, str, Any], fx.Node] = {}
         self.root: nn.Module = self.model
 
     def write(self) -> nn.Module:
@@ -142,7 +142,7 @@ class _Writer:
         if site.fused and nodes:
             assert region is not None
             assert region.graph is not None
-            nodes[-1].replace_all_uses_with(_nodes(region, site)[0])
+            nodes[-1].replace_all_uses_with(nodes[0])
             for node in reversed(nodes[1:]):
                 region.graph.erase_node(node)
 
@@ -220,17 +220,12 @@ class _Writer:
                 continue
             key = (site.region, read.node, plan.input if isinstance(plan.input, str) else site.path)
             value = _by_name(region.graph)[read.node]
-            path = self.inputs.get(key)
-            if path is None:
-                path = self.inputs[key] = self._input_path(site.region, read.node)
-                quantizer = plan.make("input", site.module)
-                self._add(path, QOp(nn.Identity(), quantizer))
-                self._insert_after(region, value, path)
-            quantized = next(
-                n for n in region.graph.nodes if n.op == "call_module" and n.target == _local(region, path)
-            )
+            if key not in self.inputs:
+                path = self._input_path(site.region, read.node)
+                self._add(path, QOp(nn.Identity(), plan.make("input", site.module)))
+                self.inputs[key] = self._insert_after(region, value, path)
             for reader in readers:
-                reader.replace_input_with(value, quantized)
+                reader.replace_input_with(value, self.inputs[key])
 
     def _input_path(self, region: str, node: str) -> str:
         owner = self.model.get_submodule(region)
@@ -240,13 +235,13 @@ class _Writer:
         return joined(region, name)
 
     @staticmethod
-    def _insert_after(region: Region, value: fx.Node, path: str) -> None:
+    def _insert_after(region: Region, value: fx.Node, path: str) -> fx.Node:
         assert region.graph is not None
         after = value
         while after.next.op == "placeholder":
             after = after.next
         with region.graph.inserting_after(after):
-            region.graph.call_module(_local(region, path), (value,))
+            return region.graph.call_module(_local(region, path), (value,))
 
     def _share_outputs(self) -> None:
         """One quantizer for all that a concatenation with output "share" joins."""

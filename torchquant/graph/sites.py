@@ -87,9 +87,10 @@ class Captured:
     trace: bool | str = True
     fuse: bool | str = True
 
-    def site(self, path: str) -> Site | None:
-        """The site of that path, if there is one."""
-        return next((site for site in self.sites if site.path == path), None)
+
+def make_field(spec: str, name: str) -> Quantizer:
+    """The quantizer a spec names for a field; a bias is measured as a weight is. Raises ConfigError."""
+    return make_quantizer(spec, "weight" if name == "bias" else name)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class SitePlan:
             return None
         try:
             if isinstance(choice, str):
-                return make_quantizer(choice, {"bias": "weight"}.get(name, name))
+                return make_field(choice, name)
             made = choice(module if module is not None else nn.Identity())
         except ConfigError as error:
             raise ConfigError(f"site '{self.path}', {name}: {error}") from error

@@ -11,12 +11,12 @@ import linecache
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, zip_longest
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from torchquant.qmodule.patterns import LayerRow, row_of
@@ -41,25 +41,14 @@ class NotTraceable(Exception):  # noqa: N818 - not an error: the caller goes ano
     """Why a forward has no graph, in words."""
 
 
-@dataclass(frozen=True)
-class CallArguments:
-    """Which arguments of a forward are tensors, and what the others are."""
-
-    tensors: tuple[str, ...]
-    constants: dict[str, Any]
-
-
-def required_arguments(module: nn.Module) -> CallArguments:
-    """The arguments without a default are tensors, the others keep their default. Raises NotTraceable."""
+def constant_arguments(module: nn.Module) -> dict[str, Any]:
+    """The arguments that keep their default in a graph; those without one are tensors. Raises NotTraceable."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise NotTraceable("its forward takes *args or **kwargs")
     if all(p.default is not p.empty for p in parameters):
         raise NotTraceable("its forward has no argument without a default")
-    return CallArguments(
-        tuple(p.name for p in parameters if p.default is p.empty),
-        {p.name: p.default for p in parameters if p.default is not p.empty},
-    )
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -108,18 +97,19 @@ def _functions_of_timm() -> tuple[Callable[..., Any], ...]:
     return tuple(listed()) if listed is not None else ()
 
 
-def traced_graph(module: nn.Module, arguments: CallArguments) -> fx.Graph:
+def traced_graph(module: nn.Module) -> fx.Graph:
     """The forward of the module as a graph; parts that cannot be followed stay calls of whole modules.
 
     Raises NotTraceable if the module's own forward cannot be followed, or does other things in training
     than in evaluation.
     """
+    constants = constant_arguments(module)
     whole: set[type[nn.Module]] = set()
     for _ in range(MAX_RETRIES):
         tracer = _Tracer(whole)
         try:
-            in_training = _trace(tracer, module, arguments, True)
-            in_evaluation = _trace(tracer, module, arguments, False)
+            in_training = _trace(tracer, module, constants, True)
+            in_evaluation = _trace(tracer, module, constants, False)
         except Exception as error:
             if tracer.culprit is None or type(tracer.culprit) in whole:
                 raise NotTraceable(f"torch.fx cannot follow its forward ({_first_line(error)})") from error
@@ -149,15 +139,22 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _trace(tracer: _Tracer, module: nn.Module, arguments: CallArguments, training: bool) -> fx.Graph:
-    modes = [(m, m.training) for m in module.modules()]
+def _trace(tracer: _Tracer, module: nn.Module, constants: dict[str, Any], training: bool) -> fx.Graph:
+    with in_mode(training, module):
+        return tracer.trace(module, concrete_args=constants or None)
+
+
+@contextmanager
+def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
+    """Every module in training or in evaluation, each back in its own mode after that."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for m, _ in modes:
-            m.training = training
-        return tracer.trace(module, concrete_args=arguments.constants or None)
+        for module, _ in modes:
+            module.training = training
+        yield
     finally:
-        for m, mode in modes:
-            m.training = mode
+        for module, mode in modes:
+            module.training = mode
 
 
 def _innermost(module: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -310,13 +307,3 @@ def remove_graph(module: nn.Module) -> None:
     module._modules.pop(FLAG, None)
     del module.graph
     module.__class__ = type(module).__mro__[2]
-
-
-def placeholders(graph: fx.Graph) -> Iterable[fx.Node]:
-    """The inputs of the graph."""
-    return (node for node in graph.nodes if node.op == "placeholder")
-
-
-def float_output(value: Any) -> bool:
-    """Whether a value that a graph passes on is a tensor of real numbers."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point()

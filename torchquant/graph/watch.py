@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torchquant.graph.sites import Captured, Region
-from torchquant.graph.trace import FLAG, float_output
+from torchquant.graph.trace import FLAG, in_mode
+from torchquant.qmodule.state import is_real
 
 
 def call_with(model: nn.Module, example_inputs: Any) -> Any:
@@ -23,7 +24,7 @@ def real_values(model: nn.Module, regions: Mapping[str, Region], example_inputs:
     found: dict[tuple[str, str], bool] = {}
 
     def note(region: Region, node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
-        found[region.path, node.name] = float_output(value) or isinstance(value, tuple | list)
+        found[region.path, node.name] = is_real(value) or isinstance(value, tuple | list)
 
     _run_watched(model, regions, example_inputs, {}, note)
     return found
@@ -86,23 +87,17 @@ def _run_watched(
             note_module(path, (*args, *kwargs.values()), value)
 
         handles.append(module.register_forward_hook(tell, with_kwargs=True))
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
-        call_with(model, example_inputs)
-        for handle in handles:
-            handle.remove()
+    with in_mode(False, model):
+        try:
+            call_with(model, example_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
         done: set[str] = set()
         for region, args, kwargs in calls:
             if region.path not in done:
                 done.add(region.path)
                 Watch(region).run(*_bound(region, args, kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, mode in modes:
-            m.training = mode
 
 
 def _bound(region: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

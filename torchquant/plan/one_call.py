@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchquant.graph.sites import LeftFloat
+from torchquant.graph.trace import in_mode
 from torchquant.graph.watch import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -56,18 +57,12 @@ def quantize(
 @torch.no_grad()
 def _same(model: nn.Module, quantized: nn.Module, example_inputs: Any) -> bool:
     """Whether both give the same on the example, in evaluation mode, bit for bit."""
-    modes = [(m, m.training) for part in (model, quantized) for m in part.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
+    with in_mode(False, model, quantized):
         expected = list(tensors_in(call_with(model, example_inputs)))
         try:
             found = list(tensors_in(call_with(quantized, example_inputs)))
         except Exception:  # whatever goes wrong in a graph that follows the model wrongly
             return False
-    finally:
-        for m, mode in modes:
-            m.training = mode
     return len(found) == len(expected) and all(
         a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
         if a.is_floating_point()

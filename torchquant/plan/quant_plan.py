@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 
 from torchquant._files import write_whole
+from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError, require
 from torchquant.graph.capture import capture
 from torchquant.graph.cost import PlanCost, plan_cost
 from torchquant.graph.rewrite import SHARE, revert, rewrite
 from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
-from torchquant.plan.rules import Rules, check_keys, choice, nearest, read_rules
+from torchquant.plan.rules import Rules, check_keys, choice, read_rules
 
 FORMAT = 1
 
@@ -111,8 +112,9 @@ class QuantPlan:
         known = [site.path for site in captured.sites]
         for plan in self.sites:
             if plan.path not in known:
+                hint = did_you_mean(plan.path, known)
                 raise ConfigError(
-                    f"the plan has the site '{plan.path}', {type(model).__name__} has not;{nearest(plan.path, known)} "
+                    f"the plan has the site '{plan.path}', {type(model).__name__} has not;{hint} "
                     "It was made for another model"
                 )
         return rewrite(captured, {plan.path: plan for plan in self.sites})
@@ -135,7 +137,7 @@ class QuantPlan:
         """
         known = [site.path for site in self.sites]
         if path not in known:
-            raise ConfigError(f"the plan has no site '{path}';{nearest(path, known)}")
+            raise ConfigError(f"the plan has no site '{path}';{did_you_mean(path, known)}")
         unknown = set(fields) - {*FIELDS, "fold_bn"}
         if unknown:
             raise ConfigError(f"a site has {', '.join(FIELDS)}, fold_bn; got {', '.join(sorted(unknown))}")

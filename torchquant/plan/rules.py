@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError
 from torchquant.graph.ops import COMPUTING
 from torchquant.graph.rewrite import SHARE
-from torchquant.graph.sites import FIELDS, Captured, Site
+from torchquant.graph.sites import FIELDS, Captured, Site, make_field
 from torchquant.qmodule.patterns import PATTERNS
 from torchquant.qmodule.weights import WEIGHTED
-from torchquant.quantizers import QuantSpec, make_quantizer
+from torchquant.quantizers import QuantSpec
 
 Rules = str | Sequence[Mapping[str, Any]]
 SELECTORS = ("types", "names", "position", "where")
@@ -84,7 +84,7 @@ class Rule:
         if not hit and (self.names is not None or self.where is not None):
             known = [path for site in captured.sites for path in (site.path, *(p for p, _ in site.fused))]
             asked = (self.names or ("",))[0]
-            raise ConfigError(f"{self.name} selects no site;{nearest(asked, known)} Known: {', '.join(known)}")
+            raise ConfigError(f"{self.name} selects no site;{did_you_mean(asked, known)} Known: {', '.join(known)}")
         if hit and not applied and reached is not None:
             raise ConfigError(
                 f"{self.name} sets {', '.join(self.fields)}, but site '{reached.path}' ({reached.types[-1]}) takes "
@@ -116,7 +116,7 @@ def read_rules(rules: Rules, captured: Captured) -> list[Rule]:
     if isinstance(rules, str):
         if rules not in RULE_SETS:
             raise ConfigError(
-                f"no rules are called '{rules}';{nearest(rules, RULE_SETS)} Known: {', '.join(RULE_SETS)}. "
+                f"no rules are called '{rules}';{did_you_mean(rules, RULE_SETS)} Known: {', '.join(RULE_SETS)}. "
                 "Or give a list of rules"
             )
         return [_read_rule(f"rule {i + 1} of '{rules}'", r, captured) for i, r in enumerate(RULE_SETS[rules])]
@@ -143,7 +143,7 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
     known = _known_types(captured)
     for kind in types or ():
         if kind not in known:
-            raise ConfigError(f"{name}: no type '{kind}';{nearest(kind, known)} Known: {', '.join(sorted(known))}")
+            raise ConfigError(f"{name}: no type '{kind}';{did_you_mean(kind, known)} Known: {', '.join(sorted(known))}")
     for place in position or ():
         if place not in POSITIONS:
             raise ConfigError(f"{name}: position must be of {', '.join(POSITIONS)}, got '{place}'")
@@ -188,7 +188,7 @@ def choice(value: Any, where: str, name: str) -> Any:
         return value
     if isinstance(value, str):
         try:
-            make_quantizer(value, {"bias": "weight"}.get(name, name))
+            make_field(value, name)
         except ConfigError as error:
             raise ConfigError(f"{where}, {name}: {error}") from error
         return value
@@ -216,10 +216,6 @@ def check_keys(where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> 
     allowed = list(allowed)
     for key in given:
         if key not in allowed:
-            raise ConfigError(f"{where}: no key '{key}';{nearest(str(key), allowed)} Allowed: {', '.join(allowed)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " did you mean 'x'?" for a name that is close to a known one, else ""."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" did you mean '{close[0]}'?" if close else ""
+            raise ConfigError(
+                f"{where}: no key '{key}';{did_you_mean(str(key), allowed)} Allowed: {', '.join(allowed)}"
+            )

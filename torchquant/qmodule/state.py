@@ -39,6 +39,11 @@ class QModuleState(Enum):
 _STATES = list(QModuleState)
 
 
+def is_real(value: Any) -> bool:
+    """Whether a value is a tensor of real numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class QModule(nn.Module):
     """A module with a state. `.train()` and `.eval()` never change it; `set_qmodule_state` does.
 
@@ -106,8 +111,8 @@ class QModule(nn.Module):
         self, site: str, quantizer: Quantizer | None, x: Tensor, activation: nn.Module | None = None
     ) -> Tensor:
         """Apply `activation`, then observe and quantize as the state says; in one pass where it can be."""
-        is_real = isinstance(x, Tensor) and x.is_floating_point()  # an operator may also work on sizes
-        if quantizer is None or not is_real or not (self.state.is_act_observed or self.state.is_act_quantized):
+        # an operator may also work on sizes
+        if quantizer is None or not is_real(x) or not (self.state.is_act_observed or self.state.is_act_quantized):
             return x if activation is None else activation(x)
         clamp = None
         if activation is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from torchquant._files import write_whole
 from torchquant.errors import ConfigError, MissingDependencyError, require
-from torchquant.graph.trace import NotTraceable, required_arguments, traced_graph
+from torchquant.graph.trace import NotTraceable, traced_graph
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QWrapper
 from torchquant.utils import qmodules
@@ -47,7 +47,7 @@ def view_module(
     [('input_1', '_0'), ('_0', '_1'), ('_1', 'output')]
     """
     try:
-        nodes, edges = _graph(module, traced_graph(module, required_arguments(module)))
+        nodes, edges = _graph(module, traced_graph(module))
     except NotTraceable:
         nodes, edges = _tree(module)
     lines = [f'  "{name}" [label="{label}"];' for name, label in nodes.items()]

@@ -20,41 +20,31 @@ MODERN_NAMES = {"input": "_input_", "output": "_output_"}
 
 
 def calibration_config(
-    model: nn.Module, layers: Mapping[str, LayerConfig], modern: bool = False
+    model: nn.Module, layers: Mapping[str, LayerConfig] | None = None, modern: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Module -> what is known of its quantizers, in the keys of NNI 2.x, or of 3.0 if `modern`.
 
+    `layers`: what a config list asked for, whose bits and words are used; None: any quantized model, in 2.x.
     2.x: `weight_bits`, `weight_scale`, `weight_zero_point`, `input_bits`, `tracked_min_input`, `tracked_max_input`,
     the same for `output`. 3.0: target -> scale, zero_point, quant_dtype, quant_scheme, quant_bits, tracked_min,
     tracked_max. Numbers are floats, or tensors (C,) per channel; what a scheme has not is left out.
     """
     config: dict[str, dict[str, Any]] = {}
     for path, module in qmodules(model):
-        own = {site: q for site, q in module.quantizers().items() if site in ("weight", "bias", "input", "output")}
-        if path not in layers:
-            continue
-        for site, quantizer in own.items():
+        asked = layers[path].targets if layers is not None and path in layers else {}
+        for site, quantizer in module.quantizers().items():
+            target = asked.get(site)
+            if layers is not None and target is None:
+                continue
             known = _numbers(quantizer)
-            bits = layers[path].targets[site].n_bits
+            bits = quantizer.n_bits if target is None else target.n_bits
             entry = config.setdefault(path, {})
-            if modern:
-                target = layers[path].targets[site]
+            if modern and target is not None:
                 words = {"quant_dtype": f"{target.dtype}{bits}", "quant_scheme": target.scheme.rpartition("_")[2]}
                 entry[MODERN_NAMES.get(site, site)] = {**known, **words, "quant_bits": bits}
             else:
                 entry[f"{site}_bits"] = bits
                 entry.update(_legacy(site, known))
-    return config
-
-
-def what_is_known(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The calibration config, in the keys of NNI 2.x, of any quantized model."""
-    config: dict[str, dict[str, Any]] = {}
-    for path, module in qmodules(model):
-        for site, quantizer in module.quantizers().items():
-            entry = config.setdefault(path, {})
-            entry[f"{site}_bits"] = quantizer.n_bits
-            entry.update(_legacy(site, _numbers(quantizer)))
     return config
 
 

@@ -9,7 +9,6 @@ norms, all of them.
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError
 from torchquant.graph import Site, SitePlan, capture
 from torchquant.plan import QuantPlan
@@ -143,9 +143,8 @@ def compile_config(
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ConfigError(f"{name}: got {value!r}; {hint}Allowed: {', '.join(allowed)}")
+        hint = did_you_mean(str(value), allowed)
+        raise ConfigError(f"{name}: got {value!r};{hint} Allowed: {', '.join(allowed)}")
 
 
 def _is_3(entry: Mapping[str, Any]) -> bool:
@@ -157,9 +156,8 @@ def _check_known(where: str, key: str, names: Iterable[str], known: Iterable[str
     known = sorted(set(known))
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            warnings.warn(f"{where}: {key} '{name}' is not in the model{hint}", stacklevel=4)
+            hint = did_you_mean(name, known)
+            warnings.warn(f"{where}: {key} '{name}' is not in the model{hint and ';' + hint}", stacklevel=4)
 
 
 def _types_of(entry: Mapping[str, Any], key: str = "op_types") -> set[str] | None:
