@@ -1,6 +1,8 @@
 """The command line. Commands hold no logic of their own. Needs the extra `cli`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,20 @@ def build_app() -> Any:
     typer = require("typer", "cli")
     app = typer.Typer(help="Quantization of PyTorch models.", no_args_is_help=True, add_completion=False)
 
+    @contextmanager
+    def explained() -> Iterator[None]:
+        """A message and exit status 1 in place of an error that torchquant raised on purpose."""
+        try:
+            yield
+        except TorchQuantError as error:
+            typer.echo(f"torchquant: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    checkpoint_option = Annotated[
+        str | None, typer.Option(help="A float state_dict to start from, instead of float training.")
+    ]
+    data_option = Annotated[str, typer.Option(help="digits, cifar10, or a folder with train/ and test/.")]
+
     def show_version(wanted: bool) -> None:
         if wanted:
             typer.echo(f"torchquant {metadata.version('torchquant')}")
@@ -46,11 +62,8 @@ def build_app() -> Any:
         quick: Annotated[bool, typer.Option("--quick", help="Train less: sooner done, lower accuracy.")] = False,
     ) -> None:
         """Train, quantize in six ways, export and compare, on handwritten digits."""
-        try:
+        with explained():
             _demo(out, seed, quick)
-        except TorchQuantError as error:
-            typer.echo(f"torchquant: {error}", err=True)
-            raise typer.Exit(1) from None
 
     def schemes(
         name: Annotated[str | None, typer.Argument(help="One scheme, or one of its further names.")] = None,
@@ -59,11 +72,8 @@ def build_app() -> Any:
         """Show the quantization schemes a spec string can name."""
         from torchquant.cli import _schemes
 
-        try:
+        with explained():
             typer.echo(_schemes.markdown(), nl=False) if markdown else _schemes.show(name)
-        except TorchQuantError as error:
-            typer.echo(f"torchquant: {error}", err=True)
-            raise typer.Exit(1) from None
 
     def compare(
         schemes: Annotated[str, typer.Option(help="Schemes by name, with commas, or all.")] = "all",
@@ -73,10 +83,8 @@ def build_app() -> Any:
         epochs: Annotated[int, typer.Option(help="Epochs of quantization-aware training; 0: calibrate only.")] = 10,
         float_epochs: Annotated[int, typer.Option(help="Epochs of float training.")] = 30,
         model: Annotated[str, typer.Option(help="demo, resnet18, mobilenet_v2, efficientnet_b0, ...")] = "demo",
-        data: Annotated[str, typer.Option(help="digits, cifar10, or a folder with train/ and test/.")] = "digits",
-        checkpoint: Annotated[
-            str | None, typer.Option(help="A float state_dict to start from, instead of float training.")
-        ] = None,
+        data: data_option = "digits",
+        checkpoint: checkpoint_option = None,
         jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
         plugin: Annotated[list[Path] | None, typer.Option(help="A Python file with quantizers of yours.")] = None,
         out: Annotated[Path, typer.Option(help="Folder for runs and leaderboard; a stopped run goes on.")] = Path(
@@ -89,20 +97,15 @@ def build_app() -> Any:
         chosen = [name for name in schemes.split(",") if name]
         recipe: dict[str, Any] = {"model": model, "data": data, "epochs": epochs, "float_epochs": float_epochs}
         recipe |= {} if checkpoint is None else {"checkpoint": checkpoint}
-        try:
+        with explained():
             _compare.run(chosen, bits, acts, seeds, recipe, jobs, plugin or [], out)
-        except TorchQuantError as error:
-            typer.echo(f"torchquant: {error}", err=True)
-            raise typer.Exit(1) from None
 
     def quantize(
         model: Annotated[str, typer.Argument(help="A name of torchvision or timm, demo, or path/to/file.py:function.")],
         rules: Annotated[str, typer.Option(help="A ready set (w8a8, w4a4-lsq, ...), or a YAML file.")] = "w8a8",
-        data: Annotated[str, typer.Option(help="digits, cifar10, or a folder with train/ and test/.")] = "digits",
+        data: data_option = "digits",
         mode: Annotated[str, typer.Option(help="ptq: calibrate; qat: train too.")] = "ptq",
-        checkpoint: Annotated[
-            str | None, typer.Option(help="A float state_dict to start from, instead of float training.")
-        ] = None,
+        checkpoint: checkpoint_option = None,
         float_epochs: Annotated[int, typer.Option(help="Epochs of float training; 0: none.")] = 30,
         epochs: Annotated[int, typer.Option(help="Epochs of quantization-aware training.")] = 10,
         learning_rate: Annotated[float, typer.Option(help="Of float training; a third of it for qat.")] = 1e-3,
@@ -116,11 +119,8 @@ def build_app() -> Any:
 
         options: dict[str, Any] = {"rules": rules, "data": data, "mode": mode, "checkpoint": checkpoint, "seed": seed}
         options |= {"float_epochs": float_epochs, "epochs": epochs, "learning_rate": learning_rate}
-        try:
+        with explained():
             _quantize.run(model, options, out)
-        except TorchQuantError as error:
-            typer.echo(f"torchquant: {error}", err=True)
-            raise typer.Exit(1) from None
 
     app.callback()(root)
     app.command()(demo)
