@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
+from torchquant.quantizers._integer_terms import IntegerTerms, linear_terms
 from torchquant.quantizers_functional._gradient import (
     GRADIENTS,
     Clamp,
@@ -148,6 +149,24 @@ class Quantizer(nn.Module, ABC):
             f"{type(self).__name__} is not a uniform grid: it has levels() and codes, but no step and zero point"
         )
 
+    def integer_terms(self) -> IntegerTerms:
+        """The levels as sums of whole numbers times scales: [(scale, table)], so that sums of products stay integer.
+
+        Level of the code c: `sum(scale * table[..., c - code_range[0]])`. scale: () or (C,) float64. table: (L,) or
+        (C, L) int64. One term for ESB, powers of two, ternary, binary; n_bits for residual; one more for a shift.
+        Raises NoAffineViewError where there is no such form, as for a codebook or blocks.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> [(float(scale), table.tolist()) for scale, table in quantizer.integer_terms()]
+        [(0.5, [-4, -2, -1, 0, 1, 2, 4])]
+        """
+        params = self.affine_params()
+        codes = torch.arange(params.qmin, params.qmax + 1)
+        zero_point = torch.as_tensor(params.zero_point).detach().to(torch.int64).cpu()
+        return [(torch.as_tensor(params.delta).detach().to(torch.float64).cpu(), codes - zero_point[..., None])]
+
 
 class GridQuantizer(Quantizer):
     """A quantizer whose grid is given by a few numbers, fixed while it quantizes.
@@ -250,6 +269,16 @@ class GridQuantizer(Quantizer):
             return not torch.equal(*values)
 
         return [number for i, number in enumerate(grid) if isinstance(number, Tensor) and matters(i, number)]
+
+    @torch.no_grad()
+    def integer_terms(self) -> IntegerTerms:
+        try:
+            return super().integer_terms()
+        except NoAffineViewError:
+            terms = linear_terms(self.values, self.grid(), self.code_range)
+        if terms is None:
+            raise NoAffineViewError(f"the levels of {type(self).__name__} are not whole numbers times a few scales")
+        return terms
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

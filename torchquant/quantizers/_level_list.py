@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant.errors import NoAffineViewError
 from torchquant.quantizers._base import GridQuantizer
+from torchquant.quantizers._integer_terms import IntegerTerms
 from torchquant.quantizers_functional._gradient import cast_back
 from torchquant.quantizers_functional._levels import level_values, nearest_level
 from torchquant.range_observers._statistics import per_channel_view
@@ -51,6 +53,9 @@ class LevelList(GridQuantizer):
         levels, axis = grid
         low, high = (per_channel_view(levels[..., i].to(x.dtype), x.ndim, axis) for i in (0, -1))
         return low, high
+
+    def integer_terms(self) -> IntegerTerms:
+        raise NoAffineViewError(f"the levels of {type(self).__name__} are any numbers, not whole ones times a scale")
 
     @torch.no_grad()
     def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._integer_terms import IntegerTerms
 from torchquant.quantizers._level_list import LevelList
 from torchquant.quantizers_functional._gradient import compute_dtype
-from torchquant.quantizers_functional.residual import check_residual, residual_alphas, residual_levels
+from torchquant.quantizers_functional.residual import check_residual, residual_alphas, residual_levels, sign_patterns
 from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -64,6 +65,14 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
 
     def decoding_numbers(self) -> list[Tensor]:
         return [self.get()[0]]
+
+    @torch.no_grad()
+    def integer_terms(self) -> IntegerTerms:
+        """One sign tensor a scale."""
+        alphas = self.get()[0].to(torch.float64).cpu()
+        signs = sign_patterns(self.n_bits, alphas)
+        order = (alphas @ signs.T).argsort(-1)
+        return [(alphas[..., i], signs[:, i][order].to(torch.int64)) for i in range(self.n_bits)]
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ResidualQuantizer]:
