@@ -20,6 +20,7 @@ OPTIONAL = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "safetensors",
     "rich",
     "typer",
     "sklearn",

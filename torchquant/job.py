@@ -5,8 +5,6 @@ Each stage writes a file; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant._files import run_python_file, write_whole
 from torchquant.analysis import weight_bytes
 from torchquant.compare.tasks import NETWORKS, Gray, load_data
 from torchquant.compat.checkpoints import load_checkpoint
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import claim_folder, output_folder, write_checkpoint, write_json
+from torchquant.demo.files import claim_folder, output_folder, write_checkpoint, write_csv, write_json
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.deploy.references import model_of
 from torchquant.errors import ConfigError, require
 from torchquant.plan import RULE_SETS, QuantPlan, quantize, read_yaml
 from torchquant.qmodule import QModuleState
@@ -38,7 +36,8 @@ MODES = ("ptq", "qat")
 class JobConfig:
     """What `torchquant quantize` is asked for.
 
-    `model`: a name of torchvision or timm, "demo", or "path/to/file.py:function", a function that returns a model.
+    `model`: a name of torchvision or timm, "demo", or "path/to/file.py:function", a function that returns a model, or
+    "package.module:function" of an installed package.
     `rules`: a ready set, or a YAML file with a list of rules or with a saved plan. `data`: see `load_data`.
     `mode`: "ptq" calibrates, "qat" trains after that. `checkpoint`: a float state_dict; without one the float model is
     trained for `float_epochs`. Raises ConfigError.
@@ -131,7 +130,7 @@ def run_job(config: JobConfig, out: str | os.PathLike[str], show: Silent | None 
             len(plan.floats),
         )
         write_json(folder / "result.json", asdict(result))
-        _write_sites(folder / "sites.csv", model)
+        write_csv(folder / "sites.csv", list(SiteReport.__dataclass_fields__), state_report(model).to_dicts())
         shown.advance(1.0, "done")
     return result
 
@@ -142,7 +141,7 @@ def build_model(name: str, data: TrainingData) -> nn.Module:
     "demo" and the networks of `torchquant compare`, then torchvision, then timm; or "path/to/file.py:function".
     """
     if ":" in name:
-        return _of_file(name)
+        return model_of(name)
     if name in NETWORKS:
         return NETWORKS[name].build(data)
     models = require("torchvision.models", "all")
@@ -159,24 +158,6 @@ def build_model(name: str, data: TrainingData) -> nn.Module:
             "timm.list_models(). A model of your own is path/to/file.py:function"
         )
     return timm.create_model(name, pretrained=False, num_classes=data.n_classes, in_chans=data.n_channels)
-
-
-def _of_file(name: str) -> nn.Module:
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no file {path}; a model of your own is path/to/file.py:function")
-    try:
-        module = run_python_file(Path(path), "model")
-    except ImportError as error:
-        raise ConfigError(f"{error}; a model of your own is path/to/file.py:function") from error
-    build = getattr(module, function, None)
-    if not callable(build):
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ConfigError(f"{path} has no function '{function}'; it has {', '.join(known) or 'none'}")
-    made = build()
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"{name} must return a model (torch.nn.Module), it returned {type(made).__name__}")
-    return made
 
 
 def read_rules(rules: str) -> Any:
@@ -241,12 +222,3 @@ def _tell(shown: Silent, what: str, epochs: int) -> Callable[[int, float], None]
         shown.advance(1.0 / epochs, f"{what}: epoch {epoch} of {epochs}, loss {loss:.3f}")
 
     return tell
-
-
-def _write_sites(path: Path, model: nn.Module) -> None:
-    rows = state_report(model).to_dicts()
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(SiteReport.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))

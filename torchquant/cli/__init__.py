@@ -122,11 +122,23 @@ def build_app() -> Any:
         with explained():
             _quantize.run(model, options, out)
 
+    def size(
+        paths: Annotated[list[Path], typer.Argument(help="Checkpoints, packed models, ONNX files; folders of them.")],
+        json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
+        csv: Annotated[Path | None, typer.Option("--csv", help="Also write the table to this CSV file.")] = None,
+    ) -> None:
+        """Compare the bytes of model files with the float one's."""
+        from torchquant.cli import _size
+
+        with explained():
+            _size.run(paths, json, csv)
+
     app.callback()(root)
     app.command()(demo)
     app.command()(schemes)
     app.command()(compare)
     app.command()(quantize)
+    app.command()(size)
     return app
 
 

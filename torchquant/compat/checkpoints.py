@@ -20,7 +20,8 @@ from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
-from torchquant.errors import ConfigError, require
+from torchquant.deploy.stored_files import read_checkpoint
+from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedResNet
 from torchquant.qmodule import float_state_dict
 from torchquant.utils import observe_weights
@@ -73,7 +74,7 @@ def load_checkpoint(
     0.weight    0.layer.weight
     0.bias      0.layer.bias
     """
-    state = _unwrapped(_read(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
+    state = _unwrapped(read_checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
     own = model.state_dict()
     loaded: dict[str, Tensor] = {}
     key_map = KeyMap()
@@ -102,7 +103,7 @@ def load_checkpoint(
     if not any(_QUANTIZER_KEY.search(key) for key in loaded):
         observe_weights(model)
     if calibration is not None:
-        config = _read(calibration) if isinstance(calibration, str | os.PathLike) else calibration
+        config = read_checkpoint(calibration) if isinstance(calibration, str | os.PathLike) else calibration
         restore_calibration(model, config)
         key_map += [KeyMapRow(f"calibration config: {path}", path, ", ".join(entry)) for path, entry in config.items()]
     return key_map
@@ -122,19 +123,6 @@ def save_nni(
     write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
     write_whole(Path(calibration_path), lambda temporary: torch.save(config, temporary))
     return config
-
-
-def _read(path: str | os.PathLike[str]) -> Any:
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no file {file}")
-    if file.suffix == ".safetensors":
-        return require("safetensors.torch", "all").load_file(file)
-    try:
-        return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # the unpickler fails in many ways on what is no checkpoint
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{file} holds no state dict that can be read safely: {reason}") from error
 
 
 def _unwrapped(state: Any) -> dict[str, Tensor]:

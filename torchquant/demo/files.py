@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,15 @@ def write_json(path: Path, value: Any) -> Path:
     """Write `value` as indented JSON; raises ValueError for NaN and infinity, which JSON has not."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write `rows` under `header`."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
 
 
 def claim_folder(path: Path, settings: dict[str, Any], holds: str, thing: str) -> None:

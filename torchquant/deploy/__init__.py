@@ -2,5 +2,9 @@
 
 from torchquant.deploy.onnx_export import export_onnx as export_onnx
 from torchquant.deploy.onnx_run import run_onnx as run_onnx
+from torchquant.deploy.packed import load_packed as load_packed
+from torchquant.deploy.packed import save_packed as save_packed
+from torchquant.deploy.size import FileSize as FileSize
+from torchquant.deploy.size import file_sizes as file_sizes
 
-__all__ = ["export_onnx", "run_onnx"]
+__all__ = ["FileSize", "export_onnx", "file_sizes", "load_packed", "run_onnx", "save_packed"]

@@ -171,9 +171,11 @@ class QuantPlan:
     def __str__(self) -> str:
         return self.describe()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as YAML. Raises ConfigError if a quantizer is a function, which has no text."""
-        yaml = require("yaml", "cli")
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, as `save` writes it.
+
+        Raises ConfigError if a quantizer is a function, which has no text.
+        """
         sites = []
         for site in self.sites:
             for name in FIELDS:
@@ -183,29 +185,42 @@ class QuantPlan:
                     )
             sites.append({"path": site.path, "what": self.types.get(site.path, ""), **site.words()})
         floats = [{"path": left.path, "type": left.type, "why": left.why} for left in self.floats]
-        data = {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse, "sites": sites, "left_float": floats}
-        text = yaml.safe_dump(data, sort_keys=False, width=200)
+        return {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse, "sites": sites, "left_float": floats}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "the data") -> QuantPlan:
+        """The plan that `to_dict` wrote; `where` names it in messages. Raises ConfigError.
+
+        >>> net = nn.Sequential(nn.Linear(4, 8))
+        >>> plan = QuantPlan.from_rules([{"weight": "affine:8"}], net)
+        >>> QuantPlan.from_dict(plan.to_dict()) == plan
+        True
+        """
+        if not isinstance(data, dict) or data.get("torchquant_plan") != FORMAT:
+            raise ConfigError(f"{where} is not a plan: it must begin with 'torchquant_plan: {FORMAT}'")
+        check_keys(where, data, ("torchquant_plan", "trace", "fuse", "sites", "left_float"))
+        sites, types = [], {}
+        for i, entry in enumerate(data.get("sites") or []):
+            place = f"{where}, site {i + 1}"
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+                raise ConfigError(f"{place}: expected a mapping with a path, got {entry!r}")
+            check_keys(place, entry, ("path", "what", *FIELDS, "fold_bn"))
+            place = f"{where}, site '{entry['path']}'"
+            fields = {n: choice(entry[n], place, n) for n in (*FIELDS, "fold_bn") if n in entry}
+            sites.append(SitePlan(entry["path"], **fields))
+            types[entry["path"]] = entry.get("what", "")
+        floats = tuple(LeftFloat(**entry) for entry in data.get("left_float") or [])
+        return cls(tuple(sites), floats, data.get("trace", True), data.get("fuse", True), types)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as YAML. Raises ConfigError if a quantizer is a function, which has no text."""
+        text = require("yaml", "cli").safe_dump(self.to_dict(), sort_keys=False, width=200)
         return write_whole(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantPlan:
         """Read a plan that `save` wrote, or that somebody wrote by hand. Raises ConfigError."""
-        data = read_yaml(path)
-        if not isinstance(data, dict) or data.get("torchquant_plan") != FORMAT:
-            raise ConfigError(f"{path} is not a plan: it must begin with 'torchquant_plan: {FORMAT}'")
-        check_keys(f"{path}", data, ("torchquant_plan", "trace", "fuse", "sites", "left_float"))
-        sites, types = [], {}
-        for i, entry in enumerate(data.get("sites") or []):
-            where = f"{path}, site {i + 1}"
-            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-                raise ConfigError(f"{where}: expected a mapping with a path, got {entry!r}")
-            check_keys(where, entry, ("path", "what", *FIELDS, "fold_bn"))
-            where = f"{path}, site '{entry['path']}'"
-            fields = {n: choice(entry[n], where, n) for n in (*FIELDS, "fold_bn") if n in entry}
-            sites.append(SitePlan(entry["path"], **fields))
-            types[entry["path"]] = entry.get("what", "")
-        floats = tuple(LeftFloat(**entry) for entry in data.get("left_float") or [])
-        return cls(tuple(sites), floats, data.get("trace", True), data.get("fuse", True), types)
+        return cls.from_dict(read_yaml(path), f"{path}")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:

@@ -73,8 +73,8 @@ class QWeights(QModule):
         if unknown:
             raise ConfigError(f"{type(layer).__name__} has the weights {', '.join(names)}; got {sorted(unknown)}")
         self.layer: Any = layer
-        self.weight_quantizers = nn.ModuleDict({_key(name): q for name, q in weight_quantizers.items()})
-        self._names = {_key(name): name for name in weight_quantizers}
+        self.weight_quantizers = nn.ModuleDict({quantizer_key(name): q for name, q in weight_quantizers.items()})
+        self._names = {quantizer_key(name): name for name in weight_quantizers}
         self.acts_quantizer = acts_quantizer
         self.input_quantizer = input_quantizer
         for name, quantizer in weight_quantizers.items():
@@ -126,5 +126,6 @@ class QWeights(QModule):
             layer._flat_weights = own
 
 
-def _key(name: str) -> str:
+def quantizer_key(name: str) -> str:
+    """The key of a weight's quantizer in `QWeights.weight_quantizers`, which takes no dots."""
     return name.replace(".", "_")

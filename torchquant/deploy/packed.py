@@ -1,0 +1,296 @@
+"""Packed models: one safetensors file with every quantized weight as codes of its true width."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._files import write_whole
+from torchquant.deploy.references import model_of, split_reference
+from torchquant.deploy.stored_codes import CodesQuantizer, coded_tensors, pack_codes, unpack_codes, weight_sites
+from torchquant.deploy.stored_files import read_safetensors
+from torchquant.errors import ConfigError, ExportError, require
+from torchquant.graph.trace import in_mode
+from torchquant.plan import QuantPlan, quantize
+from torchquant.plan.rules import check_keys
+from torchquant.qmodule import QModule, QModuleState
+from torchquant.utils import set_qmodule_state
+
+FORMAT = "torchquant-packed"
+VERSION = 1
+CODES, SHARED = ".codes", ".shared"
+"""Endings of the tensors of a weight: the bits of its codes, and those that all codes of a block share."""
+
+Build = str | tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the metadata says, beside versions and checksum.
+
+    `weights`: key -> [shape, type, lowest code, width, width of what is shared].
+    """
+
+    weights: dict[str, list[Any]]
+    plan: dict[str, Any] | None = None
+    build: tuple[str, dict[str, Any]] | None = None
+
+
+@torch.no_grad()
+def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | None = None) -> Path:
+    """Write a calibrated model as one .safetensors file that `load_packed` reads. Returns its path.
+
+    Of a quantized weight only the codes are kept, as wide as `code_range` and without gaps, scales of blocks once a
+    block; everything else of the `state_dict` as it is, and the plan of a model that `quantize` made, unless it has
+    functions in it, which have no text. `build`: who builds the model when only the file is there:
+    "package.module:function", "path/to/file.py:function" (from the folder that Python is then run in), or a tuple of
+    that and its keyword arguments. It returns the float model if the file has a plan, else the quantized one.
+
+    The state of the QModules does not matter. A file that cannot be finished is not begun. Needs the extra `deploy`.
+    Raises ExportError that names the site, ConfigError for a bad `build`, MissingDependencyError.
+
+    >>> import tempfile
+    >>> from torchquant import observe_weights, quantize
+    >>> model = quantize(nn.Linear(256, 256), [{"weight": "affine:4/channel"}])
+    >>> observe_weights(model)
+    >>> sizes = {"in_features": 256, "out_features": 256}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = save_packed(model, f"{folder}/model.safetensors", ("torch.nn:Linear", sizes))
+    ...     file.stat().st_size < 256 * 256 * 4 / 6  # a sixth of float32
+    ...     type(load_packed(file)).__name__
+    True
+    'QWrapper'
+    """
+    safetensors = require("safetensors.torch", "deploy")
+    if not any(isinstance(module, QModule) for module in model.modules()):
+        raise ExportError(
+            f"{type(model).__name__} has no QModule, so nothing in it is quantized. Quantize it with "
+            "torchquant.quantize, or save its state_dict"
+        )
+    reference = _checked_build(build)
+    tensors = _float_state(model)
+    weights: dict[str, list[Any]] = {}
+    with in_mode(False, model):
+        for site in weight_sites(model):
+            codes = site.codes()
+            form, elements, shared = pack_codes(codes.cpu(), site.quantizer)
+            weights[site.key] = [list(codes.shape), _type_name(site.weight), *form]
+            tensors[site.key + CODES] = elements
+            if shared is not None:
+                tensors[site.key + SHARED] = shared
+    head = _Head(weights, _plan_of(model), reference)
+    metadata = _metadata(tensors, head)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(target, lambda temporary: safetensors.save_file(tensors, temporary, metadata))
+
+
+@torch.no_grad()
+def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The model of a packed file, in eval mode and QUANT_EVAL, where it computes bit for bit what the saved one does.
+
+    `model`: the float model if the file has a plan, or the quantized one, built as it was for saving; it is copied, not
+    changed. Without it the file's `build` is called: a function of a module or Python file that the packed file names,
+    with arguments that it gives. That is to run code, so do it only with files you trust. With `model` nothing is
+    imported and nothing is run. There is no pickle in either case.
+
+    Where weights are quantized they come from their codes, so the model is for inference: in train mode that raises
+    ConfigError, and observing does not change weight quantizers. Its float weights, with which other states run, are
+    the values of the codes without the folded batch norm, and take no gradient. It can be exported, analysed and packed
+    again.
+
+    Raises ConfigError for a file that is damaged or no packed model, and for a model that is another one;
+    MissingDependencyError.
+
+    >>> import tempfile
+    >>> from torchquant import observe_weights, quantize
+    >>> net = nn.Sequential(nn.Linear(4, 2))
+    >>> model = quantize(net, [{"weight": "affine:4/channel"}])
+    >>> observe_weights(model)
+    >>> set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     loaded = load_packed(save_packed(model, f"{folder}/model.safetensors"), net)
+    >>> x = torch.randn(3, 4)
+    >>> torch.equal(loaded(x), model(x))
+    True
+    """
+    tensors, metadata = read_safetensors(path)
+    head = _read_head(path, tensors, metadata)
+    loaded = _built(path, head, model)
+    none = torch.zeros(0, dtype=torch.uint8)
+    bits = {key: (tensors.pop(key + CODES, none), tensors.pop(key + SHARED, none)) for key in head.weights}
+    sites = {site.key: site for site in weight_sites(loaded)}
+    _expect(path, loaded, "quantized weight", head.weights, sites)
+    _load_state(path, loaded, tensors)
+    coded = coded_tensors(loaded, loaded.state_dict(keep_vars=True))
+    for key, (shape, type_name, *form) in head.weights.items():
+        site = sites[key]
+        if (shape, type_name) != (list(site.seen().shape), _type_name(site.weight)):
+            here = f"{_type_name(site.weight)} of shape {list(site.seen().shape)}"
+            raise ConfigError(f"{path} is of another model: {key} is {type_name} of shape {shape} there, {here} here")
+        try:
+            codes = unpack_codes(form, shape, *bits[key], site.quantizer)
+        except ConfigError as error:
+            raise ConfigError(f"{path}, {key}: {error}") from error
+        stored = site.take(codes)
+        if id(site.weight) in coded:
+            site.set_weight(stored.decode(stored.codes, site.weight.dtype))
+    set_qmodule_state(loaded, QModuleState.QUANT_EVAL)
+    return loaded.eval()
+
+
+def _checked_build(build: Build | None) -> tuple[str, dict[str, Any]] | None:
+    if build is None:
+        return None
+    reference, arguments = (build, {}) if isinstance(build, str) else build
+    split_reference(reference)
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise ConfigError(f"the arguments of {reference} must be plain data that JSON has: {error}") from error
+    return reference, dict(arguments)
+
+
+def _float_state(model: nn.Module) -> dict[str, Tensor]:
+    """All of the state but what codes stand for, each tensor once. Keys are those of a model that was not loaded."""
+    state = model.state_dict(keep_vars=True)
+    left_out = coded_tensors(model, state)
+    packed = [f"{p}." for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, CodesQuantizer)]
+    kept = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ExportError(f"{key} of the state_dict is a {type(value).__name__}; a packed file holds tensors only")
+        prefix = next((p for p in packed if key.startswith(p)), "")
+        if id(value) in left_out or (prefix and key == f"{prefix}codes"):
+            continue
+        left_out.add(id(value))
+        name = prefix + key.removeprefix(prefix).removeprefix("quantizer.") if prefix else key
+        kept[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return kept
+
+
+def _plan_of(model: nn.Module) -> dict[str, Any] | None:
+    plan = getattr(model, "plan", None)
+    try:
+        return plan.to_dict() if isinstance(plan, QuantPlan) else None
+    except ConfigError:  # it has functions
+        return None
+
+
+def _metadata(tensors: Mapping[str, Tensor], head: _Head) -> dict[str, str]:
+    """One entry, as safetensors writes several in any order, and the same model gives the same file."""
+    from torchquant import __version__
+
+    said = {"version": VERSION, "torchquant": __version__, **vars(head)}
+    return {FORMAT: json.dumps({**said, "crc32": _checksum(tensors, said)}, separators=(",", ":"))}
+
+
+def _checksum(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
+    """CRC-32 of the metadata, and of names, types, shapes and bytes of all tensors."""
+    total = zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    for key, value in sorted(tensors.items()):
+        total = zlib.crc32(f"{key} {_type_name(value)} {list(value.shape)}".encode(), total)
+        total = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
+
+
+def _read_head(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> _Head:
+    if FORMAT not in metadata:
+        raise ConfigError(
+            f"{path} is a safetensors file, but no packed model: its metadata has no '{FORMAT}'. "
+            "Float weights are loaded by torchquant.compat.checkpoints.load_checkpoint"
+        )
+    damaged = ConfigError(f"{path} is damaged: what it holds is not what its checksum was made of. Copy it anew")
+    try:
+        said = json.loads(metadata[FORMAT])
+        version, written_by, crc32 = said.pop("version"), said.pop("torchquant"), said.pop("crc32")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise damaged from None
+    if version != VERSION:
+        raise ConfigError(
+            f"{path} has version {version} of the packed format, written by torchquant {written_by}; this torchquant "
+            f"reads version {VERSION}. Install that one"
+        )
+    if crc32 != _checksum(tensors, {"version": version, "torchquant": written_by, **said}):
+        raise damaged
+    check_keys(f"{path}, metadata", said, _Head.__dataclass_fields__)
+    head = _Head(**{"weights": {}, **said})
+    for key, entry in head.weights.items():
+        if not (isinstance(entry, list) and [type(part) for part in entry] == [list, str, int, int, int]):
+            raise ConfigError(f"{path}, metadata: {key} must be [shape, type, low, width, shared width], got {entry!r}")
+    return head
+
+
+def _built(path: str | os.PathLike[str], head: _Head, model: nn.Module | None) -> nn.Module:
+    """A quantized model of our own that the file can be loaded into."""
+    if model is not None:
+        own = copy.deepcopy(model)
+    elif head.build is not None:
+        reference, arguments = head.build
+        own = model_of(reference, **arguments)
+    else:
+        raise ConfigError(
+            f"{path} does not say who builds its model. Give load_packed the model, or save_packed a build such as "
+            "'my_package.models:my_model'"
+        )
+    if not any(isinstance(module, QModule) for module in own.modules()):
+        if head.plan is None:
+            raise ConfigError(
+                f"{path} has no plan, so it is loaded into the quantized model, built as it was for saving; got a "
+                f"float {type(own).__name__}"
+            )
+        own = quantize(own, QuantPlan.from_dict(head.plan, f"the plan in {path}"), inplace=True)
+    for site in weight_sites(own):
+        if isinstance(site.quantizer, CodesQuantizer):
+            site.replace_quantizer(site.quantizer.quantizer)
+    return own
+
+
+def _load_state(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Everything but the codes into the model. What it holds under several keys is stored under one of them."""
+    state = model.state_dict(keep_vars=True)
+    coded = coded_tensors(model, state)
+    given = {id(state[key]): value for key, value in tensors.items() if key in state}
+    found = {id(value): value for value in state.values() if id(value) in coded} | given
+    _expect(path, model, "key", tensors, [k for k, value in state.items() if k in tensors or id(value) not in found])
+    for key in tensors:
+        there, here = _type_name(tensors[key]), _type_name(state[key])
+        if there != here:
+            raise ConfigError(f"{path}: {key} is {there} there and {here} in the model; call model.to(torch.{there})")
+    try:
+        model.load_state_dict({key: found[id(value)] for key, value in state.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is of another model: {reason}") from error
+
+
+def _expect(
+    path: str | os.PathLike[str], model: nn.Module, what: str, there: Collection[str], here: Collection[str]
+) -> None:
+    """Raise ConfigError unless the file and the model have the same names."""
+    problems = [
+        f"{len(names)} {what}{'s' if len(names) > 1 else ''} only {where}: {', '.join(names[:3])}"
+        for where, names in (
+            ("in the file", [name for name in there if name not in here]),
+            ("in the model", [name for name in here if name not in there]),
+        )
+        if names
+    ]
+    if problems:
+        raise ConfigError(
+            f"{path} is of another model than this {type(model).__name__}: {'; '.join(problems)}. Build it as it was "
+            "for saving"
+        )
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
