@@ -1,4 +1,4 @@
-"""Uniform schemes of every kind go to ONNX and compute the same there; the others are refused by name."""
+"""Schemes of every kind go to ONNX and compute there what the integer reference does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.deploy import export_onnx, run_onnx
+from torchquant.deploy.form import deploy_form
+from torchquant.deploy.integer import to_integer
 from torchquant.errors import ExportError
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
@@ -61,19 +64,41 @@ def trained(weight: str, acts: str) -> tuple[nn.Sequential, torch.Tensor]:
 def test_what_is_uniform_computes_the_same_in_onnx_runtime(weight: str, acts: str, tmp_path: Path) -> None:
     model, x = trained(weight, acts)
     path = export_onnx(model, tmp_path / "net.onnx", x[:1])
+    integer = to_integer(model, x[:1])
+    assert torch.equal(run_onnx(path, x, optimize=True), integer(x))
+    assert not integer.float_operators
     with torch.no_grad():
-        expected = model(x)
-    step = model[2].acts_quantizer.affine_params().delta
-    off = (run_onnx(path, x) - expected).abs() / step
-    assert float(off.max()) <= 1.01
-    assert float((off > 0.01).float().mean()) <= 0.05
+        assert float((integer(x).argmax(1) == model(x).argmax(1)).double().mean()) >= 0.8
 
 
-@pytest.mark.parametrize(
-    "weight", ["apot:4", "codebook:3", "residual:3", "mxfp4", "nvfp4", "nf4", "ttq", "dorefa:4", "fp8_e4m3", "xnor"]
-)
-def test_what_is_not_uniform_is_refused_by_name(weight: str, tmp_path: Path) -> None:
+TABLES = {"apot:4": 4, "codebook:3": 4, "residual:3": 4, "nf4": 4, "ttq": 2, "dorefa:4": 4, "xnor": 2, "twn/channel": 2}
+
+
+@pytest.mark.parametrize("weight", [*TABLES, "fp8_e4m3", "esb:4,k=1/channel", "ul2q:3/channel", "pot:3", "vecq:4"])
+def test_weights_of_other_schemes_are_codes_with_their_exact_levels(weight: str, tmp_path: Path) -> None:
+    """Codes as narrow as the scheme's, and the very weights of the simulation."""
     model, x = trained(weight, "affine:8")
-    with pytest.raises(ExportError, match=r"0: the weight.*has no step and zero point|weight.*has no step"):
+    path = export_onnx(model, tmp_path / "net.onnx", x[:1])
+    with torch.no_grad():
+        wrapper = model[2]
+        expected = wrapper.weight_quantizer(wrapper.float_weight())
+        form = deploy_form(model)
+        assert torch.equal(form.get_submodule("2").weight(), expected)
+    names = {entry.name: entry for entry in onnx.load(path).graph.initializer}
+    assert not [name for name, entry in names.items() if tuple(entry.dims) == (5, 96) and entry.data_type == 1]
+    entry = names["2.weight.codes"]
+    bits = {onnx.TensorProto.INT2: 2, onnx.TensorProto.UINT2: 2, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
+    assert bits.get(entry.data_type, 8) == TABLES.get(weight, 8 if "fp8" in weight else 4)
+    assert len(entry.raw_data or bytes(entry.int32_data)) <= 5 * 96 * bits.get(entry.data_type, 8) // 8
+    with torch.no_grad():
+        step = model[2].acts_quantizer.affine_params().delta
+        off = (run_onnx(path, x) - model(x)).abs() / step
+    assert float(off.max()) <= (1.01 if "nf4" in weight or "codebook" in weight else 4.0)
+
+
+@pytest.mark.parametrize("weight", ["mxfp4", "nvfp4", "affine:4/group=8"])
+def test_blocks_with_scales_of_their_own_are_refused_by_name(weight: str, tmp_path: Path) -> None:
+    model, x = trained(weight, "affine:8")
+    with pytest.raises(ExportError, match=r"0: the weight quantizer.*has scales for blocks"):
         export_onnx(model, tmp_path / "net.onnx", x[:1])
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The numbers a runtime stores for a uniform quantizer: codes, scales and zero points of 8 bits.
+"""The numbers a runtime stores for a quantizer: codes, scales and zero points of 8 bits, biases of 32.
 
 Names follow ONNX here: `scale` is what the rest of torchquant calls delta.
 """
@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.errors import ExportError, NoAffineViewError
+from torchquant.errors import ExportError, NoAffineViewError, NoCodesError
 from torchquant.qmodule.patterns import LayerRow
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
+from torchquant.quantizers_functional.requantize import INT32_MAX
 
 SMALLEST_SCALE = 2.0**-126
+LARGEST_CODE = 255
+LARGEST_TABLE_ENTRY = 127
+LARGEST_INTEGER = 2**15
+"""Weights that are larger multiples of their unit, as those of 8-bit floats are, take part in sums as real numbers."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,25 @@ class Grid:
         """The 8-bit type of codes and zero point."""
         return torch.uint8 if min(self.qmin, int(self.zero_point.min())) >= 0 else torch.int8
 
-    def real(self, code: int) -> Tensor:
-        """The real value of `code`: () or (C,)."""
-        return (code - self.zero_point) * self.scale
+    def unsigned(self) -> Grid:
+        """The same grid with codes from 0 on."""
+        lowest = min(self.qmin, int(self.zero_point.min()))
+        return replace(self, zero_point=self.zero_point - lowest, qmin=self.qmin - lowest, qmax=self.qmax - lowest)
 
 
-def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
-    """The grid of a calibrated uniform quantizer. `name` says in messages where it sits. Raises ExportError."""
+def check_ready(quantizer: Quantizer, name: str) -> None:
+    """Raise ExportError for a quantizer that has seen no data."""
     if not quantizer.is_ready:
         raise ExportError(
             f"{name} has seen no data. Run a batch in QModuleState.CALIBRATION (for weights alone "
             "torchquant.observe_weights(model) is enough), set its range by hand with force_ranges(min, max), or "
             "give this site None to keep it float"
         )
+
+
+def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
+    """The grid of a calibrated uniform quantizer. `name` says in messages where it sits. Raises ExportError."""
+    check_ready(quantizer, name)
     try:
         delta, zero_point, qmin, qmax = quantizer.affine_params()
     except NoAffineViewError as error:
@@ -73,6 +84,17 @@ def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
     return Grid(scale, offset, qmin, qmax, quantizer.axis if scale.ndim else None)
 
 
+def bias_codes(bias: Tensor, scale: Tensor, name: str) -> Tensor:
+    """`round_half_even(bias / scale)` (int64), 0 where the bias is. Raises ExportError beyond 32 bits."""
+    codes = torch.where(bias == 0, 0.0, torch.round(bias.to(torch.float64) / scale))
+    if not bool((codes.abs() <= INT32_MAX).all()):
+        raise ExportError(
+            f"{name}: a bias of {float(bias.abs().max()):.3g} is beyond 32 bits in steps of input scale times weight "
+            f"scale, {float(scale.min()):.3g}. Calibrate with data like the real, or give this site None"
+        )
+    return codes.to(torch.int64)
+
+
 def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, Grid] | None:
     """Codes and grid whose reals are those of `codes` times `factor`, or None if that takes new codes.
 
@@ -93,6 +115,75 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
         return None
     scale = torch.where(factor == 0, grid.scale, grid.scale * factor.abs()).clamp_min(SMALLEST_SCALE)
     return codes, replace(grid, scale=scale, zero_point=zero_point, axis=0)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A weight whose levels are no uniform grid: a level for each code, and its integer terms if it has any.
+
+    codes: (C, ...) int32 from 0 on, channels first. levels: (L,) or (C, L) float32. terms: as in
+    `Quantizer.integer_terms`, with ints in place of tables: [(scale () or (C,) float64, (C, ...) int64)].
+    """
+
+    codes: Tensor
+    levels: Tensor
+    terms: tuple[tuple[Tensor, Tensor], ...]
+
+    def real(self) -> Tensor:
+        """The weight, float32."""
+        return look_up(self.levels, self.codes)
+
+    def scaled(self, factor: Tensor) -> Table:
+        """The table of the weight times `factor`, (C,)."""
+        levels = self.levels * factor[:, None]
+        signs = channel_view(factor.sign().to(torch.int64), self.codes.ndim, 0)
+        terms = tuple((scale * factor.abs().to(torch.float64), ints * signs) for scale, ints in self.terms)
+        return replace(self, levels=levels.expand(len(factor), -1), terms=terms)
+
+    def as_grid(self) -> tuple[Tensor, Grid] | None:
+        """(ints, grid with zero point 0) where one integer of 8 bits times a scale is the weight bit for bit."""
+        if len(self.terms) != 1:
+            return None
+        scale, ints = self.terms[0]
+        largest = int(ints.abs().max())
+        single = scale.to(torch.float32)
+        view = channel_view(single, ints.ndim, 0) if single.ndim else single
+        if largest > LARGEST_TABLE_ENTRY or not torch.equal(ints.to(torch.float32) * view, self.real()):
+            return None
+        grid = Grid(single, torch.zeros_like(single, dtype=torch.int32), -largest, largest, 0 if single.ndim else None)
+        return ints.to(torch.int32), grid
+
+
+def look_up(levels: Tensor, codes: Tensor) -> Tensor:
+    """The level of each code. levels: (L,), or (C, L) for codes (C, ...)."""
+    if levels.ndim == 1:
+        return levels[codes.to(torch.int64)]
+    return levels.gather(1, codes.flatten(1).to(torch.int64)).view(codes.shape)
+
+
+@torch.no_grad()
+def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
+    """The codes and levels of a weight under any quantizer with codes; channels first. Raises ExportError."""
+    check_ready(quantizer, name)
+    if quantizer.about.granularity == ("block",):
+        raise ExportError(
+            f"{name} has scales for blocks or groups of its own. Use a scheme with one scale per tensor or channel "
+            "here, write a packed file (save_packed), or give this site None to keep it float"
+        )
+    try:
+        codes, (low, high) = quantizer.encode(weight), quantizer.code_range
+    except NoCodesError as error:
+        raise ExportError(f"{name} cannot be exported: {error}") from error
+    if high - low > LARGEST_CODE:
+        raise ExportError(f"{name} uses codes {low}..{high}, which 8 bits do not hold. Use n_bits <= 8")
+    levels = quantizer._decode(torch.arange(low, high + 1), torch.float32, axis=0)
+    try:
+        tables = quantizer.integer_terms()
+    except NoAffineViewError:
+        tables = []
+    if any(int(table.abs().max()) > LARGEST_INTEGER for _, table in tables):
+        tables = []
+    return Table(codes - low, levels, tuple((scale, look_up(table, codes - low)) for scale, table in tables))
 
 
 def layer_grid(grid: Grid, layer: Any, row: LayerRow) -> Grid | None:

@@ -1,100 +1,181 @@
 """The deploy form of a model: every QModule replaced by one that holds codes instead of quantizers.
 
-It is an ordinary module: run it to see in torch what the file will compute.
+It is an ordinary module: run it to see in torch what the file will compute. Inside `with integer_run(...)` it computes
+on integers.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchquant.deploy.codes import Grid, fold_into_scale, layer_grid, uniform_grid
-from torchquant.deploy.qdq import QuantizeDequantize, StoredWeight
-from torchquant.errors import ExportError
+from torchquant.deploy.codes import (
+    Grid,
+    Table,
+    fold_into_scale,
+    layer_grid,
+    uniform_grid,
+    weight_table,
+)
+from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
+from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, Terms, as_nodes, node
+from torchquant.deploy.values import Codes, IntegerTensor
+from torchquant.errors import ExportError, NoAffineViewError
+from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWrapper
 from torchquant.qmodule.bn_folding import running_bias, running_factor
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional.bn_fold import channel_view
 
 
 class DeployLayer(nn.Module):
     """A QWrapper as it computes in QUANT_EVAL, its weight stored as codes. `path` names it in messages."""
 
-    def __init__(self, wrapper: QWrapper, path: str) -> None:
+    def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool) -> None:
         super().__init__()
+        self.path = path
         self.bn = wrapper.bn
         self.activation = wrapper.activation
-        self.input = _acts_site(wrapper.input_quantizer, f"{path}: the input quantizer")
-        self.output = _acts_site(wrapper.acts_quantizer, f"{path}: the output quantizer")
+        self.input = _acts_site(wrapper.input_quantizer, f"{path}.input", keep_signed)
+        self.output = _acts_site(wrapper.acts_quantizer, f"{path}.output", keep_signed)
         self.layer = wrapper.layer
         self.row = wrapper.row
-        self.weight: StoredWeight | None = None
+        self.weight: StoredWeight | StoredTable | None = None
         self.bias: nn.Parameter | None = None
+        self.stored_bias: StoredBias | None = None
+        self.input_scales: list[Tensor] = []
         if wrapper.weight_quantizer is not None:
-            codes, grid, self.bn = _weight_codes(wrapper, wrapper.weight_quantizer, path)
-            self.weight = StoredWeight(codes, grid)
-            bias = getattr(wrapper.layer, "bias", None)
-            if self.bn is None and wrapper.bn is not None:
-                bias = running_bias(wrapper.bn, bias)
-            self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
             self.layer = _without_weight(wrapper.layer)
+            self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path)
+            bias = getattr(wrapper.layer, "bias", None)
+            if wrapper.bn is not None and (wrapper.fold_mode is not None or self.bn is None):
+                bias = running_bias(wrapper.bn, bias)
+            if bias is not None and wrapper.bias_quantizer is not None:
+                bias = wrapper.bias_quantizer(bias)
+            self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
-        y = self.layer(x) if self.weight is None else self.row.run(self.layer, x, self.weight(), self.bias)
+        run = active_run()
+        if run is not None and run.checking:
+            run.site = self.path
+            if isinstance(x, IntegerTensor) and isinstance(x.value, Codes):
+                self.input_scales.append(x.value.scale)
+        if self.weight is None:
+            y = self.layer(x)
+        else:
+            bias = self.bias if self.stored_bias is None or run is not None else self.stored_bias()
+            y = self.row.run(self.layer, x, self.weight(), bias)
         y = y if self.bn is None else self.bn(y)
         return self.output(y if self.activation is None else self.activation(y))
+
+    def settle(self) -> None:
+        """Put the bias on the grid of the sums it is added to, where the input has one scale in every call."""
+        scales, self.input_scales = self.input_scales, []
+        if self.bias is None or not isinstance(self.weight, StoredWeight) or not scales or scales[0].ndim:
+            return
+        if all(torch.equal(scale, scales[0]) for scale in scales) and len(self.weight.terms) == 1:
+            self.stored_bias = StoredBias(self.bias, scales[0] * self.weight.terms[0][0], self.path)
 
 
 class DeployOp(nn.Module):
     """A QOp as it computes in QUANT_EVAL."""
 
-    def __init__(self, op: QOp, path: str) -> None:
+    def __init__(self, op: QOp, path: str, keep_signed: bool) -> None:
         super().__init__()
         self.op = op.op
         self.activation = op.activation
-        self.output = _acts_site(op.acts_quantizer, f"{path}: the output quantizer")
+        self.input = _acts_site(op.input_quantizer, f"{path}.input", keep_signed)
+        self.output = _acts_site(op.acts_quantizer, f"{path}.output", keep_signed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.op(*args, **kwargs)
+        if args:
+            args = (self.input(args[0]), *args[1:])
+        y = _global_average(self.op, args, kwargs) if as_nodes() else None
+        y = self.op(*args, **kwargs) if y is None else y
         return self.output(y if self.activation is None else self.activation(y))
 
 
+def _global_average(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The ONNX operator that runtimes have an integer kernel for, where the operator is one; else None."""
+    pools = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    functions = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        return None
+    size = op.output_size if isinstance(op, pools) else (*args[1:], *kwargs.values())[0] if op in functions else None
+    keep = True
+    if op in (torch.mean, Tensor.mean):
+        dims, keep = (*args[1:], kwargs.get("dim"))[0], bool((*args[2:], kwargs.get("keepdim", False))[0])
+        spatial = list(range(2, x.ndim))
+        size = 1 if isinstance(dims, list | tuple) and sorted(d % x.ndim for d in dims) == spatial else None
+    if size is None or any(s != 1 for s in (size if isinstance(size, list | tuple) else (size,))):
+        return None
+    pooled = node("GlobalAveragePool", (x,), x.dtype, (*x.shape[:2], *[1] * (x.ndim - 2)))
+    return pooled if keep else pooled.flatten(1)
+
+
 @torch.no_grad()
-def deploy_form(model: nn.Module) -> nn.Module:
+def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
     """A float32 CPU copy of the model in eval mode that computes QUANT_EVAL from stored 8-bit codes.
 
     Whatever state the QModules are in; a site without a quantizer stays float. Batch norms are folded
-    where the codes can carry it exactly, and stay behind the layer where not. Raises ExportError for a
-    model without QModules, a site that is not calibrated, has no uniform grid or needs more than 8
-    bits, a model that is not float32, and for grouped transposed convolutions with a grid per channel.
+    where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
+    from 0 on, which runtimes for x86 compute faster with; `keep_signed` leaves them as their quantizer has
+    them. Weights of any scheme with codes; activations of uniform ones. Raises ExportError for a model without
+    QModules, a site that is not calibrated, has no such codes or needs more than 8 bits, and a model that is not
+    float32.
     """
     if not any(isinstance(module, QModule) for module in model.modules()):
         raise ExportError(
             f"{type(model).__name__} has no QModule, so nothing in it is quantized. Wrap its layers in QWrapper and "
             "its operators in QOp, or use torch.onnx.export for a float model"
         )
-    return _converted(copy.deepcopy(model).cpu().eval(), "", {})
+    return _converted(copy.deepcopy(model).cpu().eval(), "", {}, keep_signed)
 
 
-def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
+@torch.no_grad()
+def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables: bool = True) -> IntegerRun:
+    """Run the form on integers once: biases go onto the grid of their sums, accumulators are checked.
+
+    `tables` as in `IntegerRun`. Returns what the run met. Raises ExportError for an accumulator beyond 32 bits.
+    """
+    run = IntegerRun(rounding, checking=True, tables=tables)
+    with integer_run(run):
+        try:
+            call_with(form, example_inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, ExportError):
+                raise
+            raise ExportError(f"the model does not run on the example inputs: {error}") from error
+    for module in form.modules():
+        if isinstance(module, DeployLayer):
+            module.settle()
+    return run
+
+
+def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module], keep_signed: bool) -> nn.Module:
     """`module` with every QModule below it replaced, children first; a module used twice stays one."""
     if module not in done:
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = _converted(child, f"{path}.{name}" if path else name, done)
-        done[module] = _replacement(module, path or type(module).__name__)
+                below = f"{path}.{name}" if path else name
+                module._modules[name] = _converted(child, below, done, keep_signed)
+        done[module] = _replacement(module, path or type(module).__name__, keep_signed)
     return done[module]
 
 
-def _replacement(module: nn.Module, path: str) -> nn.Module:
+def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
     if isinstance(module, QWrapper):
-        return DeployLayer(module, path)
+        return DeployLayer(module, path, keep_signed)
     if isinstance(module, QOp):
-        return DeployOp(module, path)
+        return DeployOp(module, path, keep_signed)
     if isinstance(module, QModule):
         raise ExportError(
             f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp; only these two can be exported. "
@@ -103,36 +184,77 @@ def _replacement(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _acts_site(quantizer: Quantizer | None, name: str) -> nn.Module:
+def _acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
     if quantizer is None:
         return nn.Identity()
-    return QuantizeDequantize(uniform_grid(quantizer, f"{name} ({type(quantizer).__name__})"))
+    path, _, kind = site.rpartition(".")
+    grid = uniform_grid(quantizer, f"{path}: the {kind} quantizer ({type(quantizer).__name__})")
+    return QuantizeDequantize(grid if keep_signed else grid.unsigned(), site)
 
 
-def _weight_codes(wrapper: QWrapper, quantizer: Quantizer, path: str) -> tuple[Tensor, Grid, nn.Module | None]:
-    """(codes in the layout of the layer, their grid, the batch norm that is left to run)."""
+def _stored_weight(
+    wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str
+) -> tuple[StoredWeight | StoredTable, nn.Module | None]:
+    """The weight as the layer takes it, and the batch norm that is left to run."""
     name = f"{path}: the weight quantizer ({type(quantizer).__name__})"
     weight = wrapper.float_weight()
     if weight.dtype != torch.float32:
         raise ExportError(f"{path}: the weight is {weight.dtype}, but files are written in float32. Call model.float()")
-    grid, layer, row = uniform_grid(quantizer, name), wrapper.layer, wrapper.row
+    bn = None if wrapper.fold_mode else wrapper.bn
+    factor = running_factor(bn) if bn is not None and _can_fold(bn, layer) else None
+    to_layer = partial(wrapper.row.channels_first, layer)
+    try:
+        grid = uniform_grid(quantizer, name)
+    except ExportError as error:
+        if not isinstance(error.__cause__, NoAffineViewError):
+            raise
+        table = weight_table(quantizer, weight, name)
+        if factor is not None:
+            table, bn = table.scaled(factor), None
+        return _stored_table(table, to_layer, wrapper), bn
     if grid.axis is not None:
         grid = replace(grid, axis=grid.axis % weight.ndim)
     codes = quantizer.encode(weight)
-    bn = None if wrapper.fold_mode else wrapper.bn
-    if bn is not None and _can_fold(bn, layer):
-        folded = fold_into_scale(codes, grid, running_factor(bn))
-        stored = None if folded is None else layer_grid(folded[1], layer, row)
-        if folded is not None and stored is not None:
-            return row.channels_first(layer, folded[0]), stored, None
-    stored = layer_grid(grid, layer, row)
+    folded = None if factor is None else fold_into_scale(codes, grid, factor)
+    if folded is not None:
+        (codes, grid), bn = folded, None
+    return _on_grid(codes, grid, to_layer, wrapper), bn
+
+
+def _on_grid(codes: Tensor, grid: Grid, to_layer: Any, wrapper: QWrapper, table: Tensor | None = None) -> StoredWeight:
+    """Codes stored as the layer has them, if their grid can be; else channels first, moved when they are real."""
+    ints = codes if table is None else table[codes.to(torch.int64)]
+    scale = grid.scale.to(torch.float64)
+    terms: Terms = ()
+    if grid.axis in (None, 0):
+        zero_point = grid.zero_point if grid.axis is None else channel_view(grid.zero_point, ints.ndim, 0)
+        terms = ((scale, to_layer(ints.to(torch.int32) - zero_point)),)
+    stored = layer_grid(grid, wrapper.layer, wrapper.row)
     if stored is None:
-        raise ExportError(
-            f"{name} has a scale of its own for each output channel, but ONNX stores the weight of a transposed "
-            f"convolution with groups={layer.groups} so that its groups share their scales. Use an observer with "
-            "axis=None here"
-        )
-    return row.channels_first(layer, codes), stored, bn
+        return StoredWeight(codes, grid, terms, to_layer, table)
+    return StoredWeight(to_layer(codes), stored, terms, None, table)
+
+
+def _stored_table(table: Table, to_layer: Any, wrapper: QWrapper) -> StoredWeight | StoredTable:
+    """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
+    as_grid = table.as_grid()
+    if as_grid is None:
+        terms = tuple((scale, to_layer(ints)) for scale, ints in table.terms)
+        return StoredTable(table, terms, to_layer)
+    ints, grid = as_grid
+    if stored_bits(grid.qmin, grid.qmax) <= stored_bits(0, table.levels.shape[-1] - 1):
+        return _on_grid(ints, grid, to_layer, wrapper)
+    values, codes = torch.unique(ints, return_inverse=True)
+    return _on_grid(codes, grid, to_layer, wrapper, values)
+
+
+def stored_bits(low: int, high: int) -> int:
+    """Bits of the narrowest ONNX type that holds low..high: 2, 4 or 8, signed where low is below 0.
+
+    >>> [stored_bits(*ends) for ends in ((-1, 1), (0, 3), (-7, 7), (-8, 8))]
+    [2, 2, 4, 8]
+    """
+    return next(n for n in (2, 4, 8) if low >= (-(2 ** (n - 1)) if low < 0 else 0) and high < 2 ** (n - (low < 0)))
 
 
 def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:

@@ -12,18 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import write_whole
-from torchquant.deploy.form import deploy_form
+from torchquant.deploy.form import deploy_form, settle
+from torchquant.deploy.onnx_graph import PACKED_OPSET, finish_graph
 from torchquant.deploy.qdq import onnx_nodes
 from torchquant.errors import ConfigError, ExportError, require
 
-OPSET = 20
-"""ONNX operator set of the files. With 21, whose QuantizeLinear names its output type, ONNX Runtime 1.31
-refuses graphs with signed activations on x86: it turns them unsigned and leaves the name as it was."""
-
 MAX_BYTES = 2**31 - 1
 """What a single ONNX file can hold."""
-
-MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"
 
 
 def export_onnx(
@@ -31,6 +26,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Tensor | Sequence[Tensor],
     dynamic_batch: bool = True,
+    keep_signed: bool = False,
 ) -> Path:
     """Write a calibrated model as one ONNX file that computes what QUANT_EVAL computes. Returns its path.
 
@@ -55,14 +51,18 @@ def export_onnx(
     """
     for package in ("onnx", "onnxscript"):
         require(package, "deploy")
+    from torchquant import __version__
+
     inputs = _checked_inputs(example_inputs)
-    form = deploy_form(model)
+    form = deploy_form(model, keep_signed)
+    settle(form, inputs, tables=False)
     n_bytes = sum(t.nbytes for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
     proto = _exported(form, inputs, dynamic_batch)
-    _own_zero_points(proto)
-    _finish(proto)
+    finish_graph(proto, form)
+    proto.metadata_props.add(key="torchquant_version", value=__version__)
+    require("onnx", "deploy").checker.check_model(proto, full_check=True)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(target, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
@@ -94,7 +94,7 @@ def _exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
             raise ExportError(f"torch.export cannot trace the model: {reason}{hint}") from error
         try:
             exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+                program, dynamo=True, opset_version=PACKED_OPSET[8], dynamic_shapes=shapes, verbose=False
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"torch.onnx.export cannot translate the model: {_root_cause(error)}") from error
@@ -106,37 +106,3 @@ def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _own_zero_points(proto: Any) -> None:
-    """Give each weight a zero point of its own.
-
-    The exporter merges equal initializers. ONNX Runtime's precise mode (see `onnx_run.py`) turns each
-    weight and its zero point from int8 to uint8 and stops at a zero point that it has turned before.
-    """
-    initializers = {entry.name: entry for entry in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in initializers:
-            own_name = node.input[0].removesuffix("codes") + "zero_point"
-            if own_name not in initializers:
-                copied = proto.graph.initializer.add()
-                copied.CopyFrom(initializers[node.input[2]])
-                copied.name = own_name
-                initializers[own_name] = copied
-            node.input[2] = own_name
-
-
-def _finish(proto: Any) -> None:
-    """Take off the exporter's notes on source files, enter torchquant's version, check."""
-    onnx = require("onnx", "deploy")
-    from torchquant import __version__
-
-    for node in proto.graph.node:
-        kept = [entry.value for entry in node.metadata_props if entry.key == MODULE_PATH_KEY]
-        del node.metadata_props[:]
-        for value in kept:
-            node.metadata_props.add(key=MODULE_PATH_KEY, value=value)
-    for entry in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
-        del entry.metadata_props[:]
-    proto.metadata_props.add(key="torchquant_version", value=__version__)
-    onnx.checker.check_model(proto, full_check=True)

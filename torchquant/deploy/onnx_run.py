@@ -1,13 +1,42 @@
-"""Running an ONNX file on the CPU."""
+"""Running an ONNX file on the CPU, and looking at the codes inside."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError, require
+
+LEVELS = ("none", "integer", "all")
+"""How far ONNX Runtime optimizes: node by node as written; to integer kernels; and on to its own memory layouts."""
+
+
+def open_session(model: str | os.PathLike[str] | bytes, level: str = "all", saved: Path | None = None) -> Any:
+    """An InferenceSession on the CPU, in ONNX Runtime's precise mode (`session.x64quantprecision`).
+
+    Without that, processors without VNNI saturate sums of products of uint8 and int8 at 16 bits. `saved` gets the
+    optimized graph. Raises ConfigError for a level that is not in `LEVELS`, MissingDependencyError.
+    """
+    runtime = require("onnxruntime", "deploy")
+    if level not in LEVELS:
+        raise ConfigError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    found = runtime.GraphOptimizationLevel
+    levels = {"none": found.ORT_DISABLE_ALL, "integer": found.ORT_ENABLE_EXTENDED, "all": found.ORT_ENABLE_ALL}
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.graph_optimization_level = levels[level]
+    if saved is not None:
+        options.optimized_model_filepath = str(saved)
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 @torch.no_grad()
@@ -16,18 +45,10 @@ def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, opt
 
     x: (N, ...), cut into batches of `batch_size`, or of the size the file fixes. Returns (N, ...).
     `optimize=False` runs the graph node by node as it is written, in float32 between the codes. True
-    fuses it into integer kernels, in ONNX Runtime's precise mode (`session.x64quantprecision`): without
-    it, processors without VNNI saturate sums of int8 products at 16 bits. The kernels round the bias to
-    multiples of the product of both steps; and 1.31 refuses a weight that two nodes share in this mode.
-    Raises ConfigError for a file with several inputs, or N that is no multiple of a fixed batch.
+    fuses it into integer kernels; see `open_session`. Raises ConfigError for a file with several inputs, or N that is
+    no multiple of a fixed batch.
     """
-    runtime = require("onnxruntime", "deploy")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    if not optimize:
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path, "all" if optimize else "none")
     inputs = session.get_inputs()
     if len(inputs) != 1:
         raise ConfigError(f"run_onnx feeds one input, {path} has {len(inputs)}: {', '.join(i.name for i in inputs)}")
@@ -38,3 +59,38 @@ def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, opt
         batch_size = fixed
     outputs = [session.run(None, {inputs[0].name: part.cpu().numpy()})[0] for part in x.split(batch_size)]
     return torch.cat([torch.from_numpy(output) for output in outputs])
+
+
+class CodeReader:
+    """An ONNX file that also gives the codes of its sites. `kernels`: operator type -> how many nodes run.
+
+    path: a file of `export_onnx`. level: see `LEVELS`, "none" or "integer". `visible`: the tensors of codes that are
+    left after optimization.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], level: str) -> None:
+        onnx = require("onnx", "deploy")
+        proto = onnx.load(os.fspath(path))
+        names = [out for node in proto.graph.node for out in node.output if ".codes" in out]
+        known = set(names)
+        if level != "none":
+            with tempfile.TemporaryDirectory() as folder:
+                saved = Path(folder) / "optimized.onnx"
+                open_session(path, level, saved)
+                proto = onnx.load(saved)
+        self.kernels = Counter(node.op_type for node in proto.graph.node)
+        made = {out for node in proto.graph.node for out in node.output}
+        self.visible = [name for name in dict.fromkeys(names) if name in made and name in known]
+        self.outputs = [entry.name for entry in proto.graph.output]
+        for name in self.visible:
+            if name not in self.outputs:
+                proto.graph.output.append(onnx.ValueInfoProto(name=name))
+        self.session = open_session(proto.SerializeToString(), "none")
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """(outputs, codes by name (int64))."""
+        feeds = {i.name: x.cpu().numpy() for i, x in zip(self.session.get_inputs(), inputs, strict=True)}
+        found = self.session.run([*self.outputs, *self.visible], feeds)
+        arrays = [torch.from_numpy(array) for array in found]
+        outputs, codes = arrays[: len(self.outputs)], arrays[len(self.outputs) :]
+        return outputs, {name: c.to(torch.int64) for name, c in zip(self.visible, codes, strict=True)}

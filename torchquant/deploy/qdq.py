@@ -1,8 +1,10 @@
-"""QuantizeLinear and DequantizeLinear: as numbers, or as ONNX nodes inside `with onnx_nodes():`."""
+"""QuantizeLinear, DequantizeLinear and their kin: as numbers; as ONNX nodes inside `with onnx_nodes():`; or on
+integers inside `with integer_run(...)`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.deploy.codes import Grid
+from torchquant.deploy.codes import Grid, Table, bias_codes
+from torchquant.deploy.integer_run import active_run
+from torchquant.deploy.values import IntegerTensor, Weight
+from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.range_observers._statistics import per_channel_view
 
+LOOK_UP = "torchquant::LookUp"
+"""Stands for a Gather until the file is finished: one with constant inputs would be computed by the exporter."""
+
+Terms = tuple[tuple[Tensor, Tensor], ...]
 _AS_NODES = ContextVar("as_nodes", default=False)
 
 
@@ -26,9 +35,18 @@ def onnx_nodes() -> Iterator[None]:
         _AS_NODES.reset(token)
 
 
-def _node(op: str, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
-    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
-    return torch.onnx.ops.symbolic(op, (x, scale, zero_point), attributes, dtype=dtype, shape=x.shape)
+def as_nodes() -> bool:
+    """Whether the functions of this file are being traced."""
+    return _AS_NODES.get()
+
+
+def node(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> Tensor:
+    """An ONNX operator in the traced graph."""
+    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)
+
+
+def _axis(axis: int | None) -> dict[str, Any]:
+    return {} if axis is None else {"axis": axis}
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
@@ -39,19 +57,31 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | No
     >>> quantize_linear(torch.tensor([-9.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(2, dtype=torch.uint8), None)
     tensor([0, 2, 4], dtype=torch.uint8)
     """
-    if _AS_NODES.get():
-        return _node("QuantizeLinear", x, scale, zero_point, axis, zero_point.dtype)
+    if as_nodes():
+        return node("QuantizeLinear", (x, scale, zero_point), zero_point.dtype, x.shape, **_axis(axis))
     steps = torch.round(x / per_channel_view(scale, x.ndim, axis))
     limits = torch.iinfo(zero_point.dtype)
     return (steps + per_channel_view(zero_point, x.ndim, axis)).clamp(limits.min, limits.max).to(zero_point.dtype)
 
 
-def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> Tensor:
     """`(codes - zero_point) * scale` in float32, as ONNX defines it; shapes as in `quantize_linear`."""
-    if _AS_NODES.get():
-        return _node("DequantizeLinear", codes, scale, zero_point, axis, torch.float32)
-    steps = codes.to(torch.float32) - per_channel_view(zero_point, codes.ndim, axis)
+    if as_nodes():
+        inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
+        return node("DequantizeLinear", inputs, torch.float32, codes.shape, **_axis(axis))
+    steps = codes.to(torch.float32)
+    if zero_point is not None:
+        steps = steps - per_channel_view(zero_point, codes.ndim, axis)
     return steps * per_channel_view(scale, codes.ndim, axis)
+
+
+def look_up_linear(levels: Tensor, codes: Tensor, rows: Tensor | None) -> Tensor:
+    """`levels[codes]`, or `levels[codes + rows]`; a Gather in the file. levels: (L,)."""
+    if as_nodes():
+        inputs = (levels, codes) if rows is None else (levels, codes, rows)
+        return node(LOOK_UP, inputs, levels.dtype, codes.shape)
+    index = codes.to(torch.int64)
+    return levels[index if rows is None else index + rows]
 
 
 class StoredGrid(nn.Module):
@@ -63,43 +93,120 @@ class StoredGrid(nn.Module):
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.axis = grid.axis
+        self.qmin, self.qmax = grid.qmin, grid.qmax
         self.register_buffer("scale", grid.scale)
         self.register_buffer("zero_point", grid.zero_point.to(grid.storage))
 
-
-class StoredWeight(StoredGrid):
-    """A weight kept as 8-bit codes in the layout of its layer; forward gives the real weight."""
-
-    codes: Tensor
-
-    def __init__(self, codes: Tensor, grid: Grid) -> None:
-        super().__init__(grid)
-        self.register_buffer("codes", codes.to(grid.storage))
-
-    def forward(self) -> Tensor:
-        return dequantize_linear(self.codes, self.scale, self.zero_point, self.axis)
+    def shaped(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """(scale float64, zero point int64) in shapes that broadcast against `ndim` dimensions."""
+        scale, zero_point = self.scale.to(torch.float64), self.zero_point.to(torch.int64)
+        return per_channel_view(scale, ndim, self.axis), per_channel_view(zero_point, ndim, self.axis)
 
 
 class QuantizeDequantize(StoredGrid):
-    """The Q/DQ pair of an activation. Where its codes do not fill 8 bits, a clip takes the ends first."""
+    """The Q/DQ pair of an activation. Where its codes do not fill 8 bits, a clip of the codes stands between them."""
 
-    def __init__(self, grid: Grid) -> None:
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, grid: Grid, site: str) -> None:
         super().__init__(grid)
+        self.site = site
         limits = torch.iinfo(grid.storage)
-        self.low = _bound(grid, grid.qmin) if grid.qmin > limits.min else None
-        self.high = _bound(grid, grid.qmax) if grid.qmax < limits.max else None
+        self.clips = (grid.qmin, grid.qmax) != (limits.min, limits.max)
+        self.register_buffer("low", torch.tensor(grid.qmin, dtype=grid.storage))
+        self.register_buffer("high", torch.tensor(grid.qmax, dtype=grid.storage))
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = quantize_linear(self._clipped(x), self.scale, self.zero_point, self.axis)
+        run = active_run()
+        if run is not None:
+            return run.quantized(self.site, self, x)
+        codes = self._clipped(quantize_linear(x, self.scale, self.zero_point, self.axis))
         return dequantize_linear(codes, self.scale, self.zero_point, self.axis)
 
-    def _clipped(self, x: Tensor) -> Tensor:
-        if self.low is None and self.high is None:
-            return x
-        bounds: list[Any] = [self.low, self.high]
-        return x.clamp(*(per_channel_view(b, x.ndim, self.axis) if isinstance(b, Tensor) else b for b in bounds))
+    def _clipped(self, codes: Tensor) -> Tensor:
+        if not self.clips:
+            return codes
+        if as_nodes():
+            return node("Clip", (codes, self.low, self.high), codes.dtype, codes.shape)
+        return codes.clamp(self.qmin, self.qmax)
 
 
-def _bound(grid: Grid, code: int) -> Tensor | float:
-    real = grid.real(code)
-    return real if real.ndim else float(real)
+class StoredWeight(StoredGrid):
+    """A weight kept as 8-bit codes; forward gives the real weight, in the layout of its layer.
+
+    `to_layer` brings the codes there where they are not. `table`: where given, what the codes count in. `terms`: the
+    weight in integers, laid out as the layer has it, with scales per output channel.
+    """
+
+    codes: Tensor
+    table: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        terms: Terms,
+        to_layer: Callable[[Tensor], Tensor] | None = None,
+        table: Tensor | None = None,
+    ) -> None:
+        super().__init__(grid)
+        self.register_buffer("codes", codes.to(grid.storage if table is None else torch.uint8))
+        self.register_buffer("table", None if table is None else table.to(grid.storage))
+        self.terms = terms
+        self.to_layer = to_layer
+
+    def forward(self) -> Tensor:
+        if active_run() is not None:
+            value = Weight(self.terms, self._real)
+            return IntegerTensor(value, self._real().shape)
+        return self._real()
+
+    def _real(self) -> Tensor:
+        codes = self.codes if self.table is None else look_up_linear(self.table, self.codes, None)
+        real = dequantize_linear(codes, self.scale, self.zero_point, self.axis)
+        return real if self.to_layer is None else self.to_layer(real)
+
+
+class StoredTable(nn.Module):
+    """A weight kept as codes and the float32 level behind each code; forward gives the real weight, bit for bit."""
+
+    codes: Tensor
+    levels: Tensor
+    rows: Tensor | None
+
+    def __init__(self, table: Table, terms: Terms, to_layer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.terms = terms
+        self.to_layer = to_layer
+        self.register_buffer("codes", table.codes.to(torch.uint8))
+        levels = table.levels
+        rows = None
+        if levels.ndim == 2:
+            rows = channel_view(torch.arange(len(levels)) * levels.shape[1], table.codes.ndim, 0)
+        self.register_buffer("rows", rows)
+        self.register_buffer("levels", levels.flatten())
+
+    def forward(self) -> Tensor:
+        run = active_run()
+        if run is not None and run.tables and self.terms:
+            return IntegerTensor(Weight(self.terms, self._real), self._real().shape)
+        return self._real()
+
+    def _real(self) -> Tensor:
+        return self.to_layer(look_up_linear(self.levels, self.codes, self.rows))
+
+
+class StoredBias(nn.Module):
+    """A bias in 32-bit steps of input scale times weight scale; forward gives its real value. scale: () or (C,)."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, bias: Tensor, scale: Tensor, name: str) -> None:
+        super().__init__()
+        self.register_buffer("codes", bias_codes(bias, scale, name).to(torch.int32))
+        self.register_buffer("scale", scale.to(torch.float32))
+
+    def forward(self) -> Tensor:
+        return dequantize_linear(self.codes, self.scale, None, 0 if self.scale.ndim else None)

@@ -1,0 +1,86 @@
+"""The integer reference: what a runtime with integer arithmetic computes, number for number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torchquant.deploy.form import deploy_form, settle
+from torchquant.deploy.integer_run import IntegerRun, integer_run
+from torchquant.deploy.values import IntegerTensor
+from torchquant.quantizers_functional.requantize import check_rounding
+
+
+@dataclass(frozen=True)
+class FloatOperator:
+    """An operator on real numbers, between an explicit dequantize and quantize; `after` names the site before it."""
+
+    name: str
+    after: str
+
+
+class IntegerModel(nn.Module):
+    """A quantized model on integer codes: real tensors in, real tensors out, integers between. See `to_integer`.
+
+    `float_operators`: what ran on real numbers with the example. `accumulators`: site -> the largest sum of products
+    its weight and the range of its input allow.
+    """
+
+    def __init__(self, form: nn.Module, rounding: str, met: IntegerRun) -> None:
+        super().__init__()
+        self.form = form
+        self.rounding = rounding
+        self.float_operators = tuple(FloatOperator(name, after) for name, after in met.floats)
+        self.accumulators = dict(met.largest)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(IntegerRun(self.rounding), args, kwargs)
+
+    @torch.no_grad()
+    def codes(self, *args: Any, **kwargs: Any) -> dict[str, list[Tensor]]:
+        """Site -> the integer codes (int64) of each call there, for these inputs."""
+        recorded: dict[str, list[Tensor]] = {}
+        self._run(IntegerRun(self.rounding, recorded=recorded), args, kwargs)
+        return recorded
+
+    def _run(self, run: IntegerRun, args: Any, kwargs: Any) -> Any:
+        with integer_run(run):
+            return tree_map_only(IntegerTensor, IntegerTensor.real, self.form(*args, **kwargs))
+
+
+def to_integer(model: nn.Module, example_inputs: Any, rounding: str = "ort", keep_signed: bool = False) -> IntegerModel:
+    """The calibrated model as it runs on integers, on the CPU. The model itself is not changed.
+
+    Sites with a quantizer exchange codes; convolutions (also transposed), linear layers and matrix products take
+    32-bit sums of products of codes, biases in steps of input scale times weight scale, batch norms folded; additions,
+    products, concatenations and pools are rescaled; ReLU and ReLU6 are bounds of the codes. Weights of ESB, powers of
+    two, APoT, ternary, binary and residual schemes take part as whole numbers (`Quantizer.integer_terms`). What has no
+    such form (softmax, GELU, norms, activations other than clamps, anything around a site without quantizer) runs
+    in float32 and is listed in `float_operators`.
+
+    `rounding`: how sums return to codes, one of the four of `quantizers_functional/requantize.py`; "ort" reproduces
+    the integer kernels of ONNX Runtime on x86-64. `example_inputs`: what the model takes, as in `export_onnx`.
+    `keep_signed` as in `export_onnx`: otherwise codes of activations count from 0 on.
+
+    Raises ExportError for an uncalibrated site, one without integer codes, an accumulator or bias that can leave 32
+    bits; ConfigError.
+
+    >>> from torchquant import QModuleState, qmodule_state, quantize
+    >>> x = torch.randn(8, 4)
+    >>> model = quantize(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "int8-ort", x)
+    >>> with qmodule_state(model, QModuleState.CALIBRATION):
+    ...     _ = model(x)
+    >>> integer = to_integer(model, x)
+    >>> integer(x).shape, integer.float_operators
+    (torch.Size([8, 2]), ())
+    >>> sorted(integer.codes(x))
+    ['0.input', '0.output', '2.output']
+    """
+    check_rounding(rounding)
+    form = deploy_form(model, keep_signed)
+    return IntegerModel(form, rounding, settle(form, example_inputs, rounding))

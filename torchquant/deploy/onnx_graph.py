@@ -1,0 +1,155 @@
+"""Finishing the exported graph: narrow weights packed, look-ups written out, tensors and nodes named after sites."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torchquant.deploy.form import stored_bits
+from torchquant.deploy.qdq import LOOK_UP, QuantizeDequantize, StoredTable, StoredWeight
+from torchquant.errors import require
+
+MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"
+PACKED_OPSET = {2: 25, 4: 21, 8: 20}
+"""ONNX operator set that brought the type of so many bits. 20 where 8 suffice: older runtimes read it."""
+
+IR_VERSION = {20: 10, 21: 10, 25: 13}
+
+
+def finish_graph(proto: Any, form: Any) -> None:
+    """All of the above, in place. form: the deploy form that was exported."""
+    onnx = require("onnx", "deploy")
+    _name_codes(proto, form)
+    _write_look_ups(proto, onnx)
+    _own_zero_points(proto)
+    opset = max([PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)], default=PACKED_OPSET[8])
+    for entry in proto.opset_import:
+        if entry.domain == "":
+            entry.version = max(opset, entry.version)
+            proto.ir_version = max(proto.ir_version, IR_VERSION.get(entry.version, 13))
+    for i in reversed([i for i, e in enumerate(proto.opset_import) if e.domain == LOOK_UP.partition("::")[0]]):
+        del proto.opset_import[i]
+    for node in proto.graph.node:
+        path = module_path(node)
+        del node.metadata_props[:]
+        if path:
+            node.metadata_props.add(key="site", value=path)
+    for entry in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
+        del entry.metadata_props[:]
+
+
+def module_path(node: Any) -> str:
+    """Path of the module whose forward made the node, as the exporter noted it."""
+    noted = {entry.key: entry.value for entry in node.metadata_props}.get(MODULE_PATH_KEY)
+    return str(ast.literal_eval(noted)[-2]) if noted else ""
+
+
+def _rename(proto: Any, names: dict[str, str]) -> None:
+    """Tensors in a graph by other names."""
+    for node in proto.graph.node:
+        for ends in (node.input, node.output):
+            for i, name in enumerate(ends):
+                ends[i] = names.get(name, name)
+    for entry in (*proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
+        entry.name = names.get(entry.name, entry.name)
+
+
+def code_name(site: str, call: int) -> str:
+    """Name of the tensor of codes that a site gives in its nth call, counted from 0."""
+    return f"{site}.codes" if call == 0 else f"{site}.codes.{call}"
+
+
+def _name_codes(proto: Any, form: Any) -> None:
+    """Codes of activations by the site that makes them."""
+    sites = {name: module for name, module in form.named_modules() if isinstance(module, QuantizeDequantize)}
+    readers = {name: node for node in proto.graph.node for name in node.input}
+    calls: Counter[str] = Counter()
+    names = {}
+    for node in proto.graph.node:
+        if node.op_type != "QuantizeLinear" or module_path(node) not in sites:
+            continue
+        module = sites[module_path(node)]
+        codes = readers[node.output[0]].output[0] if module.clips else node.output[0]
+        names[codes] = code_name(module.site, calls[module.site])
+        calls[module.site] += 1
+    _rename(proto, names)
+
+
+def _write_look_ups(proto: Any, onnx: Any) -> None:
+    """A Cast, an Add of the rows if there are any, and a Gather for each look-up."""
+    helper, nodes = onnx.helper, []
+    for node in proto.graph.node:
+        if node.op_type != LOOK_UP.rpartition("::")[2]:
+            nodes.append(node)
+            continue
+        levels, codes, *rows = node.input
+        index = f"{codes}.index"
+        nodes.append(helper.make_node("Cast", [codes], [index], to=onnx.TensorProto.INT64))
+        if rows:
+            nodes.append(helper.make_node("Add", [index, rows[0]], [f"{index}.row"]))
+            index = f"{index}.row"
+        nodes.append(helper.make_node("Gather", [levels, index], list(node.output)))
+    _replace_nodes(proto, nodes)
+
+
+def _replace_nodes(proto: Any, nodes: Iterable[Any]) -> None:
+    kept = list(nodes)
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+
+
+def _own_zero_points(proto: Any) -> None:
+    """Give each weight a zero point of its own.
+
+    The exporter merges equal initializers. ONNX Runtime's precise mode (see `onnx_run.py`) turns each
+    weight and its zero point from int8 to uint8 and stops at a zero point that it has turned before.
+    """
+    initializers = {entry.name: entry for entry in proto.graph.initializer}
+    for node in proto.graph.node:
+        weight = node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[0].endswith(".codes")
+        if weight and node.input[0] in initializers:
+            own_name = node.input[0].removesuffix("codes") + "zero_point"
+            if own_name not in initializers:
+                copied = proto.graph.initializer.add()
+                copied.CopyFrom(initializers[node.input[2]])
+                copied.name = own_name
+                initializers[own_name] = copied
+            node.input[2] = own_name
+
+
+def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
+    """Store codes of at most 4 bits in 4 or 2, with a Cast behind them. Returns the widths that came up.
+
+    ONNX Runtime computes the Cast when it loads the file, and then takes its integer kernels as for 8 bits; codes
+    of 4 bits that a DequantizeLinear reads directly it makes float.
+    """
+    types = onnx.TensorProto
+    packed = {(2, True): types.INT2, (2, False): types.UINT2, (4, True): types.INT4, (4, False): types.UINT4}
+    initializers = {entry.name: entry for entry in proto.graph.initializer}
+    widths, casts = [], []
+    for name, module in form.named_modules():
+        entry = initializers.get(f"{name}.codes")
+        if entry is None or not isinstance(module, StoredWeight | StoredTable):
+            continue
+        codes = onnx.numpy_helper.to_array(entry)
+        low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+        bits = stored_bits(low, high)
+        if bits == 8:
+            continue
+        widths.append(bits)
+        kind, narrow = entry.data_type, packed[bits, low < 0]
+        entry.CopyFrom(onnx.helper.make_tensor(f"{name}.codes", narrow, codes.shape, codes.flatten().tolist()))
+        readers = [node for node in proto.graph.node if entry.name in node.input]
+        if any(node.op_type == "Cast" for node in readers):
+            continue
+        casts.append(onnx.helper.make_node("Cast", [entry.name], [f"{entry.name}.cast"], to=kind))
+        for node in readers:
+            node.input[list(node.input).index(entry.name)] = f"{entry.name}.cast"
+    stored = {entry.name for entry in proto.graph.initializer}
+    for i in reversed([i for i, entry in enumerate(proto.graph.value_info) if entry.name in stored]):
+        del proto.graph.value_info[i]
+    if casts:
+        _replace_nodes(proto, [*casts, *proto.graph.node])
+    return widths
