@@ -17,11 +17,11 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from torchquant._files import write_whole
+from torchquant._files import write_json, write_whole
 from torchquant.compare.tasks import load_data
 from torchquant.compat.nni import BNNQuantizer
 from torchquant.demo import Terminal
-from torchquant.demo.files import output_folder, write_json
+from torchquant.demo.files import output_folder
 
 SIDE = 32
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from torchquant import QModuleState
+from torchquant._files import write_json, write_whole
 from torchquant.demo import SCHEMES, DemoConfig, DemoResult, Silent, SmallResNet, Terminal, load_digits, run_demo
 from torchquant.demo import job as demo_job
 from torchquant.demo.data import distort
-from torchquant.demo.files import write_json, write_whole
 from torchquant.demo.training import accuracy, predict
 from torchquant.deploy import run_onnx
 from torchquant.errors import ConfigError

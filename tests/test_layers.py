@@ -24,7 +24,7 @@ ROWS = (
     ("plan", "graph", "models"),
     ("ptq", "search", "analysis", "training"),
     ("deploy", "compat"),
-    ("demo", "compare", "job", "cli"),
+    ("demo", "compare", "job", "export_run", "cli"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}
 LAST_CORE_ROW = 4
@@ -42,6 +42,10 @@ ROW_MATES = {
     ("job", "compare"),
     ("cli", "compare"),
     ("cli", "job"),
+    ("cli", "export_run"),
+    ("export_run", "job"),
+    ("export_run", "compare"),
+    ("export_run", "demo"),
 }
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
 PLUG_INS = {"quantizers_functional": {"uniform", "affine", "minifloat"}, "range_observers": set(), "quantizers": set()}

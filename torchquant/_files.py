@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
@@ -19,6 +23,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write `value` as indented JSON; raises ValueError for NaN and infinity, which JSON has not."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write `rows` under `header`."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
 
 
 def run_python_file(path: Path, kind: str) -> ModuleType:

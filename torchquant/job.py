@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchquant._files import write_csv, write_json
 from torchquant.analysis import weight_bytes
 from torchquant.compare.tasks import NETWORKS, Gray, load_data
 from torchquant.compat.checkpoints import load_checkpoint
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import claim_folder, output_folder, write_checkpoint, write_csv, write_json
+from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.deploy.references import model_of

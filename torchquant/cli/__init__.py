@@ -133,11 +133,44 @@ def build_app() -> Any:
         with explained():
             _size.run(paths, json, csv)
 
+    run_argument = Annotated[Path, typer.Argument(help="Folder of a finished `torchquant quantize` run.")]
+    samples_option = Annotated[int, typer.Option(min=1, help="How many test images to compare on.")]
+
+    def export(
+        run: run_argument,
+        to: Annotated[str, typer.Option(help="onnx; packed: codes of their true width; integer: a report.")] = "onnx",
+        certify: Annotated[bool, typer.Option("--certify", help="Compare every code with ONNX Runtime's.")] = False,
+        samples: samples_option = 256,
+        out: Annotated[Path | None, typer.Option(help="The file; otherwise one in the folder.")] = None,
+    ) -> None:
+        """Write the model of a run as a file that runs elsewhere."""
+        from torchquant.cli import _export
+
+        with explained():
+            passed = _export.export(run, to, certify, samples, out)
+        if not passed:
+            raise typer.Exit(1)
+
+    def certify(
+        run: run_argument,
+        onnx: Annotated[Path | None, typer.Option(help="The ONNX file; otherwise model.onnx in the folder.")] = None,
+        samples: samples_option = 256,
+    ) -> None:
+        """Prove that an exported file computes what the model does; exit status 1 where it does not."""
+        from torchquant.cli import _export
+
+        with explained():
+            passed = _export.certify(run, onnx, samples)
+        if not passed:
+            raise typer.Exit(1)
+
     app.callback()(root)
     app.command()(demo)
     app.command()(schemes)
     app.command()(compare)
     app.command()(quantize)
+    app.command()(export)
+    app.command()(certify)
     app.command()(size)
     return app
 

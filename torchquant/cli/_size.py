@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torchquant._files import write_csv, write_json
 from torchquant.demo import Terminal
-from torchquant.demo.files import write_csv, write_json
 from torchquant.deploy import FileSize, file_sizes
 
 

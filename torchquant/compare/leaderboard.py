@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torchquant._files import write_whole
+from torchquant._files import write_json, write_whole
 from torchquant.compare.run import CaseResult
 from torchquant.compare.settings import Recipe
 from torchquant.demo.figures import accuracy_over_bits
-from torchquant.demo.files import write_json
 from torchquant.errors import require
 
 

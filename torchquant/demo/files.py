@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchquant._files import write_whole
+from torchquant._files import write_json, write_whole
 from torchquant.errors import ConfigError
 
 
@@ -30,21 +27,6 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write into the output folder {folder}: {error.strerror}") from error
     return folder
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Write `value` as indented JSON; raises ValueError for NaN and infinity, which JSON has not."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write `rows` under `header`."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
 
 
 def claim_folder(path: Path, settings: dict[str, Any], holds: str, thing: str) -> None:

@@ -32,6 +32,7 @@ def render_report(result: DemoResult) -> str:
     return environment.get_template("report.html.j2").render(
         result=result,
         header=header,
+        parity=[result.onnx.certificate.summary(), result.onnx.certificate.outputs_table()],
         rows=rows,
         note=note,
         titles=[titles[name] for name in result.layers],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchquant.analysis import LayerError
+from torchquant.deploy import Certificate
 
 if TYPE_CHECKING:
     from torchquant.demo.job import DemoConfig
@@ -32,6 +33,7 @@ class OnnxResult:
     """The exported model in ONNX Runtime beside the simulation, on all test images.
 
     `same_top1`: share of images for which both name the same class. `largest_difference`: of any class score.
+    `certificate`: every code of the file against the integer reference, on the first test images.
     """
 
     accuracy: float
@@ -39,6 +41,7 @@ class OnnxResult:
     same_top1: float
     largest_difference: float
     file_bytes: int
+    certificate: Certificate
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class DemoResult:
             "config": asdict(self.config),
             "versions": self.versions,
             "schemes": [asdict(row) for row in self.rows],
-            "onnx": asdict(self.onnx),
+            "onnx": {**asdict(self.onnx), "certificate": self.onnx.certificate.to_dict()},
             "layers": {name: [layer.to_dict() for layer in layers] for name, layers in self.layers.items()},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }

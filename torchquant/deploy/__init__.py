@@ -1,10 +1,27 @@
 """From a quantized model to a file that a runtime executes. Needs the extra `deploy`."""
 
+from torchquant.deploy.certificate import Certificate as Certificate
+from torchquant.deploy.certify import certify as certify
+from torchquant.deploy.integer import IntegerModel as IntegerModel
+from torchquant.deploy.integer import to_integer as to_integer
 from torchquant.deploy.onnx_export import export_onnx as export_onnx
 from torchquant.deploy.onnx_run import run_onnx as run_onnx
 from torchquant.deploy.packed import load_packed as load_packed
 from torchquant.deploy.packed import save_packed as save_packed
+from torchquant.deploy.simulation import runtime_exact as runtime_exact
 from torchquant.deploy.size import FileSize as FileSize
 from torchquant.deploy.size import file_sizes as file_sizes
 
-__all__ = ["FileSize", "export_onnx", "file_sizes", "load_packed", "run_onnx", "save_packed"]
+__all__ = [
+    "Certificate",
+    "FileSize",
+    "IntegerModel",
+    "certify",
+    "export_onnx",
+    "file_sizes",
+    "load_packed",
+    "run_onnx",
+    "runtime_exact",
+    "save_packed",
+    "to_integer",
+]

@@ -37,7 +37,7 @@ from torchquant.quantizers_functional.bn_fold import channel_view
 class DeployLayer(nn.Module):
     """A QWrapper as it computes in QUANT_EVAL, its weight stored as codes. `path` names it in messages."""
 
-    def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool) -> None:
+    def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool = False) -> None:
         super().__init__()
         self.path = path
         self.bn = wrapper.bn
@@ -87,8 +87,9 @@ class DeployLayer(nn.Module):
 class DeployOp(nn.Module):
     """A QOp as it computes in QUANT_EVAL."""
 
-    def __init__(self, op: QOp, path: str, keep_signed: bool) -> None:
+    def __init__(self, op: QOp, path: str, keep_signed: bool = False) -> None:
         super().__init__()
+        self.path = path
         self.op = op.op
         self.activation = op.activation
         self.input = _acts_site(op.input_quantizer, f"{path}.input", keep_signed)
@@ -185,8 +186,11 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
 
 
 def _acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
-    if quantizer is None:
-        return nn.Identity()
+    return nn.Identity() if quantizer is None else grid_site(quantizer, site, keep_signed)
+
+
+def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> QuantizeDequantize:
+    """The Q/DQ pair of an activation quantizer; `site` is "PATH.output" or "PATH.input". Raises ExportError."""
     path, _, kind = site.rpartition(".")
     grid = uniform_grid(quantizer, f"{path}: the {kind} quantizer ({type(quantizer).__name__})")
     return QuantizeDequantize(grid if keep_signed else grid.unsigned(), site)

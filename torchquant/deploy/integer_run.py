@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from torchquant.quantizers_functional.requantize import INT32_MAX
 
 LARGEST_REAL = 2.0**24
 """Above this, sums of products of integers are not exact in float32."""
+
+
+class Follow(Protocol):
+    """Sees the codes of a site and says which to go on with."""
+
+    def __call__(self, site: str, codes: Tensor, steps: Tensor) -> Tensor:
+        """codes: int64. steps: float64, what the codes were before rounding."""
 
 
 @dataclass
@@ -30,6 +37,7 @@ class IntegerRun:
     rounding: str
     checking: bool = False
     tables: bool = True
+    follow: Follow | None = None
     recorded: dict[str, list[Tensor]] | None = None
     site: str = "the input"
     floats: dict[tuple[str, str], None] = field(default_factory=dict)
@@ -69,6 +77,10 @@ class IntegerRun:
         codes = torch.minimum(torch.maximum(codes, low), high)
         if self.recorded is not None:
             self.recorded.setdefault(site, []).append(codes)
+        if self.follow is not None:
+            exact = x.value.exact() if isinstance(x, IntegerTensor) else x.to(torch.float64)
+            steps = exact / scale + zero_point
+            codes = self.follow(site, codes, torch.minimum(torch.maximum(steps, low.double()), high.double()))
         limit = max(int((grid.qmax - zero_point).max()), int((zero_point - grid.qmin).max()))
         return IntegerTensor(Codes(codes - zero_point, scale, zero_point, limit, site), x.shape)
 

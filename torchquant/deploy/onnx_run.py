@@ -65,27 +65,55 @@ class CodeReader:
     """An ONNX file that also gives the codes of its sites. `kernels`: operator type -> how many nodes run.
 
     path: a file of `export_onnx`. level: see `LEVELS`, "none" or "integer". `visible`: the tensors of codes that are
-    left after optimization.
+    left after optimization; `makers`: the operator that makes each.
     """
 
     def __init__(self, path: str | os.PathLike[str], level: str) -> None:
         onnx = require("onnx", "deploy")
         proto = onnx.load(os.fspath(path))
         names = [out for node in proto.graph.node for out in node.output if ".codes" in out]
-        known = set(names)
         if level != "none":
             with tempfile.TemporaryDirectory() as folder:
                 saved = Path(folder) / "optimized.onnx"
                 open_session(path, level, saved)
                 proto = onnx.load(saved)
+        self.proto = proto
         self.kernels = Counter(node.op_type for node in proto.graph.node)
-        made = {out for node in proto.graph.node for out in node.output}
-        self.visible = [name for name in dict.fromkeys(names) if name in made and name in known]
+        self._made_by = {out: node for node in proto.graph.node for out in node.output}
+        self.visible = [name for name in dict.fromkeys(names) if name in self._made_by]
+        self.makers = {name: self._maker(name).op_type for name in self.visible}
         self.outputs = [entry.name for entry in proto.graph.output]
         for name in self.visible:
             if name not in self.outputs:
                 proto.graph.output.append(onnx.ValueInfoProto(name=name))
         self.session = open_session(proto.SerializeToString(), "none")
+
+    def _maker(self, name: str) -> Any:
+        """The node that computed the codes; a clip of codes passes them on."""
+        node = self._made_by[name]
+        while node.op_type == "Clip" and node.input[0] in self._made_by:
+            node = self._made_by[node.input[0]]
+        return node
+
+    def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What the node that made the codes `name` read: name -> tensor."""
+        numpy_helper = require("onnx", "deploy").numpy_helper
+        node = self._maker(name)
+        stored = {entry.name: numpy_helper.to_array(entry) for entry in self.proto.graph.initializer}
+        given = {i.name: x for i, x in zip(self.session.get_inputs(), inputs, strict=True)}
+        wanted = [i for i in node.input if i and i not in stored and i not in given]
+        known = {entry.name for entry in self.proto.graph.output}
+        probe = type(self.proto)()
+        probe.CopyFrom(self.proto)
+        for i in wanted:
+            if i not in known:
+                probe.graph.output.append(require("onnx", "deploy").ValueInfoProto(name=i))
+        arrays = open_session(probe.SerializeToString(), "none").run(
+            wanted, {name: x.cpu().numpy() for name, x in given.items()}
+        )
+        computed = {i: torch.from_numpy(array) for i, array in zip(wanted, arrays, strict=True)}
+        constants = {i: torch.from_numpy(stored[i].copy()) for i in node.input if i in stored}
+        return {**computed, **constants, **{i: given[i] for i in node.input if i in given}}
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """(outputs, codes by name (int64))."""

@@ -1,7 +1,8 @@
 """Integers with a scale that pass for a real tensor, so that a model's own forward runs on them.
 
-An `IntegerTensor` carries one of the values below. `integer_ops.py` says what each operator makes of them; an operator
-it does not know gets the real numbers.
+An `IntegerTensor` carries one of the values below. Each gives `real()`, float32 as a DequantizeLinear would; `exact()`,
+the number in float64; and `on_grid()`, its codes on a grid, not yet clamped. `integer_ops.py` says what each operator
+makes of them; an operator it does not know gets the real numbers.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class Codes:
     def real(self) -> Tensor:
         return self.ints.to(torch.float32) * self.scale.to(torch.float32)
 
+    def exact(self) -> Tensor:
+        return self.ints * self.scale
+
     def codes(self) -> Tensor:
         return self.ints + self.zero_point
 
@@ -61,6 +65,9 @@ class Sum:
     def real(self) -> Tensor:
         return self.ints.to(torch.float32) * (self.scale.to(torch.float32) / self.divisor)
 
+    def exact(self) -> Tensor:
+        return self.ints * self.scale / self.divisor
+
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
         return requantize(self.ints, multiplier_of(self.scale, self.divisor, scale, rounding), rounding) + zero_point
 
@@ -72,10 +79,13 @@ class Sums:
     parts: tuple[Sum, ...]
 
     def real(self) -> Tensor:
-        total = self.parts[0].ints.to(torch.float64) * self.parts[0].scale
+        return self.exact().to(torch.float32)
+
+    def exact(self) -> Tensor:
+        total = self.parts[0].exact()
         for part in self.parts[1:]:
-            total = total + part.ints.to(torch.float64) * part.scale
-        return total.to(torch.float32)
+            total = total + part.exact()
+        return total
 
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
         if rounding in ("ort", "exact"):  # no kernel to follow
@@ -105,6 +115,9 @@ class Addition:
 
     def real(self) -> Tensor:
         return self.a.real() - self.b.real() if self.minus else self.a.real() + self.b.real()
+
+    def exact(self) -> Tensor:
+        return self.a.exact() - self.b.exact() if self.minus else self.a.exact() + self.b.exact()
 
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
         if self.minus and rounding == "ort":  # ONNX Runtime has no integer subtraction
@@ -140,6 +153,9 @@ class Concat:
     def real(self) -> Tensor:
         return torch.cat([part.real() for part in self.parts], self.dim)
 
+    def exact(self) -> Tensor:
+        return torch.cat([part.exact() for part in self.parts], self.dim)
+
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
         return torch.cat([part.on_grid(scale, zero_point, rounding) for part in self.parts], self.dim)
 
@@ -153,6 +169,9 @@ class Weight:
 
     def real(self) -> Tensor:
         return self.real_weight()
+
+    def exact(self) -> Tensor:
+        return self.real().to(torch.float64)
 
 
 Value = Codes | Sum | Sums | Addition | Concat | Weight

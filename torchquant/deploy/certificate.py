@@ -1,0 +1,252 @@
+"""What a parity certificate says, as data, as a table, as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant._files import write_json, write_whole
+from torchquant._tables import text_table
+from torchquant.deploy.parity import FirstDifference, SiteParity
+
+SHOWN_SITES = 12
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way to run the model against the integer reference. `kernels`: operator of the runtime -> nodes."""
+
+    way: str
+    sites: tuple[SiteParity, ...]
+    kernels: Mapping[str, int]
+    first: FirstDifference | None
+
+    @property
+    def compared(self) -> tuple[SiteParity, ...]:
+        """The sites whose codes could be seen."""
+        return tuple(site for site in self.sites if site.elements)
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The sites that the runtime fused into something else."""
+        return tuple(site.site for site in self.sites if not site.elements)
+
+    @property
+    def elements(self) -> int:
+        return sum(site.elements for site in self.sites)
+
+    @property
+    def differ(self) -> int:
+        return sum(site.differ for site in self.sites)
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """The model's first output from one engine. `accuracy` None without labels; the rest is against the reference."""
+
+    engine: str
+    accuracy: float | None
+    same_top1: float
+    largest_difference: float
+
+
+@dataclass
+class FinalOutputs:
+    """Gathers the outputs of all engines, batch by batch."""
+
+    classes: dict[str, list[Tensor]] = field(default_factory=dict)
+    labels: list[Tensor] = field(default_factory=list)
+    differences: dict[str, float] = field(default_factory=dict)
+
+    def add(self, outputs: Mapping[str, Tensor], labels: Tensor | None) -> None:
+        """outputs: engine -> (N, C, ...)."""
+        reference = outputs["integer reference"].to(torch.float64)
+        for engine, output in outputs.items():
+            top = output.argmax(1) if output.ndim > 1 else output
+            self.classes.setdefault(engine, []).append(top.flatten())
+            apart = float((output.to(torch.float64) - reference).abs().max())
+            self.differences[engine] = max(apart, self.differences.get(engine, 0.0))
+        if labels is not None:
+            self.labels.append(labels.flatten().cpu())
+
+    def rows(self) -> tuple[OutputRow, ...]:
+        """One for each engine."""
+        labels = torch.cat(self.labels) if self.labels else None
+        reference = torch.cat(self.classes["integer reference"])
+
+        def share(found: Tensor, wanted: Tensor) -> float:
+            return float((found == wanted).to(torch.float64).mean())
+
+        rows = []
+        for engine, parts in self.classes.items():
+            classes = torch.cat(parts)
+            right = None if labels is None or labels.shape != classes.shape else share(classes, labels)
+            rows.append(OutputRow(engine, right, share(classes, reference), self.differences[engine]))
+        return tuple(rows)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of `certify`. `passed` says it in one word, `str()` in a table, `save` in files.
+
+    `comparisons`: the ways ONNX Runtime was run. `simulation`: the fake-quant model, whose differences add up from site
+    to site and are not bounded. `outputs`: accuracy and agreement of every engine. `float_operators`: what the
+    reference itself computed in float32.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    simulation: Comparison
+    outputs: tuple[OutputRow, ...]
+    float_operators: tuple[str, ...]
+    bound: int
+    tie_bound: float
+    batches: int
+    samples: int
+    file_sha256: str
+    versions: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every site that could be compared holds its bound."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What does not hold, in words."""
+        found = []
+        for comparison in self.comparisons:
+            for site in comparison.compared:
+                if not site.holds(self.bound, self.tie_bound):
+                    found.append(
+                        f"{comparison.way}: {site.site} ({site.kernel}): {site.differ} of {site.elements} codes "
+                        f"differ, by {site.largest} steps at most, {site.tie_distance:.2g} steps from a tie"
+                    )
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with `sha256` of all the rest."""
+        return {**self._content, "sha256": self.sha256}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content: what `export_onnx` and `certify` write into the file's metadata."""
+        return hashlib.sha256(json.dumps(self._content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        def comparison(given: Comparison) -> dict[str, Any]:
+            first = given.first
+            where = None if first is None else {**asdict(first), "inputs": _shapes(first.inputs)}
+            return {
+                "way": given.way,
+                "kernels": dict(given.kernels),
+                "sites": [asdict(site) for site in given.sites],
+                "first_difference": where,
+            }
+
+        return {
+            "torchquant_certificate": 1,
+            "passed": self.passed,
+            "bound": self.bound,
+            "tie_bound": self.tie_bound,
+            "batches": self.batches,
+            "samples": self.samples,
+            "file_sha256": self.file_sha256,
+            "versions": dict(self.versions),
+            "outputs": [asdict(row) for row in self.outputs],
+            "float_operators": list(self.float_operators),
+            "comparisons": [comparison(c) for c in self.comparisons],
+            "simulation": comparison(self.simulation),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `path` (JSON), and beside it `path` with the ending .txt: the table. A first difference that is not
+        allowed has its inputs in a third file, .pt, for `torch.load(weights_only=True)`.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = f"{self}\n"
+        write_whole(target.with_suffix(".txt"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        firsts = {c.way: c.first.inputs for c in self.comparisons if c.first is not None}
+        if firsts:
+            write_whole(target.with_suffix(".pt"), lambda temporary: torch.save(firsts, temporary))
+        return write_json(target, self.to_dict())
+
+    def summary(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the comparisons, to show."""
+        rows = []
+        for comparison in (*self.comparisons, self.simulation):
+            free = comparison is self.simulation
+            largest = max((s.largest for s in comparison.sites), default=0)
+            distance = max((s.tie_distance for s in comparison.sites), default=0.0)
+            near = "" if free or not comparison.differ else f"{distance:.1e}"
+            allowed = "any" if free else self._allowed(comparison)
+            rows.append([comparison.way, f"{comparison.elements}", f"{comparison.differ}", str(largest), near, allowed])
+        return ["against reference", "codes", "differ", "steps", "to tie", "allowed"], rows
+
+    def _allowed(self, comparison: Comparison) -> str:
+        if all(site.in_integers or not site.differ for site in comparison.compared):
+            return str(self.bound)
+        return "1 step at ties"
+
+    def outputs_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the final outputs, to show."""
+        rows = [
+            [
+                row.engine,
+                "" if row.accuracy is None else f"{row.accuracy:.2%}",
+                f"{row.same_top1:.2%}",
+                f"{row.largest_difference:.3g}",
+            ]
+            for row in self.outputs
+        ]
+        return ["engine", "accuracy", "same class", "largest difference"], rows
+
+    def __str__(self) -> str:
+        lines = [
+            f"parity certificate: {'passed' if self.passed else 'FAILED'}, {self.samples} samples in {self.batches} "
+            "batches",
+            "",
+            text_table(*self.summary()),
+            "",
+            text_table(*self.outputs_table()),
+            "",
+            *(f"{c.way}: {_counts(c.kernels)}" for c in self.comparisons),
+        ]
+        for comparison in self.comparisons:
+            if comparison.hidden:
+                lines.append(f"{comparison.way}: fused away, not compared: {', '.join(comparison.hidden)}")
+            if comparison.first is not None:
+                first = comparison.first
+                lines.append(
+                    f"{comparison.way}: first difference at {first.site}{list(first.index)} ({first.kernel}): code "
+                    f"{first.found}, the reference has {first.expected} from {first.steps:.6f}; inputs "
+                    + ", ".join(f"{name} {shape}" for name, shape in _shapes(first.inputs).items())
+                )
+        if self.float_operators:
+            lines.append(f"float32 in the reference too: {_some(self.float_operators)}")
+        lines += [f"failed: {failure}" for failure in self.failures[:SHOWN_SITES]]
+        lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
+        return "\n".join(lines)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _counts(kernels: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(kernels.items(), key=lambda item: -item[1]))
+
+
+def _some(words: tuple[str, ...]) -> str:
+    more = f", and {len(words) - SHOWN_SITES} more" if len(words) > SHOWN_SITES else ""
+    return ", ".join(words[:SHOWN_SITES]) + more

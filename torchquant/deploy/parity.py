@@ -1,0 +1,134 @@
+"""Comparing codes: what a runtime or the simulation gives at each site, against the integer reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.deploy.onnx_graph import code_name
+from torchquant.deploy.qdq import QuantizeDequantize
+from torchquant.qmodule import QModule
+
+
+@dataclass
+class SiteParity:
+    """How the codes of one site compare.
+
+    `kernel`: the operator that made them in the runtime, "" where no comparison was possible. `elements`, `differ`:
+    how many there are and how many are not those of the reference given the same inputs; `largest`: by how many steps
+    at most; `tie_distance`: how far at most a differing element was, before rounding, from the tie between both codes,
+    in steps.
+    """
+
+    site: str
+    kernel: str = ""
+    elements: int = 0
+    differ: int = 0
+    largest: int = 0
+    tie_distance: float = 0.0
+
+    @property
+    def in_integers(self) -> bool:
+        """Whether an integer kernel made the codes: any difference counts. Otherwise float32 was rounded."""
+        return self.kernel not in ("", "QuantizeLinear", "Clip")
+
+    def holds(self, bound: int, tie_bound: float) -> bool:
+        """Whether the site is as alike as its kind of kernel allows."""
+        if self.in_integers:
+            return self.differ <= bound
+        return self.largest <= 1 and self.tie_distance <= tie_bound
+
+
+@dataclass
+class FirstDifference:
+    """The first element, in the order of computation, that differs more than it may, and what it was made from.
+
+    `steps`: the reference's value in steps before rounding. `inputs`: name -> tensor that went into the node.
+    """
+
+    site: str
+    index: tuple[int, ...]
+    expected: int
+    found: int
+    steps: float
+    kernel: str
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Follower:
+    """Compares site by site, then goes on with the codes of the other side, so that differences do not spread.
+
+    `found`: name of a tensor of codes -> codes. Sites gather in `parity`.
+    """
+
+    def __init__(self, parity: dict[str, SiteParity], kernels: Mapping[str, str], bound: int, tie_bound: float) -> None:
+        self.parity = parity
+        self.kernels = kernels
+        self.bound, self.tie_bound = bound, tie_bound
+        self.found: Mapping[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
+        self.first: tuple[FirstDifference, str] | None = None
+
+    def start(self, found: Mapping[str, Tensor]) -> None:
+        """Begin with another batch."""
+        self.found = found
+        self.calls.clear()
+
+    def __call__(self, site: str, codes: Tensor, steps: Tensor) -> Tensor:
+        name = code_name(site, self.calls[site])
+        self.calls[site] += 1
+        entry = self.parity.setdefault(site, SiteParity(site))
+        found = self.found.get(name)
+        if found is None:
+            return codes
+        entry.kernel = self.kernels.get(name, "")
+        entry.elements += codes.numel()
+        differs = codes != found
+        if not bool(differs.any()):
+            return codes
+        expected, other, before = codes[differs], found[differs], steps.expand_as(codes)[differs]
+        apart = (expected - other).abs()
+        distance = (before - (torch.minimum(expected, other) + 0.5)).abs()
+        entry.differ += int(differs.sum())
+        entry.largest = max(entry.largest, int(apart.max()))
+        entry.tie_distance = max(entry.tie_distance, float(distance.max()))
+        if self.first is None and not entry.holds(self.bound, self.tie_bound):
+            at = int(distance.argmax())
+            index = tuple(differs.nonzero()[at].tolist())
+            details = (int(expected[at]), int(other[at]), float(before[at]))
+            self.first = FirstDifference(site, index, *details, entry.kernel), name
+        return found
+
+
+@contextmanager
+def simulated_codes(model: nn.Module, form: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Site -> codes of the simulation in each call of its quantizer, on the grids of the deploy form."""
+    grids = {m.site: m for m in form.modules() if isinstance(m, QuantizeDequantize)}
+    codes: dict[str, list[Tensor]] = {}
+    handles = []
+
+    def note(site: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            scale, zero_point = grids[site].shaped(output.ndim)
+            steps = torch.round(output.detach().cpu().to(torch.float64) / scale)
+            codes.setdefault(site, []).append(steps.to(torch.int64) + zero_point)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, QModule):
+            for kind, quantizer in module.quantizers().items():
+                site = f"{name or type(module).__name__}.{kind}"
+                if site in grids:
+                    handles.append(quantizer.register_forward_hook(note(site)))
+    try:
+        yield codes
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,132 @@
+"""From the folder of a `torchquant quantize` run to files that run elsewhere, with a certificate."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._files import write_json
+from torchquant.compare.tasks import load_data
+from torchquant.demo.data import TrainingData
+from torchquant.demo.training import accuracy
+from torchquant.deploy import Certificate, certify, export_onnx, save_packed, to_integer
+from torchquant.errors import ConfigError
+from torchquant.job import JobConfig, build_model
+from torchquant.plan import QuantPlan, quantize
+from torchquant.qmodule import QModuleState
+from torchquant.utils import set_qmodule_state
+
+__all__ = ["Exported", "certify_run", "export_run", "float_model", "load_run"]
+
+FORMS = ("onnx", "packed", "integer")
+FILES = {"onnx": "model.onnx", "packed": "model.safetensors", "integer": "integer.json"}
+SAMPLES = 256
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The file that was written, what it is, and the certificate if one was asked for."""
+
+    path: Path
+    form: str
+    bytes: int
+    certificate: Certificate | None
+    integer_accuracy: float | None = None
+
+
+def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, JobConfig]:
+    """The quantized model of a finished run, in eval mode and QUANT_EVAL; its data; its settings.
+
+    Raises ConfigError for a folder that holds no finished run.
+    """
+    run = Path(folder)
+    needed = ["config.json", "plan.yaml", "quantized.pt"]
+    missing = [name for name in needed if not (run / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{run} is not the folder of a finished `torchquant quantize` run: {', '.join(missing)} is not there"
+        )
+    config = JobConfig(**json.loads((run / "config.json").read_text(encoding="utf-8")))
+    data = load_data(config.data, config.seed)
+    model = quantize(build_model(config.model, data).eval(), QuantPlan.load(run / "plan.yaml"), inplace=True)
+    model.load_state_dict(torch.load(run / "quantized.pt", weights_only=True))
+    set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
+    return model, data, config
+
+
+def float_model(model: str, n_classes: int, n_channels: int) -> nn.Module:
+    """The float model of a run, by the name that `torchquant quantize` takes: what packed files name as builder.
+
+    >>> float_model("demo", 10, 1)(torch.zeros(1, 1, 16, 16)).shape
+    torch.Size([1, 10])
+    """
+    return build_model(model, SimpleNamespace(n_classes=n_classes, n_channels=n_channels))  # type: ignore[arg-type]
+
+
+def export_run(
+    folder: str | os.PathLike[str],
+    form: str = "onnx",
+    with_certificate: bool = False,
+    samples: int = SAMPLES,
+    out: str | os.PathLike[str] | None = None,
+) -> Exported:
+    """Write the model of a run as "onnx", "packed" or "integer", into the folder unless `out` names a file.
+
+    "integer" writes no model: a report of what it takes to run on integers, with the accuracy of the integer reference
+    on `samples` test images. `with_certificate`, for ONNX: `certify` on as many, as certificate.json and .txt beside
+    the file. Raises ConfigError, ExportError.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"the form must be one of {', '.join(FORMS)}, got {form!r}")
+    if with_certificate and form != "onnx":
+        raise ConfigError(f"a certificate is about an ONNX file, not about {form!r}; use the form 'onnx'")
+    model, data, config = load_run(folder)
+    path = Path(folder) / FILES[form] if out is None else Path(out)
+    images, labels = data.test_images[:samples], data.test_labels[:samples]
+    certificate, integer_accuracy = None, None
+    if form == "onnx":
+        export_onnx(model, path, images[:2])
+        if with_certificate:
+            certificate = _certified(model, path, images, labels)
+    elif form == "packed":
+        shape = {"model": config.model, "n_classes": data.n_classes, "n_channels": data.n_channels}
+        save_packed(model, path, ("torchquant.export_run:float_model", shape))
+    else:
+        integer = to_integer(model, images[:2])
+        scores = torch.cat([integer(x) for x in images.split(BATCH)])
+        integer_accuracy = accuracy(scores, labels)
+        report: dict[str, Any] = {
+            "rounding": integer.rounding,
+            "samples": len(images),
+            "accuracy": integer_accuracy,
+            "float_operators": [asdict(operator) for operator in integer.float_operators],
+            "largest_accumulators": integer.accumulators,
+        }
+        write_json(path, report)
+    return Exported(path, form, path.stat().st_size, certificate, integer_accuracy)
+
+
+def certify_run(
+    folder: str | os.PathLike[str], onnx: str | os.PathLike[str] | None = None, samples: int = SAMPLES
+) -> Certificate:
+    """The certificate of an ONNX file of the run, written beside it. Raises ConfigError, ExportError."""
+    model, data, _ = load_run(folder)
+    path = Path(folder) / FILES["onnx"] if onnx is None else Path(onnx)
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}; write it with: torchquant export {folder} --to onnx")
+    return _certified(model, path, data.test_images[:samples], data.test_labels[:samples])
+
+
+def _certified(model: nn.Module, path: Path, images: Tensor, labels: Tensor) -> Certificate:
+    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    certificate = certify(model, path, batches, stamp=True)
+    certificate.save(path.with_name("certificate.json"))
+    return certificate
