@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torchquant._files import write_whole
 from torchquant.deploy.certificate import Certificate, Comparison, FinalOutputs
 from torchquant.deploy.integer import IntegerModel, to_integer
-from torchquant.deploy.integer_run import IntegerRun
 from torchquant.deploy.onnx_graph import code_name
 from torchquant.deploy.onnx_run import CodeReader, open_session
 from torchquant.deploy.parity import Follower, SiteParity, simulated_codes
@@ -73,7 +72,7 @@ def certify(
     batches = _batches(data)
     first_inputs, _ = batches[0]
     keep_signed = metadata_of(path).get("torchquant_keep_signed") == "1"
-    integer = to_integer(model, first_inputs, "ort", keep_signed)
+    integer = to_integer(model, first_inputs, "ort", keep_signed, as_exported=True)
     readers = {way: CodeReader(path, way) for way in ways}
     followers = {way: Follower({}, readers[way].makers, bound, tie_bound) for way in ways}
     simulation: dict[str, SiteParity] = {}
@@ -88,7 +87,7 @@ def certify(
             outputs, codes = reader.run(inputs)
             follower = followers[way]
             follower.start(codes)
-            integer._run(IntegerRun("ort", follow=follower), inputs, {})
+            integer.run(inputs, {}, follow=follower)
             if follower.first is not None and way not in firsts:
                 difference, name = follower.first
                 difference.inputs = reader.inputs_of(name, inputs)
@@ -135,7 +134,7 @@ def _reference(
         for module, mode in training.items():
             module.training = mode
     recorded: dict[str, list[Tensor]] = {}
-    outputs = integer._run(IntegerRun("ort", recorded=recorded), inputs, {})
+    outputs = integer.run(inputs, {}, recorded)
     for site, calls in recorded.items():
         entry = simulation.setdefault(site, SiteParity(site, "simulation"))
         for expected, other in zip(calls, codes.get(site, []), strict=False):

@@ -99,8 +99,8 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
     """Codes and grid whose reals are those of `codes` times `factor`, or None if that takes new codes.
 
     codes: (C, ...) int32, channels first. factor: (C,), any sign. A negative factor mirrors the codes
-    of its channel. Signed codes mirror about 0, which the lowest of 2**n_bits codes does not survive
-    (None); unsigned ones about the middle of their range, the zero point with them. A factor of 0
+    of its channel. Signed codes mirror about 0, and the lowest of 2**n_bits codes may then take one code more (None
+    beyond 8 bits); unsigned ones about the middle of their range, the zero point with them. A factor of 0
     leaves the scale as it was and puts all codes at the zero point.
     """
     if grid.axis not in (None, 0):
@@ -111,10 +111,11 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
     factors = channel_view(factor, codes.ndim, 0)
     codes = torch.where(factors < 0, mirror - codes, codes)
     codes = torch.where(factors == 0, channel_view(zero_point, codes.ndim, 0), codes)
-    if bool((codes > grid.qmax).any()):
+    highest = max(grid.qmax, int(codes.max())) if codes.numel() else grid.qmax
+    if highest > (LARGEST_TABLE_ENTRY if signed else grid.qmax):
         return None
     scale = torch.where(factor == 0, grid.scale, grid.scale * factor.abs()).clamp_min(SMALLEST_SCALE)
-    return codes, replace(grid, scale=scale, zero_point=zero_point, axis=0)
+    return codes, replace(grid, scale=scale, zero_point=zero_point, axis=0, qmax=highest)
 
 
 @dataclass(frozen=True)

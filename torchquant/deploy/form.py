@@ -30,6 +30,7 @@ from torchquant.errors import ExportError, NoAffineViewError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWrapper
 from torchquant.qmodule.bn_folding import running_bias, running_factor
+from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -44,6 +45,7 @@ class DeployLayer(nn.Module):
         self.activation = wrapper.activation
         self.input = _acts_site(wrapper.input_quantizer, f"{path}.input", keep_signed)
         self.output = _acts_site(wrapper.acts_quantizer, f"{path}.output", keep_signed)
+        self.activation = _left_of(self.activation, self.output)
         self.layer = wrapper.layer
         self.row = wrapper.row
         self.weight: StoredWeight | StoredTable | None = None
@@ -94,6 +96,7 @@ class DeployOp(nn.Module):
         self.activation = op.activation
         self.input = _acts_site(op.input_quantizer, f"{path}.input", keep_signed)
         self.output = _acts_site(op.acts_quantizer, f"{path}.output", keep_signed)
+        self.activation = _left_of(self.activation, self.output)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if args:
@@ -187,6 +190,14 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
 
 def _acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
     return nn.Identity() if quantizer is None else grid_site(quantizer, site, keep_signed)
+
+
+def _left_of(activation: nn.Module | None, output: nn.Module) -> nn.Module | None:
+    """The activation, unless it is a clamp that the codes of the output can take over; then they do."""
+    clamp = activation_clamp(activation)
+    if clamp is None or not isinstance(output, QuantizeDequantize) or not output.clamp_codes(clamp):
+        return activation
+    return None
 
 
 def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> QuantizeDequantize:

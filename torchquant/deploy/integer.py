@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant.deploy.form import deploy_form, settle
-from torchquant.deploy.integer_run import IntegerRun, integer_run
+from torchquant.deploy.integer_run import Follow, IntegerRun, integer_run
 from torchquant.deploy.values import IntegerTensor
 from torchquant.quantizers_functional.requantize import check_rounding
 
@@ -30,30 +30,45 @@ class IntegerModel(nn.Module):
     its weight and the range of its input allow.
     """
 
-    def __init__(self, form: nn.Module, rounding: str, met: IntegerRun) -> None:
+    def __init__(self, form: nn.Module, met: IntegerRun) -> None:
         super().__init__()
         self.form = form
-        self.rounding = rounding
+        self.rounding = met.rounding
+        self.tables = met.tables
         self.float_operators = tuple(FloatOperator(name, after) for name, after in met.floats)
         self.accumulators = dict(met.largest)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(IntegerRun(self.rounding), args, kwargs)
+        return self.run(args, kwargs)
 
     @torch.no_grad()
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, list[Tensor]]:
         """Site -> the integer codes (int64) of each call there, for these inputs."""
         recorded: dict[str, list[Tensor]] = {}
-        self._run(IntegerRun(self.rounding, recorded=recorded), args, kwargs)
+        self.run(args, kwargs, recorded)
         return recorded
 
-    def _run(self, run: IntegerRun, args: Any, kwargs: Any) -> Any:
-        with integer_run(run):
+    @torch.no_grad()
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recorded: dict[str, list[Tensor]] | None = None,
+        follow: Follow | None = None,
+    ) -> Any:
+        """The outputs; codes are put into `recorded` and shown to `follow`, if given."""
+        with integer_run(IntegerRun(self.rounding, tables=self.tables, recorded=recorded, follow=follow)):
             return tree_map_only(IntegerTensor, IntegerTensor.real, self.form(*args, **kwargs))
 
 
-def to_integer(model: nn.Module, example_inputs: Any, rounding: str = "ort", keep_signed: bool = False) -> IntegerModel:
+def to_integer(
+    model: nn.Module,
+    example_inputs: Any,
+    rounding: str = "ort",
+    keep_signed: bool = False,
+    as_exported: bool = False,
+) -> IntegerModel:
     """The calibrated model as it runs on integers, on the CPU. The model itself is not changed.
 
     Sites with a quantizer exchange codes; convolutions (also transposed), linear layers and matrix products take
@@ -65,7 +80,8 @@ def to_integer(model: nn.Module, example_inputs: Any, rounding: str = "ort", kee
 
     `rounding`: how sums return to codes, one of the four of `quantizers_functional/requantize.py`; "ort" reproduces
     the integer kernels of ONNX Runtime on x86-64. `example_inputs`: what the model takes, as in `export_onnx`.
-    `keep_signed` as in `export_onnx`: otherwise codes of activations count from 0 on.
+    `keep_signed` as in `export_onnx`: otherwise codes of activations count from 0 on. `as_exported`: weights that an
+    ONNX file holds as tables of levels count as real numbers, as they do there.
 
     Raises ExportError for an uncalibrated site, one without integer codes, an accumulator or bias that can leave 32
     bits; ConfigError.
@@ -83,4 +99,4 @@ def to_integer(model: nn.Module, example_inputs: Any, rounding: str = "ort", kee
     """
     check_rounding(rounding)
     form = deploy_form(model, keep_signed)
-    return IntegerModel(form, rounding, settle(form, example_inputs, rounding))
+    return IntegerModel(form, settle(form, example_inputs, rounding, tables=not as_exported))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,7 @@ MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"
 PACKED_OPSET = {2: 25, 4: 21, 8: 20}
 """ONNX operator set that brought the type of so many bits. 20 where 8 suffice: older runtimes read it."""
 
+MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice")
 IR_VERSION = {20: 10, 21: 10, 25: 13}
 
 
@@ -23,7 +25,8 @@ def finish_graph(proto: Any, form: Any) -> None:
     onnx = require("onnx", "deploy")
     _name_codes(proto, form)
     _write_look_ups(proto, onnx)
-    _own_zero_points(proto)
+    _quantize_splits(proto, onnx)
+    _own_weights(proto)
     opset = max([PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)], default=PACKED_OPSET[8])
     for entry in proto.opset_import:
         if entry.domain == "":
@@ -54,6 +57,9 @@ def _rename(proto: Any, names: dict[str, str]) -> None:
                 ends[i] = names.get(name, name)
     for entry in (*proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
         entry.name = names.get(entry.name, entry.name)
+
+
+IS_CODES = re.compile(r"\.codes(\.\d+)?$")
 
 
 def code_name(site: str, call: int) -> str:
@@ -94,29 +100,69 @@ def _write_look_ups(proto: Any, onnx: Any) -> None:
     _replace_nodes(proto, nodes)
 
 
+def _quantize_splits(proto: Any, onnx: Any) -> None:
+    """Put each part of a split activation on its grid again, where it lies already.
+
+    ONNX Runtime moves codes through what reorders values by itself, but through a Split only where both ends are
+    codes; without this the layers behind it compute in float32.
+    """
+    made_by = {out: node for node in proto.graph.node for out in node.output}
+    nodes = []
+    for node in proto.graph.node:
+        nodes.append(node)
+        source = made_by.get(node.input[0]) if node.op_type == "Split" else None
+        while source is not None and source.op_type in MOVING:
+            source = made_by.get(source.input[0])
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        grid = source.input[1:]
+        for i, real in enumerate(list(node.output)):
+            node.output[i] = f"{real}.part"
+            nodes.append(onnx.helper.make_node("QuantizeLinear", [node.output[i], *grid], [f"{real}.quantized"]))
+            nodes.append(onnx.helper.make_node("DequantizeLinear", [f"{real}.quantized", *grid], [real]))
+    _replace_nodes(proto, nodes)
+
+
 def _replace_nodes(proto: Any, nodes: Iterable[Any]) -> None:
     kept = list(nodes)
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
 
 
-def _own_zero_points(proto: Any) -> None:
-    """Give each weight a zero point of its own.
+def _own_weights(proto: Any) -> None:
+    """Give each reader of a weight codes and a zero point of its own.
 
-    The exporter merges equal initializers. ONNX Runtime's precise mode (see `onnx_run.py`) turns each
-    weight and its zero point from int8 to uint8 and stops at a zero point that it has turned before.
+    The exporter merges equal initializers, and a layer that is called twice has two readers. ONNX Runtime's precise
+    mode (see `onnx_run.py`) turns a weight and its zero point from int8 to uint8 and stops at one it has turned before.
     """
     initializers = {entry.name: entry for entry in proto.graph.initializer}
+
+    def copied(name: str, new_name: str) -> str:
+        if new_name not in initializers:
+            entry = proto.graph.initializer.add()
+            entry.CopyFrom(initializers[name])
+            entry.name = new_name
+            initializers[new_name] = entry
+        return new_name
+
+    readers = [(reader, i) for reader in proto.graph.node for i in range(len(reader.input))]
+    taken: Counter[str] = Counter()
+    nodes = []
     for node in proto.graph.node:
-        weight = node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[0].endswith(".codes")
-        if weight and node.input[0] in initializers:
-            own_name = node.input[0].removesuffix("codes") + "zero_point"
-            if own_name not in initializers:
-                copied = proto.graph.initializer.add()
-                copied.CopyFrom(initializers[node.input[2]])
-                copied.name = own_name
-                initializers[own_name] = copied
-            node.input[2] = own_name
+        nodes.append(node)
+        codes = node.input[0] if node.op_type == "DequantizeLinear" else ""
+        if codes not in initializers or len(node.input) < 3:
+            continue
+        real, zero_point = node.output[0], node.input[2]
+        for n, (reader, place) in enumerate([(r, i) for r, i in readers if r.input[i] == real]):
+            if n > 0:
+                node = type(node).FromString(node.SerializeToString())
+                node.output[0] = reader.input[place] = f"{real}.{n}"
+                nodes.append(node)
+            node.input[0] = copied(codes, code_name(codes.removesuffix(".codes"), taken[codes]))
+            node.input[2] = copied(zero_point, node.input[0].replace(".codes", ".zero_point"))
+            taken[codes] += 1
+    _replace_nodes(proto, nodes)
 
 
 def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
@@ -129,9 +175,9 @@ def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
     packed = {(2, True): types.INT2, (2, False): types.UINT2, (4, True): types.INT4, (4, False): types.UINT4}
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     widths, casts = [], []
-    for name, module in form.named_modules():
-        entry = initializers.get(f"{name}.codes")
-        if entry is None or not isinstance(module, StoredWeight | StoredTable):
+    weights = {name for name, module in form.named_modules() if isinstance(module, StoredWeight | StoredTable)}
+    for name, entry in initializers.items():
+        if not IS_CODES.search(name) or IS_CODES.sub("", name) not in weights:
             continue
         codes = onnx.numpy_helper.to_array(entry)
         low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
@@ -140,13 +186,13 @@ def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
             continue
         widths.append(bits)
         kind, narrow = entry.data_type, packed[bits, low < 0]
-        entry.CopyFrom(onnx.helper.make_tensor(f"{name}.codes", narrow, codes.shape, codes.flatten().tolist()))
-        readers = [node for node in proto.graph.node if entry.name in node.input]
+        entry.CopyFrom(onnx.helper.make_tensor(name, narrow, codes.shape, codes.flatten().tolist()))
+        readers = [node for node in proto.graph.node if name in node.input]
         if any(node.op_type == "Cast" for node in readers):
             continue
-        casts.append(onnx.helper.make_node("Cast", [entry.name], [f"{entry.name}.cast"], to=kind))
+        casts.append(onnx.helper.make_node("Cast", [name], [f"{name}.cast"], to=kind))
         for node in readers:
-            node.input[list(node.input).index(entry.name)] = f"{entry.name}.cast"
+            node.input[list(node.input).index(name)] = f"{name}.cast"
     stored = {entry.name for entry in proto.graph.initializer}
     for i in reversed([i for i, entry in enumerate(proto.graph.value_info) if entry.name in stored]):
         del proto.graph.value_info[i]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant.deploy.onnx_graph import IS_CODES
 from torchquant.errors import ConfigError, require
 
 LEVELS = ("none", "integer", "all")
@@ -71,7 +72,7 @@ class CodeReader:
     def __init__(self, path: str | os.PathLike[str], level: str) -> None:
         onnx = require("onnx", "deploy")
         proto = onnx.load(os.fspath(path))
-        names = [out for node in proto.graph.node for out in node.output if ".codes" in out]
+        names = [out for node in proto.graph.node for out in node.output if IS_CODES.search(out)]
         if level != "none":
             with tempfile.TemporaryDirectory() as folder:
                 saved = Path(folder) / "optimized.onnx"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchquant.deploy.codes import Grid, Table, bias_codes
 from torchquant.deploy.integer_run import active_run
-from torchquant.deploy.values import IntegerTensor, Weight
+from torchquant.deploy.values import Clamp, IntegerTensor, Weight
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.range_observers._statistics import per_channel_view
 
@@ -112,10 +112,29 @@ class QuantizeDequantize(StoredGrid):
     def __init__(self, grid: Grid, site: str) -> None:
         super().__init__(grid)
         self.site = site
-        limits = torch.iinfo(grid.storage)
-        self.clips = (grid.qmin, grid.qmax) != (limits.min, limits.max)
         self.register_buffer("low", torch.tensor(grid.qmin, dtype=grid.storage))
         self.register_buffer("high", torch.tensor(grid.qmax, dtype=grid.storage))
+
+    @property
+    def clips(self) -> bool:
+        """Whether the codes end before their type does."""
+        limits = torch.iinfo(self.zero_point.dtype)
+        return (self.qmin, self.qmax) != (limits.min, limits.max)
+
+    def clamp_codes(self, clamp: Clamp) -> bool:
+        """Take over `x.clamp(*clamp)` as bounds of the codes; False, and nothing done, for a grid per channel.
+
+        Exact: rounding is monotone, so that clamping before it is clamping to the code of the bound after it.
+        """
+        if self.scale.ndim:
+            return False
+        scale, zero_point = self.shaped(0)
+        low, high = (None if b is None else int(torch.round(b / scale).to(torch.int64) + zero_point) for b in clamp)
+        self.qmin = self.qmin if low is None else min(max(self.qmin, low), self.qmax)
+        self.qmax = self.qmax if high is None else max(min(self.qmax, high), self.qmin)
+        self.low.fill_(self.qmin)
+        self.high.fill_(self.qmax)
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         run = active_run()
