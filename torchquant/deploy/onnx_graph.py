@@ -25,7 +25,7 @@ def finish_graph(proto: Any, form: Any) -> None:
     onnx = require("onnx", "deploy")
     _name_codes(proto, form)
     _write_look_ups(proto, onnx)
-    _quantize_splits(proto, onnx)
+    _quantize_behind_moves(proto, onnx)
     _own_weights(proto)
     opset = max([PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)], default=PACKED_OPSET[8])
     for entry in proto.opset_import:
@@ -100,24 +100,24 @@ def _write_look_ups(proto: Any, onnx: Any) -> None:
     _replace_nodes(proto, nodes)
 
 
-def _quantize_splits(proto: Any, onnx: Any) -> None:
-    """Put each part of a split activation on its grid again, where it lies already.
+def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
+    """Put the parts of a split activation, or a padded one, on its grid again, where they lie already.
 
-    ONNX Runtime moves codes through what reorders values by itself, but through a Split only where both ends are
+    ONNX Runtime moves codes through what reorders values by itself, but through a Split or Pad only where both ends are
     codes; without this the layers behind it compute in float32.
     """
     made_by = {out: node for node in proto.graph.node for out in node.output}
     nodes = []
     for node in proto.graph.node:
         nodes.append(node)
-        source = made_by.get(node.input[0]) if node.op_type == "Split" else None
+        source = made_by.get(node.input[0]) if node.op_type in ("Split", "Pad") else None
         while source is not None and source.op_type in MOVING:
             source = made_by.get(source.input[0])
         if source is None or source.op_type != "DequantizeLinear":
             continue
         grid = source.input[1:]
         for i, real in enumerate(list(node.output)):
-            node.output[i] = f"{real}.part"
+            node.output[i] = f"{real}.moved"
             nodes.append(onnx.helper.make_node("QuantizeLinear", [node.output[i], *grid], [f"{real}.quantized"]))
             nodes.append(onnx.helper.make_node("DequantizeLinear", [f"{real}.quantized", *grid], [real]))
     _replace_nodes(proto, nodes)
@@ -158,6 +158,7 @@ def _own_weights(proto: Any) -> None:
             if n > 0:
                 node = type(node).FromString(node.SerializeToString())
                 node.output[0] = reader.input[place] = f"{real}.{n}"
+                node.name = f"{node.name}.{n}"
                 nodes.append(node)
             node.input[0] = copied(codes, code_name(codes.removesuffix(".codes"), taken[codes]))
             node.input[2] = copied(zero_point, node.input[0].replace(".codes", ".zero_point"))
