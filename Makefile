@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.fake_quant
 	$(BIN)/python -m benchmarks.qat_step
 	$(BIN)/python -m benchmarks.calibration
+	$(BIN)/python -m benchmarks.deploy
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info demo_out

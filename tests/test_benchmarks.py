@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import statistics
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import calibration, fake_quant, machine, qat_step
+from benchmarks import calibration, deploy, fake_quant, machine, qat_step
 from benchmarks.adapters import ADAPTERS
 from benchmarks.adapters.base import AFFINE, CASES, WEIGHT, Adapter
 from benchmarks.harness import BASELINE, CONTROL, Comparison, compare, memory_pass, percentile
@@ -318,6 +320,43 @@ def test_commands_write_their_file(
     assert code == (0 if written["valid"] else 1)
     assert {BASELINE, CONTROL, "torchquant"} <= {row["name"] for row in written["rows"]}
     assert ("WARNING" in capsys.readouterr().out) is (not written["valid"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_deploy_writes_its_file_and_names_the_runtime_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("openvino", "nncf") else find_spec(name)
+    )
+    out = tmp_path / "results.json"
+    small = ["--models", "resnet18", "--batch", "2", "--size", "32", "--batches", "1", "--rounds", "1", "--sample", "0"]
+    threads = torch.get_num_threads()
+    try:
+        code = deploy.main([*small, "--threads", "1", "--no-mallopt", "--out", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads(out.read_text())
+    assert code == (0 if written["valid"] else 1)
+    rows = {row["name"]: row for row in written["rows"]}
+    both = {f"ort{mode} {name}" for mode in ("", " precise") for name in ("quantize_static", "torchquant")}
+    assert {BASELINE, CONTROL, "ort float", *both} == rows.keys()
+    assert {name for name, row in rows.items() if row["saved"] is not None} == {
+        "ort torchquant",
+        "ort precise torchquant",
+    }
+    for name in both:
+        assert float(rows[name]["note"].split()[1]) > 5, "the int8 model does not compute what the float model does"
+    assert "openvino: skipped, openvino and nncf not installed" in capsys.readouterr().out
+
+
+def test_deploy_divides_ours_by_the_runtimes_own_round_by_round() -> None:
+    rows = deploy.Rows()
+    rows.add("ort", "own", theirs=lambda: np.zeros(1), ours=lambda: np.zeros(1))
+    seconds = {BASELINE: [9.0, 9.0, 9.0], "ort own": [1.0, 2.0, 8.0], "ort torchquant": [1.1, 2.2, 4.0]}
+    assert rows.over_own(Comparison(seconds)) == {"ort torchquant": pytest.approx(1.1)}
+    assert deploy.sqnr_db(np.array([1.1, 0.0]), np.array([1.0, 0.0])) == pytest.approx(20)
 
 
 def test_a_failed_control_ends_with_exit_code_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchquant as tq
 from tests.test_onnx_export import small_net
-from torchquant.deploy import certify, export_onnx, runtime_exact, to_integer
+from torchquant.deploy import certify, export_onnx, export_qonnx, runtime_exact, to_integer
 from torchquant.deploy.certify import graph_hash, metadata_of
 from torchquant.deploy.onnx_run import CodeReader, open_session
 from torchquant.errors import ConfigError, ExportError, UnobservedRangeError
@@ -84,7 +84,7 @@ def test_a_file_that_computes_something_else_fails_with_the_first_node_and_its_i
     model, path, x, _ = exported
 
     def shift(stored):
-        bias = stored["grouped.stored_bias.codes"]
+        bias = stored["grouped.stored_bias.0.codes"]
         values = onnx.numpy_helper.to_array(bias).copy()
         values[2] += 400
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
@@ -104,7 +104,7 @@ def test_a_file_that_computes_something_else_fails_with_the_first_node_and_its_i
 
 def test_export_refuses_a_file_that_does_not_compute_the_model(exported, tmp_path, monkeypatch):
     model, _, x, _ = exported
-    monkeypatch.setattr("torchquant.deploy.onnx_export._describe", lambda proto, *_: spoil(proto))
+    monkeypatch.setattr("torchquant.deploy.onnx_export.describe", lambda proto, *_: spoil(proto))
 
     def spoil(proto):
         entry = next(e for e in proto.graph.initializer if e.name == "head.weight.codes")
@@ -175,9 +175,7 @@ def test_runtime_exact_simulation_is_the_integer_reference(scheme, fold_bn, roun
     integer = to_integer(model, x[:2], rounding)
     with torch.no_grad(), runtime_exact(model, x[:2], rounding):
         seen = {}
-        handles = [
-            m.register_forward_hook(lambda m, a, y, n=n: seen.update({n: y})) for n, m in model.named_children()
-        ]
+        handles = [m.register_forward_hook(lambda m, a, y, n=n: seen.update({n: y})) for n, m in model.named_children()]
         output = model(x)
         for handle in handles:
             handle.remove()
@@ -219,3 +217,58 @@ def test_runtime_exact_leaves_calibration_alone_and_needs_it():
         plain = model(x)
         with runtime_exact(model, x):
             assert torch.equal(model(x), plain)
+
+
+class Twice(nn.Module):
+    """One layer under two names, on inputs with other scales."""
+
+    def __init__(self):
+        super().__init__()
+        acts = [tq.AffineQuantizer(8, tq.BatchMinMax()) for _ in range(4)]
+        weights = tq.AffineQuantizer(8, tq.BatchMinMax(axis=0), symmetric="narrow")
+        self.shared = tq.QWrapper(nn.Linear(6, 6), weights, acts[0], input_quantizer=acts[1])
+        self.again = self.shared
+        self.first = tq.QOp(torch.mul, acts[2])
+        self.add = tq.QOp(torch.add, acts[3])
+
+    def forward(self, x):
+        once = self.shared(x)
+        return self.add(once, self.again(self.first(once, once)))
+
+
+def test_a_layer_that_is_called_twice_has_a_bias_for_each_call(tmp_path):
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(64, 6)
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    path = export_onnx(model, tmp_path / "twice.onnx", x[:2])
+    assert certify(model, path, x).passed
+
+
+@pytest.mark.parametrize("scheme", ["w8-a8", "w4-a4", "qfmt"])
+def test_qonnx_has_true_widths_and_computes_the_simulation(scheme, tmp_path, monkeypatch):
+    model, x = small_net(scheme)
+    path = export_qonnx(model, tmp_path / "net.onnx", x[:4])
+    graph = onnx.load(path).graph
+    quants = [node for node in graph.node if node.op_type == "Quant"]
+    assert len(quants) == 8 + 5
+    stored = {e.name: float(onnx.numpy_helper.to_array(e)) for e in graph.initializer if not e.dims}
+    widths = {stored[node.input[3]] for node in quants}
+    assert widths == {"w8-a8": {8.0}, "w4-a4": {4.0}, "qfmt": {8.0, 7.0, 6.0}}[scheme]
+    assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
+    execute = pytest.importorskip("qonnx.core.onnx_exec").execute_onnx
+    wrapper = pytest.importorskip("qonnx.core.modelwrapper").ModelWrapper(str(path))
+    monkeypatch.setattr(onnx, "IR_VERSION", 10)  # qonnx writes a file for each node, newer than ORT reads
+    got = torch.from_numpy(execute(wrapper, {graph.input[0].name: x[:4].numpy()})[graph.output[0].name])
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.QUANT_EVAL):
+        expected = model.eval()(x[:4])
+    steps = (got - expected).abs() / model.head.acts_quantizer.affine_params().delta
+    assert float(steps.max()) <= 1.01
+
+
+def test_qonnx_refuses_levels_that_are_no_grid(tmp_path):
+    model = tq.QWrapper(nn.Linear(8, 4), tq.make_quantizer("nf4"), tq.make_quantizer("affine:8", "output"))
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(torch.randn(4, 8))
+    with pytest.raises(ExportError, match="weight: QONNX has uniform quantizers only"):
+        export_qonnx(model, tmp_path / "net.onnx", torch.randn(1, 8))

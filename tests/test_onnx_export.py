@@ -190,7 +190,7 @@ def test_only_codes_of_the_weights_are_stored(exported):
     assert counts["DequantizeLinear"] == sites_and_pad + 2 * len(QUANTIZED_WEIGHTS)
     assert counts["Clip"] == counts["Relu"] == 0  # bounds of the codes, which saturate by themselves
     for name in QUANTIZED_WEIGHTS:
-        assert found[f"{name}.stored_bias.codes"][0] == INT32
+        assert found[f"{name}.stored_bias.0.codes"][0] == INT32
 
 
 def test_codes_in_the_file_are_those_of_the_quantizer(exported):

@@ -8,6 +8,7 @@ from torchquant.deploy.onnx_export import export_onnx as export_onnx
 from torchquant.deploy.onnx_run import run_onnx as run_onnx
 from torchquant.deploy.packed import load_packed as load_packed
 from torchquant.deploy.packed import save_packed as save_packed
+from torchquant.deploy.qonnx import export_qonnx as export_qonnx
 from torchquant.deploy.simulation import runtime_exact as runtime_exact
 from torchquant.deploy.size import FileSize as FileSize
 from torchquant.deploy.size import file_sizes as file_sizes
@@ -18,6 +19,7 @@ __all__ = [
     "IntegerModel",
     "certify",
     "export_onnx",
+    "export_qonnx",
     "file_sizes",
     "load_packed",
     "run_onnx",

@@ -138,7 +138,8 @@ class Table:
         """The table of the weight times `factor`, (C,)."""
         levels = self.levels * factor[:, None]
         signs = channel_view(factor.sign().to(torch.int64), self.codes.ndim, 0)
-        terms = tuple((scale * factor.abs().to(torch.float64), ints * signs) for scale, ints in self.terms)
+        sizes = torch.where(factor == 0, 1.0, factor.abs()).to(torch.float64)
+        terms = tuple((scale * sizes, ints * signs) for scale, ints in self.terms)
         return replace(self, levels=levels.expand(len(factor), -1), terms=terms)
 
     def as_grid(self) -> tuple[Tensor, Grid] | None:
@@ -184,7 +185,17 @@ def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
         tables = []
     if any(int(table.abs().max()) > LARGEST_INTEGER for _, table in tables):
         tables = []
-    return Table(codes - low, levels, tuple((scale, look_up(table, codes - low)) for scale, table in tables))
+    terms = tuple(_without_zero_scales(scale, look_up(table, codes - low)) for scale, table in tables)
+    return Table(codes - low, levels, terms)
+
+
+def _without_zero_scales(scale: Tensor, ints: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale of 0 becomes the smallest other one and its integers 0: a bias is counted in steps of it."""
+    dead = scale == 0
+    others = scale[~dead].abs()
+    stand_in = others.min() if others.numel() else torch.ones((), dtype=scale.dtype)
+    ints = torch.where(channel_view(dead, ints.ndim, 0) if dead.ndim else dead, 0, ints)
+    return torch.where(dead, stand_in, scale), ints
 
 
 def layer_grid(grid: Grid, layer: Any, row: LayerRow) -> Grid | None:

@@ -50,8 +50,9 @@ class DeployLayer(nn.Module):
         self.row = wrapper.row
         self.weight: StoredWeight | StoredTable | None = None
         self.bias: nn.Parameter | None = None
-        self.stored_bias: StoredBias | None = None
-        self.input_scales: list[Tensor] = []
+        self.stored_bias = nn.ModuleList()  # one, or one a call where the calls have inputs of other scales
+        self.calls = 0
+        self.input_scales: list[Tensor | None] = []
         if wrapper.weight_quantizer is not None:
             self.layer = _without_weight(wrapper.layer)
             self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path)
@@ -67,23 +68,34 @@ class DeployLayer(nn.Module):
         run = active_run()
         if run is not None and run.checking:
             run.site = self.path
-            if isinstance(x, IntegerTensor) and isinstance(x.value, Codes):
-                self.input_scales.append(x.value.scale)
+            known = isinstance(x, IntegerTensor) and isinstance(x.value, Codes) and x.value.scale.ndim == 0
+            self.input_scales.append(x.value.scale if known else None)  # type: ignore[attr-defined]
         if self.weight is None:
             y = self.layer(x)
         else:
-            bias = self.bias if self.stored_bias is None or run is not None else self.stored_bias()
+            bias = self.bias if run is not None else self._bias()
             y = self.row.run(self.layer, x, self.weight(), bias)
         y = y if self.bn is None else self.bn(y)
         return self.output(y if self.activation is None else self.activation(y))
 
+    def _bias(self) -> Tensor | None:
+        if not len(self.stored_bias):
+            return self.bias
+        call, self.calls = self.calls, (self.calls + 1) % len(self.stored_bias)
+        bias: Tensor = self.stored_bias[call]()
+        return bias
+
     def settle(self) -> None:
-        """Put the bias on the grid of the sums it is added to, where the input has one scale in every call."""
-        scales, self.input_scales = self.input_scales, []
-        if self.bias is None or not isinstance(self.weight, StoredWeight) or not scales or scales[0].ndim:
+        """Put the bias on the grid of the sums it is added to, where the inputs have one."""
+        scales = [s for s in self.input_scales if s is not None]
+        every_call = len(scales) == len(self.input_scales)
+        self.input_scales = []
+        in_integers = isinstance(self.weight, StoredWeight) and len(self.weight.terms) == 1
+        if self.bias is None or not in_integers or not scales or not every_call:
             return
-        if all(torch.equal(scale, scales[0]) for scale in scales) and len(self.weight.terms) == 1:
-            self.stored_bias = StoredBias(self.bias, scales[0] * self.weight.terms[0][0], self.path)
+        same = all(torch.equal(scale, scales[0]) for scale in scales)
+        for scale in scales[:1] if same else scales:
+            self.stored_bias.append(StoredBias(self.bias, scale * self.weight.terms[0][0], self.path))  # type: ignore[union-attr]
 
 
 class DeployOp(nn.Module):

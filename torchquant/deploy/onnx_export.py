@@ -61,15 +61,15 @@ def export_onnx(
     """
     for package in ("onnx", "onnxscript", *(("onnxruntime",) if verify else ())):
         require(package, "deploy")
-    inputs = _checked_inputs(example_inputs)
+    inputs = checked_inputs(example_inputs)
     form = deploy_form(model, keep_signed)
     settle(form, inputs, tables=False)
     n_bytes = sum(t.nbytes for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
-    proto = _exported(form, inputs, dynamic_batch)
+    proto = exported(form, inputs, dynamic_batch)
     finish_graph(proto, form)
-    _describe(proto, model, keep_signed)
+    describe(proto, model, {"torchquant_keep_signed": "1"} if keep_signed else {})
     require("onnx", "deploy").checker.check_model(proto, full_check=True)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +82,11 @@ def export_onnx(
     return write_whole(target, write)
 
 
-def _describe(proto: Any, model: nn.Module, keep_signed: bool) -> None:
-    """Metadata: who wrote the file and by which plan."""
+def describe(proto: Any, model: nn.Module, notes: dict[str, str]) -> None:
+    """Metadata: who wrote the file and by which plan, and `notes`."""
     from torchquant import __version__
 
-    notes = {"torchquant_version": __version__}
-    if keep_signed:
-        notes["torchquant_keep_signed"] = "1"
+    notes = {"torchquant_version": __version__, **notes}
     plan = getattr(model, "plan", None)
     if isinstance(plan, QuantPlan):
         try:
@@ -108,7 +106,8 @@ def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def _checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The example as CPU tensors. Raises ConfigError."""
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not given or not all(isinstance(x, Tensor) for x in given):
         kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
@@ -116,7 +115,7 @@ def _checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, 
     return tuple(x.detach().cpu() for x in given)
 
 
-def _exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> Any:
+def exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> Any:
     """The ModelProto of torch's exporter. A batch of 1 is doubled: torch.export takes sizes 0 and 1 for constants."""
     shapes = None
     if dynamic_batch:
@@ -133,13 +132,13 @@ def _exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) 
             hint = "\nIf the model fixes its batch size, pass dynamic_batch=False" if dynamic_batch else ""
             raise ExportError(f"torch.export cannot trace the model: {reason}{hint}") from error
         try:
-            exported = torch.onnx.export(
+            made = torch.onnx.export(
                 program, dynamo=True, opset_version=PACKED_OPSET[8], dynamic_shapes=shapes, verbose=False
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"torch.onnx.export cannot translate the model: {_root_cause(error)}") from error
-    assert exported is not None
-    return exported.model_proto
+    assert made is not None
+    return made.model_proto
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -69,7 +69,8 @@ def code_name(site: str, call: int) -> str:
 
 def _name_codes(proto: Any, form: Any) -> None:
     """Codes of activations by the site that makes them."""
-    sites = {name: module for name, module in form.named_modules() if isinstance(module, QuantizeDequantize)}
+    modules = form.named_modules(remove_duplicate=False)
+    sites = {name: module for name, module in modules if isinstance(module, QuantizeDequantize)}
     readers = {name: node for node in proto.graph.node for name in node.input}
     calls: Counter[str] = Counter()
     names = {}
@@ -176,7 +177,8 @@ def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
     packed = {(2, True): types.INT2, (2, False): types.UINT2, (4, True): types.INT4, (4, False): types.UINT4}
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     widths, casts = [], []
-    weights = {name for name, module in form.named_modules() if isinstance(module, StoredWeight | StoredTable)}
+    modules = form.named_modules(remove_duplicate=False)
+    weights = {name for name, module in modules if isinstance(module, StoredWeight | StoredTable)}
     for name, entry in initializers.items():
         if not IS_CODES.search(name) or IS_CODES.sub("", name) not in weights:
             continue

@@ -106,8 +106,8 @@ def requantize_sum(
         fixed = _float32(zero_point - offset)
         return torch.round(_fused(a, ratio_a, _fused(b, ratio_b, fixed))).to(torch.int64)
     if rounding == "exact":
-        real = (a - zero_a) * (scale_a / scale) + (b - zero_b) * (scale_b / scale)
-        return torch.round(real).to(torch.int64) + zero_point
+        real = (a - zero_a) * scale_a + (b - zero_b) * scale_b  # exact, so that there is one rounding before the last
+        return torch.round(real / scale).to(torch.int64) + zero_point
     common = 2.0 * torch.maximum(scale_a, scale_b)
     parts = [
         requantize((codes - zero) << ADD_SHIFT, s / common, rounding)
