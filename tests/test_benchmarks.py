@@ -255,6 +255,7 @@ def test_reference_adapters_agree_with_the_functional_quantizer(name: str) -> No
     assert gradient.mean() > 0.99
 
 
+@pytest.mark.slow
 def test_adapter_trains_every_parameter(adapter: Adapter) -> None:
     net = build_float("resnet18", 32)
     before = net.conv1.weight.clone()
@@ -322,6 +323,7 @@ def test_commands_write_their_file(
     assert ("WARNING" in capsys.readouterr().out) is (not written["valid"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_deploy_writes_its_file_and_names_the_runtime_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -245,7 +245,9 @@ def test_a_layer_that_is_called_twice_has_a_bias_for_each_call(tmp_path):
     assert certify(model, path, x).passed
 
 
-@pytest.mark.parametrize("scheme", ["w8-a8", "w4-a4", "qfmt"])
+@pytest.mark.parametrize(
+    "scheme", [pytest.param("w8-a8", marks=pytest.mark.slow), "w4-a4", pytest.param("qfmt", marks=pytest.mark.slow)]
+)
 def test_qonnx_has_true_widths_and_computes_the_simulation(scheme, tmp_path, monkeypatch):
     model, x = small_net(scheme)
     path = export_qonnx(model, tmp_path / "net.onnx", x[:4])
@@ -272,3 +274,123 @@ def test_qonnx_refuses_levels_that_are_no_grid(tmp_path):
         model(torch.randn(4, 8))
     with pytest.raises(ExportError, match="weight: QONNX has uniform quantizers only"):
         export_qonnx(model, tmp_path / "net.onnx", torch.randn(1, 8))
+
+
+def tampered_head(quantized: bool):
+    """A network whose last layer has no codes behind it: only its output tells of it."""
+    torch.manual_seed(0)
+    rules = [{"types": ["Conv2d"], "weight": "affine:8/channel", "input": "affine:8", "output": "affine:8"}]
+    if quantized:
+        rules.append({"types": ["Linear"], "weight": "affine:8,symmetric=narrow/channel"})
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    x = torch.randn(8, 2, 6, 6)
+    model = tq.quantize(net, rules, x)
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    return model, x
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_last_layer_without_codes_is_judged_by_its_output(quantized, tmp_path):
+    model, x = tampered_head(quantized)
+    path = export_onnx(model, tmp_path / "net.onnx", x[:2])
+
+    def negate(stored):
+        last = [e for n, e in stored.items() if n.startswith("3.") and len(e.dims) == 2 and "scale" not in n]
+        assert len(last) == 1
+        last[0].CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(last[0]), last[0].name))
+
+    broken = certify(model, edited(path, tmp_path / "broken.onnx", negate), x)
+    assert [failure for failure in broken.failures if "an output differs by" in failure]
+    assert certify(model, path, x).passed
+
+
+def hand_built(op, shape=(8, 2, 6, 6)):
+    """A convolution, an operator of the model's own, a convolution that reads what it gives."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            acts = [tq.AffineQuantizer(8, tq.BatchMinMax()) for _ in range(3)]
+            weights = [tq.AffineQuantizer(8, tq.BatchMinMax(axis=0), symmetric="narrow") for _ in range(2)]
+            self.first = tq.QWrapper(nn.Conv2d(2, 4, 3, padding=1), weights[0], acts[0], input_quantizer=acts[1])
+            self.second = tq.QWrapper(nn.Conv2d(4, 4, 3), weights[1], acts[2])
+
+        def forward(self, x):
+            return self.second(op(self.first(x)))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(*shape) * 4.0
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    return model, x
+
+
+BETWEEN = {
+    "relu6 of its own": nn.ReLU6(),
+    "pad with 50": lambda y: nn.functional.pad(y, (1, 1, 1, 1), value=50.0),
+    "pad with 0": lambda y: nn.functional.pad(y, (1, 1, 1, 1)),
+    "softmax": lambda y: y.softmax(1),
+    "keywords": lambda y: torch.add(input=y, other=y),
+    "split and joined": lambda y: torch.cat(y.chunk(2, axis=1), axis=1),
+    "an average of parts": lambda y: nn.functional.avg_pool2d(y, 2),
+    "type": lambda y: y.type(torch.float64).to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_a_model_does_between_its_layers(between, tmp_path):
+    model, x = hand_built(BETWEEN[between])
+    assert certify(model, export_onnx(model, tmp_path / "net.onnx", x[:2]), x).passed
+
+
+def test_writing_into_a_quantized_tensor_is_refused_by_name():
+    model, x = hand_built(lambda y: (y.mul_(0.5), y)[1])
+    with pytest.raises(ExportError, match=r"first.output: the model writes into a quantized tensor.*mul_"):
+        to_integer(model, x)
+
+
+def test_a_softmax_with_a_quantizer_may_be_a_step_off(tmp_path):
+    softmax = tq.QOp(nn.Softmax(1), tq.AffineQuantizer(8, tq.BatchMinMax()))
+    model, x = hand_built(softmax)
+    model.softmax = softmax
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    assert certify(model, export_onnx(model, tmp_path / "net.onnx", x[:2]), x).passed
+
+
+def test_runtime_exact_runs_batch_norms_that_are_left_on_their_statistics():
+    model = tq.QWrapper(
+        [nn.Linear(6, 4), nn.BatchNorm1d(4)],
+        tq.AffineQuantizer(8, tq.BatchMinMax(axis=0), symmetric="narrow"),
+        tq.AffineQuantizer(8, tq.BatchMinMax()),
+        input_quantizer=tq.AffineQuantizer(8, tq.BatchMinMax()),
+    )
+    x = torch.randn(32, 6)
+    with torch.no_grad(), tq.qmodule_state(model.eval(), tq.QModuleState.CALIBRATION):
+        model(x)
+    tq.set_qmodule_state(model.train(), tq.QModuleState.QUANT_EVAL)
+    before = int(model.bn.num_batches_tracked)
+    with torch.no_grad(), runtime_exact(model, x):
+        model(x)
+    assert int(model.bn.num_batches_tracked) == before + 1  # by the simulation alone
+    assert model.bn.training
+
+
+def test_a_bias_quantizer_quantizes_before_a_batch_norm_that_is_not_folded_in_training():
+    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)]
+    layers[1].running_mean.normal_()
+    layers[1].running_var.uniform_(0.1, 3.0)
+    model = tq.QWrapper(
+        layers,
+        tq.AffineQuantizer(8, tq.BatchMinMax(axis=0), symmetric="narrow"),
+        tq.AffineQuantizer(8, tq.BatchMinMax()),
+        bias_quantizer=tq.AffineQuantizer(4, tq.BatchMinMax()),
+        input_quantizer=tq.AffineQuantizer(8, tq.BatchMinMax()),
+    ).eval()
+    x = torch.randn(8, 2, 6, 6)
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.QUANT_EVAL):
+        steps = (to_integer(model, x)(x) - model(x)).abs() / model.acts_quantizer.affine_params().delta
+    assert float(steps.max()) <= 1.01

@@ -64,7 +64,15 @@ def images() -> tuple[Tensor, Tensor]:
 
 def test_all_files_are_there_and_no_other(quick: Run) -> None:
     checkpoints = {f"{scheme.name}.pt" for scheme in SCHEMES} | {"float.pt"}
-    assert {p.name for p in quick.folder.iterdir()} == checkpoints | {"report.html", "results.json", "w8a8.onnx"}
+    files = {"report.html", "results.json", "w8a8.onnx", "certificate.json", "certificate.txt"}
+    assert {p.name for p in quick.folder.iterdir()} == checkpoints | files
+
+
+def test_the_certificate_passes_without_a_single_difference(quick: Run) -> None:
+    certificate = quick.result.onnx.certificate
+    assert certificate.passed
+    assert certificate.comparisons[0].differ == 0
+    assert quick.json["onnx"]["certificate"]["sha256"] == certificate.sha256
 
 
 def test_accuracies_are_sane(quick: Run) -> None:
@@ -163,13 +171,14 @@ def test_report_shows_the_results(quick: Run) -> None:
 
 def test_progress_reaches_the_end(quick: Run) -> None:
     assert quick.show.done == quick.show.total
-    assert len(quick.show.messages) == len(SCHEMES) + 2
+    assert len(quick.show.messages) == len(SCHEMES) + 3
 
 
 def test_callers_random_state_is_left_alone(quick: Run) -> None:
     assert torch.equal(quick.random_state, quick.random_state_after)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_job, "render_report", lambda result: "pictures take time")
     torch.manual_seed(1)

@@ -33,7 +33,24 @@ def test_every_scheme_keeps_the_laws(name: str, axis: int | None, i: int) -> Non
     assert set(report.skipped) == {law for law, is_skipped in expected.items() if is_skipped}
 
 
-@pytest.mark.parametrize(("name", "axis"), [(n, None) for n in QUANTIZERS] + [(n, 0) for n in PER_CHANNEL])
+COMPILED_ALWAYS = {
+    ("affine", None),
+    ("esb", 0),
+    ("ternary", 0),
+    ("qfmt", None),
+    ("lsq", 0),
+    ("residual", None),
+    ("mx", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        pytest.param(n, axis, marks=() if (n, axis) in COMPILED_ALWAYS else pytest.mark.slow)
+        for n, axis in [(n, None) for n in QUANTIZERS] + [(n, 0) for n in PER_CHANNEL]
+    ],
+)
 def test_every_scheme_compiles_and_exports(name: str, axis: int | None) -> None:
     quantizer = QUANTIZERS[name].examples(axis)[0]
     assert tq.check_quantizer(quantizer, laws=("compiles",)).passed == ("compiles",)

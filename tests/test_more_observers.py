@@ -250,7 +250,9 @@ def test_without_decay_the_last_batch_decides() -> None:
     assert not made("mse", decay=1.0).is_memoryless
 
 
-@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize(
+    "axis", [None, 0, pytest.param(1, marks=pytest.mark.slow), pytest.param(-1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_every_observer_keeps_what_observers_promise(name: str, axis: int | None) -> None:
     x = torch.randn(4, 3, 60) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1)
@@ -309,6 +311,7 @@ def test_every_observer_takes_a_constant(name: str, value: float) -> None:
     assert float(quantizer(torch.full((9,), value))[0]) == pytest.approx(value, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBSERVERS if name not in ("minmax", "ema")])
 def test_compiled_observing_is_eager_observing(name: str) -> None:
     eager, compiled = made(name), made(name)

@@ -571,3 +571,15 @@ def fused(name, fold_bn):
 
     net = getattr(torchvision.models, name)(num_classes=10)
     return {"resnet18": FusedResNet, "mobilenet_v2": FusedMobileNetV2}[name](net, *factories, **settings)
+
+
+def test_a_weight_that_is_stored_in_by_out_keeps_its_scales_per_output():
+    kind = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    layer = kind(6, 6)
+    layer.weight.data.mul_(torch.linspace(0.1, 20.0, 6))
+    x = torch.randn(16, 6)
+    model = calibrated(QWrapper(layer, weights(), acts(), input_quantizer=acts()), x)
+    form = deploy_form(model)
+    assert torch.equal(form.weight(), model.weight_quantizer(model.float_weight()).t())
+    with torch.no_grad():
+        assert torch.equal(form(x), simulated(model, x))

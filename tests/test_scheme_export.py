@@ -53,11 +53,13 @@ def trained(weight: str, acts: str) -> tuple[nn.Sequential, torch.Tensor]:
     ("weight", "acts"),
     [
         ("lsq:4/channel", "lsq:4"),
-        ("lsqplus:4/channel", "lsqplus:4"),
-        ("ewgs:3", "ewgs:3"),
+        pytest.param("lsqplus:4/channel", "lsqplus:4", marks=pytest.mark.slow),
+        pytest.param("ewgs:3", "ewgs:3", marks=pytest.mark.slow),
         ("tqt:4", "tqt:8"),
         ("affine:4,symmetric=narrow/channel", "pact:4"),
-        ("affine:8,symmetric=narrow,observer=mse/channel", "affine:8,observer=entropy"),
+        pytest.param(
+            "affine:8,symmetric=narrow,observer=mse/channel", "affine:8,observer=entropy", marks=pytest.mark.slow
+        ),
         ("affine:8,symmetric=torch", "affine:8,observer=percentile"),
     ],
 )
@@ -74,7 +76,13 @@ def test_what_is_uniform_computes_the_same_in_onnx_runtime(weight: str, acts: st
 TABLES = {"apot:4": 4, "codebook:3": 4, "residual:3": 4, "nf4": 4, "ttq": 2, "dorefa:4": 4, "xnor": 2, "twn/channel": 2}
 
 
-@pytest.mark.parametrize("weight", [*TABLES, "fp8_e4m3", "esb:4,k=1/channel", "ul2q:3/channel", "pot:3", "vecq:4"])
+OTHERS = ["fp8_e4m3", "esb:4,k=1/channel", "ul2q:3/channel", "pot:3", "vecq:4"]
+SOMETIMES = {"apot:4", "codebook:3", "xnor", "dorefa:4", "fp8_e4m3", "pot:3", "vecq:4"}
+
+
+@pytest.mark.parametrize(
+    "weight", [pytest.param(w, marks=pytest.mark.slow if w in SOMETIMES else ()) for w in [*TABLES, *OTHERS]]
+)
 def test_weights_of_other_schemes_are_codes_with_their_exact_levels(weight: str, tmp_path: Path) -> None:
     """Codes as narrow as the scheme's, and the very weights of the simulation."""
     model, x = trained(weight, "affine:8")

@@ -17,6 +17,7 @@ from torchquant.compare.tasks import load_data
 from torchquant.demo.data import TrainingData
 from torchquant.demo.training import accuracy
 from torchquant.deploy import Certificate, certify, export_onnx, save_packed, to_integer
+from torchquant.deploy.stored_files import read_checkpoint
 from torchquant.errors import ConfigError
 from torchquant.job import JobConfig, build_model
 from torchquant.plan import QuantPlan, quantize
@@ -40,6 +41,7 @@ class Exported:
     bytes: int
     certificate: Certificate | None
     integer_accuracy: float | None = None
+    samples: int = 0
 
 
 def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, JobConfig]:
@@ -54,10 +56,16 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
         raise ConfigError(
             f"{run} is not the folder of a finished `torchquant quantize` run: {', '.join(missing)} is not there"
         )
-    config = JobConfig(**json.loads((run / "config.json").read_text(encoding="utf-8")))
+    try:
+        config = JobConfig(**json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{run / 'config.json'} is not what `torchquant quantize` writes: {error}") from error
     data = load_data(config.data, config.seed)
     model = quantize(build_model(config.model, data).eval(), QuantPlan.load(run / "plan.yaml"), inplace=True)
-    model.load_state_dict(torch.load(run / "quantized.pt", weights_only=True))
+    try:
+        model.load_state_dict(read_checkpoint(run / "quantized.pt"))
+    except RuntimeError as error:
+        raise ConfigError(f"{run / 'quantized.pt'} is of another model: {str(error).splitlines()[0]}") from error
     set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
     return model, data, config
 
@@ -111,7 +119,7 @@ def export_run(
             "largest_accumulators": integer.accumulators,
         }
         write_json(path, report)
-    return Exported(path, form, path.stat().st_size, certificate, integer_accuracy)
+    return Exported(path, form, path.stat().st_size, certificate, integer_accuracy, len(images))
 
 
 def certify_run(

@@ -15,7 +15,9 @@ def export(folder: Path, form: str, certified: bool, samples: int, out: Path | N
     made = export_run(folder, form, certified, samples, out)
     terminal.message(f"{made.form}: {made.path}, {made.bytes:,} bytes")
     if made.integer_accuracy is not None:
-        terminal.message(f"accuracy of the integer reference on {samples} test images: {made.integer_accuracy:.2%}")
+        terminal.message(
+            f"accuracy of the integer reference on {made.samples} test images: {made.integer_accuracy:.2%}"
+        )
     return made.certificate is None or _show(terminal, made.certificate, made.path)
 
 

@@ -65,7 +65,7 @@ class DemoResult:
             "config": asdict(self.config),
             "versions": self.versions,
             "schemes": [asdict(row) for row in self.rows],
-            "onnx": {**asdict(self.onnx), "certificate": self.onnx.certificate.to_dict()},
+            "onnx": {**vars(self.onnx), "certificate": self.onnx.certificate.to_dict()},
             "layers": {name: [layer.to_dict() for layer in layers] for name, layers in self.layers.items()},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }

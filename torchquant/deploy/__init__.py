@@ -1,22 +1,34 @@
 """From a quantized model to a file that a runtime executes. Needs the extra `deploy`."""
 
 from torchquant.deploy.certificate import Certificate as Certificate
+from torchquant.deploy.certificate import Comparison as Comparison
+from torchquant.deploy.certificate import OutputRow as OutputRow
 from torchquant.deploy.certify import certify as certify
+from torchquant.deploy.integer import FloatOperator as FloatOperator
 from torchquant.deploy.integer import IntegerModel as IntegerModel
 from torchquant.deploy.integer import to_integer as to_integer
 from torchquant.deploy.onnx_export import export_onnx as export_onnx
 from torchquant.deploy.onnx_run import run_onnx as run_onnx
 from torchquant.deploy.packed import load_packed as load_packed
 from torchquant.deploy.packed import save_packed as save_packed
+from torchquant.deploy.parity import FirstDifference as FirstDifference
+from torchquant.deploy.parity import SiteParity as SiteParity
 from torchquant.deploy.qonnx import export_qonnx as export_qonnx
 from torchquant.deploy.simulation import runtime_exact as runtime_exact
 from torchquant.deploy.size import FileSize as FileSize
+from torchquant.deploy.size import FileSizes as FileSizes
 from torchquant.deploy.size import file_sizes as file_sizes
 
 __all__ = [
     "Certificate",
+    "Comparison",
     "FileSize",
+    "FileSizes",
+    "FirstDifference",
+    "FloatOperator",
     "IntegerModel",
+    "OutputRow",
+    "SiteParity",
     "certify",
     "export_onnx",
     "export_qonnx",

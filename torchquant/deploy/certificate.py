@@ -17,18 +17,25 @@ from torch import Tensor
 from torchquant._files import write_json, write_whole
 from torchquant._tables import text_table
 from torchquant.deploy.parity import FirstDifference, SiteParity
+from torchquant.errors import ConfigError
 
 SHOWN_SITES = 12
+OUTPUT_BOUND = 1e-4
+"""Part of its largest value that a real output behind the last codes may differ by: float32, in another order."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One way to run the model against the integer reference. `kernels`: operator of the runtime -> nodes."""
+    """One way to run the model against the integer reference. `kernels`: operator of the runtime -> nodes.
+
+    `outputs_apart`: the largest difference of a real output over its largest magnitude, given the same codes before it.
+    """
 
     way: str
     sites: tuple[SiteParity, ...]
     kernels: Mapping[str, int]
     first: FirstDifference | None
+    outputs_apart: float = 0.0
 
     @property
     def compared(self) -> tuple[SiteParity, ...]:
@@ -73,7 +80,7 @@ class FinalOutputs:
         for engine, output in outputs.items():
             top = output.argmax(1) if output.ndim > 1 else output
             self.classes.setdefault(engine, []).append(top.flatten())
-            apart = float((output.to(torch.float64) - reference).abs().max())
+            apart = float((output.to(torch.float64) - reference).abs().max().nan_to_num(0.0))
             self.differences[engine] = max(apart, self.differences.get(engine, 0.0))
         if labels is not None:
             self.labels.append(labels.flatten().cpu())
@@ -130,6 +137,11 @@ class Certificate:
                         f"{comparison.way}: {site.site} ({site.kernel}): {site.differ} of {site.elements} codes "
                         f"differ, by {site.largest} steps at most, {site.tie_distance:.2g} steps from a tie"
                     )
+            if comparison.outputs_apart > OUTPUT_BOUND:
+                found.append(
+                    f"{comparison.way}: an output differs by {comparison.outputs_apart:.2g} of its largest value, "
+                    f"allowed {OUTPUT_BOUND}"
+                )
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +150,7 @@ class Certificate:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content: what `export_onnx` and `certify` write into the file's metadata."""
+        """Hash of the content: what `certify(..., stamp=True)` writes into the file's metadata."""
         return hashlib.sha256(json.dumps(self._content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -151,6 +163,7 @@ class Certificate:
                 "kernels": dict(given.kernels),
                 "sites": [asdict(site) for site in given.sites],
                 "first_difference": where,
+                "outputs_apart": given.outputs_apart,
             }
 
         return {
@@ -170,13 +183,16 @@ class Certificate:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `path` (JSON), and beside it `path` with the ending .txt: the table. A first difference that is not
-        allowed has its inputs in a third file, .pt, for `torch.load(weights_only=True)`.
+        allowed has its inputs in a third file, .pt, for `torch.load(weights_only=True)`. Raises ConfigError.
         """
         target = Path(path)
+        if target.suffix in (".txt", ".pt"):
+            raise ConfigError(f"a certificate is saved as JSON, with .txt and .pt beside it; got {target.name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         text = f"{self}\n"
         write_whole(target.with_suffix(".txt"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
         firsts = {c.way: c.first.inputs for c in self.comparisons if c.first is not None}
+        target.with_suffix(".pt").unlink(missing_ok=True)
         if firsts:
             write_whole(target.with_suffix(".pt"), lambda temporary: torch.save(firsts, temporary))
         return write_json(target, self.to_dict())

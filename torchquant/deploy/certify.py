@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torchquant._files import write_whole
 from torchquant.deploy.certificate import Certificate, Comparison, FinalOutputs
@@ -23,7 +24,7 @@ from torchquant.qmodule import QModuleState
 from torchquant.utils import qmodule_state
 
 TIE_BOUND = 2.0**-10
-"""Steps from a tie within which float32 sums may round to the other side (docs/algorithms.md G4)."""
+"""Steps from a tie within which float32 sums may round to the other side (docs/deploy.md)."""
 
 WAYS = {"integer": "ORT, integer kernels", "none": "ORT, node by node"}
 SIMULATION = "simulation"
@@ -37,7 +38,7 @@ def certify(
     data: Any,
     bound: int = 0,
     tie_bound: float = TIE_BOUND,
-    ways: Sequence[str] = ("integer", "none"),
+    ways: str | Sequence[str] = ("integer", "none"),
     stamp: bool = False,
 ) -> Certificate:
     """Run the simulation, the integer reference and ONNX Runtime on the same batches and compare every code.
@@ -47,9 +48,10 @@ def certify(
 
     Where ONNX Runtime computes a site by an integer kernel at most `bound` codes may differ from the reference; where
     it rounds a float32 result (its graph run node by node; operators without integer kernel), codes may differ by one
-    step, and only within `tie_bound` steps of a tie. Each site is compared given the same inputs: the reference goes on
-    with the runtime's codes. The simulation runs on its own, so that its differences add up; they are reported, not
-    bounded. OpenVINO's outputs are compared where it is installed.
+    step, and only within `tie_bound` steps of a tie; where it looks results up in a table (softmax, sigmoid), by one
+    step. Real outputs behind the last codes may differ by 1e-4 of their largest. Each site is compared given the same
+    inputs: the reference goes on with the runtime's codes. The simulation runs on its own, so that its differences add
+    up; they are reported, not bounded. OpenVINO's outputs are compared where it is installed.
 
     `ways`: which graphs of ONNX Runtime, of "integer" and "none". `stamp` writes the certificate's hash into the
     file's metadata. The certificate says whether it `passed`; nothing is raised for one that did not. Raises
@@ -66,7 +68,10 @@ def certify(
     ...     certify(model, export_onnx(model, f"{folder}/model.onnx", x), x).passed
     True
     """
+    ways = (ways,) if isinstance(ways, str) else tuple(ways)
     unknown = [way for way in ways if way not in WAYS]
+    if bound < 0 or tie_bound < 0.0:
+        raise ConfigError(f"bounds must be at least 0, got bound={bound} and tie_bound={tie_bound}")
     if unknown or not ways:
         raise ConfigError(f"ways must be of {', '.join(WAYS)}, got {', '.join(map(str, ways)) or 'none'}")
     batches = _batches(data)
@@ -80,6 +85,8 @@ def certify(
     session = open_session(path, "all")
     openvino = _openvino(path)
     firsts: dict[str, Any] = {}
+    apart = dict.fromkeys(ways, 0.0)
+    _check_batches(session, batches)
     for inputs, labels in batches:
         reference = _reference(model, integer, inputs, simulation)
         found = dict(reference)
@@ -87,7 +94,8 @@ def certify(
             outputs, codes = reader.run(inputs)
             follower = followers[way]
             follower.start(codes)
-            integer.run(inputs, {}, follow=follower)
+            followed = integer.run(inputs, {}, follow=follower)
+            apart[way] = max(apart[way], _apart(followed, outputs))
             if follower.first is not None and way not in firsts:
                 difference, name = follower.first
                 difference.inputs = reader.inputs_of(name, inputs)
@@ -99,13 +107,13 @@ def certify(
             found["OpenVINO"] = openvino(inputs)
         finals.add(found, labels)
     comparisons = [
-        Comparison(WAYS[way], _ordered(f.parity), dict(readers[way].kernels), firsts.get(way))
+        Comparison(WAYS[way], tuple(f.parity.values()), dict(readers[way].kernels), firsts.get(way), apart[way])
         for way, f in followers.items()
     ]
     _check_sites(path, comparisons)
     certificate = Certificate(
         comparisons=tuple(comparisons),
-        simulation=Comparison(SIMULATION, _ordered(simulation), {}, None),
+        simulation=Comparison(SIMULATION, tuple(simulation.values()), {}, None),
         outputs=finals.rows(),
         float_operators=tuple(f"{op.name} (after {op.after})" for op in integer.float_operators),
         bound=bound,
@@ -145,22 +153,51 @@ def _reference(
     return {"simulation": _first(simulated).cpu(), "integer reference": _first(outputs)}
 
 
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
 def _first(outputs: Any) -> Tensor:
-    while not isinstance(outputs, Tensor):
-        outputs = next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
-    return outputs
+    return _tensors(outputs)[0]
 
 
-def _ordered(parity: dict[str, SiteParity]) -> tuple[SiteParity, ...]:
-    return tuple(parity.values())
+def _apart(expected: Any, found: Sequence[Tensor]) -> float:
+    """The largest difference of the real outputs, over the largest magnitude of each."""
+    apart = 0.0
+    for reference, other in zip(_tensors(expected), found, strict=False):
+        if reference.is_floating_point() and reference.numel():
+            if reference.shape != other.shape:
+                raise ExportError(
+                    f"the file gives outputs of shape {list(other.shape)}, the model {list(reference.shape)}. "
+                    "Certify a file that export_onnx wrote from this model"
+                )
+            a, b = reference.to(torch.float64), other.to(torch.float64)
+            apart = max(apart, float(((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).nan_to_num(0.0)))
+    return apart
+
+
+def _check_batches(session: Any, batches: Sequence[Batch]) -> None:
+    """Raise ConfigError for a batch that the file does not take."""
+    wanted = session.get_inputs()
+    for inputs, _ in batches:
+        if len(inputs) != len(wanted):
+            raise ConfigError(
+                f"the file takes {len(wanted)} inputs, a batch has {len(inputs)}. Labels come in a list of (inputs, "
+                "labels)"
+            )
+        for entry, x in zip(wanted, inputs, strict=True):
+            fixed = entry.shape[0] if entry.shape else None
+            if not x.numel() or (isinstance(fixed, int) and len(x) != fixed):
+                raise ConfigError(f"input {entry.name} takes {entry.shape}, a batch has {list(x.shape)}")
 
 
 def _check_sites(path: Any, comparisons: Sequence[Comparison]) -> None:
+    """Raise ExportError for a file in which no site of the model is to be found."""
     for comparison in comparisons:
-        if not any(site.elements for site in comparison.sites):
-            wanted = ", ".join(code_name(site.site, 0) for site in comparison.sites[:3])
+        if comparison.sites and not comparison.compared:
+            absent = ", ".join(code_name(site.site, 0) for site in comparison.sites[:3])
             raise ExportError(
-                f"{path} has none of the tensors of codes {wanted}, ... of this model. Certify a file that export_onnx "
+                f"{path} has none of the tensors of codes {absent}, ... of this model. Certify a file that export_onnx "
                 "wrote from it"
             )
 
@@ -179,15 +216,15 @@ def _batches(data: Any) -> list[Batch]:
 
 def _batch(batch: Any, labelled: bool) -> Batch:
     if isinstance(batch, Tensor):
-        return (batch,), None
+        return (batch.cpu(),), None
     if isinstance(batch, Sequence) and batch and labelled and len(batch) == 2:
         inputs, labels = batch
         if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and not labels.is_floating_point():
-            return (inputs,), labels
+            return (inputs.cpu(),), labels
         if isinstance(inputs, tuple | list) and isinstance(labels, Tensor):
-            return tuple(inputs), labels
+            return tuple(x.cpu() for x in inputs), labels
     if isinstance(batch, Sequence) and batch and all(isinstance(x, Tensor) for x in batch):
-        return tuple(batch), None
+        return tuple(x.cpu() for x in batch), None
     raise ConfigError(
         "a batch must be a tensor, a tuple of tensors, or (inputs, labels) with whole numbers as labels; got "
         f"{type(batch).__name__}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ExportError, NoAffineViewError, NoCodesError
-from torchquant.qmodule.patterns import LayerRow
+from torchquant.qmodule.patterns import InputFirstRow, LayerRow
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.quantizers_functional.requantize import INT32_MAX
@@ -204,6 +204,8 @@ def layer_grid(grid: Grid, layer: Any, row: LayerRow) -> Grid | None:
     They differ for transposed convolutions, stored as (in, out / groups, ...): there the groups share
     the numbers of a per-output-channel grid. None if the groups do not agree on them.
     """
+    if isinstance(row, InputFirstRow) and grid.axis in (0, 1):
+        return replace(grid, axis=1 - grid.axis)
     if not row.transposed or grid.axis not in (0, 1):
         return grid
     if grid.axis == 1:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchquant.deploy.codes import (
     Grid,
@@ -25,7 +26,7 @@ from torchquant.deploy.codes import (
 )
 from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
 from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, Terms, as_nodes, node
-from torchquant.deploy.values import Codes, IntegerTensor
+from torchquant.deploy.values import IntegerTensor
 from torchquant.errors import ExportError, NoAffineViewError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWrapper
@@ -57,10 +58,12 @@ class DeployLayer(nn.Module):
             self.layer = _without_weight(wrapper.layer)
             self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path)
             bias = getattr(wrapper.layer, "bias", None)
-            if wrapper.bn is not None and (wrapper.fold_mode is not None or self.bn is None):
+            if wrapper.fold_mode is not None:
                 bias = running_bias(wrapper.bn, bias)
             if bias is not None and wrapper.bias_quantizer is not None:
                 bias = wrapper.bias_quantizer(bias)
+            if wrapper.fold_mode is None and wrapper.bn is not None and self.bn is None:
+                bias = running_bias(wrapper.bn, bias)
             self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class DeployLayer(nn.Module):
         run = active_run()
         if run is not None and run.checking:
             run.site = self.path
-            known = isinstance(x, IntegerTensor) and isinstance(x.value, Codes) and x.value.scale.ndim == 0
+            known = isinstance(x, IntegerTensor) and x.codes is not None
             self.input_scales.append(x.value.scale if known else None)  # type: ignore[attr-defined]
         if self.weight is None:
             y = self.layer(x)
@@ -111,6 +114,9 @@ class DeployOp(nn.Module):
         self.activation = _left_of(self.activation, self.output)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        run = active_run()
+        if run is not None and run.checking:
+            run.site = self.path
         if args:
             args = (self.input(args[0]), *args[1:])
         y = _global_average(self.op, args, kwargs) if as_nodes() else None
@@ -163,10 +169,13 @@ def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables
     `tables` as in `IntegerRun`. Returns what the run met. Raises ExportError for an accumulator beyond 32 bits.
     """
     run = IntegerRun(rounding, checking=True, tables=tables)
+    example_inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
+    if any(not x.numel() for x in tree_leaves(example_inputs) if isinstance(x, Tensor)):
+        raise ExportError("the example inputs are empty; give at least one row")
     with integer_run(run):
         try:
             call_with(form, example_inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, ExportError):
                 raise
             raise ExportError(f"the model does not run on the example inputs: {error}") from error

@@ -38,6 +38,10 @@ class IntegerModel(nn.Module):
         self.float_operators = tuple(FloatOperator(name, after) for name, after in met.floats)
         self.accumulators = dict(met.largest)
 
+    def train(self, mode: bool = True) -> IntegerModel:
+        """Stays in evaluation mode: integers are not trained."""
+        return super().train(False)
+
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)
@@ -95,7 +99,7 @@ def to_integer(
     >>> integer(x).shape, integer.float_operators
     (torch.Size([8, 2]), ())
     >>> sorted(integer.codes(x))
-    ['0.input', '0.output', '2.output']
+    ['0.output', '2.output', 'quantize_input_1.output']
     """
     check_rounding(rounding)
     form = deploy_form(model, keep_signed)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torchquant.deploy.codes import bias_codes
 from torchquant.deploy.integer_run import current_run
 from torchquant.deploy.values import Addition, Average, Clamp, Codes, Concat, IntegerTensor, Product, Sum, Sums, Weight
+from torchquant.errors import ExportError
 from torchquant.quantizers_functional.bn_fold import channel_view
 
 Handler = Callable[..., Any]
@@ -37,8 +38,9 @@ MOVING = {
 KEEPING = {"dropout", "dropout1d", "dropout2d", "dropout3d", "float"}
 ABOUT = {
     *("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_complex", "get_device", "__len__"),
-    *("is_contiguous", "type", "element_size", "storage_offset", "is_signed", "__hash__", "nelement"),
+    *("is_contiguous", "element_size", "storage_offset", "is_signed", "__hash__", "nelement"),
 }
+ALIASES = {"axis": "dim", "keepdims": "keepdim"}
 PROPERTIES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse"}
 
 
@@ -53,6 +55,13 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if name in ABOUT:
         with _plainly():
             return func(*args, **kwargs)
+    kwargs = {ALIASES.get(key, key): value for key, value in kwargs.items()}
+    args = (*(kwargs.pop(key) for key in ("input", "tensors") if key in kwargs), *args)
+    if writes_into(name) and isinstance(args[0], IntegerTensor):
+        raise ExportError(
+            f"{current_run().site}: the model writes into a quantized tensor behind it ({name}), which integers do not "
+            "follow. Use the operator that returns a new tensor"
+        )
     handler = OPS.get(name)
     found = NotImplemented if handler is None else handler(*args, **kwargs)
     if found is NotImplemented and name in MOVING:
@@ -62,6 +71,11 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     current_run().note_float(name)
     real_args, real_kwargs = tree_map_only(IntegerTensor, IntegerTensor.real, (tuple(args), kwargs))
     return func(*real_args, **real_kwargs)
+
+
+def writes_into(name: str) -> bool:
+    """Whether an operator of that name changes its first argument and nobody takes up the result."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
 
 
 def _plainly() -> AbstractContextManager[Any]:
@@ -78,10 +92,7 @@ def _op(*names: str) -> Callable[[Handler], Handler]:
 
 
 def _codes(x: Any) -> Codes | None:
-    """The value of an operand on a grid with one scale, else None."""
-    if isinstance(x, IntegerTensor) and x.clamp_to is None and isinstance(x.value, Codes) and x.value.scale.ndim == 0:
-        return x.value
-    return None
+    return x.codes if isinstance(x, IntegerTensor) else None
 
 
 def _made(value: Any, like: Tensor) -> IntegerTensor:
@@ -131,7 +142,7 @@ def _interpolate(x: Any, size: Any = None, scale_factor: Any = None, mode: str =
     return _on_codes(x, lambda ints: torch.nn.functional.interpolate(ints, size, scale_factor, mode))
 
 
-@_op("relu", "relu_")
+@_op("relu")
 def _relu(x: Any, inplace: bool = False) -> Any:
     return _clamped(x, (0.0, None))
 
@@ -141,12 +152,12 @@ def _relu6(x: Any, inplace: bool = False) -> Any:
     return _clamped(x, (0.0, 6.0))
 
 
-@_op("hardtanh", "hardtanh_")
+@_op("hardtanh")
 def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
     return _clamped(x, (min_val, max_val))
 
 
-@_op("clamp", "clamp_", "clip")
+@_op("clamp", "clip")
 def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
     if isinstance(min, Tensor) or isinstance(max, Tensor):
         return NotImplemented
@@ -209,8 +220,8 @@ def _weighted(
 
 
 @_op("matmul", "__matmul__", "bmm", "mm")
-def _matmul(a: Any, b: Any) -> Any:
-    left, right = _codes(a), _codes(b)
+def _matmul(input: Any, other: Any) -> Any:
+    left, right = _codes(input), _codes(other)
     if left is None or right is None:
         return NotImplemented
     run = current_run()
@@ -220,23 +231,23 @@ def _matmul(a: Any, b: Any) -> Any:
     return _made(Sum(acc.to(torch.int64), left.scale * right.scale), acc)
 
 
-@_op("mul", "__mul__", "__rmul__", "multiply", "__imul__", "mul_")
-def _mul(a: Any, b: Any) -> Any:
-    left, right = _codes(a), _codes(b)
+@_op("mul", "__mul__", "__rmul__", "multiply", "__imul__")
+def _mul(input: Any, other: Any) -> Any:
+    left, right = _codes(input), _codes(other)
     if left is None or right is None:
         return NotImplemented
     ints = left.ints * right.ints
     return _made(Product(ints, left.scale * right.scale), ints)
 
 
-@_op("add", "__add__", "__radd__", "__iadd__", "add_")
-def _add(a: Any, b: Any, alpha: float = 1) -> Any:
-    return _sum_of(a, b, alpha, minus=False)
+@_op("add", "__add__", "__radd__", "__iadd__")
+def _add(input: Any, other: Any, alpha: float = 1) -> Any:
+    return _sum_of(input, other, alpha, minus=False)
 
 
-@_op("sub", "__sub__", "__isub__", "sub_", "subtract")
-def _sub(a: Any, b: Any, alpha: float = 1) -> Any:
-    return _sum_of(a, b, alpha, minus=True)
+@_op("sub", "__sub__", "__isub__", "subtract")
+def _sub(input: Any, other: Any, alpha: float = 1) -> Any:
+    return _sum_of(input, other, alpha, minus=True)
 
 
 def _sum_of(a: Any, b: Any, alpha: float, minus: bool) -> Any:
@@ -270,12 +281,21 @@ def _mean(x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     return _made(Sum(sums, value.scale, value.ints.numel() // max(1, sums.numel())), sums)
 
 
-@_op("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
-def _adaptive_average(x: Any, output_size: Any) -> Any:
+def _of_each_rank(name: str, handler: Handler) -> None:
+    """Enter a pool for 1, 2 and 3 axes; its handler gets their number first. Inputs without a batch run in float."""
+    for n in (1, 2, 3):
+
+        def handle(x: Any, *args: Any, n: int = n, **kwargs: Any) -> Any:
+            return handler(n, x, *args, **kwargs) if x.dim() == n + 2 else NotImplemented
+
+        OPS[f"{name}{n}d"] = handle
+
+
+def _adaptive_average(n: int, x: Any, output_size: Any) -> Any:
     value = _codes(x)
     if value is None:
         return NotImplemented
-    given = output_size if isinstance(output_size, tuple | list) else (output_size,) * (x.dim() - 2)
+    given = output_size if isinstance(output_size, tuple | list) else (output_size,) * n
     spatial = x.shape[x.dim() - len(given) :]
     wanted = [s if g is None else g for g, s in zip(given, spatial, strict=True)]
     if all(w == 1 for w in wanted):
@@ -288,8 +308,8 @@ def _adaptive_average(x: Any, output_size: Any) -> Any:
     return _window_average(value, kernel, kernel)
 
 
-@_op("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _average(
+    n: int,
     x: Any,
     kernel_size: Any,
     stride: Any = None,
@@ -301,7 +321,6 @@ def _average(
     value = _codes(x)
     if value is None or ceil_mode or divisor_override is not None:
         return NotImplemented
-    n = x.dim() - 2
     kernel, steps, pads = (_each(v, n) for v in (kernel_size, stride or kernel_size, padding))
     if any(pads) and not count_include_pad:
         return NotImplemented
@@ -336,3 +355,7 @@ def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+_of_each_rank("adaptive_avg_pool", _adaptive_average)
+_of_each_rank("avg_pool", _average)

@@ -15,8 +15,8 @@ from torchquant.deploy.values import Codes, IntegerTensor
 from torchquant.errors import ExportError
 from torchquant.quantizers_functional.requantize import INT32_MAX
 
-LARGEST_REAL = 2.0**24
-"""Above this, sums of products of integers are not exact in float32."""
+LARGEST_STEP = 2.0**24
+"""Steps from 0 beyond which real numbers are saturated before they become integers."""
 
 
 class Follow(Protocol):
@@ -72,7 +72,7 @@ class IntegerRun:
                 high = torch.minimum(high, torch.round(bounds[1] / scale).to(torch.int64) + zero_point)
         else:
             steps = torch.round(x.to(torch.float32) / scale.to(torch.float32))
-            steps = steps.clamp(-float(LARGEST_REAL), float(LARGEST_REAL))
+            steps = steps.clamp(-LARGEST_STEP, LARGEST_STEP)
             codes = steps.to(torch.int64) + zero_point
         codes = torch.minimum(torch.maximum(codes, low), high)
         if self.recorded is not None:

@@ -108,7 +108,9 @@ def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
 
 def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The example as CPU tensors. Raises ConfigError."""
-    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    given: tuple[Any, ...] = (example_inputs,)
+    if isinstance(example_inputs, Sequence):
+        given = tuple(example_inputs)
     if not given or not all(isinstance(x, Tensor) for x in given):
         kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
         raise ConfigError(f"example_inputs must be a tensor or a sequence of tensors, got {kinds}")

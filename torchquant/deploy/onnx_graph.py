@@ -107,6 +107,13 @@ def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
     ONNX Runtime moves codes through what reorders values by itself, but through a Split or Pad only where both ends are
     codes; without this the layers behind it compute in float32.
     """
+
+    def pads_on_grid(node: Any, stored: dict[str, Any]) -> bool:
+        """Whether a Pad adds nothing but zeros or values of its input."""
+        name = node.input[2] if len(node.input) > 2 else ""
+        return not name or (name in stored and not onnx.numpy_helper.to_array(stored[name]).any())
+
+    stored = {entry.name: entry for entry in proto.graph.initializer}
     made_by = {out: node for node in proto.graph.node for out in node.output}
     nodes = []
     for node in proto.graph.node:
@@ -114,7 +121,9 @@ def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
         source = made_by.get(node.input[0]) if node.op_type in ("Split", "Pad") else None
         while source is not None and source.op_type in MOVING:
             source = made_by.get(source.input[0])
-        if source is None or source.op_type != "DequantizeLinear":
+        if source is None or source.op_type != "DequantizeLinear" or any(a.name == "axis" for a in source.attribute):
+            continue
+        if node.op_type == "Pad" and not pads_on_grid(node, stored):
             continue
         grid = source.input[1:]
         for i, real in enumerate(list(node.output)):

@@ -37,6 +37,8 @@ def open_session(model: str | os.PathLike[str] | bytes, level: str = "all", save
     if saved is not None:
         options.optimized_model_filepath = str(saved)
     source = model if isinstance(model, bytes) else os.fspath(model)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ConfigError(f"there is no file {source}")
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 

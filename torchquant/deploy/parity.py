@@ -13,14 +13,26 @@ from torch import Tensor, nn
 
 from torchquant.deploy.onnx_graph import code_name
 from torchquant.deploy.qdq import QuantizeDequantize
+from torchquant.errors import ConfigError, ExportError
 from torchquant.qmodule import QModule
+
+EXACT_KERNELS = {
+    *("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger"),
+    *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"),
+    *("MaxPool", "Reshape", "Transpose", "Slice", "Split", "Pad", "Gather", "Squeeze", "Unsqueeze", "Identity"),
+}
+"""Operators of ONNX Runtime that the integer reference reproduces: any difference counts."""
+
+TABLE_KERNELS = {"QLinearSoftmax", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearReduceMean", "QLinearWhere"}
+"""Operators that look float32 results of their own up in tables: one step is allowed."""
 
 
 @dataclass
 class SiteParity:
     """How the codes of one site compare.
 
-    `kernel`: the operator that made them in the runtime, "" where no comparison was possible. `elements`, `differ`:
+    `kernel`: the operator that made them in the runtime, "" where no comparison was possible. `missing`: codes that the
+    runtime does not show. `elements`, `differ`:
     how many there are and how many are not those of the reference given the same inputs; `largest`: by how many steps
     at most; `tie_distance`: how far at most a differing element was, before rounding, from the tie between both codes,
     in steps.
@@ -32,22 +44,25 @@ class SiteParity:
     differ: int = 0
     largest: int = 0
     tie_distance: float = 0.0
+    missing: int = 0
 
     @property
     def in_integers(self) -> bool:
         """Whether an integer kernel made the codes: any difference counts. Otherwise float32 was rounded."""
-        return self.kernel not in ("", "QuantizeLinear", "Clip")
+        return self.kernel in EXACT_KERNELS
 
     def holds(self, bound: int, tie_bound: float) -> bool:
         """Whether the site is as alike as its kind of kernel allows."""
         if self.in_integers:
             return self.differ <= bound
+        if self.kernel in TABLE_KERNELS:
+            return self.largest <= 1
         return self.largest <= 1 and self.tie_distance <= tie_bound
 
 
 @dataclass
 class FirstDifference:
-    """The first element, in the order of computation, that differs more than it may, and what it was made from.
+    """Of the first site that differs more than it may, the element farthest from a tie, and what it was made of.
 
     `steps`: the reference's value in steps before rounding. `inputs`: name -> tensor that went into the node.
     """
@@ -86,7 +101,13 @@ class Follower:
         entry = self.parity.setdefault(site, SiteParity(site))
         found = self.found.get(name)
         if found is None:
+            entry.missing += codes.numel()
             return codes
+        if found.shape != codes.shape:
+            raise ExportError(
+                f"{site} has codes of shape {tuple(found.shape)} in the file, {tuple(codes.shape)} in the model. "
+                "Certify a file that export_onnx wrote from this model"
+            )
         entry.kernel = self.kernels.get(name, "")
         entry.elements += codes.numel()
         differs = codes != found
@@ -121,11 +142,18 @@ def simulated_codes(model: nn.Module, form: nn.Module) -> Iterator[dict[str, lis
 
         return hook
 
+    seen: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, QModule):
             for kind, quantizer in module.quantizers().items():
                 site = f"{name or type(module).__name__}.{kind}"
                 if site in grids:
+                    if quantizer in seen:
+                        raise ConfigError(
+                            f"{seen[quantizer]} and {site} are one quantizer object, so that their calls cannot be "
+                            "told apart; give each site one of its own"
+                        )
+                    seen[quantizer] = site
                     handles.append(quantizer.register_forward_hook(note(site)))
     try:
         yield codes

@@ -59,7 +59,7 @@ def _quant_of(module: nn.Module, path: str) -> nn.Module:
             "times a scale. Use another scheme here, or export_onnx, which writes them as a table"
         )
     if isinstance(module, StoredWeight):
-        return _QuantWeight(module)
+        return _QuantWeight(module, path)
     return _QuantActivation(module) if isinstance(module, QuantizeDequantize) else module
 
 
@@ -110,10 +110,12 @@ class _QuantActivation(_Quant):
 class _QuantWeight(_Quant):
     real: Tensor
 
-    def __init__(self, weight: StoredWeight) -> None:
+    def __init__(self, weight: StoredWeight, path: str) -> None:
         real = weight()
         if weight.to_layer is not None and weight.axis is not None:
-            raise ExportError("QONNX has no transposed convolution with groups and scales per channel; use one scale")
+            raise ExportError(
+                f"{path}: QONNX has no transposed convolution with groups and scales per channel; use one scale"
+            )
         super().__init__(weight, real.ndim)
         self.register_buffer("real", real)
 

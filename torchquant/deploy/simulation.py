@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,8 @@ def runtime_exact(model: nn.Module, example_inputs: Any, rounding: str = "ort") 
     """Within it, QModules that quantize give the numbers of the runtime, and the gradients they always give.
 
     Each takes its inputs back to codes, multiplies and adds in whole numbers, adds the bias in steps of input scale
-    times weight scale, and rounds to the output's codes as `rounding` says (`to_integer`): outputs equal those of
-    `to_integer(model, example_inputs, rounding)`, bit for bit. To evaluate, and to fine-tune against the deployed
+    times weight scale, and rounds to the output's codes as `rounding` says: the codes of all sites are those of
+    `to_integer(model, example_inputs, rounding)`. On the CPU. To evaluate, and to fine-tune against the deployed
     arithmetic; batch norms count with their running statistics. Calibration and BYPASSED are left as they are.
 
     `example_inputs`: run once, to see which quantizer each input comes from. The model must be calibrated, as for
@@ -131,6 +132,9 @@ class _Exactly:
         self.calls[self.path] += 1
         with torch.no_grad(), integer_run(IntegerRun(self.rounding)):
             form = DeployLayer(module, self.path) if isinstance(module, QWrapper) else DeployOp(module, self.path)
+            own = {name: part for name, part in form.named_children() if name in ("bn", "activation", "op", "layer")}
+            for name, part in own.items():  # the model's own: neither their mode nor their statistics may change
+                setattr(form, name, copy.deepcopy(part).eval())
             left = iter(sources)
             integers = tuple(
                 type(a)(self._integers(part, next(left)) for part in a)

@@ -194,6 +194,12 @@ class IntegerTensor(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"IntegerTensor({type(self.value).__name__}, shape={tuple(self.shape)})"
 
+    @property
+    def codes(self) -> Codes | None:
+        """The value of a tensor on a grid with one scale, None for another one."""
+        value = self.value if self.clamp_to is None else None
+        return value if isinstance(value, Codes) and value.scale.ndim == 0 else None
+
     def real(self) -> Tensor:  # type: ignore[override]
         """The plain float32 tensor."""
         found = self.value.real()

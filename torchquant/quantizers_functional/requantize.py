@@ -1,4 +1,4 @@
-"""From integer sums to integer codes: the multiplications of integer-only inference (docs/algorithms.md G3).
+"""From integer sums to integer codes: the multiplications of integer-only inference (arXiv:1712.05877, section 2.2).
 
 `rounding` names one of four arithmetics:
 
