@@ -303,3 +303,11 @@ def test_bad_settings_are_refused(text: str, message: str) -> None:
 def test_a_block_format_has_no_one_list_of_levels() -> None:
     with pytest.raises(ConfigError, match="each block has its own"):
         tq.make_quantizer("mxfp4").levels()
+
+
+def test_mx_saturates_at_the_end_of_float32() -> None:
+    for mode in ("floor", "rceil", "ceil", "even"):
+        quantizer = tq.make_quantizer(f"mxfp4,mode={mode}")
+        x = torch.tensor([[3.2964854e38, -3.4e38]])
+        assert bool(quantizer(x).isfinite().all())
+        assert torch.equal(quantizer.decode(quantizer.encode(x)), quantizer(x))

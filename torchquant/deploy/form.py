@@ -73,6 +73,8 @@ class DeployLayer(nn.Module):
             run.site = self.path
             known = isinstance(x, IntegerTensor) and x.codes is not None
             self.input_scales.append(x.value.scale if known else None)  # type: ignore[attr-defined]
+            if known and self.bias is not None and isinstance(self.weight, StoredWeight):
+                self.weight.make_room(self.bias, x.value.scale)  # type: ignore[attr-defined]
         if self.weight is None:
             y = self.layer(x)
         else:

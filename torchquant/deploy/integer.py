@@ -17,7 +17,7 @@ from torchquant.quantizers_functional.requantize import check_rounding
 
 @dataclass(frozen=True)
 class FloatOperator:
-    """An operator on real numbers, between an explicit dequantize and quantize; `after` names the site before it."""
+    """An operator on real numbers, between an explicit dequantize and quantize; `after`: the site reached before it."""
 
     name: str
     after: str

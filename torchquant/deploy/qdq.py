@@ -18,6 +18,7 @@ from torchquant.deploy.values import Clamp, IntegerTensor, Weight
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.range_observers._statistics import per_channel_view
 
+LARGEST_BIAS_BITS = 30
 LOOK_UP = "torchquant::LookUp"
 """Stands for a Gather until the file is finished: one with constant inputs would be computed by the exporter."""
 
@@ -174,6 +175,29 @@ class StoredWeight(StoredGrid):
         self.register_buffer("table", None if table is None else table.to(grid.storage))
         self.terms = terms
         self.to_layer = to_layer
+
+    def make_room(self, bias: Tensor, input_scale: Tensor) -> None:
+        """Raise scales that are so small that the bias is beyond 32 bits in steps of them; lower those of zeros.
+
+        Next to such a bias the weights of the channel hardly count; their codes are rounded to the larger steps. A
+        channel of zeros has no scale of its own (1 stands for it), and its bias is kept in the finest steps.
+        """
+        if self.axis not in (None, 0) or self.table is not None or len(self.terms) != 1:
+            return
+        least = bias.abs().to(torch.float64) / (2.0**LARGEST_BIAS_BITS * input_scale)
+        old = self.scale.to(torch.float64)
+        least = least if self.axis == 0 else least.max()
+        ints = self.terms[0][1]
+        dead = (ints.flatten(1) == 0).all(1) if self.axis == 0 else (ints == 0).all()
+        new = torch.where(dead & (least > 0), least, torch.maximum(old, least)).to(torch.float32)
+        if torch.equal(new, self.scale):
+            return
+        ratio = per_channel_view(old / new, self.codes.ndim, self.axis)
+        zero_point = per_channel_view(self.zero_point.to(torch.int64), self.codes.ndim, self.axis)
+        ints = torch.round((self.codes.to(torch.int64) - zero_point) * ratio).to(torch.int64)
+        self.codes.copy_((ints + zero_point).to(self.codes.dtype))
+        self.scale.copy_(new)
+        self.terms = ((new.to(torch.float64), ints),)
 
     def forward(self) -> Tensor:
         if active_run() is not None:

@@ -136,13 +136,19 @@ def mx_values(codes: Tensor, element: BlockElement, dtype: torch.dtype) -> Tenso
     """Values of codes, one by one; the scale is in each."""
     whole = codes.to(torch.int64)
     exponent = torch.div(whole, 2**element.n_bits, rounding_mode="floor") - SCALE_BIAS
-    return element.values(whole % 2**element.n_bits, dtype) * _mx_scale(exponent, dtype)
+    return _saturated(element.values(whole % 2**element.n_bits, dtype) * _mx_scale(exponent, dtype))
 
 
 def mx_project(blocks: Tensor, element: BlockElement, mode: str) -> Tensor:
     """Values on the grid of each block; NaN stays where it is, Inf saturates."""
     scale = _mx_scale(mx_exponents(finite_absmax(blocks), element, mode), blocks.dtype)
-    return element.nearest(blocks / scale).mul_(scale)
+    return _saturated(element.nearest(blocks / scale).mul_(scale))
+
+
+def _saturated(x: Tensor) -> Tensor:
+    """The largest number of the type where the largest element times the scale is beyond it."""
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
 
 
 FP4, E4M3 = FORMATS["fp4_e2m1"], FORMATS["fp8_e4m3"]
