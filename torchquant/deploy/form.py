@@ -69,12 +69,12 @@ class DeployLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
         run = active_run()
+        known = x.codes if isinstance(x, IntegerTensor) else None
+        if known is not None and self.bias is not None and isinstance(self.weight, StoredWeight):
+            self.weight.make_room(self.bias, known.scale)
         if run is not None and run.checking:
             run.site = self.path
-            known = isinstance(x, IntegerTensor) and x.codes is not None
-            self.input_scales.append(x.value.scale if known else None)  # type: ignore[attr-defined]
-            if known and self.bias is not None and isinstance(self.weight, StoredWeight):
-                self.weight.make_room(self.bias, x.value.scale)  # type: ignore[attr-defined]
+            self.input_scales.append(None if known is None else known.scale)
         if self.weight is None:
             y = self.layer(x)
         else:

@@ -182,7 +182,7 @@ class StoredWeight(StoredGrid):
         Next to such a bias the weights of the channel hardly count; their codes are rounded to the larger steps. A
         channel of zeros has no scale of its own (1 stands for it), and its bias is kept in the finest steps.
         """
-        if self.axis not in (None, 0) or self.table is not None or len(self.terms) != 1:
+        if self.axis not in (None, 0) or self.table is not None or self.to_layer is not None or len(self.terms) != 1:
             return
         least = bias.abs().to(torch.float64) / (2.0**LARGEST_BIAS_BITS * input_scale)
         old = self.scale.to(torch.float64)
