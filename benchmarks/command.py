@@ -14,10 +14,11 @@ from benchmarks.machine import command_line, keep_memory_mapped, machine_facts
 from benchmarks.results import Report
 
 
-def parser(description: str, threads: int, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options every command has."""
+def parser(description: str, threads: int, rounds: int, adapters: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options every command has; `adapters`: whether it compares those of this folder."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS), metavar="NAME")
+    if adapters:
+        options.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS), metavar="NAME")
     options.add_argument("--rounds", type=int, default=rounds, help="turns that every candidate gets (%(default)s)")
     options.add_argument("--threads", type=int, default=threads, help="threads of torch (%(default)s)")
     options.add_argument("--out", type=results_path, help="also write the results to this .json or .csv file")

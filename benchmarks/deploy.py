@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.command import finish, results_path, start
+from benchmarks.command import finish, parser, start
 from benchmarks.harness import BASELINE, Comparison, compare
 from benchmarks.models import image_batch
 from benchmarks.results import Report
@@ -244,23 +244,15 @@ def available(names: Sequence[str], report: Report) -> list[str]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = argparse.ArgumentParser(description="Deployed int8 inference, as a ratio to the float model in torch.")
+    description = "Deployed int8 inference, as a ratio to the float model in torch."
+    options = parser(description, threads=2, rounds=11, adapters=False)
     options.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES), metavar="NAME")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     options.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images a call (%(default)s)")
     options.add_argument("--size", type=int, default=224, help="pixels a side (%(default)s)")
     options.add_argument("--batches", type=int, default=4, help="batches of 8 images to calibrate on (%(default)s)")
-    options.add_argument("--rounds", type=int, default=11, help="turns that every row gets (%(default)s)")
     options.add_argument("--sample", type=float, default=0.2, help="seconds a turn lasts at least (%(default)s)")
-    options.add_argument("--threads", type=int, default=2, help="threads of torch and of each runtime (%(default)s)")
     options.add_argument("--keep", type=Path, help="keep the model files in this folder")
-    options.add_argument("--out", type=results_path, help="also write the results to this .json or .csv file")
-    options.add_argument(
-        "--mallopt",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let glibc keep large blocks mapped, for every side alike (%(default)s)",
-    )
     return options.parse_args(argv)
 
 

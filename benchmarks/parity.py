@@ -21,6 +21,8 @@ from torchquant._tables import text_table
 from torchquant.deploy import Certificate, certify, export_onnx
 from torchquant.errors import require
 
+HEADER = ["network", "integer kernels: differ", "node by node: differ", "passed"]
+
 
 def randomized(name: str) -> nn.Module:
     """A torchvision model whose batch norms do something."""
@@ -60,9 +62,9 @@ def main() -> None:
         rows.append(
             [name, *(f"{c.differ} of {c.elements}" for c in found.comparisons), "yes" if found.passed else "NO"]
         )
-        print(text_table(["network", "integer kernels: differ", "node by node: differ", "passed"], rows[-1:]))
+        print(text_table(HEADER, rows[-1:]))
     print()
-    print(text_table(["network", "integer kernels: differ", "node by node: differ", "passed"], rows))
+    print(text_table(HEADER, rows))
     if options.out is not None:
         write_json(options.out, {name: found.to_dict() for name, found in certificates.items()})
 

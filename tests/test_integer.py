@@ -572,3 +572,16 @@ def test_a_bias_far_beyond_the_weights_makes_room(axis: int | None) -> None:
     with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.QUANT_EVAL):
         assert torch.equal(integer(x), model(x))
     assert max(integer.accumulators.values()) < 2**31
+
+
+def test_a_weight_with_scales_per_input_channel_runs_in_float() -> None:
+    """Its sums have no one step; it is listed, not refused."""
+    weight = tq.AffineQuantizer(8, tq.BatchMinMax(axis=1), symmetric="narrow")
+    acts = [tq.AffineQuantizer(8, tq.BatchMinMax()) for _ in range(2)]
+    model, x = tq.QWrapper(nn.Conv2d(2, 4, 3), weight, acts[0], input_quantizer=acts[1]).eval(), torch.randn(8, 2, 6, 6)
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    integer = to_integer(model, x, "exact")
+    assert [operator.name for operator in integer.float_operators] == ["conv2d"]
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.QUANT_EVAL):
+        assert torch.equal(integer(x), model(x))

@@ -17,7 +17,7 @@ from torchquant._files import write_whole
 from torchquant.deploy.certificate import Certificate, Comparison, FinalOutputs
 from torchquant.deploy.integer import IntegerModel, to_integer
 from torchquant.deploy.onnx_graph import code_name
-from torchquant.deploy.onnx_run import CodeReader, open_session
+from torchquant.deploy.onnx_run import CodeReader, feeds_of, open_session
 from torchquant.deploy.parity import Follower, SiteParity, simulated_codes
 from torchquant.errors import ConfigError, ExportError, require
 from torchquant.qmodule import QModuleState
@@ -79,7 +79,7 @@ def certify(
     keep_signed = metadata_of(path).get("torchquant_keep_signed") == "1"
     integer = to_integer(model, first_inputs, "ort", keep_signed, as_exported=True)
     readers = {way: CodeReader(path, way) for way in ways}
-    followers = {way: Follower({}, readers[way].makers, bound, tie_bound) for way in ways}
+    followers = {way: Follower(readers[way].makers, bound, tie_bound) for way in ways}
     simulation: dict[str, SiteParity] = {}
     finals = FinalOutputs()
     session = open_session(path, "all")
@@ -101,8 +101,7 @@ def certify(
                 difference.inputs = reader.inputs_of(name, inputs)
                 firsts[way] = difference
             found[WAYS[way]] = outputs[0]
-        feeds = {i.name: x.cpu().numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
-        found["ORT, as deployed"] = torch.from_numpy(session.run(None, feeds)[0])
+        found["ORT, as deployed"] = torch.from_numpy(session.run(None, feeds_of(session, inputs))[0])
         if openvino is not None:
             found["OpenVINO"] = openvino(inputs)
         finals.add(found, labels)

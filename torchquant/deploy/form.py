@@ -54,6 +54,7 @@ class DeployLayer(nn.Module):
         self.stored_bias = nn.ModuleList()  # one, or one a call where the calls have inputs of other scales
         self.calls = 0
         self.input_scales: list[Tensor | None] = []
+        self.is_settled = False
         if wrapper.weight_quantizer is not None:
             self.layer = _without_weight(wrapper.layer)
             self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path)
@@ -70,7 +71,12 @@ class DeployLayer(nn.Module):
         x = self.input(x)
         run = active_run()
         known = x.codes if isinstance(x, IntegerTensor) else None
-        if known is not None and self.bias is not None and isinstance(self.weight, StoredWeight):
+        if (
+            known is not None
+            and not self.is_settled
+            and isinstance(self.weight, StoredWeight)
+            and self.bias is not None
+        ):
             self.weight.make_room(self.bias, known.scale)
         if run is not None and run.checking:
             run.site = self.path
@@ -94,7 +100,7 @@ class DeployLayer(nn.Module):
         """Put the bias on the grid of the sums it is added to, where the inputs have one."""
         scales = [s for s in self.input_scales if s is not None]
         every_call = len(scales) == len(self.input_scales)
-        self.input_scales = []
+        self.input_scales, self.is_settled = [], True
         in_integers = isinstance(self.weight, StoredWeight) and len(self.weight.terms) == 1
         if self.bias is None or not in_integers or not scales or not every_call:
             return

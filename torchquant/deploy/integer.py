@@ -42,11 +42,9 @@ class IntegerModel(nn.Module):
         """Stays in evaluation mode: integers are not trained."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)
 
-    @torch.no_grad()
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, list[Tensor]]:
         """Site -> the integer codes (int64) of each call there, for these inputs."""
         recorded: dict[str, list[Tensor]] = {}

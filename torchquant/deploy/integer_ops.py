@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -175,16 +176,12 @@ def _clamped(x: IntegerTensor, clamp: Clamp) -> Any:
     return IntegerTensor(x.value, x.shape, (low, high))
 
 
-@_op("conv1d", "conv2d", "conv3d")
-def _conv(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    function = getattr(torch, f"conv{weight.dim() - 2}d")
+def _convolution(function: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
     return _weighted(lambda a, w: function(a, w, None, *args, **kwargs), x, weight, bias, 1 - weight.dim())
 
 
-@_op("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _conv_transpose(x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    function = getattr(torch, f"conv_transpose{weight.dim() - 2}d")
-    return _weighted(lambda a, w: function(a, w, None, *args, **kwargs), x, weight, bias, 1 - weight.dim())
+for _name in (f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)):
+    OPS[_name] = partial(_convolution, getattr(torch, _name))
 
 
 @_op("linear")

@@ -64,6 +64,11 @@ def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, opt
     return torch.cat([torch.from_numpy(output) for output in outputs])
 
 
+def feeds_of(session: Any, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """What the session is fed: input name -> array, in the order of the file."""
+    return {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+
+
 class CodeReader:
     """An ONNX file that also gives the codes of its sites. `kernels`: operator type -> how many nodes run.
 
@@ -100,28 +105,26 @@ class CodeReader:
 
     def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """What the node that made the codes `name` read: name -> tensor."""
-        numpy_helper = require("onnx", "deploy").numpy_helper
+        onnx = require("onnx", "deploy")
         node = self._maker(name)
-        stored = {entry.name: numpy_helper.to_array(entry) for entry in self.proto.graph.initializer}
-        given = {i.name: x for i, x in zip(self.session.get_inputs(), inputs, strict=True)}
+        stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in self.proto.graph.initializer}
+        feeds = feeds_of(self.session, inputs)
+        given = {name: torch.from_numpy(array) for name, array in feeds.items()}
         wanted = [i for i in node.input if i and i not in stored and i not in given]
         known = {entry.name for entry in self.proto.graph.output}
         probe = type(self.proto)()
         probe.CopyFrom(self.proto)
         for i in wanted:
             if i not in known:
-                probe.graph.output.append(require("onnx", "deploy").ValueInfoProto(name=i))
-        arrays = open_session(probe.SerializeToString(), "none").run(
-            wanted, {name: x.cpu().numpy() for name, x in given.items()}
-        )
+                probe.graph.output.append(onnx.ValueInfoProto(name=i))
+        arrays = open_session(probe.SerializeToString(), "none").run(wanted, feeds)
         computed = {i: torch.from_numpy(array) for i, array in zip(wanted, arrays, strict=True)}
         constants = {i: torch.from_numpy(stored[i].copy()) for i in node.input if i in stored}
         return {**computed, **constants, **{i: given[i] for i in node.input if i in given}}
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """(outputs, codes by name (int64))."""
-        feeds = {i.name: x.cpu().numpy() for i, x in zip(self.session.get_inputs(), inputs, strict=True)}
-        found = self.session.run([*self.outputs, *self.visible], feeds)
+        found = self.session.run([*self.outputs, *self.visible], feeds_of(self.session, inputs))
         arrays = [torch.from_numpy(array) for array in found]
         outputs, codes = arrays[: len(self.outputs)], arrays[len(self.outputs) :]
         return outputs, {name: c.to(torch.int64) for name, c in zip(self.visible, codes, strict=True)}

@@ -32,10 +32,9 @@ class SiteParity:
     """How the codes of one site compare.
 
     `kernel`: the operator that made them in the runtime, "" where no comparison was possible. `missing`: codes that the
-    runtime does not show. `elements`, `differ`:
-    how many there are and how many are not those of the reference given the same inputs; `largest`: by how many steps
-    at most; `tie_distance`: how far at most a differing element was, before rounding, from the tie between both codes,
-    in steps.
+    runtime does not show. `elements`, `differ`: how many there are and how many are not those of the reference given
+    the same inputs; `largest`: by how many steps at most; `tie_distance`: how far at most a differing element was,
+    before rounding, from the tie between both codes, in steps.
     """
 
     site: str
@@ -82,8 +81,8 @@ class Follower:
     `found`: name of a tensor of codes -> codes. Sites gather in `parity`.
     """
 
-    def __init__(self, parity: dict[str, SiteParity], kernels: Mapping[str, str], bound: int, tie_bound: float) -> None:
-        self.parity = parity
+    def __init__(self, kernels: Mapping[str, str], bound: int, tie_bound: float) -> None:
+        self.parity: dict[str, SiteParity] = {}
         self.kernels = kernels
         self.bound, self.tie_bound = bound, tie_bound
         self.found: Mapping[str, Tensor] = {}

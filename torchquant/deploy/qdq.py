@@ -200,15 +200,18 @@ class StoredWeight(StoredGrid):
         self.terms = ((new.to(torch.float64), ints),)
 
     def forward(self) -> Tensor:
-        if active_run() is not None:
-            value = Weight(self.terms, self._real)
-            return IntegerTensor(value, self._real().shape)
-        return self._real()
+        run = active_run()
+        return self._real() if run is None else _in_integers(self.terms, self._real)
 
     def _real(self) -> Tensor:
         codes = self.codes if self.table is None else look_up_linear(self.table, self.codes, None)
         real = dequantize_linear(codes, self.scale, self.zero_point, self.axis)
         return real if self.to_layer is None else self.to_layer(real)
+
+
+def _in_integers(terms: Terms, real: Callable[[], Tensor]) -> Tensor:
+    """A weight for an integer run; the real one where it has no scale per tensor or output channel."""
+    return IntegerTensor(Weight(terms, real), terms[0][1].shape) if terms else real()
 
 
 class StoredTable(nn.Module):
@@ -232,9 +235,7 @@ class StoredTable(nn.Module):
 
     def forward(self) -> Tensor:
         run = active_run()
-        if run is not None and run.tables and self.terms:
-            return IntegerTensor(Weight(self.terms, self._real), self._real().shape)
-        return self._real()
+        return self._real() if run is None or not run.tables else _in_integers(self.terms, self._real)
 
     def _real(self) -> Tensor:
         return self.to_layer(look_up_linear(self.levels, self.codes, self.rows))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant.deploy.codes import check_ready
 from torchquant.errors import ConfigError, ExportError, NoCodesError, NonFiniteError
 from torchquant.qmodule import QModule, QWeights, QWrapper
 from torchquant.qmodule.weights import quantizer_key
@@ -106,11 +107,7 @@ class WeightSite:
     def codes(self) -> Tensor:
         """The codes behind QUANT_EVAL, int32. Raises ExportError that names the site."""
         name = f"{self.key}: the quantizer ({type(self.quantizer).__name__})"
-        if not self.quantizer.is_ready:
-            raise ExportError(
-                f"{name} has seen no data. Run a batch in QModuleState.CALIBRATION; for weights alone "
-                "torchquant.observe_weights(model) is enough"
-            )
+        check_ready(self.quantizer, name)
         weight = self.seen()
         try:
             codes = self.quantizer.encode(weight)

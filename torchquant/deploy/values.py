@@ -50,7 +50,7 @@ class Codes:
 
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
         if rounding == "ort":  # a DequantizeLinear and a QuantizeLinear
-            return torch.round(self.real() / scale.to(torch.float32)).to(torch.int64) + zero_point
+            return _by_float(self.real(), scale, zero_point)
         return requantize(self.ints, multiplier_of(self.scale, 1, scale, rounding), rounding) + zero_point
 
 
@@ -121,7 +121,7 @@ class Addition:
 
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
         if self.minus and rounding == "ort":  # ONNX Runtime has no integer subtraction
-            return torch.round(self.real() / scale.to(torch.float32)).to(torch.int64) + zero_point
+            return _by_float(self.real(), scale, zero_point)
         b = replace(self.b, ints=-self.b.ints, zero_point=torch.zeros_like(self.b.zero_point)) if self.minus else self.b
         terms = [(value.codes(), value.scale, value.zero_point) for value in (self.a, b)]
         return requantize_sum(terms, scale, zero_point, rounding)
@@ -210,6 +210,11 @@ class IntegerTensor(Tensor):
         from torchquant.deploy.integer_ops import run_op
 
         return run_op(func, args, kwargs or {})
+
+
+def _by_float(real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The codes a QuantizeLinear gives real float32 numbers, not yet clamped."""
+    return torch.round(real / scale.to(torch.float32)).to(torch.int64) + zero_point
 
 
 def _signed(ints: Tensor, multiplier: Tensor, rounding: str) -> Tensor:
