@@ -50,8 +50,14 @@ PUBLIC = {
         "quantizer_parameters", "set_qmodule_state", "state_report",
     ],
     "torchquant.training": [
-        "BitSchedule", "GradientSchedule", "OscillationReport", "OscillationTracker", "QuantizationSchedule",
-        "Ramp", "adapt_ewgs", "dampening_loss", "reestimate_bn",
+        "BitSchedule", "GradientSchedule", "Loss", "OnEpoch", "OscillationReport", "OscillationTracker",
+        "QuantizationSchedule", "Ramp", "adapt_ewgs", "dampening_loss", "fit", "fit_quantized", "reestimate_bn",
+    ],
+    "torchquant.search": [
+        "Allocation", "Budget", "Candidates", "CostModel", "EpochRecord", "MixtureQuantizer", "Pareto", "ParetoPoint",
+        "PrecisionLearning", "SchemeSearch", "Search", "SearchSettings", "Sensitivity", "allocate",
+        "default_candidates", "hessian_trace", "measure_latency", "pareto", "read_latency", "render_report",
+        "search_rules", "sensitivity", "write_latency",
     ],
     "torchquant.compare": [
         "Case", "CaseResult", "Recipe", "Row", "compare", "leaderboard", "load_plugin", "make_cases",

@@ -24,7 +24,7 @@ ROWS = (
     ("plan", "graph", "models"),
     ("ptq", "search", "analysis", "training"),
     ("deploy", "compat"),
-    ("demo", "compare", "job", "export_run", "cli"),
+    ("demo", "compare", "job", "export_run", "search_run", "cli"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}
 LAST_CORE_ROW = 4
@@ -35,6 +35,7 @@ ROW_MATES = {
     ("utils", "qmodule"),
     ("plan", "graph"),
     ("models", "plan"),
+    ("search", "training"),
     ("compat", "deploy"),
     ("compare", "demo"),
     ("cli", "demo"),
@@ -46,6 +47,11 @@ ROW_MATES = {
     ("export_run", "job"),
     ("export_run", "compare"),
     ("export_run", "demo"),
+    ("export_run", "search_run"),
+    ("search_run", "job"),
+    ("search_run", "compare"),
+    ("search_run", "demo"),
+    ("cli", "search_run"),
 }
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
 PLUG_INS = {"quantizers_functional": {"uniform", "affine", "minifloat"}, "range_observers": set(), "quantizers": set()}

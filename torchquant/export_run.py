@@ -1,4 +1,4 @@
-"""From the folder of a `torchquant quantize` run to files that run elsewhere, with a certificate."""
+"""From the folder of a `torchquant quantize` or `search` run to files that run elsewhere, with a certificate."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ __all__ = ["Exported", "certify_run", "export_run", "float_model", "load_run"]
 
 FORMS = ("onnx", "packed", "integer")
 FILES = {"onnx": "model.onnx", "packed": "model.safetensors", "integer": "integer.json"}
+SHARED = ("model", "data", "checkpoint", "float_epochs", "learning_rate", "calibration_batches", "seed")
+"""Settings of a search that a job has too."""
 SAMPLES = 256
 BATCH = 64
 
@@ -47,19 +49,23 @@ class Exported:
 def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, JobConfig]:
     """The quantized model of a finished run, in eval mode and QUANT_EVAL; its data; its settings.
 
-    Raises ConfigError for a folder that holds no finished run.
+    Of a search the settings are those that `JobConfig` has. Raises ConfigError for a folder without a finished run.
     """
     run = Path(folder)
     needed = ["config.json", "plan.yaml", "quantized.pt"]
     missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{run} is not the folder of a finished `torchquant quantize` run: {', '.join(missing)} is not there"
+            f"{run} is not the folder of a finished `torchquant quantize` run or search: "
+            f"{', '.join(missing)} is not there"
         )
     try:
-        config = JobConfig(**json.loads((run / "config.json").read_text(encoding="utf-8")))
+        known = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if "kind" in known:
+            known = {name: value for name, value in known.items() if name in SHARED}
+        config = JobConfig(**known)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{run / 'config.json'} is not what `torchquant quantize` writes: {error}") from error
+        raise ConfigError(f"{run / 'config.json'} is not what these commands write: {error}") from error
     data = load_data(config.data, config.seed)
     model = quantize(build_model(config.model, data).eval(), QuantPlan.load(run / "plan.yaml"), inplace=True)
     try:

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
+from torchquant.cli import _search_app
 from torchquant.errors import MissingDependencyError, TorchQuantError, require
 
 __all__ = ["build_app", "main"]
@@ -133,7 +134,7 @@ def build_app() -> Any:
         with explained():
             _size.run(paths, json, csv)
 
-    run_argument = Annotated[Path, typer.Argument(help="Folder of a finished `torchquant quantize` run.")]
+    run_argument = Annotated[Path, typer.Argument(help="Folder of a finished `torchquant quantize` run, or search.")]
     samples_option = Annotated[int, typer.Option(min=1, help="How many test images to compare on.")]
 
     def export(
@@ -172,6 +173,7 @@ def build_app() -> Any:
     app.command()(export)
     app.command()(certify)
     app.command()(size)
+    app.add_typer(_search_app.build(explained), name="search")
     return app
 
 

@@ -74,10 +74,10 @@ def compare(
         shown.start(len(cases))
         shown.advance(len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases are there already")
         seeds = sorted({case.seed for case in missing})
-        for _ in _in_processes(_train_float, [(recipe, seed, str(runs.parent)) for seed in seeds], jobs):
+        for _ in in_processes(_train_float, [(recipe, seed, str(runs.parent)) for seed in seeds], jobs):
             shown.message("a float network is trained")
         tasks = [(case, recipe, str(runs.parent), tuple(map(str, plugins))) for case in missing]
-        for name, score in _in_processes(_run_case, tasks, jobs):
+        for name, score in in_processes(_run_case, tasks, jobs):
             shown.message(f"{name}: accuracy {score:.2%}")
             shown.advance(1, name)
     return [_read(runs / f"{case.name}.json") for case in cases]
@@ -96,7 +96,7 @@ def _load_once(path: str) -> None:
     run_python_file(Path(path), "plugin")
 
 
-def _in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+def in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     """The results as they come; in this process if one at a time is enough."""
     if jobs == 1 or len(tasks) < 2:
         for task in tasks:

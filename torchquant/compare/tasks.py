@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchquant.demo.data import TrainingData, load_digits
+from torchquant.demo.mobilenet import SmallMobileNetV2
 from torchquant.demo.network import QuantSmallResNet, SmallResNet
 from torchquant.errors import ConfigError, require
+from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory
 
 CACHE = Path("~/.cache/torchquant")
@@ -162,6 +164,19 @@ def _quantized_small(
     return QuantSmallResNet(network, weight, acts, fold_bn)
 
 
+def _small_mobilenet(data: TrainingData) -> nn.Module:
+    return SmallMobileNetV2(n_channels=data.n_channels, n_classes=data.n_classes)
+
+
+def _by_plan(network: nn.Module, weight: QuantizerFactory, acts: QuantizerFactory, fold_bn: bool | str) -> nn.Module:
+    """Quantized wherever `quantize` finds a site; the class scores stay float."""
+    rules: list[dict[str, Any]] = [
+        {"weight": weight, "input": acts, "output": acts, "fold_bn": fold_bn},
+        {"position": "last", "output": None},
+    ]
+    return quantize(network, rules)
+
+
 class Gray(nn.Module):
     """Hands pictures with one channel to a network that takes three."""
 
@@ -209,6 +224,7 @@ def _fused(kind: str) -> Callable[[nn.Module, QuantizerFactory, QuantizerFactory
 
 NETWORKS = {
     "demo": Network(_small, _quantized_small, 8e-3, 3e-3),
+    "small_mobilenet": Network(_small_mobilenet, _by_plan, 8e-3, 3e-3),
     **{
         name: Network(_torchvision(name), _fused("FusedResNet"), 1e-3, 3e-4)
         for name in ("resnet18", "resnet34", "resnet50")

@@ -1,15 +1,19 @@
-"""What the demo says while it runs: a bar on a terminal, plain lines elsewhere."""
+"""What a run says while it goes on: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 from torchquant.errors import require
 
+MOST_ROWS = 12
+"""Of a table that grows, the last ones are seen."""
+
 
 class Silent:
-    """Says nothing. Also the interface: a context manager with `start`, `message`, `advance`, `table`."""
+    """Says nothing. Also the interface: a context manager with `start`, `message`, `advance`, `row`, `table`."""
 
     def __enter__(self) -> Silent:
         return self
@@ -28,12 +32,15 @@ class Silent:
     def advance(self, amount: float, doing: str) -> None:
         """`amount` units are done; `doing` is what happens now and need not stay."""
 
+    def row(self, title: str, cells: Mapping[str, str]) -> None:
+        """One more row, column -> text, of the table `title`, which grows while the work goes on."""
+
     def table(self, title: str, header: list[str], rows: list[list[str]], note: str) -> None:
         """Show the result."""
 
 
 class Terminal(Silent):
-    """rich on a terminal: one bar with a live message, finished lines above it. Elsewhere lines only.
+    """rich on a terminal: a bar with a live message, growing tables and finished lines above it. Elsewhere lines only.
 
     `console`: a rich Console, by default one on standard output. Raises MissingDependencyError.
     """
@@ -42,7 +49,15 @@ class Terminal(Silent):
         self._console = console or require("rich.console", "cli").Console()
         rich = require("rich.progress", "cli")
         columns = ("[progress.description]{task.description}", "[progress.percentage]{task.percentage:>3.0f}%")
-        self._bar = rich.Progress(
+        self._rows: dict[str, list[Mapping[str, str]]] = {}
+        rows, grown = self._rows, self._grown
+
+        class Bar(rich.Progress):  # type: ignore[misc, name-defined]
+            def get_renderables(self) -> Iterator[Any]:
+                yield from (grown(title) for title in rows)
+                yield self.make_tasks_table(self.tasks)
+
+        self._bar = Bar(
             rich.SpinnerColumn(),
             rich.TextColumn(columns[0]),
             rich.BarColumn(),
@@ -72,10 +87,24 @@ class Terminal(Silent):
     def advance(self, amount: float, doing: str) -> None:
         self._bar.update(self._task, advance=amount, description=doing)
 
+    def row(self, title: str, cells: Mapping[str, str]) -> None:
+        self._rows.setdefault(title, []).append(cells)
+        if not self._console.is_terminal:
+            self.message(f"{title}: " + ", ".join(f"{name} {text}" for name, text in cells.items()))
+
+    def _grown(self, title: str) -> Any:
+        """The last rows of a table that grows."""
+        rows = self._rows[title]
+        return _table(title, list(rows[0]), [list(row.values()) for row in rows[-MOST_ROWS:]], "")
+
     def table(self, title: str, header: list[str], rows: list[list[str]], note: str) -> None:
-        table = require("rich.table", "cli").Table(title=title, caption=note)
-        for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        self._console.print(table)
+        self._console.print(_table(title, header, rows, note))
+
+
+def _table(title: str, header: list[str], rows: list[list[str]], note: str) -> Any:
+    table = require("rich.table", "cli").Table(title=title, caption=note)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchquant._files import write_whole
 from torchquant.demo.data import TrainingData
 from torchquant.qmodule import QModuleState
-from torchquant.utils import observe_weights, qmodule_state, quantizer_parameters, set_qmodule_state
+from torchquant.training import OnEpoch, fit, fit_quantized
+from torchquant.utils import qmodule_state, set_qmodule_state
 
 BATCH_SIZE = 64
-
-OnEpoch = Callable[[int, float], None]
-"""Called after each epoch with its number, from 1, and its mean loss."""
 
 
 def train(
@@ -35,41 +30,26 @@ def train(
     `progress`: a file that keeps where the training is after each epoch; if it is there already, training goes on
     from it and ends with the same numbers, bit for bit.
     """
+    _run(fit, model, data, epochs, learning_rate, seed, on_epoch, progress)
+
+
+def _run(
+    loop: Callable[..., None],
+    model: nn.Module,
+    data: TrainingData,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    on_epoch: OnEpoch | None,
+    progress: Path | None,
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    learned = quantizer_parameters(model)
-    of_quantizers = set(map(id, learned["params"]))
-    weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
-    groups = [weights, learned] if of_quantizers else [weights]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
-    n_steps = epochs * steps_per_epoch(data)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps)
-    model.train()
-    first = 1
-    if progress is not None and progress.exists():
-        saved = torch.load(progress, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["batches"])
-        torch.set_rng_state(saved["random"])
-        first = int(saved["epoch"]) + 1
-    for epoch in range(first, epochs + 1):
-        losses = []
-        for x, labels in data.train_batches(generator, BATCH_SIZE):
-            loss = F.cross_entropy(model(x), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        if progress is not None:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            saved |= {"schedule": schedule.state_dict(), "epoch": epoch}
-            saved |= {"batches": generator.get_state(), "random": torch.get_rng_state()}
-            write_whole(progress, partial(torch.save, saved))
-        if on_epoch is not None:
-            on_epoch(epoch, float(torch.stack(losses).mean()))
-    model.eval()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        return data.train_batches(generator, BATCH_SIZE)
+
+    n_steps = steps_per_epoch(data)
+    loop(model, batches, epochs, learning_rate, n_steps, on_epoch=on_epoch, progress=progress, generator=generator)
 
 
 def steps_per_epoch(data: TrainingData) -> int:
@@ -97,10 +77,7 @@ def quantization_aware_train(
     progress: Path | None = None,
 ) -> None:
     """`train` with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
-    set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
-    train(model, data, epochs, learning_rate, seed, on_epoch, progress)
-    observe_weights(model)
-    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    _run(fit_quantized, model, data, epochs, learning_rate, seed, on_epoch, progress)
 
 
 @torch.no_grad()

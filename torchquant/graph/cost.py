@@ -73,37 +73,58 @@ class PlanCost(list[SiteCost]):
         return text_table(header, [*(list(row.values()) for row in self.to_dicts()), total])
 
 
+@dataclass(frozen=True)
+class SiteSize:
+    """What one site computes on the example, whatever its quantizers: multiply-adds, elements, and its weights.
+
+    `weights` as their quantizers see them, the output channel on axis 0.
+    """
+
+    site: Site
+    macs: int
+    output_elements: int
+    weights: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
+    """The sizes of every site of the captured float model on the example."""
+    values = watch_values(captured, example_inputs)
+    sizes = []
+    for site in captured.sites:
+        calls = values.get(site.path, [])
+        macs = sum(_macs(site, inputs, output) for inputs, output in calls)
+        elements = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
+        sizes.append(SiteSize(site, macs, elements, tuple(_weights(site.module) if site.is_layer else [])))
+    return sizes
+
+
 @torch.no_grad()
 def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any) -> PlanCost:
     """The cost of every site of the captured float model on the example. Biases and norms are not counted."""
     chosen = {plan.path: plan for plan in plans}
-    values = watch_values(captured, example_inputs)
     cost = PlanCost()
-    for site in captured.sites:
-        calls = values.get(site.path, [])
+    for size in site_sizes(captured, example_inputs):
+        site = size.site
         plan = chosen.get(site.path, SitePlan(site.path))
         weight = plan.make("weight", site.module)
-        weights = _weights(site.module) if site.is_layer else []
         weight_bits = FLOAT_BITS if weight is None else weight.n_bits
-        read_bits = [_read_bits(read.sources, plan, chosen, site) for read in site.reads] or [
-            _bits(plan, "input", site)
-        ]
+        read_bits = [_bits(*where) for where in reads_of(site, plan, chosen)]
         output_bits = _bits(plan, "output", site)
-        macs = sum(_macs(site, inputs, output) for inputs, output in calls)
         factors = weight_bits * max(read_bits) if site.is_layer else math.prod([*read_bits, read_bits[0]][:2])
-        numel = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
-        size = sum(sum(stored_bytes(w, _observed(plan, site, w))) for w in weights)
         cost.append(
             SiteCost(
                 path=site.path or "(root)",
                 what=site.types[-1],
-                macs=macs,
+                macs=size.macs,
                 weight_bits=weight_bits if site.is_layer else 0,
                 input_bits=max(read_bits),
                 output_bits=output_bits,
-                weight_bytes=size,
-                activation_bytes=-(-numel * output_bits // 8),
-                bit_ops=macs * factors,
+                weight_bytes=sum(
+                    sum(stored_bytes(w, observed(plan.make("weight", site.module), w))) for w in size.weights
+                ),
+                activation_bytes=-(-size.output_elements * output_bits // 8),
+                bit_ops=size.macs * factors,
             )
         )
     return cost
@@ -116,11 +137,13 @@ def _bits(plan: SitePlan, name: str, site: Site) -> int:
     return FLOAT_BITS if quantizer is None else quantizer.n_bits
 
 
-def _read_bits(sources: tuple[str, ...], plan: SitePlan, chosen: Mapping[str, SitePlan], site: Site) -> int:
-    for source in sources:
-        if source in chosen and chosen[source].output is not None:
-            return _bits(chosen[source], "output", site)
-    return _bits(plan, "input", site)
+def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list[tuple[SitePlan, str, Site]]:
+    """(plan, field, site) of the quantizer that each value the site reads has passed: a source's output, or its own."""
+    found = []
+    for read in site.reads:
+        sources = [chosen[s] for s in read.sources if s in chosen and chosen[s].output is not None]
+        found.append((sources[0], "output", site) if sources else (plan, "input", site))
+    return found or [(plan, "input", site)]
 
 
 def _weights(module: nn.Module | None) -> list[Tensor]:
@@ -133,9 +156,8 @@ def _weights(module: nn.Module | None) -> list[Tensor]:
     return [module.get_parameter(name) for name in weight_names(module)]
 
 
-def _observed(plan: SitePlan, site: Site, weight: Tensor) -> Quantizer | None:
-    """A weight quantizer of the plan that has seen the weight."""
-    quantizer = plan.make("weight", site.module)
+def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:
+    """The weight quantizer, which has then seen the weight."""
     if quantizer is not None:
         quantizer.allocate(weight.shape[0])
         quantizer.pre_observe(weight)

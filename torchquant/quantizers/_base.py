@@ -139,6 +139,26 @@ class Quantizer(nn.Module, ABC):
         values = self._decode(torch.arange(low, high + 1), torch.float32, axis=0)
         return values.sort(-1).values
 
+    @torch.no_grad()
+    def thresholds(self) -> Tensor:
+        """Where `quantize` goes from each of `levels()` to the next: (L - 1,) float32, sorted; (C, L - 1) per channel.
+
+        What lies on a threshold takes one of its two levels, not the same one in every scheme. Here they are the
+        middles, as in all schemes that take the nearest level; the others override it. Raises NoCodesError for formats
+        that have no one list of levels, or have levels in other units than those of x.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> quantizer.thresholds()
+        tensor([-1.5000, -0.7500, -0.2500,  0.2500,  0.7500,  1.5000])
+        """
+        if not self.keeps_units or self.about.granularity == ("block",):
+            why = "each block has levels of its own" if self.keeps_units else "its levels are not in the units of x"
+            raise NoCodesError(f"{type(self).__name__} has no thresholds between its levels: {why}")
+        levels = self.levels()
+        return (levels[..., 1:] + levels[..., :-1]) / 2
+
     def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
         """`decode` for codes whose channel axis is `axis`; (L,) codes and axis 0 give (C, L)."""
         return self.decode(codes, dtype)
@@ -347,6 +367,12 @@ class UniformQuantizer(GridQuantizer):
     def code_range(self) -> tuple[int, int]:
         params = self.affine_params()
         return params.qmin, params.qmax
+
+    @torch.no_grad()
+    def thresholds(self) -> Tensor:
+        delta, zero_point, qmin, qmax = self.affine_params()
+        codes = torch.arange(qmin, qmax, device=delta.device) + 0.5
+        return (codes - torch.as_tensor(zero_point)[..., None]) * delta[..., None]
 
     def grid(self) -> tuple[Tensor | int, ...]:
         delta, zero_point, qmin, qmax = self.affine_params()

@@ -48,6 +48,15 @@ class MidriseQuantizer(FittedQuantizer):
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         """The statistics of each row, over all ranks. x: (C, n). (C,) each."""
 
+    def thresholds(self) -> Tensor:
+        step, shift = (torch.as_tensor(number) for number in self.grid())
+        return self._edges(step, shift)
+
+    def _edges(self, step: Tensor, shift: Tensor) -> Tensor:
+        """Of the cells, without the outer two: (2**n_bits - 1,) or (C, 2**n_bits - 1)."""
+        low, high = self.code_range
+        return torch.arange(low + 1, high + 1, device=step.device) * step[..., None] + shift[..., None]
+
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
         value = self.values(self.codes(x, *grid), x.dtype, *grid)
         if not want_inside:
@@ -125,9 +134,13 @@ class VecQQuantizer(MidriseQuantizer):
         units, unit = unit_rows(x)
         scaled = (threshold_step / unit).to(units.dtype)[:, None]
         points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
-        along, square = row_sums(units * points) * unit, row_sums(points.square())
+        along, square = row_sums(units.mul_(points)) * unit, row_sums(points.square_())
         step = reduce_mean(along) / reduce_mean(square)
         return threshold_step, usable_scale(step, 2.0**self.n_bits)
+
+    def thresholds(self) -> Tensor:
+        threshold_step, _ = self.get()
+        return self._edges(threshold_step, torch.zeros_like(threshold_step))
 
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
         value = self.values(self.codes(x, *grid), x.dtype, *grid)

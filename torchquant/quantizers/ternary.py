@@ -56,6 +56,10 @@ class TernaryQuantizer(FittedQuantizer):
         params = ternary_params(rows(x, self.axis), self.method)
         return tuple(reduce_mean(p if self.axis is not None else p.squeeze(0)) for p in params)
 
+    def thresholds(self) -> Tensor:
+        threshold, _ = self.get()
+        return torch.stack([-threshold, threshold], -1)
+
     def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
         return ternary_projection(*grid)(x, want_inside)
 

@@ -54,6 +54,10 @@ class TTQQuantizer(LearnedQuantizer):
         """Threshold, positive and negative scale in use."""
         return self.get()[2], self.bounded("positive"), self.bounded("negative")
 
+    def thresholds(self) -> Tensor:
+        threshold = self.get()[2]
+        return torch.stack([-threshold, threshold], -1)
+
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return ttq_quantize(x, *self.grid_for(x))
 

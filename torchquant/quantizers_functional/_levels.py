@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+SMALL = 2**14  # elements below which a binary search of each is as fast as anything else
+LARGEST_EXACT = 2**24  # whole numbers up to here are exact in float32
 
 
 def in_layout_of(value: Tensor, x: Tensor) -> Tensor:
@@ -21,16 +25,43 @@ def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
     """
     middles = (levels[..., 1:] + levels[..., :-1]) / 2
     if axis is None or levels.ndim == 1:
-        return in_layout_of(torch.bucketize(x.contiguous(), middles.contiguous()), x)
+        index = _search(x.reshape(1, -1), middles.reshape(1, -1))
+        return in_layout_of(index.view(x.shape), x)
     moved = x.movedim(axis, 0)
-    index = torch.searchsorted(middles.contiguous(), moved.flatten(1).contiguous())
+    index = _search(moved.flatten(1), middles)
     return in_layout_of(index.reshape(moved.shape).movedim(0, axis), x)
+
+
+def _search(rows: Tensor, edges: Tensor) -> Tensor:
+    """How many of its row's edges each element is above; all of them for NaN. rows: (C, n). edges: (C, m), sorted.
+
+    On a CPU `torch.searchsorted` waits for a mispredicted branch at every step. Here all elements go down a tree of the
+    edges together, without branches: a fifth of the time for 15 edges.
+    """
+    m = edges.shape[1]
+    depth = m.bit_length()
+    slow_device = torch.compiler.is_compiling() or rows.device.type != "cpu"
+    if slow_device or rows.numel() < SMALL or len(edges) << depth > LARGEST_EXACT or depth > 8:
+        return torch.searchsorted(edges.contiguous(), rows.contiguous())
+    tree = F.pad(edges, (0, 2**depth - 1 - m), value=torch.inf).flip(-1)
+    first = torch.arange(len(edges), dtype=rows.dtype)[:, None]
+    # node: the number of a node among those of its depth, row after row; the upper half of the edges comes first.
+    rows = rows.contiguous()
+    edge = tree[:, 2 ** (depth - 1) - 1, None].expand_as(rows).contiguous()
+    node = torch.add(edge.ge_(rows), first, alpha=2)
+    index = torch.empty_like(node, dtype=torch.int32)
+    for left in reversed(range(depth - 1)):
+        nodes = tree[:, 2**left - 1 :: 2 ** (left + 1)].reshape(-1)
+        torch.index_select(nodes, 0, index.copy_(node).view(-1), out=edge.view(-1))
+        torch.add(edge.ge_(rows), node, alpha=2, out=node)
+    index = torch.sub((first + 1) * 2**depth - 1, node).to(torch.int64)
+    return index if m == 2**depth - 1 else index.clamp_max_(m)
 
 
 def level_values(index: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
     """The levels at `index`; shape and layout of index. levels: (L,), or (C, L) for the slices of `axis`."""
     if axis is None or levels.ndim == 1:
-        return in_layout_of(levels[index], index)
+        return in_layout_of(levels.index_select(0, index.reshape(-1)).view(index.shape), index)
     moved = index.movedim(axis, 0)
     values = levels.gather(1, moved.flatten(1)).reshape(moved.shape)
     return in_layout_of(values.movedim(0, axis), index)

@@ -7,7 +7,10 @@ Summing blocks of 256 in the tensor's own type and the block sums in float64 has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,29 @@ from torch import Tensor
 from torchquant.quantizers_functional._powers import floor_pow2
 
 BLOCK = 256
+
+
+class _Shared(threading.local):
+    mean_squares: dict[Any, tuple[Tensor, Tensor]] | None = None
+
+
+_shared = _Shared()
+
+
+@contextmanager
+def shared_sums() -> Iterator[None]:
+    """Within it the mean squares of a tensor are computed once, however many quantizers measure it.
+
+    >>> x = torch.tensor([[3.0, 4.0]])
+    >>> with shared_sums():
+    ...     row_mean_squares(x) is row_mean_squares(x)
+    True
+    """
+    outer, _shared.mean_squares = _shared.mean_squares, {}
+    try:
+        yield
+    finally:
+        _shared.mean_squares = outer
 
 
 def row_sums(rows: Tensor) -> Tensor:
@@ -49,6 +75,16 @@ def row_mean_squares(rows: Tensor) -> Tensor:
     >>> row_mean_squares(torch.tensor([[3.0, 4.0]]))
     tensor([12.5000], dtype=torch.float64)
     """
+    known = None if torch.compiler.is_compiling() else _shared.mean_squares
+    if known is None:
+        return _mean_squares(rows)
+    key = (rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, rows.device, rows._version)
+    if key not in known:
+        known[key] = rows, _mean_squares(rows)  # kept together, so that nothing else comes to lie at that address
+    return known[key][1]
+
+
+def _mean_squares(rows: Tensor) -> Tensor:
     units, unit = unit_rows(rows)
     return row_sums(units.square_()) / units.shape[1] * unit.to(torch.float64).square()
 
@@ -65,7 +101,7 @@ def row_moments(rows: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tens
     units, unit = unit_rows(rows)
     unit = unit.to(torch.float64)
     mean = combine(row_sums(units) / units.shape[1] * unit)
-    centred = units.to(torch.float64) - (mean / unit)[:, None]
+    centred = units.to(torch.float64).sub_((mean / unit)[:, None])
     deviation = combine(row_sums(centred.square_()) / units.shape[1] * unit.square()).sqrt()
     return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
 

@@ -22,8 +22,7 @@ def check_residual(n_bits: int, method: str) -> None:
 
 def sign_patterns(n_bits: int, like: Tensor) -> Tensor:
     """All choices of signs, (2**n_bits, n_bits) of -1 and 1, in the type of `like`."""
-    codes = torch.arange(2**n_bits, device=like.device)[:, None]
-    bits = (codes >> torch.arange(n_bits - 1, -1, -1, device=like.device)) & 1
+    bits = _bits(torch.arange(2**n_bits, device=like.device)[None], n_bits).T
     return bits.to(like.dtype) * 2.0 - 1.0
 
 
@@ -53,15 +52,19 @@ def residual_alphas(rows: Tensor, n_bits: int, method: str = "alternating", iter
     """
     check_residual(n_bits, method)
     units, unit = unit_rows(rows)
-    signs: list[Tensor] = []
+    signs = torch.empty(len(units), n_bits, units.shape[1], dtype=units.dtype, device=units.device)
     left, alphas = units, torch.zeros(len(rows), 0, dtype=torch.float64, device=rows.device)
-    for _ in range(n_bits):
+    along = alphas
+    for i in range(n_bits):
         alpha = row_sums(left.abs()) / left.shape[1]
-        signs.append(left.ge(0.0).to(left.dtype).mul_(2.0).sub_(1.0))
-        alphas = torch.cat([alphas, alpha[:, None]], 1)
-        if method != "greedy":
-            alphas = _least_squares(units, signs)
-        left = units - sum(s * alphas[:, i : i + 1].to(s.dtype) for i, s in enumerate(signs))
+        signs[:, i] = left.clone().ge_(0.0).mul_(2.0).sub_(1.0)
+        along = torch.cat([along, _along(units, signs[:, i : i + 1])], 1)
+        known = signs[:, : i + 1]
+        alphas = torch.cat([alphas, alpha[:, None]], 1) if method == "greedy" else _least_squares(known, along)
+        total = torch.zeros_like(units)
+        for k in range(i + 1):
+            total.addcmul_(signs[:, k], alphas[:, k : k + 1].to(units.dtype))
+        left = units - total
     if method == "alternating":
         patterns = sign_patterns(n_bits, units)
         for _ in range(iterations):
@@ -69,14 +72,28 @@ def residual_alphas(rows: Tensor, n_bits: int, method: str = "alternating", iter
             assert isinstance(sums, Tensor)
             order = sums.sort(1)
             nearest = order.indices.gather(1, nearest_level(units, order.values.to(units.dtype), 0))
-            alphas = _least_squares(units, [patterns[:, i][nearest] for i in range(n_bits)])
+            bits = _bits(nearest.to(torch.uint8)[:, None], n_bits)
+            signs = bits.view(torch.int8).mul_(2).sub_(1).to(units.dtype)
+            alphas = _least_squares(signs, _along(units, signs))
     return alphas * unit.to(torch.float64)[:, None]
 
 
-def _least_squares(rows: Tensor, signs: list[Tensor]) -> Tensor:
+def _bits(codes: Tensor, n_bits: int) -> Tensor:
+    """0 and 1, the highest first. codes: (..., 1, n). (..., n_bits, n)."""
+    return codes >> torch.arange(n_bits - 1, -1, -1, dtype=codes.dtype, device=codes.device)[:, None] & 1
+
+
+def _along(rows: Tensor, signs: Tensor) -> Tensor:
+    """Mean of rows times signs. rows: (C, n). signs: (C, b, n). (C, b) float64."""
+    return (row_sums((rows[:, None] * signs).flatten(0, 1)) / rows.shape[1]).unflatten(0, signs.shape[:2])
+
+
+def _least_squares(signs: Tensor, along: Tensor) -> Tensor:
     """The scales of least squared error for given signs, by the normal equations; the least-norm ones if singular."""
-    n = rows.shape[1]
-    gram = torch.stack([torch.stack([row_sums(a * b) / n for b in signs], -1) for a in signs], -1)
-    along = torch.stack([row_sums(rows * a) / n for a in signs], -1)
+    n = signs.shape[-1]
+    if signs.shape[1] == 1:
+        return along
+    wide = signs if n <= 2**24 else signs.to(torch.float64)  # sums of signs are exact, in whatever order
+    gram = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64) / n
     inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-10)
     return (inverse * along[:, None, :]).sum(-1)

@@ -2,6 +2,10 @@
 
 from torchquant.training.bn_stats import reestimate_bn as reestimate_bn
 from torchquant.training.ewgs import adapt_ewgs as adapt_ewgs
+from torchquant.training.fit import Loss as Loss
+from torchquant.training.fit import OnEpoch as OnEpoch
+from torchquant.training.fit import fit as fit
+from torchquant.training.fit import fit_quantized as fit_quantized
 from torchquant.training.oscillation import OscillationReport as OscillationReport
 from torchquant.training.oscillation import OscillationTracker as OscillationTracker
 from torchquant.training.oscillation import dampening_loss as dampening_loss
@@ -13,11 +17,15 @@ from torchquant.training.schedules import Ramp as Ramp
 __all__ = [
     "BitSchedule",
     "GradientSchedule",
+    "Loss",
+    "OnEpoch",
     "OscillationReport",
     "OscillationTracker",
     "QuantizationSchedule",
     "Ramp",
     "adapt_ewgs",
     "dampening_loss",
+    "fit",
+    "fit_quantized",
     "reestimate_bn",
 ]

@@ -1,0 +1,59 @@
+"""How many bits for which layer: `python examples/learn_precision.py`; needs torchquant[demo].
+
+Widths are learned by gradient, then given by sensitivity, for the same mean width. The same for any model, into a
+folder with a report: `torchquant search qpl MODEL --budget 'bits<=3'` and `torchquant search allocate ...`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.demo import load_digits
+from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.search import PrecisionLearning, SearchSettings
+from torchquant.search.allocate import allocate
+from torchquant.search.sensitivity import sensitivity
+
+torch.manual_seed(0)
+data = load_digits(test_copies=1)
+net = nn.Sequential(
+    *(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+    *(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
+)
+train(net, data, epochs=4, learning_rate=2e-2, seed=0)
+example, budget = data.test_images[:2], "bits<=3.5"
+
+
+def score(model: nn.Module) -> float:
+    return accuracy(predict(model, data.test_images), data.test_labels)
+
+
+def batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
+    return list(data.train_batches(torch.Generator().manual_seed(epoch), 64))
+
+
+# 1. {n} is a width to learn. Weights and widths train together; the budget holds the mean down.
+rules = [
+    {"weight": "affine:{n},symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"},
+    {"position": "last", "output": None},
+]
+settings = SearchSettings(epochs=5, weight_rate=5e-3, alternate=False, arch_rate=None)
+search = PrecisionLearning(net, rules, example, budget, settings, min_bits=2, max_bits=8)
+for record in search.run(batches):
+    print(record, {place: round(width, 2) for place, width in record.widths.items()})
+learned = search.retrain(batches, epochs=3, learning_rate=5e-3)
+
+# 2. Without a search: what each width harms by itself, and the least harm in sum.
+harms = sensitivity(net, rules, example, batches(0)[:4], method="kl")
+found = allocate(net, rules, example, budget, harms, solver="dp")
+print(found)
+allocated = found.plan.apply(net)
+calibrate(allocated, data, 8, seed=0)
+quantization_aware_train(allocated, data, epochs=8, learning_rate=5e-3, seed=0)
+
+# 3. Both keep the budget.
+print(f"\nfloat: {score(net):.2%}")
+for name, plan, model in (("learned", search.derive(), learned), ("allocated", found.plan, allocated)):
+    widths = {site.path: site.weight for site in plan.sites if site.weight}
+    print(f"{name}: {score(model):.2%}, {plan.cost(net, example).weight_bytes} bytes, {widths}")
+assert search.costs.totals(search.choice_within_budget())["bits"] <= 3.5
+assert found.totals["bits"] <= 3.5

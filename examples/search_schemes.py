@@ -1,0 +1,59 @@
+"""Which scheme for which layer, within a budget of bytes: `python examples/search_schemes.py`; needs torchquant[demo].
+
+The same for any model, into a folder with a report: `torchquant search qss MODEL --budget 'bytes<=1kB'`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.demo import load_digits
+from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.plan import quantize
+from torchquant.search import SchemeSearch, SearchSettings
+
+torch.manual_seed(0)
+data = load_digits(test_copies=1)
+net = nn.Sequential(
+    *(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+    *(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
+)
+train(net, data, epochs=4, learning_rate=2e-2, seed=0)
+
+
+def score(model: nn.Module) -> float:
+    return accuracy(predict(model, data.test_images), data.test_labels)
+
+
+# 1. What each layer may choose from: any spec strings, of any widths. A field with a list is searched.
+specs = ["clipq:2/channel", "twn/channel", "pot:2/channel", "clipq:4/channel", "esb:4,k=1/channel"]
+rules = [{"weight": specs, "input": "affine:8", "output": "affine:8"}, {"position": "last", "output": None}]
+example = data.test_images[:2]
+search = SchemeSearch(net, rules, example, "bytes<=1kB", SearchSettings(epochs=5, weight_rate=5e-3, arch_rate=0.1))
+
+
+# 2. Search. Weights train on every second batch, the shares of the schemes on the others.
+def batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
+    return list(data.train_batches(torch.Generator().manual_seed(epoch), 64))
+
+
+for record in search.run(batches):
+    print(f"{record}, {record.costs['bytes']:.0f} bytes expected")
+
+# 3. The plan keeps the budget, whatever the shares say. Then train under it.
+model = search.retrain(batches, epochs=3, learning_rate=5e-3)
+plan = search.derive()
+for place, shares in search.history[-1].shares.items():
+    print(
+        f"{place}: "
+        + ", ".join(f"{spec.partition('/')[0]} {share:.2f}" for spec, share in zip(specs, shares, strict=True))
+    )
+print(plan)
+
+# 4. Beside the same scheme everywhere, for as many epochs.
+print(f"\nfloat: {score(net):.2%}\nsearched: {score(model):.2%}, {plan.cost(net, example).weight_bytes} bytes")
+for spec in ("twn/channel", "clipq:4/channel"):
+    single = quantize(net, [{**rules[0], "weight": spec}, rules[1]], example)
+    calibrate(single, data, 8, seed=0)
+    quantization_aware_train(single, data, epochs=8, learning_rate=5e-3, seed=0)
+    print(f"{spec}: {score(single):.2%}, {single.plan.cost(net, example).weight_bytes} bytes")
+assert plan.cost(net, example).weight_bytes <= 1000

@@ -1,0 +1,233 @@
+"""What a choice costs: the measures of `Budget`, as numbers and as differentiable expectations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.graph.capture import capture
+from torchquant.graph.cost import FLOAT_BITS, observed, reads_of, site_sizes, stored_bytes
+from torchquant.graph.sites import SitePlan, make_field
+from torchquant.plan.quant_plan import QuantPlan
+from torchquant.search.budget import Budget
+from torchquant.search.space import Candidates, searched_fields
+
+Place = tuple[str, str]
+"""(site path, field): where a choice is made."""
+Choice = Mapping[Place, int]
+"""Place -> index of the option chosen there."""
+LatencyTable = Mapping[tuple[str, str], float]
+"""(site path, weight spec) -> seconds of the layer."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One choice to make: its place, the spec strings to choose from, what each would cost there.
+
+    `bits`, `bytes`, `seconds`: one number an option; bytes of weights or of activations. `elements`: how many share it.
+    """
+
+    place: Place
+    options: tuple[str, ...]
+    bits: tuple[int, ...]
+    bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    elements: int
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether weights are stored with it."""
+        return self.place[1] == "weight"
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Multiply-adds of one site, and where the bits of its factors come from: a place, or fixed bits."""
+
+    macs: int
+    first: Place | int
+    reads: tuple[Place | int, ...]
+
+
+class CostModel:
+    """Costs of every choice for a plan with candidates, on the example. Numbers equal those of `QuantPlan.cost`.
+
+    `latency`: (site path, weight spec) -> seconds. Raises ConfigError.
+
+    >>> from torchquant.search import search_rules
+    >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> rules = search_rules([{"weight": ["affine:2", "affine:8"], "output": "affine:8"}])
+    >>> costs = CostModel(net, QuantPlan.from_rules(rules, net), torch.zeros(1, 8))
+    >>> costs.totals({("0", "weight"): 0, ("2", "weight"): 1})["bits"]
+    3.2
+    """
+
+    def __init__(
+        self, net: nn.Module, plan: QuantPlan, example_inputs: Any, latency: LatencyTable | None = None
+    ) -> None:
+        spaces = searched_fields(plan)
+        if not spaces:
+            raise ConfigError("the rules leave nothing to choose: give a field a list of specs, or a spec with {n}")
+        self.latency = latency
+        self.variables: list[Variable] = []
+        self.fixed = dict.fromkeys(("bytes", "act_bytes"), 0.0)
+        self.products: list[_Product] = []
+        chosen = {site.path: site for site in plan.sites}
+        for size in site_sizes(capture(net, example_inputs, plan.trace, plan.fuse), example_inputs):
+            path = size.site.path
+            own = chosen.get(path, SitePlan(path))
+            read = reads_of(size.site, own, chosen)
+            unused = () if any(plan is own and name == "input" for plan, name, _ in read) else ("input",)
+            for field in ("weight", "input", "output", "bias"):
+                if (path, field) in spaces and field not in unused:
+                    elements = size.output_elements if field == "output" else 0
+                    self._add(spaces[path, field], path, field, size.weights, elements)
+            if not isinstance(own.weight, Candidates):
+                quantizers = [observed(own.make("weight", size.site.module), w) for w in size.weights]
+                pairs = zip(size.weights, quantizers, strict=True)
+                self.fixed["bytes"] += sum(sum(stored_bytes(w, q)) for w, q in pairs)
+            if not isinstance(own.output, Candidates):
+                self.fixed["act_bytes"] += -(-size.output_elements * _fixed_bits(own, "output", size.site.module) // 8)
+            reads = tuple(_source(*where) for where in read)
+            if size.site.is_layer:
+                first = _source(own, "weight", size.site)
+                self.products.append(_Product(size.macs, first, reads))
+            elif size.macs:
+                pair = (*reads, reads[0])[:2]
+                self.products.append(_Product(size.macs, pair[0], pair[1:]))
+        self.places = [variable.place for variable in self.variables]
+        self.by_place = {variable.place: variable for variable in self.variables}
+
+    def _add(self, space: Candidates, path: str, field: str, weights: Sequence[Tensor], elements: int) -> None:
+        options = space.options(field)
+        made = [make_field(spec, field) for spec in options]
+        bits = tuple(quantizer.n_bits for quantizer in made)
+        if field == "weight":
+            sizes = [
+                sum(float(sum(stored_bytes(w, observed(make_field(spec, field), w)))) for w in weights)
+                for spec in options
+            ]
+            elements = sum(w.numel() for w in weights)
+        else:
+            sizes = [float(-(-elements * n // 8)) for n in bits]
+        seconds = tuple(self._seconds(path, spec) for spec in options) if field == "weight" else (0.0,) * len(bits)
+        self.variables.append(Variable((path, field), tuple(options), bits, tuple(sizes), seconds, elements))
+
+    def _seconds(self, path: str, spec: str) -> float:
+        if self.latency is None:
+            return 0.0
+        if (path, spec) not in self.latency:
+            raise ConfigError(f"the latency table has no entry for the site '{path}' with '{spec}'")
+        return float(self.latency[path, spec])
+
+    def totals(self, choice: Choice) -> dict[str, float]:
+        """Every measure of one choice: place -> index of its option."""
+        chosen = [(v, choice[v.place]) for v in self.variables]
+        return self._measures(
+            {v.place: float(v.bits[o]) for v, o in chosen},
+            {v.place: v.bytes[o] for v, o in chosen},
+            {v.place: v.seconds[o] for v, o in chosen},
+            max,
+        )
+
+    def expected(self, shares: Mapping[Place, Tensor]) -> dict[str, Tensor]:
+        """Every measure for shares (O,) of the options of each place; float64, with a gradient for the shares."""
+
+        def mean(v: Variable, numbers: Sequence[float]) -> Tensor:
+            given = shares[v.place].to(torch.float64)
+            return (given * torch.tensor(numbers, dtype=torch.float64, device=given.device)).sum()
+
+        found = self._measures(
+            {v.place: mean(v, v.bits) for v in self.variables},
+            {v.place: mean(v, v.bytes) for v in self.variables},
+            {v.place: mean(v, v.seconds) for v in self.variables},
+            lambda a, b: torch.maximum(*(torch.as_tensor(c, dtype=torch.float64) for c in (a, b))),
+        )
+        return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+    def _measures(
+        self, bits: Mapping[Place, Any], sizes: Mapping[Place, Any], seconds: Mapping[Place, Any], wider: Any
+    ) -> dict[str, Any]:
+        """The measures, from what each place has; in numbers or in tensors."""
+        weights = [v for v in self.variables if v.is_weight]
+        acts = [v for v in self.variables if not v.is_weight]
+
+        def mean_bits(chosen: list[Variable]) -> Any:
+            return sum(bits[v.place] * v.elements for v in chosen) / max(sum(v.elements for v in chosen), 1)
+
+        def of(source: Place | int) -> Any:
+            return source if isinstance(source, int) else bits[source]
+
+        return {
+            "bytes": sum(sizes[v.place] for v in weights) + self.fixed["bytes"],
+            "bits": mean_bits(weights),
+            "act_bytes": sum(sizes[v.place] for v in acts) + self.fixed["act_bytes"],
+            "act_bits": mean_bits(acts),
+            "bitops": sum(p.macs * of(p.first) * functools.reduce(wider, map(of, p.reads)) for p in self.products),
+            "latency": sum(seconds[v.place] for v in weights),
+        }
+
+    def excess(self, choice: Choice, budgets: Sequence[Budget]) -> float:
+        """By what share a choice is over its budgets, added up; 0 if it keeps them all."""
+        totals = self.totals(choice)
+        return sum(max(totals[b.measure] / b.limit - 1.0, 0.0) for b in budgets)
+
+    def check_feasible(self, budgets: Sequence[Budget]) -> None:
+        """Raise ConfigError, with the least that can be had, if a budget cannot be met on its own."""
+        for budget in budgets:
+            if budget.measure == "latency" and self.latency is None:
+                raise ConfigError("a budget of latency needs a latency table: (site path, weight spec) -> seconds")
+            least = self.totals(self.cheapest(budget.measure))[budget.measure]
+            if least > budget.limit:
+                raise ConfigError(
+                    f"the budget {budget} cannot be met: the least that these candidates allow is {least:g}"
+                )
+
+    def cheapest(self, measure: str = "bytes") -> dict[Place, int]:
+        """The choice that costs least of a measure."""
+        return {v.place: min(range(len(v.options)), key=lambda o: self._rank(v, o, measure)) for v in self.variables}
+
+    @staticmethod
+    def _rank(variable: Variable, option: int, measure: str) -> tuple[float, float]:
+        first = {"bytes": variable.bytes, "act_bytes": variable.bytes, "latency": variable.seconds}
+        numbers = first.get(measure, variable.bits)
+        return float(numbers[option]), float(variable.bits[option])
+
+    def plan_of(self, plan: QuantPlan, choice: Choice) -> QuantPlan:
+        """The plan with the chosen spec strings in place of its candidates; None where an input has nothing to do."""
+        fields: dict[str, dict[str, str | None]] = {}
+        for path, field in searched_fields(plan):
+            fields.setdefault(path, {})[field] = None
+        for place, option in choice.items():
+            fields.setdefault(place[0], {})[place[1]] = self.by_place[place].options[option]
+        sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
+        return replace(plan, sites=sites)
+
+
+def name_of(place: Place) -> str:
+    """Path and field in one word.
+
+    >>> name_of(("layer1.0.conv1", "weight"))
+    'layer1.0.conv1.weight'
+    """
+    return ".".join(part for part in place if part)
+
+
+def _source(plan: SitePlan, field: str, site: Any) -> Place | int:
+    """Where the bits of a field come from: a place to choose at, or fixed bits."""
+    if isinstance(getattr(plan, field), Candidates):
+        return (plan.path, field)
+    return _fixed_bits(plan, field, site.module)
+
+
+def _fixed_bits(plan: SitePlan, field: str, module: nn.Module | None) -> int:
+    if getattr(plan, field) == "share":
+        return FLOAT_BITS
+    quantizer = plan.make(field, module)
+    return FLOAT_BITS if quantizer is None else quantizer.n_bits

@@ -1,0 +1,54 @@
+"""What cost adds to the loss: prices that rise while a budget is exceeded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchquant.search.budget import Budget
+from torchquant.search.settings import SearchSettings
+
+NEAR = 0.15
+"""The share of a budget within which its price moves."""
+
+
+class Prices:
+    """One price a budget, moved after each step, and the penalty of going over it (docs/algorithms.md F3).
+
+    A penalty alone ends where it balances the task, above the budget; the price goes on rising until the budget
+    holds, as in an augmented Lagrangian. It moves only near the budget and goes away far from it, so that none builds
+    up while the cost is on its way. With `target` a cost below the budget is drawn up to it in the same manner.
+    `reference`: what `cost_weight` counts as 1.
+    """
+
+    def __init__(self, budgets: Sequence[Budget], settings: SearchSettings, reference: float) -> None:
+        self.budgets = list(budgets)
+        self.settings = settings
+        self.reference = max(reference, 1e-30)
+        self.values = torch.zeros(len(self.budgets), dtype=torch.float64)
+
+    @property
+    def are_charged(self) -> bool:
+        """Whether cost counts at all."""
+        return bool(self.budgets) or self.settings.cost_weight > 0.0
+
+    def loss(self, totals: Mapping[str, Tensor], epoch: int) -> Tensor:
+        """What joins the task's loss, for expected costs by measure."""
+        value = self.settings.cost_weight * totals[self.settings.cost_measure] / self.reference
+        penalty = self.settings.penalty_at(max(epoch, 1))
+        for price, budget in zip(self.values, self.budgets, strict=True):
+            over = totals[budget.measure] / budget.limit - 1.0
+            missed = over if self.settings.target else over.clamp_min(0.0)
+            value = value + price * over + penalty * missed.square()
+        return value
+
+    @torch.no_grad()
+    def move(self, totals: Mapping[str, Tensor]) -> None:
+        """Let every price follow the cost as it is now."""
+        if not self.budgets:
+            return
+        over = torch.stack([totals[b.measure].cpu() / b.limit - 1.0 for b in self.budgets])
+        moved = torch.where(over.abs() < NEAR, self.values + self.settings.price_rate * over, 0.9 * self.values)
+        self.values = moved if self.settings.target else moved.clamp_min(0.0)

@@ -1,0 +1,149 @@
+"""What a search may choose from: the candidates of one place, and rules that have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchquant.errors import ConfigError
+from torchquant.graph.sites import FIELDS, make_field
+from torchquant.plan.quant_plan import QuantPlan
+from torchquant.plan.rules import RULE_SETS, Rules
+from torchquant.quantizers import weight_spec
+from torchquant.search.mixture import MixtureQuantizer
+
+WIDTH = "{n}"
+DEFAULT_SCHEMES = ("qfmt", "residual", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
+"""AutoQNN's: fixed point, residual, VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Spec strings to choose from at one place. One with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
+
+    In a template `{k}` stands for n - 3, at least 0, as ESB wants it. Widths that a scheme has not are left out. It is
+    a function of the layer, as a plan takes it for a field; it gives a `MixtureQuantizer`. Raises ConfigError.
+
+    >>> space = Candidates(("clipq:4/channel", "esb:4,k=1/channel"))
+    >>> [option for option in space.options("weight")]
+    ['clipq:4/channel', 'esb:4,k=1/channel']
+    >>> Candidates(("affine:{n}",), min_bits=2, max_bits=4).options("output")
+    ['affine:2', 'affine:3', 'affine:4']
+    """
+
+    specs: tuple[str, ...]
+    min_bits: int = 2
+    max_bits: int = 8
+    field: str = "weight"
+    form: str = "interp"
+
+    def __post_init__(self) -> None:
+        if not self.specs:
+            raise ConfigError("there must be at least one candidate")
+        if len(set(self.specs)) != len(self.specs):
+            raise ConfigError(f"a candidate is given twice: {', '.join(self.specs)}")
+        if not 1 <= self.min_bits <= self.max_bits:
+            raise ConfigError(f"widths must be 1 <= min_bits <= max_bits, got {self.min_bits}..{self.max_bits}")
+
+    @property
+    def learns_width(self) -> bool:
+        """Whether there is a width to learn."""
+        return any(WIDTH in spec for spec in self.specs)
+
+    def rows(self, field: str | None = None) -> list[dict[int | None, str]]:
+        """One entry a candidate: width -> spec string; None for a candidate without width to learn.
+
+        Candidates with a width to learn have the same widths, those that all of them have.
+        """
+        field = field or self.field
+        rows: list[dict[int | None, str]] = []
+        for spec in self.specs:
+            if WIDTH not in spec:
+                make_field(spec, field)
+                rows.append({None: spec})
+                continue
+            found = {n: spec.format(n=n, k=max(n - 3, 0)) for n in range(self.min_bits, self.max_bits + 1)}
+            rows.append({n: text for n, text in found.items() if _is_spec(text, field)})
+        learning = [{n for n in row if n is not None} for row in rows if None not in row]
+        common: set[int] = set.intersection(*learning) if learning else set()
+        if learning and not common:
+            raise ConfigError(
+                f"{', '.join(self.specs)} have no width from {self.min_bits} to {self.max_bits} in common"
+            )
+        whole = range(min(common), max(common) + 1) if common else range(0)
+        if set(whole) != common:
+            raise ConfigError(f"{', '.join(self.specs)} have the widths {sorted(common)}; there must be none missing")
+        return [row if None in row else {n: row[n] for n in whole} for row in rows]
+
+    def options(self, field: str | None = None) -> list[str]:
+        """Every spec string that can come out."""
+        return [spec for row in self.rows(field) for spec in row.values()]
+
+    def __call__(self, layer: nn.Module) -> MixtureQuantizer:
+        return MixtureQuantizer(self.rows(), self.field, self.form)
+
+
+def _is_spec(text: str, field: str) -> bool:
+    try:
+        make_field(text, field)
+    except ConfigError:
+        return False
+    return True
+
+
+def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) -> list[str]:
+    """Weight candidates of the same storage cost: those of `schemes` that have the width; at 1 and 2 bits also
+    binary or ternary.
+
+    >>> default_candidates(2)[:3], len(default_candidates(4))
+    (['qfmt:2,signed/channel', 'residual:2/channel', 'vecq:2/channel'], 8)
+    """
+    names = [*schemes, *{1: ["binary"], 2: ["ternary"]}.get(n_bits, [])]
+    found = [weight_spec(name, n_bits) if name != "binary" else "binary/channel" for name in names]
+    specs = [spec for spec in dict.fromkeys(found) if spec is not None]
+    if not specs:
+        raise ConfigError(f"none of {', '.join(names)} has {n_bits} bits")
+    return specs
+
+
+def searched_fields(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
+    """(site path, field) -> candidates, for the places of a plan that have any; in the order they run."""
+    return {
+        (site.path, name): choice
+        for site in plan.sites
+        for name in FIELDS
+        if isinstance(choice := getattr(site, name), Candidates)
+    }
+
+
+def search_rules(
+    rules: Rules, min_bits: int = 2, max_bits: int = 8, form: str = "interp"
+) -> str | list[dict[str, Any]]:
+    """Rules of a plan in which a field is a list of specs, or a spec with `{n}`: candidates are put in their place.
+
+    Raises ConfigError.
+
+    >>> rule = search_rules([{"weight": ["clipq:4/channel", "pot:4/channel"], "output": "affine:{n}"}])[0]
+    >>> rule["weight"].specs, rule["output"].learns_width
+    (('clipq:4/channel', 'pot:4/channel'), True)
+    """
+    given: Sequence[Mapping[str, Any]] = RULE_SETS[rules] if isinstance(rules, str) and rules in RULE_SETS else rules  # type: ignore[assignment]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return rules  # type: ignore[return-value]  # the plan says what is wrong with it
+    found: list[dict[str, Any]] = []
+    for rule in given:
+        if not isinstance(rule, Mapping):
+            return list(given)  # type: ignore[arg-type]
+        made = dict(rule)
+        for name in FIELDS:
+            value = made.get(name)
+            specs = [value] if isinstance(value, str) and WIDTH in value else value
+            if isinstance(specs, list | tuple):
+                space = Candidates(tuple(map(str, specs)), min_bits, max_bits, name, form)
+                space.rows()
+                made[name] = space
+        found.append(made)
+    return found

@@ -1,0 +1,174 @@
+"""What a search run found out: numbers, tables, the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchquant._files import write_csv, write_json, write_whole
+from torchquant.errors import ConfigError
+from torchquant.plan import QuantPlan
+from torchquant.search import Budget, CostModel, EpochRecord
+from torchquant.search.cost import Choice, name_of
+from torchquant.search.progress import HISTORY
+from torchquant.search.report import CHOICE, render_report
+from torchquant.search.space import searched_fields
+from torchquant.search_run.settings import SearchConfig
+
+FRONT = "pareto.json"
+PROCESSES = "processes"
+"""In config.json beside the settings, where they were more than one: other shares of the data, other numbers."""
+DETAILS = {"qss": "scheme search", "qpl": "precision learning", "allocate": "allocation by sensitivity"}
+
+
+@dataclass(frozen=True)
+class SearchRunResult:
+    """Test accuracy, 0..1: float, and of the plan after retraining. Bytes of all layer weights, float and planned.
+
+    `costs`: of the plan, every measure of a `Budget`, as `QuantPlan.cost` counts. `budgets`: measure -> limit.
+    `predicted`: the sum of the harms, of an allocation only. `candidates`: "path.field" -> what it could choose from.
+    """
+
+    kind: str
+    float_accuracy: float
+    accuracy: float
+    float_weight_bytes: int
+    weight_bytes: int
+    costs: dict[str, float]
+    budgets: dict[str, float]
+    predicted: float | None
+    candidates: dict[str, list[str]] = field(repr=False)
+
+    @property
+    def keeps_budgets(self) -> bool:
+        """Whether the plan costs at most what it may."""
+        return all(self.costs[measure] <= limit for measure, limit in self.budgets.items())
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Header, rows and a note, to show."""
+        rows = [
+            ["float", f"{self.float_accuracy:.2%}", f"{self.float_weight_bytes / 1e3:.1f}", ""],
+            [
+                DETAILS[self.kind],
+                f"{self.accuracy:.2%}",
+                f"{self.weight_bytes / 1e3:.1f}",
+                f"{self.float_weight_bytes / self.weight_bytes:.1f}x",
+            ],
+        ]
+        words = [f"{m} {amount(self.costs[m])} of at most {amount(limit)}" for m, limit in self.budgets.items()]
+        kept = f"budget {'kept' if self.keeps_budgets else 'NOT kept'}: {', '.join(words)}" if words else "no budget"
+        return ["model", "accuracy", "weights kB", "smaller"], rows, f"{self.costs['bits']:.2f} bits a weight; {kept}"
+
+
+def amount(value: float) -> str:
+    """A number as people read it.
+
+    >>> amount(13580.0), amount(3.25)
+    ('13,580', '3.25')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def choice_of(plan: QuantPlan, costs: CostModel) -> Choice:
+    """Place -> option that a plan has there. Raises ConfigError for a plan with others."""
+    sites = {site.path: site for site in plan.sites}
+    found = {}
+    for variable in costs.variables:
+        path, name = variable.place
+        spec = getattr(sites.get(path), name, None)
+        if spec not in variable.options:
+            raise ConfigError(f"plan.yaml has {spec!r} at '{path}', {name}, which is no candidate there")
+        found[variable.place] = variable.options.index(spec)
+    return found
+
+
+def write_choices(path: Path, choice: Choice, costs: CostModel) -> None:
+    """choices.csv: what was chosen where, and what it costs there."""
+    rows = []
+    for variable in costs.variables:
+        option = choice[variable.place]
+        numbers = {"bits": variable.bits[option], "bytes": int(variable.bytes[option])}
+        rows.append(
+            {"place": variable.place[0], "field": variable.place[1], "spec": variable.options[option], **numbers}
+        )
+    write_csv(path, CHOICE, rows)
+
+
+def write_history(folder: Path, history: Sequence[EpochRecord]) -> None:
+    """history.json, with everything, and history.csv, with the numbers of each epoch."""
+    write_json(folder / HISTORY, [record.to_dict() for record in history])
+    plain = ("epoch", "loss", "arch_loss", "entropy", "temperature", "seconds")
+    rows = [{name: getattr(record, name) for name in plain} | record.costs for record in history]
+    write_csv(folder / "history.csv", [*plain, *(history[0].costs if history else ())], rows)
+
+
+def read_history(folder: Path) -> list[EpochRecord]:
+    """What `write_history` wrote; [] if there is none."""
+    path = folder / HISTORY
+    return [EpochRecord(**entry) for entry in _json(path)] if path.exists() else []
+
+
+def candidates_of(space: QuantPlan, costs: CostModel) -> dict[str, list[str]]:
+    """ "path.field" -> the specs it may choose from, with `{n}` where a width is learned."""
+    spaces = searched_fields(space)
+    return {name_of(place): list(spaces[place].specs) for place in costs.places}
+
+
+def write_report(out: str | os.PathLike[str]) -> Path:
+    """report.html of a finished run, from the other files in its folder. Raises MissingDependencyError, ConfigError."""
+    folder = Path(out)
+    if not (folder / "result.json").exists():
+        raise ConfigError(f"{folder} is not the folder of a finished search: result.json is not there")
+    known = _json(folder / "config.json")
+    processes = known.pop(PROCESSES, 1)
+    config = SearchConfig(**known)
+    result = SearchRunResult(**_json(folder / "result.json"))
+    budgets = [Budget(measure, limit) for measure, limit in result.budgets.items()]
+    front = _json(folder / FRONT) if (folder / FRONT).exists() else None
+    chosen = None
+    if front is not None and result.predicted is not None:
+        chosen = (result.costs[front["measure"]], result.predicted)
+    text = render_report(
+        f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}",
+        result.table(),
+        _choices(folder / "choices.csv"),
+        read_history(folder),
+        budgets,
+        result.candidates,
+        front,
+        chosen,
+        command_of(config, processes),
+    )
+    return write_whole(folder / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def command_of(config: SearchConfig, processes: int = 1) -> str:
+    """The command line that asks for it.
+
+    >>> command_of(SearchConfig("qpl", "demo", "bits<=3", epochs=4))
+    "torchquant search qpl demo --budget 'bits<=3' --epochs 4"
+    """
+    defaults = {name: entry.default for name, entry in SearchConfig.__dataclass_fields__.items()}
+    words = ["torchquant", "search", config.kind, config.model]
+    if processes > 1:
+        words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words, "--distributed"]
+    for name, value in asdict(config).items():
+        if value != defaults[name] and name not in ("kind", "model"):
+            given = [] if value is True else [shlex.quote(str(value))]
+            words += [f"--{name.replace('_', '-')}", *given]
+    return " ".join(words)
+
+
+def _choices(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row | {"bits": int(row["bits"]), "bytes": int(row["bytes"])} for row in csv.DictReader(file)]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,201 @@
+"""What a search run is asked for, and the candidates that its words stand for."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchquant.errors import ConfigError
+from torchquant.job import read_rules
+from torchquant.plan import QuantPlan
+from torchquant.quantizers import QUANTIZERS, catalogue, find_scheme, weight_spec
+from torchquant.search import (
+    Budget,
+    Candidates,
+    PrecisionLearning,
+    SchemeSearch,
+    SearchSettings,
+    search_rules,
+)
+from torchquant.search.allocate import SOLVERS
+from torchquant.search.engine import SCOPES, Search
+from torchquant.search.sensitivity import METHODS
+from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_fields
+from torchquant.search.width_gradient import FORMS
+
+KINDS: dict[str, type[Search] | None] = {"qss": SchemeSearch, "qpl": PrecisionLearning, "allocate": None}
+BITS = {"qss": "4", "qpl": "2-8", "allocate": "2-8"}
+DEFAULT = {"qss": (*DEFAULT_SCHEMES, "ternary", "binary"), "qpl": ("clipq",), "allocate": ("clipq",)}
+"""Schemes, where none are named; those that have the width."""
+COOLING = 0.1
+"""Last temperature over first."""
+REACH = 5.0
+"""How far a search of schemes can move a logit, from its beginning to its end."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What `torchquant search` is asked for. `model`, `data`, `checkpoint`, `float_epochs`: as in `JobConfig`.
+
+    `kind`: "qss" chooses schemes, "qpl" learns widths, "allocate" gives widths by sensitivity. `budget`: what the plan
+    may cost, "bytes<=40kB" (`Budget`). `schemes`: names with commas (at every width of `bits`), or whole specs.
+    `bits`: "4", "2,3,4" or "2-8"; qpl learns within their ends. `acts`: one spec, or several with commas, to be
+    searched too; `{n}` in one stands for the widths `act_bits`. `fold_bn`: quantize weights with their batch norm
+    folded in. `rules`: a YAML file with rules whose fields may be lists, in place of `schemes`, `acts` and `fold_bn`;
+    `{n}` in them stands for `bits`. `epochs` of the search, `retrain_epochs`
+    of its plan; both train at a third of `learning_rate`. `arch_rate`: None for what decides schemes, or crosses the
+    widths, within the epochs. `temperature` (the first; a tenth of it is the last), `penalty`: None as in
+    `SearchSettings`. `method`, `solver`: of allocate, see `sensitivity` and `allocate`.
+    `latency`: a table that `write_latency` wrote, for a budget of latency. Raises ConfigError.
+    """
+
+    kind: str
+    model: str
+    budget: str = ""
+    data: str = "digits"
+    schemes: str | None = None
+    bits: str | None = None
+    acts: str = "affine:8"
+    act_bits: str = "2-8"
+    fold_bn: bool = False
+    rules: str | None = None
+    per: str = "layer"
+    form: str = "interp"
+    method: str = "kl"
+    solver: str = "ilp"
+    latency: str | None = None
+    checkpoint: str | None = None
+    float_epochs: int = 30
+    epochs: int = 10
+    retrain_epochs: int = 10
+    learning_rate: float = 1e-3
+    arch_rate: float | None = None
+    temperature: float | None = None
+    penalty: float | None = None
+    calibration_batches: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {"kind": KINDS, "per": SCOPES, "form": FORMS, "method": METHODS, "solver": SOLVERS}
+        for name, words in allowed.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        for name, least in (("float_epochs", 0), ("epochs", 1), ("retrain_epochs", 0), ("calibration_batches", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be 0..{2**32 - 1}, got {self.seed}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not self.budgets and self.kind != "qss":
+            raise ConfigError(f"{self.kind} needs a budget, such as 'bits<=4' or 'bytes<=40kB'")
+        if self.rules is not None and self.schemes is not None:
+            raise ConfigError("rules name their candidates themselves; leave out schemes")
+        self.candidate_rules()
+        self.settings()
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """What may be spent."""
+        return Budget.parse(self.budget)
+
+    def settings(self, steps: int = 1000) -> SearchSettings:
+        """Of the search, which has so many steps for logits and widths."""
+        searched = KINDS[self.kind]
+        given: dict[str, Any] = {"arch_rate": self.arch_rate, "penalty": self.penalty}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.kind == "qss":
+            given.setdefault("arch_rate", max(1e-2, REACH / steps))
+        if self.temperature is not None:
+            given["temperature"] = (self.temperature, COOLING * self.temperature)
+        defaults = SearchSettings() if searched is None else searched.defaults
+        return replace(defaults, epochs=self.epochs, weight_rate=self.learning_rate / 3.0, **given)
+
+    def candidate_rules(self) -> Any:
+        """The rules of a plan with `Candidates`. Raises ConfigError."""
+        if self.rules is not None:
+            rules = read_rules(self.rules)
+            if isinstance(rules, QuantPlan):
+                raise ConfigError(f"{self.rules} holds a plan, which leaves nothing to choose; give a list of rules")
+            return search_rules(rules, *ends("bits", self.bits or "2-8"), self.form)
+        weight = self._weights()
+        specs, (low, high) = split_specs(self.acts), ends("act_bits", self.act_bits)
+        fields: dict[str, Any] = {"weight": weight}
+        for name in ("input", "output"):
+            space = Candidates(tuple(specs), low, high, name, self.form)
+            fields[name] = specs[0] if len(space.options()) == 1 else space
+        if isinstance(weight, str) and isinstance(fields["output"], str):
+            raise ConfigError(f"there is one candidate only, {weight!r}; give more schemes or bits to choose from")
+        return [fields | {"fold_bn": self.fold_bn}, {"position": "last", "output": None}]
+
+    def _weights(self) -> Candidates | str:
+        """What `schemes` and `bits` stand for; a spec string if that is one only."""
+        bits = widths("bits", self.bits or BITS[self.kind])
+        if self.kind == "qpl":
+            ends("bits", self.bits or BITS[self.kind])
+        specs: list[str] = []
+        for word in split_specs(self.schemes) if self.schemes is not None else DEFAULT[self.kind]:
+            if re.search("[:/@,]", word):
+                specs.append(word)
+            elif self.kind == "qpl":
+                specs.append(find_scheme(word)[0].typical.format(name=word, n=WIDTH, k="{k}"))
+            else:
+                specs += [spec for n in bits if (spec := weight_spec(word, n)) is not None]
+        if not specs:
+            raise ConfigError(f"none of {self.schemes} has {self.bits} bits; see: torchquant schemes")
+        space = Candidates(tuple(dict.fromkeys(specs)), bits[0], bits[-1], "weight", self.form)
+        options = space.options()
+        return space if len(options) > 1 else options[0]
+
+    def space(self, net: Any, example_inputs: Any) -> QuantPlan:
+        """The plan with candidates. Raises ConfigError, also where there is nothing to choose."""
+        plan = QuantPlan.from_rules(self.candidate_rules(), net, example_inputs)
+        if not searched_fields(plan):
+            raise ConfigError("the rules leave nothing to choose: give a field a list of specs, or a spec with {n}")
+        return plan
+
+
+def split_specs(text: str) -> list[str]:
+    """Specs with commas between them; a comma inside a spec stays.
+
+    >>> split_specs("affine:8,observer=mse, lsq:4")
+    ['affine:8,observer=mse', 'lsq:4']
+    """
+    names = {*QUANTIZERS, *(preset for entry in catalogue() for preset in entry.presets)}
+    found: list[str] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        is_argument = found and ("=" in part or re.search("[:,]", found[-1]))
+        if is_argument and re.split("[:/@]", part)[0] not in names:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    if not found:
+        raise ConfigError("there must be at least one spec, such as 'affine:8'")
+    return found
+
+
+def widths(name: str, text: str) -> list[int]:
+    """Whole numbers with commas, or two ends with a hyphen. Raises ConfigError.
+
+    >>> widths("bits", "2-4"), widths("bits", "2,8")
+    ([2, 3, 4], [2, 8])
+    """
+    try:
+        low, hyphen, high = text.partition("-")
+        found = range(int(low), int(high) + 1) if hyphen else map(int, text.split(","))
+        numbers = sorted(set(found))
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise ConfigError(f"{name} must be whole numbers from 1, such as '4', '2,3,4' or '2-8'; got {text!r}")
+    return numbers
+
+
+def ends(name: str, text: str) -> tuple[int, int]:
+    """First and last of `widths`, none of them missing between. Raises ConfigError."""
+    numbers = widths(name, text)
+    if numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise ConfigError(f"{name}: widths are learned within two ends, such as '2-8'; got {text!r}")
+    return numbers[0], numbers[-1]

@@ -1,0 +1,284 @@
+"""A search from a float model to a retrained one, into a folder; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._files import write_json
+from torchquant.analysis import weight_bytes
+from torchquant.compare.tasks import load_data
+from torchquant.compat.checkpoints import load_checkpoint
+from torchquant.demo.data import TrainingData
+from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
+from torchquant.demo.progress import Silent
+from torchquant.demo.training import (
+    BATCH_SIZE,
+    accuracy,
+    calibrate,
+    predict,
+    quantization_aware_train,
+    steps_per_epoch,
+    train,
+)
+from torchquant.errors import ConfigError, require
+from torchquant.job import build_model
+from torchquant.plan import QuantPlan
+from torchquant.qmodule import QModuleState
+from torchquant.search import Budget, CostModel, EpochRecord
+from torchquant.search.allocate import allocate
+from torchquant.search.cost import LatencyTable
+from torchquant.search.latency import read_latency
+from torchquant.search.pareto import pareto
+from torchquant.search.progress import PROGRESS
+from torchquant.search.sensitivity import FILE as SENSITIVITY
+from torchquant.search.sensitivity import Sensitivity, sensitivity
+from torchquant.search_run.ranks import Ranks, process_group
+from torchquant.search_run.results import (
+    FRONT,
+    PROCESSES,
+    SearchRunResult,
+    amount,
+    candidates_of,
+    choice_of,
+    write_choices,
+    write_history,
+    write_report,
+)
+from torchquant.search_run.settings import KINDS, SearchConfig
+from torchquant.utils import set_qmodule_state
+
+PLAN = "plan.yaml"
+SEARCHED = "searched.pt"
+POINTS = 8
+"""Budgets of the Pareto picture."""
+
+
+def run_search(
+    config: SearchConfig,
+    out: str | os.PathLike[str],
+    show: Silent | None = None,
+    distributed: bool = False,
+    device: str | None = None,
+) -> SearchRunResult:
+    """Float model, search or sensitivities, plan, retraining, evaluation; files in `out`.
+
+    `config.json`, `float.pt`, `history.json` and `.csv` or `sensitivity.json` and `pareto.json`, `searched.pt` (float
+    weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `result.json`, `report.html`. A stage whose
+    file is there is not run again, and inside a stage every epoch, or place, is kept. `distributed`: one of several
+    processes that torchrun started; all must see `out`, the first one writes it. Raises ConfigError, also if `out`
+    holds another search.
+    """
+    if distributed and config.kind == "allocate":
+        raise ConfigError("allocate measures in one process; distributed is for qss and qpl")
+    for package, extra in (("yaml", "cli"), ("jinja2", "report"), ("matplotlib", "report")):
+        require(package, extra)
+    with process_group(distributed, device) as ranks:
+        folder = Path(out)
+        settings = asdict(config) | ({PROCESSES: ranks.world} if ranks.world > 1 else {})
+        ranks.at_first(lambda: claim_folder(output_folder(out) / "config.json", settings, "another search", "search"))
+        with show or Silent() if ranks.is_first else Silent() as shown:
+            shown.start(4.0)
+            run = _Run(config, folder, shown, ranks)
+            run.float_stage()
+            run.plan_stage()
+            run.retrain_stage()
+            result = run.result()
+            ranks.at_first(lambda: run.finish(result))
+            shown.advance(1.0, "done")
+        return result
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    """The batches of an epoch, by its number: the same whenever they are asked for."""
+
+    data: TrainingData
+    seed: int
+    number: int
+
+    def __len__(self) -> int:
+        return steps_per_epoch(self.data)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + self.number)
+        return self.data.train_batches(generator, BATCH_SIZE)
+
+
+class _Run:
+    """One run: what its stages share. The candidates, and whether a budget can be kept, are known from the start."""
+
+    def __init__(self, config: SearchConfig, folder: Path, shown: Silent, ranks: Ranks) -> None:
+        self.config, self.folder, self.shown, self.ranks = config, folder, shown, ranks
+        torch.manual_seed(config.seed)
+        self.data = ranks.share(load_data(config.data, config.seed))
+        self.net = build_model(config.model, self.data).to(ranks.device).eval()
+        self.example = self.data.test_images[:2]
+        self.space = config.space(self.net, self.example)
+        self.latency: LatencyTable | None = None if config.latency is None else read_latency(config.latency)
+        self._costs().check_feasible(config.budgets)
+        self.float_bytes = sum(site.total for site in weight_bytes(self.net))
+
+    def float_stage(self) -> None:
+        """float.pt, and the accuracy of the float model."""
+        config, progress = self.config, self.folder / "float.progress.pt"
+
+        def work() -> None:
+            if config.checkpoint is not None:
+                load_checkpoint(self.net, config.checkpoint)
+            elif config.float_epochs:
+                tell = self._tell("float", config.float_epochs)
+                train(self.net, self.data, config.float_epochs, config.learning_rate, config.seed, tell, progress)
+
+        self._stage("float.pt", self.net, work, progress)
+        self.costs = self._costs()
+        self.float_accuracy = self._accuracy(self.net)
+        self.shown.message(f"float: accuracy {self.float_accuracy:.2%}")
+
+    def plan_stage(self) -> None:
+        """plan.yaml; the float model then has the searched weights."""
+        if not self.ranks.of_first((self.folder / PLAN).exists()):
+            torch.manual_seed(self.config.seed)
+            plan = self._allocate() if self.config.kind == "allocate" else self._search()
+            self.ranks.at_first(lambda: plan.save(self.folder / PLAN))
+            if self.ranks.is_first:
+                (self.folder / PROGRESS).unlink(missing_ok=True)
+        self.plan = QuantPlan.load(self.folder / PLAN)
+        if self.config.kind != "allocate":
+            self.net.load_state_dict(self._load(SEARCHED))
+        self.choice = choice_of(self.plan, self.costs)
+        self.totals = self.costs.totals(self.choice)
+        words = ", ".join(
+            f"{b.measure} {amount(self.totals[b.measure])} of {amount(b.limit)}" for b in self.config.budgets
+        )
+        self.shown.message(f"plan: {self.totals['bits']:.2f} bits a weight{', ' if words else ''}{words}")
+
+    def _search(self) -> QuantPlan:
+        config = self.config
+        kind = KINDS[config.kind]
+        assert kind is not None
+        steps = config.epochs * max(steps_per_epoch(self.data) // 2, 1)
+        search = kind(
+            self.net,
+            self.space,
+            self.example,
+            config.budgets,
+            config.settings(steps),
+            config.per,
+            form=config.form,
+            latency=self.latency,
+        )
+
+        def tell(record: EpochRecord) -> None:
+            self.shown.row("search", epoch_words(record, config.epochs, config.budgets))
+            self.shown.advance(1.0 / config.epochs, f"search: epoch {record.epoch} of {config.epochs}")
+
+        history = search.run(lambda epoch: _Epochs(self.data, config.seed, epoch), out=self.folder, on_epoch=tell)
+        self.ranks.at_first(lambda: write_checkpoint(self.folder / SEARCHED, search.float_model()))
+        self.ranks.at_first(lambda: write_history(self.folder, history))
+        return search.derive()
+
+    def _allocate(self) -> QuantPlan:
+        config = self.config
+        batches = list(itertools.islice(_Epochs(self.data, config.seed, 0), config.calibration_batches))
+
+        def tell(place: tuple[str, str], harms: tuple[float, ...]) -> None:
+            self.shown.advance(1.0 / len(self.costs.places), f"sensitivity of {'.'.join(place)}")
+
+        harms = sensitivity(
+            self.net, self.space, self.example, batches, config.method, out=self.folder, on_place=tell, seed=config.seed
+        )
+        given = (self.net, self.space, self.example)
+        found = allocate(*given, config.budgets, harms, config.solver, self.latency)
+        measure = config.budgets[0].measure
+        pareto(*given, harms, measure, POINTS, solver=config.solver, latency=self.latency).save(self.folder / FRONT)
+        return found.plan
+
+    def retrain_stage(self) -> None:
+        """quantized.pt: calibrated under the plan, then trained."""
+        config, progress = self.config, self.folder / "retrain.progress.pt"
+        torch.manual_seed(config.seed)
+        self.model = self.plan.apply(self.net)
+
+        def work() -> None:
+            calibrate(self.model, self.data, config.calibration_batches, config.seed)
+            if config.retrain_epochs:
+                tell = self._tell("retraining", config.retrain_epochs)
+                rate = config.learning_rate / 3.0
+                quantization_aware_train(
+                    self.model, self.data, config.retrain_epochs, rate, config.seed, tell, progress
+                )
+
+        self._stage("quantized.pt", self.model, work, progress)
+        set_qmodule_state(self.model.eval(), QModuleState.QUANT_EVAL)
+        self.accuracy = self._accuracy(self.model)
+        self.shown.message(f"retrained: accuracy {self.accuracy:.2%}")
+
+    def finish(self, result: SearchRunResult) -> None:
+        """choices.csv, result.json, report.html."""
+        write_choices(self.folder / "choices.csv", self.choice, self.costs)
+        write_json(self.folder / "result.json", asdict(result))
+        write_report(self.folder)
+
+    def result(self) -> SearchRunResult:
+        """The numbers of the run."""
+        predicted = None
+        if self.config.kind == "allocate":
+            harms = Sensitivity.load(self.folder / SENSITIVITY).harms
+            predicted = sum(harms[place][option] for place, option in self.choice.items())
+        return SearchRunResult(
+            self.config.kind,
+            self.float_accuracy,
+            self.accuracy,
+            self.float_bytes,
+            self.plan.cost(self.net, self.example).weight_bytes,
+            self.totals,
+            {budget.measure: budget.limit for budget in self.config.budgets},
+            predicted,
+            candidates_of(self.space, self.costs),
+        )
+
+    def _costs(self) -> CostModel:
+        return CostModel(self.net, self.space, self.example, self.latency)
+
+    def _stage(self, name: str, model: nn.Module, work: Callable[[], object], progress: Path) -> None:
+        """Do the work and keep the model; or take it from the file, if the work was done before."""
+        path = self.folder / name
+        done = self.ranks.of_first(path.exists())
+        if not done:
+            work()
+            self.ranks.at_first(lambda: write_checkpoint(path, model))
+        if done or not self.ranks.is_first:
+            model.load_state_dict(self._load(name))
+        if self.ranks.is_first:
+            progress.unlink(missing_ok=True)
+        model.eval()
+
+    def _load(self, name: str) -> Any:
+        return torch.load(self.folder / name, weights_only=True, map_location=self.ranks.device)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        return accuracy(predict(model, self.data.test_images), self.data.test_labels)
+
+    def _tell(self, what: str, epochs: int) -> Callable[[int, float], None]:
+        def tell(epoch: int, loss: float) -> None:
+            self.shown.advance(1.0 / epochs, f"{what}: epoch {epoch} of {epochs}, loss {loss:.3f}")
+
+        return tell
+
+
+def epoch_words(record: EpochRecord, epochs: int, budgets: Sequence[Budget]) -> dict[str, str]:
+    """An epoch for people: what it is called -> what it is."""
+    words = {"epoch": f"{record.epoch} of {epochs}", "loss": f"{record.loss:.3f}"}
+    words["search loss"] = "-" if record.arch_loss is None else f"{record.arch_loss:.3f}"
+    words["bits"] = f"{record.costs['bits']:.2f}"
+    for budget in budgets:
+        words[budget.measure] = f"{amount(record.costs[budget.measure])} of {amount(budget.limit)}"
+    return words | {"entropy": f"{record.entropy:.2f}"}

@@ -1,0 +1,176 @@
+"""Many searches with other settings, proposed by Optuna and kept in a storage that several machines can join."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torchquant._files import write_json, write_whole
+from torchquant.demo.files import claim_folder, output_folder
+from torchquant.demo.progress import Silent
+from torchquant.errors import ConfigError, require
+from torchquant.search_run.results import amount
+from torchquant.search_run.settings import SearchConfig
+from torchquant.search_run.stages import run_search
+
+SPACES: dict[str, dict[str, tuple[float, float]]] = {
+    "qss": {"arch_rate": (5e-3, 3e-1), "temperature": (1.0, 10.0), "penalty": (0.1, 30.0)},
+    "qpl": {"arch_rate": (3e-3, 3e-1), "penalty": (0.1, 30.0)},
+}
+"""What trials differ in: setting -> least and most, on a logarithmic scale."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One search of a study. `accuracy` on the test images, 0..1; `costs` of its plan."""
+
+    number: int
+    settings: dict[str, float]
+    accuracy: float
+    costs: dict[str, float]
+    folder: str
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """The finished trials, by falling accuracy."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The first of them."""
+        return self.trials[0]
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Header, rows and a note, to show."""
+        names = list(self.best.settings)
+        rows = [
+            [str(t.number), f"{t.accuracy:.2%}", amount(t.costs["bytes"]), *(f"{t.settings[n]:.3g}" for n in names)]
+            for t in self.trials
+        ]
+        return ["trial", "accuracy", "bytes", *names], rows, "chosen by the test images: the best one flatters itself"
+
+
+def run_study(
+    config: SearchConfig,
+    out: str | os.PathLike[str],
+    trials: int = 20,
+    storage: str | None = None,
+    name: str = "search",
+    show: Silent | None = None,
+) -> StudyResult:
+    """Searches that differ in what `SPACES` names, each in `out/trial-N`, until the study has `trials` finished ones.
+
+    `storage`: a URL such as "sqlite:///study.db" or "mysql://...", or a journal file "study.log", which also works on a
+    shared file system; None: `out/study.db`. Whoever names the same storage and study works on it too. A trial that was
+    stopped goes on where it was, in the same folder. The float network is trained once. `out/study.json` has the
+    finished trials. The accuracy is that on the test images, so the best one is chosen by them. Needs the extra
+    `search`. Raises ConfigError, MissingDependencyError.
+    """
+    if config.kind not in SPACES:
+        raise ConfigError(
+            f"a study is of {' or '.join(SPACES)}, got {config.kind!r}; allocate learns nothing by chance"
+        )
+    if trials < 1:
+        raise ConfigError(f"trials must be at least 1, got {trials}")
+    optuna = require("optuna", "search")
+    folder, shown = output_folder(out), show or Silent()
+    claim_folder(folder / "config.json", asdict(config), "a study of another search", "search")
+    with _quiet(optuna), _opened(optuna, storage, folder) as opened:
+        study = optuna.create_study(storage=opened, study_name=name, direction="maximize", load_if_exists=True)
+        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            if (folder / f"trial-{trial.number}").is_dir():
+                _perform(study, optuna.trial.Trial(study, trial._trial_id), config, folder, shown)
+        while len(_finished(study)) < trials:
+            trial = study.ask()
+            for setting, (least, most) in SPACES[config.kind].items():
+                trial.suggest_float(setting, least, most, log=True)
+            _perform(study, trial, config, folder, shown)
+        result = StudyResult(tuple(sorted(_finished(study), key=lambda t: -t.accuracy)))
+    write_json(folder / "study.json", [asdict(trial) for trial in result.trials])
+    return result
+
+
+def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: Silent) -> None:
+    """One trial, unless another process is at it, or it was stopped before its settings were known."""
+    own = output_folder(folder / f"trial-{trial.number}")
+    with _locked(own / ".lock") as is_ours:
+        finished = {t.number for t in _finished(study)}
+        if not is_ours or trial.number in finished or set(trial.params) != set(SPACES[config.kind]):
+            return
+        kept = folder / "float.pt"
+        if kept.exists() and not (own / "float.pt").exists():
+            write_whole(own / "float.pt", lambda path: path.write_bytes(kept.read_bytes()))
+        words = ", ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
+        shown.message(f"trial {trial.number}: {words}")
+        result = run_search(replace(config, **trial.params), own, shown)
+        if not kept.exists():
+            write_whole(kept, lambda path: path.write_bytes((own / "float.pt").read_bytes()))
+        trial.set_user_attr("costs", result.costs)
+        trial.set_user_attr("folder", str(own))
+        study.tell(trial.number, result.accuracy)
+
+
+def _finished(study: Any) -> list[Trial]:
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    return [Trial(t.number, t.params, t.value, t.user_attrs["costs"], t.user_attrs["folder"]) for t in trials]
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna says nothing of its own."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _opened(optuna: Any, storage: str | None, folder: Path) -> Iterator[Any]:
+    """The storage behind a URL or a file. Raises ConfigError."""
+    place = f"sqlite:///{(folder / 'study.db').resolve()}" if storage is None else storage
+    try:
+        if "://" in place:
+            opened = optuna.storages.RDBStorage(place)
+        else:
+            opened = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(place))
+    except Exception as error:  # drivers of databases fail in many ways
+        raise ConfigError(
+            f"the storage {place!r} cannot be opened ({str(error).splitlines()[0]}); give a URL such as "
+            "sqlite:///study.db, or a journal file such as study.log"
+        ) from error
+    try:
+        yield opened
+    finally:
+        opened.remove_session()
+        if "://" in place:
+            opened.engine.dispose()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether this process alone has the lock, which ends with the process however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: a trial that was stopped stays unfinished
+        is_new = not path.exists()
+        path.touch()
+        yield is_new
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
