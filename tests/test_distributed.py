@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchquant as tq
 from torchquant.errors import NonFiniteError
+from torchquant.search import PrecisionLearning, SearchSettings
 
 WORLD_SIZE = 2
 BATCH = 8
@@ -121,6 +122,21 @@ def fitted(rank: int | None) -> dict[str, Tensor]:
     return found
 
 
+def searched(rank: int | None) -> dict[str, Tensor]:
+    """Logits and widths of a search, of which each rank sees a part of the batches and draws noise of its own."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    rules = [{"weight": ["clipq:{n}/channel", "affine:{n},symmetric=narrow/channel"], "output": "affine:8"}]
+    settings = SearchSettings(epochs=2, warmup=0, alternate=False, arch_rate=0.1, target=True)
+    search = PrecisionLearning(net, rules, torch.zeros(1, 2, 8, 8), "bits<=4", settings)
+    torch.manual_seed(0 if rank is None else rank)
+    search.run([(part_of(x.float(), rank), part_of(labels, rank)) for x, labels in batches()])
+    named = {f"theta{i}": p for i, p in enumerate(search.logits)} | {
+        f"width{i}": p for i, p in enumerate(search.widths)
+    }
+    return {name: p.detach().clone() for name, p in named.items()} | {"prices": search.prices.values}
+
+
 def refused(rank: int) -> bool:
     """Whether a NaN that only the last rank sees is refused on this rank."""
     x = torch.ones(4)
@@ -138,7 +154,8 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     try:
         result = {"calibrated": calibrated(rank), "trained": trained(rank), "fitted": fitted(rank)}
-        torch.save(result | {"refused": refused(rank)}, f"{folder}/rank{rank}.pt")
+        result |= {"refused": refused(rank), "searched": searched(rank)}
+        torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -200,6 +217,11 @@ def test_ternary_numbers_are_those_of_all_ranks(ranks: list[dict[str, Any]]) -> 
         mean = (each[0][name] + each[1][name]) / 2
         torch.testing.assert_close(ranks[0]["fitted"][name], mean, rtol=1e-6, atol=0)
         assert not torch.equal(each[0][name], each[1][name])
+
+
+def test_a_search_has_the_same_logits_and_widths_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    torch.testing.assert_close(ranks[0]["searched"], ranks[1]["searched"], rtol=0, atol=0)
+    assert all(float(t.abs().max()) > 0 for name, t in ranks[0]["searched"].items() if name.startswith("theta"))
 
 
 def test_nan_on_one_rank_is_refused_on_all(ranks: list[dict[str, Any]]) -> None:

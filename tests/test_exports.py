@@ -59,6 +59,9 @@ PUBLIC = {
         "default_candidates", "hessian_trace", "measure_latency", "pareto", "read_latency", "render_report",
         "search_rules", "sensitivity", "write_latency",
     ],
+    "torchquant.search_run": [
+        "SearchConfig", "SearchRunResult", "StudyResult", "Trial", "run_search", "run_study", "write_report",
+    ],
     "torchquant.compare": [
         "Case", "CaseResult", "Recipe", "Row", "compare", "leaderboard", "load_plugin", "make_cases",
         "markdown", "read_leaderboard", "write_leaderboard",

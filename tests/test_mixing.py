@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 import torchquant as tq
+from benchmarks import search_step
+from benchmarks.models import build_float, image_batch
+from benchmarks.qat_step import TrainingStep
 from benchmarks.saved_bytes import saved_bytes
 from torchquant.errors import ConfigError, NoCodesError
 from torchquant.quantizers import QUANTIZERS, GroupQuantizer, Quantizer, make_quantizer
 from torchquant.quantizers_functional._levels import nearest_level
+from torchquant.quantizers_functional._sums import shared_sums
 from torchquant.search import mixing
 from torchquant.search._steps import MOST_PLACES, Cells, steps_of
 from torchquant.search.mixing import mix
+from torchquant.search.mixture import MixtureQuantizer
 
 PLAIN = ("affine:4", "ul2q:4", "vecq:4@clipped", "clipq:4", "zoomq:4", "esb:4,k=1", "pot0:4@clipped", "residual:4")
 ANY = ("affine:4@clipped", "lsq:3", "ternary", "affine:4@ewgs", "tqt:4", "apot:4")
@@ -350,6 +355,32 @@ def test_the_tree_of_levels_is_a_binary_search(n_levels: int, dtype: torch.dtype
     found = nearest_level(x, levels, axis)
     assert found.dtype == torch.int64
     assert torch.equal(found if axis is None else found.movedim(axis, 0), expected)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_shared_sums_are_those_of_each_alone(axis: int | None) -> None:
+    granularity = "channel" if axis == 0 else "tensor"
+    specs = [f"{name}:4/{granularity}" for name in ("vecq", "ul2q", "clipq", "pot", "pot0")]
+    x, other = torch.randn(6, 300), torch.randn(6, 300)
+    shared = [make_quantizer(spec) for spec in specs]
+    with shared_sums():
+        for tensor in (other, x, x.clone().mul_(2.0)):
+            for quantizer in shared:
+                quantizer.pre_observe(tensor)
+            x.add_(0.5)  # in place: what was kept of it no longer holds
+        for quantizer in shared:
+            quantizer.pre_observe(x)
+    for quantizer, alone in zip(shared, observed(tuple(specs), x), strict=True):
+        assert all(map(torch.equal, quantizer.buffers(), alone.buffers()))
+
+
+def test_a_search_step_of_the_benchmark_trains_everything() -> None:
+    net = build_float("mobilenet_v2", 32)
+    model = search_step.build(net, ["clipq:4/channel", "pot:4/channel"], ["affine:4", "ul2q:4", "zoomq:4"])
+    step = TrainingStep(model, *image_batch(2, 32))
+    step()
+    assert step.void_because() == ""
+    assert sum(isinstance(m, MixtureQuantizer) for m in model.modules()) > 100
 
 
 def test_it_can_be_copied_and_saved_between() -> None:

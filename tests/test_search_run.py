@@ -30,7 +30,8 @@ from torchquant.demo.training import accuracy, predict
 from torchquant.errors import ConfigError, MissingDependencyError
 from torchquant.export_run import export_run, load_run
 from torchquant.plan import QuantPlan
-from torchquant.search import EpochRecord, SchemeSearch
+from torchquant.search import EpochRecord, PrecisionLearning, SchemeSearch
+from torchquant.search.engine import Search
 from torchquant.search.report import render_report
 from torchquant.search_run import SearchConfig, SearchRunResult, run_search, run_study, write_report
 from torchquant.search_run.ranks import Ranks, Share
@@ -473,3 +474,14 @@ def test_retraining_that_was_stopped_sees_the_batches_of_its_epochs(tmp_path: Pa
         search.retrain(batches, 4, on_epoch=stop, progress=tmp_path / "retrain.pt")
     again = search.retrain(batches, 4, progress=tmp_path / "retrain.pt").state_dict()
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("kind", [SchemeSearch, PrecisionLearning])
+def test_one_choice_for_the_model_stays_one_under_a_budget(kind: type[Search]) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    field = ["affine:2", "affine:4", "affine:8"] if kind is SchemeSearch else "affine:{n}"
+    search = kind(net, [{"weight": field}], torch.zeros(2, 4), "bits<=4.5", per="model")
+    with torch.no_grad():
+        for logits in search.logits:
+            logits += torch.tensor([0.0, 0.5, 1.0])  # the widest is liked best, and over the budget
+    assert [site.weight for site in search.derive().sites] == ["affine:4", "affine:4"]

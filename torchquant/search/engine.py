@@ -21,13 +21,13 @@ from torchquant.search.batches import Batches, batches_of, n_batches, pairs
 from torchquant.search.budget import Budget
 from torchquant.search.cost import CostModel, LatencyTable, Place, name_of
 from torchquant.search.prices import Prices
-from torchquant.search.progress import is_first_rank, keep_search, resume_search
+from torchquant.search.progress import keep_search, resume_search
 from torchquant.search.repair import keep_budgets, use_room
 from torchquant.search.settings import EpochRecord, SearchSettings
 from torchquant.search.space import search_rules
 from torchquant.search.supernet import build_supernet
 from torchquant.training import Loss, OnEpoch, fit_quantized
-from torchquant.training.fit import epochs_done
+from torchquant.training.fit import across_ranks, epochs_done, is_first_rank
 from torchquant.utils import qmodule_state, set_qmodule_state
 
 SCOPES = ("layer", "model")
@@ -91,7 +91,7 @@ class Search:
         self.slopes = torch.zeros(len(self.widths), dtype=torch.float64)
         """Running mean of the task's gradient for each width."""
         set_qmodule_state(self.model, QModuleState.QUANT_AWARE_TRAIN)
-        self.module = _distributed(self.model)
+        self.module = across_ranks(self.model)
         self._optimizers: dict[str, torch.optim.Optimizer] | None = None
 
     def compile(self, **options: Any) -> None:
@@ -282,11 +282,20 @@ class Search:
         """
         chosen, budgets = self.choice(), self.prices.budgets
         if budgets:
-            scores = self.scores()
-            chosen = keep_budgets(self.costs, budgets, scores, chosen)
+            scores, groups = self.scores(), self._groups()
+            chosen = keep_budgets(self.costs, budgets, scores, chosen, groups)
             if self.widths:
-                chosen = use_room(self.costs, budgets, scores, chosen)
+                chosen = use_room(self.costs, budgets, scores, chosen, groups)
         return chosen
+
+    def _groups(self) -> list[list[Place]]:
+        """Places that choose together, since they learn the same logits and width."""
+        found: dict[object, list[Place]] = {}
+        for place in self.costs.places:
+            mixture = self.mixtures[place][0]
+            learned = [id(p) for p in (mixture.theta, mixture.float_bitwidth) if p is not None]
+            found.setdefault(tuple(learned) or place, []).append(place)
+        return list(found.values())
 
     def derive(self) -> QuantPlan:
         """The plan that was found, in spec strings. It keeps the budgets, always.
@@ -334,12 +343,6 @@ class Search:
             progress,
         )
         return model
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return model
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def _distinct(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:

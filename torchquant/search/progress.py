@@ -68,9 +68,3 @@ def _identity(search: Search) -> dict[str, str]:
         "candidates": json.dumps(places),
         "budgets": ", ".join(map(str, search.prices.budgets)),
     }
-
-
-def is_first_rank() -> bool:
-    """Whether this process writes files."""
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not available or torch.distributed.get_rank() == 0

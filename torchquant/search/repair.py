@@ -10,44 +10,52 @@ from torchquant.search.cost import Choice, CostModel, Place
 
 Scores = Mapping[Place, Sequence[float]]
 """Place -> how bad each option is thought to be for the task; lower is better."""
+Groups = Sequence[Sequence[Place]]
 
 
-def keep_budgets(costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice) -> dict[Place, int]:
+def keep_budgets(
+    costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice, groups: Groups | None = None
+) -> dict[Place, int]:
     """Cheaper options, the least harmful for what they save first, until every budget holds.
 
-    Raises ConfigError with what is least, if no choice keeps all of them together.
+    `groups`: places that have one option together; each alone without. Raises ConfigError with what is least, if no
+    choice keeps all of them together.
     """
     found = dict(choice)
+    groups = groups or [[place] for place in costs.places]
     excess = costs.excess(found, budgets)
     while excess > 0.0:
         best: tuple[float, int, int] | None = None
-        for index, place in enumerate(costs.places):
-            for option in range(len(scores[place])):
-                saved = excess - costs.excess({**found, place: option}, budgets)
+        for index, group in enumerate(groups):
+            for option in range(len(scores[group[0]])):
+                saved = excess - costs.excess(found | dict.fromkeys(group, option), budgets)
                 if saved > 1e-12:
-                    harm = scores[place][option] - scores[place][found[place]]
+                    harm = sum(scores[place][option] - scores[place][found[place]] for place in group)
                     best = min(best or (float("inf"), 0, 0), (harm / saved, index, option))
         if best is None:
             totals = costs.totals(found)
             least = ", ".join(f"{b.measure} {totals[b.measure]:g} for at most {b.limit:g}" for b in budgets)
             raise ConfigError(f"no choice keeps all budgets together; the nearest that was found has {least}")
-        found[costs.places[best[1]]] = best[2]
+        found |= dict.fromkeys(groups[best[1]], best[2])
         excess = costs.excess(found, budgets)
     return found
 
 
-def use_room(costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice) -> dict[Place, int]:
+def use_room(
+    costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice, groups: Groups | None = None
+) -> dict[Place, int]:
     """Better options, the most useful for what they cost first, as long as every budget holds."""
     found = dict(choice)
+    groups = groups or [[place] for place in costs.places]
     while True:
         totals = costs.totals(found)
         best: tuple[float, int, int] | None = None
-        for index, place in enumerate(costs.places):
-            for option in range(len(scores[place])):
-                gain = scores[place][found[place]] - scores[place][option]
+        for index, group in enumerate(groups):
+            for option in range(len(scores[group[0]])):
+                gain = sum(scores[place][found[place]] - scores[place][option] for place in group)
                 if gain <= 0.0:
                     continue
-                trial = {**found, place: option}
+                trial = found | dict.fromkeys(group, option)
                 if costs.excess(trial, budgets) > 0.0:
                     continue
                 after = costs.totals(trial)
@@ -55,4 +63,4 @@ def use_room(costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice
                 best = max(best or (-1.0, 0, 0), (gain / (price + 1e-12), -index, option))
         if best is None:
             return found
-        found[costs.places[-best[1]]] = best[2]
+        found |= dict.fromkeys(groups[-best[1]], best[2])

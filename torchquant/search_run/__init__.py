@@ -7,3 +7,5 @@ from torchquant.search_run.stages import run_search as run_search
 from torchquant.search_run.study import StudyResult as StudyResult
 from torchquant.search_run.study import Trial as Trial
 from torchquant.search_run.study import run_study as run_study
+
+__all__ = ["SearchConfig", "SearchRunResult", "StudyResult", "Trial", "run_search", "run_study", "write_report"]

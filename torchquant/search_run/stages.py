@@ -153,12 +153,12 @@ class _Run:
         self.plan = QuantPlan.load(self.folder / PLAN)
         if self.config.kind != "allocate":
             self.net.load_state_dict(self._load(SEARCHED))
+            self.costs = self._costs()  # a zero point that is 0 now takes no bytes
         self.choice = choice_of(self.plan, self.costs)
         self.totals = self.costs.totals(self.choice)
-        words = ", ".join(
-            f"{b.measure} {amount(self.totals[b.measure])} of {amount(b.limit)}" for b in self.config.budgets
-        )
-        self.shown.message(f"plan: {self.totals['bits']:.2f} bits a weight{', ' if words else ''}{words}")
+        words = {"bits": amount(self.totals["bits"])}
+        words |= {b.measure: f"{amount(self.totals[b.measure])} of {amount(b.limit)}" for b in self.config.budgets}
+        self.shown.message("plan: " + ", ".join(f"{name} {text}" for name, text in words.items()))
 
     def _search(self) -> QuantPlan:
         config = self.config
