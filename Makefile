@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo_out
 PYTEST_ARGS ?=
+# Test files run side by side, one thread each.
+WORKERS ?= 2
 # Torch releases of `make test-oldest`; torchvision must be the release made for that torch.
 OLDEST := 'torch==2.11.*' 'torchvision==0.26.*'
 
@@ -35,7 +37,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/torchquant demo --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from torchquant.demo import load_digits
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
-from torchquant.search import PrecisionLearning, SearchSettings
-from torchquant.search.allocate import allocate
-from torchquant.search.sensitivity import sensitivity
+from torchquant.search import PrecisionLearning, PrecisionSettings, allocate, sensitivity
 
 torch.manual_seed(0)
 data = load_digits(test_copies=1)
@@ -36,7 +34,7 @@ rules = [
     {"weight": "affine:{n},symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"},
     {"position": "last", "output": None},
 ]
-settings = SearchSettings(epochs=5, weight_rate=5e-3, alternate=False, arch_rate=None)
+settings = PrecisionSettings(epochs=5, weight_rate=5e-3)
 search = PrecisionLearning(net, rules, example, budget, settings, min_bits=2, max_bits=8)
 for record in search.run(batches):
     print(record, {place: round(width, 2) for place, width in record.widths.items()})

@@ -37,7 +37,7 @@ from torchquant.deploy import export_onnx, load_packed, run_onnx, save_packed
 from torchquant.quantizers import LAWS, catalogue
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/deploy.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/deploy.md", "docs/search.md")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(
     r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE

@@ -55,7 +55,7 @@ PUBLIC = {
     ],
     "torchquant.search": [
         "Allocation", "Budget", "Candidates", "CostModel", "EpochRecord", "MixtureQuantizer", "Pareto", "ParetoPoint",
-        "PrecisionLearning", "SchemeSearch", "Search", "SearchSettings", "Sensitivity", "allocate",
+        "PrecisionLearning", "PrecisionSettings", "SchemeSearch", "Search", "SearchSettings", "Sensitivity", "allocate",
         "default_candidates", "hessian_trace", "measure_latency", "pareto", "read_latency", "render_report",
         "search_rules", "sensitivity", "write_latency",
     ],

@@ -19,6 +19,7 @@ from torchquant.search import (
     Candidates,
     MixtureQuantizer,
     PrecisionLearning,
+    PrecisionSettings,
     SchemeSearch,
     SearchSettings,
     default_candidates,
@@ -293,7 +294,7 @@ def test_the_form_step_refuses_a_scheme_without_a_range() -> None:
 
 
 def width_search(budget: str, start: float | None, **options: Any) -> Search:
-    settings = SearchSettings(alternate=False, arch_rate=None, target=True, start_bits=start, **options)
+    settings = PrecisionSettings(start_bits=start, **options)
     return PrecisionLearning(small_net(), [{"weight": LEARNED}], batches(1)[0][0], budget, settings)
 
 
@@ -313,7 +314,7 @@ def test_a_budget_is_met_from_any_start(bits: float, start: float) -> None:
 
 def test_without_a_price_widths_grow_and_without_a_task_they_shrink_to_the_budget() -> None:
     net, eye, data = weight_task(gaussian_weight(1024))
-    settings = SearchSettings(epochs=20, warmup=0, alternate=False, arch_rate=0.1, start_bits=4.0, target=True)
+    settings = PrecisionSettings(epochs=20, warmup=0, arch_rate=0.1, start_bits=4.0)
     rules = [{"weight": "affine:{n},symmetric=narrow"}]
     grown = PrecisionLearning(net, rules, eye, settings=settings, loss=F.mse_loss, form="secant")
     grown.run(data * 10)
@@ -325,7 +326,7 @@ def test_without_a_price_widths_grow_and_without_a_task_they_shrink_to_the_budge
 
 def test_schemes_and_widths_are_learned_together_for_weights_and_activations() -> None:
     rules = [{"weight": ["clipq:{n}/channel", "esb:{n},k={k}/channel"], "output": "affine:{n}"}]
-    settings = SearchSettings(epochs=6, warmup=0, alternate=False, arch_rate=None)
+    settings = PrecisionSettings(epochs=6, warmup=0)
     x = batches(1)[0][0]
     search = PrecisionLearning(small_net(), rules, x, ["bits<=4", "act_bits<=5", "bitops<=1e6"], settings)
     search.run(batches())
@@ -409,7 +410,7 @@ def test_a_stopped_search_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None
         if kind == "qss":
             rules: Any = [{"weight": ["clipq:2/channel", "lsq:2/channel"], "output": "lsq:4"}]
             return SchemeSearch(small_net(), rules, x, settings=SearchSettings(epochs=4))
-        settings = SearchSettings(epochs=4, alternate=False, arch_rate=None)
+        settings = PrecisionSettings(epochs=4)
         rules = [{"weight": "lsq:{n}/channel", "output": "affine:{n}"}]
         return PrecisionLearning(small_net(), rules, x, "bits<=4,act_bits<=4", settings)
 

@@ -23,39 +23,45 @@ def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
     >>> nearest_level(torch.tensor([-9.0, 0.4, 0.6]), torch.tensor([-1.0, 0.0, 1.0]))
     tensor([0, 1, 2])
     """
-    middles = (levels[..., 1:] + levels[..., :-1]) / 2
+    numbers = torch.arange(levels.shape[-1], device=levels.device)
     if axis is None or levels.ndim == 1:
-        index = _search(x.reshape(1, -1), middles.reshape(1, -1))
+        index = nearest_of(x.reshape(1, -1), levels.reshape(1, -1), numbers[None])
         return in_layout_of(index.view(x.shape), x)
     moved = x.movedim(axis, 0)
-    index = _search(moved.flatten(1), middles)
+    index = nearest_of(moved.flatten(1), levels, numbers.expand(len(levels), -1))
     return in_layout_of(index.reshape(moved.shape).movedim(0, axis), x)
 
 
-def _search(rows: Tensor, edges: Tensor) -> Tensor:
-    """How many of its row's edges each element is above; all of them for NaN. rows: (C, n). edges: (C, m), sorted.
+def nearest_of(rows: Tensor, levels: Tensor, table: Tensor) -> Tensor:
+    """What stands in `table` for the level of its row that is nearest to each element; the last entry for NaN.
+
+    rows: (C, n). levels, table: (C, L), levels sorted. Returns (C, n) of the table's type.
 
     On a CPU `torch.searchsorted` waits for a mispredicted branch at every step. Here all elements go down a tree of the
-    edges together, without branches: a fifth of the time for 15 edges.
+    middles together, without branches, in a fraction of its time.
+
+    >>> nearest_of(torch.tensor([[-9.0, 0.6]]), torch.tensor([[-1.0, 1.0]]), torch.tensor([[7, 8]]))
+    tensor([[7, 8]])
     """
-    m = edges.shape[1]
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    m = middles.shape[1]
     depth = m.bit_length()
     slow_device = torch.compiler.is_compiling() or rows.device.type != "cpu"
-    if slow_device or rows.numel() < SMALL or len(edges) << depth > LARGEST_EXACT or depth > 8:
-        return torch.searchsorted(edges.contiguous(), rows.contiguous())
-    tree = F.pad(edges, (0, 2**depth - 1 - m), value=torch.inf).flip(-1)
-    first = torch.arange(len(edges), dtype=rows.dtype)[:, None]
-    # node: the number of a node among those of its depth, row after row; the upper half of the edges comes first.
+    if slow_device or rows.numel() < SMALL or len(rows) << depth > LARGEST_EXACT or not 0 < depth <= 8:
+        return table.gather(1, torch.searchsorted(middles.contiguous(), rows.contiguous()))
+    tree = F.pad(middles, (0, 2**depth - 1 - m), value=torch.inf).flip(1)
+    first = torch.arange(len(rows), dtype=rows.dtype)[:, None]
+    # node: the number of a node among those of its depth, row after row; the upper half of the middles comes first.
     rows = rows.contiguous()
-    edge = tree[:, 2 ** (depth - 1) - 1, None].expand_as(rows).contiguous()
-    node = torch.add(edge.ge_(rows), first, alpha=2)
+    middle = tree[:, 2 ** (depth - 1) - 1, None].expand_as(rows).contiguous()
+    node = torch.add(middle.ge_(rows), first, alpha=2)
     index = torch.empty_like(node, dtype=torch.int32)
     for left in reversed(range(depth - 1)):
         nodes = tree[:, 2**left - 1 :: 2 ** (left + 1)].reshape(-1)
-        torch.index_select(nodes, 0, index.copy_(node).view(-1), out=edge.view(-1))
-        torch.add(edge.ge_(rows), node, alpha=2, out=node)
-    index = torch.sub((first + 1) * 2**depth - 1, node).to(torch.int64)
-    return index if m == 2**depth - 1 else index.clamp_max_(m)
+        torch.index_select(nodes, 0, index.copy_(node).view(-1), out=middle.view(-1))
+        torch.add(middle.ge_(rows), node, alpha=2, out=node)
+    leaves = torch.arange(2**depth).clamp_max_(m).flip(0)
+    return table[:, leaves].reshape(-1).index_select(0, index.copy_(node).view(-1)).view(rows.shape)
 
 
 def level_values(index: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._levels import nearest_level
+from torchquant.quantizers_functional._levels import nearest_of
 from torchquant.quantizers_functional._sums import row_sums, unit_rows
 
 METHODS = ("alternating", "refined", "greedy")
@@ -52,30 +52,42 @@ def residual_alphas(rows: Tensor, n_bits: int, method: str = "alternating", iter
     """
     check_residual(n_bits, method)
     units, unit = unit_rows(rows)
+    if method == "greedy":
+        return _greedy_alphas(units, n_bits) * unit.to(torch.float64)[:, None]
     signs = torch.empty(len(units), n_bits, units.shape[1], dtype=units.dtype, device=units.device)
-    left, alphas = units, torch.zeros(len(rows), 0, dtype=torch.float64, device=rows.device)
-    along = alphas
+    left, found = units, []
     for i in range(n_bits):
-        alpha = row_sums(left.abs()) / left.shape[1]
-        signs[:, i] = left.clone().ge_(0.0).mul_(2.0).sub_(1.0)
-        along = torch.cat([along, _along(units, signs[:, i : i + 1])], 1)
-        known = signs[:, : i + 1]
-        alphas = torch.cat([alphas, alpha[:, None]], 1) if method == "greedy" else _least_squares(known, along)
-        total = torch.zeros_like(units)
-        for k in range(i + 1):
-            total.addcmul_(signs[:, k], alphas[:, k : k + 1].to(units.dtype))
-        left = units - total
-    if method == "alternating":
-        patterns = sign_patterns(n_bits, units)
-        for _ in range(iterations):
-            sums = sum(alphas[:, i : i + 1] * patterns[:, i] for i in range(n_bits))
-            assert isinstance(sums, Tensor)
-            order = sums.sort(1)
-            nearest = order.indices.gather(1, nearest_level(units, order.values.to(units.dtype), 0))
-            bits = _bits(nearest.to(torch.uint8)[:, None], n_bits)
-            signs = bits.view(torch.int8).mul_(2).sub_(1).to(units.dtype)
-            alphas = _least_squares(signs, _along(units, signs))
+        signs[:, i] = _signs(left)
+        found.append(_along(units, signs[:, i : i + 1]))
+        alphas = _least_squares(signs[:, : i + 1], torch.cat(found, 1))
+        if i + 1 < n_bits:
+            total = torch.zeros_like(units)
+            for k in range(i + 1):
+                total.addcmul_(signs[:, k], alphas[:, k : k + 1].to(units.dtype))
+            left = units - total
+    patterns = sign_patterns(n_bits, alphas)
+    for _ in range(iterations if method == "alternating" else 0):
+        sums = (alphas[:, None] * patterns).cumsum(-1)[..., -1]  # in order, and not as a matrix product rounds
+        order = sums.sort(1)
+        codes = nearest_of(units, order.values.to(units.dtype), order.indices.to(torch.uint8))
+        signs = _bits(codes[:, None], n_bits).view(torch.int8).mul_(2).sub_(1).to(units.dtype)
+        alphas = _least_squares(signs, _along(units, signs))
     return alphas * unit.to(torch.float64)[:, None]
+
+
+def _greedy_alphas(left: Tensor, n_bits: int) -> Tensor:
+    alphas = []
+    total = torch.zeros_like(left)
+    rows = left
+    for _ in range(n_bits):
+        alphas.append(row_sums(left.abs()) / left.shape[1])
+        total.addcmul_(_signs(left), alphas[-1][:, None].to(left.dtype))
+        left = rows - total
+    return torch.stack(alphas, 1)
+
+
+def _signs(x: Tensor) -> Tensor:
+    return x.clone().ge_(0.0).mul_(2.0).sub_(1.0)
 
 
 def _bits(codes: Tensor, n_bits: int) -> Tensor:
@@ -95,5 +107,9 @@ def _least_squares(signs: Tensor, along: Tensor) -> Tensor:
         return along
     wide = signs if n <= 2**24 else signs.to(torch.float64)  # sums of signs are exact, in whatever order
     gram = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64) / n
-    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-10)
+    # torch.linalg.pinv(gram, hermitian=True, rtol=1e-10), without what it does beside
+    values, vectors = torch.linalg.eigh(gram)
+    size = values.abs()
+    inverses = torch.where(size > 1e-10 * size.amax(1, keepdim=True), values.reciprocal(), 0.0)
+    inverse = torch.bmm(vectors * inverses[:, None], vectors.transpose(1, 2))
     return (inverse * along[:, None, :]).sum(-1)

@@ -19,6 +19,7 @@ from torchquant.search.scheme_search import SchemeSearch as SchemeSearch
 from torchquant.search.sensitivity import Sensitivity as Sensitivity
 from torchquant.search.sensitivity import sensitivity as sensitivity
 from torchquant.search.settings import EpochRecord as EpochRecord
+from torchquant.search.settings import PrecisionSettings as PrecisionSettings
 from torchquant.search.settings import SearchSettings as SearchSettings
 from torchquant.search.space import Candidates as Candidates
 from torchquant.search.space import default_candidates as default_candidates
@@ -34,6 +35,7 @@ __all__ = [
     "Pareto",
     "ParetoPoint",
     "PrecisionLearning",
+    "PrecisionSettings",
     "SchemeSearch",
     "Search",
     "SearchSettings",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError
 from torchquant.graph.sites import make_field
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.search.mixing import mix
 from torchquant.search.width_gradient import FORMS, MIXING_FORMS, attach_width_gradient
 
@@ -39,6 +40,7 @@ class MixtureQuantizer(Quantizer):
     True
     """
 
+    fuses_clamp = True
     temperature: Tensor
 
     def __init__(
@@ -99,30 +101,31 @@ class MixtureQuantizer(Quantizer):
         for option in self.options:
             option.allocate(n_channels)  # type: ignore[operator]
 
-    def pre_observe(self, x: Tensor) -> None:
-        """Show x to the options that take part, and to those that must not miss a batch; a shared observer once."""
+    def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
+        """Show x, or `x.clamp(*clamp)`, to the options that take part or must not miss a batch; each observer once."""
         seen: set[int] = set()
+        clamped = x if clamp is None else x.detach().clamp(*clamp)
         for i, option in enumerate(self.options):
             if i in self.active or not (option.is_ready and option.is_memoryless):
                 observer = id(getattr(option, "observer", option))
                 if observer not in seen:
                     seen.add(observer)
-                    option.pre_observe(x)  # type: ignore[operator]
+                    option.pre_observe(clamped)  # type: ignore[operator]
 
-    def quantize(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
+        """The mix of the options of x, or of `x.clamp(*clamp)` in the same pass."""
         if self.forced == FLOAT:
-            return x
-        if self.forced is not None:
-            return self.options[self.forced](x)
-        chosen: list[Any] = [self.options[i] for i in self.active]
-        if len(chosen) == 1 and self.theta is None and self.float_bitwidth is None:
-            return chosen[0](x)
+            return x if clamp is None else x.clamp(*clamp)
+        active = list(self.active) if self.forced is None else [self.forced]
+        chosen: list[Any] = [self.options[i] for i in active]
+        if self.forced is not None or (self.theta is None and self.float_bitwidth is None):
+            return mix(x, chosen, self.temperature.new_ones(1), clamp)
         rows, columns = self._row_shares(), self._column_shares()
-        active = list(self.active)
         shares = rows[self._row_of[active]] * columns[self._column_of[active]]
-        y = mix(x, chosen, shares)
+        y = mix(x, chosen, shares, clamp)
         if self.float_bitwidth is None or self.form in MIXING_FORMS or not (self.training and self.learns):
             return y
+        x = x if clamp is None else x.detach().clamp(*clamp)
         return attach_width_gradient(y, x, self.float_bitwidth, self._neighbours(active), shares, self.form)
 
     def _row_shares(self) -> Tensor:

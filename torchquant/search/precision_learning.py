@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchquant.search.engine import Search
-from torchquant.search.settings import SearchSettings
+from torchquant.search.settings import PrecisionSettings
 
 
 class PrecisionLearning(Search):
@@ -16,13 +16,14 @@ class PrecisionLearning(Search):
 
     >>> import torch
     >>> from torch import nn
+    >>> from torchquant.search import PrecisionSettings
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> data = [(torch.randn(16, 4), torch.randint(2, (16,))) for _ in range(4)]
     >>> rules = [{"weight": "affine:{n},symmetric=narrow/channel", "output": "affine:8"}]
-    >>> search = PrecisionLearning(net, rules, data[0][0], "bits<=4", SearchSettings(epochs=2, alternate=False))
+    >>> search = PrecisionLearning(net, rules, data[0][0], "bits<=4", PrecisionSettings(epochs=2))
     >>> history = search.run(data)
     >>> search.costs.totals(search.choice_within_budget())["bits"] <= 4
     True
     """
 
-    defaults = SearchSettings(alternate=False, arch_rate=None, target=True)
+    defaults = PrecisionSettings()

@@ -12,7 +12,7 @@ from torchquant.search.budget import MEASURES
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """Of both searches; `SchemeSearch` and `PrecisionLearning` have their own defaults. docs/algorithms.md F3, F4.
+    """Of both searches; `PrecisionSettings` are those of `PrecisionLearning`. docs/algorithms.md F3, F4.
 
     `epochs`, of which the first share `warmup` trains weights only. `weight_rate`: AdamW with a cosine to 0, for the
     weights. `arch_rate`: Adam, for logits and widths; None for widths: enough to cross their range in half the search,
@@ -74,6 +74,19 @@ class SearchSettings:
     def penalty_at(self, epoch: int) -> float:
         """On a line from 0 over the first tenth of the epochs."""
         return self.penalty * min(epoch / max(0.1 * self.epochs, 1.0), 1.0)
+
+
+@dataclass(frozen=True)
+class PrecisionSettings(SearchSettings):
+    """`SearchSettings` with the defaults of precision learning: everything on the same batches, to the budget.
+
+    >>> PrecisionSettings(epochs=5).target
+    True
+    """
+
+    alternate: bool = False
+    arch_rate: float | None = None
+    target: bool = True
 
 
 @dataclass(frozen=True)
