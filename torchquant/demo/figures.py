@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from typing import Any
 
 import numpy as np
 
+from torchquant._figures import data_uri, new_figure
 from torchquant.analysis import LayerError, SiteError
 from torchquant.errors import require
 
@@ -24,13 +23,13 @@ def histograms(layers: list[LayerError], site: str) -> str:
     found = [(layer.path, error) for layer in layers if (error := getattr(layer, site)) is not None]
     n_rows = math.ceil(len(found) / COLUMNS)
     height = 1.65 * n_rows
-    figure = _figure(2.5 * COLUMNS, height)
+    figure = new_figure(2.5 * COLUMNS, height)
     figure.subplots_adjust(0.01, 0.25 / height, 0.99, 1 - 0.25 / height, wspace=0.06, hspace=0.5)
     for i, (path, error) in enumerate(found):
         axes = figure.add_subplot(n_rows, COLUMNS, i + 1)
         _histogram(axes, error)
         axes.set_title(f"{path}  {_decibel(error.sqnr_db)}", fontsize=8)
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def _histogram(axes: Any, error: SiteError) -> None:
@@ -52,7 +51,7 @@ def _histogram(axes: Any, error: SiteError) -> None:
 
 def sqnr_bars(layers: dict[str, list[LayerError]], titles: dict[str, str], site: str) -> str:
     """SQNR in dB of every layer, one bar a scheme."""
-    figure = _figure(12.5, 3.4)
+    figure = new_figure(12.5, 3.4)
     figure.subplots_adjust(0.05, 0.3, 0.995, 0.9)
     axes = figure.add_subplot()
     paths = [layer.path for layer in next(iter(layers.values())) if getattr(layer, site) is not None]
@@ -70,12 +69,12 @@ def sqnr_bars(layers: dict[str, list[LayerError]], titles: dict[str, str], site:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, ncols=len(layers), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def accuracy_over_bits(points: list[tuple[str, int, float, float]]) -> str:
     """Accuracy over weight bits, one line a scheme. `points`: scheme, bits, mean accuracy 0..1, its spread or NaN."""
-    figure = _figure(10.5, 4.6)
+    figure = new_figure(10.5, 4.6)
     figure.subplots_adjust(0.07, 0.12, 0.76, 0.96)
     axes = figure.add_subplot()
     schemes = list(dict.fromkeys(scheme for scheme, *_ in points))
@@ -100,20 +99,8 @@ def accuracy_over_bits(points: list[tuple[str, int, float, float]]) -> str:
     axes.grid(axis="y", linewidth=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def _decibel(value: float) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "exact"
-
-
-def _figure(width: float, height: float) -> Any:
-    figure = require("matplotlib.figure", "report").Figure(figsize=(width, height))
-    require("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
-    return figure
-
-
-def _data_uri(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -106,10 +106,24 @@ def _least_squares(signs: Tensor, along: Tensor) -> Tensor:
     if signs.shape[1] == 1:
         return along
     wide = signs if n <= 2**24 else signs.to(torch.float64)  # sums of signs are exact, in whatever order
-    gram = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64) / n
-    # torch.linalg.pinv(gram, hermitian=True, rtol=1e-10), without what it does beside
-    values, vectors = torch.linalg.eigh(gram)
+    sums = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64)
+    return (_distinct_inverses(sums, n) * along[:, None, :]).sum(-1)
+
+
+def _distinct_inverses(sums: Tensor, n: int) -> Tensor:
+    """Pseudo-inverses of the matrices `sums / n`, each of them computed once. sums: (C, b, b), whole, at most n."""
+    i, j = torch.triu_indices(*sums.shape[1:], 1, device=sums.device)
+    if torch.compiler.is_compiling() or sums.device.type != "cpu" or (2 * n + 1) ** len(i) > 2**40:
+        return _inverses(sums / n)
+    key = sums[:, i, j] @ (2.0 * n + 1.0) ** torch.arange(len(i), dtype=sums.dtype)
+    distinct, which = key.unique(return_inverse=True)
+    first = torch.empty_like(distinct, dtype=torch.int64).scatter_(0, which, torch.arange(len(sums)))
+    return _inverses(sums[first] / n)[which]
+
+
+def _inverses(matrices: Tensor) -> Tensor:
+    """`torch.linalg.pinv(matrices, hermitian=True, rtol=1e-10)`, bit for bit, without what that does beside."""
+    values, vectors = torch.linalg.eigh(matrices)
     size = values.abs()
     inverses = torch.where(size > 1e-10 * size.amax(1, keepdim=True), values.reciprocal(), 0.0)
-    inverse = torch.bmm(vectors * inverses[:, None], vectors.transpose(1, 2))
-    return (inverse * along[:, None, :]).sum(-1)
+    return torch.bmm(vectors * inverses[:, None], vectors.transpose(1, 2))

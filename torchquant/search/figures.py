@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from torchquant._figures import data_uri, new_figure
 from torchquant.errors import require
 from torchquant.search.budget import Budget
 from torchquant.search.settings import EpochRecord
@@ -25,7 +24,7 @@ def heatmap(
 ) -> str:
     """One row a place, one column a scheme, `values` 0..1 in shades and, where there is room, in numbers."""
     height = 1.5 + 0.24 * len(places)
-    figure = _figure(min(12.5, 3.6 + 0.9 * len(columns)), height)
+    figure = new_figure(min(12.5, 3.6 + 0.9 * len(columns)), height)
     axes = figure.add_subplot()
     axes.imshow(np.array(values), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     axes.set_yticks(range(len(places)), places, fontsize=7)
@@ -37,14 +36,14 @@ def heatmap(
                 color = "white" if value > 0.6 else INK
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
     figure.tight_layout()
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def bit_widths(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
     """Learned widths over the epochs, one line a place; the mean in bold, a budget of bits as a dashed line."""
     told = {name for record in history for name, cost in record.costs.items() if cost}
     sides = [(side, what) for side, what in (("bits", "weights"), ("act_bits", "activations")) if side in told]
-    figure = _figure(12.0, 4.2)
+    figure = new_figure(12.0, 4.2)
     for i, (measure, what) in enumerate(sides):
         axes = figure.add_subplot(1, len(sides), i + 1)
         names = [name for name in history[0].widths if name.endswith(".weight") == (what == "weights")]
@@ -60,12 +59,12 @@ def bit_widths(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str
         if len(names) <= MOST_NAMED:
             axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def losses(history: Sequence[EpochRecord]) -> str:
     """Both losses, and the entropy of the schemes' shares, over the epochs."""
-    figure = _figure(12.0, 3.4)
+    figure = new_figure(12.0, 3.4)
     epochs = [record.epoch for record in history]
     axes = figure.add_subplot(1, 2, 1)
     axes.plot(epochs, [r.loss for r in history], color=INK, marker=".", label="weights' batches")
@@ -78,25 +77,25 @@ def losses(history: Sequence[EpochRecord]) -> str:
     axes.set_ylim(-0.03, 1.03)
     _finish(axes, "entropy: 1 undecided, 0 decided")
     figure.tight_layout()
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def costs(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
     """What is expected of each measure that has a budget, over the epochs, with the budget; of bytes without any."""
     measures = list(dict.fromkeys(budget.measure for budget in budgets)) or ["bytes"]
-    figure = _figure(12.0, 3.2)
+    figure = new_figure(12.0, 3.2)
     for i, measure in enumerate(measures):
         axes = figure.add_subplot(1, len(measures), i + 1)
         axes.plot([r.epoch for r in history], [r.costs[measure] for r in history], color=INK, marker=".")
         _limit(axes, budgets, measure)
         _finish(axes, f"{measure}, expected")
     figure.tight_layout()
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def pareto_front(front: Mapping[str, Any], chosen: tuple[float, float] | None = None) -> str:
     """Predicted harm over cost, of what `Pareto.to_dict` gives; the (cost, harm) that was chosen in red."""
-    figure = _figure(8.0, 3.8)
+    figure = new_figure(8.0, 3.8)
     axes = figure.add_subplot()
     drawn = [(point["cost"], point["predicted"]) for point in front["points"]]
     axes.plot(*zip(*drawn, strict=True), color=INK, marker="o", markersize=4, linewidth=1.2)
@@ -106,7 +105,7 @@ def pareto_front(front: Mapping[str, Any], chosen: tuple[float, float] | None = 
     axes.set_yscale("log" if min(harm for _, harm in drawn) > 0.0 else "linear")
     _finish(axes, front["harm"], is_over_epochs=False)
     figure.tight_layout()
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def _limit(axes: Any, budgets: Sequence[Budget], measure: str) -> None:
@@ -123,15 +122,3 @@ def _finish(axes: Any, name: str, is_over_epochs: bool = True) -> None:
     axes.grid(axis="y", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Any:
-    figure = require("matplotlib.figure", "report").Figure(figsize=(width, height))
-    require("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
-    return figure
-
-
-def _data_uri(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._figures import new_figure
 from torchquant._files import write_json
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError, require
@@ -98,8 +99,7 @@ class Pareto:
         if file_format not in FORMATS:
             raise ConfigError(f"a figure is {' or '.join(FORMATS)}, got '{file_format}'")
         matplotlib = require("matplotlib", "report")
-        figure = require("matplotlib.figure", "report").Figure(figsize=(6.4, 4.0), layout="constrained")
-        require("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
+        figure = new_figure(6.4, 4.0, layout="constrained")
         axes = figure.add_subplot()
         costs = [point.cost for point in self.points]
         axes.plot(costs, [point.predicted for point in self.points], marker="o", markersize=4, color="#33658a")
