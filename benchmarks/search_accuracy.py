@@ -24,7 +24,7 @@ from torchquant._files import write_json, write_whole
 from torchquant.compare.run import in_processes
 from torchquant.compare.tasks import NETWORKS
 from torchquant.demo.data import Digits, load_digits
-from torchquant.demo.files import output_folder, write_checkpoint
+from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
 from torchquant.demo.training import BATCH_SIZE, accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.plan import QuantPlan
 from torchquant.search import PrecisionLearning, SchemeSearch, SearchSettings, default_candidates
@@ -39,7 +39,7 @@ WIDTHS = "clipq:{n}/channel"
 """The scheme whose widths are learned and allocated."""
 
 
-SEARCHES = ("qss", "qpl", "qpl-secant", "qss+qpl")
+SEARCHES = ("qss", "qss-model", "qpl", "qpl-secant", "qss+qpl")
 MIXED = ("clipq", "vecq", "ul2q", "residual")
 """The schemes that are learned together with their widths."""
 
@@ -83,7 +83,7 @@ def runs_of(nets: Sequence[str], bits: Sequence[int], seeds: int, kinds: Sequenc
     found = []
     for net in nets:
         for n in bits:
-            for kind in [*schemes_of(n), "qss", "qpl", "qpl-secant", "qss+qpl", "allocate"]:
+            for kind in [*schemes_of(n), *SEARCHES, "allocate"]:
                 if kinds is None or kind in kinds:
                     found += [Run(net, kind, n, seed) for seed in range(seeds)]
     return found
@@ -99,13 +99,14 @@ def search_of(run: Run, net: nn.Module, data: Digits, recipe: Recipe) -> Search:
     settings: dict[str, Any] = {"epochs": recipe.search_epochs, "weight_rate": recipe.rate, "alternate": False}
     example = data.test_images[:2]
     stream = partial(batches_of, data, run.seed)
-    if run.kind == "qss":
+    if run.kind in ("qss", "qss-model"):
         rules = [{"weight": default_candidates(run.bits), **ACTS}, LAST]
         own = SearchSettings(**settings, arch_rate=0.1, temperature=(1.0, 0.2))
-        search: Search = SchemeSearch(net, rules, example, settings=own)
+        per = "model" if run.kind == "qss-model" else "layer"
+        search: Search = SchemeSearch(net, rules, example, settings=own, per=per)
     else:
         specs = [WIDTHS] if run.kind.startswith("qpl") else [f"{name}:{{n}}/channel" for name in MIXED]
-        own = SearchSettings(**settings, arch_rate=None, target=True, start_bits=run.bits + 2)
+        own = SearchSettings(**settings, arch_rate=0.1, target=True, start_bits=run.bits + 2)
         rules = [{"weight": specs, **ACTS}, LAST]
         search = PrecisionLearning(net, rules, example, f"bits<={run.bits}", own, min_bits=1, form=run.form)
     search.run(stream)
@@ -120,10 +121,10 @@ def perform(run: Run, recipe: Recipe, folder: str) -> str:
     net = NETWORKS[run.net].build(data)
     net.load_state_dict(torch.load(float_path(Path(folder), run.net, run.seed), weights_only=True))
     float_accuracy = accuracy(predict(net.eval(), data.test_images), data.test_labels)
-    example, epochs = data.test_images[:2], recipe.epochs
-    if run.kind in SEARCHES:
-        search = search_of(run, net, data, recipe)
-        plan, net, epochs = search.derive(), search.float_model(), recipe.epochs - recipe.search_epochs
+    example = data.test_images[:2]
+    search = search_of(run, net, data, recipe) if run.kind in SEARCHES else None
+    if search is not None:
+        plan = search.derive()
     elif run.kind == "allocate":
         few = batches_of(data, run.seed, 0)[: recipe.sensitivity_batches]
         rules = [{"weight": WIDTHS, **ACTS}, LAST]
@@ -133,10 +134,15 @@ def perform(run: Run, recipe: Recipe, folder: str) -> str:
         spec = next(s for s in default_candidates(run.bits) if s.partition(":")[0] == run.kind)
         plan = QuantPlan.from_rules([{"weight": spec, **ACTS}, LAST], net, example)
     cost = plan.cost(net, example)
-    torch.manual_seed(run.seed)
-    model = plan.apply(net)
-    calibrate(model, data, 8, run.seed)
-    quantization_aware_train(model, data, epochs, recipe.rate, run.seed)
+    if search is not None:
+        model = search.retrain(
+            lambda epoch: batches_of(data, run.seed, recipe.search_epochs + epoch), recipe.epochs - recipe.search_epochs
+        )
+    else:
+        torch.manual_seed(run.seed)
+        model = plan.apply(net)
+        calibrate(model, data, 8, run.seed)
+        quantization_aware_train(model, data, recipe.epochs, recipe.rate, run.seed)
     elements = {site.path: net.get_parameter(f"{site.path}.weight").numel() for site in cost if site.weight_bits}
     bits = sum(elements[site.path] * site.weight_bits for site in cost if site.weight_bits)
     result = {
@@ -194,13 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--kinds", nargs="+", help="some rows only")
+    options.add_argument("--float-epochs", type=int, default=Recipe.float_epochs)
     options.add_argument("--epochs", type=int, default=Recipe.epochs)
     options.add_argument("--search-epochs", type=int, default=Recipe.search_epochs)
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--out", type=Path, default=Path("search_out"))
     given = options.parse_args(argv)
-    recipe = Recipe(epochs=given.epochs, search_epochs=given.search_epochs)
+    recipe = Recipe(given.float_epochs, given.epochs, given.search_epochs)
     folder = str(output_folder(given.out / "runs").parent)
+    claim_folder(given.out / "recipe.json", asdict(recipe), "runs of another recipe", "recipe")
     wanted = [(net, seed, recipe, folder) for net in given.nets for seed in range(given.seeds)]
     for _ in in_processes(train_float, wanted, given.jobs):
         pass

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import calibration, deploy, fake_quant, machine, qat_step
+from benchmarks import calibration, deploy, fake_quant, machine, qat_step, search_accuracy
 from benchmarks.adapters import ADAPTERS
 from benchmarks.adapters.base import AFFINE, CASES, WEIGHT, Adapter
 from benchmarks.harness import BASELINE, CONTROL, Comparison, compare, memory_pass, percentile
@@ -359,6 +359,23 @@ def test_deploy_divides_ours_by_the_runtimes_own_round_by_round() -> None:
     seconds = {BASELINE: [9.0, 9.0, 9.0], "ort own": [1.0, 2.0, 8.0], "ort torchquant": [1.1, 2.2, 4.0]}
     assert rows.over_own(Comparison(seconds)) == {"ort torchquant": pytest.approx(1.1)}
     assert deploy.sqnr_db(np.array([1.1, 0.0]), np.array([1.0, 0.0])) == pytest.approx(20)
+
+
+@pytest.mark.slow
+def test_searched_plans_are_compared_with_single_schemes_and_runs_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    kinds = ["clipq", "qss", "qss-model", "qpl", "allocate"]
+    command = ["--nets", "demo", "--bits", "2", "--seeds", "1", "--out", str(tmp_path), "--float-epochs", "1"]
+    command += ["--epochs", "2", "--search-epochs", "1", "--kinds", *kinds]
+    assert search_accuracy.main(command) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {row["kind"] for row in rows} == set(kinds)
+    assert all(row["mean_bits"] <= 2.0 for row in rows)
+    capsys.readouterr()
+    assert search_accuracy.main(command) == 0
+    assert "seed0:" not in capsys.readouterr().out
 
 
 def test_a_failed_control_ends_with_exit_code_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from benchmarks.qat_step import TrainingStep
 from benchmarks.saved_bytes import saved_bytes
 from torchquant.errors import ConfigError, NoCodesError
 from torchquant.quantizers import QUANTIZERS, GroupQuantizer, Quantizer, make_quantizer
+from torchquant.quantizers_functional import residual_alphas
 from torchquant.quantizers_functional._levels import nearest_level
 from torchquant.quantizers_functional._sums import shared_sums
 from torchquant.search import mixing
@@ -355,6 +356,16 @@ def test_the_tree_of_levels_is_a_binary_search(n_levels: int, dtype: torch.dtype
     found = nearest_level(x, levels, axis)
     assert found.dtype == torch.int64
     assert torch.equal(found if axis is None else found.movedim(axis, 0), expected)
+
+
+def test_residual_scales_do_not_depend_on_autocast_and_equal_rows_get_equal_ones() -> None:
+    x = torch.randn(20, 9)
+    twice = torch.cat([x, x.flip(0)])
+    expected = residual_alphas(twice, 4)
+    assert torch.equal(expected[:20], expected[20:].flip(0))
+    assert torch.equal(expected[7:8], residual_alphas(x[7:8], 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(residual_alphas(twice, 4), expected)
 
 
 @pytest.mark.parametrize("axis", [None, 0])

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._sums import (
+    row_mean_squares,
+    row_moments,
+    row_sums,
+    shared_unit_rows,
+    usable_scale,
+)
 from torchquant.quantizers_functional.midrise import MIDRISE_STEP, check_midrise, midrise_codes, midrise_values
 from torchquant.range_observers._distributed import reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
@@ -131,10 +137,10 @@ class VecQQuantizer(MidriseQuantizer):
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         threshold_step = self._step(_rms(x))
-        units, unit = unit_rows(x)
+        units, unit = shared_unit_rows(x)
         scaled = (threshold_step / unit).to(units.dtype)[:, None]
         points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
-        along, square = row_sums(units.mul_(points)) * unit, row_sums(points.square_())
+        along, square = row_sums(units * points) * unit, row_sums(points.square_())
         step = reduce_mean(along) / reduce_mean(square)
         return threshold_step, usable_scale(step, 2.0**self.n_bits)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 from torchquant.quantizers_functional._powers import floor_pow2
 
 BLOCK = 256
+Result = TypeVar("Result")
 
 
 class _Shared(threading.local):
-    mean_squares: dict[Any, tuple[Tensor, Tensor]] | None = None
+    known: dict[Any, tuple[Tensor, Any]] | None = None
 
 
 _shared = _Shared()
@@ -29,18 +30,29 @@ _shared = _Shared()
 
 @contextmanager
 def shared_sums() -> Iterator[None]:
-    """Within it the mean squares of a tensor are computed once, however many quantizers measure it.
+    """Within it what quantizers measure alike on one tensor is computed once, however many of them there are.
 
     >>> x = torch.tensor([[3.0, 4.0]])
     >>> with shared_sums():
     ...     row_mean_squares(x) is row_mean_squares(x)
     True
     """
-    outer, _shared.mean_squares = _shared.mean_squares, {}
+    outer, _shared.known = _shared.known, {}
     try:
         yield
     finally:
-        _shared.mean_squares = outer
+        _shared.known = outer
+
+
+def _once(compute: Callable[[Tensor], Result], rows: Tensor) -> Result:
+    """`compute(rows)`, kept while sums are shared; nobody may write to it."""
+    known = None if torch.compiler.is_compiling() else _shared.known
+    if known is None:
+        return compute(rows)
+    key = (compute, rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, rows.device, rows._version)
+    if key not in known:
+        known[key] = rows, compute(rows)  # kept together, so that nothing else comes to lie at that address
+    return known[key][1]
 
 
 def row_sums(rows: Tensor) -> Tensor:
@@ -75,18 +87,17 @@ def row_mean_squares(rows: Tensor) -> Tensor:
     >>> row_mean_squares(torch.tensor([[3.0, 4.0]]))
     tensor([12.5000], dtype=torch.float64)
     """
-    known = None if torch.compiler.is_compiling() else _shared.mean_squares
-    if known is None:
-        return _mean_squares(rows)
-    key = (rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, rows.device, rows._version)
-    if key not in known:
-        known[key] = rows, _mean_squares(rows)  # kept together, so that nothing else comes to lie at that address
-    return known[key][1]
+    return _once(_mean_squares, rows)
 
 
 def _mean_squares(rows: Tensor) -> Tensor:
-    units, unit = unit_rows(rows)
-    return row_sums(units.square_()) / units.shape[1] * unit.to(torch.float64).square()
+    units, unit = shared_unit_rows(rows)
+    return row_sums(units.square()) / units.shape[1] * unit.to(torch.float64).square()
+
+
+def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit_rows(rows)` to read only: others may have the same tensors."""
+    return _once(unit_rows, rows)
 
 
 def row_moments(rows: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -98,10 +109,10 @@ def row_moments(rows: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tens
     >>> row_moments(torch.tensor([[1.0, 3.0]]), lambda x: x)
     (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
-    units, unit = unit_rows(rows)
+    units, unit = shared_unit_rows(rows)
     unit = unit.to(torch.float64)
     mean = combine(row_sums(units) / units.shape[1] * unit)
-    centred = units.to(torch.float64).sub_((mean / unit)[:, None])
+    centred = units.to(torch.float64) - (mean / unit)[:, None]
     deviation = combine(row_sums(centred.square_()) / units.shape[1] * unit.square()).sqrt()
     return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
 

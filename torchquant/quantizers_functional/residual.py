@@ -106,15 +106,19 @@ def _least_squares(signs: Tensor, along: Tensor) -> Tensor:
     if signs.shape[1] == 1:
         return along
     wide = signs if n <= 2**24 else signs.to(torch.float64)  # sums of signs are exact, in whatever order
-    sums = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64)
+    with torch.autocast(signs.device.type, enabled=False):
+        sums = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64)
     return (_distinct_inverses(sums, n) * along[:, None, :]).sum(-1)
 
 
 def _distinct_inverses(sums: Tensor, n: int) -> Tensor:
     """Pseudo-inverses of the matrices `sums / n`, each of them computed once. sums: (C, b, b), whole, at most n."""
-    i, j = torch.triu_indices(*sums.shape[1:], 1, device=sums.device)
-    if torch.compiler.is_compiling() or sums.device.type != "cpu" or (2 * n + 1) ** len(i) > 2**40:
+    b = sums.shape[1]
+    n_keys = (2 * n + 1) ** (b * (b - 1) // 2)
+    # Above 4 the last digit of LAPACK depends on the place in the batch.
+    if torch.compiler.is_compiling() or sums.device.type != "cpu" or n_keys > 2**40 or b > 4:
         return _inverses(sums / n)
+    i, j = torch.triu_indices(b, b, 1)
     key = sums[:, i, j] @ (2.0 * n + 1.0) ** torch.arange(len(i), dtype=sums.dtype)
     distinct, which = key.unique(return_inverse=True)
     first = torch.empty_like(distinct, dtype=torch.int64).scatter_(0, which, torch.arange(len(sums)))

@@ -31,6 +31,7 @@ from torchquant.training.fit import across_ranks, epochs_done, is_first_rank
 from torchquant.utils import qmodule_state, set_qmodule_state
 
 SCOPES = ("layer", "model")
+WARM_UP = 0.05  # of retraining: the weights have been trained quantized already
 MEMORY = 0.98  # how much of the mean gradient of a width a step keeps
 
 
@@ -234,10 +235,8 @@ class Search:
         return self._record(losses, arch_losses, time.perf_counter() - started)
 
     def _set_rates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        falling = self.settings.falling_at(self.epoch)
-        for name in ("weights", "widths"):
-            for group in optimizers[name].param_groups if name in optimizers else ():
-                group["lr"] = group["initial_lr"] * falling
+        for group in optimizers["widths"].param_groups if "widths" in optimizers else ():
+            group["lr"] = group["initial_lr"] * self.settings.falling_at(self.epoch)
 
     @torch.no_grad()
     def _record(self, losses: list[Tensor], arch_losses: list[Tensor], seconds: float) -> EpochRecord:
@@ -341,6 +340,7 @@ class Search:
             self.loss,
             on_epoch,
             progress,
+            warm_up=WARM_UP,
         )
         return model
 

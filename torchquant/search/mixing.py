@@ -182,7 +182,7 @@ class _Looked(torch.autograd.Function):
             if slopes is None:
                 grad_x = grad * shares.sum()
             else:
-                slope = (shares @ slopes)[bins].index_select(0, place)
+                slope = (shares[:, None] * slopes).sum(0)[bins].index_select(0, place)
                 grad_x = _unflat(slope, grad.shape, ctx.channels_last) * grad
         if ctx.needs_input_grad[1]:
             in_place = torch.bincount(place, _flat(grad, ctx.channels_last), len(bins)).to(torch.float64)

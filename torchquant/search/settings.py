@@ -14,13 +14,13 @@ from torchquant.search.budget import MEASURES
 class SearchSettings:
     """Of both searches; `PrecisionSettings` are those of `PrecisionLearning`. docs/algorithms.md F3, F4.
 
-    `epochs`, of which the first share `warmup` trains weights only. `weight_rate`: AdamW with a cosine to 0, for the
-    weights. `arch_rate`: Adam, for logits and widths; None for widths: enough to cross their range in half the search,
-    at least 0.01. `alternate`: one step of the weights on one batch, one of logits and widths on another; else both
+    `epochs`, of which the first share `warmup` trains weights only. `weight_rate`: AdamW, for the weights.
+    `arch_rate`: Adam, for logits and widths; None for widths: enough to cross their range in half the search, at
+    least 0.01. `alternate`: one step of the weights on one batch, one of logits and widths on another; else both
     together. `temperature`: of the Gumbel softmax, (first, last), on a line; `hard`: one scheme at a time in forward.
     `cost_weight` times the expected `cost_measure`, over its value with the widest options, joins the loss. `penalty`
-    is the weight of a budget's `max(0, cost / limit - 1)**2`, reached after a tenth of the epochs, and `price_rate` how
-    fast a price on going over it rises. `patience`: stop when the choice has been the same for so many epochs.
+    is the weight of a budget's `max(0, cost / limit - 1)**2`, reached after a tenth of the epochs, and `price_rate`
+    how fast a price on going over it rises. `patience`: stop when the choice has been the same for so many epochs.
     `start_bits`: where widths start; None: at the widest. `target`: the search is to end at its budgets, not below.
     Raises ConfigError.
     """
@@ -68,7 +68,7 @@ class SearchSettings:
         return first + (last - first) * (epoch - 1) / max(self.epochs - 1, 1)
 
     def falling_at(self, epoch: int) -> float:
-        """Cosine from 1 to 0 over the epochs: the share of the learning rates of weights and widths."""
+        """Cosine from 1 to 0 over the epochs: the share of the widths' learning rate."""
         return 0.5 * (1.0 + math.cos(math.pi * (epoch - 1) / self.epochs))
 
     def penalty_at(self, epoch: int) -> float:

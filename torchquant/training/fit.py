@@ -35,12 +35,14 @@ def fit(
     on_epoch: OnEpoch | None = None,
     progress: Path | None = None,
     generator: torch.Generator | None = None,
+    warm_up: float = 0.3,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate, in the state the model is in; leaves it in eval mode.
 
     `batches()` gives the (inputs, targets) of an epoch, at most `steps_per_epoch`. What quantizers learn has no weight
     decay. `progress`: a file that keeps where the training is after each epoch; if it is there already, training goes
     on from it and ends with the same numbers, bit for bit. `generator`: what `batches` draws from, kept there too.
+    `warm_up`: share of the steps in which the rate rises.
     With torch.distributed gradients are averaged over the ranks, and the first one writes `progress`, which all read.
     Raises ConfigError for an epoch without batches.
 
@@ -54,7 +56,9 @@ def fit(
     weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
     groups = [weights, learned] if of_quantizers else [weights]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps_per_epoch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=epochs * steps_per_epoch, pct_start=warm_up
+    )
     model.train()
     first = 1
     if progress is not None and progress.exists():
