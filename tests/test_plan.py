@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchquant import AffineQuantizer, BatchMinMax, QuantPlan, quantize
+from torchquant import AffineQuantizer, BatchMinMax, QModuleState, QuantPlan, qmodule_state, quantize, state_report
 from torchquant.errors import ConfigError
 from torchquant.graph import Site
 from torchquant.plan import RULE_SETS
@@ -233,3 +233,13 @@ def test_attention_and_matmul_are_counted() -> None:
     q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
     cost = {site.path: site.macs for site in QuantPlan(()).cost(Attention(), (q, k))}
     assert cost == {"attention": 2 * 5 * 7 * 4 * 2, "matmul": 2 * 5 * 7 * 4}
+
+
+def test_inputs_behind_a_fused_activation_without_a_quantizer_are_quantized() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(8, 4)
+    model = quantize(net, [{"weight": "affine:8", "input": "affine:8"}], x)
+    assert torch.equal(model(x), net(x))
+    with qmodule_state(model, QModuleState.CALIBRATION):
+        model(x)
+    assert sum(row.site != "weight" and row.calibrated for row in state_report(model)) == 2

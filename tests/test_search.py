@@ -340,6 +340,29 @@ def test_schemes_and_widths_are_learned_together_for_weights_and_activations() -
     assert {site.weight.partition(":")[0] for site in plan.sites} <= {"clipq", "esb"}
 
 
+def test_a_budget_is_kept_by_the_weights_as_they_are_now() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    for layer in (net[0], net[2]):
+        layer.weight.data.abs_()  # no zero point to store
+    x = torch.randn(16, 8)
+    search = PrecisionLearning(net, [{"weight": "affine:{n}", "input": "affine:{n}"}], x, "bytes<=44")
+    with torch.no_grad():
+        for parameter in search.weights:
+            parameter.add_(torch.randn_like(parameter))
+    assert search.derive().cost(search.float_model(), x).weight_bytes <= 44
+
+
+def test_a_step_from_statistics_compares_widths_that_have_seen_the_same_weight() -> None:
+    mixture = Candidates(("clipq:{n}",), 2, 6, form="stat")(nn.Identity())
+    mixture.start_at(4)
+    weight = torch.randn(100)
+    for factor in (1.0, 10.0):
+        mixture.pre_observe(factor * weight)
+    largest = [float(option.levels()[-1]) for option in mixture.options]
+    assert largest[3] > largest[2] > 10.0
+
+
 def test_budgets_that_cannot_be_met_say_what_can() -> None:
     with pytest.raises(ConfigError, match=r"bits<=1.5 cannot be met: the least .* is 2"):
         width_search("bits<=1.5", None)
@@ -351,6 +374,10 @@ def test_budgets_that_cannot_be_met_say_what_can() -> None:
         width_search("latency<=3ms", None)
     with pytest.raises(ConfigError, match="leave nothing to choose"):
         SchemeSearch(small_net(), [{"weight": "affine:8"}], batches(1)[0][0])
+    with pytest.raises(ConfigError, match="no outputs are"):
+        width_search("act_bits<=3", None)
+    with pytest.raises(ConfigError, match="got 'bits<=1.2.3'"):
+        width_search("bits<=1.2.3", None)
 
 
 def test_a_latency_table_counts() -> None:

@@ -21,7 +21,7 @@ OPTIONS = {
     "rules": "A YAML file with rules whose fields may be lists, instead of schemes and acts.",
     "latency": "A latency table in JSON, for a budget of latency.",
     "per": "layer: a choice for each; model: one for all.",
-    "form": "The gradient of a width: interp, step or stat.",
+    "form": "The gradient of a width: interp, secant, step or stat.",
     "epochs": "Epochs of the search.",
     "arch_rate": "Learning rate of shares and widths; otherwise by the number of steps.",
     "temperature": "Of the Gumbel softmax at first; a tenth of it at the end.",

@@ -104,6 +104,8 @@ class _Writer:
                     self.homes.setdefault(child, []).append((owner, name))
         self.made: dict[str, QModule] = {}
         self.inputs: dict[tuple[str, str, Any], fx.Node] = {}
+        self.fused: dict[tuple[str, str], fx.Node] = {}
+        """(region, name) of a node that was fused into a site -> the node of the site."""
         self.root: nn.Module = self.model
 
     def write(self) -> nn.Module:
@@ -144,6 +146,7 @@ class _Writer:
             assert region.graph is not None
             nodes[-1].replace_all_uses_with(nodes[0])
             for node in reversed(nodes[1:]):
+                self.fused[site.region, node.name] = nodes[0]
                 region.graph.erase_node(node)
 
     def _keep_inputs(self, region: Region, graph: fx.Graph) -> None:
@@ -219,7 +222,7 @@ class _Writer:
             if any(source in self.plans and self.plans[source].output is not None for source in read.sources):
                 continue
             key = (site.region, read.node, plan.input if isinstance(plan.input, str) else site.path)
-            value = _by_name(region.graph)[read.node]
+            value = self.fused.get((site.region, read.node)) or _by_name(region.graph)[read.node]
             if key not in self.inputs:
                 path = self._input_path(site.region, read.node)
                 self._add(path, QOp(nn.Identity(), plan.make("input", site.module)))

@@ -372,7 +372,7 @@ class UniformQuantizer(GridQuantizer):
     def thresholds(self) -> Tensor:
         delta, zero_point, qmin, qmax = self.affine_params()
         codes = torch.arange(qmin, qmax, device=delta.device) + 0.5
-        return (codes - torch.as_tensor(zero_point)[..., None]) * delta[..., None]
+        return (codes - torch.as_tensor(zero_point, device=delta.device)[..., None]) * delta[..., None]
 
     def grid(self) -> tuple[Tensor | int, ...]:
         delta, zero_point, qmin, qmax = self.affine_params()

@@ -34,7 +34,7 @@ def shared_sums() -> Iterator[None]:
 
     >>> x = torch.tensor([[3.0, 4.0]])
     >>> with shared_sums():
-    ...     row_mean_squares(x) is row_mean_squares(x)
+    ...     shared_unit_rows(x)[0] is shared_unit_rows(x)[0]
     True
     """
     outer, _shared.known = _shared.known, {}
@@ -44,9 +44,13 @@ def shared_sums() -> Iterator[None]:
         _shared.known = outer
 
 
+def _known() -> dict[Any, tuple[Tensor, Any]] | None:
+    return None if torch.compiler.is_compiling() else _shared.known
+
+
 def _once(compute: Callable[[Tensor], Result], rows: Tensor) -> Result:
     """`compute(rows)`, kept while sums are shared; nobody may write to it."""
-    known = None if torch.compiler.is_compiling() else _shared.known
+    known = _known()
     if known is None:
         return compute(rows)
     key = (compute, rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, rows.device, rows._version)
@@ -87,12 +91,13 @@ def row_mean_squares(rows: Tensor) -> Tensor:
     >>> row_mean_squares(torch.tensor([[3.0, 4.0]]))
     tensor([12.5000], dtype=torch.float64)
     """
-    return _once(_mean_squares, rows)
+    return _once(_mean_squares, rows).clone()  # ranks merge theirs in place
 
 
 def _mean_squares(rows: Tensor) -> Tensor:
     units, unit = shared_unit_rows(rows)
-    return row_sums(units.square()) / units.shape[1] * unit.to(torch.float64).square()
+    squares = units.square_() if _known() is None else units.square()
+    return row_sums(squares) / units.shape[1] * unit.to(torch.float64).square()
 
 
 def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

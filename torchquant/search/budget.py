@@ -13,7 +13,7 @@ MEASURES = {
     "bytes": "all weights, packed, with what decoding needs",
     "bits": "mean bits of the weights that are searched",
     "act_bytes": "all outputs of sites, as if all were kept",
-    "act_bits": "mean bits of the activations that are searched",
+    "act_bits": "mean bits of the outputs that are searched",
     "bitops": "multiply-adds times the bits of both factors",
     "latency": "seconds, by a table that you give",
 }
@@ -34,7 +34,7 @@ UNITS = {
     "ms": 1e-3,
     "us": 1e-6,
 }
-_WORDS = re.compile(r"\s*([a-z_]+)\s*<=\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_WORDS = re.compile(r"\s*([a-z_]+)\s*<=\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,10 @@ class CostModel:
     def check_feasible(self, budgets: Sequence[Budget]) -> None:
         """Raise ConfigError, with the least that can be had, if a budget cannot be met on its own."""
         for budget in budgets:
+            counted = [v for v in self.variables if v.is_weight == (budget.measure == "bits") and v.elements]
+            if budget.measure in ("bits", "act_bits") and not counted:
+                what = "weights" if budget.measure == "bits" else "outputs"
+                raise ConfigError(f"the budget {budget} is of the {what} that are searched, and no {what} are")
             if budget.measure == "latency" and self.latency is None:
                 raise ConfigError("a budget of latency needs a latency table: (site path, weight spec) -> seconds")
             least = self.totals(self.cheapest(budget.measure))[budget.measure]

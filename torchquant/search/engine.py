@@ -71,16 +71,21 @@ class Search:
             rules = QuantPlan.from_rules(search_rules(rules, min_bits, max_bits, form), net, example_inputs)
         self.plan = rules
         self.settings = settings or self.defaults
+        self.example_inputs = example_inputs
         self.costs = CostModel(net, self.plan, example_inputs, latency)
         budgets = Budget.parse(budget)
         self.costs.check_feasible(budgets)
         widest = {v.place: v.bits.index(max(v.bits)) for v in self.costs.variables}
+        if self.settings.cost_weight and not self.costs.totals(widest)[self.settings.cost_measure]:
+            raise ConfigError(f"cost_measure '{self.settings.cost_measure}' is 0 for everything that is searched")
         self.prices = Prices(budgets, self.settings, self.costs.totals(widest)[self.settings.cost_measure])
         self.loss = loss
         self.history: list[EpochRecord] = []
         self.epoch = 0
         self.model, self.mixtures = build_supernet(net, self.plan, per == "model")
-        self.model.to(next(net.parameters()).device)
+        for parameter in net.parameters():
+            self.model.to(parameter.device)
+            break
         self.every_mixture = [m for mixtures in self.mixtures.values() for m in mixtures]
         for mixture in self.every_mixture:
             mixture.hard = self.settings.hard
@@ -96,7 +101,10 @@ class Search:
         self._optimizers: dict[str, torch.optim.Optimizer] | None = None
 
     def compile(self, **options: Any) -> None:
-        """Compile the step, `torch.compile(fullgraph=True)`. All widths take part from then on."""
+        """Compile the step, `torch.compile(fullgraph=True)`. All widths take part from then on.
+
+        What is kept for backward is up to the compiler then, and may grow with the candidates.
+        """
         for mixture in self.every_mixture:
             mixture.narrow = False
             mixture.refresh()
@@ -167,11 +175,11 @@ class Search:
         learned = [*self.logits, *self.widths]
         of_task = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
         if self.widths:
-            found = torch.stack([g.double().cpu() for g in of_task[len(self.logits) :]])
+            found = torch.stack(of_task[len(self.logits) :]).double().cpu()
             self.slopes = MEMORY * self.slopes + (1.0 - MEMORY) * found
         of_cost: Sequence[Tensor | None] = [None] * len(learned)
-        if self.prices.are_charged:
-            cost = self.prices.loss(self.expected_costs(), self.epoch)
+        cost = self.prices.loss(self.expected_costs(), self.epoch)
+        if learned and cost.requires_grad:
             of_cost = torch.autograd.grad(cost, learned, allow_unused=True)
         for parameter, ours, theirs in zip(learned, of_task, of_cost, strict=True):
             parameter.grad = ours if theirs is None else ours + theirs
@@ -281,13 +289,15 @@ class Search:
         """
         chosen, budgets = self.choice(), self.prices.budgets
         if budgets:
-            scores, groups = self.scores(), self._groups()
-            chosen = keep_budgets(self.costs, budgets, scores, chosen, groups)
+            scores, groups = self.scores(), self.groups()
+            # what decoding needs can depend on the weights as they are now
+            costs = CostModel(self.float_model(), self.plan, self.example_inputs, self.costs.latency)
+            chosen = keep_budgets(costs, budgets, scores, chosen, groups)
             if self.widths:
-                chosen = use_room(self.costs, budgets, scores, chosen, groups)
+                chosen = use_room(costs, budgets, scores, chosen, groups)
         return chosen
 
-    def _groups(self) -> list[list[Place]]:
+    def groups(self) -> list[list[Place]]:
         """Places that choose together, since they learn the same logits and width."""
         found: dict[object, list[Place]] = {}
         for place in self.costs.places:
@@ -307,6 +317,7 @@ class Search:
 
     def float_model(self) -> nn.Module:
         """The float model with the weights as they are now."""
+        self._learn(weights=True, architecture=True)
         return self.plan.revert(self.model)
 
     def retrain(

@@ -104,9 +104,12 @@ class MixtureQuantizer(Quantizer):
     def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
         """Show x, or `x.clamp(*clamp)`, to the options that take part or must not miss a batch; each observer once."""
         seen: set[int] = set()
+        shown = set(self.active)
+        if self.form == "stat" and self.float_bitwidth is not None:
+            shown |= {self._beside(i) for i in self.active}  # their steps are compared
         clamped = x if clamp is None else x.detach().clamp(*clamp)
         for i, option in enumerate(self.options):
-            if i in self.active or not (option.is_ready and option.is_memoryless):
+            if i in shown or not (option.is_ready and option.is_memoryless):
                 observer = id(getattr(option, "observer", option))
                 if observer not in seen:
                     seen.add(observer)
@@ -116,9 +119,13 @@ class MixtureQuantizer(Quantizer):
         """The mix of the options of x, or of `x.clamp(*clamp)` in the same pass."""
         if self.forced == FLOAT:
             return x if clamp is None else x.clamp(*clamp)
-        active = list(self.active) if self.forced is None else [self.forced]
+        active, forced = list(self.active), self.forced
+        if forced is None and not self.training and not torch.compiler.is_compiling():
+            forced = self.best_option()
+        if forced is not None:
+            active = [forced]
         chosen: list[Any] = [self.options[i] for i in active]
-        if self.forced is not None or (self.theta is None and self.float_bitwidth is None):
+        if forced is not None or (self.theta is None and self.float_bitwidth is None):
             return mix(x, chosen, self.temperature.new_ones(1), clamp)
         rows, columns = self._row_shares(), self._column_shares()
         shares = rows[self._row_of[active]] * columns[self._column_of[active]]
@@ -225,14 +232,15 @@ class MixtureQuantizer(Quantizer):
 
     def _neighbours(self, active: list[int]) -> list[tuple[Quantizer, Quantizer, int]]:
         """Each active option with the next wider (at the end: narrower) of its scheme, and its width."""
-        found = []
-        for i in active:
-            other, column = i, self._columns[i]
-            if column < len(self.widths):
-                beside = i + 1 if column + 1 < len(self.widths) else i - 1
-                other = beside if self._rows[beside] == self._rows[i] else i
-            found.append((self.options[i], self.options[other], self.option_bits[i]))
-        return found  # type: ignore[return-value]
+        bits = self.option_bits
+        return [(self.options[i], self.options[self._beside(i)], bits[i]) for i in active]  # type: ignore[misc]
+
+    def _beside(self, option: int) -> int:
+        """The option of the next width of its scheme, the wider if there is one; itself without a width to learn."""
+        column = self._columns[option]
+        if column == len(self.widths) or len(self.widths) == 1:
+            return option
+        return option + 1 if column + 1 < len(self.widths) else option - 1
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -18,7 +18,7 @@ class Prices:
     """One price a budget, moved after each step, and the penalty of going over it (docs/algorithms.md F3).
 
     A penalty alone ends where it balances the task, above the budget; the price goes on rising until the budget
-    holds, as in an augmented Lagrangian. It moves only near the budget and goes away far from it, so that none builds
+    holds, as in an augmented Lagrangian. It moves only near the budget and goes away far below it, so that none builds
     up while the cost is on its way. With `target` a cost below the budget is drawn up to it in the same manner.
     `reference`: what `cost_weight` counts as 1.
     """
@@ -28,11 +28,6 @@ class Prices:
         self.settings = settings
         self.reference = max(reference, 1e-30)
         self.values = torch.zeros(len(self.budgets), dtype=torch.float64)
-
-    @property
-    def are_charged(self) -> bool:
-        """Whether cost counts at all."""
-        return bool(self.budgets) or self.settings.cost_weight > 0.0
 
     def loss(self, totals: Mapping[str, Tensor], epoch: int) -> Tensor:
         """What joins the task's loss, for expected costs by measure."""
@@ -50,5 +45,6 @@ class Prices:
         if not self.budgets:
             return
         over = torch.stack([totals[b.measure].cpu() / b.limit - 1.0 for b in self.budgets])
-        moved = torch.where(over.abs() < NEAR, self.values + self.settings.price_rate * over, 0.9 * self.values)
+        moved = torch.where(over < 0, 0.9 * self.values, self.values)
+        moved = torch.where(over.abs() < NEAR, self.values + self.settings.price_rate * over, moved)
         self.values = moved if self.settings.target else moved.clamp_min(0.0)

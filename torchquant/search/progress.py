@@ -14,6 +14,7 @@ from torchquant._files import write_json, write_whole
 from torchquant.errors import ConfigError
 from torchquant.search.cost import name_of
 from torchquant.search.settings import EpochRecord
+from torchquant.training.fit import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torchquant.search.engine import Search
@@ -33,7 +34,7 @@ def keep_search(search: Search, folder: Path) -> None:
         "slopes": search.slopes,
         "epoch": search.epoch,
         "history": json.dumps([record.to_dict() for record in search.history]),
-        "random": torch.get_rng_state(),
+        "random": random_state(),
     }
     write_whole(folder / PROGRESS, partial(torch.save, saved))
     write_json(folder / HISTORY, [record.to_dict() for record in search.history])
@@ -44,7 +45,7 @@ def resume_search(search: Search, folder: Path) -> None:
     path = folder / PROGRESS
     if not path.exists():
         return
-    saved: dict[str, Any] = torch.load(path, weights_only=True)
+    saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     for name, ours in _identity(search).items():
         if saved[name] != ours:
             raise ConfigError(
@@ -57,7 +58,7 @@ def resume_search(search: Search, folder: Path) -> None:
         mixture.refresh()
     search.prices.values, search.slopes, search.epoch = saved["prices"], saved["slopes"], int(saved["epoch"])
     search.history = [EpochRecord(**entry) for entry in json.loads(saved["history"])]
-    torch.set_rng_state(saved["random"])
+    set_random_state(saved["random"])
 
 
 def _identity(search: Search) -> dict[str, str]:
@@ -67,4 +68,7 @@ def _identity(search: Search) -> dict[str, str]:
         "settings": json.dumps(asdict(search.settings)),
         "candidates": json.dumps(places),
         "budgets": ", ".join(map(str, search.prices.budgets)),
+        "forms": json.dumps([mixture.form for mixture in search.every_mixture]),
+        "groups": json.dumps([[name_of(place) for place in group] for group in search.groups()]),
+        "latency": str(sorted((search.costs.latency or {}).items())),
     }

@@ -18,8 +18,8 @@ def keep_budgets(
 ) -> dict[Place, int]:
     """Cheaper options, the least harmful for what they save first, until every budget holds.
 
-    `groups`: places that have one option together; each alone without. Raises ConfigError with what is least, if no
-    choice keeps all of them together.
+    `groups`: places that have one option together; each alone without. Raises ConfigError with the nearest, if none is
+    found that keeps all of them together.
     """
     found = dict(choice)
     groups = groups or [[place] for place in costs.places]
@@ -29,10 +29,14 @@ def keep_budgets(
         for index, group in enumerate(groups):
             for option in range(len(scores[group[0]])):
                 saved = excess - costs.excess(found | dict.fromkeys(group, option), budgets)
-                if saved > 1e-12:
+                if saved > min(1e-12, excess / 2):
                     harm = sum(scores[place][option] - scores[place][found[place]] for place in group)
                     best = min(best or (float("inf"), 0, 0), (harm / saved, index, option))
         if best is None:
+            cheapest = [costs.cheapest(budget.measure) for budget in budgets]
+            for choice in (found | {p: c[g[0]] for g in groups for p in g} for c in cheapest):
+                if costs.excess(choice, budgets) == 0.0:
+                    return choice
             totals = costs.totals(found)
             least = ", ".join(f"{b.measure} {totals[b.measure]:g} for at most {b.limit:g}" for b in budgets)
             raise ConfigError(f"no choice keeps all budgets together; the nearest that was found has {least}")
@@ -55,10 +59,9 @@ def use_room(
                 gain = sum(scores[place][found[place]] - scores[place][option] for place in group)
                 if gain <= 0.0:
                     continue
-                trial = found | dict.fromkeys(group, option)
-                if costs.excess(trial, budgets) > 0.0:
+                after = costs.totals(found | dict.fromkeys(group, option))
+                if any(after[b.measure] > b.limit for b in budgets):
                     continue
-                after = costs.totals(trial)
                 price = sum(max(after[b.measure] - totals[b.measure], 0.0) / b.limit for b in budgets)
                 best = max(best or (-1.0, 0, 0), (gain / (price + 1e-12), -index, option))
         if best is None:

@@ -44,12 +44,14 @@ def fit(
     on from it and ends with the same numbers, bit for bit. `generator`: what `batches` draws from, kept there too.
     `warm_up`: share of the steps in which the rate rises.
     With torch.distributed gradients are averaged over the ranks, and the first one writes `progress`, which all read.
-    Raises ConfigError for an epoch without batches.
+    Raises ConfigError for no epochs or no batches.
 
     >>> net = nn.Linear(2, 2)
     >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
     >>> fit(net, lambda: data, epochs=2, learning_rate=1e-2, steps_per_epoch=1)
     """
+    if epochs < 1 or steps_per_epoch < 1:
+        raise ConfigError(f"epochs and steps_per_epoch must be at least 1, got {epochs} and {steps_per_epoch}")
     module = across_ranks(model)
     learned = quantizer_parameters(model)
     of_quantizers = set(map(id, learned["params"]))
@@ -62,13 +64,13 @@ def fit(
     model.train()
     first = 1
     if progress is not None and progress.exists():
-        saved = torch.load(progress, weights_only=True)
+        saved = torch.load(progress, weights_only=True, map_location="cpu")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         if generator is not None:
             generator.set_state(saved["batches"])
-        torch.set_rng_state(saved["random"])
+        set_random_state(saved["random"])
         first = int(saved["epoch"]) + 1
     for epoch in range(first, epochs + 1):
         losses = []
@@ -83,7 +85,7 @@ def fit(
             raise ConfigError("there are no batches to train on")
         if progress is not None and is_first_rank():
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            saved |= {"schedule": schedule.state_dict(), "epoch": epoch, "random": torch.get_rng_state()}
+            saved |= {"schedule": schedule.state_dict(), "epoch": epoch, "random": random_state()}
             saved |= {} if generator is None else {"batches": generator.get_state()}
             write_whole(progress, partial(torch.save, saved))
         if on_epoch is not None:
@@ -95,7 +97,7 @@ def epochs_done(progress: Path | None) -> int:
     """How many epochs a file of progress has behind it; 0 without one."""
     if progress is None or not progress.exists():
         return 0
-    return int(torch.load(progress, weights_only=True)["epoch"])
+    return int(torch.load(progress, weights_only=True, map_location="cpu")["epoch"])
 
 
 def across_ranks(model: nn.Module) -> nn.Module:
@@ -103,6 +105,18 @@ def across_ranks(model: nn.Module) -> nn.Module:
     if not (dist.is_available() and dist.is_initialized()) or isinstance(model, DistributedDataParallel):
         return model
     return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def random_state() -> list[Tensor]:
+    """Of torch's own generators: the CPU's, then those of the GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    """Bring the generators to what `random_state` gave; GPUs only if there are as many."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.device_count() == len(states) - 1:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def is_first_rank() -> bool:
