@@ -80,7 +80,7 @@ class _Taps:
     def _tap(self, mixture: nn.Module, args: Any, output: Tensor) -> Tensor:
         known = self.seen.setdefault(id(mixture), [])
         if not (self.stored and known):
-            known.append((args[0].detach(), torch.zeros_like(output).requires_grad_()))
+            known.append((output.detach(), torch.zeros_like(output).requires_grad_()))
         return output + known[-1][1]
 
     @contextmanager
