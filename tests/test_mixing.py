@@ -18,7 +18,7 @@ from torchquant.errors import ConfigError, NoCodesError
 from torchquant.quantizers import QUANTIZERS, GroupQuantizer, Quantizer, make_quantizer
 from torchquant.quantizers_functional import residual_alphas
 from torchquant.quantizers_functional._levels import nearest_level
-from torchquant.quantizers_functional._sums import row_mean_squares, shared_sums
+from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, row_sums_of, shared_sums
 from torchquant.search import mixing
 from torchquant.search._steps import MOST_PLACES, Cells, steps_of
 from torchquant.search.mixing import mix
@@ -384,6 +384,14 @@ def test_shared_sums_are_those_of_each_alone(axis: int | None) -> None:
             row_mean_squares(x.view(1, -1) if axis is None else x).zero_()  # as merging ranks may
     for quantizer, alone in zip(shared, observed(tuple(specs), x), strict=True):
         assert all(map(torch.equal, quantizer.buffers(), alone.buffers()))
+
+
+@pytest.mark.parametrize("n", [100, 2**18 + 300])
+def test_sums_in_pieces_are_the_sums(n: int) -> None:
+    row = torch.randn(1, n)
+    found = row_sums_of(lambda x: (x.square(), x.abs()), row)
+    assert torch.equal(found[0], row_sums(row.square()))
+    assert torch.equal(found[1], row_sums(row.abs()))
 
 
 def test_a_search_step_of_the_benchmark_trains_everything() -> None:

@@ -12,7 +12,7 @@ from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._sums import (
     row_mean_squares,
     row_moments,
-    row_sums,
+    row_sums_of,
     shared_unit_rows,
     usable_scale,
 )
@@ -139,8 +139,13 @@ class VecQQuantizer(MidriseQuantizer):
         threshold_step = self._step(_rms(x))
         units, unit = shared_unit_rows(x)
         scaled = (threshold_step / unit).to(units.dtype)[:, None]
-        points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
-        along, square = row_sums(units * points) * unit, row_sums(points.square_())
+
+        def products(units: Tensor) -> tuple[Tensor, Tensor]:
+            points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
+            return units * points, points.square_()
+
+        along, square = row_sums_of(products, units)
+        along = along * unit
         step = reduce_mean(along) / reduce_mean(square)
         return threshold_step, usable_scale(step, 2.0**self.n_bits)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchquant.quantizers_functional._powers import floor_pow2
 
 BLOCK = 256
+AT_ONCE = 2**18  # elements of an intermediate tensor, a multiple of BLOCK
 Result = TypeVar("Result")
 
 
@@ -72,6 +73,23 @@ def row_sums(rows: Tensor) -> Tensor:
     return rows[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1).to(torch.float64).sum(1) + tail
 
 
+def row_sums_of(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
+    """`row_sums` of each tensor that the elementwise `compute(rows)` gives, bit for bit.
+
+    A long single row is taken in pieces on a CPU, so that what is computed between stays in the cache.
+    """
+    n = rows.shape[1]
+    if len(rows) > 1 or n <= AT_ONCE or torch.compiler.is_compiling() or rows.device.type != "cpu":
+        return tuple(row_sums(part) for part in compute(rows))
+    whole = n - n % BLOCK
+    blocks = [
+        [part.unflatten(1, (-1, BLOCK)).sum(-1) for part in compute(piece)]
+        for piece in rows[:, :whole].split(AT_ONCE, 1)
+    ]
+    tails = [part.to(torch.float64).sum(1) for part in compute(rows[:, whole:])]
+    return tuple(torch.cat(sums, 1).to(torch.float64).sum(1) + tail for *sums, tail in zip(*blocks, tails, strict=True))
+
+
 def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(rows / unit, unit): each row divided, exactly, by the power of two below its largest magnitude.
 
@@ -117,8 +135,13 @@ def row_moments(rows: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tens
     units, unit = shared_unit_rows(rows)
     unit = unit.to(torch.float64)
     mean = combine(row_sums(units) / units.shape[1] * unit)
-    centred = units.to(torch.float64) - (mean / unit)[:, None]
-    deviation = combine(row_sums(centred.square_()) / units.shape[1] * unit.square()).sqrt()
+    shift = (mean / unit)[:, None]
+
+    def centred_squares(units: Tensor) -> tuple[Tensor]:
+        return (units.to(torch.float64, copy=True).sub_(shift).square_(),)
+
+    (squares,) = row_sums_of(centred_squares, units)
+    deviation = combine(squares / units.shape[1] * unit.square()).sqrt()
     return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
 
 

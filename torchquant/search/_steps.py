@@ -98,9 +98,13 @@ def _edges(quantizer: GridQuantizer) -> list[Tensor]:
 def _try(quantizer: GridQuantizer, probes: Tensor, clamp: Clamp | None) -> tuple[Tensor, Tensor]:
     """Value and gradient of the quantizer at each of the probes."""
     options = {} if clamp is None else {"clamp": clamp}
-    if clamp is None and isinstance(quantizer.gradient, STE):
+    if isinstance(quantizer.gradient, STE):
+        low, high = clamp or (None, None)
+        slope = torch.ones_like(probes)
+        slope = slope if low is None else slope * (probes > low)
+        slope = slope if high is None else slope * (probes < high)
         with torch.no_grad():
-            return quantizer(probes), torch.ones_like(probes)
+            return quantizer(probes, **options), slope
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
         y = quantizer(leaf, **options)
