@@ -40,6 +40,8 @@ WIDTHS = "clipq:{n}/channel"
 
 
 SEARCHES = ("qss", "qss-model", "qpl", "qpl-secant", "qss+qpl")
+SCHEMES = ("qfmt", "residual", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
+"""The default candidates, but the residual one in its refined form."""
 MIXED = ("clipq", "vecq", "ul2q", "residual")
 """The schemes that are learned together with their widths."""
 
@@ -76,7 +78,7 @@ class Recipe:
 
 
 def schemes_of(bits: int) -> list[str]:
-    return [spec.partition(":")[0] for spec in default_candidates(bits)]
+    return [spec.partition(":")[0] for spec in default_candidates(bits, SCHEMES)]
 
 
 def runs_of(nets: Sequence[str], bits: Sequence[int], seeds: int, kinds: Sequence[str] | None) -> list[Run]:
@@ -100,7 +102,7 @@ def search_of(run: Run, net: nn.Module, data: Digits, recipe: Recipe) -> Search:
     example = data.test_images[:2]
     stream = partial(batches_of, data, run.seed)
     if run.kind in ("qss", "qss-model"):
-        rules = [{"weight": default_candidates(run.bits), **ACTS}, LAST]
+        rules = [{"weight": default_candidates(run.bits, SCHEMES), **ACTS}, LAST]
         own = SearchSettings(**settings, arch_rate=0.1, temperature=(1.0, 0.2))
         per = "model" if run.kind == "qss-model" else "layer"
         search: Search = SchemeSearch(net, rules, example, settings=own, per=per)
@@ -131,7 +133,7 @@ def perform(run: Run, recipe: Recipe, folder: str) -> str:
         harms = sensitivity(net, rules, example, few, method="kl", min_bits=1)
         plan = allocate(net, rules, example, f"bits<={run.bits}", harms, min_bits=1).plan
     else:
-        spec = next(s for s in default_candidates(run.bits) if s.partition(":")[0] == run.kind)
+        spec = next(s for s in default_candidates(run.bits, SCHEMES) if s.partition(":")[0] == run.kind)
         plan = QuantPlan.from_rules([{"weight": spec, **ACTS}, LAST], net, example)
     cost = plan.cost(net, example)
     if search is not None:

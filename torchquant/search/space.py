@@ -16,8 +16,8 @@ from torchquant.quantizers import weight_spec
 from torchquant.search.mixture import MixtureQuantizer
 
 WIDTH = "{n}"
-DEFAULT_SCHEMES = ("qfmt", "residual", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
-"""AutoQNN's: fixed point, residual, VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
+DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
+"""AutoQNN's: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) ->
     binary or ternary.
 
     >>> default_candidates(2)[:3], len(default_candidates(4))
-    (['qfmt:2,signed/channel', 'residual:2/channel', 'vecq:2/channel'], 8)
+    (['qfmt:2,signed/channel', 'resq:2/channel', 'vecq:2/channel'], 8)
     """
     names = [*schemes, *{1: ["binary"], 2: ["ternary"]}.get(n_bits, [])]
     found = [weight_spec(name, n_bits) if name != "binary" else "binary/channel" for name in names]
