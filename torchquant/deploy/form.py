@@ -28,9 +28,11 @@ from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
 from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, Terms, as_nodes, node
 from torchquant.deploy.values import IntegerTensor
 from torchquant.errors import ExportError, NoAffineViewError
+from torchquant.graph.traced import reseal
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWrapper
 from torchquant.qmodule.bn_folding import running_bias, running_factor
+from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
@@ -67,7 +69,7 @@ class DeployLayer(nn.Module):
                 bias = running_bias(wrapper.bn, bias)
             self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, fused: bool = True) -> Tensor:
         x = self.input(x)
         run = active_run()
         known = x.codes if isinstance(x, IntegerTensor) else None
@@ -121,7 +123,7 @@ class DeployOp(nn.Module):
         self.output = _acts_site(op.acts_quantizer, f"{path}.output", keep_signed)
         self.activation = _left_of(self.activation, self.output)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, fused: bool = True, **kwargs: Any) -> Tensor:
         run = active_run()
         if run is not None and run.checking:
             run.site = self.path
@@ -167,7 +169,9 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
             f"{type(model).__name__} has no QModule, so nothing in it is quantized. Wrap its layers in QWrapper and "
             "its operators in QOp, or use torch.onnx.export for a float model"
         )
-    return _converted(copy.deepcopy(model).cpu().eval(), "", {}, keep_signed)
+    form = _converted(copy.deepcopy(model).cpu().eval(), "", {}, keep_signed)
+    reseal(form)
+    return form
 
 
 @torch.no_grad()
@@ -209,6 +213,8 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
         return DeployLayer(module, path, keep_signed)
     if isinstance(module, QOp):
         return DeployOp(module, path, keep_signed)
+    if isinstance(module, FusedPart):
+        return nn.Identity()  # the DeployLayer runs it
     if isinstance(module, QModule):
         raise ExportError(
             f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp; only these two can be exported. "

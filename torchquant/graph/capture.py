@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,27 +10,38 @@ import torch
 from torch import nn
 
 from torchquant.errors import ConfigError
+from torchquant.graph.calls import pattern_of
+from torchquant.graph.copies import copy_model
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.ops import computing_module_type
-from torchquant.graph.sites import NORM_WHY, Captured, LeftFloat, Region, Site, has_layers, joined, layer_fields
-from torchquant.graph.trace import NotTraceable, traced_graph
-from torchquant.graph.watch import real_values
+from torchquant.graph.sites import NORM_WHY, Captured, LeftFloat, Region, Site, Way, has_layers, joined, layer_fields
+from torchquant.graph.trace import NotTraceable, pattern_without_example, renamed, traced_variants
+from torchquant.graph.watch import real_values, recorded_calls
 from torchquant.qmodule.patterns import plain_type
 from torchquant.qmodule.state import QModule
 
+Patterns = Mapping[str, tuple[Any, ...]]
+RAW_WHY = "a weight that no layer owns: a forward uses it in a way of its own"
+
 
 def capture(
-    model: nn.Module, example_inputs: Any = None, trace: bool | str = True, fuse: bool | str = True
+    model: nn.Module,
+    example_inputs: Any = None,
+    trace: bool | str = True,
+    fuse: bool | str = True,
+    patterns: Patterns | None = None,
 ) -> Captured:
-    """Find every place of the model where a quantizer can sit. The model is not changed.
+    """Find every place of the model where a quantizer can sit. The model is not changed, nor run: a copy is.
 
     Where torch.fx can follow a forward, batch norms and activations are fused into the layers before them and
-    operators become sites. Where it cannot, layers are sites one by one, and `floats` tells the reason.
+    operators become sites. Where it cannot, or where a graph would lose what the forward does beside (an attribute it
+    writes, a random number it draws in Python), layers are sites one by one, and `floats` tells the reason.
 
-    `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it, only what really is a real
-    tensor becomes a site. `trace=False`: layers, one by one, in the forwards as they are; "modules": so are all
-    modules without children. `fuse`: "bn" leaves activations alone, False batch norms too; without trace the only
-    fusing is "bn". Raises ConfigError for a model that is quantized already.
+    `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it, forwards are followed as they are called,
+    and only what really is a real tensor becomes a site. `trace=False`: layers, one by one, in the forwards as they
+    are; "modules": so are all modules without children. `fuse`: "bn" leaves activations alone, False batch norms too;
+    without trace the only fusing is "bn". `patterns`: `Captured.patterns` of a capture with an example. Raises
+    ConfigError for a model that is quantized already or that does not run on the example.
 
     >>> [site.path for site in capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))).sites]
     ['0', '2']
@@ -40,46 +52,96 @@ def capture(
         raise ConfigError(f"trace must be True, False or 'modules', got {trace!r}")
     if fuse not in (True, False, "bn"):
         raise ConfigError(f"fuse must be True, False or 'bn', got {fuse!r}")
-    finder = Finder(model, trace, fuse)
-    finder.look_into("", model)
+    twin = copy_model(model)
+    known = dict(patterns or {})
+    if example_inputs is not None:
+        known = {path: pattern_of(values) for path, values in recorded_calls(copy_model(model), example_inputs).items()}
+    finder = Finder(twin, trace, fuse, known)
+    finder.look_into("", twin)
     if example_inputs is not None and finder.regions:
         finder.keep_real(example_inputs)
-    return Captured(model, tuple(finder.sites), tuple(finder.floats), finder.regions, trace, fuse)
+    finder.tell_of_raw_weights()
+    return finder.captured(model)
 
 
 class Finder:
-    """Goes through a model and notes sites, what stays float, and regions."""
+    """Goes through a model, a copy that nobody needs, and notes sites, what stays float, and regions."""
 
-    def __init__(self, model: nn.Module, trace: bool | str, fuse: bool | str) -> None:
-        self.model, self.trace, self.fuse = model, trace, fuse
-        self.norms = _norms_after(model) if trace is not True and fuse == "bn" else {}
-        self.sites: list[Site] = []
+    def __init__(self, model: nn.Module, trace: bool | str, fuse: bool | str, patterns: Patterns) -> None:
+        self.model, self.trace, self.fuse, self.patterns = model, trace, fuse, patterns
+        self.norms = _norms_after(model, patterns) if trace is not True and fuse == "bn" else {}
+        self.sites: dict[str, Site] = {}
         self.floats: list[LeftFloat] = []
         self.regions: dict[str, Region] = {}
         self.seen: set[nn.Module] = set()
 
+    def captured(self, model: nn.Module) -> Captured:
+        """What was found, told of `model` instead of the copy."""
+
+        def site_of(site: Site) -> Site:
+            return site if site.module is None else replace(site, module=_at(model, self._path_of(site)))
+
+        regions = {
+            path: replace(
+                region,
+                module=_at(model, path),
+                ways=tuple(replace(way, sites=tuple(map(site_of, way.sites))) for way in region.ways),
+            )
+            for path, region in self.regions.items()
+        }
+        sites = tuple(map(site_of, self.sites.values()))
+        return Captured(model, sites, tuple(self.floats), regions, self.trace, self.fuse)
+
+    def _path_of(self, site: Site) -> str:
+        return next(path for path, module in self.model.named_modules() if module is site.module)
+
     def look_into(self, path: str, module: nn.Module) -> None:
-        """Note the sites of a module; its own graph if it has one."""
+        """Note the sites of a module; its own graphs if it has some."""
         if module in self.seen:
             return
         self.seen.add(module)
         if layer_fields(module):
             fused = (self.norms[module],) if module in self.norms else ()
             kind = plain_type(module).__name__
-            self.sites.append(Site(path, (kind,), layer_fields(module), module, fused, region=path))
+            self.sites[path] = Site(path, (kind,), layer_fields(module), module, fused, region=path)
             return
         try:
             if self.trace is not True:
                 raise NotTraceable("")
-            graph = traced_graph(module)
+            region = self._followed(path, module)
         except NotTraceable as reason:
             self._look_at_children(path, module, str(reason))
         else:
-            self.regions[path] = Region(path, module, graph)
-            GraphSites(self, path, module, graph).find()
+            self.regions[path] = region
+            self._find_in(region)
+
+    def _followed(self, path: str, module: nn.Module) -> Region:
+        pattern = self.patterns.get(path) or pattern_without_example(module)
+        names: dict[Any, str] = {}
+        traced = traced_variants(module, pattern)
+        ways = tuple(Way(replace(each, graph=renamed(each.graph, names))) for each in traced)
+        return Region(path, module, ways, "", pattern, names)
+
+    def _find_in(self, region: Region) -> None:
+        """Note the sites of all ways; what the ways fuse differently is not fused."""
+        limits: dict[str, int] = {}
+        while True:
+            start = dict(self.sites), list(self.floats), dict(self.regions), set(self.seen)
+            elsewhere = frozenset(self.seen)
+            found = [
+                GraphSites(self, region, way.graph, elsewhere, limits).find() for way in region.ways
+            ]
+            clash = _differently_fused(found)
+            if clash is None:
+                break
+            limits.update([clash])
+            self.sites, self.floats, self.regions, self.seen = start
+            region.op_paths.clear()
+        ways = tuple(replace(way, sites=sites) for way, sites in zip(region.ways, found, strict=True))
+        self.regions[region.path] = replace(region, ways=ways)
 
     def _look_at_children(self, path: str, module: nn.Module, reason: str) -> None:
-        self.regions[path] = Region(path, module, None, reason)
+        self.regions[path] = Region(path, module, (), reason)
         has_sites = len(self.sites)
         for name, child in module.named_children():
             below = joined(path, name)
@@ -89,7 +151,7 @@ class Finder:
                 self.seen.add(child)
                 types = (*([] if kind is None else [kind]), plain_type(child).__name__)
                 if below not in {taken for taken, _ in self.norms.values()}:
-                    self.sites.append(Site(below, types, ("input", "output"), child, region=path))
+                    self.sites[below] = Site(below, types, ("input", "output"), child, region=path)
             elif has_layers(child):
                 self.look_into(below, child)
             elif "Norm" in type(child).__name__ and child not in self.seen:
@@ -102,24 +164,57 @@ class Finder:
     @torch.no_grad()
     def keep_real(self, example_inputs: Any) -> None:
         """Drop the sites and reads whose values, on the example, are not tensors of real numbers."""
-        real = real_values(self.model, self.regions, example_inputs)
+        real = real_values(copy_model(self.model), self.regions, example_inputs)
 
         def is_real(region: str, node: str) -> bool:
             return real.get((region, node), True)
 
-        kept = []
-        for site in self.sites:
-            if site.nodes and not site.is_layer and not is_real(site.region, site.nodes[-1]):
-                continue
-            reads = tuple(read for read in site.reads if is_real(site.region, read.node))
-            kept.append(replace(site, reads=reads))
-        self.sites = kept
+        def kept(sites: Mapping[str, Site]) -> dict[str, Site]:
+            return {
+                path: replace(site, reads=tuple(read for read in site.reads if is_real(site.region, read.node)))
+                for path, site in sites.items()
+                if not site.nodes or site.is_layer or is_real(site.region, site.nodes[-1])
+            }
+
+        self.sites = kept(self.sites)
+        for path, region in self.regions.items():
+            ways = tuple(replace(w, sites=tuple(kept({s.path: s for s in w.sites}).values())) for w in region.ways)
+            self.regions[path] = replace(region, ways=ways)
+
+    def tell_of_raw_weights(self) -> None:
+        """List the weights that no site has: tables, kernels and the like that a forward uses by itself."""
+        told = {left.path for left in self.floats if left.why != RAW_WHY and not left.why.startswith("operators between")}
+        layers = [site.module for site in self.sites.values() if site.module is not None]
+        owned = {id(p) for module in layers for p in module.parameters()}
+        for path, module in self.model.named_modules():
+            for name, weight in module.named_parameters(recurse=False):
+                is_told = any(path == where or path.startswith(f"{where}.") for where in told if where)
+                if weight.ndim > 1 and id(weight) not in owned and not is_told:
+                    self.floats.append(LeftFloat(joined(path, name), f"{type(module).__name__}.{name}", RAW_WHY))
 
 
-def _norms_after(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+def _at(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:
+    """A site that the ways of a forward fuse differently, and how much they have in common."""
+    fused: dict[str, tuple[tuple[str, str], ...]] = {}
+    for sites in found:
+        for site in sites:
+            known = fused.setdefault(site.path, site.fused)
+            if known != site.fused:
+                same = [a == b for a, b in zip(known, site.fused, strict=False)]
+                return site.path, (*same, False).index(False)
+    return None
+
+
+def _norms_after(model: nn.Module, patterns: Patterns) -> dict[nn.Module, tuple[str, str]]:
     """Layer -> (path, class) of the batch norm that follows it and nothing else, as far as a graph tells."""
-    finder = Finder(model, True, "bn")
+    finder = Finder(model, True, "bn", patterns)
     finder.look_into("", model)
     return {
-        site.module: site.fused[0] for site in finder.sites if site.module is not None and site.fused and site.is_layer
+        site.module: site.fused[0]
+        for site in finder.sites.values()
+        if site.module is not None and site.fused and site.is_layer
     }

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from torchquant.graph.ops import about_tensors, activation_of, computing_type, passes_values
-from torchquant.graph.sites import NORM_WHY, LeftFloat, Read, Site, has_layers, joined, layer_fields, n_reads_of
+from torchquant.graph.sites import NORM_WHY, LeftFloat, Read, Region, Site, has_layers, joined, layer_fields, n_reads_of
 from torchquant.graph.trace import has_hooks, module_path
+from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerRow, norm_of, plain_type, row_of
 
 if TYPE_CHECKING:
@@ -24,23 +25,30 @@ ONE_READ = {"mean", "avg_pool", "batch_norm", "interpolate"}
 
 
 class GraphSites:
-    """The sites of one graph."""
+    """The sites of one graph of a region.
 
-    def __init__(self, finder: Finder, path: str, root: nn.Module, graph: fx.Graph) -> None:
-        self.finder, self.path, self.root, self.graph = finder, path, root, graph
+    `elsewhere`: modules that are no business of the region. `limits`: path of a layer -> how much may be fused into it.
+    """
+
+    def __init__(
+        self, finder: Finder, region: Region, graph: fx.Graph, elsewhere: frozenset[nn.Module], limits: Mapping[str, int]
+    ) -> None:
+        self.finder, self.path, self.root, self.graph = finder, region.path, region.module, graph
+        self.elsewhere, self.limits, self.op_paths = elsewhere, limits, region.op_paths
+        self.sites: dict[str, Site] = {}
+        self.new: set[str] = set()
         self.about = about_tensors(graph)
         calls = (self.module_of(node) for node in graph.nodes if node.op == "call_module" and node not in self.about)
         self.n_calls = Counter(id(module) for module in calls)
         self.site_of: dict[fx.Node, str] = {}  # the last node of a site -> its path
         self.inside: set[fx.Node] = set()  # nodes fused into a site
-        self.names: set[str] = set()
-        self.layers: dict[int, int] = {}  # a layer called again -> its site
+        self.layers: dict[int, str] = {}  # a layer called again -> its site
         self.needed = self._needed()
 
     def module_of(self, node: fx.Node) -> nn.Module:
         return self.root.get_submodule(str(node.target))
 
-    def find(self) -> None:
+    def find(self) -> tuple[Site, ...]:
         """Note them, in the order they run."""
         for node in self.graph.nodes:
             if not node.op.startswith("call") or node in self.about or node in self.inside:
@@ -51,6 +59,18 @@ class GraphSites:
                 self._operator(node)
             elif not passes_values(node, self.root):
                 self._other(node)
+        return tuple(self.sites.values())
+
+    def _put(self, site: Site) -> None:
+        self.sites[site.path] = site
+        if site.path not in self.finder.sites or site.path in self.new:
+            self.finder.sites[site.path] = site
+            self.new.add(site.path)
+
+    def _leave(self, path: str, kind: str, why: str) -> None:
+        left = LeftFloat(path, kind, why)
+        if left not in self.finder.floats:
+            self.finder.floats.append(left)
 
     def _layer(self, node: fx.Node) -> None:
         module = self.module_of(node)
@@ -58,26 +78,36 @@ class GraphSites:
         kind = plain_type(module).__name__
         known = self.layers.get(id(module))
         if known is not None:
-            site = self.finder.sites[known]
+            site = self.sites[known]
             self.site_of[node] = site.path
             reads = site.reads + self._reads(node, n_reads_of(kind, 1))
-            self.finder.sites[known] = replace(site, reads=reads, nodes=(*site.nodes, node.name))
+            self._put(replace(site, reads=reads, nodes=(*site.nodes, node.name)))
             return
-        if module in self.finder.seen:
+        if module in self.elsewhere:
             return
         self.finder.seen.add(module)
-        nodes, fused = [node], []
+        nodes: list[fx.Node] = [node]
+        fused: list[tuple[str, str]] = []
         is_plain = isinstance(row_of(module), LayerRow) and not has_hooks(module)
         if self.fusable(node) and is_plain and len(node.args) == 1 and not node.kwargs:
-            fused = self._fuse(nodes, row_of(module))
+            fused = self._limited(self._fuse(nodes, row_of(module)), path, nodes)
         elif isinstance(row_of(module), LayerRow) and (len(node.args) != 1 or node.kwargs):
-            self.finder.floats.append(LeftFloat(path, kind, "it is called with more than its input"))
+            self._leave(path, kind, "it is called with more than its input")
             return
-        self.layers[id(module)] = len(self.finder.sites)
+        self.layers[id(module)] = path
         self._add(Site(path, (kind,), layer_fields(module), module, tuple(fused)), nodes, n_reads_of(kind, 1))
 
     def fusable(self, node: fx.Node) -> bool:
         return bool(self.finder.fuse) and self.n_calls[id(self.module_of(node))] == 1
+
+    def _limited(self, fused: list[tuple[str, str]], path: str, nodes: list[fx.Node]) -> list[tuple[str, str]]:
+        """What of `fused` all ways of the forward have; `nodes` accordingly."""
+        limit = self.limits.get(path, len(fused))
+        if len(nodes) - 1 != len(fused) and limit < len(fused):  # a norm with an activation of its own is one node
+            limit = 0
+        if limit < len(fused):
+            del nodes[limit + 1 :]
+        return fused[:limit]
 
     def _fuse(self, nodes: list[fx.Node], row: Any) -> list[tuple[str, str]]:
         """Take batch norm and activation after the last of `nodes` in; what was taken."""
@@ -114,19 +144,23 @@ class GraphSites:
         assert kind is not None
         module = self.module_of(node) if node.op == "call_module" else None
         types: tuple[str, ...] = (kind,) if module is None else (kind, plain_type(module).__name__)
+        written = written_by(node, self.root)
+        if written is not None and lies_in_input(written, self.root):
+            self._leave(joined(self.path, module_path(node)), kind, "it writes to its input, which others hold too")
+            return
         if module is None or (self.n_calls[id(module)] > 1 and not list(module.parameters())):
             path, module = self._new_path(node, kind), None
         else:
             path = joined(self.path, str(node.target))
-            if module in self.finder.seen:
-                self.finder.floats.append(LeftFloat(path, types[-1], "it is called more than once"))
+            if module in self.elsewhere or path in self.sites:
+                self._leave(path, types[-1], "it is called more than once")
                 return
             self.finder.seen.add(module)
         if not self.needed[node]:
-            self.finder.floats.append(LeftFloat(path, types[-1], "only float operators read its result"))
+            self._leave(path, types[-1], "only float operators read its result")
             return
         nodes = [node]
-        fused = self._fuse(nodes, None) if self.finder.fuse else []
+        fused = self._limited(self._fuse(nodes, None) if self.finder.fuse else [], path, nodes)
         n_reads = 1 if kind in ONE_READ else n_reads_of(kind)
         self._add(Site(path, types, ("input", "output"), module, tuple(fused)), nodes, n_reads)
 
@@ -135,7 +169,7 @@ class GraphSites:
         self.site_of[nodes[-1]] = site.path
         self.inside.update(nodes)
         names = tuple(node.name for node in nodes)
-        self.finder.sites.append(replace(site, reads=reads, region=self.path, nodes=names))
+        self._put(replace(site, reads=reads, region=self.path, nodes=names))
 
     def _reads(self, node: fx.Node, limit: int | None) -> tuple[Read, ...]:
         values: list[fx.Node] = []
@@ -158,26 +192,27 @@ class GraphSites:
                 self.finder.look_into(joined(self.path, str(node.target)), module)
             else:
                 path, kind = joined(self.path, str(node.target)), type(module).__name__
-                self.finder.floats.append(LeftFloat(path, kind, NORM_WHY if "Norm" in kind else NO_FORM))
+                self._leave(path, kind, NORM_WHY if "Norm" in kind else NO_FORM)
             return
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         if self._takes_values(node) and not name.startswith("_assert"):
             path = joined(self.path, module_path(node))
             takes_weights = any(value.op == "get_attr" for value in node.all_input_nodes)
             why = NORM_WHY if "norm" in name else NO_FORM + (TAKES_WEIGHTS if takes_weights else "")
-            self.finder.floats.append(LeftFloat(path, name, why))
+            self._leave(path, name, why)
 
     def _takes_values(self, node: fx.Node) -> bool:
         return any(value not in self.about for value in node.all_input_nodes)
 
     def _new_path(self, node: fx.Node, kind: str) -> str:
         """A free name for an operator, in the module in whose forward it stands."""
-        where = module_path(node)
-        owner = self.root.get_submodule(where)
-        tries = (kind if i == 0 else f"{kind}_{i}" for i in range(len(self.graph.nodes) + 1))
-        name = next(n for n in tries if not hasattr(owner, n) and joined(where, n) not in self.names)
-        self.names.add(joined(where, name))
-        return joined(self.path, where, name)
+        if node.name not in self.op_paths:
+            where, taken = module_path(node), set(self.op_paths.values())
+            owner = self.root.get_submodule(where)
+            tries = (kind if i == 0 else f"{kind}_{i}" for i in range(len(taken) + len(vars(owner)) + 1))
+            paths = (joined(self.path, where, name) for name in tries if not hasattr(owner, name))
+            self.op_paths[node.name] = next(path for path in paths if path not in taken)
+        return self.op_paths[node.name]
 
     def _needed(self) -> dict[fx.Node, bool]:
         """Whether something that can compute with integers, or the caller, uses the result of a node."""

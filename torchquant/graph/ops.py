@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from torchquant.graph.trace import FLAG
 from torchquant.qmodule.patterns import ActivationRow, norm_of, plain_type, row_of
 
 Target = Callable[..., Any] | str
@@ -66,7 +65,7 @@ PASSING: tuple[Target, ...] = (
 _ABOUT_TENSORS = {"size", "dim", "numel", "ndimension", "shape", "stride", "get_device", "ndim", "dtype", "device"}
 
 _COMPUTING = {target: name for name, targets in COMPUTING.items() for target in targets}
-_PASSING_NAMES = {"StochasticDepth", "stochastic_depth", "DropPath", "drop_path", "Permute"}
+_PASSING_NAMES = {"StochasticDepth", "stochastic_depth", "DropPath", "drop_path", "Permute", "run_hooks"}
 
 
 def _made(kind: type[nn.Module], *names: str) -> Callable[..., nn.Module]:
@@ -142,7 +141,7 @@ def about_tensors(graph: fx.Graph) -> set[fx.Node]:
         is_call = node.op == "call_method" and node.target in _ABOUT_TENSORS
         inputs = node.all_input_nodes
         derived = node.op in ("call_function", "call_method") and bool(inputs) and found.issuperset(inputs)
-        if is_getter or is_call or derived or (node.op == "call_module" and node.target == FLAG):
+        if is_getter or is_call or derived:
             found.add(node)
     return found
 

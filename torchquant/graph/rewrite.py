@@ -10,11 +10,15 @@ import torch
 from torch import fx, nn
 
 from torchquant.errors import ConfigError
+from torchquant.graph.calls import Signature
+from torchquant.graph.edit import GraphEditor
 from torchquant.graph.ops import OUT_OF_PLACE, activation_of
 from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
-from torchquant.graph.trace import FLAG, TracedModule, install_graph, remove_graph
+from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
+from torchquant.graph.tracer import Guard
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.float_checkpoints import forget_float, speak_float
+from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.weights import weight_names
 
@@ -38,7 +42,7 @@ class Conversion:
     root: nn.Module | None = None
     swaps: list[tuple[nn.Module, str, nn.Module | None]] = field(default_factory=list)
     inplace: list[Any] = field(default_factory=list)
-    """Activations that wrote to their input."""
+    """Activations that wrote to their input, which version 0.1 kept from it."""
 
 
 def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
@@ -64,7 +68,7 @@ def revert(model: nn.Module) -> nn.Module:
                 _move_hooks(module, layer)
     for module in list(model.modules()):
         if isinstance(module, TracedModule):
-            remove_graph(module)
+            remove(module)
     for owner, name, child in reversed(conversion.swaps):
         if child is None:
             del owner._modules[name]
@@ -102,103 +106,132 @@ class _Writer:
             for name, child in owner._modules.items():
                 if child is not None:
                     self.homes.setdefault(child, []).append((owner, name))
-        self.made: dict[str, QModule] = {}
-        self.inputs: dict[tuple[str, str, Any], fx.Node] = {}
-        self.fused: dict[tuple[str, str], fx.Node] = {}
-        """(region, name) of a node that was fused into a site -> the node of the site."""
-        self.root: nn.Module = self.model
+        self.made: dict[str, Any] = {}
+        self.root = self.model
+        self.quantized = {path for path, plan in self.plans.items() if plan.output is not None}
+        self.editors = {path: [GraphEditor(way.graph) for way in r.ways] for path, r in captured.regions.items()}
+        self.inputs: dict[str, dict[tuple[str, str], str]] = {path: {} for path in captured.regions}
+        self.held = {
+            path: [[_held(guard, region.module) for guard in way.traced.guards] for way in region.ways]
+            for path, region in captured.regions.items()
+        }
 
     def write(self) -> nn.Module:
         for site in self.captured.sites:
             plan = self.plans.get(site.path)
-            if plan is not None and plan.output != SHARE:
-                self._quantize_inputs(site, plan)
-                self._write_site(site, plan)
+            if plan is None or plan.output == SHARE:
+                continue
+            region = self.captured.regions.get(site.region)
+            for editor, twin in self._in_graphs(region, site):
+                self._quantize_inputs(editor, region, twin, plan)
+            self.made[site.path] = self._make(site, plan, region)
+            for editor, twin in self._in_graphs(region, site):
+                editor.call(twin, _local(region, site.path))
         self._share_outputs()
         for region in self.captured.regions.values():
-            if region.graph is not None and any(site.region == region.path for site in self._written()):
-                self._keep_inputs(region, region.graph)
-                install_graph(region.module, region.graph)
+            if region.ways and any(site.region == region.path for site in self._written()):
+                self._install(region)
         return self.root
 
     def _written(self) -> list[Site]:
         return [site for site in self.captured.sites if site.path in self.made]
 
-    def _write_site(self, site: Site, plan: SitePlan) -> None:
-        region = self.captured.regions.get(site.region)
-        nodes = _nodes(region, site)
-        if isinstance(site.module, nn.Module) and site.is_layer:
-            made = self._layer(site, plan, nodes)
+    def _in_graphs(self, region: Region | None, site: Site) -> list[tuple[GraphEditor, Site]]:
+        """The graphs in which the site stands, with the site as it stands there."""
+        if region is None:
+            return []
+        pairs = zip(self.editors[region.path], region.ways, strict=True)
+        return [(editor, own) for editor, way in pairs for own in way.sites if own.path == site.path]
+
+    def _install(self, region: Region) -> None:
+        followed = Followed(
+            Signature.of(type(region.module).forward),
+            [
+                Variant(region.pattern, held, way.graph)
+                for held, way in zip(self.held[region.path], region.ways, strict=True)
+            ],
+            region.node_names,
+            {node: _local(region, path) for node, path in region.op_paths.items()},
+            inputs=self.inputs[region.path],
+        )
+        for site in (site for way in region.ways for site in way.sites):
+            path, plan = _local(region, site.path), self.plans.get(site.path)
+            followed.known.add(path)
+            if site.path in self.made:
+                followed.fused[path] = site.fused
+            if plan is not None and plan.input is not None:
+                followed.input_specs[path] = _spec(plan)
+        inlined = {path for way in region.ways for path in way.traced.inlined}
+        followed.seal(region.module, tuple(inlined))
+        install(region.module, followed)
+
+    def _make(self, site: Site, plan: SitePlan, region: Region | None) -> QModule:
+        """The QModule of a site, in its place in the model."""
+        if site.module is not None and site.is_layer:
+            made = self._layer(site, plan)
+        else:
+            op = site.module if site.module is not None else _function(region, site)
+            reads_here = None if site.nodes else plan.make("input", site.module)
+            made = QOp(op, plan.make("output", site.module), self._activation(site), reads_here)
+        if site.module is not None:
             self._swap(site.module, made)
         else:
-            op = site.module if site.module is not None else _function(region, nodes[0])
-            reads_here = None if nodes else plan.make("input", site.module)
-            made = QOp(op, plan.make("output", site.module), self._activation(site, nodes), reads_here)
-            if site.module is not None:
-                self._swap(site.module, made)
-            else:
-                assert region is not None
-                self._add(site.path, made)
-                _call_module(region, nodes[0], site.path)
-        self.made[site.path] = made
-        if site.fused and nodes:
-            assert region is not None
-            assert region.graph is not None
-            nodes[-1].replace_all_uses_with(nodes[0])
-            for node in reversed(nodes[1:]):
-                self.fused[site.region, node.name] = nodes[0]
-                region.graph.erase_node(node)
+            self._add(site.path, made)
+        if isinstance(made, QWrapper | QOp) and site.fused:
+            made.is_split = True
+            self._take_parts(site, made, region)
+        return made
 
-    def _keep_inputs(self, region: Region, graph: fx.Graph) -> None:
-        """Let what is left of activations and the like not write to quantized tensors."""
-        for node in graph.nodes:
-            if node.op == "call_module" and node.target != FLAG:
-                module = region.module.get_submodule(str(node.target))
-                if getattr(module, "inplace", False) is True and not isinstance(module, QModule):
-                    self.conversion.inplace.append(module)
-                    module.inplace = False  # type: ignore[assignment]
-            elif node.op in ("call_function", "call_method"):
-                node.target = OUT_OF_PLACE.get(node.target, node.target)
-                if node.kwargs.get("inplace") is True:
-                    node.kwargs = {**node.kwargs, "inplace": False}
-
-    def _layer(self, site: Site, plan: SitePlan, nodes: list[fx.Node]) -> QModule:
+    def _layer(self, site: Site, plan: SitePlan) -> QModule:
         module = site.module
         assert module is not None
-        reads_here = None if nodes else plan.make("input", module)
+        reads_here = None if site.nodes else plan.make("input", module)
         names = weight_names(module)
         if names:
             weights = {name: plan.make("weight", module) for name in names}
             given = {name: quantizer for name, quantizer in weights.items() if quantizer is not None}
             return QWeights(module, given, plan.make("output", module), reads_here)
         layers = [module]
-        activation = self._activation(site, nodes)
+        activation = self._activation(site)
         if site.fused and "BatchNorm" in site.fused[0][1]:
-            norm = self._take(site.fused[0][0])
+            norm = self.model.get_submodule(site.fused[0][0])
             layers.append(norm if norm_of(norm) is None else split_norm(norm))
         layers += [] if activation is None else [activation]
         weight, acts, bias = (plan.make(name, module) for name in ("weight", "output", "bias"))
         return QWrapper(layers, weight, acts, plan.fold_bn, reads_here, bias)
 
-    def _activation(self, site: Site, nodes: list[fx.Node]) -> nn.Module | None:
+    def _activation(self, site: Site) -> nn.Module | None:
         if not site.fused or "BatchNorm" in site.fused[-1][1]:
             return None
         path = site.fused[-1][0]
-        if not path:
-            return activation_of(nodes[-1], self.captured.regions[site.region].module)
-        module = self.model.get_submodule(path)
-        return self._take(path) if next(module.parameters(), None) is not None else module
+        if path:
+            return self.model.get_submodule(path)
+        region = self.captured.regions[site.region]
+        return activation_of(_node(region, site, -1), region.module)
 
-    def _take(self, path: str) -> nn.Module:
-        """The module at the path, which gets an Identity in its place."""
-        module = self.model.get_submodule(path)
-        self._swap(module, nn.Identity())
-        return module
+    def _take_parts(self, site: Site, made: QWrapper | QOp, region: Region | None) -> None:
+        """Let what is fused into a module stand aside where the module computes it, each part at its own place."""
+        for path, _ in site.fused:
+            owner, _, name = path.rpartition(".")
+            if not path or (name == "act" and any(owner == taken for taken, _ in site.fused)):
+                continue  # a function, or the activation inside a norm
+            part = self.model.get_submodule(path)
+            calls = [
+                sum(node.op == "call_module" and self._part_at(region, node) is part for node in editor.graph.nodes)
+                for editor in ([] if region is None else self.editors[region.path])
+            ]
+            if all(n <= 1 for n in calls):
+                self._swap(part, FusedPart(made, part), moves_hooks=False)
 
-    def _swap(self, module: nn.Module, new: nn.Module) -> None:
+    def _part_at(self, region: Region | None, node: fx.Node) -> nn.Module:
+        assert region is not None
+        return region.module.get_submodule(str(node.target))
+
+    def _swap(self, module: nn.Module, new: nn.Module, moves_hooks: bool = True) -> None:
         """Put `new` wherever the model holds `module`; hooks go with the place."""
         _set_mode(new, module.training)
-        _move_hooks(module, new)
+        if moves_hooks:
+            _move_hooks(module, new)
         if module is self.model:
             self.root, self.conversion.root = new, module
         for owner, name in self.homes.get(module, []):
@@ -212,23 +245,19 @@ class _Writer:
         self.conversion.swaps.append((owner, name, None))
         owner.add_module(name, module)
 
-    def _quantize_inputs(self, site: Site, plan: SitePlan) -> None:
-        """Quantize the values that the site reads and that nothing has quantized yet, each once."""
-        region = self.captured.regions.get(site.region)
-        if plan.input is None or region is None or region.graph is None or not site.nodes:
+    def _quantize_inputs(self, editor: GraphEditor, region: Region | None, site: Site, plan: SitePlan) -> None:
+        if plan.input is None or region is None:
             return
-        readers = [n for n in _nodes(region, site) if not site.fused or n.name == site.nodes[0]]
-        for read in site.reads:
-            if any(source in self.plans and self.plans[source].output is not None for source in read.sources):
-                continue
-            key = (site.region, read.node, plan.input if isinstance(plan.input, str) else site.path)
-            value = self.fused.get((site.region, read.node)) or _by_name(region.graph)[read.node]
-            if key not in self.inputs:
-                path = self._input_path(site.region, read.node)
+        paths = self.inputs[region.path]
+
+        def module_for(node: str, spec: str) -> str:
+            if (node, spec) not in paths:
+                path = self._input_path(region.path, node)
                 self._add(path, QOp(nn.Identity(), plan.make("input", site.module)))
-                self.inputs[key] = self._insert_after(region, value, path)
-            for reader in readers:
-                reader.replace_input_with(value, self.inputs[key])
+                paths[node, spec] = _local(region, path)
+            return paths[node, spec]
+
+        editor.quantize_inputs(site, _spec(plan), self.quantized, module_for)
 
     def _input_path(self, region: str, node: str) -> str:
         owner = self.model.get_submodule(region)
@@ -236,15 +265,6 @@ class _Writer:
         while hasattr(owner, name):
             name += "_"
         return joined(region, name)
-
-    @staticmethod
-    def _insert_after(region: Region, value: fx.Node, path: str) -> fx.Node:
-        assert region.graph is not None
-        after = value
-        while after.next.op == "placeholder":
-            after = after.next
-        with region.graph.inserting_after(after):
-            return region.graph.call_module(_local(region, path), (value,))
 
     def _share_outputs(self) -> None:
         """One quantizer for all that a concatenation with output "share" joins."""
@@ -275,30 +295,31 @@ class _Writer:
                 module.acts_quantizer = self.made[find(path)].acts_quantizer
 
 
-def _by_name(graph: fx.Graph) -> dict[str, fx.Node]:
-    return {node.name: node for node in graph.nodes}
+def _held(guard: Guard, root: nn.Module) -> Held:
+    module = None if guard.is_global else root.get_submodule(guard.where)
+    return Held(module, guard.where, guard.name, guard.value)
 
 
-def _nodes(region: Region | None, site: Site) -> list[fx.Node]:
-    if region is None or region.graph is None:
-        return []
-    known = _by_name(region.graph)
-    return [known[name] for name in site.nodes]
+def _spec(plan: SitePlan) -> str:
+    """What the quantizer of an input is shared by: its spec; one that a function makes is the site's own."""
+    return plan.input if isinstance(plan.input, str) else plan.path
 
 
-def _function(region: Region | None, node: fx.Node) -> Any:
-    """What the node calls: a function, a method of Tensor, or a module that others call too."""
+def _node(region: Region, site: Site, which: int) -> fx.Node:
+    """A node of the site before anything was written."""
+    names = [node for way in region.ways for node in way.graph.nodes if node.name == site.nodes[which]]
+    return names[0]
+
+
+def _function(region: Region | None, site: Site) -> Any:
+    """What the operator calls: a function, a method of Tensor, or a module that others call too."""
+    assert region is not None
+    node = _node(region, site, 0)
     if node.op == "call_module":
-        assert region is not None
         return region.module.get_submodule(str(node.target))
     target = OUT_OF_PLACE.get(node.target, node.target)
     return getattr(torch.Tensor, target) if isinstance(target, str) else target
 
 
-def _local(region: Region, path: str) -> str:
-    return path.removeprefix(f"{region.path}.") if region.path else path
-
-
-def _call_module(region: Region, node: fx.Node, path: str) -> None:
-    """Let the node call a module; it keeps its name and its arguments."""
-    node.op, node.target = "call_module", _local(region, path)
+def _local(region: Region | None, path: str) -> str:
+    return path.removeprefix(f"{region.path}.") if region is not None and region.path else path

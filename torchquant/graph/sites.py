@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from torchquant.errors import ConfigError
+from torchquant.graph.tracer import Traced
 from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
@@ -67,13 +68,32 @@ class LeftFloat:
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way a forward goes: its graph, what it hangs on, and the sites in it."""
+
+    traced: Traced
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph; its nodes have the same names in all ways of a region."""
+        return self.traced.graph
+
+
+@dataclass(frozen=True)
 class Region:
-    """A module that runs one graph; or one that runs its own forward, for the reason told."""
+    """A module whose forward is followed, in one or more ways; or one that runs its own forward, for the reason told.
+
+    `pattern`: how it is called, as in `graph/calls.py`. `op_paths`: name of a node -> path of the operator there.
+    """
 
     path: str
     module: nn.Module
-    graph: fx.Graph | None
+    ways: tuple[Way, ...] = ()
     reason: str = ""
+    pattern: tuple[Any, ...] = ()
+    node_names: dict[Any, str] = field(default_factory=dict, repr=False)
+    op_paths: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,11 @@ class Captured:
     regions: Mapping[str, Region] = field(repr=False)
     trace: bool | str = True
     fuse: bool | str = True
+
+    @property
+    def patterns(self) -> dict[str, tuple[Any, ...]]:
+        """Path of a module that is followed -> how it is called."""
+        return {path: region.pattern for path, region in self.regions.items() if region.ways}
 
 
 def make_field(spec: str, name: str) -> Quantizer:

@@ -1,32 +1,74 @@
-"""Running a model on an example, and seeing what goes through it."""
+"""Running copies of a model on an example, and seeing what goes through them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from torchquant.errors import ConfigError
+from torchquant.graph.calls import Signature, arguments_of, fits, leaves
+from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import Captured, Region
-from torchquant.graph.trace import FLAG, in_mode
+from torchquant.graph.trace import in_mode
+from torchquant.graph.tracer import random_states_kept
 from torchquant.qmodule.state import is_real
+
+Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]
 
 
 def call_with(model: nn.Module, example_inputs: Any) -> Any:
     """The model on a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
+    args, kwargs = arguments_of(example_inputs)
+    return model(*args, **kwargs)
 
 
-def real_values(model: nn.Module, regions: Mapping[str, Region], example_inputs: Any) -> dict[tuple[str, str], bool]:
-    """(region, node) -> whether its value is a tensor of real numbers, for the nodes that ran."""
+@torch.no_grad()
+def recorded_calls(twin: nn.Module, example_inputs: Any) -> dict[str, tuple[Any, ...]]:
+    """Path of a module -> the values its forward gets in its first call on the example, as `Signature.bind` has them.
+
+    The model must be a copy that nobody needs. Raises ConfigError if it does not run on the example.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    handles = []
+    for path, module in twin.named_modules():
+
+        def keep(m: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            values = Signature.of(type(m).forward).bind(args, kwargs) if path not in found else None
+            if values is not None:
+                found[path] = values
+
+        if next(module.children(), None) is not None or path == "":
+            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    with in_mode(False, twin), random_states_kept():
+        try:
+            call_with(twin, example_inputs)
+        except Exception as error:
+            raise ConfigError(
+                f"{type(twin).__name__} does not run on example_inputs ({type(error).__name__}: {str(error)[:300]}). "
+                "Give a tensor, a tuple of arguments or a dictionary of keyword arguments that it takes"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+def real_values(twin: nn.Module, regions: Mapping[str, Region], example_inputs: Any) -> dict[tuple[str, str], bool]:
+    """(region, node) -> whether its value is a tensor of real numbers, for the nodes that ran in either mode."""
     found: dict[tuple[str, str], bool] = {}
 
     def note(region: Region, node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
         found[region.path, node.name] = is_real(value) or isinstance(value, tuple | list)
 
-    _run_watched(model, regions, example_inputs, {}, note)
+    for training in (False, True) if any(len(region.ways) > 1 for region in regions.values()) else (False,):
+        try:
+            _run_watched(twin, regions, example_inputs, {}, note, training=training)
+        except Exception:  # a model that cannot train on the example: what evaluation showed has to do
+            if not training:
+                raise
     return found
 
 
@@ -36,7 +78,11 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
     operators = {
         (site.region, site.nodes[0]): site.path for site in captured.sites if site.module is None and site.nodes
     }
-    modules = {site.module: site.path for site in captured.sites if site.module is not None}
+    twin = copy_model(captured.model)
+    names = {module: path for path, module in captured.model.named_modules()}
+    modules = {
+        twin.get_submodule(names[site.module]): site.path for site in captured.sites if site.module is not None
+    }
 
     def note(region: Region, node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
         path = operators.get((region.path, node.name))
@@ -46,40 +92,45 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
     def note_module(path: str, args: tuple[Any, ...], value: Any) -> None:
         found.setdefault(path, []).append((list(tensors_in(args)), value))
 
-    _run_watched(captured.model, captured.regions, example_inputs, modules, note, note_module)
+    _run_watched(twin, captured.regions, example_inputs, modules, note, note_module)
     return found
 
 
 def _run_watched(
-    model: nn.Module,
+    twin: nn.Module,
     regions: Mapping[str, Region],
     example_inputs: Any,
     modules: Mapping[nn.Module, str],
-    note: Callable[[Region, fx.Node, tuple[Any, ...], Any], None],
+    note: Note,
     note_module: Callable[[str, tuple[Any, ...], Any], None] | None = None,
+    training: bool = False,
 ) -> None:
-    """Run the model on the example in evaluation mode; tell of the calls of `modules`, then of every node."""
+    """Run the copy on the example; tell of the calls of `modules`, then of every node of the graphs."""
 
     class Watch(fx.Interpreter):
         def __init__(self, region: Region) -> None:
-            super().__init__(region.module, graph=region.graph)
+            way = region.ways[-1 if training else 0]
+            super().__init__(twin.get_submodule(region.path), graph=way.graph)
             self.region = region
 
         def run_node(self, n: fx.Node) -> Any:
-            value = False if n.target == FLAG else super().run_node(n)
+            value = super().run_node(n)
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             note(self.region, n, (*args, *kwargs.values()), value)
             return value
 
-    calls: list[tuple[Region, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[Region, tuple[Any, ...]]] = []
     handles = []
     for region in regions.values():
-        if region.graph is not None:
+        if region.ways:
 
-            def keep(module: nn.Module, args: Any, kwargs: Any, region: Region = region) -> None:
-                calls.append((region, args, kwargs))
+            def keep(m: nn.Module, args: Any, kwargs: Any, region: Region = region) -> None:
+                values = Signature.of(type(m).forward).bind(args, kwargs)
+                if values is not None and fits(region.pattern, values):
+                    calls.append((region, values))
 
-            handles.append(region.module.register_forward_pre_hook(keep, with_kwargs=True))
+            module = twin.get_submodule(region.path)
+            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
     for module, path in modules.items():
 
         def tell(m: nn.Module, args: Any, kwargs: Any, value: Any, path: str = path) -> None:
@@ -87,27 +138,17 @@ def _run_watched(
             note_module(path, (*args, *kwargs.values()), value)
 
         handles.append(module.register_forward_hook(tell, with_kwargs=True))
-    with in_mode(False, model):
+    with in_mode(training, twin), random_states_kept():
         try:
-            call_with(model, example_inputs)
+            call_with(twin, example_inputs)
         finally:
             for handle in handles:
                 handle.remove()
         done: set[str] = set()
-        for region, args, kwargs in calls:
+        for region, values in calls:
             if region.path not in done:
                 done.add(region.path)
-                Watch(region).run(*_bound(region, args, kwargs))
-
-
-def _bound(region: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The values of the graph's inputs in a call."""
-    assert region.graph is not None
-    values: list[Any] = []
-    for i, node in enumerate(n for n in region.graph.nodes if n.op == "placeholder"):
-        default = node.args[0] if node.args else None
-        values.append(args[i] if i < len(args) else kwargs.get(str(node.target), default))
-    return values
+                Watch(region).run(*leaves(region.pattern, values))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

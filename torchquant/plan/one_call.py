@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from torchquant.graph.capture import capture
+from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import LeftFloat
 from torchquant.graph.trace import in_mode
+from torchquant.graph.traced import graphs_running
+from torchquant.graph.tracer import random_states_kept
 from torchquant.graph.watch import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
+
+OTHER_RESULT = "as followed by torch.fx it computed something else on the example, so layers are wrapped one by one"
 
 
 def quantize(
@@ -22,9 +29,11 @@ def quantize(
 
     `rules`: a ready set by name ("w8a8", "w4a8", "w4a4-lsq", "w2a2-lsq", "ternary", "int8-ort",
     "int8-openvino"), a list of rules, or a QuantPlan; see `QuantPlan.from_rules`. `example_inputs`: a tensor, a
-    tuple or a dictionary of arguments; with it the result is checked to compute what the float model does, and
-    where a traced forward does not, layers are wrapped one by one instead. The plan is `model.plan`.
+    tuple or a dictionary of arguments; with it forwards are followed as they are called, and the graphs are checked to
+    compute, in evaluation and in training, what the float model does; where they do not, layers are wrapped one by
+    one instead. The plan is `model.plan`. The given model is not changed, nor run, unless `inplace`.
 
+    In QModuleState.BYPASSED the result runs the forwards of the float model. Warns if nothing was found to quantize.
     Raises ConfigError.
 
     >>> from torchquant import QModuleState, qmodule_state, set_qmodule_state
@@ -41,31 +50,58 @@ def quantize(
         plan = rules
         quantized = plan.apply(model, inplace)
     else:
-        plan = QuantPlan.from_rules(rules, model, example_inputs)
-        quantized = plan.apply(model, inplace=False)
-        if example_inputs is not None and plan.trace and not _same(model, quantized, example_inputs):
-            why = "as followed by torch.fx it computed something else on the example, so layers are wrapped one by one"
-            plan = QuantPlan.from_rules(rules, model, example_inputs, trace=False, fuse=False)
-            plan = replace(plan, floats=(LeftFloat("", type(model).__name__, why), *plan.floats))
-            quantized = plan.apply(model, inplace)
-        elif inplace:
-            quantized = plan.apply(model, inplace=True)
+        plan, quantized = _planned(model, rules, example_inputs, inplace, trace=True)
+        if example_inputs is not None and not _same(model if not inplace else None, quantized, example_inputs):
+            float_model = plan.revert(quantized, inplace=True) if inplace else model
+            plan, quantized = _planned(float_model, rules, example_inputs, inplace, trace=False)
+            plan = replace(plan, floats=(LeftFloat("", type(model).__name__, OTHER_RESULT), *plan.floats))
     quantized.plan = plan  # type: ignore[assignment]
+    if not plan.sites:
+        warnings.warn(
+            f"quantize found nothing to quantize in {type(model).__name__}: it stays float. print(model.plan) tells why",
+            stacklevel=2,
+        )
     return quantized
 
 
+def _planned(
+    model: nn.Module, rules: Rules, example_inputs: Any, inplace: bool, trace: bool
+) -> tuple[QuantPlan, nn.Module]:
+    """The plan and the model it was carried out in, captured once."""
+    target = model if inplace else copy_model(model)
+    captured = capture(target, example_inputs, trace=trace, fuse=trace)
+    plan = QuantPlan.from_rules(rules, captured)
+    return plan, plan.apply_to(captured)
+
+
 @torch.no_grad()
-def _same(model: nn.Module, quantized: nn.Module, example_inputs: Any) -> bool:
-    """Whether both give the same on the example, in evaluation mode, bit for bit."""
-    with in_mode(False, model, quantized):
-        expected = list(tensors_in(call_with(model, example_inputs)))
-        try:
-            found = list(tensors_in(call_with(quantized, example_inputs)))
-        except Exception:  # whatever goes wrong in a graph that follows the model wrongly
+def _same(model: nn.Module | None, quantized: nn.Module, example_inputs: Any) -> bool:
+    """Whether the graphs give what the forwards give on the example, in both modes, bit for bit.
+
+    `model`: the float model, None if it was quantized itself: then the forwards of the result are run.
+    """
+    for training in (False, True):
+        expected = _outcome(copy_model(quantized if model is None else model), example_inputs, training)
+        if isinstance(expected, Exception):  # the float model itself does not run so
+            continue
+        with graphs_running():
+            found = _outcome(copy_model(quantized), example_inputs, training)
+        if isinstance(found, Exception) or len(found) != len(expected) or not all(map(_equal, expected, found)):
             return False
-    return len(found) == len(expected) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-        if a.is_floating_point()
-        else torch.equal(a, b)
-        for a, b in zip(expected, found, strict=True)
-    )
+    return True
+
+
+def _outcome(twin: nn.Module, example_inputs: Any, training: bool) -> list[Tensor] | Exception:
+    """The tensors that a copy nobody needs gives on the example."""
+    with in_mode(training, twin), random_states_kept():
+        torch.manual_seed(0)
+        try:
+            return list(tensors_in(call_with(twin, example_inputs)))
+        except Exception as error:  # whatever a forward raises
+            return error
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError, require
 from torchquant.graph.capture import capture
+from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
 from torchquant.graph.rewrite import SHARE, revert, rewrite
 from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
@@ -62,6 +62,8 @@ class QuantPlan:
     fuse: bool | str = True
     types: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Site path -> what is there, for people."""
+    patterns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Path of a module -> how it is called, for those that an example showed; see `graph/calls.py`."""
 
     @classmethod
     def from_rules(
@@ -98,7 +100,8 @@ class QuantPlan:
             if plan.is_float
         ]
         types = {site.path: " + ".join([site.types[-1], *(kind for _, kind in site.fused)]) for site in captured.sites}
-        return cls(kept, (*captured.floats, *unset), captured.trace, captured.fuse, types)
+        floats = (*captured.floats, *unset)
+        return cls(kept, floats, captured.trace, captured.fuse, types, captured.patterns)
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """A copy of the float model (or itself) with the quantizers in place, in QModuleState.BYPASSED.
@@ -107,21 +110,24 @@ class QuantPlan:
         modules and their paths, but for what is wrapped. Float checkpoints load.
         Raises ConfigError if the model has not the sites of the plan.
         """
-        model = model if inplace else copy.deepcopy(model)
-        captured = capture(model, trace=self.trace, fuse=self.fuse)
+        target = model if inplace else copy_model(model)
+        return self.apply_to(capture(target, trace=self.trace, fuse=self.fuse, patterns=self.patterns))
+
+    def apply_to(self, captured: Captured) -> nn.Module:
+        """`apply` for a model that was captured before: itself, in place."""
         known = [site.path for site in captured.sites]
         for plan in self.sites:
             if plan.path not in known:
                 hint = did_you_mean(plan.path, known)
                 raise ConfigError(
-                    f"the plan has the site '{plan.path}', {type(model).__name__} has not;{hint} "
+                    f"the plan has the site '{plan.path}', {type(captured.model).__name__} has not;{hint} "
                     "It was made for another model"
                 )
         return rewrite(captured, {plan.path: plan for plan in self.sites})
 
     def revert(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The float model that `apply` was given, with the weights as they are now. Raises ConfigError."""
-        return revert(model if inplace else copy.deepcopy(model))
+        return revert(model if inplace else copy_model(model))
 
     def cost(self, model: nn.Module, example_inputs: Any) -> PlanCost:
         """Weight bytes, activation bytes, multiply-adds and bit operations of the float model under this plan."""

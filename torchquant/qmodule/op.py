@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchquant.qmodule.state import QModule
+from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.quantizers import Quantizer
 
 
@@ -15,7 +15,7 @@ class QOp(QModule):
     """Wraps `op(*args)`, then an optional activation; quantizes the result.
 
     `op`: a function or module that returns one tensor. `acts_quantizer` may be None (float). `input_quantizer` is
-    for the first argument.
+    for the first argument. `is_split` and `fused` as in QWrapper: where the model runs the activation itself.
 
     >>> import operator, torch
     >>> from torchquant.quantizers import AffineQuantizer
@@ -24,6 +24,8 @@ class QOp(QModule):
     >>> add(torch.ones(2), torch.ones(2))
     tensor([2., 2.])
     """
+
+    is_split = False
 
     def __init__(
         self,
@@ -38,7 +40,9 @@ class QOp(QModule):
         self.activation = activation
         self.input_quantizer = input_quantizer
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, fused: bool = False, **kwargs: Any) -> Tensor:
+        if self.is_split and self.state is QModuleState.BYPASSED and not fused:
+            return self.op(*args, **kwargs)
         if self.input_quantizer is not None and args:
             args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
         y = self.op(*args, **kwargs)

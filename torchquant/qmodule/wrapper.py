@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
 from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, row_of, split_pattern
-from torchquant.qmodule.state import QModule
+from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -30,6 +30,9 @@ class QWrapper(QModule):
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
     deployed; `bn_folding.py` has the table. States that do not quantize weights run the plain layers.
 
+    `is_split` is for a wrapper in a model whose forward goes on to run batch norm and activation itself, at their own
+    places (`FusedPart`): in BYPASSED the wrapper then runs the layer alone, unless it is called with `fused=True`.
+
     In BYPASSED the output is that of the plain layers, bit for bit. Nothing is kept after forward.
     Raises UnsupportedPatternError, ConfigError; in forward UnobservedRangeError.
 
@@ -43,6 +46,8 @@ class QWrapper(QModule):
     >>> wrapper(torch.randn(1, 3, 8, 8)).shape
     torch.Size([1, 8, 6, 6])
     """
+
+    is_split = False
 
     def __init__(
         self,
@@ -79,8 +84,10 @@ class QWrapper(QModule):
             bias_quantizer.allocate(out_channels)
             bias_quantizer.to(self.layer.weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, fused: bool = False) -> Tensor:
         state = self.state
+        if self.is_split and state is QModuleState.BYPASSED and not fused:
+            return self.layer(x)
         x = self._run_acts_quantizer("input", self.input_quantizer, x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self.layer(x))

@@ -1,0 +1,134 @@
+"""Following a forward again, in a quantized model, because it goes another way than it went."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from torch import fx, nn
+
+from torchquant.errors import ConfigError
+from torchquant.graph.calls import pattern_of
+from torchquant.graph.capture import Finder
+from torchquant.graph.edit import GraphEditor
+from torchquant.graph.graph_sites import GraphSites
+from torchquant.graph.sites import Region, Site, Way
+from torchquant.graph.trace import renamed, traced_variants
+from torchquant.graph.traced import Followed, Held, TracedModule, Variant, remove
+from torchquant.graph.tracer import NotTraceable
+from torchquant.qmodule import QModule, QOp
+from torchquant.qmodule.fused_part import FusedPart
+
+REMEDY = "Quantize the float model as it is now: quantize(plan.revert(model), rules, example_inputs)"
+
+
+def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ...]) -> Variant:
+    """One more variant of the forward, for this call and for what modules hold now, with the quantizers there are.
+
+    Operators that the forward did not run before stay float, with a warning. Raises ConfigError if the forward cannot
+    be followed so, or if a layer is not what its QModule took it for.
+    """
+    changed = followed.changed()
+    why = changed or _why(followed, values)
+    twin = float_twin(module, followed)
+    try:
+        (traced,) = traced_variants(twin, pattern_of(values), (None,), through_hooks=True)
+    except NotTraceable as reason:
+        raise ConfigError(
+            f"{type(module).__name__} runs otherwise than when it was quantized ({why}), in a way that cannot be "
+            f"followed: {reason}. {REMEDY}"
+        ) from reason
+    graph = renamed(traced.graph, followed.node_names)
+    region = Region("", twin, (Way(traced),), "", pattern_of(values), followed.node_names, followed.op_paths)
+    finder = Finder(twin, True, True, {})
+    sites = _fused_alike(finder, region, graph, followed)
+    editor, new = GraphEditor(graph), []
+    quantized = {path for path in followed.fused if _has_output(module, path)}
+    for site in sites:
+        if site.path in followed.input_specs:
+            spec = followed.input_specs[site.path]
+            editor.quantize_inputs(site, spec, quantized, lambda node, spec: followed.inputs.get((node, spec)))
+        if site.path in followed.fused:
+            _check(module, site, followed, why)
+            editor.call(site, site.path)
+        elif site.path not in followed.known:
+            new.append(site.path)
+    if new:
+        warnings.warn(
+            f"{type(module).__name__} runs otherwise than when it was quantized ({why}); operators that are new in it "
+            f"stay float: {', '.join(new)}. {REMEDY}",
+            stacklevel=2,
+        )
+    guards = [
+        Held(None if g.is_global else _real(module, g.where), g.where, g.name, g.value) for g in traced.guards
+    ]
+    variant = Variant(pattern_of(values), guards, graph)
+    if changed:  # what the others call is not there any more
+        followed.variants.clear()
+    followed.variants.insert(0, variant)
+    followed.seal(module, traced.inlined)
+    return variant
+
+
+def _why(followed: Followed, values: tuple[Any, ...]) -> str:
+    broken = [variant.broken() for variant in followed.variants]
+    held = next((held for held in broken if held is not None), None)
+    return f"another call: {pattern_of(values)}" if held is None else f"{held} is another now"
+
+
+def _fused_alike(finder: Finder, region: Region, graph: fx.Graph, followed: Followed) -> tuple[Site, ...]:
+    """The sites of the graph, with no more fused into each than its QModule has."""
+    limits = {path: len(fused) for path, fused in followed.fused.items()}
+    return GraphSites(finder, region, graph, frozenset(), limits).find()
+
+
+def _check(module: nn.Module, site: Site, followed: Followed, why: str) -> None:
+    """Raise ConfigError where a QModule computes something else than the site."""
+    present = module.get_submodule(site.path)
+    if not isinstance(present, QModule):
+        raise ConfigError(f"'{site.path}' was replaced by a {type(present).__name__} without quantizers. {REMEDY}")
+    if site.fused != followed.fused[site.path]:
+        taken = ", ".join(kind for _, kind in followed.fused[site.path])
+        raise ConfigError(
+            f"{type(module).__name__} runs otherwise than when it was quantized ({why}): what follows '{site.path}' is "
+            f"not {taken} any more, which is part of its quantized form. {REMEDY}"
+        )
+
+
+def _has_output(module: nn.Module, path: str) -> bool:
+    return getattr(module.get_submodule(path), "acts_quantizer", None) is not None
+
+
+def _real(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path of the float twin: the layer itself where a QModule stands for it."""
+    found = module.get_submodule(path)
+    return _float_of(found)
+
+
+def _float_of(module: nn.Module) -> nn.Module:
+    if isinstance(module, FusedPart):
+        return module.held[1]
+    if isinstance(module, QOp):
+        return module.op if isinstance(module.op, nn.Module) else module
+    return module.layer if isinstance(module, QModule) else module
+
+
+def float_twin(module: TracedModule, followed: Followed) -> nn.Module:
+    """A copy of a traced module as it was before it was quantized, with the attributes of now; nobody else needs it."""
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    memo[id(followed)] = followed
+    twin = copy.deepcopy(module, memo)
+    added = {*followed.op_paths.values(), *followed.inputs.values()}
+    for path in added:
+        owner, _, name = path.rpartition(".")
+        twin.get_submodule(owner)._modules.pop(name, None)
+    for owner in list(twin.modules()):
+        if isinstance(owner, TracedModule):
+            remove(owner)
+        if isinstance(owner, QModule):
+            continue
+        for name, child in owner._modules.items():
+            if child is not None:
+                owner._modules[name] = _float_of(child)
+    return twin

@@ -1,0 +1,150 @@
+"""How a module is called: which arguments are tensors, and what the others are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from torchquant.graph.fingerprint import fingerprint
+
+PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+class _TensorHere:
+    """Stands for a tensor in a pattern; there is one."""
+
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+    def __reduce__(self) -> str:
+        return "TENSOR"
+
+
+TENSOR = _TensorHere()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a forward: names of those given one by one with their defaults, and of *args and **kwargs."""
+
+    names: tuple[str, ...]
+    defaults: tuple[Any, ...]  # inspect.Parameter.empty where there is none
+    keyword_only: frozenset[str] = frozenset()
+    rest: str = ""
+    more: str = ""
+
+    @classmethod
+    def of(cls, forward: Callable[..., Any]) -> Signature:
+        """Of the forward of a class, `self` left out."""
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return cls(
+            tuple(p.name for p in single),
+            tuple(p.default for p in single),
+            frozenset(p.name for p in single if p.kind is p.KEYWORD_ONLY),
+            next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), ""),
+            next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), ""),
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The values of all arguments, then those of *args and **kwargs; None for a call that does not fit."""
+        places = [name for name in self.names if name not in self.keyword_only]
+        if len(args) > len(places) and not self.rest:
+            return None
+        values = list(args[: len(places)])
+        left = dict(kwargs)
+        for name, default in zip(self.names[len(values) :], self.defaults[len(values) :], strict=True):
+            value = left.pop(name, default)
+            if value is inspect.Parameter.empty:
+                return None
+            values.append(value)
+        if left and not self.more:
+            return None
+        return (*values, tuple(args[len(places) :]), left)
+
+    def unbind(self, values: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keyword arguments that give these values."""
+        *single, rest, more = values
+        places = [n for n in self.names if n not in self.keyword_only]
+        keywords = dict(zip(self.names[len(places) :], single[len(places) :], strict=True))
+        return [*single[: len(places)], *rest], {**keywords, **more}
+
+    def default_pattern(self) -> tuple[Any, ...] | None:
+        """Tensors where there is no default, the defaults elsewhere; None if that leaves no tensor."""
+        empty = inspect.Parameter.empty
+        values = tuple(TENSOR if default is empty else default for default in self.defaults)
+        return (*values, (), {}) if TENSOR in values else None
+
+
+def pattern_of(values: Any) -> Any:
+    """The values with TENSOR in place of every tensor in nested tuples, lists and dictionaries."""
+    if isinstance(values, Tensor):
+        return TENSOR
+    if type(values) in (tuple, list):
+        return type(values)([pattern_of(v) for v in values])
+    if type(values) is dict:
+        return {key: pattern_of(v) for key, v in values.items()}
+    return values
+
+
+def fits(pattern: Any, values: Any) -> bool:
+    """Whether `pattern_of(values)` is the pattern, as far as can be told without tensors."""
+    if pattern is TENSOR:
+        return isinstance(values, Tensor)
+    if type(pattern) in (tuple, list):
+        return type(values) is type(pattern) and len(values) == len(pattern) and all(map(fits, pattern, values))
+    if type(pattern) is dict:
+        return type(values) is dict and list(values) == list(pattern) and all(fits(pattern[k], values[k]) for k in pattern)
+    if pattern is values:
+        return True
+    if isinstance(pattern, PLAIN):
+        return type(values) is type(pattern) and bool(pattern == values)
+    return not isinstance(values, Tensor) and bool(fingerprint(pattern) == fingerprint(values))
+
+
+def leaves(pattern: Any, values: Any) -> Iterator[Any]:
+    """The tensors in values, in the order of the pattern."""
+    if pattern is TENSOR:
+        yield values
+    elif type(pattern) in (tuple, list):
+        for part, value in zip(pattern, values, strict=True):
+            yield from leaves(part, value)
+    elif type(pattern) is dict:
+        for key in pattern:
+            yield from leaves(pattern[key], values[key])
+
+
+def filled(pattern: Any, tensors: Iterator[Any]) -> Any:
+    """The pattern with the tensors in it."""
+    if pattern is TENSOR:
+        return next(tensors)
+    if type(pattern) in (tuple, list):
+        return type(pattern)([filled(part, tensors) for part in pattern])
+    if type(pattern) is dict:
+        return {key: filled(part, tensors) for key, part in pattern.items()}
+    return pattern
+
+
+def names_of(signature: Signature, pattern: tuple[Any, ...]) -> list[str]:
+    """A name for every tensor of a pattern: its argument's, numbered where an argument holds several."""
+    found = []
+    for name, part in zip((*signature.names, signature.rest, signature.more), pattern, strict=True):
+        if part is TENSOR:
+            found.append(name)
+        elif name == signature.more and isinstance(part, dict) and all(v is TENSOR for v in part.values()):
+            found += list(part)
+        else:
+            n = sum(1 for _ in leaves(part, part))
+            found += [f"{name}_{i}" for i in range(n)]
+    return found
+
+
+def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as arguments and keyword arguments."""
+    if isinstance(example_inputs, dict) or hasattr(example_inputs, "keys"):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}

@@ -1,0 +1,60 @@
+"""Copies of models: whole, whatever hangs on their modules, and throw-away copies to trace and to try things on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_model(model: Model) -> Model:
+    """A deep copy; tensors with a history, such as a loss kept on a module, are copied without it.
+
+    `copy.deepcopy` refuses those. Raises ConfigError that names the module whose attribute cannot be copied.
+    """
+    memo = {id(t): t.detach().clone() for t in _tensors_with_history(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be copied ({_culprit(model)}: {error}). Delete the attribute before, "
+            "or give its class a __deepcopy__"
+        ) from error
+
+
+def _tensors_with_history(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in vars(module).values():
+            yield from (t for t in _tensors_anywhere(value, depth=4) if t.grad_fn is not None)
+
+
+def _tensors_anywhere(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors_anywhere(part, depth - 1)
+    elif depth and isinstance(value, list | tuple | set):
+        for part in value:
+            yield from _tensors_anywhere(part, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        yield from _tensors_anywhere(vars(value), depth - 1)
+
+
+def _culprit(model: nn.Module) -> str:
+    """The module, and its attribute, that cannot be copied by itself."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name.startswith("_"):
+                continue
+            try:
+                copy.deepcopy(value, {id(t): t for t in _tensors_anywhere(value, depth=4)})
+            except Exception:  # whatever a user's object raises
+                return f"attribute '{name}' of {path or 'the model'}"
+    return "one of its attributes"

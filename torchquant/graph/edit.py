@@ -1,0 +1,60 @@
+"""Putting QModules into one graph: a site becomes a call of its module, an unquantized value gets a quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from torch import fx
+
+from torchquant.graph.sites import Site
+
+
+class GraphEditor:
+    """Edits one graph of a region, site by site. Paths of modules are those in the region's module."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes = {node.name: node for node in graph.nodes}
+        self.last_of: dict[str, fx.Node] = {}  # name of a node that was fused away -> the node that stands for it
+        self.inputs: dict[tuple[str, str], fx.Node] = {}
+
+    def call(self, site: Site, path: str) -> None:
+        """Let the nodes of the site call the module at the path, once for all that is fused."""
+        own = [self.nodes[name] for name in site.nodes]
+        if site.module is None:
+            own[0].op, own[0].target = "call_module", path
+        if site.fused:
+            own[0].kwargs = {**own[0].kwargs, "fused": True}
+            own[-1].replace_all_uses_with(own[0])
+            for node in reversed(own[1:]):
+                self.last_of[node.name] = own[0]
+                self.graph.erase_node(node)
+
+    def quantize_inputs(
+        self, site: Site, spec: str, quantized: Collection[str], module_for: Callable[[str, str], str | None]
+    ) -> None:
+        """Quantize the values that the site reads and that nothing has quantized yet, each once.
+
+        `quantized`: the sites whose output has a quantizer. `module_for(node, spec)`: path of the module that quantizes
+        the value, None to leave it float.
+        """
+        readers = [self.nodes[name] for name in site.nodes if not site.fused or name == site.nodes[0]]
+        for read in site.reads:
+            if any(source in quantized for source in read.sources):
+                continue
+            key = (read.node, spec)
+            value = self.last_of.get(read.node) or self.nodes[read.node]
+            if key not in self.inputs:
+                path = module_for(*key)
+                if path is None:
+                    continue
+                self.inputs[key] = self._insert_after(value, path)
+            for reader in readers:
+                reader.replace_input_with(value, self.inputs[key])
+
+    def _insert_after(self, value: fx.Node, path: str) -> fx.Node:
+        after = value
+        while after.next.op == "placeholder":
+            after = after.next
+        with self.graph.inserting_after(after):
+            return self.graph.call_module(path, (value,))

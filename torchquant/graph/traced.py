@@ -1,0 +1,276 @@
+"""Modules that run a graph where they quantize, and the forward of their class where they do not."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchquant.errors import ConfigError
+from torchquant.graph.calls import Signature, fits, leaves
+from torchquant.graph.flat import flattened, unflattened
+from torchquant.graph.tracer import has_hooks, read_global, read_now
+from torchquant.qmodule.state import QModule, QModuleState
+
+_numbers = count()
+_always_graphs = False
+_ATOMS = {f"builtins.{kind.__name__}" for kind in (bool, int, float, str, type(None))}
+
+
+@contextmanager
+def graphs_running() -> Iterator[None]:
+    """Every traced module runs its graph, also in BYPASSED: to compare the graph with the forward."""
+    global _always_graphs
+    former, _always_graphs = _always_graphs, True
+    try:
+        yield
+    finally:
+        _always_graphs = former
+
+
+@dataclass
+class Held:
+    """What a graph hangs on, in the model it runs in. `module`: None for a global name of the Python module `where`."""
+
+    module: nn.Module | None
+    where: str
+    name: str
+    value: Any
+
+    def now(self) -> Any:
+        """What is there now."""
+        return read_global(self.where, self.name) if self.module is None else read_now(self.module, self.name)
+
+    def __str__(self) -> str:
+        of = f"the global '{self.name}' of {self.where}" if self.module is None else f"attribute '{self.name}'"
+        return of if self.module is None else f"{of} of {self.where or 'the model'}"
+
+
+@dataclass
+class Variant:
+    """One way a forward goes: a graph, for calls of one pattern, under what was read while it was traced."""
+
+    pattern: tuple[Any, ...] | None
+    guards: list[Held]
+    graph: fx.Graph
+    run: Callable[..., Any] = field(init=False, repr=False)
+
+    atoms: list[tuple[nn.Module, str, Any]] = field(init=False, repr=False)
+    others: list[Held] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.run = _compiled(self.graph)
+        self.atoms, self.others = [], []
+        for guard in self.guards:
+            if guard.module is not None and guard.value[0] in _ATOMS:
+                self.atoms.append((guard.module, guard.name, guard.value[1]))
+            else:
+                self.others.append(guard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pattern": self.pattern, "guards": self.guards, "graph": flattened(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.pattern, self.guards = state["pattern"], state["guards"]
+        self.graph = unflattened(state["graph"])
+        self.__post_init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
+        return Variant(self.pattern, copy.deepcopy(self.guards, memo), self.graph)
+
+    def broken(self) -> Held | None:
+        """The first of what was read that is another now."""
+        for module, name, value in self.atoms:
+            now = module.__dict__.get(name, self)
+            if now is not value and (now is self or type(now) is not type(value) or now != value):
+                held = next(g for g in self.guards if g.module is module and g.name == name)
+                if held.now() != held.value:
+                    return held
+        return next((held for held in self.others if held.now() != held.value), None)
+
+    def holds_in_one_graph(self) -> bool:
+        """`not broken()`, as far as torch.compile and torch.export can follow: the plain values."""
+        return all(getattr(module, name, None) == value for module, name, value in self.atoms)
+
+
+@dataclass
+class Followed:
+    """All that is known of a forward that was followed.
+
+    `node_names`, `op_paths`: the names that nodes and operators have in every variant. `fused`: path of a site with a
+    QModule -> what is fused into it. `known`: paths of all sites. `inputs`: (node, spec) -> path of the quantizer of a
+    value that nothing had quantized; `input_specs`: path of a site -> that spec. `structure`: (module, name, child) of
+    all that the graphs call or run through; `inlined`: the modules whose forwards are in the graphs, and whether they
+    have hooks.
+    """
+
+    signature: Signature
+    variants: list[Variant] = field(default_factory=list)
+    node_names: dict[Any, str] = field(default_factory=dict)
+    op_paths: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    inputs: dict[tuple[str, str], str] = field(default_factory=dict)
+    input_specs: dict[str, str] = field(default_factory=dict)
+    structure: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    inlined: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
+    qmodules: list[QModule] = field(default_factory=list)
+
+    def seal(self, root: nn.Module, inlined: tuple[str, ...] = ()) -> None:
+        """Note the modules of `root` as they are now: a later change of them is a change of the forward."""
+        paths = {path for path, *_ in self.inlined} | set(inlined)
+        called = {str(n.target) for v in self.variants for n in v.graph.nodes if n.op == "call_module"}
+        self.inlined = [(path, m, has_hooks(m)) for path in sorted(paths) for m in [root.get_submodule(path)]]
+        self.structure, seen = [], set()
+        for path in sorted(paths | called):
+            owner, parts = root, path.split(".") if path else []
+            for i, name in enumerate(parts):
+                child = owner._modules[name]
+                assert child is not None
+                if (key := ".".join(parts[: i + 1])) not in seen:
+                    seen.add(key)
+                    self.structure.append((owner, name, child))
+                owner = child
+        self.qmodules = [m for m in (root.get_submodule(path) for path in sorted(called)) if isinstance(m, QModule)]
+
+    def runs_float(self) -> bool:
+        """Whether nothing in the graph observes or quantizes."""
+        if _always_graphs or not self.qmodules:
+            return False
+        return all(module._state is QModuleState.BYPASSED for module in self.qmodules)
+
+    def changed(self) -> str:
+        """What is another module now, or has got hooks, in words; "" if nothing."""
+        for owner, name, child in self.structure:
+            if owner._modules.get(name) is not child:
+                return f"the module '{name}' of {type(owner).__name__} was replaced"
+        for path, module, had_hooks in self.inlined:
+            if path and has_hooks(module) is not had_hooks:
+                return f"{path} has {'got' if not had_hooks else 'lost'} its hooks"
+        return ""
+
+
+class TrainingFlag(nn.Module):
+    """Answers `self.training` in a graph of version 0.1."""
+
+    def forward(self) -> bool:
+        """Whether the model trains."""
+        return self.training
+
+
+class TracedModule(nn.Module):
+    """A module that runs a graph wherever something in it observes or quantizes; all else of its class stays.
+
+    In BYPASSED it runs the forward of its class, so that it *is* the float module. The graph holds for one way through
+    the forward: for a call of another pattern, or if something that Python read while it was traced is another now, the
+    forward is followed again. `install` makes one of a module, in place, by giving it a subclass of its own. Copies and
+    pickles.
+    """
+
+    followed: Followed
+
+    def run_followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `forward` does."""
+        followed: Followed = self.__dict__["followed"]
+        if followed.runs_float():
+            return self._float_forward(*args, **kwargs)  # type: ignore[operator]
+        values = followed.signature.bind(args, kwargs)
+        if values is None:
+            return self._float_forward(*args, **kwargs)  # type: ignore[operator] # which raises what Python raises
+        for variant in followed.variants:
+            if variant.pattern is None:  # of version 0.1
+                return variant.run(self, *values[:-2])
+            if fits(variant.pattern, values) and self._holds(variant):
+                return variant.run(self, *leaves(variant.pattern, values))
+        return self._another_way(followed, values)
+
+    def _holds(self, variant: Variant) -> bool:
+        if torch.compiler.is_compiling():
+            return variant.holds_in_one_graph()
+        return variant.broken() is None and not self.__dict__["followed"].changed()
+
+    def _another_way(self, followed: Followed, values: tuple[Any, ...]) -> Any:
+        if torch.compiler.is_compiling():
+            raise ConfigError(
+                f"{type(self).__name__} is called in a way it was not traced for (another mode, argument or attribute). "
+                "Call it once so, uncompiled, in the state it shall have, and compile then"
+            )
+        from torchquant.graph.again import follow_again
+
+        variant = follow_again(self, followed, values)
+        return variant.run(self, *leaves(variant.pattern, values))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return empty_traced, (type(self).__mro__[2], None), self.__dict__
+
+
+def install(module: nn.Module, followed: Followed) -> None:
+    """Let the module run graphs from now on."""
+    for variant in followed.variants:
+        variant.graph.lint()
+    module.__class__ = _traced_class(type(module))
+    module.__dict__["followed"] = followed
+
+
+def remove(module: nn.Module) -> None:
+    """Let the module run nothing but the forward of its class again."""
+    assert isinstance(module, TracedModule)
+    module._modules.pop("training_flag", None)
+    module.__dict__.pop("followed", None)
+    module.__class__ = type(module).__mro__[2]
+
+
+def reseal(model: nn.Module) -> None:
+    """Take the modules that graphs of the model call as they are now: they were replaced on purpose."""
+    for module in model.modules():
+        if isinstance(module, TracedModule):
+            module.followed.seal(module)
+
+
+def empty_traced(kind: type[nn.Module], flat: list[tuple[Any, ...]] | None) -> nn.Module:
+    """A TracedModule without its state; `flat` is the graph of one that version 0.1 pickled."""
+    made = _traced_class(kind)
+    module = made.__new__(made)
+    if flat is not None:
+        names = tuple(name for name, op, *_ in flat if op == "placeholder")
+        empty = inspect.Parameter.empty
+        defaults = tuple(entry[3][0] if entry[3] else empty for entry in flat if entry[1] == "placeholder")
+        signature = Signature(names, defaults)
+        module.__dict__["followed"] = Followed(signature, [Variant(None, [], unflattened(flat))])
+    return module
+
+
+def _traced_class(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run_followed(args, kwargs)
+
+    forward.__doc__ = kind.forward.__doc__
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "_float_forward": kind.forward,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (TracedModule, kind), members)
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    name = f"<torchquant graph {next(_numbers)}>"
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
+    scope = dict(code.globals)
+    exec(compile(code.src, name, "exec"), scope)
+    function = scope["forward"]
+    assert isinstance(function, FunctionType)
+    return function

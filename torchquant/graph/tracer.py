@@ -1,0 +1,471 @@
+"""Following a forward by torch.fx, and noticing all that a graph of it would lose.
+
+A graph repeats what flows through it. Everything else that Python does in a forward is watched here: attributes that
+are read become `Guard`s, under which the graph holds; attributes that are written, random numbers drawn in Python,
+gradients switched off and tensors from elsewhere make the module a part that is called as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from torchquant.graph.calls import Signature, filled, names_of
+from torchquant.graph.fingerprint import ABSENT, fingerprint
+
+_FACTORIES = tuple(
+    name
+    for name in (
+        *("zeros", "ones", "full", "empty", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint"),
+        *("randperm", "tensor", "as_tensor", "normal", "tril_indices", "triu_indices", "hann_window"),
+    )
+)
+"""Functions of torch that cannot see a traced size among their arguments."""
+_HARMLESS = {"__get__", "size", "dim", "numel", "nelement", "stride", "element_size", "ndimension", "__len__"}
+_HARMLESS |= {"is_floating_point", "is_complex", "get_device", "is_contiguous"}
+_OF_MODULE = frozenset(dir(nn.Module())) - {"training", "forward"}
+_TORCH = os.path.dirname(torch.__file__)
+_STORES = ("_parameters", "_buffers")
+_NO_TENSORS = {"size", "dim", "numel", "ndimension", "stride", "get_device", "tolist", "item"}
+_SEVERAL = {"chunk", "split", "unbind", "topk", "max", "min", "sort", "tensor_split", "meshgrid", "where", "nonzero"}
+
+
+class NotTraceable(Exception):  # noqa: N818 - not an error: the caller goes another way
+    """Why a forward has no graph, in words."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What Python read while a forward was followed: an attribute of a module, or a global name.
+
+    `where`: path of the module in the traced one, or, if `is_global`, name of the Python module.
+    """
+
+    where: str
+    name: str
+    value: Any
+    is_global: bool = False
+
+
+@dataclass
+class Traced:
+    """A forward as a graph, and what it hangs on. `inlined`: paths of the modules whose forwards are in the graph."""
+
+    graph: fx.Graph
+    guards: tuple[Guard, ...]
+    inlined: tuple[str, ...]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches the calls of the module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What the forward pre-hooks of a module make of its arguments."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        else:
+            changed = hook(module, args)
+            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
+
+
+def run_hooks(result: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the forward hooks of a module make of its result."""
+    for key, hook in list(module._forward_hooks.items()):
+        with_kwargs = key in module._forward_hooks_with_kwargs
+        changed = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
+        result = result if changed is None else changed
+    return result
+
+
+def read_now(module: nn.Module, name: str) -> Any:
+    """The fingerprint of an attribute, as a guard has it."""
+    own = vars(module)
+    if name in own:
+        return fingerprint(own[name])
+    for store in _STORES:
+        if name in own[store]:
+            return fingerprint(own[store][name])
+    if name in own["_modules"]:
+        return fingerprint(own["_modules"][name])
+    for kind in type(module).__mro__:
+        if name in vars(kind):
+            value = vars(kind)[name]
+            return ABSENT if callable(value) or hasattr(value, "__get__") else fingerprint(value)
+    return "missing"
+
+
+def read_global(module: str, name: str) -> Any:
+    """The fingerprint of a global name of a Python module."""
+    found = vars(sys.modules[module]) if module in sys.modules else {}
+    return fingerprint(found[name]) if name in found else "missing"
+
+
+class _Value(fx.Proxy):
+    """A value in a graph. It says that it is a Tensor where it is one, so that forwards which ask go the right way."""
+
+    @property
+    def __class__(self) -> type:
+        node = self.__dict__["node"]
+        return Tensor if _is_tensor(node) else _Value
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a traced value cannot be set")
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether the value of a node surely is a tensor, so far as its operator tells."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_method":
+        return name not in _NO_TENSORS | _SEVERAL
+    is_of_torch = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator"))
+    if node.op == "call_function" and is_of_torch and name not in _SEVERAL | {"getattr", "getitem"}:
+        return any(_is_tensor(source) for source in node.all_input_nodes)
+    return False
+
+
+class Tracer(fx.Tracer):
+    """Follows one forward with one pattern of arguments, in the mode the modules are in.
+
+    `whole`: modules and classes of modules that are called as they are. After a failure `culprit` is the innermost
+    module that cannot be followed, and `reason` says why.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        is_leaf: Callable[[nn.Module], bool],
+        signature: Signature,
+        pattern: tuple[Any, ...],
+        untouched: tuple[Callable[..., Any], ...] = (),
+    ) -> None:
+        """`untouched`: functions that are called as they are."""
+        super().__init__(autowrap_modules=(math,), autowrap_functions=untouched)
+        self.is_leaf, self.signature, self.pattern = is_leaf, signature, pattern
+        self.culprit: nn.Module | None = None
+        self.reason = ""
+        self.running: list[nn.Module] = []
+        self.reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+        self.globals: dict[tuple[str, str], Any] = {}
+        self.paths: dict[int, str] = {}
+        self.inlined: dict[str, None] = {}
+        self.is_watching = False
+
+    def follow(self, module: nn.Module) -> Traced:
+        """The graph of the module's forward. Raises NotTraceable, or whatever its code raises."""
+        if "forward" in vars(module):
+            raise NotTraceable("its forward was put on the object, and its class has another")
+        self.paths = {id(m): path for path, m in module.named_modules(remove_duplicate=False)}
+        self.paths[id(module)] = ""
+        self.running = [module]
+        before = _insides(module)
+        state = _random_states()
+        with random_states_kept():
+            graph = self.trace(module)
+            changed = _random_states() != state
+        self._note_changes(module, before)
+        if self.reason or changed:
+            raise NotTraceable(self.reason or "it draws random numbers in Python")
+        guards = [Guard(self.paths[id(m)], name, value) for m, name, value in self.reads.values()]
+        guards += [Guard(where, name, value, True) for (where, name), value in self.globals.items()]
+        return Traced(graph, tuple(guards), tuple(self.inlined))
+
+    def refuse(self, reason: str, module: nn.Module | None = None) -> None:
+        """Remember that the running module cannot be followed, whatever its code makes of the exception."""
+        if not self.reason:
+            self.reason = reason
+            self.culprit = self.culprit or module or self.running[-1]
+        raise NotTraceable(reason)
+
+    def _note_changes(self, root: nn.Module, before: dict[int, dict[str, dict[str, Any]]]) -> None:
+        """Refuse a forward that changed what hangs on modules, or a global, without our noticing on the way."""
+        for module in root.modules():
+            for store, entries in before[id(module)].items():
+                now = vars(module) if store == "" else vars(module)[store]
+                changed = [name for name in {**entries, **now} if now.get(name, self) is not entries.get(name, self)]
+                if changed and not self.reason:
+                    self.culprit, self.reason = module, f"it writes the attribute '{changed[0]}'"
+        for module, name, value in self.reads.values():
+            if read_now(module, name) != value and not self.reason:
+                self.culprit, self.reason = module, f"it changes what is in the attribute '{name}'"
+        for (where, name), value in self.globals.items():
+            if read_global(where, name) != value and not self.reason:
+                self.culprit, self.reason = root, f"it changes the global '{name}'"
+
+    # what fx asks of a tracer
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.is_leaf(m)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        tensors = [self.create_proxy("placeholder", name, (), {}) for name in names_of(self.signature, self.pattern)]
+        args, kwargs = self.signature.unbind(filled(self.pattern, iter(tensors)))
+
+        def run(*args: Any) -> Any:
+            with self._watch():
+                self._enter(self.root)
+                return root_fn(*args, **kwargs)
+
+        return run, [self.root, *args]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if id(m) not in self.paths:
+            self.refuse(f"it calls a {type(m).__name__} that is not one of its registered modules")
+        is_leaf = self.is_leaf(m)
+        before = None if is_leaf else _random_states()
+        if not is_leaf:
+            self.running.append(m)
+            self._enter(m)
+        try:
+            if is_leaf or not has_hooks(m):
+                result = super().call_module(m, forward, args, kwargs)
+            else:
+                result = self._call_with_hooks(m, args, kwargs)
+        except Exception:
+            self.culprit = self.culprit or (self.running[-1] if self.running else m)
+            raise
+        finally:
+            if not is_leaf:
+                self.running.pop()
+        if before is not None and _random_states() != before:
+            self.refuse("it draws random numbers in Python", m)
+        return result
+
+    def _call_with_hooks(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of a module between calls of the hooks that it has when the graph runs."""
+        if m._backward_hooks or m._backward_pre_hooks:
+            self.refuse("it has backward hooks", m)
+        given = self.create_proxy("call_function", run_pre_hooks, (m, args, kwargs), {})
+        args = tuple(given[0][i] for i in range(len(args)))
+        kwargs = {name: given[1][name] for name in kwargs}
+        result = super().call_module(m, lambda *a, **k: m.forward(*a, **k), args, kwargs)
+        return self.create_proxy("call_function", run_hooks, (result, m, args, kwargs), {})
+
+    def _enter(self, module: nn.Module) -> None:
+        self.inlined.setdefault(self.paths[id(module)])
+        forward = vars(module).get("forward") or type(module).forward
+        for where, name, value in _globals_of(forward):
+            self.globals.setdefault((where, name), value)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if self.is_watching:
+            if kind.startswith("call") and _modes() != self.modes:
+                self.refuse("it switches gradients, autocast or inference mode")
+            node.meta["where"] = _where(), next(reversed(self.module_stack), "")
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if kind is _Value:
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            if not any(a is buffer for buffer in self.root.buffers()) and a not in self.tensor_attrs:
+                self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
+        if isinstance(a, dict) and kind not in (dict, OrderedDict):
+            return self._create_mapping(a)
+        if kind is OrderedDict:
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        if isinstance(a, tuple | list) and kind not in (tuple, list, torch.Size) and not hasattr(a, "_fields"):
+            self.refuse(f"it makes a {kind.__name__}")
+        return super().create_arg(a)
+
+    def _create_mapping(self, a: Any) -> Any:
+        """A dictionary of a class of its own, such as the outputs of transformers' models."""
+        if not hasattr(a, "__dataclass_fields__"):
+            self.refuse(f"it makes a {type(a).__name__}")
+        entries = {key: self.create_arg(value) for key, value in a.items()}
+        return self.create_node("call_function", type(a), (), entries)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self.refuse("it branches on the values of a tensor, or on its size")  # type: ignore[func-returns-value, return-value]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            self.refuse("it loops over a tensor, or unpacks one")
+            raise
+
+    # what is watched beside
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        self.modes = _modes()
+        kept = {name: getattr(torch, name) for name in (*_FACTORIES, "is_grad_enabled")}
+        setattr_, delattr_ = nn.Module.__setattr__, nn.Module.__delattr__
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            try:
+                value = object.__getattribute__(module, name)
+            except AttributeError:
+                self._note_read(module, name)
+                raise
+            return self._note_read(module, name, value)
+
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            self._refuse_write(module, name)
+            setattr_(module, name, value)
+
+        def delete(module: nn.Module, name: str) -> None:
+            self._refuse_write(module, name)
+            delattr_(module, name)
+
+        def asks_for_gradients() -> bool:
+            return self.refuse("it asks whether gradients are recorded")  # type: ignore[func-returns-value, return-value]
+
+        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
+        nn.Module.__setattr__, nn.Module.__delattr__ = write, delete  # type: ignore[method-assign, assignment]
+        self.is_watching = True
+        try:
+            for name in _FACTORIES:
+                setattr(torch, name, self._recorded(kept[name]))
+            torch.is_grad_enabled = asks_for_gradients
+            with _TorchCalls(self):
+                yield
+        finally:
+            self.is_watching = False
+            del nn.Module.__getattribute__
+            nn.Module.__setattr__, nn.Module.__delattr__ = setattr_, delattr_  # type: ignore[method-assign]
+            for name, function in kept.items():
+                setattr(torch, name, function)
+
+    def _recorded(self, factory: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if any(type(a) is _Value for a in tree_leaves((args, kwargs))):
+                return self.create_proxy("call_function", factory, args, kwargs)
+            return factory(*args, **kwargs)
+
+        return make
+
+    def _note_read(self, module: nn.Module, name: str, value: Any = None) -> Any:
+        if not self.is_watching or id(module) not in self.paths or name in _OF_MODULE or name.startswith("__"):
+            return value
+        key = id(module), name
+        if key not in self.reads:
+            self.reads[key] = module, name, read_now(module, name)
+        if isinstance(value, Tensor) and type(value) is not _Value and name in vars(module):
+            return self.create_proxy("get_attr", ".".join(filter(None, (self.paths[id(module)], name))), (), {})
+        return value
+
+    def _refuse_write(self, module: nn.Module, name: str) -> None:
+        if self.is_watching and id(module) in self.paths:
+            self.refuse(f"it writes the attribute '{name}'")
+
+    def call_without_values(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A function of torch that is given nothing of the graph: run if it tells of something, else recorded."""
+        name = getattr(function, "__name__", "")
+        if any(isinstance(a, Tensor) for a in tree_leaves((args, kwargs))):
+            if name not in _HARMLESS:
+                self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
+            result = function(*args, **kwargs)
+            if isinstance(result, Tensor):
+                self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
+            return result
+        state = torch.get_rng_state()
+        result = function(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        torch.set_rng_state(state)
+        return self.create_proxy("call_function", function, args, kwargs)
+
+
+class _TorchCalls(TorchFunctionMode):
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.tracer.is_watching or any(isinstance(a, fx.Proxy) for a in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        return self.tracer.call_without_values(func, args, kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a forward can switch around its operators."""
+    autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch._C.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype()
+
+
+def _random_states() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state(legacy=False)
+    of_numpy = () if state is None else (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
+    return random.getstate(), bytes(torch.get_rng_state().numpy()), of_numpy
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """The random states of Python, numpy and torch are afterwards what they were before."""
+    numpy, ours, torchs = sys.modules.get("numpy"), random.getstate(), torch.get_rng_state()
+    numpys = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        torch.set_rng_state(torchs)
+        if numpy is not None:
+            numpy.random.set_state(numpys)
+
+
+def _insides(root: nn.Module) -> dict[int, dict[str, dict[str, Any]]]:
+    """What hangs on every module, by identity."""
+    return {
+        id(m): {"": dict(vars(m)), **{store: dict(vars(m)[store]) for store in (*_STORES, "_modules")}}
+        for m in root.modules()
+    }
+
+
+def _globals_of(forward: Callable[..., Any]) -> Iterator[tuple[str, str, Any]]:
+    """(Python module, name, fingerprint) of the plain values that a forward reads from its file."""
+    forward = getattr(forward, "__func__", forward)
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    code = getattr(forward, "__code__", None)
+    home = sys.modules.get(forward.__module__ or "")
+    if code is None or home is None or vars(home) is not forward.__globals__ or home.__name__.startswith("torch."):
+        return
+    for name in code.co_names:
+        value = vars(home).get(name)
+        if name in vars(home) and isinstance(value, bool | int | float | str | list | dict | set | type(None)):
+            yield home.__name__, name, fingerprint(value)
+
+
+def _where() -> tuple[str, int]:
+    """Function and line of the code that is being followed."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith(_TORCH):
+            return frame.f_code.co_name, frame.f_lineno
+        frame = frame.f_back
+    return "", 0
