@@ -244,11 +244,17 @@ class Alternating(nn.Module):
 
 
 def test_a_forward_that_changes_with_the_mode_keeps_doing_so() -> None:
+    """Both ways are followed, and quantized; a layer that only training runs is a site too."""
     net, x = Alternating(), torch.randn(2, 4)
     model = quantize(net, "w8a8")
-    assert "does other things in training than in evaluation" in model.plan.describe()
+    assert [site.path for site in model.plan.sites] == ["body", "extra"]
     assert torch.equal(model.train()(x)[1], net.train()(x)[1])
     assert torch.equal(model.eval()(x), net.eval()(x))
+    set_qmodule_state(model.train(), QModuleState.QUANT_AWARE_TRAIN)
+    assert len(model(x)) == 2
+    set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
+    assert isinstance(model(x), Tensor)
+    assert not torch.equal(model(x), net.eval()(x))
 
 
 class Misleading(nn.Module):
@@ -259,7 +265,7 @@ class Misleading(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) if isinstance(x, Tensor) else self.linear(x) + 1.0
+        return self.linear(x) if type(x) is Tensor else self.linear(x) + 1.0
 
 
 def test_a_graph_that_computes_something_else_is_not_used() -> None:
@@ -318,8 +324,9 @@ def test_weights_that_a_function_is_given_are_told_of() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(self.linear(x), self.weight)
 
-    (left,) = capture(Functional()).floats
-    assert (left.type, left.why) == ("linear", "it has no quantized form, nor have the weights it is given")
+    function, weight = capture(Functional()).floats
+    assert (function.type, function.why) == ("linear", "it has no quantized form, nor have the weights it is given")
+    assert (weight.path, weight.type) == ("weight", "Functional.weight")
 
 
 def test_hooks_stay_and_keep_their_layer_from_being_fused() -> None:

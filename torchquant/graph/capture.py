@@ -52,14 +52,14 @@ def capture(
         raise ConfigError(f"trace must be True, False or 'modules', got {trace!r}")
     if fuse not in (True, False, "bn"):
         raise ConfigError(f"fuse must be True, False or 'bn', got {fuse!r}")
-    twin = copy_model(model)
+    twin, shown = copy_model(model), copy_model(model) if example_inputs is not None else None
     known = dict(patterns or {})
-    if example_inputs is not None:
-        known = {path: pattern_of(values) for path, values in recorded_calls(copy_model(model), example_inputs).items()}
+    if shown is not None:
+        known = {path: pattern_of(values) for path, values in recorded_calls(shown, example_inputs).items()}
     finder = Finder(twin, trace, fuse, known)
     finder.look_into("", twin)
-    if example_inputs is not None and finder.regions:
-        finder.keep_real(example_inputs)
+    if shown is not None and finder.regions:
+        finder.keep_real(shown, example_inputs)
     finder.tell_of_raw_weights()
     return finder.captured(model)
 
@@ -162,9 +162,9 @@ class Finder:
             self.floats.append(LeftFloat(path, type(module).__name__, f"operators between its layers: {reason}"))
 
     @torch.no_grad()
-    def keep_real(self, example_inputs: Any) -> None:
-        """Drop the sites and reads whose values, on the example, are not tensors of real numbers."""
-        real = real_values(copy_model(self.model), self.regions, example_inputs)
+    def keep_real(self, shown: nn.Module, example_inputs: Any) -> None:
+        """Drop the sites and reads whose values are not real numbers when `shown`, a copy, runs on the example."""
+        real = real_values(shown, self.regions, example_inputs)
 
         def is_real(region: str, node: str) -> bool:
             return real.get((region, node), True)

@@ -195,7 +195,7 @@ class GraphSites:
                 self._leave(path, kind, NORM_WHY if "Norm" in kind else NO_FORM)
             return
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        if self._takes_values(node) and not name.startswith("_assert"):
+        if self._takes_values(node) and not name.startswith("_assert") and not isinstance(node.target, type):
             path = joined(self.path, module_path(node))
             takes_weights = any(value.op == "get_attr" for value in node.all_input_nodes)
             why = NORM_WHY if "norm" in name else NO_FORM + (TAKES_WEIGHTS if takes_weights else "")

@@ -161,6 +161,9 @@ class _Writer:
                 followed.fused[path] = site.fused
             if plan is not None and plan.input is not None:
                 followed.input_specs[path] = _spec(plan)
+        added = {path.rpartition(".")[0] for path in (*followed.op_paths.values(), *followed.inputs.values())}
+        walked = {path for way in region.ways for path in way.traced.walked & added}
+        followed.walks = any(type(region.module.get_submodule(path)) is not nn.Sequential for path in walked)
         inlined = {path for way in region.ways for path in way.traced.inlined}
         followed.seal(region.module, tuple(inlined))
         install(region.module, followed)

@@ -109,7 +109,8 @@ class Followed:
     `node_names`, `op_paths`: the names that nodes and operators have in every variant. `fused`: path of a site with a
     QModule -> what is fused into it. `known`: paths of all sites. `inputs`: (node, spec) -> path of the quantizer of a
     value that nothing had quantized; `input_specs`: path of a site -> that spec. `structure`: (module, name, child) of
-    all that the graphs call or run through; `inlined`: the modules whose forwards are in the graphs, and whether they
+    all that the graphs call or run through; `walks`: whether Python goes through children of a module that has got
+    operators among them; `inlined`: the modules whose forwards are in the graphs, and whether they
     have hooks.
     """
 
@@ -124,6 +125,7 @@ class Followed:
     structure: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     inlined: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
     qmodules: list[QModule] = field(default_factory=list)
+    walks: bool = False
 
     def seal(self, root: nn.Module, inlined: tuple[str, ...] = ()) -> None:
         """Note the modules of `root` as they are now: a later change of them is a change of the forward."""
@@ -144,7 +146,7 @@ class Followed:
 
     def runs_float(self) -> bool:
         """Whether nothing in the graph observes or quantizes."""
-        if _always_graphs or not self.qmodules:
+        if _always_graphs or self.walks or not self.qmodules:
             return False
         return all(module._state is QModuleState.BYPASSED for module in self.qmodules)
 

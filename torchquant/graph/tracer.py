@@ -8,6 +8,7 @@ gradients switched off and tensors from elsewhere make the module a part that is
 from __future__ import annotations
 
 import math
+import operator
 import os
 import random
 import sys
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchquant.graph.calls import Signature, filled, names_of
 from torchquant.graph.fingerprint import ABSENT, fingerprint
+from torchquant.graph.ops import about_tensors
 
 _FACTORIES = tuple(
     name
@@ -36,6 +38,7 @@ _FACTORIES = tuple(
 _HARMLESS = {"__get__", "size", "dim", "numel", "nelement", "stride", "element_size", "ndimension", "__len__"}
 _HARMLESS |= {"is_floating_point", "is_complex", "get_device", "is_contiguous"}
 _OF_MODULE = frozenset(dir(nn.Module())) - {"training", "forward"}
+_CHILDREN = {"_modules", "children", "named_children", "modules", "named_modules"}
 _TORCH = os.path.dirname(torch.__file__)
 _STORES = ("_parameters", "_buffers")
 _NO_TENSORS = {"size", "dim", "numel", "ndimension", "stride", "get_device", "tolist", "item"}
@@ -61,11 +64,15 @@ class Guard:
 
 @dataclass
 class Traced:
-    """A forward as a graph, and what it hangs on. `inlined`: paths of the modules whose forwards are in the graph."""
+    """A forward as a graph, and what it hangs on.
+
+    `inlined`: paths of the modules whose forwards are in the graph. `walked`: of those whose children Python went through.
+    """
 
     graph: fx.Graph
     guards: tuple[Guard, ...]
     inlined: tuple[str, ...]
+    walked: frozenset[str] = frozenset()
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -132,6 +139,21 @@ class _Value(fx.Proxy):
         raise TypeError("the class of a traced value cannot be set")
 
 
+def _in_place(name: str) -> Callable[[_Value, Any], Any]:
+    """`x += y` and its like: in place where x is a tensor, a new number where it is a size."""
+    write, compute = getattr(operator, f"i{name}"), getattr(operator, name)
+
+    def operate(self: _Value, other: Any) -> Any:
+        is_size = self.node in about_tensors(self.tracer.graph)
+        return self.tracer.create_proxy("call_function", compute if is_size else write, (self, other), {})
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    setattr(_Value, f"__i{_name}__", _in_place(_name))
+
+
 def _is_tensor(node: fx.Node) -> bool:
     """Whether the value of a node surely is a tensor, so far as its operator tells."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -171,7 +193,9 @@ class Tracer(fx.Tracer):
         self.globals: dict[tuple[str, str], Any] = {}
         self.paths: dict[int, str] = {}
         self.inlined: dict[str, None] = {}
+        self.walked: set[str] = set()
         self.is_watching = False
+        self.in_fx = 0
 
     def follow(self, module: nn.Module) -> Traced:
         """The graph of the module's forward. Raises NotTraceable, or whatever its code raises."""
@@ -190,7 +214,7 @@ class Tracer(fx.Tracer):
             raise NotTraceable(self.reason or "it draws random numbers in Python")
         guards = [Guard(self.paths[id(m)], name, value) for m, name, value in self.reads.values()]
         guards += [Guard(where, name, value, True) for (where, name), value in self.globals.items()]
-        return Traced(graph, tuple(guards), tuple(self.inlined))
+        return Traced(graph, tuple(guards), tuple(self.inlined), frozenset(self.walked))
 
     def refuse(self, reason: str, module: nn.Module | None = None) -> None:
         """Remember that the running module cannot be followed, whatever its code makes of the exception."""
@@ -282,7 +306,21 @@ class Tracer(fx.Tracer):
             node.meta["where"] = _where(), next(reversed(self.module_stack), "")
         return node
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        self.in_fx += 1
+        try:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        finally:
+            self.in_fx -= 1
+
     def create_arg(self, a: Any) -> Any:
+        self.in_fx += 1
+        try:
+            return self._create_arg(a)
+        finally:
+            self.in_fx -= 1
+
+    def _create_arg(self, a: Any) -> Any:
         kind = type(a)
         if kind is _Value:
             return a.node
@@ -367,7 +405,11 @@ class Tracer(fx.Tracer):
         return make
 
     def _note_read(self, module: nn.Module, name: str, value: Any = None) -> Any:
-        if not self.is_watching or id(module) not in self.paths or name in _OF_MODULE or name.startswith("__"):
+        if not self.is_watching or self.in_fx or id(module) not in self.paths:
+            return value
+        if name in _CHILDREN:
+            self.walked.add(self.paths[id(module)])
+        if name in _OF_MODULE or name.startswith("__"):
             return value
         key = id(module), name
         if key not in self.reads:
@@ -418,9 +460,11 @@ def _modes() -> tuple[Any, ...]:
 
 def _random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
+    with torch._C.DisableTorchFunction():
+        torchs = bytes(torch.get_rng_state().numpy())
     state = None if numpy is None else numpy.random.get_state(legacy=False)
     of_numpy = () if state is None else (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
-    return random.getstate(), bytes(torch.get_rng_state().numpy()), of_numpy
+    return random.getstate(), torchs, of_numpy
 
 
 @contextmanager

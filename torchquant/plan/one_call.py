@@ -80,12 +80,13 @@ def _same(model: nn.Module | None, quantized: nn.Module, example_inputs: Any) ->
 
     `model`: the float model, None if it was quantized itself: then the forwards of the result are run.
     """
+    float_model, twin = copy_model(quantized if model is None else model), copy_model(quantized)
     for training in (False, True):
-        expected = _outcome(copy_model(quantized if model is None else model), example_inputs, training)
+        expected = _outcome(float_model, example_inputs, training)
         if isinstance(expected, Exception):  # the float model itself does not run so
             continue
         with graphs_running():
-            found = _outcome(copy_model(quantized), example_inputs, training)
+            found = _outcome(twin, example_inputs, training)
         if isinstance(found, Exception) or len(found) != len(expected) or not all(map(_equal, expected, found)):
             return False
     return True
