@@ -447,7 +447,9 @@ def _fresh(b: Block, r: Random) -> str:
     """A value of its own that no backward needs as it is, or, at times, any value at hand."""
     if r.random() < 0.35:
         return b.pick(r)
-    return b.let(r.choice([f"{b.layer(r)}({b.pick(r)})", f"{b.pick(r)} + {b.pick(r)}", f"{b.pick(r)} * 1.0"]))
+    if r.random() < 0.4:
+        return b.let(f"{b.layer(r)}({b.pick(r)})")
+    return b.let(r.choice(["{0} + {1}", "{0} * 1.0", "{0} - 0.5 * {1}"]).format(b.pick(r), b.pick(r)))
 
 
 @feature(3)
@@ -551,7 +553,8 @@ def python_checks(b: Block, r: Random) -> None:
 def data_branch(b: Block, r: Random) -> None:
     value = b.pick(r)
     test = r.choice(["bool({0}.sum() > 0)", "{0}.detach().mean().item() > 0.0"]).format(value)
-    b.let(f"{b.layer(r)}({value}) if {test} else {value}")
+    layer_ = b.layer(r)
+    b.let(f"{layer_}({value}) if {test} else {layer_}(0.5 * {value})")
 
 
 # Training and evaluation
@@ -560,15 +563,11 @@ def data_branch(b: Block, r: Random) -> None:
 @feature(3)
 def training_branch(b: Block, r: Random) -> None:
     result = b.let(f"{b.pick(r)} * 1.0")
-    body = [
-        "{0} = F.relu({0})",
-        "{0} = {0} * 0.9 + 0.05",
-        f"{{0}} = {b.layer(r)}({{0}})",
-        "self.aux = {0}.square().mean()",
-    ]
-    if (line := r.choice(body)).startswith("self.aux"):
+    line = r.choice(["{0} = F.relu({0})", "{0} = {0} * 0.9 + 0.05", "{0} = {1}({0})", "self.aux = {0}.square().mean()"])
+    if line.startswith("self.aux"):
         b.init.append("self.aux = None")
-    b.say("if self.training:", f"    {line.format(result)}")
+    layer_ = b.layer(r) if "{1}" in line else ""
+    b.say("if self.training:", f"    {line.format(result, layer_)}")
     if r.random() < 0.4:
         b.say("else:", f"    {result} = {result} - 0.1")
 

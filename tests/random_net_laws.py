@@ -8,6 +8,7 @@ import random
 import re
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ RULES: dict[str, Any] = {
         {"position": "last", "output": None},
     ],
 }
-MAX_ERROR = 0.05
+MAX_ERROR = 0.1
 """Largest power of the error at 8 bits, as a share of the output's."""
 LEARNING = 0.05
 MISSING = "(missing)"
@@ -127,12 +128,14 @@ def kept(value: Any) -> Any:
     return type(value)(map(kept, value)) if isinstance(value, tuple | list) else value
 
 
-def random_states() -> Any:
-    return (
-        torch.get_rng_state(),
-        random.getstate(),
-        [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()],
-    )
+def random_states() -> dict[str, int]:
+    """One number for the state of each generator."""
+    _, numbers, position, *_ = np.random.get_state()
+    return {
+        "torch": zlib.crc32(torch.get_rng_state().numpy().tobytes()),
+        "random": hash(random.getstate()),
+        "numpy": hash((numbers.tobytes(), position)),
+    }
 
 
 # Observing a run
@@ -294,7 +297,7 @@ def anatomy(model: nn.Module) -> dict[str, tuple[Any, Any]]:
 
     for path, module in model.named_modules(remove_duplicate=False):
         note(path or "(root)", module)
-        for key, value in module.__dict__.items():
+        for key, value in (item for item in module.__dict__.items() if item[0] != "_flat_weight_refs"):
             note(f"{path}.{key}", value)
     return found
 
@@ -327,7 +330,7 @@ def flags_changed(b: Bench) -> None:
         for training in (False, True):
             for m in b.both:
                 m.train(training)
-            b.compare(f"flags changed, training={training}", b.net.calls()[:2])
+            b.compare(f"flags changed, training={training}", b.net.calls()[:1])
 
 
 def modes_mixed(b: Bench) -> None:
@@ -344,7 +347,7 @@ def modes_mixed(b: Bench) -> None:
                 m.train(training)
                 for path in chosen:
                     m.get_submodule(path).train(not training)
-            b.compare(f"{kind} in training={not training}, the rest not: {', '.join(chosen)}", b.net.calls()[:2])
+            b.compare(f"{kind} in training={not training}, the rest not: {', '.join(chosen)}", b.net.calls()[:1])
 
 
 def hooks_added(b: Bench) -> None:
