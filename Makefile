@@ -9,6 +9,8 @@ OUT ?= demo_out
 PYTEST_ARGS ?=
 # Test files run side by side, one thread each.
 WORKERS ?= 2
+# A test that takes longer hangs: its process ends with the stacks of its threads, and the run with the test's name.
+TEST_SECONDS ?= 600
 # Torch releases of `make test-oldest`; torchvision must be the release made for that torch.
 OLDEST := 'torch==2.11.*' 'torchvision==0.26.*'
 
@@ -37,10 +39,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/torchquant demo --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --max-worker-restart=0 \
+		-o faulthandler_timeout=$(TEST_SECONDS) -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=3600 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS="$(OLDEST)"

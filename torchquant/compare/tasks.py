@@ -53,7 +53,10 @@ class Pictures:
 
 
 def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return (images.to(torch.float32) / 255.0 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    """Floats in the default memory format, whatever that of the pictures."""
+    return (images.to(torch.float32, memory_format=torch.contiguous_format) / 255.0 - mean.view(3, 1, 1)) / std.view(
+        3, 1, 1
+    )
 
 
 def _distorted(images: Tensor, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
@@ -136,11 +139,8 @@ def _square(picture: Any, image: Any) -> Tensor:
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((left, top, left + side, top + side)).resize((FOLDER_SIZE, FOLDER_SIZE), image.BILINEAR)
-    return (
-        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        .view(FOLDER_SIZE, FOLDER_SIZE, 3)
-        .permute(2, 0, 1)
-    )
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(FOLDER_SIZE, FOLDER_SIZE, 3)
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)

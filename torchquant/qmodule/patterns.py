@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from torchquant.errors import NameClashError, UnsupportedPatternError
+from torchquant.quantizers_functional._gradient import pass_through
 from torchquant.quantizers_functional.bn_fold import channel_view
+
+WIDEST_VECTOR = 16
+"""Floats in a vector of AVX-512."""
 
 RunLayer = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -76,7 +81,32 @@ def _run_linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def _run_conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return layer._conv_forward(x, weight, bias)  # padding modes and dilation included
+    if not _is_hit_by_onednn_6035(layer, x, weight):
+        return layer._conv_forward(x, weight, bias)  # padding modes and dilation included
+    conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.ndim]
+    picked = x[(..., *(slice(None, None, step) for step in layer.stride))]
+    with torch.no_grad():
+        value = layer._conv_forward(x, weight, bias)
+    return pass_through(conv(picked, weight, bias), value)
+
+
+def _is_hit_by_onednn_6035(layer: Any, x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN may write past its memory in the weight gradient (uxlfoundation/oneDNN#6035).
+
+    It does so for 1x1 convolutions with stride on inputs in channels_last with fewer channels than a vector holds.
+    """
+    return (
+        x.device.type == "cpu"
+        and not x.is_contiguous()
+        and weight.shape[1] < WIDEST_VECTOR
+        and not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and all(size == 1 for size in layer.kernel_size)
+        and any(step > 1 for step in layer.stride)
+        and layer.padding in ("valid", (0,) * len(layer.stride))
+        and layer.groups == 1
+    )
 
 
 def _conv_transpose_runner(conv: Callable[..., Tensor]) -> RunLayer:
