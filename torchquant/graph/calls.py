@@ -67,11 +67,17 @@ class Signature:
         return (*values, tuple(args[len(places) :]), left)
 
     def unbind(self, values: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments and keyword arguments that give these values."""
+        """Arguments and keyword arguments that give these values, defaults left out, as people call."""
         *single, rest, more = values
-        places = [n for n in self.names if n not in self.keyword_only]
-        keywords = dict(zip(self.names[len(places) :], single[len(places) :], strict=True))
-        return [*single[: len(places)], *rest], {**keywords, **more}
+        args: list[Any] = []
+        keywords = {}
+        for name, default, value in zip(self.names, self.defaults, single, strict=True):
+            by_place = name not in self.keyword_only and (rest or default is inspect.Parameter.empty)
+            if by_place:
+                args.append(value)
+            elif value is not default:
+                keywords[name] = value
+        return [*args, *rest], {**keywords, **more}
 
     def default_pattern(self) -> tuple[Any, ...] | None:
         """Tensors where there is no default, the defaults elsewhere; None if that leaves no tensor."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from torchquant.graph.ops import about_tensors, activation_of, computing_type, passes_values
+from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, passes_values
 from torchquant.graph.sites import NORM_WHY, LeftFloat, Read, Region, Site, has_layers, joined, layer_fields, n_reads_of
 from torchquant.graph.trace import has_hooks, module_path
 from torchquant.graph.writes import lies_in_input, written_by
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchquant.graph.capture import Finder
 
 NO_FORM = "it has no quantized form"
+ONLY_FLOAT = "only float operators read its result"
 TAKES_WEIGHTS = ", nor have the weights it is given"
 ONE_READ = {"mean", "avg_pool", "batch_norm", "interpolate"}
 """Operators that carry the values of their first argument only."""
@@ -156,13 +157,14 @@ class GraphSites:
                 self._leave(path, types[-1], "it is called more than once")
                 return
             self.finder.seen.add(module)
-        if not self.needed[node]:
-            self._leave(path, types[-1], "only float operators read its result")
+        if not self.needed[node] and kind not in MULTIPLYING:
+            self._leave(path, types[-1], ONLY_FLOAT)
             return
         nodes = [node]
-        fused = self._limited(self._fuse(nodes, None) if self.finder.fuse else [], path, nodes)
+        fused = self._limited(self._fuse(nodes, None) if self.finder.fuse and self.needed[node] else [], path, nodes)
         n_reads = 1 if kind in ONE_READ else n_reads_of(kind)
-        self._add(Site(path, types, ("input", "output"), module, tuple(fused)), nodes, n_reads)
+        fields = ("input", "output") if self.needed[node] else ("input",)
+        self._add(Site(path, types, fields, module, tuple(fused)), nodes, n_reads)
 
     def _add(self, site: Site, nodes: list[fx.Node], n_reads: int | None) -> None:
         reads = self._reads(nodes[0], n_reads)
@@ -195,7 +197,8 @@ class GraphSites:
                 self._leave(path, kind, NORM_WHY if "Norm" in kind else NO_FORM)
             return
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        if self._takes_values(node) and not name.startswith("_assert") and not isinstance(node.target, type):
+        is_no_operator = name.startswith("_assert") or name == "getattr" or isinstance(node.target, type)
+        if self._takes_values(node) and not is_no_operator:
             path = joined(self.path, module_path(node))
             takes_weights = any(value.op == "get_attr" for value in node.all_input_nodes)
             why = NORM_WHY if "norm" in name else NO_FORM + (TAKES_WEIGHTS if takes_weights else "")

@@ -58,11 +58,16 @@ PASSING: tuple[Target, ...] = (
     *("chunk", torch.chunk, "split", torch.split, "unbind", torch.unbind, torch.tensor_split, "tensor_split"),
     *(F.dropout, F.dropout2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity),
     *(F.pad, nn.ZeroPad2d, F.pixel_shuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *("reshape_as", "type_as", "swapaxes", torch.swapaxes, "broadcast_to", torch.broadcast_to, "tile", torch.tile),
+    *("index_select", torch.index_select, "gather", torch.gather, "repeat_interleave", torch.repeat_interleave),
     *("detach", "clone", "to", "float", torch.amax, torch.max, "amax"),
 )
 
 # Results that are no tensor of real numbers: sizes, kinds, whether something holds.
 _ABOUT_TENSORS = {"size", "dim", "numel", "ndimension", "shape", "stride", "get_device", "ndim", "dtype", "device"}
+
+MULTIPLYING = {"matmul", "attention"}
+"""Operators of many multiply-adds: their inputs are quantized also where only float operators read the result."""
 
 _COMPUTING = {target: name for name, targets in COMPUTING.items() for target in targets}
 _PASSING_NAMES = {"StochasticDepth", "stochastic_depth", "DropPath", "drop_path", "Permute", "run_hooks"}

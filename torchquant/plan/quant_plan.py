@@ -88,19 +88,21 @@ class QuantPlan:
         """
         captured = model if isinstance(model, Captured) else capture(model, example_inputs, trace, fuse)
         chosen: dict[str, dict[str, Any]] = {site.path: {} for site in captured.sites}
+        skipped: dict[str, str] = {}
         for rule in read_rules(rules, captured):
-            rule.set_fields(chosen, captured)
+            rule.set_fields(chosen, captured, skipped)
         plans = [SitePlan(path, **fields) for path, fields in chosen.items()]
+        plans, unfolded = _without_impossible_folding(plans, captured)
         for plan, site in zip(plans, captured.sites, strict=True):
             _check_buildable(plan, site)
         kept = tuple(plan for plan in plans if not plan.is_float)
         unset = [
-            LeftFloat(site.path, site.types[-1], "no rule gives it a quantizer")
+            LeftFloat(site.path, site.types[-1], skipped.get(site.path, "no rule gives it a quantizer"))
             for plan, site in zip(plans, captured.sites, strict=True)
             if plan.is_float
         ]
-        types = {site.path: " + ".join([site.types[-1], *(kind for _, kind in site.fused)]) for site in captured.sites}
-        floats = (*captured.floats, *unset)
+        types = {site.path: what_is_at(site) for site in captured.sites}
+        floats = (*captured.floats, *unset, *unfolded)
         return cls(kept, floats, captured.trace, captured.fuse, types, captured.patterns)
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -115,8 +117,14 @@ class QuantPlan:
 
     def apply_to(self, captured: Captured) -> nn.Module:
         """`apply` for a model that was captured before: itself, in place."""
-        known = [site.path for site in captured.sites]
+        known = {site.path: what_is_at(site) for site in captured.sites}
         for plan in self.sites:
+            planned = self.types.get(plan.path, "")
+            if plan.path in known and planned and planned != known[plan.path]:
+                raise ConfigError(
+                    f"the plan has '{planned}' at the site '{plan.path}', {type(captured.model).__name__} has "
+                    f"'{known[plan.path]}'. It was made for another model; make one for this with QuantPlan.from_rules"
+                )
             if plan.path not in known:
                 hint = did_you_mean(plan.path, known)
                 raise ConfigError(
@@ -227,6 +235,28 @@ class QuantPlan:
     def load(cls, path: str | os.PathLike[str]) -> QuantPlan:
         """Read a plan that `save` wrote, or that somebody wrote by hand. Raises ConfigError."""
         return cls.from_dict(read_yaml(path), f"{path}")
+
+
+def what_is_at(site: Site) -> str:
+    """The layer or operator of a site and what is fused into it, for people."""
+    return " + ".join([site.types[-1], *(kind for _, kind in site.fused)])
+
+
+def _without_impossible_folding(
+    plans: list[SitePlan], captured: Captured
+) -> tuple[list[SitePlan], list[LeftFloat]]:
+    """Sites whose batch norm has no running statistics keep it as a layer of its own; those batch norms, told of."""
+    kept, told = [], []
+    for plan, site in zip(plans, captured.sites, strict=True):
+        norm = next((path for path, kind in site.fused if "BatchNorm" in kind), None)
+        if plan.fold_bn and norm is not None:
+            module = captured.model.get_submodule(norm)
+            if getattr(module, "running_mean", None) is None:
+                plan = replace(plan, fold_bn=False)
+                why = "it has no running statistics, so it is not folded into the layer before it and runs in float"
+                told.append(LeftFloat(norm, type(module).__name__, why))
+        kept.append(plan)
+    return kept, told
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:

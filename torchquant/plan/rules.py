@@ -63,7 +63,11 @@ class Rule:
     skip: bool
     fields: Mapping[str, Any]
 
-    def set_fields(self, chosen: dict[str, dict[str, Any]], captured: Captured) -> None:
+    def set_fields(
+        self, chosen: dict[str, dict[str, Any]], captured: Captured, skipped: dict[str, str] | None = None
+    ) -> None:
+        """Write what the rule sets into `chosen`, site by site, and into `skipped` which sites it takes out."""
+        skipped = {} if skipped is None else skipped
         ends = [site.path for site in captured.sites if site.is_layer]
         at_ends = {"first": ends[:1], "last": ends[-1:]}
         wanted = {path for position in self.position or () for path in at_ends[position]}
@@ -78,8 +82,11 @@ class Rule:
             hit, reached = True, site
             if self.skip:
                 chosen[site.path].clear()
+                skipped[site.path] = f"{self.name} skips it"
             given = {name: value for name, value in self.fields.items() if name in allowed}
             applied = applied or bool(given) or self.skip
+            if given:
+                skipped.pop(site.path, None)
             chosen[site.path].update(given)
         if not hit and (self.names is not None or self.where is not None):
             known = [path for site in captured.sites for path in (site.path, *(p for p, _ in site.fused))]
