@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, passes_values
 from torchquant.graph.sites import NORM_WHY, LeftFloat, Read, Region, Site, has_layers, joined, layer_fields, n_reads_of
-from torchquant.graph.trace import has_hooks, module_path
+from torchquant.graph.trace import has_hooks, module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerRow, norm_of, plain_type, row_of
 
@@ -210,7 +210,7 @@ class GraphSites:
     def _new_path(self, node: fx.Node, kind: str) -> str:
         """A free name for an operator, in the module in whose forward it stands."""
         if node.name not in self.op_paths:
-            where, taken = module_path(node), set(self.op_paths.values())
+            where, taken = owner_path(node), set(self.op_paths.values())
             owner = self.root.get_submodule(where)
             tries = (kind if i == 0 else f"{kind}_{i}" for i in range(len(taken) + len(vars(owner)) + 1))
             paths = (joined(self.path, where, name) for name in tries if not hasattr(owner, name))

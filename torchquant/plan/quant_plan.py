@@ -113,7 +113,7 @@ class QuantPlan:
         Raises ConfigError if the model has not the sites of the plan.
         """
         target = model if inplace else copy_model(model)
-        return self.apply_to(capture(target, trace=self.trace, fuse=self.fuse, patterns=self.patterns))
+        return self.apply_to(capture(target, trace=self.trace, fuse=self.fuse, patterns=getattr(self, "patterns", {})))  # old pickles have none
 
     def apply_to(self, captured: Captured) -> nn.Module:
         """`apply` for a model that was captured before: itself, in place."""
