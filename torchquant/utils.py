@@ -165,4 +165,6 @@ def _ranges(quantizer: Quantizer) -> str:
     for name, value in zip(tracker.statistics, tracker.get(), strict=True):
         low, high = float(value.min()), float(value.max())
         parts.append(f"{name} {low:.4g}" + (f"..{high:.4g} ({value.numel()} channels)" if value.ndim else ""))
+    if tracker.n_calls > 1:
+        parts.append(f"union of {tracker.n_calls} calls")
     return ", ".join(parts)

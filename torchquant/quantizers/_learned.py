@@ -56,7 +56,7 @@ class LearnedQuantizer(FittedQuantizer):
         return ()
 
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        is_first = not self.is_observed
+        is_first = not (self.is_observed and self.is_start_complete)
         super()._observe(x, measure)
         if is_first:
             self._start()

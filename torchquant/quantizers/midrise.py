@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torchquant.quantizers_functional._sums import (
     usable_scale,
 )
 from torchquant.quantizers_functional.midrise import MIDRISE_STEP, check_midrise, midrise_codes, midrise_values
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean, reduce_sum
 from torchquant.range_observers._statistics import rows
 
 
@@ -29,6 +30,7 @@ class MidriseQuantizer(FittedQuantizer):
     """
 
     statistics: tuple[str, ...] = ("step", "shift")
+    joined_by: ClassVar[Mapping[str, str]] = {"step": "rms", "threshold_step": "rms"}
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class UL2QQuantizer(MidriseQuantizer):
     )
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean, deviation = row_moments(x, reduce_mean)
+        mean, deviation = row_moments(x, ranks())
         return self._step(deviation), mean
 
 
@@ -145,8 +147,8 @@ class VecQQuantizer(MidriseQuantizer):
             return units * points, points.square_()
 
         along, square = row_sums_of(products, units)
-        along = along * unit
-        step = reduce_mean(along) / reduce_mean(square)
+        along, square = reduce_sum(torch.stack([along * unit, square]))
+        step = along / square
         return threshold_step, usable_scale(step, 2.0**self.n_bits)
 
     def thresholds(self) -> Tensor:
@@ -222,6 +224,7 @@ class ZoomQQuantizer(MidriseQuantizer):
     """
 
     statistics = ("range_min", "range_max")
+    joined_by = {"range_min": "min", "range_max": "max"}
     about = About(
         "lo + (floor((x - lo) / step) + 1/2) * step, step = (hi - lo) / 2**n",
         "AutoQNN, Gong et al. 2023, arXiv:2304.03782",
