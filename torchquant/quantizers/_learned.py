@@ -13,6 +13,7 @@ from torchquant.quantizers._base import FittedQuantizer
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.uniform import integer_codes, uniform_codes
 from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._statistics import ordinary_zeros
 
 INITS = ("mse", "paper")
 
@@ -87,7 +88,7 @@ class LearnedQuantizer(FittedQuantizer):
             parameter = getattr(self, name)
             shape = self._shape_of(f"initial_{name}", groups)
             if parameter.shape != torch.Size(shape):
-                setattr(self, name, nn.Parameter(parameter.new_ones(shape)))
+                setattr(self, name, nn.Parameter(ordinary_zeros(shape, parameter).fill_(1.0)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantizer:
         before = {name: getattr(self, name).data for name in self.learned}
