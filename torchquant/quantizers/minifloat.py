@@ -98,12 +98,13 @@ class MinifloatQuantizer(FittedQuantizer):
 
     def _least_error(self, x: Tensor, largest: Tensor) -> Tensor:
         units, unit = unit_rows(x)
-        best_error, best = torch.full_like(largest, torch.inf), largest
-        for i in range(MSE_STEPS + 1):
-            scale = largest * 2.0 ** (-i / 8)
+        errors, scales = [], [largest * 2.0 ** (-i / 8) for i in range(MSE_STEPS + 1)]
+        for scale in scales:
             relative = (scale / unit).to(units.dtype)[:, None]
             error = nearest_floats(units / relative, self.form).mul_(relative).sub_(units)
-            error = reduce_sum(row_sums(error.square_()) * unit.to(torch.float64).square())
+            errors.append(row_sums(error.square_()) * unit.to(torch.float64).square())
+        best_error, best = torch.full_like(largest, torch.inf), largest
+        for scale, error in zip(scales, reduce_sum(torch.stack(errors)), strict=True):
             best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
         return best
 

@@ -58,16 +58,19 @@ def refitted_step(
     how the sums over parts of the rows are joined.
     docs/algorithms.md 0.4.
     """
+    steps = torch.stack([step * factor for factor in (1.0, 0.7, 0.5, 1.4, 2.0)])
+
+    def codes(step: Tensor) -> Tensor:
+        return torch.div(rows, step.to(rows.dtype)[:, None]).round_().clamp_(qmin, qmax)
+
+    for _ in range(iterations):
+        sums = [torch.stack([row_sums(rows * q), row_sums(q.square())]) for q in map(codes, steps)]
+        along, square = parts.sum(torch.stack(sums, 1))
+        refit = along / square.clamp_min(1.0)
+        steps = torch.where((square > 0) & (refit > 0), refit, steps)
+    errors = [row_sums(codes(found).mul_(found.to(rows.dtype)[:, None]).sub_(rows).square_()) for found in steps]
     best_error, best = torch.full_like(step, torch.inf), step
-    for factor in (1.0, 0.7, 0.5, 1.4, 2.0):
-        found = step * factor
-        for i in range(iterations + 1):
-            codes = torch.div(rows, found.to(rows.dtype)[:, None]).round_().clamp_(qmin, qmax)
-            if i < iterations:
-                along, square = parts.sum(torch.stack([row_sums(rows * codes), row_sums(codes.square())]))
-                refit = along / square.clamp_min(1.0)
-                found = torch.where((square > 0) & (refit > 0), refit, found)
-        error = parts.sum(row_sums((codes.mul_(found.to(rows.dtype)[:, None]).sub_(rows)).square_()))
+    for found, error in zip(steps, parts.sum(torch.stack(errors)), strict=True):
         is_better = error < best_error * (1 - 1e-9)
         best_error, best = torch.where(is_better, error, best_error), torch.where(is_better, found, best)
     return best
