@@ -131,7 +131,7 @@ class LearnedUniform(LearnedQuantizer):
 
 def gradient_scale(x: Tensor, n_groups: int, per_sample: bool, largest_code: int) -> float:
     """LSQ's `1 / sqrt(N Qp)`: N the elements that share a parameter, of one sample if `per_sample`."""
-    sharing = x.numel() / (len(x) if per_sample and x.ndim else n_groups)
+    sharing = x.numel() / max(len(x) if per_sample and x.ndim else n_groups, 1)
     return float((max(sharing, 1.0) * largest_code) ** -0.5)
 
 

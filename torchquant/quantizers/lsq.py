@@ -66,13 +66,24 @@ class LSQQuantizer(LearnedUniform):
         axis: int | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        lsq_codes(n_bits, n_bits == max(FULL_STEP) if signed is None else signed)
+        only_signed = n_bits == max(FULL_STEP)
+        lsq_codes(n_bits, only_signed if signed is None else signed)
         check_init(init)
         super().__init__(axis, nonfinite)
         self.n_bits = n_bits
-        self.signed = signed
+        self.signed = True if signed is None and only_signed else signed
         self.init = init
         self.per_sample = per_sample
+
+    def _decide_sign(self) -> None:
+        super()._decide_sign()
+        if self.signed is None and self.n_bits == 1 and self._goes_below_zero and self.is_observed:
+            lowest = float(self.lowest.min())
+            self.reset()
+            raise ConfigError(
+                f"one bit has no signed codes here, and the first tensor goes down to {lowest:.4g}; take 2 bits, a "
+                "1-bit scheme such as xnor, or signed=False to clip what is below 0"
+            )
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)

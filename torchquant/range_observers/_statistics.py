@@ -25,7 +25,7 @@ NONFINITE = ("raise", "ignore")
 
 def rows(x: Tensor, axis: int | None) -> Tensor:
     """x as (C, n): one row per slice of `axis`, or a single row."""
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
 def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
@@ -37,6 +37,15 @@ def ordinary_zeros(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     """Zeros in the type of `like`, that may be written and saved for backward also if made in inference mode."""
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def check_saved(value: Any, key: str) -> None:
+    """Raise NonFiniteError if what a checkpoint holds under a key is not finite."""
+    if isinstance(value, Tensor) and not value.is_meta and not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"{key} of the state_dict holds NaN or Inf, which no quantizer can use; calibrate again, or look for what "
+            "made it before it was saved"
+        )
 
 
 def _is_finite(value: Tensor | float) -> bool:
@@ -148,13 +157,23 @@ class StatisticTracker(CallsOfABatch):
                 # All ranks see the same numbers, so all of them come here and ask.
                 if world_size() > 1 and not reduce_max(torch.tensor(float(x.numel() > 0))):
                     return
-                raise NonFiniteError(
-                    f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
-                    "find where it comes from, or build the observer with nonfinite='ignore'"
-                )
+                raise NonFiniteError(self._why_refused(x))
             self._take_in(values, x, seen.item(), 1.0)
         if not self.is_observed:
             self.is_observed = True
+
+    def _why_refused(self, x: Tensor) -> str:
+        who, shape = type(self).__name__, tuple(x.shape)
+        kept = self._buffers[self.statistics[0]]
+        if x.numel() and bool(x.isfinite().all()) and kept is not None and kept.dtype != x.dtype:
+            return (
+                f"{who} was shown numbers up to {float(x.abs().max()):.4g}, shape {shape}, and keeps its statistics in "
+                f"{kept.dtype}, which ends at {torch.finfo(kept.dtype).max:.4g}; call .to({x.dtype}) on the quantizer"
+            )
+        return (
+            f"{who} was shown a tensor with NaN or Inf, shape {shape}; "
+            "find where it comes from, or build the observer with nonfinite='ignore'"
+        )
 
     @property
     def _is_settled(self) -> bool:
@@ -277,6 +296,8 @@ class StatisticTracker(CallsOfABatch):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in (*self.statistics, "observed_weight", *self._parameters):
+            check_saved(state_dict.get(prefix + name), prefix + name)
         first = state_dict.get(prefix + self.statistics[0])
         if first is not None:
             self._resize(first.shape[: 0 if self.axis is None else 1])
