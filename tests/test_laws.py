@@ -157,6 +157,11 @@ class Exact(Rounding):
             x_hat = x_hat.clamp(-1, 1)
         if self.break_law == "nonfinite":
             x_hat = x_hat.nan_to_num()
+        if self.break_law == "inf":
+            x_hat = torch.where(x.isinf(), torch.zeros_like(x_hat), x_hat)
+        if self.break_law in ("double", "minus"):
+            factor = 2.0 if self.break_law == "double" else -1.0
+            return x_hat + factor * (x - x.detach()).nan_to_num()
         if self.break_law == "compiles" and float(x_hat.sum()) > 1e9:
             return x
         return x_hat + (x - x.detach()).nan_to_num()
@@ -208,6 +213,20 @@ def test_a_broken_law_is_named(law: str) -> None:
     with pytest.raises(LawViolation, match=law) as caught:
         tq.check_quantizer(Exact(break_law=law))
     assert law in caught.value.law.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("broken", "law", "said"),
+    [
+        ("double", "gradient_size", "gradient of x is (1.9|2.0). of the slope"),
+        ("minus", "gradient_size", "gradient of x is -(0.9|1.0). of the slope"),
+        ("inf", "nonfinite", "inf did not go to the last level"),
+    ],
+)
+def test_a_gradient_of_another_size_and_an_inf_that_vanishes_are_caught(broken: str, law: str, said: str) -> None:
+    with pytest.raises(LawViolation, match=said) as caught:
+        tq.check_quantizer(Exact(break_law=broken), laws=FAST)
+    assert caught.value.law == law
 
 
 def test_state_outside_the_checkpoint_is_caught() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -37,16 +40,60 @@ def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
             yield path, module
 
 
+@dataclass
+class _Holder:
+    """A thread, or a task of asyncio in it, that is inside `qmodule_state` on a module, and in how many."""
+
+    thread: threading.Thread
+    task: asyncio.Task[Any] | None
+    depth: int = 0
+
+    @staticmethod
+    def current() -> _Holder:
+        try:
+            return _Holder(threading.current_thread(), asyncio.current_task())
+        except RuntimeError:  # no event loop runs here
+            return _Holder(threading.current_thread(), None)
+
+    def is_gone(self) -> bool:
+        return not self.thread.is_alive() or (self.task is not None and self.task.done())
+
+
+_holders: WeakKeyDictionary[QModule, _Holder] = WeakKeyDictionary()
+_holders_lock = threading.RLock()
+
+
+def _refuse_if_held(modules: Sequence[QModule], doing: str) -> None:
+    """Raise ConfigError if somebody else is inside `qmodule_state` on one of the modules."""
+    me = _Holder.current()
+    for module in modules:
+        holder = _holders.get(module)
+        if holder is None or holder.is_gone() or (holder.thread, holder.task) == (me.thread, me.task):
+            continue
+        who = f"thread {holder.thread.name!r}" if holder.task is None else f"task {holder.task.get_name()!r}"
+        raise ConfigError(
+            f"cannot {doing} in thread {me.thread.name!r}: {who} is inside qmodule_state on the same model (at "
+            f"{module.path or type(module).__name__}), and a module has one state for all threads. Give each thread a "
+            "copy.deepcopy of the model, hold one lock around both, or set one state for all with set_qmodule_state "
+            "before they start"
+        )
+
+
 def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
-    """Put every QModule of the model in `state`, until it is set again. Raises ConfigError.
+    """Put every QModule of the model in `state`, until it is set again.
+
+    Raises ConfigError, also while another thread is inside `qmodule_state` on the model.
 
     >>> set_qmodule_state(nn.Linear(1, 1), "QUANT_EVAL")
     Traceback (most recent call last):
     torchquant.errors.ConfigError: state must be a QModuleState, got 'QUANT_EVAL'
     """
     _check_state(state)
-    for _, module in qmodules(model):
-        module.state = state
+    modules = [module for _, module in qmodules(model)]
+    with _holders_lock:
+        _refuse_if_held(modules, "set a state")
+        for module in modules:
+            module.state = state
 
 
 def _check_state(state: QModuleState) -> None:
@@ -57,7 +104,8 @@ def _check_state(state: QModuleState) -> None:
 class qmodule_state:  # noqa: N801 - published name
     """`with qmodule_state(model, state):` sets a state and gives each module back its own on exit.
 
-    Also after an exception, nested, and when the same object is used again.
+    Also after an exception, nested, and when the same object is used again. While one thread, or task of asyncio, is
+    inside, another that enters on the same modules is refused with ConfigError: a module has one state.
 
     >>> from torchquant.qmodule import QOp
     >>> op = QOp(abs, None)
@@ -75,15 +123,30 @@ class qmodule_state:  # noqa: N801 - published name
         self._former: list[list[tuple[QModule, QModuleState]]] = []
 
     def __enter__(self) -> nn.Module:
-        self._former.append([(module, module.state) for _, module in qmodules(self.model)])
-        set_qmodule_state(self.model, self.state)
+        modules = [module for _, module in qmodules(self.model)]
+        with _holders_lock:
+            _refuse_if_held(modules, f"enter {self.state.name}")
+            for module in modules:
+                holder = _holders.get(module)
+                if holder is None or holder.is_gone():
+                    holder = _holders[module] = _Holder.current()
+                holder.depth += 1
+            self._former.append([(module, module.state) for module in modules])
+            for module in modules:
+                module.state = self.state
         return self.model
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for module, state in self._former.pop():
-            module.state = state
+        with _holders_lock:
+            for module, state in self._former.pop():
+                module.state = state
+                holder = _holders.get(module)
+                if holder is not None:
+                    holder.depth -= 1
+                    if holder.depth <= 0:
+                        del _holders[module]
 
 
 def observe_weights(model: nn.Module) -> None:
@@ -165,4 +228,6 @@ def _ranges(quantizer: Quantizer) -> str:
     for name, value in zip(tracker.statistics, tracker.get(), strict=True):
         low, high = float(value.min()), float(value.max())
         parts.append(f"{name} {low:.4g}" + (f"..{high:.4g} ({value.numel()} channels)" if value.ndim else ""))
+    if tracker.n_calls > 1:
+        parts.append(f"union of {tracker.n_calls} calls")
     return ", ".join(parts)

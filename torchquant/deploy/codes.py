@@ -178,7 +178,7 @@ def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
         raise ExportError(f"{name} cannot be exported: {error}") from error
     if high - low > LARGEST_CODE:
         raise ExportError(f"{name} uses codes {low}..{high}, which 8 bits do not hold. Use n_bits <= 8")
-    levels = quantizer._decode(torch.arange(low, high + 1), torch.float32, axis=0)
+    levels = quantizer.code_values()
     try:
         tables = quantizer.integer_terms()
     except NoAffineViewError:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
 from torchquant.quantizers._integer_terms import IntegerTerms, linear_terms
+from torchquant.quantizers_functional._arguments import ChecksArguments
 from torchquant.quantizers_functional._gradient import (
     GRADIENTS,
     Clamp,
@@ -42,7 +43,7 @@ class About:
     granularity: tuple[str, ...] = ()
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(ChecksArguments, nn.Module, ABC):
     """Turns real tensors into real tensors that lie on a grid.
 
     Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it
@@ -135,9 +136,12 @@ class Quantizer(nn.Module, ABC):
 
     def levels(self) -> Tensor:
         """The representable values, sorted: (L,), or (C, L) per channel."""
+        return self.code_values().sort(-1).values
+
+    def code_values(self) -> Tensor:
+        """The value of every code, in the order of the codes: (L,), or (C, L) per channel."""
         low, high = self.code_range
-        values = self._decode(torch.arange(low, high + 1), torch.float32, axis=0)
-        return values.sort(-1).values
+        return self._decode(torch.arange(low, high + 1), torch.float32, axis=0)
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
@@ -160,7 +164,7 @@ class Quantizer(nn.Module, ABC):
         return (levels[..., 1:] + levels[..., :-1]) / 2
 
     def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
-        """`decode` for codes whose channel axis is `axis`; (L,) codes and axis 0 give (C, L)."""
+        """`decode` for codes whose channel axis is `axis`."""
         return self.decode(codes, dtype)
 
     def affine_params(self) -> AffineParams:
@@ -308,17 +312,28 @@ class GridQuantizer(Quantizer):
         return self.codes(x.to(compute_dtype(x)), *self.grid_for(x)).to(torch.int32)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes to real values of type `dtype`."""
+        """Codes to real values of type `dtype`. Raises ConfigError for a code outside of `code_range`."""
+        if codes.numel():
+            (low, high), (least, most) = self.code_range, (int(end) for end in torch.aminmax(codes))
+            if least < low or most > high:
+                raise ConfigError(f"codes of {type(self).__name__} are {low}..{high}, got {least}..{most}")
         return self._decode(codes, dtype, self.axis)
 
     @torch.no_grad()
+    def code_values(self) -> Tensor:
+        low, high = self.code_range
+        codes = torch.arange(low, high + 1)
+        n_channels = self._n_channels()
+        return self._decode(codes if n_channels is None else codes.expand(n_channels, -1), torch.float32, axis=0)
+
+    def _n_channels(self) -> int | None:
+        """How many channels have numbers of their own; None per tensor."""
+        return next((len(p) for p in self.grid() if isinstance(p, Tensor) and p.ndim == 1), None)
+
+    @torch.no_grad()
     def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
-        grid = self.grid()
-        tensors = [p for p in grid if isinstance(p, Tensor)]
+        tensors = [p for p in self.grid() if isinstance(p, Tensor)]
         codes = codes.to(tensors[0].device) if tensors else codes
-        channels = [p for p in tensors if p.ndim == 1]
-        if axis == 0 and codes.ndim == 1 and channels:
-            codes = codes.expand(len(channels[0]), -1)
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return cast_back(self.values(codes, working, *self._grid_for(codes.ndim, axis)), dtype)
 

@@ -12,6 +12,12 @@ from torchquant.quantizers._base import About, Quantizer
 from torchquant.quantizers_functional._levels import in_layout_of
 
 
+def _unused(quantizer: Quantizer, part: Tensor) -> Tensor:
+    """A part without elements, on which what the quantizer learns depends: with a gradient of 0, and not with none."""
+    learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
+    return part + sum(parameter.sum() for parameter in learned).to(part.dtype) if learned else part  # type: ignore[union-attr]
+
+
 class GroupQuantizer(Quantizer):
     """Any per-channel quantizer, applied to groups of `size` elements instead of channels.
 
@@ -32,12 +38,16 @@ class GroupQuantizer(Quantizer):
 
     def __init__(self, quantizer: Quantizer, size: int) -> None:
         super().__init__()
+        if not isinstance(quantizer, Quantizer):
+            raise ConfigError(f"a group takes a quantizer per channel on axis 0, got {quantizer!r}")
         if quantizer.axis != 0:
             raise ConfigError(f"a group takes a quantizer per channel on axis 0, got axis={quantizer.axis!r}")
         if not (isinstance(size, int) and size > 0):
             raise ConfigError(f"the elements of a group must be a whole number > 0, got {size!r}")
         self.size = size
         self.n_bits = quantizer.n_bits
+        self.signed = quantizer.signed
+        self.keeps_units = quantizer.keeps_units
         self.whole = quantizer
         self.last = copy.deepcopy(quantizer)
 
@@ -66,7 +76,7 @@ class GroupQuantizer(Quantizer):
             quantizer.pre_observe(part)
 
     def quantize(self, x: Tensor) -> Tensor:
-        whole, last = (q.quantize(part) if part.numel() else part for q, part in self._parts(x))
+        whole, last = (q.quantize(part) if part.numel() else _unused(q, part) for q, part in self._parts(x))
         return self._join(whole, last, x)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -206,7 +206,12 @@ def nonfinite(case: _Case) -> None:
         _require(False, "encode took NaN")
     x = case.sample.clone()
     x.flatten()[0], x.flatten()[-1] = float("inf"), float("-inf")
-    _require(bool(torch.isfinite(case.observed(x)).all()), "Inf did not saturate")
+    y = case.observed(x)
+    _require(bool(torch.isfinite(y).all()), "Inf did not saturate")
+    for real, quantized in zip(case.slices(x), case.slices(y), strict=True):
+        for sign in (1.0, -1.0) if real.numel() else ():
+            ends = (sign * quantized)[real == sign * torch.inf]
+            _require(bool((ends >= (sign * quantized).max()).all()), f"{sign * torch.inf} did not go to the last level")
     if not case.fresh.is_ready:
         for bad in (float("nan"), float("inf")):
             x.flatten()[0] = bad
@@ -253,6 +258,27 @@ def gradient(case: _Case) -> None:
     for name, parameter in quantizer.named_parameters():
         found = parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
         _require(found, f"parameter {name} got no finite gradient")
+
+
+def gradient_size(case: _Case) -> None:
+    """On the whole the gradient of x is the slope of the staircase, neither twice nor minus that."""
+    quantizer = copy.deepcopy(case.observed)
+    x, middle = case.sample, torch.zeros_like(case.sample)
+    if quantizer.keeps_units:
+        reach = torch.full_like(x, 40.0 * float(x.abs().max()))
+        low, high = (quantizer(end).detach() for end in (-reach, reach))
+        middle = (low + high) / 2
+        x = low + (high - low) * torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    x = x.detach().clone().requires_grad_()
+    y = quantizer(x)
+    y.sum().backward()
+    _require(x.grad is not None, "x got no gradient")
+    assert x.grad is not None
+    around = (x - middle).detach()
+    slope = float(((y.detach() - middle) * around).sum() / around.square().sum())
+    ratio = float(x.grad.mean()) / slope
+    # One step rises by 1.5 of what straight-through says, more of them come close to it.
+    _require(0.5 < ratio < 1.8, f"the gradient of x is {ratio:.2f} of the slope of its quantized value")
 
 
 def survives(case: _Case) -> None:
@@ -310,6 +336,7 @@ LAWS: dict[str, Callable[[_Case], None]] = {
         per_channel,
         memoryless,
         gradient,
+        gradient_size,
         survives,
         compiles,
     )

@@ -13,6 +13,7 @@ from torchquant.quantizers._base import FittedQuantizer
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.uniform import integer_codes, uniform_codes
 from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._statistics import ordinary_zeros
 
 INITS = ("mse", "paper")
 
@@ -56,7 +57,7 @@ class LearnedQuantizer(FittedQuantizer):
         return ()
 
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        is_first = not self.is_observed
+        is_first = not (self.is_observed and self.is_start_complete)
         super()._observe(x, measure)
         if is_first:
             self._start()
@@ -87,7 +88,7 @@ class LearnedQuantizer(FittedQuantizer):
             parameter = getattr(self, name)
             shape = self._shape_of(f"initial_{name}", groups)
             if parameter.shape != torch.Size(shape):
-                setattr(self, name, nn.Parameter(parameter.new_ones(shape)))
+                setattr(self, name, nn.Parameter(ordinary_zeros(shape, parameter).fill_(1.0)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantizer:
         before = {name: getattr(self, name).data for name in self.learned}
@@ -130,7 +131,7 @@ class LearnedUniform(LearnedQuantizer):
 
 def gradient_scale(x: Tensor, n_groups: int, per_sample: bool, largest_code: int) -> float:
     """LSQ's `1 / sqrt(N Qp)`: N the elements that share a parameter, of one sample if `per_sample`."""
-    sharing = x.numel() / (len(x) if per_sample and x.ndim else n_groups)
+    sharing = x.numel() / max(len(x) if per_sample and x.ndim else n_groups, 1)
     return float((max(sharing, 1.0) * largest_code) ** -0.5)
 
 

@@ -34,6 +34,10 @@ class LevelList(GridQuantizer):
     def _grid_for(self, ndim: int, axis: int | None) -> tuple[Any, ...]:
         return self.level_list(), axis
 
+    def _n_channels(self) -> int | None:
+        levels = self.level_list()
+        return len(levels) if levels.ndim == 2 else None
+
     def decoding_numbers(self) -> list[Tensor]:
         return [self.level_list()]
 
@@ -60,7 +64,5 @@ class LevelList(GridQuantizer):
     @torch.no_grad()
     def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
         levels = self.level_list()
-        if axis == 0 and codes.ndim == 1 and levels.ndim == 2:
-            codes = codes.expand(len(levels), -1)
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return cast_back(self.values(codes.to(levels.device), working, levels, axis), dtype)

@@ -32,6 +32,7 @@ _OF_ACTIVATIONS = {
     "block_axis": 1,
     "decay": 1.0,
 }
+LONGEST = 200
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -60,7 +61,9 @@ class QuantSpec:
     def parse(cls, text: str) -> QuantSpec:
         """Read a spec string. Raises ConfigError that says which part is wrong and what is allowed there."""
         if not isinstance(text, str):
-            raise ConfigError(f"a spec must be a string {GRAMMAR}, got {text!r}")
+            raise ConfigError(f"a spec must be a string {GRAMMAR}, got {_kind_of(text)}")
+        if len(text) > LONGEST:
+            raise ConfigError(f"a spec has at most {LONGEST} characters, got {len(text)}: {text[:40]!r} ... {GRAMMAR}")
         rest, at, gradient = text.strip().partition("@")
         head, slash, granularity = rest.partition("/")
         scheme, *items = head.split(",")
@@ -92,6 +95,13 @@ class QuantSpec:
         text += f"/{self.granularity}" if self.granularity else ""
         text += f"={self.group}" if self.group is not None else ""
         return text + (f"@{self.gradient}" if self.gradient else "")
+
+
+def _kind_of(value: object) -> str:
+    if value is None:
+        return "None"
+    made = ", a quantizer that is made already" if isinstance(value, Quantizer) else ""
+    return f"{type(value).__name__} {getattr(value, '__name__', '')}".rstrip() + made
 
 
 def _require(condition: object, text: str, what: str) -> None:

@@ -32,6 +32,7 @@ class APoTQuantizer(LearnedQuantizer):
 
     learned = ("alpha",)
     statistics = ("initial_alpha", "lowest", "scale")
+    joined_by = {"lowest": "min", "scale": "rms"}
     typical_acts = "apot:{n}"
     about = About(
         "alpha * rms * nearest sum of powers of two, alpha learned",

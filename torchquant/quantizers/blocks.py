@@ -167,6 +167,7 @@ class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
     n_bits = 4
     code_range = (0, 127 * 16 + 15)
     statistics = ("tensor_scale",)
+    joined_by = {"tensor_scale": "max"}
     typical = "{name}:{n}"
     about = About("s_tensor * E4M3 * E2M1, scales by absmax", "NVIDIA NVFP4", "4", ("block",))
 

@@ -10,7 +10,7 @@ from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer
 from torchquant.quantizers._level_list import LevelList
 from torchquant.quantizers_functional.codebook import codebook_quantize, lloyd_max
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import gather_rows
 from torchquant.range_observers._statistics import rows
 
 
@@ -19,7 +19,7 @@ class CodebookQuantizer(LevelList, LearnedQuantizer):
     """2**n_bits levels of least squared error on the data: Lloyd-Max, or k-means in one dimension; A10.
 
     Fitted to the tensor observed last; with `learn` to the first one, after which the optimizer moves them. `zero`
-    keeps one level at 0. `iterations` of Lloyd's algorithm. Ranks of torch.distributed average their levels.
+    keeps one level at 0. `iterations` of Lloyd's algorithm. Ranks of torch.distributed gather what each of them sees.
     Not a uniform grid, so no integer runtime multiplies with it: codes index a table. Raises ConfigError.
 
     >>> quantizer = CodebookQuantizer(1)
@@ -56,8 +56,8 @@ class CodebookQuantizer(LevelList, LearnedQuantizer):
         self.iterations = iterations
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = rows(x, self.axis)
-        levels = reduce_mean(lloyd_max(x, 2**self.n_bits, self.iterations, self.zero))
+        x = gather_rows(rows(x, self.axis))
+        levels = lloyd_max(x, 2**self.n_bits, self.iterations, self.zero)
         levels = torch.where(x.isfinite().all(1, keepdim=True), levels, torch.full_like(levels, torch.nan))
         return (levels if self.axis is not None else levels.squeeze(0),)
 

@@ -42,6 +42,7 @@ class DoReFaQuantizer(FittedQuantizer):
     """
 
     statistics = ("scale",)
+    joined_by = {"scale": "max"}
     typical_acts = "dorefa:{n}"
     about = About(
         "2 RHE(s (tanh w / 2 max|tanh w| + 1/2)) / s - 1, s = 2**n - 1; activations RHE(s clamp(x, 0, 1)) / s",

@@ -20,7 +20,7 @@ from torchquant.quantizers_functional.esb import (
     esb_significands,
 )
 from torchquant.quantizers_functional.uniform import like
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_mean
 from torchquant.range_observers._statistics import rows
 
 
@@ -49,6 +49,7 @@ class ESBQuantizer(FittedQuantizer):
         bits="2..9",
     )
     statistics: tuple[str, ...] = ("alpha",)
+    joined_by = {"alpha": "rms"}
     short_names = {"k": "significant_bits"}
 
     def __init__(
@@ -83,7 +84,7 @@ class ESBQuantizer(FittedQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         if self.center:
-            shift, size = row_moments(x, reduce_mean)
+            shift, size = row_moments(x, ranks())
         else:
             shift, size = None, reduce_mean(row_mean_squares(x)).sqrt()
         largest = torch.finfo(torch.float32).max / 2 / esb_max(self.n_bits, self.significant_bits)

@@ -25,7 +25,7 @@ from torchquant.quantizers_functional._sums import row_mean_squares, row_moments
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes, lsq_quantize
 from torchquant.quantizers_functional.uniform import integer_codes, uniform_codes
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
 
 
@@ -51,6 +51,7 @@ class LSQQuantizer(LearnedUniform):
 
     learned = ("step",)
     statistics = ("initial_step", "lowest")
+    joined_by = {"initial_step": "rms", "lowest": "min"}
     typical_acts = "lsq:{n}"
     about = About("step * RHE(clamp(x / step)), step learned", "Esser et al. 2020, LSQ, arXiv:1902.08153", "1..12")
     initial_step: Tensor
@@ -65,13 +66,24 @@ class LSQQuantizer(LearnedUniform):
         axis: int | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        lsq_codes(n_bits, n_bits == max(FULL_STEP) if signed is None else signed)
+        only_signed = n_bits == max(FULL_STEP)
+        lsq_codes(n_bits, only_signed if signed is None else signed)
         check_init(init)
         super().__init__(axis, nonfinite)
         self.n_bits = n_bits
-        self.signed = signed
+        self.signed = True if signed is None and only_signed else signed
         self.init = init
         self.per_sample = per_sample
+
+    def _decide_sign(self) -> None:
+        super()._decide_sign()
+        if self.signed is None and self.n_bits == 1 and self._goes_below_zero and self.is_observed:
+            lowest = float(self.lowest.min())
+            self.reset()
+            raise ConfigError(
+                f"one bit has no signed codes here, and the first tensor goes down to {lowest:.4g}; take 2 bits, a "
+                "1-bit scheme such as xnor, or signed=False to clip what is below 0"
+            )
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
@@ -79,7 +91,8 @@ class LSQQuantizer(LearnedUniform):
         if self.init == "mse":
             steps = FULL_STEP.get(self.n_bits, 1.0), 2**0.5 * NARROW_STEP.get(self.n_bits + 1, 1.0)
             factor = where_signed(self.signed, lowest, *steps)
-            step = self._least_error(x, or_one(row_mean_squares(x).sqrt() * factor), lowest)
+            rms = reduce_mean(row_mean_squares(x)).sqrt()
+            step = torch.where(rms > 0, self._least_error(x, or_one(rms * factor), lowest), rms)
         else:
             units, unit = unit_rows(x)
             largest_code = where_signed(self.signed, lowest, 2 ** (self.n_bits - 1) - 1, 2**self.n_bits - 1)
@@ -87,15 +100,12 @@ class LSQQuantizer(LearnedUniform):
         return first((or_one(usable_scale(step, 2.0**self.n_bits)), lowest), self.axis)
 
     def _least_error(self, x: Tensor, guess: Tensor, lowest: Tensor) -> Tensor:
-        units, unit = unit_rows(x)
+        units, unit = unit_rows(x, ranks())
         fitted = [
-            refitted_step(units, (guess / unit).clamp_min(2.0**-100), *integer_codes(self.n_bits, sign))
+            refitted_step(units, (guess / unit).clamp_min(2.0**-100), *integer_codes(self.n_bits, sign), parts=ranks())
             for sign in ((True, False) if self.signed is None else (self.signed,))
         ]
-        below = (lowest < 0).any()
-        step = torch.where(below, fitted[0], fitted[-1])
-        rms = reduce_mean(row_mean_squares(x))
-        return torch.where(rms > 0, reduce_mean(step * unit), rms)
+        return torch.where((lowest < 0).any(), fitted[0], fitted[-1]) * unit
 
     def grid(self) -> tuple[Tensor | int, ...]:
         """The step in use."""
@@ -181,6 +191,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
     tensor(1., dtype=torch.float64)
     """
 
+    joined_by = {"initial_step": "max", "initial_offset": "min"}
     typical_acts = "lsqplus:{n}"
     about = About(
         "step * RHE(clamp((x - offset) / step)) + offset, both learned",
@@ -222,7 +233,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
         if self.init == "mse":
             step = reduce_mean(row_mean_squares(x)).sqrt() * FULL_STEP[self.n_bits]
         else:
-            mean, deviation = row_moments(x, reduce_mean)
+            mean, deviation = row_moments(x, ranks())
             step = (mean.abs() + 3 * deviation) / 2 ** (self.n_bits - 1)
         return first((or_one(usable_scale(step, 2.0**self.n_bits)),), self.axis)
 
@@ -242,8 +253,9 @@ class LSQPlusQuantizer(LearnedQuantizer):
         mean = reduce_mean(row_sums(wide) / wide.shape[1])
         found = []
         for middle in (torch.zeros_like(low).clamp(low, high), mean.nan_to_num(0.0).clamp(low, high)):
-            shrunk = best_range(wide - middle[:, None], None, low - middle, high - middle, quantize, steps=50)
-            ends = reduce_mean(torch.stack(shrunk) + middle)
+            spans = low - middle, high - middle
+            ends = torch.stack(best_range(wide - middle[:, None], None, *spans, quantize, steps=50, parts=ranks()))
+            ends = ends + middle
             error = reduce_mean((quantize(wide, *ends[:, :, None]) - wide).square().mean(1))
             found.append((error, ends))
         (error, ends), (other_error, other_ends) = found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torchquant.quantizers_functional._sums import (
     usable_scale,
 )
 from torchquant.quantizers_functional.midrise import MIDRISE_STEP, check_midrise, midrise_codes, midrise_values
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean, reduce_sum
 from torchquant.range_observers._statistics import rows
 
 
@@ -29,6 +30,7 @@ class MidriseQuantizer(FittedQuantizer):
     """
 
     statistics: tuple[str, ...] = ("step", "shift")
+    joined_by: ClassVar[Mapping[str, str]] = {"step": "rms", "threshold_step": "rms"}
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class UL2QQuantizer(MidriseQuantizer):
     )
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean, deviation = row_moments(x, reduce_mean)
+        mean, deviation = row_moments(x, ranks())
         return self._step(deviation), mean
 
 
@@ -119,8 +121,8 @@ class VecQQuantizer(MidriseQuantizer):
     """Thresholds of the optimal Gaussian step, values refitted by least squares (Gong et al. 2020, arXiv:2005.08501).
 
     Deviation from the AutoQNN code: the refit is `<x, p> / <p, p>`, the least-squares one, not the ratio of norms
-    (docs/algorithms.md I-12). Because thresholds and values have steps of their own, quantizing twice can move a value
-    at widths above 3 on data far from Gaussian.
+    (docs/algorithms.md I-12), held to where every value stays within a quarter of the middle of its own cell: on heavy tails the
+    values would otherwise leave their cells, and quantizing twice would move them on.
 
     >>> quantizer = VecQQuantizer(2)
     >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
@@ -145,9 +147,16 @@ class VecQQuantizer(MidriseQuantizer):
             return units * points, points.square_()
 
         along, square = row_sums_of(products, units)
-        along = along * unit
-        step = reduce_mean(along) / reduce_mean(square)
-        return threshold_step, usable_scale(step, 2.0**self.n_bits)
+        along, square = reduce_sum(torch.stack([along * unit, square]))
+        step = along / square
+        step = usable_scale(step, 2.0**self.n_bits)
+        # (k + 1/2) step within (k + 1/2 +- margin) threshold_step; the outermost cells have no far end. At 8 bits half
+        # types round a level by a quarter of a cell.
+        half, margin = 2 ** (self.n_bits - 1), 0.25 if self.n_bits < 8 else 0.125
+        least = 1.0 - margin / (half - 0.5) if half > 1 else 0.0
+        most = 1.0 + margin / (half - 1.5) if half > 1 else torch.inf
+        held = torch.minimum(torch.maximum(step, least * threshold_step), most * threshold_step)
+        return threshold_step, torch.where(step > 0, held, step)
 
     def thresholds(self) -> Tensor:
         threshold_step, _ = self.get()
@@ -222,6 +231,7 @@ class ZoomQQuantizer(MidriseQuantizer):
     """
 
     statistics = ("range_min", "range_max")
+    joined_by = {"range_min": "min", "range_max": "max"}
     about = About(
         "lo + (floor((x - lo) / step) + 1/2) * step, step = (hi - lo) / 2**n",
         "AutoQNN, Gong et al. 2023, arXiv:2304.03782",

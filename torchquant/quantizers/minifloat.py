@@ -20,7 +20,7 @@ from torchquant.quantizers_functional.minifloat import (
     nearest_floats,
 )
 from torchquant.quantizers_functional.uniform import like
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import reduce_max, reduce_sum
 from torchquant.range_observers._statistics import rows
 
 SCALES = ("absmax", "pow2", "one", "mse")
@@ -49,6 +49,7 @@ class MinifloatQuantizer(FittedQuantizer):
     """
 
     statistics = ("unit",)
+    joined_by = {"unit": "max"}
     short_names = {"e": "exponent_bits", "m": "mantissa_bits"}
     presets = {name: _preset(form) for name, form in FORMATS.items()}
     about = About("scale * nearest of +-(1 + F 2**-m) 2**(E - bias) and subnormals", "OCP OFP8 and MX v1.0", "3..16")
@@ -97,12 +98,13 @@ class MinifloatQuantizer(FittedQuantizer):
 
     def _least_error(self, x: Tensor, largest: Tensor) -> Tensor:
         units, unit = unit_rows(x)
-        best_error, best = torch.full_like(largest, torch.inf), largest
-        for i in range(MSE_STEPS + 1):
-            scale = largest * 2.0 ** (-i / 8)
+        errors, scales = [], [largest * 2.0 ** (-i / 8) for i in range(MSE_STEPS + 1)]
+        for scale in scales:
             relative = (scale / unit).to(units.dtype)[:, None]
             error = nearest_floats(units / relative, self.form).mul_(relative).sub_(units)
-            error = reduce_mean(row_sums(error.square_()) * unit.to(torch.float64).square())
+            errors.append(row_sums(error.square_()) * unit.to(torch.float64).square())
+        best_error, best = torch.full_like(largest, torch.inf), largest
+        for scale, error in zip(scales, reduce_sum(torch.stack(errors)), strict=True):
             best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
         return best
 

@@ -30,6 +30,7 @@ class NF4Quantizer(FittedQuantizer):
     n_bits = 4
     code_range = (0, 15)
     statistics = ("absmax",)
+    joined_by = {"absmax": "max"}
     about = About("absmax * nearest of 16 Gaussian quantiles", "Dettmers et al. 2023, QLoRA, arXiv:2305.14314", "4")
 
     def __init__(

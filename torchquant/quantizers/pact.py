@@ -37,6 +37,7 @@ class PACTQuantizer(LearnedQuantizer):
     sites = ("input", "output")
     learned = ("alpha",)
     statistics = ("initial_alpha",)
+    joined_by = {"initial_alpha": "rms"}
     signed = False
     typical = "affine:{n},symmetric=narrow/channel"  # weights to compare its activations with
     typical_acts = "pact:{n}"

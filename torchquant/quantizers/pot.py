@@ -37,6 +37,7 @@ class PotQuantizer(FittedQuantizer):
     """
 
     statistics = ("alpha",)
+    joined_by = {"alpha": "rms"}
     about = About("sign(x) * alpha * nearest of 2**i, alpha = c(n) * rms", "AutoQNN PotQ, arXiv:2304.03782", "1..5")
 
     def __init__(

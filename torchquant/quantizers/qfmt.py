@@ -11,8 +11,8 @@ from torchquant.quantizers_functional._gradient import Clamp, compute_dtype
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.qfmt import check_qfmt, qfmt_int_bits, qfmt_params, qfmt_quantize
 from torchquant.range_observers import BatchMinMax, RangeObserver
-from torchquant.range_observers._distributed import reduce_mean
-from torchquant.range_observers._statistics import per_channel_view, rows
+from torchquant.range_observers._distributed import reduce_mean, world_size
+from torchquant.range_observers._statistics import ordinary_zeros, per_channel_view, rows
 
 N_CANDIDATES = 4
 
@@ -81,14 +81,22 @@ class QfmtQuantizer(UniformQuantizer):
 
     @torch.no_grad()
     def _fit_fewer_bits(self, x: Tensor) -> None:
-        x = x.detach().to(compute_dtype(x))
+        if x.numel() == 0 and world_size() == 1:
+            return
+        (errors,) = self.observer.over_ranks(x.detach().to(compute_dtype(x)), self._errors)
+        best = errors.argmin(0) if self.axis is not None else errors.argmin(0).squeeze(0)
+        if self.fewer_bits.shape != best.shape:
+            self.fewer_bits = ordinary_zeros(best.shape, self.fewer_bits)
+        self.fewer_bits.copy_(torch.where(errors.isnan().any(), self.fewer_bits, best))
+
+    def _errors(self, x: Tensor) -> tuple[Tensor]:
+        """Mean squared error with 0, 1, ... fewer integer bits: (N_CANDIDATES, C)."""
         errors = []
         for fewer in range(N_CANDIDATES):
             delta, _, qmin, qmax = self._params(fewer)
             quantized = qfmt_quantize(x, per_channel_view(delta, x.ndim, self.axis), qmin, qmax)
             errors.append(rows((quantized - x).square(), self.axis).to(torch.float64).mean(1))
-        best = reduce_mean(torch.stack(errors)).argmin(0)
-        self.fewer_bits = best if self.axis is not None else best.squeeze(0)
+        return (reduce_mean(torch.stack(errors)),)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         saved = state_dict.get(prefix + "fewer_bits")

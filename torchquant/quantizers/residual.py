@@ -10,7 +10,7 @@ from torchquant.quantizers._integer_terms import IntegerTerms
 from torchquant.quantizers._level_list import LevelList
 from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.quantizers_functional.residual import check_residual, residual_alphas, residual_levels, sign_patterns
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max
 from torchquant.range_observers._statistics import rows
 
 
@@ -29,6 +29,7 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
     """
 
     statistics = ("alphas",)
+    joined_by = {"alphas": "rms"}
     presets = {"resq": {"method": "greedy"}}
     about = About(
         "sum of a_i sign_i, scales by least squares",
@@ -56,8 +57,9 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         bounded = x.to(compute_dtype(x)).clamp(-1e38, 1e38).nan_to_num(0.0)
-        alphas = reduce_mean(residual_alphas(bounded, self.n_bits, self.method, self.iterations))
-        alphas = torch.where(x.isfinite().all(1, keepdim=True), alphas, torch.full_like(alphas, torch.nan))
+        alphas = residual_alphas(bounded, self.n_bits, self.method, self.iterations, ranks())
+        usable = reduce_max(x.abs().amax(1)).isfinite()[:, None]
+        alphas = torch.where(usable, alphas, torch.full_like(alphas, torch.nan))
         return (alphas if self.axis is not None else alphas.squeeze(0),)
 
     def level_list(self) -> Tensor:

@@ -11,7 +11,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional.ternary import METHODS, ternary_codes, ternary_params, ternary_projection
 from torchquant.quantizers_functional.uniform import like
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import gather_rows, ranks
 from torchquant.range_observers._statistics import rows
 
 
@@ -21,7 +21,7 @@ class TernaryQuantizer(FittedQuantizer):
 
     `method="twn"`: threshold 0.7 E|x|, alpha the mean above it. `"exact"`: the pair of least squared
     error. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
-    Ranks of torch.distributed average their two numbers. Stored in 2 bits. Raises ConfigError.
+    For "exact" ranks of torch.distributed gather what each of them sees. Stored in 2 bits. Raises ConfigError.
 
     >>> quantizer = TernaryQuantizer()
     >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
@@ -53,8 +53,9 @@ class TernaryQuantizer(FittedQuantizer):
         self.method = method
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        params = ternary_params(rows(x, self.axis), self.method)
-        return tuple(reduce_mean(p if self.axis is not None else p.squeeze(0)) for p in params)
+        x = rows(x, self.axis)
+        params = ternary_params(x, "twn", ranks()) if self.method == "twn" else ternary_params(gather_rows(x), "exact")
+        return tuple(p if self.axis is not None else p.squeeze(0) for p in params)
 
     def thresholds(self) -> Tensor:
         threshold, _ = self.get()

@@ -11,7 +11,7 @@ from torchquant.quantizers._learned import LearnedUniform, first, lowest_of, or_
 from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, usable_scale
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes
 from torchquant.quantizers_functional.tqt import tqt_quantize, tqt_step
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean
 from torchquant.range_observers._statistics import per_channel_view, rows
 
 INITS = ("mse", "3sigma", "absmax")
@@ -34,6 +34,7 @@ class TQTQuantizer(LearnedUniform):
 
     learned = ("log2_t",)
     statistics = ("initial_log2_t", "lowest")
+    joined_by = {"initial_log2_t": "max", "lowest": "min"}
     typical_acts = "tqt:{n}"
     about = About(
         "step * clamp(RHE(x / step)), step = 2**ceil(log2_t) / 2**(n-1)", "Jain et al. 2019, arXiv:1903.08066", "2..11"
@@ -70,7 +71,7 @@ class TQTQuantizer(LearnedUniform):
             # 2**ceil(log2(t / sqrt 2)) is the power of two nearest to t on a logarithmic scale.
             threshold = threshold * where_signed(self.signed, lowest, *steps) / 2**0.5
         else:
-            mean, deviation = row_moments(x, reduce_mean)
+            mean, deviation = row_moments(x, ranks())
             threshold = mean.abs() + 3 * deviation
         threshold = or_one(usable_scale(threshold, 4.0))
         return first((threshold.log2(), lowest), self.axis)

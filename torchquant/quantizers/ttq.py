@@ -12,7 +12,7 @@ from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
 from torchquant.quantizers_functional.ternary import ternary_params
 from torchquant.quantizers_functional.ttq import ttq_codes, ttq_quantize, ttq_values
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max
 from torchquant.range_observers._statistics import rows
 
 
@@ -34,6 +34,7 @@ class TTQQuantizer(LearnedQuantizer):
     sites = ("weight",)
     learned = ("positive", "negative")
     statistics = ("initial_positive", "initial_negative", "threshold")
+    joined_by = {"threshold": "max"}
     about = About(
         "positive where w > t max|w|, -negative where w < -t max|w|, else 0", "Zhu et al. 2017, arXiv:1612.01064", "2"
     )
@@ -47,7 +48,7 @@ class TTQQuantizer(LearnedQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         absmax = reduce_max(torch.maximum(x.amax(1), -x.amin(1))).to(torch.float64)
-        alpha = or_one(reduce_mean(ternary_params(x)[1]))
+        alpha = or_one(ternary_params(x, "twn", ranks())[1])
         return first((alpha, alpha, self.t * absmax), self.axis)
 
     def grid(self) -> tuple[Tensor | int, ...]:

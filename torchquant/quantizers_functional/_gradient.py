@@ -30,7 +30,8 @@ Ends = Callable[[], tuple[Tensor, Tensor]]
 class _PassThrough(torch.autograd.Function):
     """Output `value`; the gradient of x is the incoming one, times `mask` where there is one.
 
-    The mask has one bit an element, laid out in memory as x was.
+    The mask has one bit an element, laid out in memory as x was. `value` becomes the output, an ordinary tensor that
+    may be written in place; see `owned`.
     """
 
     @staticmethod
@@ -39,7 +40,8 @@ class _PassThrough(torch.autograd.Function):
         if mask is not None:
             ctx.save_for_backward(pack_mask(mask))
             ctx.channels_last = is_channels_last(mask)
-        return value.view_as(value)
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -94,9 +96,21 @@ class Gradient:
 GRADIENTS: Registry[type[Gradient]] = Registry("gradient")
 
 
+def owned(value: Tensor, x: Tensor) -> Tensor:
+    """`value` as a tensor that nobody else has, to be handed out with a gradient for x: a copy of a view, and of x.
+
+    A Function returns such a tensor as one that it has changed (`mark_dirty`), which costs nothing. Returning a view
+    of it would forbid writing to the output in place; writing to a view of x would change x.
+    """
+    if torch.compiler.is_compiling():
+        return value.clone()  # fused with what computes it
+    is_shared = value._is_view() or value.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return value.clone() if is_shared else value
+
+
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
     """`value`; the gradient of x is the incoming one, where `inside` is 1 if it is given."""
-    return cast(Tensor, _PassThrough.apply(x, value, inside))
+    return cast(Tensor, _PassThrough.apply(x, owned(value, x), inside))
 
 
 def make_gradient(gradient: str | Gradient, **options: Any) -> Gradient:
@@ -181,4 +195,4 @@ def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | floa
         low = torch.as_tensor(range_min, dtype=x.dtype, device=x.device)
         high = torch.as_tensor(range_max, dtype=x.dtype, device=x.device)
         inside = torch.minimum(torch.maximum(x, low), high).eq_(x)
-    return _PassThrough.apply(x, x.detach(), inside)
+    return pass_through(x, x.detach().clone(), inside)

@@ -28,7 +28,7 @@ def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
         index = nearest_of(x.reshape(1, -1), levels.reshape(1, -1), numbers[None])
         return in_layout_of(index.view(x.shape), x)
     moved = x.movedim(axis, 0)
-    index = nearest_of(moved.flatten(1), levels, numbers.expand(len(levels), -1))
+    index = nearest_of(moved.unsqueeze(-1).flatten(1), levels, numbers.expand(len(levels), -1))
     return in_layout_of(index.reshape(moved.shape).movedim(0, axis), x)
 
 
@@ -69,5 +69,5 @@ def level_values(index: Tensor, levels: Tensor, axis: int | None = None) -> Tens
     if axis is None or levels.ndim == 1:
         return in_layout_of(levels.index_select(0, index.reshape(-1)).view(index.shape), index)
     moved = index.movedim(axis, 0)
-    values = levels.gather(1, moved.flatten(1)).reshape(moved.shape)
+    values = levels.gather(1, moved.unsqueeze(-1).flatten(1)).reshape(moved.shape)
     return in_layout_of(values.movedim(0, axis), index)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from torchquant.quantizers_functional._powers import floor_pow2
 BLOCK = 256
 AT_ONCE = 2**18  # elements of an intermediate tensor, a multiple of BLOCK
 Result = TypeVar("Result")
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+class Joining(NamedTuple):
+    """How the means, sums and maxima of the parts of a batch become those of the whole; what comes is not changed."""
+
+    mean: Callable[[Tensor], Tensor] = _as_it_is
+    sum: Callable[[Tensor], Tensor] = _as_it_is
+    max: Callable[[Tensor], Tensor] = _as_it_is
+
+
+WHOLE = Joining()
+"""For rows that are all there is."""
 
 
 class _Shared(threading.local):
@@ -90,14 +106,14 @@ def row_sums_of(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -
     return tuple(torch.cat(sums, 1).to(torch.float64).sum(1) + tail for *sums, tail in zip(*blocks, tails, strict=True))
 
 
-def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     """(rows / unit, unit): each row divided, exactly, by the power of two below its largest magnitude.
 
-    rows: (C, n) float, n > 0. unit: (C,), a power of two, 1 for a row of zeros or subnormals. Squares
-    and sums of the result neither overflow nor vanish. NaN and Inf stay in the row they are in.
+    rows: (C, n) float, n > 0. unit: (C,), a power of two, 1 for a row of zeros or subnormals, the same for all parts of
+    a row. Squares and sums of the result neither overflow nor vanish. NaN and Inf stay in the row they are in.
     """
     rows = rows.to(torch.float32) if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    absmax = torch.maximum(rows.amax(1), -rows.amin(1))
+    absmax = parts.max(torch.maximum(rows.amax(1), -rows.amin(1)))
     unit = floor_pow2(absmax)
     unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
     return rows / unit[:, None], unit
@@ -109,7 +125,7 @@ def row_mean_squares(rows: Tensor) -> Tensor:
     >>> row_mean_squares(torch.tensor([[3.0, 4.0]]))
     tensor([12.5000], dtype=torch.float64)
     """
-    return _once(_mean_squares, rows).clone()  # ranks merge theirs in place
+    return _once(_mean_squares, rows).clone()
 
 
 def _mean_squares(rows: Tensor) -> Tensor:
@@ -123,25 +139,25 @@ def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return _once(unit_rows, rows)
 
 
-def row_moments(rows: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of each row. rows: (C, n) float, n > 0. Two (C,) float64.
 
-    `combine` joins means over ranks, whose largest magnitudes differ: what it gets is in the units of x. A constant
-    row has deviation 0, not what rounding leaves of it.
+    The largest magnitudes of `parts` differ: what is joined is in the units of x. A constant row has deviation 0, not
+    what rounding leaves of it.
 
-    >>> row_moments(torch.tensor([[1.0, 3.0]]), lambda x: x)
+    >>> row_moments(torch.tensor([[1.0, 3.0]]))
     (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     units, unit = shared_unit_rows(rows)
     unit = unit.to(torch.float64)
-    mean = combine(row_sums(units) / units.shape[1] * unit)
+    mean = parts.mean(row_sums(units) / units.shape[1] * unit)
     shift = (mean / unit)[:, None]
 
     def centred_squares(units: Tensor) -> tuple[Tensor]:
         return (units.to(torch.float64, copy=True).sub_(shift).square_(),)
 
     (squares,) = row_sums_of(centred_squares, units)
-    deviation = combine(squares / units.shape[1] * unit.square()).sqrt()
+    deviation = parts.mean(squares / units.shape[1] * unit.square()).sqrt()
     return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
 
 

@@ -35,8 +35,12 @@ def check_affine(n_bits: int, symmetric: bool | str) -> None:
 
 
 def step(span: Tensor, n_steps: float) -> Tensor:
-    """`span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (docs/algorithms.md 0.3)."""
-    delta = (span / n_steps).clamp_min(2.0**-126)
+    """`span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (docs/algorithms.md 0.3).
+
+    At most the largest bfloat16, which float32 goes beyond: a level of one step must not overflow there.
+    """
+    largest = torch.finfo(torch.bfloat16 if span.dtype == torch.float32 else span.dtype).max
+    delta = (span / n_steps).clamp(2.0**-126, largest)
     return torch.where(span > 0, delta, torch.ones_like(delta))
 
 
@@ -101,13 +105,18 @@ def affine_quantize(
 
     Source: docs/algorithms.md A1: divide, round half to even, then add the zero point, as ONNX
     QuantizeLinear does. `gradient`: "ste" or "clipped" (0 where the code saturates).
-    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError.
+    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError, for a delta that is not above
+    0 where looking at it is free: a number, or a tensor on a CPU outside of compiled code.
 
     >>> affine_quantize(torch.tensor([3.9, 7.2, -10.0]), 17.2 / 15, 9, 16)
     tensor([  3.4400,   6.8800, -10.3200])
     """
     if not (isinstance(n_levels, int) and n_levels >= 2):
         raise ConfigError(f"n_levels must be a whole number of at least 2, got {n_levels!r}")
+    is_known = not isinstance(delta, Tensor) or (delta.device.type == "cpu" and not torch.compiler.is_compiling())
+    if is_known and not bool((torch.as_tensor(delta) > 0).all()):
+        least = float(torch.as_tensor(delta).min())
+        raise ConfigError(f"delta must be above 0, got {least!r}; a constant tensor takes any delta, such as 1")
     return uniform_quantize(x, delta, -zero_point, n_levels - 1 - zero_point, gradient, clamp)
 
 

@@ -62,7 +62,8 @@ class _ToBoth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

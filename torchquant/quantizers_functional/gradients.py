@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, unpack_mask
-from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient, Projected, pass_through
+from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient, Projected, owned, pass_through
 
 
 @GRADIENTS.register("ste")
@@ -60,7 +60,7 @@ class ApproxSign(Gradient):
     def attach(self, projected: Projected) -> Tensor:
         with torch.no_grad():
             factor = _times((2.0 - 2.0 * projected.x.detach().abs()).clamp_min_(0.0), projected.inside)
-        return cast(Tensor, _Scaled.apply(projected.x, projected.value, factor))
+        return cast(Tensor, _Scaled.apply(projected.x, owned(projected.value, projected.x), factor))
 
 
 @GRADIENTS.register("ewgs")
@@ -88,7 +88,8 @@ class EWGS(Gradient):
             # Outside, where the mask takes it away, it may be infinite; 0 times that would not be 0.
             lean = (projected.x.detach() - projected.value).div_(safe).nan_to_num_(0.0).clamp_(-1.0, 1.0)
             mask = torch.ones_like(projected.value) if projected.inside is None else projected.inside
-        return cast(Tensor, _Leaning.apply(projected.x, projected.value, lean.mul_(self.delta), mask))
+        value = owned(projected.value, projected.x)
+        return cast(Tensor, _Leaning.apply(projected.x, value, lean.mul_(self.delta), mask))
 
 
 @GRADIENTS.register("dsq")
@@ -121,7 +122,7 @@ class DSQ(Gradient):
             slope = 1.0 - torch.tanh(steepness * (from_low - cell - 0.5)).square()
             factor = slope * (0.5 * steepness / (1.0 - self.alpha)) * (clamped == x)
             factor = _times(factor.to(projected.value.dtype).nan_to_num_(0.0), projected.inside)
-        return cast(Tensor, _Scaled.apply(projected.x, projected.value, factor))
+        return cast(Tensor, _Scaled.apply(projected.x, owned(projected.value, projected.x), factor))
 
 
 @GRADIENTS.register("pwl")
@@ -153,7 +154,7 @@ class PWL(Gradient):
         if not self.exact:
             return pass_through(projected.x, soft, projected.inside)
         factor = _times(torch.full_like(soft, self.rho), projected.inside)
-        return cast(Tensor, _Scaled.apply(projected.x, soft, factor))
+        return cast(Tensor, _Scaled.apply(projected.x, owned(soft, projected.x), factor))
 
 
 @GRADIENTS.register("pwlc")
@@ -214,7 +215,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
-        return value.view_as(value)
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -229,7 +231,8 @@ class _Leaning(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, value: Tensor, lean: Tensor, mask: Tensor) -> Tensor:
         ctx.channels_last = is_channels_last(mask)
         ctx.save_for_backward(lean, pack_mask(mask))
-        return value.view_as(value)
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

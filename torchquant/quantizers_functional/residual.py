@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import nearest_of
-from torchquant.quantizers_functional._sums import row_sums, unit_rows
+from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
 
 METHODS = ("alternating", "refined", "greedy")
 
@@ -39,27 +39,30 @@ def residual_levels(alphas: Tensor) -> Tensor:
     return sums.sort(-1).values
 
 
-def residual_alphas(rows: Tensor, n_bits: int, method: str = "alternating", iterations: int = 5) -> Tensor:
+def residual_alphas(
+    rows: Tensor, n_bits: int, method: str = "alternating", iterations: int = 5, parts: Joining = WHOLE
+) -> Tensor:
     """The scales of each row. rows: (C, n), n > 0. (C, n_bits) float64.
 
     "greedy": scale i is the mean magnitude of what is left after i - 1 steps (Guo et al. 2017, network sketching).
     "refined": after each step all scales so far are fitted again by least squares. "alternating": from there,
     `iterations` times, every element takes the nearest sum and the scales are fitted to that (Xu et al. 2018).
-    Deviation from the AutoQNN code: each scale is recorded before it is subtracted (docs/algorithms.md I-16).
+    Deviation from the AutoQNN code: each scale is recorded before it is subtracted (docs/algorithms.md I-16). `parts`:
+    how the sums over parts of the rows are joined.
 
     >>> residual_alphas(torch.tensor([[-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]]), 3, "greedy")
     tensor([[0.6667, 0.4222, 0.2037]], dtype=torch.float64)
     """
     check_residual(n_bits, method)
-    units, unit = unit_rows(rows)
+    units, unit = unit_rows(rows, parts)
     if method == "greedy":
-        return _greedy_alphas(units, n_bits) * unit.to(torch.float64)[:, None]
+        return _greedy_alphas(units, n_bits, parts) * unit.to(torch.float64)[:, None]
     signs = torch.empty(len(units), n_bits, units.shape[1], dtype=units.dtype, device=units.device)
     left, found = units, []
     for i in range(n_bits):
         signs[:, i] = _signs(left)
-        found.append(_along(units, signs[:, i : i + 1]))
-        alphas = _least_squares(signs[:, : i + 1], torch.cat(found, 1))
+        found.append(parts.mean(_along(units, signs[:, i : i + 1])))
+        alphas = _least_squares(signs[:, : i + 1], torch.cat(found, 1), parts)
         if i + 1 < n_bits:
             total = torch.zeros_like(units)
             for k in range(i + 1):
@@ -71,16 +74,16 @@ def residual_alphas(rows: Tensor, n_bits: int, method: str = "alternating", iter
         order = sums.sort(1)
         codes = nearest_of(units, order.values.to(units.dtype), order.indices.to(torch.uint8))
         signs = _bits(codes[:, None], n_bits).view(torch.int8).mul_(2).sub_(1).to(units.dtype)
-        alphas = _least_squares(signs, _along(units, signs))
+        alphas = _least_squares(signs, parts.mean(_along(units, signs)), parts)
     return alphas * unit.to(torch.float64)[:, None]
 
 
-def _greedy_alphas(left: Tensor, n_bits: int) -> Tensor:
+def _greedy_alphas(left: Tensor, n_bits: int, parts: Joining) -> Tensor:
     alphas = []
     total = torch.zeros_like(left)
     rows = left
     for _ in range(n_bits):
-        alphas.append(row_sums(left.abs()) / left.shape[1])
+        alphas.append(parts.mean(row_sums(left.abs()) / left.shape[1]))
         total.addcmul_(_signs(left), alphas[-1][:, None].to(left.dtype))
         left = rows - total
     return torch.stack(alphas, 1)
@@ -100,7 +103,7 @@ def _along(rows: Tensor, signs: Tensor) -> Tensor:
     return (row_sums((rows[:, None] * signs).flatten(0, 1)) / rows.shape[1]).unflatten(0, signs.shape[:2])
 
 
-def _least_squares(signs: Tensor, along: Tensor) -> Tensor:
+def _least_squares(signs: Tensor, along: Tensor, parts: Joining) -> Tensor:
     """The scales of least squared error for given signs, by the normal equations; the least-norm ones if singular."""
     n = signs.shape[-1]
     if signs.shape[1] == 1:
@@ -108,7 +111,8 @@ def _least_squares(signs: Tensor, along: Tensor) -> Tensor:
     wide = signs if n <= 2**24 else signs.to(torch.float64)  # sums of signs are exact, in whatever order
     with torch.autocast(signs.device.type, enabled=False):
         sums = torch.bmm(wide, wide.transpose(1, 2)).to(torch.float64)
-    return (_distinct_inverses(sums, n) * along[:, None, :]).sum(-1)
+    inverses = _distinct_inverses(sums, n) if parts is WHOLE else _inverses(parts.mean(sums / n).nan_to_num(0.0))
+    return (inverses * along[:, None, :]).sum(-1)
 
 
 def _distinct_inverses(sums: Tensor, n: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
-from torchquant.quantizers_functional._sums import row_sums, unit_rows
+from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
 from torchquant.quantizers_functional.uniform import like
 
 METHODS = ("twn", "exact")
@@ -52,8 +52,10 @@ def ternary_quantize(
     return apply_projection(x, ternary_projection(threshold, alpha), gradient, clamp)
 
 
-def ternary_params(rows: Tensor, method: str = "twn") -> tuple[Tensor, Tensor]:
+def ternary_params(rows: Tensor, method: str = "twn", parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     """Threshold and alpha of each row. rows: (C, n) float, n > 0. Returns two (C,) float64.
+
+    `parts`: how the sums of "twn" over parts of the rows are joined; "exact" takes whole rows.
 
     `"twn"`: threshold = 0.7 E|x|, alpha = mean of |x| above it (0 if none is).
     `"exact"`: the pair that minimises the squared error, by sorting |x| and maximising
@@ -66,13 +68,13 @@ def ternary_params(rows: Tensor, method: str = "twn") -> tuple[Tensor, Tensor]:
     """
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    units, unit = unit_rows(rows)
+    units, unit = unit_rows(rows, parts)
     magnitude = units.abs_()
     if method == "twn":
-        threshold = 0.7 * row_sums(magnitude) / rows.shape[1]
+        threshold = parts.mean(0.7 * row_sums(magnitude) / rows.shape[1])
         above = magnitude.clone().gt_(threshold[:, None].to(magnitude.dtype))
-        alpha = row_sums(magnitude.mul_(above)) / row_sums(above).clamp_min(1.0)
-        return threshold * unit, alpha * unit
+        total, count = parts.sum(torch.stack([row_sums(magnitude.mul_(above)), row_sums(above)]))
+        return threshold * unit, total / count.clamp_min(1.0) * unit
     largest = magnitude.to(torch.float64).sort(1, descending=True).values
     count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
     sums = largest.cumsum(1)

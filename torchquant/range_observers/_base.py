@@ -22,6 +22,7 @@ class RangeObserver(StatisticTracker):
     """
 
     statistics: tuple[str, ...] = ("range_min", "range_max")
+    joined_by = {"range_min": "min", "range_max": "max"}
     range_min: Tensor
     range_max: Tensor
 

@@ -1,10 +1,22 @@
-"""Agreement over the ranks of torch.distributed; without it, every function returns its input."""
+"""Agreement over the ranks of torch.distributed on the numbers of their joined batch.
+
+Each rank sees a share of a batch, of any size, also none. Sums and extremes are those of the joined batch; the mean of
+a rank weighs as much as the share it is of. Without a process group every function returns its input.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torchquant.quantizers_functional._sums import WHOLE, Joining
+
+_counts: list[int] = []
+"""Elements a row of the share that this rank is observing; the last one counts."""
 
 
 def world_size() -> int:
@@ -12,21 +24,80 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@contextmanager
+def observing(count: int) -> Iterator[None]:
+    """Within it this rank's part of every mean is of `count` elements a row, and with 0 it adds nothing to anything."""
+    _counts.append(count)
+    try:
+        yield
+    finally:
+        _counts.pop()
+
+
+def _count() -> int:
+    if not _counts:
+        raise RuntimeError("a mean over ranks needs to know each one's share: call it within observing(count)")
+    return _counts[-1]
+
+
+def _is_empty() -> bool:
+    return bool(_counts) and _counts[-1] == 0
+
+
 def reduce_max(x: Tensor) -> Tensor:
-    """Element-wise maximum of x over all ranks; Inf where any rank has NaN, which a reduction may lose."""
-    if world_size() > 1:
-        x = torch.where(x.isnan(), torch.inf, x)
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    """Element-wise maximum of x over all ranks, -Inf where none has an element; Inf where any rank has NaN."""
+    if world_size() == 1:
+        return x
+    # A reduction may lose NaN.
+    joined = torch.full_like(x, -torch.inf) if _is_empty() else torch.where(x.isnan(), torch.inf, x)
+    dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+    return joined
 
 
 def reduce_sum(x: Tensor) -> Tensor:
     """Element-wise sum of x over all ranks."""
-    if world_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.SUM)
-    return x
+    if world_size() == 1:
+        return x
+    joined = torch.zeros_like(x) if _is_empty() else x.clone()
+    dist.all_reduce(joined, op=dist.ReduceOp.SUM)
+    return joined
 
 
 def reduce_mean(x: Tensor) -> Tensor:
-    """Element-wise mean of x over all ranks."""
-    return reduce_sum(x).div_(world_size()) if world_size() > 1 else x
+    """Element-wise mean over the joined batch, x being this rank's means over its share; NaN if no rank has elements."""
+    if world_size() == 1:
+        return x
+    wide = x.flatten().to(torch.float32 if x.device.type == "mps" else torch.float64)
+    sums = reduce_sum(torch.cat([wide * _count(), torch.full_like(wide[:1], _count())]))
+    return (sums[:-1] / sums[-1]).to(x.dtype).view_as(x)
+
+
+_RANKS = Joining(reduce_mean, reduce_sum, reduce_max)
+
+
+def ranks() -> Joining:
+    """How the numbers of this rank's share become those of the joined batch."""
+    return WHOLE if world_size() == 1 else _RANKS
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, joined: (C, n) on each rank to (C, N). Rows that are equal on all ranks are given once.
+
+    For numbers that no sums of parts give, such as a sorted order. Every rank holds the joined batch for a moment. NaN,
+    one a row, if no rank has elements.
+    """
+    if world_size() == 1:
+        return rows
+    count = rows.new_tensor([0 if _is_empty() else rows.shape[1]], dtype=torch.int64)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    lengths = [int(length) for length in counts]
+    if not any(lengths):
+        return rows.new_full((len(rows), 1), torch.nan)
+    padded = rows.new_zeros(len(rows), max(lengths))
+    padded[:, : int(count)] = rows[:, : int(count)]
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    parts = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
+    same = all(part.shape == parts[0].shape and torch.equal(part, parts[0]) for part in parts)
+    return parts[0] if same else torch.cat(parts, 1)

@@ -13,22 +13,39 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
 from torchquant.quantizers_functional.bn_fold import channel_view
+from torchquant.range_observers._calls import CallsOfABatch, widest
+from torchquant.range_observers._distributed import observing, reduce_max, reduce_sum, world_size
 
 NONFINITE = ("raise", "ignore")
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:
     """x as (C, n): one row per slice of `axis`, or a single row."""
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
 def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
     """A statistic, () or (C,), in a shape that broadcasts against `ndim` dimensions."""
     return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)
+
+
+def ordinary_zeros(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """Zeros in the type of `like`, that may be written and saved for backward also if made in inference mode."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def check_saved(value: Any, key: str) -> None:
+    """Raise NonFiniteError if what a checkpoint holds under a key is not finite."""
+    if isinstance(value, Tensor) and not value.is_meta and not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"{key} of the state_dict holds NaN or Inf, which no quantizer can use; calibrate again, or look for what "
+            "made it before it was saved"
+        )
 
 
 def _is_finite(value: Tensor | float) -> bool:
@@ -38,11 +55,6 @@ def _is_finite(value: Tensor | float) -> bool:
     return math.isfinite(value)
 
 
-def _widest(device: torch.device) -> torch.dtype:
-    """float64, where the device has it: the type of Python's numbers, so that both give the same bits."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> None:
     """Move `held`, in place, by the share `rate` of the way to `value`."""
     if not isinstance(value, Tensor):
@@ -50,12 +62,12 @@ def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> 
     elif isinstance(rate, float) and rate == 1.0:
         held.copy_(value.detach())
     else:
-        wide = _widest(held.device)
+        wide = widest(held.device)
         moved = held.to(wide) * (1.0 - rate) + value.detach().to(wide) * rate
         held.view(-1).copy_(moved.view(-1))  # compiled code of torch 2.11 loses what is written to a () float64 tensor
 
 
-class StatisticTracker(nn.Module):
+class StatisticTracker(CallsOfABatch):
     """Statistics of the tensors it is shown, averaged over batches.
 
     `momentum` 0 keeps the last batch only; mu in (0, 1) keeps an exponential average with bias
@@ -65,7 +77,8 @@ class StatisticTracker(nn.Module):
 
     Buffers, one per statistic: () or (C,), at least float32 whatever `.half()` does to the model;
     and `observed_weight` (), 0 before the first batch. A subclass sets `statistics` and writes
-    `measure(x)`, which returns one tensor per statistic, () or (C,), reduced over all ranks.
+    `measure(x)`, which returns one tensor per statistic, () or (C,), reduced over all ranks. A rank whose tensor is
+    empty takes part with the others and adds nothing; a tensor that is empty everywhere changes nothing.
 
     On a CPU a refused tensor raises at once. On an accelerator and in compiled code a check would
     stall or break the graph: there such a batch leaves the statistics as they were.
@@ -98,7 +111,10 @@ class StatisticTracker(nn.Module):
 
     @abstractmethod
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The statistics of x, () or (C,) each, over all ranks. x has at least one element."""
+        """The statistics of x, () or (C,) each, over all ranks. x has at least one element.
+
+        A rank without elements measures zeros instead, which the functions that join ranks leave out.
+        """
 
     def allocate(self, n_channels: int) -> None:
         """Give per-channel buffers their size before the first batch; no-op per tensor."""
@@ -112,37 +128,87 @@ class StatisticTracker(nn.Module):
     @property
     def is_memoryless(self) -> bool:
         """Whether seeing the same tensor twice in a row is the same as seeing it once."""
-        return self.momentum == 0.0 or self.set_once.issuperset(self.statistics)
+        return self.n_calls == 1 and (self.momentum == 0.0 or self.set_once.issuperset(self.statistics))
 
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        if x.numel() == 0 or (self.is_observed and self.set_once.issuperset(self.statistics)):
+        if self._is_settled:
+            return
+        if x.numel() == 0 and world_size() == 1:
+            self._next_call()
             return
         x = x.detach()
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
         seen = cast(Tensor, self._buffers["observed_weight"])
         held = [cast(Tensor, self._buffers[name]) for name in self.statistics]
-        measured = [m if m.dtype == kept.dtype else m.to(kept.dtype) for m, kept in zip(measure(x), held, strict=True)]
+        found = self.over_ranks(x, measure)
+        measured = [m if m.dtype == kept.dtype else m.to(kept.dtype) for m, kept in zip(found, held, strict=True)]
         if self.axis is not None:
             self._expect_channels(measured[0].shape[:1])
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             finite = [torch.isfinite(m).all() for m in measured]
-            usable = torch.stack(finite).all().to(_widest(x.device))
-            self._take_in([torch.nan_to_num(m) for m in measured], seen.to(usable.dtype), usable)
+            usable = torch.stack(finite).all().to(widest(x.device))
+            self._take_in([torch.nan_to_num(m) for m in measured], x, seen.to(usable.dtype), usable)
         else:
             # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
             values = [m if m.ndim else m.item() for m in measured]
             if not all(_is_finite(value) for value in values):
-                raise NonFiniteError(
-                    f"{type(self).__name__} was shown a tensor with NaN or Inf, shape {tuple(x.shape)}; "
-                    "find where it comes from, or build the observer with nonfinite='ignore'"
-                )
-            self._take_in(values, seen.item(), 1.0)
+                self._next_call()
+                # All ranks see the same numbers, so all of them come here and ask.
+                if world_size() > 1 and not reduce_max(torch.tensor(float(x.numel() > 0))):
+                    return
+                raise NonFiniteError(self._why_refused(x))
+            self._take_in(values, x, seen.item(), 1.0)
         if not self.is_observed:
             self.is_observed = True
 
-    def _take_in(self, values: Sequence[Tensor | float], seen: Tensor | float, usable: Tensor | float) -> None:
-        """Average one measurement in, given the observed weight so far; `usable` 0 changes nothing."""
+    def _why_refused(self, x: Tensor) -> str:
+        who, shape = type(self).__name__, tuple(x.shape)
+        kept = self._buffers[self.statistics[0]]
+        if x.numel() and bool(x.isfinite().all()) and kept is not None and kept.dtype != x.dtype:
+            return (
+                f"{who} was shown numbers up to {float(x.abs().max()):.4g}, shape {shape}, and keeps its statistics in "
+                f"{kept.dtype}, which ends at {torch.finfo(kept.dtype).max:.4g}; call .to({x.dtype}) on the quantizer"
+            )
+        return (
+            f"{who} was shown a tensor with NaN or Inf, shape {shape}; "
+            "find where it comes from, or build the observer with nonfinite='ignore'"
+        )
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nothing that is still to come changes the statistics."""
+        return self.is_observed and self.is_start_complete and self.set_once.issuperset(self.statistics)
+
+    def over_ranks(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The statistics of what all ranks have of a batch, x being this rank's share of it."""
+        if world_size() == 1:
+            return measure(x)
+        with observing(self._elements_a_row(x)):
+            return measure(x if x.numel() else self._stand_in(x))
+
+    def _elements_a_row(self, x: Tensor) -> int:
+        return x.numel() // (1 if self.axis is None else max(x.shape[self.axis], 1))
+
+    def _stand_in(self, x: Tensor) -> Tensor:
+        """Zeros in place of a tensor without elements, as many as its form needs."""
+        shape = [size or 1 for size in x.shape]
+        known = cast(Tensor, self._buffers[self.statistics[0]]).shape
+        if self.axis is not None and x.shape[self.axis] == 0 and known[0] > 0:
+            shape[self.axis] = known[0]
+        return x.new_zeros(shape)
+
+    def _take_in(
+        self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
+    ) -> None:
+        """Average one measurement of x in, given the observed weight so far; `usable` 0 changes nothing."""
+        if self.n_calls > 1:
+            count = reduce_sum(torch.full((), self._elements_a_row(x), dtype=widest(x.device), device=x.device))
+            self._take_in_call([torch.as_tensor(value) for value in values], count, torch.as_tensor(usable))
+        else:
+            self._average_in(values, seen, usable)
+
+    def _average_in(self, values: Sequence[Tensor | float], seen: Tensor | float, usable: Tensor | float) -> None:
         momentum = 0.0 if self.starts_at_first and not self.is_observed else self.momentum
         weight = seen * self.momentum + (1.0 - momentum)
         rate = (1.0 - momentum) / weight * usable
@@ -170,7 +236,8 @@ class StatisticTracker(nn.Module):
         for name in self.statistics:
             buffer, shape = getattr(self, name), self._shape_of(name, groups)
             if buffer.shape != torch.Size(shape):
-                setattr(self, name, buffer.new_zeros(shape))
+                setattr(self, name, ordinary_zeros(shape, buffer))
+        self._size_calls()
 
     def force(self, *values: Tensor | float) -> None:
         """Set the statistics by hand, () or (C,) each, in the order of `statistics`."""
@@ -195,6 +262,7 @@ class StatisticTracker(nn.Module):
             getattr(self, name).copy_(tensor)
         self.observed_weight.fill_(1.0)
         self.is_observed = True
+        self._begin_batch()
 
     def _form(self, name: str) -> str:
         if name in self.widths:
@@ -206,6 +274,7 @@ class StatisticTracker(nn.Module):
         for name in (*self.statistics, "observed_weight"):
             getattr(self, name).zero_()
         self.is_observed = False
+        self._begin_batch()
 
     def get(self) -> tuple[Tensor, ...]:
         """The statistics, () or (C,) each. Raises UnobservedRangeError before the first batch."""
@@ -227,11 +296,14 @@ class StatisticTracker(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in (*self.statistics, "observed_weight", *self._parameters):
+            check_saved(state_dict.get(prefix + name), prefix + name)
         first = state_dict.get(prefix + self.statistics[0])
         if first is not None:
             self._resize(first.shape[: 0 if self.axis is None else 1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.is_observed = bool(self.observed_weight > 0)
+        self._begin_batch()
 
     def extra_repr(self) -> str:
         parts = [f"momentum={self.momentum}"] if self.momentum else []

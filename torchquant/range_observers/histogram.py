@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -60,23 +63,40 @@ class HistogramObserver(RangeObserver):
 
     @property
     def is_memoryless(self) -> bool:
-        return self.decay == 0.0
+        return self.decay == 0.0 and self.n_calls == 1
+
+    def _take_in(
+        self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
+    ) -> None:
+        """Take the numbers as they are: the calls of a batch are joined in the counts."""
+        self._average_in(values, seen, usable)
+        self._next_call()
+
+    def _kept(self) -> float | Tensor:
+        """What the old counts are worth now: all of it where they are of the same batch."""
+        if self.n_calls == 1:
+            return self.decay
+        return torch.where(cast(Tensor, self._buffers["calls_taken"]) == 0, self.decay, 1.0)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))
         low, data = -low, x.abs() if self.of_magnitude else x
-        keeps = self.is_observed and self.decay > 0.0
+        keeps = self.is_observed and (self.decay > 0.0 or self.n_calls > 1)
         if keeps:
+            # Where no rank has elements there is no new batch.
+            kept = torch.where(low > high, 1.0, torch.as_tensor(self._kept(), dtype=low.dtype, device=low.device))
+            is_known = kept > 0.0
             seen_low, seen_high, counts = (
                 (statistic if self.axis is not None else statistic[None]).to(torch.float64)
                 for statistic in (self.histogram_min, self.histogram_max, self.counts)
             )
-            low, high = torch.minimum(low, seen_low), torch.maximum(high, seen_high)
+            low = torch.where(is_known, torch.minimum(low, seen_low), low)
+            high = torch.where(is_known, torch.maximum(high, seen_high), high)
         ends = self._ends(low, high)
         new = reduce_sum(histogram(data, *ends, self.n_bins))
         if keeps:
-            new = new + self.decay * rebinned(counts, *self._ends(seen_low, seen_high), *ends)
+            new = new + kept[:, None] * rebinned(counts, *self._ends(seen_low, seen_high), *ends)
         chosen_low, chosen_high = self.choose(new, *ends)
         found = (*self.bounded(chosen_low, chosen_high, low, high), low, high, new)
         return found if self.axis is not None else tuple(statistic.squeeze(0) for statistic in found)

@@ -25,7 +25,13 @@ class _MinMax(RangeObserver):
         return -both[0], both[1]
 
     def observe_clamped(self, x: Tensor, clamp: Clamp) -> None:
-        """Observe `x.clamp(*clamp)`: clamping is monotone, so it commutes with min and max."""
+        """Observe `x.clamp(*clamp)`: clamping is monotone, so it commutes with min and max.
+
+        Not where ranks join theirs: the ends of no elements, and those that stand for NaN, are infinite.
+        """
+        if world_size() > 1:
+            super().observe_clamped(x, clamp)
+            return
 
         def measure(x: Tensor) -> tuple[Tensor, Tensor]:
             low, high = self.measure(x)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._sums import row_moments, row_sums
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
 
 # n_bits -> clip of least modelled error, in standard deviations of a Gaussian; docs/algorithms.md H7.
@@ -71,7 +71,7 @@ class MeanStdObserver(RangeObserver):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         low, high = _extremes(x)
-        mean, deviation = row_moments(x, reduce_mean)
+        mean, deviation = row_moments(x, ranks())
         ends = torch.maximum(low, mean - self.k * deviation), torch.minimum(high, mean + self.k * deviation)
         return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 

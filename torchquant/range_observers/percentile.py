@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
 from torchquant.range_observers._statistics import rows
 
 
@@ -19,7 +20,8 @@ class PercentileObserver(RangeObserver):
 
     The clip is the ceil(p n)-th of the n sorted magnitudes; the range never goes beyond the smallest and the largest
     element, so 100 is minimum and maximum. With `low_percentile` the two ends are those percentiles of the
-    elements themselves. `momentum` averages over batches as `ExpAvgMinMax` does; ranks are averaged.
+    elements themselves. `momentum` averages over batches as `ExpAvgMinMax` does; ranks of torch.distributed find the
+    element of their joined batch.
 
     >>> observer = PercentileObserver(90.0)
     >>> observer.observe_batch(torch.arange(-3.0, 18.0))
@@ -45,7 +47,8 @@ class PercentileObserver(RangeObserver):
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
-        lowest, highest = x.amin(1), x.amax(1)
+        negated, highest = reduce_max(torch.stack([-x.amin(1), x.amax(1)]))
+        lowest = -negated
         if self.low_percentile is None:
             clip = _percentile(x.abs(), self.percentile)
             low, high = torch.maximum(lowest, -clip), torch.minimum(highest, clip)
@@ -53,11 +56,37 @@ class PercentileObserver(RangeObserver):
             low, high = _percentile(x, self.low_percentile), _percentile(x, self.percentile)
         refused = ~(lowest.isfinite() & highest.isfinite())
         nan = torch.full_like(low, torch.nan)
-        ends = reduce_mean(torch.stack([torch.where(refused, nan, low), torch.where(refused, nan, high)]))
+        ends = torch.stack([torch.where(refused, nan, low), torch.where(refused, nan, high)])
         return tuple(ends if self.axis is not None else ends.squeeze(1))
 
 
 def _percentile(x: Tensor, percentile: float) -> Tensor:
     """The ceil(p n)-th smallest of each row, p in percent; the smallest for p = 0."""
+    if world_size() > 1:
+        return _percentile_of_ranks(x, percentile)
     k = min(max(math.ceil(percentile / 100.0 * x.shape[1]), 1), x.shape[1])
     return x.kthvalue(k, 1).values
+
+
+def _percentile_of_ranks(x: Tensor, percentile: float) -> Tensor:
+    """The same of the rows that all ranks have together: its bits, byte by byte from the highest, by counting."""
+    real = x.to(compute_dtype(x))
+    n_bytes = real.element_size()
+    whole, turned = (torch.int64, 2**63 - 1) if n_bytes == 8 else (torch.int32, 2**31 - 1)
+    total = reduce_sum(torch.full((len(x), 1), x.shape[1], dtype=torch.float64, device=x.device))
+    place = torch.minimum((percentile / 100.0 * total).ceil().clamp_min(1.0), total)
+    # Whole numbers that rise with the real ones: of a negative number all bits but the sign are turned over.
+    bits = real.view(whole).to(torch.int64)
+    keys = torch.where(bits < 0, bits ^ turned, bits)
+    counted, found = torch.ones_like(keys, dtype=torch.float64), torch.zeros_like(keys[:, :1])
+    for byte in reversed(range(n_bytes)):
+        highest = byte == n_bytes - 1
+        digits = (keys >> 8 * byte) + 128 if highest else keys >> 8 * byte & 255
+        counts = reduce_sum(counted.new_zeros(len(keys), 256).scatter_add(1, digits, counted))
+        below = counts.cumsum(1)
+        digit = (below < place).sum(1, keepdim=True).clamp(max=255)
+        place = place - below.gather(1, digit) + counts.gather(1, digit)
+        counted = counted * (digits == digit)
+        found = digit - 128 if highest else found << 8 | digit
+    bits = torch.where(found < 0, found ^ turned, found)
+    return bits.to(whole).view(real.dtype).squeeze(1).to(x.dtype)

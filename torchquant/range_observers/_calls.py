@@ -1,0 +1,125 @@
+"""A site that is called several times in one forward: its calls count as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._arguments import ChecksArguments
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: the type of Python's numbers, so that both give the same bits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _joined(how: str, so_far: Tensor, value: Tensor, share: Tensor) -> Tensor:
+    """A statistic of the calls so far and of one more, which has `share` of all their elements."""
+    if how in ("min", "max"):
+        return torch.minimum(so_far, value) if how == "min" else torch.maximum(so_far, value)
+    if how == "rms":
+        return (so_far.square() * (1 - share) + value.square() * share).sqrt()
+    return so_far * (1 - share) + value * share
+
+
+class CallsOfABatch(ChecksArguments, nn.Module):
+    """What a tracker keeps while the calls of one batch come: the average before them, and their joined statistics.
+
+    `n_calls` successive observations are one batch. They are joined as the ends, means or sizes that they are
+    (`joined_by`) before they enter the average over batches. Until the last call has come the calls so far stand for
+    the batch, and ends are never narrower than they were before it.
+    """
+
+    statistics: tuple[str, ...]
+    set_once: frozenset[str]
+    momentum: float
+    starts_at_first: bool
+    joined_by: ClassVar[Mapping[str, str]] = {}
+    """Statistic -> "min", "max" or "rms": of several calls it is the least, the largest, or the root of the mean square
+    of theirs; otherwise the mean. Means weigh the elements of each call."""
+    is_observed: bool
+    _n_calls = 1
+    _calls_to_start = 0
+
+    @property
+    def n_calls(self) -> int:
+        """How many successive observations are one batch; 1 unless the site is called more often in a forward."""
+        return self._n_calls
+
+    @n_calls.setter
+    def n_calls(self, n_calls: int) -> None:
+        if isinstance(n_calls, bool) or not (isinstance(n_calls, int) and n_calls >= 1):
+            raise ConfigError(f"n_calls must be a whole number from 1, got {n_calls!r}")
+        self._n_calls = n_calls
+        device = cast(Tensor, self._buffers["observed_weight"]).device
+        for name in ("calls_taken", "elements_taken", "weight_before"):
+            self.register_buffer(name, torch.zeros((), dtype=widest(device), device=device), persistent=False)
+        self._size_calls()
+        self._begin_batch()
+
+    @property
+    def is_start_complete(self) -> bool:
+        """Whether all calls of the first batch have come: from then on it is the first batch that `set_once` means."""
+        return self._calls_to_start == 0
+
+    def _begin_batch(self) -> None:
+        """The next observation is the first of a batch."""
+        if self._n_calls > 1:
+            cast(Tensor, self._buffers["calls_taken"]).zero_()
+            self._calls_to_start = 0 if self.is_observed else self._n_calls
+
+    def _size_calls(self) -> None:
+        """Give the buffers beside the statistics, which no checkpoint holds, the shapes of those."""
+        for name in self.statistics if self._n_calls > 1 else ():
+            for part in ("before", "joined"):
+                like = torch.zeros_like(cast(Tensor, self._buffers[name]))
+                self.register_buffer(f"{name}_{part}", like, persistent=False)
+
+    def _next_call(self) -> None:
+        """A call has passed, whether it showed something or not."""
+        if self._n_calls == 1:
+            return
+        taken = cast(Tensor, self._buffers["calls_taken"])
+        taken.view(-1).copy_(((taken + 1) % self._n_calls).view(-1))
+        if self._calls_to_start:
+            self._calls_to_start -= 1
+
+    def _take_in_call(self, values: Sequence[Tensor], count: Tensor, usable: Tensor) -> None:
+        """Average the calls of the batch so far in, in place of what its calls before this one gave.
+
+        values: of this call, finite. count: its elements. usable: 0 for a call that shows nothing.
+        """
+        numbers = [cast(Tensor, self._buffers[name]) for name in ("calls_taken", "elements_taken", "weight_before")]
+        taken, elements, kept_weight = numbers
+        weight = cast(Tensor, self._buffers["observed_weight"])
+        is_first, is_last = taken == 0, taken + 1 == self._n_calls
+        known = torch.where(is_first, torch.zeros_like(elements), elements)
+        total = known + count * usable
+        share = count * usable / total.clamp_min(1.0)
+        before_weight = torch.where(is_first, weight.to(kept_weight.dtype), kept_weight)
+        is_new = before_weight == 0
+        momentum = torch.where(is_new, 0.0, self.momentum) if self.starts_at_first else self.momentum
+        new_weight = before_weight * self.momentum + (1.0 - momentum)
+        rate = (1.0 - momentum) / new_weight
+        for name, value in zip(self.statistics, values, strict=True):
+            buffers = [cast(Tensor, self._buffers[n]) for n in (name, f"{name}_before", f"{name}_joined")]
+            held, kept, so_far = (buffer.to(rate.dtype) for buffer in buffers)
+            before, value, how = torch.where(is_first, held, kept), value.to(rate.dtype), self.joined_by.get(name, "")
+            joined = torch.where(known > 0, _joined(how, so_far, value, share), value)
+            joined = torch.where(usable > 0, joined, so_far)
+            if name in self.set_once:
+                new = torch.where(is_new, joined, before)
+            else:
+                new = before * (1.0 - rate) + joined * rate
+                if how in ("min", "max"):
+                    new = torch.where(is_last | is_new, new, _joined(how, before, new, share))
+            for buffer, result in zip(buffers, (torch.where(total > 0, new, before), before, joined), strict=True):
+                buffer.view(-1).copy_(result.view(-1))
+        weights = torch.where(total > 0, new_weight, before_weight), before_weight
+        for buffer, result in zip((weight, kept_weight, elements), (*weights, total), strict=True):
+            buffer.view(-1).copy_(result.view(-1))
+        self._next_call()
