@@ -46,8 +46,8 @@ def test_a_float_checkpoint_also_in_its_wrappings(wrap: str, tmp_path: Path) -> 
     key_map = load_checkpoint(model, tmp_path / "float.pth")
     assert same(model, source, image())
     assert [(row.source, row.target) for row in key_map][:2] == [
-        ("0.weight", "0.layer.weight"),
-        ("0.bias", "0.layer.bias"),
+        ("0.weight", "0.weight"),
+        ("0.bias", "0.bias"),
     ]
     assert str(key_map).splitlines()[0].split() == ["checkpoint", "model", "note"]
 
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not one of this Sequential: it has 1\.wait too much; it lacks 0\.bn"):
         load_checkpoint(model, {**other, "1.wait": torch.ones(1)})
     wide = {**net().state_dict(), "4.weight": torch.ones(3, 7)}
-    with pytest.raises(ConfigError, match=r"4.layer.weight has shape \(3, 7\) there and \(3, 72\) here"):
+    with pytest.raises(ConfigError, match=r"4.weight has shape \(3, 7\) there and \(3, 72\) here"):
         load_checkpoint(model, wide)
     with pytest.raises(ConfigError, match="there is no file .*none.pth"):
         load_checkpoint(model, tmp_path / "none.pth")

@@ -71,8 +71,8 @@ def load_checkpoint(
     >>> print(load_checkpoint(model, net.state_dict()))
     checkpoint  model           note
     ----------  --------------  ----
-    0.weight    0.layer.weight
-    0.bias      0.layer.bias
+    0.weight      0.weight
+    0.bias        0.bias
     """
     state = _unwrapped(read_checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
     own = model.state_dict()

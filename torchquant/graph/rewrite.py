@@ -59,8 +59,8 @@ def revert(model: nn.Module) -> nn.Module:
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
     for module in list(model.modules()):
         if isinstance(module, QModule):
-            layer = getattr(module, "layer", None) or getattr(module, "op", None)
-            if isinstance(layer, nn.Module):
+            layer = module.held
+            if layer is not None:
                 _move_hooks(module, layer)
     for module in list(model.modules()):
         if isinstance(module, TracedModule):
@@ -88,8 +88,9 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
     for name in _HOOKS:
         hooks = getattr(source, name)
-        getattr(target, name).update(hooks)
-        hooks.clear()
+        if getattr(target, name) is not hooks:  # a QModule has those of its layer
+            getattr(target, name).update(hooks)
+            hooks.clear()
 
 
 class _Writer:

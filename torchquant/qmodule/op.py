@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ class QOp(QModule):
     tensor([2., 2.])
     """
 
+    held_as: ClassVar[str] = "op"
+
     def __init__(
         self,
         op: Callable[..., Tensor],
@@ -37,13 +39,15 @@ class QOp(QModule):
         self.acts_quantizer = acts_quantizer
         self.activation = activation
         self.input_quantizer = input_quantizer
+        self._hold()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_quantizer is not None and args:
             args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
-        y = self.op(*args, **kwargs)
+        op = self.op if self.held is None else self.held.forward
+        y = op(*args, **kwargs)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
     def extra_repr(self) -> str:
         op = "" if isinstance(self.op, nn.Module) else f"{getattr(self.op, '__name__', self.op)}, "
-        return f"{op}state={self.state.name}"
+        return f"{op}state={self.state.name}{self.held_repr()}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, UnobservedRangeError
+from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
 
@@ -44,7 +45,7 @@ def is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class QModule(nn.Module):
+class QModule(Holder):
     """A module with a state. `.train()` and `.eval()` never change it; `set_qmodule_state` does.
 
     The state is saved in the `state_dict`, as a tensor, beside everything else.
@@ -67,16 +68,6 @@ class QModule(nn.Module):
     def state(self, state: QModuleState) -> None:
         self._state = state
         self._seen = []
-
-    def __getattr__(self, name: str) -> Any:
-        """What a wrapper of a `layer` has not is the layer's: `weight`, `in_channels`, ..."""
-        modules = self.__dict__.get("_modules", {})
-        if name in modules or "layer" not in modules or name.startswith("_"):
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(modules["layer"], name)
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "output") -> quantizer, for the sites that have one."""
