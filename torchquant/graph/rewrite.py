@@ -15,6 +15,7 @@ from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
 from torchquant.graph.trace import FLAG, TracedModule, install_graph, remove_graph
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.float_checkpoints import forget_float, speak_float
+from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.weights import weight_names
 
@@ -48,6 +49,7 @@ def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
     writer = _Writer(captured, plans)
     root = writer.write()
     speak_float(root, float_state)
+    watch_fused_paths(root)
     root.conversion = writer.conversion  # type: ignore[assignment]
     return root
 
@@ -73,6 +75,7 @@ def revert(model: nn.Module) -> nn.Module:
     for activation in conversion.inplace:
         activation.inplace = True
     float_model = conversion.root or model
+    unwatch_fused_paths(float_model)
     del model.conversion
     forget_float(model)
     return float_model

@@ -62,10 +62,11 @@ class Holder(nn.Module):
         if self.held is None:
             return
         children = {f"{n}_" if n in OWN_CHILDREN else n: child for n, child in self.held._modules.items()}
-        for name in self._listed - children.keys():
-            self._modules.pop(name, None)
-        self._modules.update(children)
-        self.__dict__["_listed"] = set(children)
+        if any(self._modules.get(n) is not child for n, child in children.items()) or self._listed != children.keys():
+            own = {name: child for name, child in self._modules.items() if name not in self._listed | children.keys()}
+            self._modules.clear()
+            self._modules.update(children | own)
+            self.__dict__["_listed"] = set(children)
 
     def _is_own(self, name: str) -> bool:
         if name in self.__dict__ or name in OWN_CHILDREN or hasattr(type(self), name):
