@@ -138,9 +138,12 @@ def test_published_efficientnet_checkpoint() -> None:
         return FusedEfficientNet(float_net, weight, acts)
 
     model, other = fused(), fused()
+    wrappers = [path for path, module in model.named_modules() if isinstance(module, QWrapper)]
     state = {}
     for key, value in model.state_dict().items():
-        parts = key.split(".")
+        owner, _, name = key.rpartition(".")
+        parts = (f"{owner}.layer.{name}" if owner in wrappers and name in ("weight", "bias") else key).split(".")
+        key = ".".join(parts)
         if key.endswith(("_extra_state", "observed_weight")) or "range_" in key:
             continue
         if parts[0] == "blocks" and parts[2] == "body":

@@ -91,9 +91,10 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
     for name in _HOOKS:
         hooks = getattr(source, name)
-        if getattr(target, name) is not hooks:  # a QModule has those of its layer
-            getattr(target, name).update(hooks)
-            hooks.clear()
+        getattr(target, name).update(hooks)
+        hooks.clear()
+    if source._is_full_backward_hook is not None:
+        target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""A module around another one that is that module to everybody outside: its tensors, hooks, attributes and keys."""
+"""A module around another one that is that module to everybody outside: its tensors, attributes and keys."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from torchquant.errors import ConfigError
 
-_SHARED = tuple(
-    name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set) and name != "_modules"
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
-"""What a module keeps of its parameters, its buffers and its hooks."""
+_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks before a call that compute a weight from what is trained."""
 OWN_CHILDREN = frozenset(
     ("bn", "activation", "weight_quantizer", "weight_quantizers", "acts_quantizer", "input_quantizer", "bias_quantizer")
 )
@@ -25,17 +33,18 @@ OWN_CHILDREN = frozenset(
 
 
 class Holder(nn.Module):
-    """Holds a module and is that module for reads, writes, hooks, names and keys.
+    """Holds a module and is that module for reads, writes, names and keys.
 
     A subclass sets `self.layer` (or what `held_as` says) in its constructor and ends it with `_hold()`. From then on
 
-    * parameters, buffers and hooks are those of the held module, the very same dictionaries, and its children are
-      listed as children: `state_dict` and `named_parameters` have the keys of the held module, nothing twice;
-    * what the holder has not is read from, set on and deleted from the held module;
+    * parameters and buffers are those of the held module, the very same dictionaries, and its children are listed as
+      children: `state_dict` and `named_parameters` have the keys of the held module, nothing twice;
+    * what the holder has not is read from, set on and deleted from the held module, so that a hook or a function that
+      is given the holder works on the held module. `weight_norm`, `spectral_norm` and `prune` have their hooks here;
     * `named_modules()` also gives the held module itself, at PATH.layer, unless duplicates are asked for.
 
-    The forward of a subclass calls `self.layer.forward`, not `self.layer`: the hooks have run already. Checkpoints with
-    keys PATH.layer.NAME, as versions up to 0.1 wrote them, load too.
+    Hooks of the held module itself see what it computes (`_call_held`). Checkpoints with keys PATH.layer.NAME, as
+    versions up to 0.1 wrote them, load too.
     """
 
     held_as: ClassVar[str] = "layer"
@@ -53,7 +62,9 @@ class Holder(nn.Module):
             return
         for name in _SHARED:
             self.__dict__[name] = module.__dict__[name]
-        self.__dict__["_is_full_backward_hook"] = module._is_full_backward_hook
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, WEIGHT_HOOKS):
+                self._forward_pre_hooks[key] = module._forward_pre_hooks.pop(key)
         self.__dict__.setdefault("_listed", set())
         self._list_children()
 
@@ -67,6 +78,39 @@ class Holder(nn.Module):
             self._modules.clear()
             self._modules.update(children | own)
             self.__dict__["_listed"] = set(children)
+
+    def _call_held(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`forward(*args, **kwargs)` as the forward of the held module: between its hooks."""
+        module = self.held
+        if module is None or not any(getattr(module, hooks) for hooks in _CALL_HOOKS):
+            return forward(*args, **kwargs)
+        attributes = module.__dict__
+        former = {"forward": attributes["forward"]} if "forward" in attributes else {}
+
+        def put_back() -> None:
+            attributes.pop("forward", None)
+            attributes.update(former)
+
+        def between_hooks(*args: Any, **kwargs: Any) -> Any:
+            put_back()
+            return forward(*args, **kwargs)
+
+        attributes["forward"] = between_hooks
+        try:
+            return module(*args, **kwargs)
+        finally:
+            put_back()
+
+    def _recompute_weights(self) -> None:
+        """Let the hooks compute the weights from what is trained now, as they do before every call.
+
+        For those who read a weight without a call.
+        """
+        for hook in (*self._forward_pre_hooks.values(), *(self.held._forward_pre_hooks.values() if self.held else ())):
+            if isinstance(hook, SpectralNorm):
+                setattr(self, hook.name, hook.compute_weight(self, do_power_iteration=False))
+            elif isinstance(hook, WEIGHT_HOOKS):
+                hook(self, ())
 
     def _is_own(self, name: str) -> bool:
         if name in self.__dict__ or name in OWN_CHILDREN or hasattr(type(self), name):
@@ -203,18 +247,6 @@ class Holder(nn.Module):
     def held_repr(self) -> str:
         """Lines that show the held module."""
         return f"\n({self.held_as}): {self.held!r}" if self.held is not None else ""
-
-
-def recompute_weights(layer: nn.Module) -> None:
-    """Let the hooks of `weight_norm`, `spectral_norm` and `prune` compute the weights from what is trained now.
-
-    They do so before every call of the layer; this is for those who read a weight without a call.
-    """
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm | BasePruningMethod):
-            hook(layer, ())
-        elif isinstance(hook, SpectralNorm):
-            setattr(layer, hook.name, hook.compute_weight(layer, do_power_iteration=False))
 
 
 def current_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

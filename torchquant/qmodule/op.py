@@ -44,8 +44,7 @@ class QOp(QModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.input_quantizer is not None and args:
             args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
-        op = self.op if self.held is None else self.held.forward
-        y = op(*args, **kwargs)
+        y = self.op(*args, **kwargs)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
     def extra_repr(self) -> str:

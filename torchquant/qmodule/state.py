@@ -68,6 +68,8 @@ class QModule(Holder):
     def state(self, state: QModuleState) -> None:
         self._state = state
         self._seen = []
+        for quantizer in self.quantizers().values():
+            _ = quantizer.is_ready  # compiled code will not look for statistics that others wrote
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "output") -> quantizer, for the sites that have one."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, UnsupportedPatternError
-from torchquant.qmodule.holder import recompute_weights
 from torchquant.qmodule.patterns import run_with
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
@@ -103,7 +102,7 @@ class QWeights(QModule):
         return {**weights, **super().quantizers()}  # type: ignore[dict-item]
 
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
-        recompute_weights(self.layer)
+        self._recompute_weights()
         return self._weights()
 
     def _weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
@@ -112,7 +111,7 @@ class QWeights(QModule):
 
     @torch.no_grad()
     def observe_weight(self) -> None:
-        recompute_weights(self.layer)
+        self._recompute_weights()
         self._observe_weights()
 
     @torch.no_grad()
@@ -124,23 +123,22 @@ class QWeights(QModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
-        if self.state.is_weight_observed:
-            self._observe_weights()
-        if self.state.is_weight_quantized:
-            quantized = {
-                name: self._quantize_site(name, quantizer, weight)
-                for name, weight, quantizer in self._weights()
-                if quantizer is not None
-            }
-            y = self._run(quantized, args, kwargs)
-        else:
-            y = self.layer.forward(*args, **kwargs)
+        y = self._call_held(self._weighted, *args, **kwargs)
         if isinstance(y, tuple):
             return (self._run_acts_quantizer("output", self.acts_quantizer, y[0]), *y[1:])
         return self._run_acts_quantizer("output", self.acts_quantizer, y)
 
-    def _run(self, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
+        if self.state.is_weight_observed:
+            self._observe_weights()
+        if not self.state.is_weight_quantized:
+            return layer.forward(*args, **kwargs)
+        weights = {
+            name: self._quantize_site(name, quantizer, weight)
+            for name, weight, quantizer in self._weights()
+            if quantizer is not None
+        }
         if not isinstance(layer, nn.RNNBase):
             return run_with(layer, weights, *args, **kwargs)
         own = layer._flat_weights  # what its forward reads, whatever its parameters are

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
-from torchquant.qmodule.holder import recompute_weights
 from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, row_of, split_pattern
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
@@ -85,20 +84,29 @@ class QWrapper(QModule):
         state = self.state
         x = self._run_acts_quantizer("input", self.input_quantizer, x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
-            y = self._normalized(self.layer.forward(x))
-        elif not state.is_weight_quantized:
-            self._observe_new_weight()
-            y = self._normalized(self.layer.forward(x))
-        elif self.fold_mode is None:
-            y = self._normalized(self._run(x, None, self._bias))
+            y = self._normalized(self.layer(x))
+        elif not state.is_weight_quantized or self.fold_mode is None:
+            y = self._normalized(self._call_held(self._weighted, x))
         else:
             if isinstance(self.layer, nn.Linear) and x.ndim != 2:
                 raise ConfigError(
                     f"{self.path or 'QWrapper'}: a batch norm folds into a Linear for inputs (N, features) only, got "
                     f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
                 )
-            y = folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self._bias, x)
+            y = self._call_held(self._folded, x)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """The layer without its batch norm, in states that do something with the weight."""
+        if self.state.is_weight_quantized:
+            return self._run(x, None, self._bias)
+        self._observe_new_weight()
+        y: Tensor = self.layer.forward(x)
+        return y
+
+    def _folded(self, x: Tensor) -> Tensor:
+        assert self.fold_mode is not None
+        return folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self._bias, x)
 
     def _normalized(self, y: Tensor) -> Tensor:
         return y if self.bn is None else self.bn(y)
@@ -155,7 +163,7 @@ class QWrapper(QModule):
     @torch.no_grad()
     def observe_weight(self) -> None:
         """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
-        recompute_weights(self.layer)
+        self._recompute_weights()
         self._observe_weight()
 
     @torch.no_grad()
@@ -167,7 +175,7 @@ class QWrapper(QModule):
             self.bias_quantizer.pre_observe(bias)
 
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
-        recompute_weights(self.layer)
+        self._recompute_weights()
         return [("weight", self.layer.weight, self.weight_quantizer)]
 
     @torch.no_grad()
@@ -177,7 +185,7 @@ class QWrapper(QModule):
 
     def folded_weight(self) -> Tensor:
         """`float_weight` with a gradient for the layer's own weight."""
-        recompute_weights(self.layer)
+        self._recompute_weights()
         factor = self.fold_factor()
         return self._channels_first_weight(None if factor is None else factor.detach())
 
