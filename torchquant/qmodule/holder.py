@@ -145,8 +145,14 @@ class Holder(nn.Module):
         elif self._is_own(name) or not (isinstance(value, Tensor) or hasattr(held, name)):
             super().__setattr__(name, value)
         else:
+            former = held._parameters.get(name)
             setattr(held, name, value)
             self._list_children()
+            if isinstance(former, Tensor) and isinstance(value, nn.Parameter) and former.shape != value.shape:
+                self._on_new_shape()
+
+    def _on_new_shape(self) -> None:
+        """A parameter of another shape has been set."""
 
     def __delattr__(self, name: str) -> None:
         held = self.held

@@ -12,6 +12,7 @@ from torchquant.errors import ConfigError, UnobservedRangeError
 from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._statistics import StatisticTracker
 
 
 class QModuleState(Enum):
@@ -88,6 +89,17 @@ class QModule(Holder):
 
     def observe_weight(self) -> None:
         """Show each weight quantizer its weight as it is now. Needs no data."""
+
+    def _on_new_shape(self) -> None:
+        """What was observed of weights is observed anew."""
+        own = [quantizer for site, quantizer in self.quantizers().items() if site not in ("input", "output")]
+        were_ready = any([quantizer.is_ready for quantizer in own])
+        for quantizer in own:
+            for tracker in quantizer.modules():
+                if isinstance(tracker, StatisticTracker):
+                    tracker.reset()
+        if were_ready:
+            self.observe_weight()
 
     def _quantize_site(self, site: str, quantizer: Quantizer, x: Tensor, **kwargs: Any) -> Tensor:
         if not quantizer.is_ready:
