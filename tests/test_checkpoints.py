@@ -22,6 +22,7 @@ from torchquant.compat import autoqnn
 from torchquant.compat.checkpoints import load_checkpoint, save_nni
 from torchquant.compat.nni import QAT_Quantizer
 from torchquant.errors import ConfigError
+from torchquant.qmodule import QWrapper
 
 
 def net() -> nn.Module:

@@ -225,6 +225,20 @@ class Tied(nn.Module):
         return self.c(self.again(self.b(self.a(x))))
 
 
+def test_a_file_of_0_1_with_the_keys_of_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, net = torch.randn(3, 6), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    model = ready(tq.quantize(net, "w8a8", x), x)
+    now = packed._float_state
+
+    def then(model: nn.Module) -> dict[str, Tensor]:
+        return {key.replace(".bias", ".layer.bias"): value for key, value in now(model).items()}
+
+    monkeypatch.setattr(packed, "_float_state", then)
+    save_packed(model, tmp_path / "model.safetensors")
+    assert "0.layer.bias" in safetensors.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(load_packed(tmp_path / "model.safetensors", net)(x), model(x))
+
+
 @pytest.mark.parametrize("also_float", [False, True])
 def test_a_tied_weight_is_kept_where_it_is_read_as_a_float(also_float: bool, tmp_path: Path) -> None:
     x = torch.randn(3, 6)

@@ -263,10 +263,9 @@ def test_spectral_norm_iterates_once_a_call() -> None:
 
 
 def test_hooks_of_the_layer_and_of_the_wrapper_are_called_once_in_every_state() -> None:
-    x = torch.randn(3, 6)
-    for make in (lambda: nn.Sequential(nn.Linear(6, 4)), lambda: nn.Sequential(nn.LSTM(6, 4))):
-        model = calibrated(make(), x)
-        calls: list[str] = []
+    x, calls = torch.randn(3, 6), []
+    for layer in (nn.Linear(6, 4), nn.LSTM(6, 4)):
+        model = calibrated(nn.Sequential(layer), x)
         model[0].register_forward_hook(lambda *_: calls.append("wrapper"))
         model[0].layer.register_forward_hook(lambda *_: calls.append("layer"))
         model[0].layer.register_forward_pre_hook(lambda *_: calls.append("before"))

@@ -138,9 +138,10 @@ class Holder(nn.Module):
             self.__dict__[name] = value
             held.training = value
         elif name == "__class__" and value.__name__ == f"Parametrized{type(self).__name__}":
+            kind = type(self).__name__
             raise ConfigError(
                 f"a parametrization is registered on the layer that computes: give register_parametrization "
-                f"the {self.held_as} of the {type(self).__name__} (module.{self.held_as}), not the {type(self).__name__}"
+                f"the {self.held_as} of the {kind} (module.{self.held_as}), not the {kind}"
             )
         elif self._is_own(name) or not (isinstance(value, Tensor) or hasattr(held, name)):
             super().__setattr__(name, value)

@@ -93,7 +93,7 @@ class QModule(Holder):
     def _on_new_shape(self) -> None:
         """What was observed of weights is observed anew."""
         own = [quantizer for site, quantizer in self.quantizers().items() if site not in ("input", "output")]
-        were_ready = any([quantizer.is_ready for quantizer in own])
+        were_ready = any(quantizer.is_ready for quantizer in own)
         for quantizer in own:
             for tracker in quantizer.modules():
                 if isinstance(tracker, StatisticTracker):
