@@ -22,6 +22,7 @@ from torchquant.compat import autoqnn
 from torchquant.compat.checkpoints import load_checkpoint, save_nni
 from torchquant.compat.nni import QAT_Quantizer
 from torchquant.errors import ConfigError
+from torchquant.qmodule import QWrapper
 
 
 def net() -> nn.Module:
@@ -46,8 +47,8 @@ def test_a_float_checkpoint_also_in_its_wrappings(wrap: str, tmp_path: Path) -> 
     key_map = load_checkpoint(model, tmp_path / "float.pth")
     assert same(model, source, image())
     assert [(row.source, row.target) for row in key_map][:2] == [
-        ("0.weight", "0.layer.weight"),
-        ("0.bias", "0.layer.bias"),
+        ("0.weight", "0.weight"),
+        ("0.bias", "0.bias"),
     ]
     assert str(key_map).splitlines()[0].split() == ["checkpoint", "model", "note"]
 
@@ -138,9 +139,12 @@ def test_published_efficientnet_checkpoint() -> None:
         return FusedEfficientNet(float_net, weight, acts)
 
     model, other = fused(), fused()
+    wrappers = [path for path, module in model.named_modules() if isinstance(module, QWrapper)]
     state = {}
     for key, value in model.state_dict().items():
-        parts = key.split(".")
+        owner, _, name = key.rpartition(".")
+        parts = (f"{owner}.layer.{name}" if owner in wrappers and name in ("weight", "bias") else key).split(".")
+        key = ".".join(parts)
         if key.endswith(("_extra_state", "observed_weight")) or "range_" in key:
             continue
         if parts[0] == "blocks" and parts[2] == "body":
@@ -207,7 +211,7 @@ def test_what_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not one of this Sequential: it has 1\.wait too much; it lacks 0\.bn"):
         load_checkpoint(model, {**other, "1.wait": torch.ones(1)})
     wide = {**net().state_dict(), "4.weight": torch.ones(3, 7)}
-    with pytest.raises(ConfigError, match=r"4.layer.weight has shape \(3, 7\) there and \(3, 72\) here"):
+    with pytest.raises(ConfigError, match=r"4.weight has shape \(3, 7\) there and \(3, 72\) here"):
         load_checkpoint(model, wide)
     with pytest.raises(ConfigError, match="there is no file .*none.pth"):
         load_checkpoint(model, tmp_path / "none.pth")

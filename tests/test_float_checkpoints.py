@@ -150,11 +150,11 @@ def test_copies_still_speak_float_checkpoints() -> None:
 def test_part_of_a_float_checkpoint() -> None:
     fused, other = calibrated(float_model("resnet"), quantize_fc=True), float_model("resnet", seed=1)
     backbone = {key: value for key, value in other.state_dict().items() if not key.startswith("fc.")}
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "fc.layer.weight", "fc.layer.bias"\. $'):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "fc.weight", "fc.bias"\. $'):
         fused.load_state_dict(backbone)
     before = fused.fc.layer.weight.clone()
     result = fused.load_state_dict(backbone, strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["fc.layer.weight", "fc.layer.bias"], [])
+    assert (result.missing_keys, result.unexpected_keys) == (["fc.weight", "fc.bias"], [])
     assert torch.equal(fused.fc.layer.weight, before)
     assert torch.equal(fused.float_state_dict()["layer1.0.conv1.weight"], other.layer1[0].conv1.weight)
 

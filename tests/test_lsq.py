@@ -141,7 +141,7 @@ def test_an_optimizer_made_before_the_first_batch_trains_the_steps_of_a_wrapper(
     text = "lsq:8,init=paper/channel"  # a bad start: many times the least error
     layer = tq.QWrapper(nn.Linear(64, 8), tq.make_quantizer(text), tq.make_quantizer("lsq:4", site="output"))
     group = tq.quantizer_parameters(layer)
-    assert [tuple(p.shape) for p in group["params"]] == [(8,), ()]
+    assert [tuple(p.shape) for p in group["params"]] == [(8,), (1,)]
     optimizer = torch.optim.Adam([group | {"lr": 1e-4}])
     x = torch.randn(256, 64)
     target = layer(x).detach()

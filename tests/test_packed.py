@@ -204,7 +204,7 @@ def test_a_half_model_and_the_type_of_the_one_given(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(40, 6), nn.Linear(6, 3)).bfloat16()
     model = ready(tq.quantize(net, [{"weight": "affine:4/channel", "output": "affine:8"}]), x)
     through_a_file(model, net, tmp_path, x)
-    with pytest.raises(ConfigError, match=r"0.layer.bias is bfloat16 there and float32 in the model; call model.to\("):
+    with pytest.raises(ConfigError, match=r"0.bias is bfloat16 there and float32 in the model; call model.to\("):
         load_packed(tmp_path / "model.safetensors", net.float())
 
 
@@ -225,6 +225,20 @@ class Tied(nn.Module):
         return self.c(self.again(self.b(self.a(x))))
 
 
+def test_a_file_of_0_1_with_the_keys_of_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, net = torch.randn(3, 6), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    model = ready(tq.quantize(net, "w8a8", x), x)
+    now = packed._float_state
+
+    def then(model: nn.Module) -> dict[str, Tensor]:
+        return {key.replace(".bias", ".layer.bias"): value for key, value in now(model).items()}
+
+    monkeypatch.setattr(packed, "_float_state", then)
+    save_packed(model, tmp_path / "model.safetensors")
+    assert "0.layer.bias" in safetensors.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(load_packed(tmp_path / "model.safetensors", net)(x), model(x))
+
+
 @pytest.mark.parametrize("also_float", [False, True])
 def test_a_tied_weight_is_kept_where_it_is_read_as_a_float(also_float: bool, tmp_path: Path) -> None:
     x = torch.randn(3, 6)
@@ -234,7 +248,7 @@ def test_a_tied_weight_is_kept_where_it_is_read_as_a_float(also_float: bool, tmp
     assert torch.equal(loaded.c.weight, model.c.weight)
     assert loaded.a.layer.weight.requires_grad == also_float
     stored = safetensors.load_file(tmp_path / "model.safetensors")
-    assert [key for key in stored if key.endswith(".weight")] == ["a.layer.weight" if also_float else "c.weight"]
+    assert [key for key in stored if key.endswith(".weight")] == ["a.weight" if also_float else "c.weight"]
 
 
 def test_a_parametrized_weight_keeps_its_parameters(tmp_path: Path) -> None:
@@ -455,7 +469,7 @@ def test_a_rewritten_file_loads(file: Path) -> None:
             "version 2 of the packed format, written by torchquant 9.9",
         ),
         (lambda t, s: s.update(other=1), "no key 'other'"),
-        (lambda t, s: t.pop("0.layer.bias"), "1 key only in the model: 0.layer.bias"),
+        (lambda t, s: t.pop("0.bias"), "1 key only in the model: 0.bias"),
         (lambda t, s: t.update(extra=torch.ones(1)), "1 key only in the file: extra"),
         (lambda t, s: t.pop("0.weight.codes"), r"0.weight: .*are 6 bytes, got .*\(0,\)"),
         (lambda t, s: t.update({"0.weight.codes": torch.zeros(5, dtype=torch.uint8)}), r"are 6 bytes, got .*\(5,\)"),
@@ -517,7 +531,7 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
             nn.Sequential(nn.Linear(4, 9)),
             "0.weight is float32 of shape .3, 4. there, float32 of shape .9, 4. here|size",
         ),
-        (nn.Sequential(nn.Linear(4, 3, bias=False)), "1 key only in the file: 0.layer.bias"),
+        (nn.Sequential(nn.Linear(4, 3, bias=False)), "1 key only in the file: 0.bias"),
         (nn.Linear(4, 3), "the plan has the site '0', Linear has not"),
         (
             tq.quantize(nn.Sequential(nn.Linear(4, 3)), [{"weight": "affine:2", "output": "affine:8"}]),

@@ -14,6 +14,7 @@ from torch import nn
 
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError
+from torchquant.qmodule.fused import watch_fused_paths
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.qmodule.wrapper import QWrapper
 from torchquant.quantizers import Quantizer
@@ -89,6 +90,7 @@ def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
     torchquant.errors.ConfigError: state must be a QModuleState, got 'QUANT_EVAL'
     """
     _check_state(state)
+    watch_fused_paths(model)
     modules = [module for _, module in qmodules(model)]
     with _holders_lock:
         _refuse_if_held(modules, "set a state")

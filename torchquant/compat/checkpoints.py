@@ -24,6 +24,7 @@ from torchquant.deploy.stored_files import read_checkpoint
 from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedResNet
 from torchquant.qmodule import float_state_dict
+from torchquant.qmodule.holder import current_keys
 from torchquant.utils import observe_weights
 
 __all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_nni"]
@@ -69,10 +70,10 @@ def load_checkpoint(
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> model = quantize(net, "w8a8")
     >>> print(load_checkpoint(model, net.state_dict()))
-    checkpoint  model           note
-    ----------  --------------  ----
-    0.weight    0.layer.weight
-    0.bias      0.layer.bias
+    checkpoint  model     note
+    ----------  --------  ----
+    0.weight    0.weight
+    0.bias      0.bias
     """
     state = _unwrapped(read_checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
     own = model.state_dict()
@@ -82,8 +83,10 @@ def load_checkpoint(
     observers: dict[str, dict[str, Tensor]] = {}
     unknown = []
     is_published = not any(key.endswith("observed_weight") for key in state)
+    names = {key: _renamed(key, model) for key in state}
+    current = current_keys(model, names.values())
     for key, value in state.items():
-        name = _renamed(key, model)
+        name = current.get(names[key], names[key])
         observer = _OBSERVER_KEY.match(name)
         if observer and is_published:
             observers.setdefault(observer[1], {})[observer[2]] = value

@@ -23,6 +23,7 @@ from torchquant.graph.trace import in_mode
 from torchquant.plan import QuantPlan, quantize
 from torchquant.plan.rules import check_keys
 from torchquant.qmodule import QModule, QModuleState
+from torchquant.qmodule.holder import current_keys
 from torchquant.utils import set_qmodule_state
 
 FORMAT = "torchquant-packed"
@@ -130,7 +131,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     bits = {key: (tensors.pop(key + CODES, none), tensors.pop(key + SHARED, none)) for key in head.weights}
     sites = {site.key: site for site in weight_sites(loaded)}
     _expect(path, loaded, "quantized weight", head.weights, sites)
-    _load_state(path, loaded, tensors)
+    current = current_keys(loaded, tensors)
+    _load_state(path, loaded, {current.get(key, key): value for key, value in tensors.items()})
     coded = coded_tensors(loaded, loaded.state_dict(keep_vars=True))
     for key, (shape, type_name, *form) in head.weights.items():
         site = sites[key]

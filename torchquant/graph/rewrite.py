@@ -18,6 +18,7 @@ from torchquant.graph.traced import Followed, Held, TracedModule, Variant, insta
 from torchquant.graph.tracer import Guard
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.float_checkpoints import forget_float, speak_float
+from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.weights import weight_names
@@ -52,6 +53,7 @@ def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
     writer = _Writer(captured, plans)
     root = writer.write()
     speak_float(root, float_state)
+    watch_fused_paths(root)
     root.conversion = writer.conversion  # type: ignore[assignment]
     return root
 
@@ -63,8 +65,8 @@ def revert(model: nn.Module) -> nn.Module:
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
     for module in list(model.modules()):
         if isinstance(module, QModule):
-            layer = getattr(module, "layer", None) or getattr(module, "op", None)
-            if isinstance(layer, nn.Module):
+            layer = module.held
+            if layer is not None:
                 _move_hooks(module, layer)
     for module in list(model.modules()):
         if isinstance(module, TracedModule):
@@ -77,6 +79,7 @@ def revert(model: nn.Module) -> nn.Module:
     for activation in conversion.inplace:
         activation.inplace = True
     float_model = conversion.root or model
+    unwatch_fused_paths(float_model)
     del model.conversion
     forget_float(model)
     return float_model
@@ -94,6 +97,8 @@ def _move_hooks(source: nn.Module, target: nn.Module) -> None:
         hooks = getattr(source, name)
         getattr(target, name).update(hooks)
         hooks.clear()
+    if source._is_full_backward_hook is not None:
+        target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
 
 
 class _Writer:

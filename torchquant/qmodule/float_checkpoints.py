@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
+from torchquant.qmodule.holder import current_keys
 
 KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model) of one tensor
 
@@ -55,7 +56,9 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def float_keys(model: nn.Module) -> list[KeyPair]:
     """(key in the float model, key in this one) of every tensor they share."""
-    return model.float_keys  # type: ignore[return-value]
+    pairs: list[KeyPair] = model.float_keys  # type: ignore[assignment]
+    current = current_keys(model, (key for _, key in pairs))  # a model that was pickled by 0.1 has older ones
+    return [(float_key, current.get(key, key)) for float_key, key in pairs]
 
 
 def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -63,7 +66,7 @@ def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     pairs = [(prefix + float_key, prefix + key) for float_key, key in float_keys(model)]
     own = model.state_dict(prefix=prefix)
     theirs = {float_key for float_key, _ in pairs}
-    if not state_dict.keys() & (theirs - own.keys()) or state_dict.keys() & (own.keys() - theirs):
+    if not state_dict.keys() & theirs or state_dict.keys() & (own.keys() - theirs):
         return
     translated = {key: state_dict[float_key] for float_key, key in pairs if float_key in state_dict}
     for key in state_dict.keys() & theirs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ class QOp(QModule):
     """
 
     is_split = False
+    held_as: ClassVar[str] = "op"
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class QOp(QModule):
         self.acts_quantizer = acts_quantizer
         self.activation = activation
         self.input_quantizer = input_quantizer
+        self._hold()
 
     def forward(self, *args: Any, fused: bool = False, **kwargs: Any) -> Tensor:
         if self.is_split and self.state is QModuleState.BYPASSED and not fused:
@@ -50,4 +52,4 @@ class QOp(QModule):
 
     def extra_repr(self) -> str:
         op = "" if isinstance(self.op, nn.Module) else f"{getattr(self.op, '__name__', self.op)}, "
-        return f"{op}state={self.state.name}"
+        return f"{op}state={self.state.name}{self.held_repr()}"

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, UnobservedRangeError
+from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._statistics import StatisticTracker
 
 
 class QModuleState(Enum):
@@ -44,7 +46,7 @@ def is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class QModule(nn.Module):
+class QModule(Holder):
     """A module with a state. `.train()` and `.eval()` never change it; `set_qmodule_state` does.
 
     The state is saved in the `state_dict`, as a tensor, beside everything else.
@@ -67,16 +69,8 @@ class QModule(nn.Module):
     def state(self, state: QModuleState) -> None:
         self._state = state
         self._seen = []
-
-    def __getattr__(self, name: str) -> Any:
-        """What a wrapper of a `layer` has not is the layer's: `weight`, `in_channels`, ..."""
-        modules = self.__dict__.get("_modules", {})
-        if name in modules or "layer" not in modules or name.startswith("_"):
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(modules["layer"], name)
+        for quantizer in self.quantizers().values():
+            _ = quantizer.is_ready  # compiled code will not look for statistics that others wrote
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "output") -> quantizer, for the sites that have one."""
@@ -95,6 +89,17 @@ class QModule(nn.Module):
 
     def observe_weight(self) -> None:
         """Show each weight quantizer its weight as it is now. Needs no data."""
+
+    def _on_new_shape(self) -> None:
+        """What was observed of weights is observed anew."""
+        own = [quantizer for site, quantizer in self.quantizers().items() if site not in ("input", "output")]
+        were_ready = any(quantizer.is_ready for quantizer in own)
+        for quantizer in own:
+            for tracker in quantizer.modules():
+                if isinstance(tracker, StatisticTracker):
+                    tracker.reset()
+        if were_ready:
+            self.observe_weight()
 
     def _quantize_site(self, site: str, quantizer: Quantizer, x: Tensor, **kwargs: Any) -> Tensor:
         if not quantizer.is_ready:

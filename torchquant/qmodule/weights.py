@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from torchquant.errors import ConfigError, UnsupportedPatternError
+from torchquant.qmodule.patterns import run_with
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
 
@@ -38,7 +38,21 @@ def weight_names(module: nn.Module) -> list[str]:
     """
     if type(module) not in WEIGHTED:
         return []
-    return [name for name, _ in module.named_parameters() if "weight" in name.rpartition(".")[2]]
+    names = [_computed(module, name) for name, _ in module.named_parameters() if "weight" in name.rpartition(".")[2]]
+    return list(dict.fromkeys(names))
+
+
+def _computed(module: nn.Module, name: str) -> str:
+    """The weight that a hook computes from the parameter of this name, as `weight` from `weight_g`; else the name."""
+    base = next((name.removesuffix(end) for end in ("_g", "_v", "_orig") if name.endswith(end)), name)
+    owner, _, last = base.rpartition(".")
+    return base if last in module.get_submodule(owner).__dict__ else name
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), last)
+    return value
 
 
 class QWeights(QModule):
@@ -78,50 +92,59 @@ class QWeights(QModule):
         self.acts_quantizer = acts_quantizer
         self.input_quantizer = input_quantizer
         for name, quantizer in weight_quantizers.items():
-            weight = layer.get_parameter(name)
+            weight = _read(layer, name)
             quantizer.allocate(weight.shape[0])
             quantizer.to(weight.device)
+        self._hold()
 
     def quantizers(self) -> dict[str, Quantizer]:
         weights = {self._names[key]: quantizer for key, quantizer in self.weight_quantizers.items()}
         return {**weights, **super().quantizers()}  # type: ignore[dict-item]
 
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+        self._recompute_weights()
+        return self._weights()
+
+    def _weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         own = self.quantizers()
-        return [(name, self.layer.get_parameter(name), own.get(name)) for name in weight_names(self.layer)]
+        return [(name, _read(self.layer, name), own.get(name)) for name in weight_names(self.layer)]
 
     @torch.no_grad()
     def observe_weight(self) -> None:
-        for _, weight, quantizer in self.weights():
+        self._recompute_weights()
+        self._observe_weights()
+
+    @torch.no_grad()
+    def _observe_weights(self) -> None:
+        for _, weight, quantizer in self._weights():
             if quantizer is not None:
                 quantizer.pre_observe(weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
-        if self.state.is_weight_observed:
-            self.observe_weight()
-        if self.state.is_weight_quantized:
-            quantized = {
-                name: self._quantize_site(name, quantizer, weight)
-                for name, weight, quantizer in self.weights()
-                if quantizer is not None
-            }
-            y = self._run(quantized, args, kwargs)
-        else:
-            y = self.layer(*args, **kwargs)
+        y = self._call_held(self._weighted, *args, **kwargs)
         if isinstance(y, tuple):
             return (self._run_acts_quantizer("output", self.acts_quantizer, y[0]), *y[1:])
         return self._run_acts_quantizer("output", self.acts_quantizer, y)
 
-    def _run(self, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
+        if self.state.is_weight_observed:
+            self._observe_weights()
+        if not self.state.is_weight_quantized:
+            return layer.forward(*args, **kwargs)
+        weights = {
+            name: self._quantize_site(name, quantizer, weight)
+            for name, weight, quantizer in self._weights()
+            if quantizer is not None
+        }
         if not isinstance(layer, nn.RNNBase):
-            return functional_call(layer, weights, args, kwargs)
+            return run_with(layer, weights, *args, **kwargs)
         own = layer._flat_weights  # what its forward reads, whatever its parameters are
         layer._flat_weights = [weights.get(n, w) for n, w in zip(layer._flat_weights_names, own, strict=True)]
         try:
-            return layer(*args, **kwargs)
+            return layer.forward(*args, **kwargs)
         finally:
             layer._flat_weights = own
 

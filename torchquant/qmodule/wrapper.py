@@ -83,6 +83,7 @@ class QWrapper(QModule):
         if bias_quantizer is not None:
             bias_quantizer.allocate(out_channels)
             bias_quantizer.to(self.layer.weight.device)
+        self._hold()
 
     def forward(self, x: Tensor, *, fused: bool = False) -> Tensor:
         state = self.state
@@ -91,19 +92,28 @@ class QWrapper(QModule):
         x = self._run_acts_quantizer("input", self.input_quantizer, x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self.layer(x))
-        elif not state.is_weight_quantized:
-            self._observe_new_weight()
-            y = self._normalized(self.layer(x))
-        elif self.fold_mode is None:
-            y = self._normalized(self._run(x, None, self._bias))
+        elif not state.is_weight_quantized or self.fold_mode is None:
+            y = self._normalized(self._call_held(self._weighted, x))
         else:
             if isinstance(self.layer, nn.Linear) and x.ndim != 2:
                 raise ConfigError(
                     f"{self.path or 'QWrapper'}: a batch norm folds into a Linear for inputs (N, features) only, got "
                     f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
                 )
-            y = folded_forward(self.fold_mode, self._run, self.layer, self.bn, self._bias, x)
+            y = self._call_held(self._folded, x)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """The layer without its batch norm, in states that do something with the weight."""
+        if self.state.is_weight_quantized:
+            return self._run(x, None, self._bias)
+        self._observe_new_weight()
+        y: Tensor = self.layer.forward(x)
+        return y
+
+    def _folded(self, x: Tensor) -> Tensor:
+        assert self.fold_mode is not None
+        return folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self._bias, x)
 
     def _normalized(self, y: Tensor) -> Tensor:
         return y if self.bn is None else self.bn(y)
@@ -134,14 +144,14 @@ class QWrapper(QModule):
         """
         assert self.weight_quantizer is not None
         if torch.compiler.is_compiling() or not self.weight_quantizer.is_memoryless:
-            self.observe_weight()
+            self._observe_weight()
             return
         sources = [self.layer.weight]
         if self.fold_mode is not None:
             sources += [t for t in (self.bn.weight, self.bn.running_var) if t is not None]
         known = self._seen if self.weight_quantizer.is_ready else []
         if [(id(t), t._version) for t in sources] != [(id(t), version) for t, version in known]:
-            self.observe_weight()
+            self._observe_weight()
             self._seen = [(t, t._version) for t in sources] if all(t.is_leaf for t in sources) else []
 
     def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -160,6 +170,11 @@ class QWrapper(QModule):
     @torch.no_grad()
     def observe_weight(self) -> None:
         """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
+        self._recompute_weights()
+        self._observe_weight()
+
+    @torch.no_grad()
+    def _observe_weight(self) -> None:
         if self.weight_quantizer is not None:
             self.weight_quantizer.pre_observe(self._channels_first_weight(self.fold_factor()))
         bias = self._bias if self.fold_mode is None else running_bias(self.bn, self._bias)
@@ -167,6 +182,7 @@ class QWrapper(QModule):
             self.bias_quantizer.pre_observe(bias)
 
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+        self._recompute_weights()
         return [("weight", self.layer.weight, self.weight_quantizer)]
 
     @torch.no_grad()
@@ -176,6 +192,7 @@ class QWrapper(QModule):
 
     def folded_weight(self) -> Tensor:
         """`float_weight` with a gradient for the layer's own weight."""
+        self._recompute_weights()
         factor = self.fold_factor()
         return self._channels_first_weight(None if factor is None else factor.detach())
 
@@ -217,4 +234,4 @@ class QWrapper(QModule):
 
     def extra_repr(self) -> str:
         fold = f", fold_bn={self.fold_mode!r}" if self.fold_mode else ""
-        return f"state={self.state.name}{fold}"
+        return f"state={self.state.name}{fold}{self.held_repr()}"

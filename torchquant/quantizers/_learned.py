@@ -25,7 +25,7 @@ def check_init(init: str) -> None:
 
 
 class LearnedQuantizer(FittedQuantizer):
-    """A quantizer some of whose numbers are `nn.Parameter`s, () or (C,).
+    """A quantizer some of whose numbers are `nn.Parameter`s, (1,) or (C,): FSDP2 refuses parameters of no dimension.
 
     `learned` names them; each has a statistic `initial_NAME` that `measure` returns, the parameter starts at
     it with the first tensor observed, and from then on only the optimizer moves it. Other statistics go
@@ -41,7 +41,8 @@ class LearnedQuantizer(FittedQuantizer):
         super().__init__(momentum, axis, False, nonfinite)
         self.set_once = frozenset([*(f"initial_{name}" for name in self.learned), "lowest"])
         for name in self.learned:
-            setattr(self, name, nn.Parameter(torch.ones_like(getattr(self, f"initial_{name}"))))
+            initial = getattr(self, f"initial_{name}")
+            setattr(self, name, nn.Parameter(initial.new_ones(initial.shape or (1,))))
 
     @property
     def is_signed(self) -> bool:
@@ -71,7 +72,7 @@ class LearnedQuantizer(FittedQuantizer):
     def _start(self) -> None:
         if self.is_observed:
             for name in self.learned:
-                getattr(self, name).copy_(getattr(self, f"initial_{name}"))
+                self.number(name).copy_(getattr(self, f"initial_{name}"))
             self._decide_sign()
 
     def _decide_sign(self) -> None:
@@ -79,14 +80,22 @@ class LearnedQuantizer(FittedQuantizer):
             self._goes_below_zero = bool((self.lowest < 0).any())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.learned:
+            given = state_dict.get(prefix + name)
+            if given is not None and given.ndim == 0:  # a checkpoint of 0.1
+                state_dict[prefix + name] = given.view(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._decide_sign()
+
+    def _take_note(self) -> None:
+        super()._take_note()
         self._decide_sign()
 
     def _resize(self, groups: tuple[int, ...] | torch.Size) -> None:
         super()._resize(groups)
         for name in self.learned:
             parameter = getattr(self, name)
-            shape = self._shape_of(f"initial_{name}", groups)
+            shape = self._shape_of(f"initial_{name}", groups) or (1,)
             if parameter.shape != torch.Size(shape):
                 setattr(self, name, nn.Parameter(ordinary_zeros(shape, parameter).fill_(1.0)))
 
@@ -99,13 +108,18 @@ class LearnedQuantizer(FittedQuantizer):
                 parameter.data = old.to(device=parameter.device, dtype=torch.float32)
         return self
 
+    def number(self, name: str) -> Tensor:
+        """A parameter in the shape of the statistic it starts at: () where it is one number."""
+        parameter: Tensor = getattr(self, name)
+        return parameter.view_as(getattr(self, f"initial_{name}"))
+
     def bounded(self, name: str) -> Tensor:
         """A positive parameter as it is used: never below a thousandth of its first value.
 
         The gradient passes through the bound, so that a parameter pushed below it can come back.
         """
         self.get()
-        parameter, initial = getattr(self, name), getattr(self, f"initial_{name}")
+        parameter, initial = self.number(name), getattr(self, f"initial_{name}")
         floor = (initial * 1e-3).clamp_min(2.0**-126)
         return parameter + (torch.maximum(parameter, floor) - parameter).detach()
 

@@ -46,7 +46,7 @@ class LSQQuantizer(LearnedUniform):
     >>> quantizer.pre_observe(torch.randn(1000))
     >>> quantizer(torch.randn(8)).sum().backward()
     >>> quantizer.step.grad.shape
-    torch.Size([])
+    torch.Size([1])
     """
 
     learned = ("step",)
@@ -267,7 +267,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
     def grid(self) -> tuple[Tensor | int, ...]:
         """The step in use, and the offset."""
         step = self.bounded("step")
-        return step, self.offset if self.has_offset else torch.zeros_like(step)
+        return step, self.number("offset") if self.has_offset else torch.zeros_like(step)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         step, offset = self.grid_for(x)
@@ -289,7 +289,8 @@ class LSQPlusQuantizer(LearnedQuantizer):
         """Move the offset to the nearest whole number of steps, so that real 0 is a level where it is in range."""
         if self.has_offset:
             step = self.bounded("step")
-            self.offset.copy_((self.offset / step).round() * step)
+            offset = self.number("offset")
+            offset.copy_((offset / step).round() * step)
 
     def affine_params(self) -> AffineParams:
         step, offset = (number.detach() for number in self.grid() if isinstance(number, Tensor))

@@ -79,11 +79,11 @@ class TQTQuantizer(LearnedUniform):
     def grid(self) -> tuple[Tensor | int, ...]:
         """The step."""
         self.get()
-        return (tqt_step(self.log2_t.clamp(-120.0, 120.0), self.n_bits, self.is_signed),)
+        return (tqt_step(self.number("log2_t").clamp(-120.0, 120.0), self.n_bits, self.is_signed),)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         self.get()
-        log2_t = per_channel_view(self.log2_t.clamp(-120.0, 120.0), x.ndim, self.axis)
+        log2_t = per_channel_view(self.number("log2_t").clamp(-120.0, 120.0), x.ndim, self.axis)
         return tqt_quantize(x, log2_t, self.n_bits, self.is_signed)
 
     @classmethod

@@ -91,6 +91,7 @@ class StatisticTracker(CallsOfABatch):
     """Whether an average starts at the first batch, with no bias correction after it."""
     widths: Mapping[str, int] = {}
     """Statistics that are a row of so many numbers, (L,) or (C, L), and not one number."""
+    _is_observed = False
     observed_weight: Tensor
 
     def __init__(self, momentum: float = 0.0, axis: int | None = None, nonfinite: str = "raise") -> None:
@@ -104,10 +105,25 @@ class StatisticTracker(CallsOfABatch):
         self.momentum = momentum
         self.axis = axis
         self.nonfinite = nonfinite
-        self.is_observed = False
         for name in self.statistics:
             self.register_buffer(name, torch.zeros(self._shape_of(name, () if axis is None else (0,))))
         self.register_buffer("observed_weight", torch.zeros(()))
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether there are statistics.
+
+        As long as none are known of, the buffer is asked: an average of models, for one, writes the buffers of others
+        into its own. Compiled code does not ask; entering a state does, before it.
+        """
+        if not self._is_observed and not torch.compiler.is_compiling() and not self.observed_weight.is_meta:
+            if bool(self.observed_weight > 0):
+                self._take_note()
+        return self._is_observed
+
+    def _take_note(self) -> None:
+        """Take note of statistics that somebody wrote into the buffers."""
+        self._is_observed = True
 
     @abstractmethod
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -159,8 +175,8 @@ class StatisticTracker(CallsOfABatch):
                     return
                 raise NonFiniteError(self._why_refused(x))
             self._take_in(values, x, seen.item(), 1.0)
-        if not self.is_observed:
-            self.is_observed = True
+        if not self._is_observed:
+            self._is_observed = True
 
     def _why_refused(self, x: Tensor) -> str:
         who, shape = type(self).__name__, tuple(x.shape)
@@ -261,7 +277,7 @@ class StatisticTracker(CallsOfABatch):
         for name, tensor in zip(self.statistics, tensors, strict=True):
             getattr(self, name).copy_(tensor)
         self.observed_weight.fill_(1.0)
-        self.is_observed = True
+        self._is_observed = True
         self._begin_batch()
 
     def _form(self, name: str) -> str:
@@ -273,7 +289,7 @@ class StatisticTracker(CallsOfABatch):
         """Forget everything seen."""
         for name in (*self.statistics, "observed_weight"):
             getattr(self, name).zero_()
-        self.is_observed = False
+        self._is_observed = False
         self._begin_batch()
 
     def get(self) -> tuple[Tensor, ...]:
@@ -302,7 +318,7 @@ class StatisticTracker(CallsOfABatch):
         if first is not None:
             self._resize(first.shape[: 0 if self.axis is None else 1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.is_observed = bool(self.observed_weight > 0)
+        self._is_observed = bool(self.observed_weight > 0)
         self._begin_batch()
 
     def extra_repr(self) -> str:
