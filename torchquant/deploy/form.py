@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torchquant.deploy.codes import (
     Grid,
     Table,
+    can_saturate,
     fold_into_scale,
     layer_grid,
     uniform_grid,
@@ -57,7 +58,7 @@ class DeployLayer(nn.Module):
         self.is_settled = False
         if wrapper.weight_quantizer is not None:
             self.layer = _without_weight(wrapper.layer)
-            self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path)
+            self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path, keep_signed)
             bias = getattr(wrapper.layer, "bias", None)
             if wrapper.fold_mode is not None:
                 bias = running_bias(wrapper.bn, bias)
@@ -157,8 +158,8 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
 
     Whatever state the QModules are in; a site without a quantizer stays float. Batch norms are folded
     where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
-    from 0 on, which runtimes for x86 compute faster with; `keep_signed` leaves them as their quantizer has
-    them. Weights of any scheme with codes; activations of uniform ones. Raises ExportError for a model without
+    from 0 on, which runtimes for x86 compute faster with, and those of weights that could saturate there;
+    `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform ones. Raises ExportError for a model without
     QModules, a site that is not calibrated, has no such codes or needs more than 8 bits, and a model that is not
     float32.
     """
@@ -237,7 +238,7 @@ def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> Qua
 
 
 def _stored_weight(
-    wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str
+    wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str, keep_signed: bool
 ) -> tuple[StoredWeight | StoredTable, nn.Module | None]:
     """The weight as the layer takes it, and the batch norm that is left to run."""
     name = f"{path}: the weight quantizer ({type(quantizer).__name__})"
@@ -255,19 +256,25 @@ def _stored_weight(
         table = weight_table(quantizer, weight, name)
         if factor is not None:
             table, bn = table.scaled(factor), None
-        return _stored_table(table, to_layer, wrapper), bn
+        return _stored_table(table, to_layer, wrapper, keep_signed), bn
     if grid.axis is not None:
         grid = replace(grid, axis=grid.axis % weight.ndim)
     codes = quantizer.encode(weight)
     folded = None if factor is None else fold_into_scale(codes, grid, factor)
     if folded is not None:
         (codes, grid), bn = folded, None
-    return _on_grid(codes, grid, to_layer, wrapper), bn
+    return _on_grid(codes, grid, to_layer, wrapper, keep_signed), bn
 
 
-def _on_grid(codes: Tensor, grid: Grid, to_layer: Any, wrapper: QWrapper, table: Tensor | None = None) -> StoredWeight:
+def _on_grid(
+    codes: Tensor, grid: Grid, to_layer: Any, wrapper: QWrapper, keep_signed: bool, table: Tensor | None = None
+) -> StoredWeight:
     """Codes stored as the layer has them, if their grid can be; else channels first, moved when they are real."""
     ints = codes if table is None else table[codes.to(torch.int64)]
+    if not keep_signed and can_saturate(ints):
+        offset, grid = grid.lowest, grid.unsigned()
+        ints = ints - offset
+        codes, table = (ints, None) if table is None else (codes, table - offset)
     scale = grid.scale.to(torch.float64)
     terms: Terms = ()
     if grid.axis in (None, 0):
@@ -279,7 +286,9 @@ def _on_grid(codes: Tensor, grid: Grid, to_layer: Any, wrapper: QWrapper, table:
     return StoredWeight(to_layer(codes), stored, terms, None, table)
 
 
-def _stored_table(table: Table, to_layer: Any, wrapper: QWrapper) -> StoredWeight | StoredTable:
+def _stored_table(
+    table: Table, to_layer: Any, wrapper: QWrapper, keep_signed: bool
+) -> StoredWeight | StoredTable:
     """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
     as_grid = table.as_grid()
     if as_grid is None:
@@ -287,9 +296,9 @@ def _stored_table(table: Table, to_layer: Any, wrapper: QWrapper) -> StoredWeigh
         return StoredTable(table, terms, to_layer)
     ints, grid = as_grid
     if stored_bits(grid.qmin, grid.qmax) <= stored_bits(0, table.levels.shape[-1] - 1):
-        return _on_grid(ints, grid, to_layer, wrapper)
+        return _on_grid(ints, grid, to_layer, wrapper, keep_signed)
     values, codes = torch.unique(ints, return_inverse=True)
-    return _on_grid(codes, grid, to_layer, wrapper, values)
+    return _on_grid(codes, grid, to_layer, wrapper, keep_signed, values)
 
 
 def stored_bits(low: int, high: int) -> int:

@@ -42,8 +42,9 @@ def export_onnx(
 
     `example_inputs`: what `model(*example_inputs)` takes, tensors on any device. `dynamic_batch`
     leaves the size of axis 0 of every input open. `verify` runs the file on the example and compares all codes (see
-    `certify`). `keep_signed`: codes of signed activations stay signed, as TensorRT and ARM want them; otherwise they
-    count from 0 on, which x86 processors multiply faster. The model itself is not changed; a file that cannot
+    `certify`). `keep_signed`: signed codes stay signed, as TensorRT and ARM want them; otherwise those of activations
+    count from 0 on, which x86 processors multiply faster, and so do those of weights of 8 bits, whose sums would
+    saturate in ONNX Runtime on processors without VNNI. The model itself is not changed; a file that cannot
     be finished is not begun. Needs the extra `deploy`.
 
     Raises ExportError for what the file cannot hold, or where ONNX Runtime computes something else; ConfigError,
