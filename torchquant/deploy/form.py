@@ -159,9 +159,9 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
     Whatever state the QModules are in; a site without a quantizer stays float. Batch norms are folded
     where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
     from 0 on, which runtimes for x86 compute faster with, and those of weights that could saturate there;
-    `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform ones. Raises ExportError for a model without
-    QModules, a site that is not calibrated, has no such codes or needs more than 8 bits, and a model that is not
-    float32.
+    `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform
+    ones. Raises ExportError for a model without QModules, a site that is not calibrated, has no such codes or needs
+    more than 8 bits, and a model that is not float32.
     """
     if not any(isinstance(module, QModule) for module in model.modules()):
         raise ExportError(
@@ -286,9 +286,7 @@ def _on_grid(
     return StoredWeight(to_layer(codes), stored, terms, None, table)
 
 
-def _stored_table(
-    table: Table, to_layer: Any, wrapper: QWrapper, keep_signed: bool
-) -> StoredWeight | StoredTable:
+def _stored_table(table: Table, to_layer: Any, wrapper: QWrapper, keep_signed: bool) -> StoredWeight | StoredTable:
     """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
     as_grid = table.as_grid()
     if as_grid is None:
