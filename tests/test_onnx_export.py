@@ -23,6 +23,7 @@ from torchquant import (
     __version__,
     make_quantizer,
     qmodule_state,
+    quantize,
     set_qmodule_state,
 )
 from torchquant._files import write_whole
@@ -168,7 +169,7 @@ def test_file_equals_the_simulation(scheme, fold_bn, tmp_path):
     assert_agrees(model, x, path, optimize=False)
     assert_agrees(model, x, path, optimize=True)
     found = stored(path)
-    kind = UINT8 if not SCHEMES[scheme][0]().symmetric else INT4 if scheme.startswith("w4") else INT8
+    kind = INT4 if scheme.startswith("w4") else UINT8
     for name, shape in QUANTIZED_WEIGHTS.items():
         assert found[f"{name}.weight.codes"] == (kind, shape)
     assert op_counts(path)["BatchNormalization"] == 0
@@ -181,7 +182,7 @@ def test_only_codes_of_the_weights_are_stored(exported):
         assert [n for n, (_, dims) in found.items() if dims == shape] == [f"{name}.weight.codes"]
         channels = shape[1] if name == "up" else shape[0]
         assert found[f"{name}.weight.scale"] == (FLOAT, (channels,))
-        assert found[f"{name}.weight.zero_point"] == (INT8, (channels,))
+        assert found[f"{name}.weight.zero_point"] == (UINT8, (channels,))
     assert max(len(dims) for kind, dims in found.values() if kind == FLOAT) <= 1
     counts = op_counts(path)
     sites = 8
@@ -200,12 +201,49 @@ def test_codes_in_the_file_are_those_of_the_quantizer(exported):
         wrapper = getattr(model, name)
         codes = wrapper.weight_quantizer.encode(wrapper.float_weight())
         got = arrays[f"{name}.weight.codes"]
-        assert torch.equal(got.transpose(0, 1) if name == "up" else got, codes.to(torch.int8))
+        assert torch.equal((got.transpose(0, 1) if name == "up" else got).int() - 127, codes)
 
 
 @pytest.mark.parametrize("optimize", [False, True])
 def test_runtime_agrees_node_by_node_and_with_integer_kernels(exported, optimize):
     assert_agrees(*exported, optimize=optimize)
+
+
+@torch.no_grad()
+def test_sums_of_a_plain_session_do_not_saturate(tmp_path):
+    """Products of the largest uint8 and int8 codes leave 16 bits in pairs, where processors without VNNI add them."""
+    layer = nn.Linear(64, 4, bias=False)
+    layer.weight.copy_(torch.tensor([1.0, -1.0, 0.9, 0.4])[:, None].expand(4, 64))
+    x = torch.cat([torch.full((1, 64), 3.0), torch.rand(7, 64) * 3])
+    model = calibrated(QWrapper(layer, weights(), acts(), input_quantizer=acts()), x)
+    runtime = pytest.importorskip("onnxruntime")
+    path = export_onnx(model, tmp_path / "net.onnx", x)
+    assert [stored(path)[f"weight.{name}"][0] for name in ("codes", "zero_point")] == [UINT8, UINT8]
+    session = runtime.InferenceSession(str(path))
+    y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    assert torch.equal(y, to_integer(model, x)(x))
+    assert deploy_form(model, keep_signed=True).weight.codes.dtype == torch.int8
+    narrow = calibrated(QWrapper(nn.Linear(8, 4), weights(7), acts()), torch.randn(8, 8))
+    assert deploy_form(narrow).weight.codes.dtype == torch.int8  # cannot saturate, and is faster
+
+
+def test_a_model_in_training_is_written_as_it_evaluates(tmp_path):
+    """After a step of the optimizer, with weight ranges that are a step old, as QUANT_EVAL has them."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(288, 4))
+    x = torch.randn(8, 3, 8, 8)
+    model = quantize(nn.Sequential(*layers), "int8-ort", x).train()
+    set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    path = export_onnx(model, tmp_path / "net.onnx", x)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not op_counts(path).keys() & {"Dropout", "BatchNormalization"}
+    got, expected = run_onnx(path, x), simulated(model, x)
+    assert float((got - expected).square().mean()) < 1e-3 * float(expected.square().mean())
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 300])
@@ -324,7 +362,7 @@ def test_batch_norm_with_negative_gamma_flips_codes(conv_with_negative_gamma):
 
 
 def test_batch_norm_stays_where_the_lowest_code_cannot_flip(conv_with_negative_gamma):
-    form = deploy_form(conv_with_negative_gamma(weights(8, "full", None)))
+    form = deploy_form(conv_with_negative_gamma(weights(8, "full", None)), keep_signed=True)
     assert isinstance(form.bn, nn.BatchNorm2d)
     assert int(form.weight.codes.min()) == -128
 
@@ -418,7 +456,7 @@ def test_shared_modules_float_sites_and_two_inputs(tmp_path):
         assert torch.equal(form(x, y), simulated(model, x, y))
     path = export_onnx(model, tmp_path / "two.onnx", (x[:1], y[:1]))
     kinds = Counter(kind for kind, dims in stored(path).values() if len(dims) == 2)
-    assert kinds == {INT8: 2, INT4: 1, FLOAT: 1}  # a weight of its own for each call
+    assert kinds == {UINT8: 2, INT4: 1, FLOAT: 1}  # a weight of its own for each call
     with pytest.raises(ConfigError, match="run_onnx feeds one input, .* has 2: x, y"):
         run_onnx(path, x)
 

@@ -21,7 +21,7 @@ from torchquant import cli
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.demo.files import write_checkpoint
 from torchquant.demo.network import QuantSmallResNet, SmallResNet
-from torchquant.deploy import file_sizes, load_packed, packed, save_packed
+from torchquant.deploy import file_sizes, load_packed, packed, packed_head, save_packed
 from torchquant.deploy.form import deploy_form
 from torchquant.deploy.references import model_of
 from torchquant.errors import ConfigError, ExportError
@@ -445,11 +445,14 @@ def file(tmp_path: Path) -> Path:
 def rewrite(file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
     """Change what the file holds, with a checksum that fits."""
     with packed.require("safetensors", "deploy").safe_open(file, "pt") as opened:
-        tensors, said = {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(opened.metadata()[packed.FORMAT])  # noqa: SIM118
+        tensors, said = (
+            {k: opened.get_tensor(k) for k in opened.keys()},  # noqa: SIM118
+            json.loads(opened.metadata()[packed_head.FORMAT]),
+        )
     del said["crc32"]
     change(tensors, said)
-    said["crc32"] = packed._checksum(tensors, said)
-    safetensors.save_file(tensors, file, {packed.FORMAT: json.dumps(said)})
+    said["crc32"] = packed_head._checksum(tensors, said)
+    safetensors.save_file(tensors, file, {packed_head.FORMAT: json.dumps(said)})
 
 
 def no_change(tensors: dict[str, Tensor], said: dict[str, Any]) -> None:

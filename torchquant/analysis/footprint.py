@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchquant.graph.cost import stored_bytes
+from torchquant.graph.cost import agree, stored_bytes
 from torchquant.qmodule import LayerRow, QModule
 from torchquant.qmodule.patterns import row_of
+from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers._base import FLOAT_BYTES
 
@@ -39,13 +40,21 @@ def weight_bytes(model: nn.Module) -> list[WeightBytes]:
 
     Codes are packed at their true width, rounded up to whole bytes a weight. Parameters are 4 bytes a
     scale (a step, an alpha) and `ceil(n_bits / 8)` bytes a zero point where one is not 0. A weight
-    without quantizer takes 4 bytes an element, so a float model can be counted too.
+    without quantizer takes 4 bytes an element, so a float model can be counted too. A weight that several layers have
+    in common takes 0 bytes where it was counted before under a quantizer with the same numbers.
     Raises UnobservedRangeError before calibration.
 
     >>> [site.total for site in weight_bytes(nn.Linear(10, 4))]
     [160]
     """
-    return [_site_bytes(path, weight, quantizer) for path, weight, quantizer in _weights(model)]
+    found: list[WeightBytes] = []
+    stored: dict[int, list[Quantizer | None]] = {}
+    for path, weight, quantizer in list(_weights(model)):
+        others = stored.setdefault(id(weight), [])
+        again = any(agree(quantizer, other) for other in others)
+        others.append(quantizer)
+        found.append(_site_bytes(path, weight, quantizer, again))
+    return found
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]:
@@ -56,10 +65,16 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]
             wrapped |= {id(part) for part in module.modules()} if found else set()
             for name, weight, quantizer in found:
                 yield path + ("" if len(found) == 1 else f".{name}") or "(root)", weight, quantizer
-        elif isinstance(row_of(module), LayerRow) and id(module) not in wrapped:
+        elif id(module) in wrapped:
+            continue
+        elif isinstance(row_of(module), LayerRow):
             yield path or "(root)", module.weight, None
+        else:
+            names = weight_names(module)
+            for name in names:
+                yield path + ("" if len(names) == 1 else f".{name}") or "(root)", module.get_parameter(name), None
 
 
-def _site_bytes(path: str, weight: Tensor, quantizer: Quantizer | None) -> WeightBytes:
+def _site_bytes(path: str, weight: Tensor, quantizer: Quantizer | None, again: bool) -> WeightBytes:
     n_bits = 8 * FLOAT_BYTES if quantizer is None else quantizer.n_bits
-    return WeightBytes(path, n_bits, *stored_bytes(weight, quantizer))
+    return WeightBytes(path, n_bits, *((0, 0) if again else stored_bytes(weight, quantizer)))

@@ -20,6 +20,7 @@ from torchquant.quantizers_functional.requantize import INT32_MAX
 SMALLEST_SCALE = 2.0**-126
 LARGEST_CODE = 255
 LARGEST_TABLE_ENTRY = 127
+LARGEST_IN_PAIRS = 2**15 // (2 * LARGEST_CODE)
 LARGEST_INTEGER = 2**15
 """Weights that are larger multiples of their unit, as those of 8-bit floats are, take part in sums as real numbers."""
 
@@ -40,12 +41,26 @@ class Grid:
     @property
     def storage(self) -> torch.dtype:
         """The 8-bit type of codes and zero point."""
-        return torch.uint8 if min(self.qmin, int(self.zero_point.min())) >= 0 else torch.int8
+        return torch.uint8 if self.lowest >= 0 else torch.int8
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code, zero points among them."""
+        return min(self.qmin, int(self.zero_point.min()))
 
     def unsigned(self) -> Grid:
-        """The same grid with codes from 0 on."""
-        lowest = min(self.qmin, int(self.zero_point.min()))
+        """The same grid with codes from 0 on: each less `lowest`."""
+        lowest = self.lowest
         return replace(self, zero_point=self.zero_point - lowest, qmin=self.qmin - lowest, qmax=self.qmax - lowest)
+
+
+def can_saturate(codes: Tensor) -> bool:
+    """Whether two products of such a weight and codes up to 255 can leave 16 bits.
+
+    ONNX Runtime adds products of uint8 and int8 in pairs of 16 bits on x86 processors without VNNI, and saturates;
+    products of uint8 and uint8 it does not. codes: integers of a weight as stored.
+    """
+    return bool(codes.numel()) and int(codes.min()) < 0 and int(codes.abs().max()) > LARGEST_IN_PAIRS
 
 
 def check_ready(quantizer: Quantizer, name: str) -> None:

@@ -7,8 +7,6 @@ on integers.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +15,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchquant.deploy.codes import (
-    Grid,
-    Table,
-    fold_into_scale,
-    layer_grid,
     uniform_grid,
-    weight_table,
 )
+from torchquant.deploy.hooks import refuse_hooks
 from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
-from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, Terms, as_nodes, node
+from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, as_nodes, node
+from torchquant.deploy.stored_weights import stored_weight, without_weight
 from torchquant.deploy.values import IntegerTensor
-from torchquant.errors import ExportError, NoAffineViewError
+from torchquant.errors import ExportError
 from torchquant.graph.traced import reseal
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWrapper
-from torchquant.qmodule.bn_folding import running_bias, running_factor
+from torchquant.qmodule.bn_folding import running_bias
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
-from torchquant.quantizers_functional.bn_fold import channel_view
 
 
 class DeployLayer(nn.Module):
@@ -58,8 +52,8 @@ class DeployLayer(nn.Module):
         self.input_scales: list[Tensor | None] = []
         self.is_settled = False
         if wrapper.weight_quantizer is not None:
-            self.layer = _without_weight(wrapper.layer)
-            self.weight, self.bn = _stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path)
+            self.layer = without_weight(wrapper.layer)
+            self.weight, self.bn = stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path, keep_signed)
             bias = getattr(wrapper.layer, "bias", None)
             if wrapper.fold_mode is not None:
                 bias = running_bias(wrapper.bn, bias)
@@ -159,17 +153,24 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
 
     Whatever state the QModules are in; a site without a quantizer stays float. Batch norms are folded
     where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
-    from 0 on, which runtimes for x86 compute faster with; `keep_signed` leaves them as their quantizer has
-    them. Weights of any scheme with codes; activations of uniform ones. Raises ExportError for a model without
-    QModules, a site that is not calibrated, has no such codes or needs more than 8 bits, and a model that is not
-    float32.
+    from 0 on, which runtimes for x86 compute faster with, and those of weights that could saturate there;
+    `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform
+    ones. Raises ExportError for a model without QModules, a site that is not calibrated, has no such codes or needs
+    more than 8 bits, and a model that is not float32.
     """
     if not any(isinstance(module, QModule) for module in model.modules()):
         raise ExportError(
             f"{type(model).__name__} has no QModule, so nothing in it is quantized. Wrap its layers in QWrapper and "
             "its operators in QOp, or use torch.onnx.export for a float model"
         )
-    form = _converted(copy.deepcopy(model).cpu().eval(), "", {}, keep_signed)
+    try:
+        own = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ExportError(
+            f"the model cannot be copied: {str(error).splitlines()[0]} A weight that a hook computes is made a plain "
+            "one by remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+        ) from error
+    form = _converted(own.cpu().eval(), "", {}, keep_signed)
     reseal(form)
     return form
 
@@ -210,8 +211,11 @@ def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module], k
 
 def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
     if isinstance(module, QWrapper):
+        parts = {"its layer": module.layer, "its batch norm": module.bn, "its activation": module.activation}
+        refuse_hooks(path, {"the wrapper": module, **parts})
         return DeployLayer(module, path, keep_signed)
     if isinstance(module, QOp):
+        refuse_hooks(path, {"the operator": module, "its activation": module.activation})
         return DeployOp(module, path, keep_signed)
     if isinstance(module, FusedPart):
         return nn.Identity()  # the DeployLayer runs it
@@ -240,79 +244,3 @@ def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> Qua
     path, _, kind = site.rpartition(".")
     grid = uniform_grid(quantizer, f"{path}: the {kind} quantizer ({type(quantizer).__name__})")
     return QuantizeDequantize(grid if keep_signed else grid.unsigned(), site)
-
-
-def _stored_weight(
-    wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str
-) -> tuple[StoredWeight | StoredTable, nn.Module | None]:
-    """The weight as the layer takes it, and the batch norm that is left to run."""
-    name = f"{path}: the weight quantizer ({type(quantizer).__name__})"
-    weight = wrapper.float_weight()
-    if weight.dtype != torch.float32:
-        raise ExportError(f"{path}: the weight is {weight.dtype}, but files are written in float32. Call model.float()")
-    bn = None if wrapper.fold_mode else wrapper.bn
-    factor = running_factor(bn) if bn is not None and _can_fold(bn, layer) else None
-    to_layer = partial(wrapper.row.channels_first, layer)
-    try:
-        grid = uniform_grid(quantizer, name)
-    except ExportError as error:
-        if not isinstance(error.__cause__, NoAffineViewError):
-            raise
-        table = weight_table(quantizer, weight, name)
-        if factor is not None:
-            table, bn = table.scaled(factor), None
-        return _stored_table(table, to_layer, wrapper), bn
-    if grid.axis is not None:
-        grid = replace(grid, axis=grid.axis % weight.ndim)
-    codes = quantizer.encode(weight)
-    folded = None if factor is None else fold_into_scale(codes, grid, factor)
-    if folded is not None:
-        (codes, grid), bn = folded, None
-    return _on_grid(codes, grid, to_layer, wrapper), bn
-
-
-def _on_grid(codes: Tensor, grid: Grid, to_layer: Any, wrapper: QWrapper, table: Tensor | None = None) -> StoredWeight:
-    """Codes stored as the layer has them, if their grid can be; else channels first, moved when they are real."""
-    ints = codes if table is None else table[codes.to(torch.int64)]
-    scale = grid.scale.to(torch.float64)
-    terms: Terms = ()
-    if grid.axis in (None, 0):
-        zero_point = grid.zero_point if grid.axis is None else channel_view(grid.zero_point, ints.ndim, 0)
-        terms = ((scale, to_layer(ints.to(torch.int32) - zero_point)),)
-    stored = layer_grid(grid, wrapper.layer, wrapper.row)
-    if stored is None:
-        return StoredWeight(codes, grid, terms, to_layer, table)
-    return StoredWeight(to_layer(codes), stored, terms, None, table)
-
-
-def _stored_table(table: Table, to_layer: Any, wrapper: QWrapper) -> StoredWeight | StoredTable:
-    """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
-    as_grid = table.as_grid()
-    if as_grid is None:
-        terms = tuple((scale, to_layer(ints)) for scale, ints in table.terms)
-        return StoredTable(table, terms, to_layer)
-    ints, grid = as_grid
-    if stored_bits(grid.qmin, grid.qmax) <= stored_bits(0, table.levels.shape[-1] - 1):
-        return _on_grid(ints, grid, to_layer, wrapper)
-    values, codes = torch.unique(ints, return_inverse=True)
-    return _on_grid(codes, grid, to_layer, wrapper, values)
-
-
-def stored_bits(low: int, high: int) -> int:
-    """Bits of the narrowest ONNX type that holds low..high: 2, 4 or 8, signed where low is below 0.
-
-    >>> [stored_bits(*ends) for ends in ((-1, 1), (0, 3), (-7, 7), (-8, 8))]
-    [2, 2, 4, 8]
-    """
-    return next(n for n in (2, 4, 8) if low >= (-(2 ** (n - 1)) if low < 0 else 0) and high < 2 ** (n - (low < 0)))
-
-
-def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:
-    """Whether the batch norm acts on the output channels: not sure for Linear, whose input may be (N, C, L)."""
-    return bn.running_mean is not None and not isinstance(layer, nn.Linear)
-
-
-def _without_weight(layer: Any) -> nn.Module:
-    """A copy that keeps the geometry of the layer, but not its float weight."""
-    empty = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
-    return copy.deepcopy(layer, {id(layer.weight): empty})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torchquant.deploy.qdq import onnx_nodes
 from torchquant.errors import ConfigError, ExportError, require
 from torchquant.plan import QuantPlan
 
+OpenAxes = Sequence[Mapping[int, Any]]
+"""For each input: axis -> the name of its size, or a torch.export.Dim."""
 MAX_BYTES = 2**31 - 1
 """What a single ONNX file can hold."""
 
@@ -31,6 +33,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     verify: bool = True,
     keep_signed: bool = False,
+    dynamic_shapes: OpenAxes | None = None,
 ) -> Path:
     """Write a calibrated model as one ONNX file that computes what QUANT_EVAL computes. Returns its path.
 
@@ -41,10 +44,16 @@ def export_onnx(
     21, of 2 bits 25. docs/deploy.md tells what runtimes make of it.
 
     `example_inputs`: what `model(*example_inputs)` takes, tensors on any device. `dynamic_batch`
-    leaves the size of axis 0 of every input open. `verify` runs the file on the example and compares all codes (see
-    `certify`). `keep_signed`: codes of signed activations stay signed, as TensorRT and ARM want them; otherwise they
-    count from 0 on, which x86 processors multiply faster. The model itself is not changed; a file that cannot
-    be finished is not begun. Needs the extra `deploy`.
+    leaves the size of axis 0 of every input open. `dynamic_shapes` leaves others open: for each input a mapping of axes
+    to names, as `({2: "height", 3: "width"},)`, of any sizes from those of the example on; axes of one name have one
+    size. In place of a name a `torch.export.Dim`, such as `32 * Dim("rows", min=2)` where only multiples will do.
+    `verify` runs the file on the example, and on one twice as large along the axes of `dynamic_shapes`, and compares
+    all codes (see `certify`).
+
+    `keep_signed`: signed codes stay signed, as TensorRT and ARM want them; otherwise those of activations count from 0
+    on, which x86 processors multiply faster, and so do those of weights of 8 bits, whose sums would saturate in ONNX
+    Runtime on processors without VNNI. The model itself is not changed; a file that cannot be finished is not begun.
+    Needs the extra `deploy`.
 
     Raises ExportError for what the file cannot hold, or where ONNX Runtime computes something else; ConfigError,
     MissingDependencyError.
@@ -67,7 +76,7 @@ def export_onnx(
     n_bytes = sum(t.nbytes for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
-    proto = exported(form, inputs, dynamic_batch)
+    proto = exported(form, inputs, dynamic_batch, dynamic_shapes)
     finish_graph(proto, form)
     describe(proto, model, {"torchquant_keep_signed": "1"} if keep_signed else {})
     require("onnx", "deploy").checker.check_model(proto, full_check=True)
@@ -77,7 +86,7 @@ def export_onnx(
     def write(temporary: Path) -> None:
         temporary.write_bytes(proto.SerializeToString())
         if verify:
-            _verify(model, temporary, inputs)
+            _verify(model, temporary, inputs, dynamic_shapes)
 
     return write_whole(target, write)
 
@@ -97,13 +106,31 @@ def describe(proto: Any, model: nn.Module, notes: dict[str, str]) -> None:
         proto.metadata_props.add(key=key, value=value)
 
 
-def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
-    certificate = certify(model, path, inputs, ways=("none",))
+def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes | None) -> None:
+    batches = [inputs]
+    if dynamic_shapes is not None:
+        batches.append(tuple(_twice(x, axes) for x, axes in zip(inputs, dynamic_shapes, strict=True)))
+    try:
+        certificate = certify(model, path, batches, ways=("none",))
+    except RuntimeError as error:
+        if dynamic_shapes is None:
+            raise
+        raise ExportError(
+            f"the model does not run at twice the size of the example along the axes of dynamic_shapes: {error}. Pass "
+            "verify=False if such sizes will not come"
+        ) from error
     if not certificate.passed:
         raise ExportError(
             f"ONNX Runtime does not compute what the model does: {certificate.failures[0]}. Pass verify=False to get "
             "the file all the same, and certify() for the whole comparison"
         )
+
+
+def _twice(x: Tensor, axes: Iterable[int]) -> Tensor:
+    """x twice along each of the axes."""
+    for axis in axes:
+        x = torch.cat([x, x], axis)
+    return x
 
 
 def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -117,25 +144,54 @@ def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, .
     return tuple(x.detach().cpu() for x in given)
 
 
-def exported(form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> Any:
-    """The ModelProto of torch's exporter. A batch of 1 is doubled: torch.export takes sizes 0 and 1 for constants."""
-    shapes = None
+def _named_axes(inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes) -> list[dict[int, Any]]:
+    """What is open of each input, axes counted from 0, a `Dim` for each name. Raises ConfigError."""
+    allowed = 'for each input a mapping of axes to names, such as ({2: "height", 3: "width"},)'
+    if not isinstance(dynamic_shapes, Sequence) or not all(isinstance(axes, Mapping) for axes in dynamic_shapes):
+        raise ConfigError(f"dynamic_shapes must be {allowed}; got {dynamic_shapes!r}")
+    if len(dynamic_shapes) != len(inputs):
+        raise ConfigError(f"dynamic_shapes has {len(dynamic_shapes)} mappings for {len(inputs)} inputs; give {allowed}")
+    dims: dict[str, Any] = {}
+    found = []
+    for x, axes in zip(inputs, dynamic_shapes, strict=True):
+        for axis, name in axes.items():
+            if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+                raise ConfigError(f"dynamic_shapes: an input of {x.ndim} dimensions has no axis {axis!r}")
+            if not hasattr(name, "__name__") and not (isinstance(name, str) and name.isidentifier()):
+                raise ConfigError(f"dynamic_shapes: axis {axis} must be a name or a torch.export.Dim, got {name!r}")
+            if isinstance(name, str) and name not in dims:
+                least = {} if axis % x.ndim == 0 else {"min": max(x.shape[axis], 2)}  # of samples there may be one
+                dims[name] = torch.export.Dim(name, **least)
+        found.append({axis % x.ndim: dims.get(name, name) for axis, name in axes.items()})
+    return found
+
+
+def exported(
+    form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_shapes: OpenAxes | None = None
+) -> Any:
+    """The ModelProto of torch's exporter. Open sizes of 1 are doubled: torch.export takes 0 and 1 for constants."""
+    shapes = [{} for _ in inputs] if dynamic_shapes is None else _named_axes(inputs, dynamic_shapes)
     if dynamic_batch:
         batch = torch.export.Dim("batch")
-        inputs = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)
-        shapes = tuple({0: batch} if x.ndim else {} for x in inputs)
+        shapes = [{0: batch, **axes} if x.ndim else axes for x, axes in zip(inputs, shapes, strict=True)]
+    inputs = tuple(_twice(x, [a for a in axes if x.shape[a] == 1]) for x, axes in zip(inputs, shapes, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with onnx_nodes(), torch.no_grad():
-                program = torch.export.export(form, inputs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(form, inputs, dynamic_shapes=tuple(shapes), strict=False)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n\n")[0]
             hint = "\nIf the model fixes its batch size, pass dynamic_batch=False" if dynamic_batch else ""
+            if dynamic_shapes is not None:
+                hint += (
+                    "\nAn axis that the model fixes must not be in dynamic_shapes; one of which it takes some sizes is "
+                    "given as a torch.export.Dim, such as 2 * Dim('height', min=8)"
+                )
             raise ExportError(f"torch.export cannot trace the model: {reason}{hint}") from error
         try:
             made = torch.onnx.export(
-                program, dynamo=True, opset_version=PACKED_OPSET[8], dynamic_shapes=shapes, verbose=False
+                program, dynamo=True, opset_version=PACKED_OPSET[8], dynamic_shapes=tuple(shapes), verbose=False
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"torch.onnx.export cannot translate the model: {_root_cause(error)}") from error

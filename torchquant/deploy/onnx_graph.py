@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from torchquant.deploy.form import stored_bits
 from torchquant.deploy.qdq import LOOK_UP, QuantizeDequantize, StoredTable, StoredWeight
+from torchquant.deploy.stored_weights import stored_bits
 from torchquant.errors import require
 
 MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import zlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import write_whole
+from torchquant.deploy.packed_head import Head, metadata_of, read_head, type_name
 from torchquant.deploy.references import model_of, split_reference
-from torchquant.deploy.stored_codes import CodesQuantizer, coded_tensors, pack_codes, unpack_codes, weight_sites
+from torchquant.deploy.stored_codes import (
+    CodesQuantizer,
+    coded_tensors,
+    pack_codes,
+    tied_sites,
+    unpack_codes,
+    weight_sites,
+)
 from torchquant.deploy.stored_files import read_safetensors
 from torchquant.errors import ConfigError, ExportError, require
 from torchquant.graph.trace import in_mode
 from torchquant.plan import QuantPlan, quantize
-from torchquant.plan.rules import check_keys
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.qmodule.holder import current_keys
 from torchquant.utils import set_qmodule_state
 
-FORMAT = "torchquant-packed"
-VERSION = 1
 CODES, SHARED = ".codes", ".shared"
 """Endings of the tensors of a weight: the bits of its codes, and those that all codes of a block share."""
 
 Build = str | tuple[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What the metadata says, beside versions and checksum.
-
-    `weights`: key -> [shape, type, lowest code, width, width of what is shared].
-    """
-
-    weights: dict[str, list[Any]]
-    plan: dict[str, Any] | None = None
-    build: tuple[str, dict[str, Any]] | None = None
 
 
 @torch.no_grad()
@@ -51,8 +42,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
     """Write a calibrated model as one .safetensors file that `load_packed` reads. Returns its path.
 
     Of a quantized weight only the codes are kept, as wide as `code_range` and without gaps, scales of blocks once a
-    block; everything else of the `state_dict` as it is, and the plan of a model that `quantize` made, unless it has
-    functions in it, which have no text. `build`: who builds the model when only the file is there:
+    block, a weight that several layers have in common once where they agree on codes and numbers; everything else of
+    the `state_dict` as it is, and the plan of a model that `quantize` made, unless it has functions in it, which have
+    no text. `build`: who builds the model when only the file is there:
     "package.module:function", "path/to/file.py:function" (from the folder that Python is then run in), or a tuple of
     that and its keyword arguments. It returns the float model if the file has a plan, else the quantized one.
 
@@ -78,18 +70,20 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
             "torchquant.quantize, or save its state_dict"
         )
     reference = _checked_build(build)
-    tensors = _float_state(model)
     weights: dict[str, list[Any]] = {}
     with in_mode(False, model):
-        for site in weight_sites(model):
-            codes = site.codes()
-            form, elements, shared = pack_codes(codes.cpu(), site.quantizer)
-            weights[site.key] = [list(codes.shape), _type_name(site.weight), *form]
-            tensors[site.key + CODES] = elements
+        sites = {site.key: (site, site.codes()) for site in weight_sites(model)}
+    tied = tied_sites(sites)
+    tensors = _float_state(model, [sites[key][0].numbers for key in tied])
+    for key, (site, codes) in sites.items():
+        form, elements, shared = pack_codes(codes.cpu(), site.quantizer)
+        weights[key] = [list(codes.shape), type_name(site.weight), *form]
+        if key not in tied:
+            tensors[key + CODES] = elements
             if shared is not None:
-                tensors[site.key + SHARED] = shared
-    head = _Head(weights, _plan_of(model), reference)
-    metadata = _metadata(tensors, head)
+                tensors[key + SHARED] = shared
+    head = Head(weights, _plan_of(model), reference, tied)
+    metadata = metadata_of(tensors, head)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(target, lambda temporary: safetensors.save_file(tensors, temporary, metadata))
@@ -125,25 +119,31 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     True
     """
     tensors, metadata = read_safetensors(path)
-    head = _read_head(path, tensors, metadata)
+    head = read_head(path, tensors, metadata)
     loaded = _built(path, head, model)
     none = torch.zeros(0, dtype=torch.uint8)
     bits = {key: (tensors.pop(key + CODES, none), tensors.pop(key + SHARED, none)) for key in head.weights}
     sites = {site.key: site for site in weight_sites(loaded)}
     _expect(path, loaded, "quantized weight", head.weights, sites)
+    for key, other in head.tied.items():
+        there, here = sites[other].numbers, sites[key].numbers
+        tensors |= {here + k.removeprefix(there): value for k, value in tensors.items() if k.startswith(there)}
     current = current_keys(loaded, tensors)
     _load_state(path, loaded, {current.get(key, key): value for key, value in tensors.items()})
     coded = coded_tensors(loaded, loaded.state_dict(keep_vars=True))
-    for key, (shape, type_name, *form) in head.weights.items():
+    codes: dict[str, Tensor] = {}
+    for key, (shape, kind, *form) in head.weights.items():
         site = sites[key]
-        if (shape, type_name) != (list(site.seen().shape), _type_name(site.weight)):
-            here = f"{_type_name(site.weight)} of shape {list(site.seen().shape)}"
-            raise ConfigError(f"{path} is of another model: {key} is {type_name} of shape {shape} there, {here} here")
-        try:
-            codes = unpack_codes(form, shape, *bits[key], site.quantizer)
-        except ConfigError as error:
-            raise ConfigError(f"{path}, {key}: {error}") from error
-        stored = site.take(codes)
+        if (shape, kind) != (list(site.seen().shape), type_name(site.weight)):
+            here = f"{type_name(site.weight)} of shape {list(site.seen().shape)}"
+            raise ConfigError(f"{path} is of another model: {key} is {kind} of shape {shape} there, {here} here")
+        source = head.tied.get(key, key)
+        if source not in codes:
+            try:
+                codes[source] = unpack_codes(form, shape, *bits[source], site.quantizer)
+            except ConfigError as error:
+                raise ConfigError(f"{path}, {key}: {error}") from error
+        stored = site.take(codes[source])
         if id(site.weight) in coded:
             site.set_weight(stored.decode(stored.codes, site.weight.dtype))
     set_qmodule_state(loaded, QModuleState.QUANT_EVAL)
@@ -162,8 +162,11 @@ def _checked_build(build: Build | None) -> tuple[str, dict[str, Any]] | None:
     return reference, dict(arguments)
 
 
-def _float_state(model: nn.Module) -> dict[str, Tensor]:
-    """All of the state but what codes stand for, each tensor once. Keys are those of a model that was not loaded."""
+def _float_state(model: nn.Module, left_out_keys: Sequence[str] = ()) -> dict[str, Tensor]:
+    """All of the state but what codes stand for, each tensor once. Keys are those of a model that was not loaded.
+
+    `left_out_keys`: what keys begin with that are not wanted either.
+    """
     state = model.state_dict(keep_vars=True)
     left_out = coded_tensors(model, state)
     packed = [f"{p}." for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, CodesQuantizer)]
@@ -172,7 +175,7 @@ def _float_state(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ExportError(f"{key} of the state_dict is a {type(value).__name__}; a packed file holds tensors only")
         prefix = next((p for p in packed if key.startswith(p)), "")
-        if id(value) in left_out or (prefix and key == f"{prefix}codes"):
+        if id(value) in left_out or (prefix and key == f"{prefix}codes") or key.startswith(tuple(left_out_keys)):
             continue
         left_out.add(id(value))
         name = prefix + key.removeprefix(prefix).removeprefix("quantizer.") if prefix else key
@@ -188,51 +191,7 @@ def _plan_of(model: nn.Module) -> dict[str, Any] | None:
         return None
 
 
-def _metadata(tensors: Mapping[str, Tensor], head: _Head) -> dict[str, str]:
-    """One entry, as safetensors writes several in any order, and the same model gives the same file."""
-    from torchquant import __version__
-
-    said = {"version": VERSION, "torchquant": __version__, **vars(head)}
-    return {FORMAT: json.dumps({**said, "crc32": _checksum(tensors, said)}, separators=(",", ":"))}
-
-
-def _checksum(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
-    """CRC-32 of the metadata, and of names, types, shapes and bytes of all tensors."""
-    total = zlib.crc32(json.dumps(said, sort_keys=True).encode())
-    for key, value in sorted(tensors.items()):
-        total = zlib.crc32(f"{key} {_type_name(value)} {list(value.shape)}".encode(), total)
-        total = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, total)
-    return total
-
-
-def _read_head(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> _Head:
-    if FORMAT not in metadata:
-        raise ConfigError(
-            f"{path} is a safetensors file, but no packed model: its metadata has no '{FORMAT}'. "
-            "Float weights are loaded by torchquant.compat.checkpoints.load_checkpoint"
-        )
-    damaged = ConfigError(f"{path} is damaged: what it holds is not what its checksum was made of. Copy it anew")
-    try:
-        said = json.loads(metadata[FORMAT])
-        version, written_by, crc32 = said.pop("version"), said.pop("torchquant"), said.pop("crc32")
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise damaged from None
-    if version != VERSION:
-        raise ConfigError(
-            f"{path} has version {version} of the packed format, written by torchquant {written_by}; this torchquant "
-            f"reads version {VERSION}. Install that one"
-        )
-    if crc32 != _checksum(tensors, {"version": version, "torchquant": written_by, **said}):
-        raise damaged
-    check_keys(f"{path}, metadata", said, _Head.__dataclass_fields__)
-    head = _Head(**{"weights": {}, **said})
-    for key, entry in head.weights.items():
-        if not (isinstance(entry, list) and [type(part) for part in entry] == [list, str, int, int, int]):
-            raise ConfigError(f"{path}, metadata: {key} must be [shape, type, low, width, shared width], got {entry!r}")
-    return head
-
-
-def _built(path: str | os.PathLike[str], head: _Head, model: nn.Module | None) -> nn.Module:
+def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) -> nn.Module:
     """A quantized model of our own that the file can be loaded into."""
     if model is not None:
         own = copy.deepcopy(model)
@@ -265,7 +224,7 @@ def _load_state(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping
     found = {id(value): value for value in state.values() if id(value) in coded} | given
     _expect(path, model, "key", tensors, [k for k, value in state.items() if k in tensors or id(value) not in found])
     for key in tensors:
-        there, here = _type_name(tensors[key]), _type_name(state[key])
+        there, here = type_name(tensors[key]), type_name(state[key])
         if there != here:
             raise ConfigError(f"{path}: {key} is {there} there and {here} in the model; call model.to(torch.{there})")
     try:
@@ -292,7 +251,3 @@ def _expect(
             f"{path} is of another model than this {type(model).__name__}: {'; '.join(problems)}. Build it as it was "
             "for saving"
         )
-
-
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -60,7 +60,7 @@ def runtime_exact(model: nn.Module, example_inputs: Any, rounding: str = "ort") 
     sources = _sources(model, example_inputs, rounding)
     quantizers = _quantizers(model)
     calls: Counter[str] = Counter()
-    handles = [model.register_forward_pre_hook(lambda module, args: calls.clear())]
+    handles = [model.register_forward_pre_hook(_StartAnew(calls))]
     for path, module in _sites(model):
         if path in sources:
             hook = _Exactly(path, sources[path], quantizers, calls, rounding)
@@ -109,8 +109,23 @@ def _flat(args: tuple[Any, ...]) -> list[Any]:
     return [a for arg in args for a in (arg if isinstance(arg, tuple | list) else [arg])]
 
 
+class _StartAnew:
+    """Forward hook of the model: a pass begins, and the calls are counted from 0."""
+
+    is_simulation = True
+
+    def __init__(self, calls: Counter[str]) -> None:
+        self.calls = calls
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.calls.clear()
+
+
 class _Exactly:
     """Forward hook of one QModule: its output by integers."""
+
+    is_simulation = True
+    """A deploy form computes the same without it."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from torchquant._tables import text_table
-from torchquant.deploy.packed import FORMAT
+from torchquant.deploy.packed_head import FORMAT
 from torchquant.deploy.stored_files import read_checkpoint, read_safetensors
 from torchquant.errors import ConfigError
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchquant.deploy.codes import check_ready
 from torchquant.errors import ConfigError, ExportError, NoCodesError, NonFiniteError
+from torchquant.graph.cost import agree
 from torchquant.qmodule import QModule, QWeights, QWrapper
 from torchquant.qmodule.weights import quantizer_key
 from torchquant.quantizers import Quantizer
@@ -100,6 +101,13 @@ class WeightSite:
         """Its name in a file and in messages."""
         return f"{self.path}.{self.name}" if self.path else self.name
 
+    @property
+    def numbers(self) -> str:
+        """What the keys of its quantizer begin with in a `state_dict` of the model."""
+        one_of_many = isinstance(self.module, QWeights)
+        place = f"weight_quantizers.{quantizer_key(self.name)}." if one_of_many else "weight_quantizer."
+        return f"{self.path}.{place}" if self.path else place
+
     def seen(self) -> Tensor:
         """The weight as the quantizer sees it in QUANT_EVAL: output channel first, batch norm folded in."""
         return self.module.float_weight() if isinstance(self.module, QWrapper) else self.weight.detach()
@@ -154,6 +162,24 @@ def weight_sites(model: nn.Module) -> Iterator[WeightSite]:
         for name, weight, quantizer in module.weights():
             if quantizer is not None:
                 yield WeightSite(path, name, module, weight, quantizer)
+
+
+def tied_sites(codes: Mapping[str, tuple[WeightSite, Tensor]]) -> dict[str, str]:
+    """Key of a site -> that of an earlier one with the same weight, and the same codes and numbers made of it.
+
+    codes: by the keys of the sites, in their order.
+    """
+    found: dict[str, str] = {}
+    first: dict[int, list[str]] = {}
+    for key, (site, own) in codes.items():
+        others = first.setdefault(id(site.weight), [])
+        for other in others:
+            if agree(codes[other][0].quantizer, site.quantizer) and torch.equal(codes[other][1], own):
+                found[key] = other
+                break
+        else:
+            others.append(key)
+    return found
 
 
 def pack_codes(codes: Tensor, quantizer: Quantizer) -> tuple[list[int], Tensor, Tensor | None]:

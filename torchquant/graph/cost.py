@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from torchquant._tables import text_table
 from torchquant.graph.sites import Captured, Site, SitePlan
 from torchquant.graph.watch import tensors_in, watch_values
 from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
+from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers._base import FLOAT_BYTES
@@ -25,8 +27,10 @@ FLOAT_BITS = 32
 class SiteCost:
     """One site. Bits are those of its weight, of what it reads (the widest), of its output; 32 is float.
 
-    `bit_ops`: multiply-adds times the bits of both factors. `weight_bytes` counts codes at their true width
-    and the numbers needed to decode them; `activation_bytes` the output at its width.
+    Of one sample of the example: `macs`, multiply-adds; `activation_bytes`, the output at its width; `bit_ops`,
+    multiply-adds times the bits of both factors, of which those inside of a recurrent module or an attention that its
+    quantizers do not see count 32. `weight_bytes` counts codes at their true width and the numbers needed to decode
+    them; 0 for weights that are stored with another site, `shared_with`.
     """
 
     path: str
@@ -38,10 +42,11 @@ class SiteCost:
     weight_bytes: int
     activation_bytes: int
     bit_ops: int
+    shared_with: str = ""
 
 
 class PlanCost(list[SiteCost]):
-    """A list of SiteCost that prints as a table, with the totals."""
+    """A list of SiteCost that prints as a table, with the totals. Multiply-adds and activations are of one sample."""
 
     @property
     def macs(self) -> int:
@@ -68,43 +73,115 @@ class PlanCost(list[SiteCost]):
         return [asdict(site) for site in self]
 
     def __str__(self) -> str:
-        header = list(SiteCost.__dataclass_fields__)
+        header = [name for name in SiteCost.__dataclass_fields__ if name != "shared_with"]
         total = ["total", "", self.macs, "", "", "", self.weight_bytes, self.activation_bytes, self.bit_ops]
-        return text_table(header, [*(list(row.values()) for row in self.to_dicts()), total])
+        table = text_table(header, [*([getattr(site, name) for name in header] for site in self), total])
+        tied = [f"{s.path}: its weight is that of {s.shared_with}, counted there" for s in self if s.shared_with]
+        return "\n".join([table, *tied])
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds by their factors.
+
+    `read`: a weight and what the site reads, or two such reads; `inner`: a weight and what a module with several
+    weights computes inside; `floats`: two such.
+    """
+
+    read: int = 0
+    inner: int = 0
+    floats: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.read + self.inner + self.floats
+
+    @classmethod
+    def of_one(cls, samples: int, calls: Iterable[Macs]) -> Macs:
+        """The sum of several, of one of so many samples."""
+        every = list(calls)
+        return cls(*(-(-sum(getattr(macs, f.name) for macs in every) // samples) for f in fields(cls)))
 
 
 @dataclass(frozen=True)
 class SiteSize:
-    """What one site computes on the example, whatever its quantizers: multiply-adds, elements, and its weights.
+    """What one site computes for one sample, whatever its quantizers: multiply-adds, elements, and its weights.
 
-    `weights` as their quantizers see them, the output channel on axis 0.
+    `weights` as their quantizers see them, the output channel on axis 0; `parameters`: the tensors behind them.
     """
 
     site: Site
-    macs: int
+    macs: Macs
     output_elements: int
     weights: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
+
+
+def samples_in(example_inputs: Any) -> int:
+    """How many samples an example has: axis 0 of its first tensor; of a PackedSequence, its sequences.
+
+    One where there is no tensor, or the first is a real one of one dimension.
+
+    >>> samples_in(torch.zeros(8, 3, 32, 32)), samples_in({"tokens": torch.tensor([[1, 2, 3]])}), samples_in(())
+    (8, 1, 1)
+    """
+    values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    several = isinstance(example_inputs, Mapping | tuple | list) and not isinstance(example_inputs, PackedSequence)
+    for value in values if several else [example_inputs]:
+        if isinstance(value, PackedSequence):
+            return int(value.batch_sizes[0])
+        for x in tensors_in(value):
+            return max(len(x), 1) if x.ndim > (1 if is_real(x) else 0) else 1
+    return 1
 
 
 @torch.no_grad()
 def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
-    """The sizes of every site of the captured float model on the example."""
+    """The sizes of every site of the captured float model on the example, for one sample of it (`samples_in`)."""
     values = watch_values(captured, example_inputs)
+    samples = samples_in(example_inputs)
     sizes = []
     for site in captured.sites:
         calls = values.get(site.path, [])
-        macs = sum(_macs(site, inputs, output) for inputs, output in calls)
+        macs = Macs.of_one(samples, (_macs(site, inputs, output) for inputs, output in calls))
         elements = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
-        sizes.append(SiteSize(site, macs, elements, tuple(_weights(site.module) if site.is_layer else [])))
+        weights = _weights(site.module) if site.is_layer and site.module is not None else []
+        seen, behind = (tuple(part) for part in zip(*weights, strict=True)) if weights else ((), ())
+        sizes.append(SiteSize(site, macs, -(-elements // samples), seen, behind))
     return sizes
+
+
+def tied_weights(
+    sizes: Iterable[SiteSize], chosen: Mapping[str, SitePlan]
+) -> list[tuple[Tensor, list[tuple[str, int]]]]:
+    """(weight, its places) for every weight that several places have in common; a place: (site, which of its weights).
+
+    The weight is that which all their quantizers see, so equal specs give equal codes. A batch norm that is folded in
+    makes it another one.
+    """
+    groups: dict[Any, tuple[Tensor, list[tuple[str, int]]]] = {}
+    for size in sizes:
+        plan = chosen.get(size.site.path)
+        if plan is not None and plan.fold_bn and any("BatchNorm" in kind for _, kind in size.site.fused):
+            continue
+        for i, (weight, parameter) in enumerate(zip(size.weights, size.parameters, strict=True)):
+            key = (id(parameter), weight.shape, weight.stride())
+            groups.setdefault(key, (weight, []))[1].append((size.site.path, i))
+    return [group for group in groups.values() if len(group[1]) > 1]
 
 
 @torch.no_grad()
 def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any) -> PlanCost:
-    """The cost of every site of the captured float model on the example. Biases and norms are not counted."""
+    """The cost of every site of the captured float model for one sample of the example (`samples_in`).
+
+    Biases and norms are not counted; a weight that several sites have in common under one spec is counted once.
+    """
     chosen = {plan.path: plan for plan in plans}
+    sizes = site_sizes(captured, example_inputs)
+    elsewhere = _stored_elsewhere(sizes, chosen)
     cost = PlanCost()
-    for size in site_sizes(captured, example_inputs):
+    for size in sizes:
         site = size.site
         plan = chosen.get(site.path, SitePlan(site.path))
         weight = plan.make("weight", site.module)
@@ -112,22 +189,36 @@ def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any
         read_bits = [_bits(*where) for where in reads_of(site, plan, chosen)]
         output_bits = _bits(plan, "output", site)
         factors = weight_bits * max(read_bits) if site.is_layer else math.prod([*read_bits, read_bits[0]][:2])
+        inner = size.macs.inner * weight_bits * FLOAT_BITS + size.macs.floats * FLOAT_BITS**2
+        own = [w for i, w in enumerate(size.weights) if (site.path, i) not in elsewhere]
+        others = [elsewhere[site.path, i] for i in range(len(size.weights)) if (site.path, i) in elsewhere]
         cost.append(
             SiteCost(
                 path=site.path or "(root)",
                 what=site.types[-1],
-                macs=size.macs,
+                macs=size.macs.total,
                 weight_bits=weight_bits if site.is_layer else 0,
                 input_bits=max(read_bits),
                 output_bits=output_bits,
-                weight_bytes=sum(
-                    sum(stored_bytes(w, observed(plan.make("weight", site.module), w))) for w in size.weights
-                ),
+                weight_bytes=sum(sum(stored_bytes(w, observed(plan.make("weight", site.module), w))) for w in own),
                 activation_bytes=-(-size.output_elements * output_bits // 8),
-                bit_ops=size.macs * factors,
+                bit_ops=size.macs.read * factors + inner,
+                shared_with=", ".join(dict.fromkeys(others)),
             )
         )
     return cost
+
+
+def _stored_elsewhere(sizes: Iterable[SiteSize], chosen: Mapping[str, SitePlan]) -> dict[tuple[str, int], str]:
+    """(site, which of its weights) -> the site that the weight is stored with, under the same spec."""
+    found = {}
+    for _, places in tied_weights(sizes, chosen):
+        first: dict[str | None, str] = {}
+        for path, i in places:
+            spec = chosen.get(path, SitePlan(path)).weight
+            if not callable(spec) and first.setdefault(spec, path) != path:
+                found[path, i] = first[spec]
+    return found
 
 
 def _bits(plan: SitePlan, name: str, site: Site) -> int:
@@ -146,14 +237,13 @@ def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list
     return found or [(plan, "input", site)]
 
 
-def _weights(module: nn.Module | None) -> list[Tensor]:
-    """As their quantizers see them, the output channel on axis 0."""
-    if module is None:
-        return []
+def _weights(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(as its quantizer sees it, the output channel on axis 0; as it is) of every weight."""
     row = row_of(module)
     if isinstance(row, LayerRow):
-        return [row.channels_first(module, module.weight)]  # type: ignore[arg-type]
-    return [module.get_parameter(name) for name in weight_names(module)]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return [(row.channels_first(module, weight), weight)]
+    return [(weight, weight) for weight in map(module.get_parameter, weight_names(module))]
 
 
 def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:
@@ -164,6 +254,15 @@ def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:
     return quantizer
 
 
+def agree(a: Quantizer | None, b: Quantizer | None) -> bool:
+    """Whether two quantizers make the same of one weight: of a kind, as wide, with equal numbers."""
+    if a is None or b is None:
+        return a is b
+    ours, theirs = a.state_dict(), b.state_dict()
+    alike = type(a) is type(b) and a.n_bits == b.n_bits and ours.keys() == theirs.keys()
+    return alike and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
 def stored_bytes(weight: Tensor, quantizer: Quantizer | None) -> tuple[int, int]:
     """Bytes of a weight: codes packed at their true width (or float32 elements), and numbers to decode them."""
     if quantizer is None:
@@ -171,35 +270,38 @@ def stored_bytes(weight: Tensor, quantizer: Quantizer | None) -> tuple[int, int]
     return -(-weight.numel() * quantizer.n_bits // 8), quantizer.side_bytes(weight)
 
 
-def _macs(site: Site, inputs: list[Tensor], output: Any) -> int:
+def _macs(site: Site, inputs: list[Tensor], output: Any) -> Macs:
     """Multiply-adds of one call; elementwise operators, pooling and joining count none."""
     results = list(tensors_in(output))
     if not results or not inputs:
-        return 0
+        return Macs()
     out, x, module = results[0], inputs[0], site.module
     if module is not None and site.is_layer:
         return _layer_macs(module, inputs, out)
     if "matmul" in site.types and x.ndim:
-        return out.numel() * x.shape[-1]
+        return Macs(out.numel() * x.shape[-1])
     if "attention" in site.types and len(inputs) > 2:
-        return x.numel() * inputs[1].shape[-2] + out.numel() * inputs[1].shape[-2]
-    return 0
+        return Macs(x.numel() * inputs[1].shape[-2] + out.numel() * inputs[1].shape[-2])
+    return Macs()
 
 
-def _layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> int:
+def _layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
     x, kind = inputs[0], plain_type(module)
     row = row_of(module)
     if isinstance(row, LayerRow):
-        return (x if row.transposed else out).numel() * module.weight[0].numel()
+        return Macs((x if row.transposed else out).numel() * module.weight[0].numel())
     if kind is nn.Bilinear:
-        return out.numel() * module.weight[0].numel()
+        return Macs(out.numel() * module.weight[0].numel())
     if kind in (nn.Embedding, nn.EmbeddingBag):
-        return 0
+        return Macs()
     if kind is nn.MultiheadAttention:
         key = inputs[1] if len(inputs) > 1 else x
         tokens, keys = x.numel() // x.shape[-1], key.numel() // key.shape[-1]
         length = key.shape[1 if module.batch_first and key.ndim == 3 else 0]
         width = module.embed_dim
-        return tokens * width * 2 * width + keys * width * (module.kdim + module.vdim) + 2 * tokens * length * width
-    per_step = sum(module.get_parameter(name).numel() for name in weight_names(module))
-    return per_step * (x.numel() // x.shape[-1])
+        projected = tokens * width * width + keys * width * (module.kdim + module.vdim)
+        return Macs(projected, tokens * width * width, 2 * tokens * length * width)
+    weights = {name: module.get_parameter(name).numel() for name in weight_names(module)}
+    steps = x.numel() // x.shape[-1]
+    first = sum(n for name, n in weights.items() if name.removesuffix("_reverse") in ("weight_ih", "weight_ih_l0"))
+    return Macs(first * steps, (sum(weights.values()) - first) * steps)

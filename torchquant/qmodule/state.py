@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
-from torchquant.errors import ConfigError, UnobservedRangeError
+from torchquant.errors import ConfigError, UnobservedRangeError, UnsupportedPatternError
 from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
@@ -115,9 +117,22 @@ class QModule(Holder):
     def _run_acts_quantizer(
         self, site: str, quantizer: Quantizer | None, x: Tensor, activation: nn.Module | None = None
     ) -> Tensor:
-        """Apply `activation`, then observe and quantize as the state says; in one pass where it can be."""
-        # an operator may also work on sizes
-        if quantizer is None or not is_real(x) or not (self.state.is_act_observed or self.state.is_act_quantized):
+        """Apply `activation`, then observe and quantize as the state says; in one pass where it can be.
+
+        Of a PackedSequence its data. What is not real passes, since an operator may also work on sizes. Raises
+        UnsupportedPatternError for tensors in a structure, of which a quantizer would see none.
+        """
+        if quantizer is None or not (self.state.is_act_observed or self.state.is_act_quantized):
+            return x if activation is None else activation(x)
+        if isinstance(x, PackedSequence) and activation is None:
+            return x._replace(data=self._run_acts_quantizer(site, quantizer, x.data))  # type: ignore[no-any-return]
+        if not is_real(x):
+            if not isinstance(x, Tensor) and any(is_real(leaf) for leaf in tree_leaves(x)):
+                raise UnsupportedPatternError(
+                    f"{self.path or type(self).__name__}: its {site} is a {type(x).__name__} of tensors, and the "
+                    f"{site} quantizer ({type(quantizer).__name__}) takes one tensor. Take the tensor out before it, "
+                    "or give this site None to keep it float"
+                )
             return x if activation is None else activation(x)
         clamp = None
         if activation is not None:

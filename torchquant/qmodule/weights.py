@@ -26,6 +26,11 @@ WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
 )
 """What QWeights wraps: exactly these classes, subclasses may run otherwise."""
+VALUES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Bilinear: ("input1", "input2"),
+    nn.MultiheadAttention: ("query", "key", "value"),
+}
+"""The first inputs of a module, those that carry values, where these are not `input` alone."""
 
 
 def weight_names(module: nn.Module) -> list[str]:
@@ -59,8 +64,14 @@ class QWeights(QModule):
     """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention.
 
     `weight_quantizers`: name of a weight (`weight_names`) -> its quantizer; a weight that is not named stays
-    float. `acts_quantizer` sees the output, the first one where there are several; `input_quantizer` the first
-    input, if it is real. What such a module computes inside, between its weights, stays float.
+    float. `acts_quantizer` sees the output, the first one where there are several: of a recurrent module the sequence,
+    not its last states. `input_quantizer` sees every input that carries values (both of Bilinear; query, key and value
+    of an attention, with one range), if it is real; first states and masks stay as they are. Of a PackedSequence they
+    see the data.
+
+    What such a module computes inside, between its weights, stays float: the states of recurrent modules, and what a
+    layer of one hands to the next, so of several layers only the first reads and the last gives what is quantized.
+    The weights of all layers are quantized.
 
     The call is that of the module; in BYPASSED it is the module. Raises UnsupportedPatternError, ConfigError.
 
@@ -121,12 +132,37 @@ class QWeights(QModule):
                 quantizer.pre_observe(weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
+        if self.input_quantizer is not None:
+            args, kwargs = self._quantized_inputs(args, kwargs)
         y = self._call_held(self._weighted, *args, **kwargs)
         if isinstance(y, tuple):
             return (self._run_acts_quantizer("output", self.acts_quantizer, y[0]), *y[1:])
         return self._run_acts_quantizer("output", self.acts_quantizer, y)
+
+    def _quantized_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs, those with values observed and quantized: with one range, and one given twice counts once."""
+        quantizer = self.input_quantizer
+        names = VALUES.get(type(self.layer), ("input",))
+        n = len(names)
+        given: list[Any] = []
+        for x in (*args[:n], *(x for name, x in kwargs.items() if name in names)):
+            if not any(x is other for other in given):
+                given.append(x)
+        if len(given) > 1 and quantizer is not None and self.state.is_act_observed:
+            quantizer.pre_observe(
+                torch.cat([x.flatten() for x in given]) if quantizer.axis is None else torch.cat(given)
+            )
+            done = [self._quantize_site("input", quantizer, x) if self.state.is_act_quantized else x for x in given]
+        else:
+            done = [self._run_acts_quantizer("input", quantizer, x) for x in given]
+
+        def quantized(x: Any) -> Any:
+            return next(after for before, after in zip(given, done, strict=True) if before is x)
+
+        by_name = {name: quantized(x) if name in names else x for name, x in kwargs.items()}
+        return (*map(quantized, args[:n]), *args[n:]), by_name
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer

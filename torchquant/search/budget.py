@@ -12,9 +12,9 @@ from torchquant.errors import ConfigError
 MEASURES = {
     "bytes": "all weights, packed, with what decoding needs",
     "bits": "mean bits of the weights that are searched",
-    "act_bytes": "all outputs of sites, as if all were kept",
+    "act_bytes": "all outputs of sites for one sample, as if all were kept",
     "act_bits": "mean bits of the outputs that are searched",
-    "bitops": "multiply-adds times the bits of both factors",
+    "bitops": "multiply-adds of one sample times the bits of both factors",
     "latency": "seconds, by a table that you give",
 }
 UNITS = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
 from torchquant.graph.capture import capture
-from torchquant.graph.cost import FLOAT_BITS, observed, reads_of, site_sizes, stored_bytes
+from torchquant.graph.cost import FLOAT_BITS, SiteSize, observed, reads_of, site_sizes, stored_bytes, tied_weights
 from torchquant.graph.sites import SitePlan, make_field
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.search.budget import Budget
@@ -44,6 +45,14 @@ class Variable:
     def is_weight(self) -> bool:
         """Whether weights are stored with it."""
         return self.place[1] == "weight"
+
+
+@dataclass(frozen=True)
+class _Tied:
+    """A weight that several places have in common: what it costs under each spec, and where each place has its spec."""
+
+    bytes: Mapping[str | None, float]
+    places: tuple[Place | str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ class CostModel:
         self.fixed = dict.fromkeys(("bytes", "act_bytes"), 0.0)
         self.products: list[_Product] = []
         chosen = {site.path: site for site in plan.sites}
-        for size in site_sizes(capture(net, example_inputs, plan.trace, plan.fuse), example_inputs):
+        found = site_sizes(capture(net, example_inputs, plan.trace, plan.fuse), example_inputs)
+        self.tied = self._tied(found, chosen, spaces)
+        for size in found:
             path = size.site.path
             own = chosen.get(path, SitePlan(path))
             read = reads_of(size.site, own, chosen)
@@ -97,10 +108,13 @@ class CostModel:
             reads = tuple(_source(*where) for where in read)
             if size.site.is_layer:
                 first = _source(own, "weight", size.site)
-                self.products.append(_Product(size.macs, first, reads))
-            elif size.macs:
+                self.products.append(_Product(size.macs.read, first, reads))
+                if size.macs.inner or size.macs.floats:
+                    self.products.append(_Product(size.macs.inner, first, (FLOAT_BITS,)))
+                    self.products.append(_Product(size.macs.floats, FLOAT_BITS, (FLOAT_BITS,)))
+            elif size.macs.read:
                 pair = (*reads, reads[0])[:2]
-                self.products.append(_Product(size.macs, pair[0], pair[1:]))
+                self.products.append(_Product(size.macs.read, pair[0], pair[1:]))
         self.places = [variable.place for variable in self.variables]
         self.by_place = {variable.place: variable for variable in self.variables}
 
@@ -119,6 +133,32 @@ class CostModel:
         seconds = tuple(self._seconds(path, spec) for spec in options) if field == "weight" else (0.0,) * len(bits)
         self.variables.append(Variable((path, field), tuple(options), bits, tuple(sizes), seconds, elements))
 
+    @staticmethod
+    def _tied(
+        sizes: Sequence[SiteSize], chosen: Mapping[str, SitePlan], spaces: Mapping[Place, Candidates]
+    ) -> list[_Tied]:
+        found = []
+        for weight, shared in tied_weights(sizes, chosen):
+            own = {path: chosen.get(path, SitePlan(path)).weight for path, _ in shared}
+            fixed = {path: spec for path, spec in own.items() if spec is None or isinstance(spec, str)}
+            free = {path: spaces[path, "weight"] for path in own if (path, "weight") in spaces}
+            specs = {*fixed.values(), *(spec for space in free.values() for spec in space.options("weight"))}
+            costs = {
+                spec: float(sum(stored_bytes(weight, observed(make_field(spec, "weight") if spec else None, weight))))
+                for spec in specs
+            }
+            found.append(_Tied(costs, (*((path, "weight") for path in free), *fixed.values())))
+        return found
+
+    def _shared_bytes(self, share: Callable[[Place, str | None], Any]) -> Any:
+        """Bytes that tied weights count too often; `share`: how much of a place an option has, 0 to 1."""
+        total: Any = 0.0
+        for tied in self.tied:
+            for spec, n_bytes in tied.bytes.items():
+                parts = [share(p, spec) if isinstance(p, tuple) else float(p == spec) for p in tied.places]
+                total = total + n_bytes * (sum(parts) - 1 + math.prod(1 - part for part in parts))
+        return total
+
     def _seconds(self, path: str, spec: str) -> float:
         if self.latency is None:
             return 0.0
@@ -134,6 +174,7 @@ class CostModel:
             {v.place: v.bytes[o] for v, o in chosen},
             {v.place: v.seconds[o] for v, o in chosen},
             max,
+            lambda place, spec: float(spec == self.by_place[place].options[choice[place]]),
         )
 
     def expected(self, shares: Mapping[Place, Tensor]) -> dict[str, Tensor]:
@@ -143,16 +184,26 @@ class CostModel:
             given = shares[v.place].to(torch.float64)
             return (given * torch.tensor(numbers, dtype=torch.float64, device=given.device)).sum()
 
+        def share(place: Place, spec: str | None) -> Any:
+            options = self.by_place[place].options
+            return shares[place].to(torch.float64)[options.index(spec)] if spec in options else 0.0
+
         found = self._measures(
             {v.place: mean(v, v.bits) for v in self.variables},
             {v.place: mean(v, v.bytes) for v in self.variables},
             {v.place: mean(v, v.seconds) for v in self.variables},
             lambda a, b: torch.maximum(*(torch.as_tensor(c, dtype=torch.float64) for c in (a, b))),
+            share,
         )
         return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in found.items()}
 
     def _measures(
-        self, bits: Mapping[Place, Any], sizes: Mapping[Place, Any], seconds: Mapping[Place, Any], wider: Any
+        self,
+        bits: Mapping[Place, Any],
+        sizes: Mapping[Place, Any],
+        seconds: Mapping[Place, Any],
+        wider: Any,
+        share: Callable[[Place, str | None], Any],
     ) -> dict[str, Any]:
         """The measures, from what each place has; in numbers or in tensors."""
         weights = [v for v in self.variables if v.is_weight]
@@ -165,7 +216,7 @@ class CostModel:
             return source if isinstance(source, int) else bits[source]
 
         return {
-            "bytes": sum(sizes[v.place] for v in weights) + self.fixed["bytes"],
+            "bytes": sum(sizes[v.place] for v in weights) + self.fixed["bytes"] - self._shared_bytes(share),
             "bits": mean_bits(weights),
             "act_bytes": sum(sizes[v.place] for v in acts) + self.fixed["act_bytes"],
             "act_bits": mean_bits(acts),

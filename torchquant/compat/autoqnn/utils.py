@@ -172,9 +172,9 @@ def get_flops_params_mems(
     AutoQNN calls multiply-adds FLOPs. Outputs are those of layers and operators that compute, as in `plan.cost`.
     """
     cost = QuantPlan(()).cost(module, torch.randn(*input_shape))
-    macs = cost.macs / input_shape[0]
+    macs = float(cost.macs)
     n_params = sum(parameter.numel() for parameter in module.parameters())
-    memory = n_params * w_bit / 8 + cost.activation_bytes / 4 / input_shape[0] * a_bit / 8
+    memory = n_params * w_bit / 8 + cost.activation_bytes / 4 * a_bit / 8
     if verbose:
         print(
             f"Flops, Params and Mems of {name} is [{macs / 1e9:.2f}GFLOPs,{n_params / 1e6:.2f}M, {memory / 2**20:.2f}M]"

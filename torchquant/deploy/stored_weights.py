@@ -1,0 +1,109 @@
+"""From a quantized weight to what a file stores of it: codes on a grid, or codes of levels."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.deploy.codes import (
+    Grid,
+    Table,
+    can_saturate,
+    fold_into_scale,
+    layer_grid,
+    uniform_grid,
+    weight_table,
+)
+from torchquant.deploy.qdq import StoredTable, StoredWeight, Terms
+from torchquant.errors import ExportError, NoAffineViewError
+from torchquant.qmodule import QWrapper
+from torchquant.qmodule.bn_folding import running_factor
+from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional.bn_fold import channel_view
+
+
+def stored_weight(
+    wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str, keep_signed: bool
+) -> tuple[StoredWeight | StoredTable, nn.Module | None]:
+    """The weight as the layer takes it, and the batch norm that is left to run."""
+    name = f"{path}: the weight quantizer ({type(quantizer).__name__})"
+    weight = wrapper.float_weight()
+    if weight.dtype != torch.float32:
+        raise ExportError(f"{path}: the weight is {weight.dtype}, but files are written in float32. Call model.float()")
+    bn = None if wrapper.fold_mode else wrapper.bn
+    factor = running_factor(bn) if bn is not None and _can_fold(bn, layer) else None
+    to_layer = partial(wrapper.row.channels_first, layer)
+    try:
+        grid = uniform_grid(quantizer, name)
+    except ExportError as error:
+        if not isinstance(error.__cause__, NoAffineViewError):
+            raise
+        table = weight_table(quantizer, weight, name)
+        if factor is not None:
+            table, bn = table.scaled(factor), None
+        return _stored_table(table, to_layer, wrapper, keep_signed), bn
+    if grid.axis is not None:
+        grid = replace(grid, axis=grid.axis % weight.ndim)
+    codes = quantizer.encode(weight)
+    folded = None if factor is None else fold_into_scale(codes, grid, factor)
+    if folded is not None:
+        (codes, grid), bn = folded, None
+    return _on_grid(codes, grid, to_layer, wrapper, keep_signed), bn
+
+
+def _on_grid(
+    codes: Tensor, grid: Grid, to_layer: Any, wrapper: QWrapper, keep_signed: bool, table: Tensor | None = None
+) -> StoredWeight:
+    """Codes stored as the layer has them, if their grid can be; else channels first, moved when they are real."""
+    ints = codes if table is None else table[codes.to(torch.int64)]
+    if not keep_signed and can_saturate(ints):
+        offset, grid = grid.lowest, grid.unsigned()
+        ints = ints - offset
+        codes, table = (ints, None) if table is None else (codes, table - offset)
+    scale = grid.scale.to(torch.float64)
+    terms: Terms = ()
+    if grid.axis in (None, 0):
+        zero_point = grid.zero_point if grid.axis is None else channel_view(grid.zero_point, ints.ndim, 0)
+        terms = ((scale, to_layer(ints.to(torch.int32) - zero_point)),)
+    stored = layer_grid(grid, wrapper.layer, wrapper.row)
+    if stored is None:
+        return StoredWeight(codes, grid, terms, to_layer, table)
+    return StoredWeight(to_layer(codes), stored, terms, None, table)
+
+
+def _stored_table(table: Table, to_layer: Any, wrapper: QWrapper, keep_signed: bool) -> StoredWeight | StoredTable:
+    """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
+    as_grid = table.as_grid()
+    if as_grid is None:
+        terms = tuple((scale, to_layer(ints)) for scale, ints in table.terms)
+        return StoredTable(table, terms, to_layer)
+    ints, grid = as_grid
+    if stored_bits(grid.qmin, grid.qmax) <= stored_bits(0, table.levels.shape[-1] - 1):
+        return _on_grid(ints, grid, to_layer, wrapper, keep_signed)
+    values, codes = torch.unique(ints, return_inverse=True)
+    return _on_grid(codes, grid, to_layer, wrapper, keep_signed, values)
+
+
+def stored_bits(low: int, high: int) -> int:
+    """Bits of the narrowest ONNX type that holds low..high: 2, 4 or 8, signed where low is below 0.
+
+    >>> [stored_bits(*ends) for ends in ((-1, 1), (0, 3), (-7, 7), (-8, 8))]
+    [2, 2, 4, 8]
+    """
+    return next(n for n in (2, 4, 8) if low >= (-(2 ** (n - 1)) if low < 0 else 0) and high < 2 ** (n - (low < 0)))
+
+
+def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:
+    """Whether the batch norm acts on the output channels: not sure for Linear, whose input may be (N, C, L)."""
+    return bn.running_mean is not None and not isinstance(layer, nn.Linear)
+
+
+def without_weight(layer: Any) -> nn.Module:
+    """A copy that keeps the geometry of the layer, but not its float weight."""
+    empty = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    return copy.deepcopy(layer, {id(layer.weight): empty})
