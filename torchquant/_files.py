@@ -221,7 +221,7 @@ def check_format(where: str, data: Any, key: str, known: int, what: str) -> None
         raise ConfigError(
             f"{where} is {what} of a newer version (format {found}; this one reads {known}); use that one"
         )
-    if found != known:
+    if type(found) is not int or found != known:
         raise ConfigError(f"{where} is not {what}: it must begin with '{key}: {known}'")
 
 
@@ -245,7 +245,8 @@ def digest_of(path: Path) -> str:
 def run_python_file(path: Path, kind: str) -> ModuleType:
     """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by that name.
 
-    Raises ImportError for a file that is not Python's, ConfigError with file and line for one that fails.
+    Raises ImportError for a file that is not Python's, ConfigError with file and line for one that fails; what the
+    file itself asserts is raised as it is.
     """
     name = f"torchquant_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -260,7 +261,7 @@ def run_python_file(path: Path, kind: str) -> ModuleType:
         sys.modules.pop(name)
         if former is not None:
             sys.modules[name] = former
-        if isinstance(error, TorchQuantError) or not isinstance(error, Exception | SystemExit):
+        if isinstance(error, TorchQuantError | AssertionError) or not isinstance(error, Exception | SystemExit):
             raise
         raise ConfigError(failure(path, error)) from error
     return module

@@ -107,12 +107,12 @@ def _check(cases: Sequence[Case], recipe: Recipe) -> None:
     """Raise ConfigError for what would only fail after training."""
     if not cases:
         raise ConfigError("there are no cases to compare")
-    seeds = {check_seed(case.seed) or case.seed for case in cases}
     with torch.random.fork_rng(devices=[]):
         for case in cases:
+            check_seed(case.seed)
             make_quantizer(case.weight)
             make_quantizer(case.acts, site="output")
-        network = NETWORKS[recipe.model].build(_data(recipe, min(seeds)))
+        network = NETWORKS[recipe.model].build(_data(recipe, cases[0].seed))
         if recipe.checkpoint is not None:
             _load(network, recipe.checkpoint)
 
