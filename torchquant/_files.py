@@ -245,13 +245,12 @@ def digest_of(path: Path) -> str:
 def run_python_file(path: Path, kind: str) -> ModuleType:
     """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by that name.
 
-    Raises ImportError for a file that is not Python's, ConfigError with file and line for one that fails; what the
-    file itself asserts is raised as it is.
+    Raises ConfigError, with the line for a file that fails; what the file itself asserts is raised as it is.
     """
     name = f"torchquant_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+        raise ConfigError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     former = sys.modules.get(name)
     sys.modules[name] = module

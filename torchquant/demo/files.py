@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 CONTENTS = "contents"
 """Among the settings in the JSON file: what took part -> sha256. Older folders have none."""
+PROCESSES = "processes"
+"""Among the settings, where they were more than one: other shares of the data, other numbers."""
+MOST_CHANGES = 6
 LOCK = ".lock"
 REMAKE = "delete it, and it is made again, or use another folder"
 ELSEWHERE = "use another folder"
@@ -89,6 +92,11 @@ def _compare(
     thing: str,
     tell: Callable[[str], object],
 ) -> None:
+    if unknown := [name for name in known if name not in {*settings, CONTENTS, PROCESSES}]:
+        raise ConfigError(
+            f"{path} is of another, perhaps newer, version: no {brief(unknown[0])} is known here; use that version, or "
+            "another folder"
+        )
     names = [name for name in {**settings, **known} if name != CONTENTS]
     changed = [
         f"{name}: {brief_word(known.get(name))} there, {brief_word(settings.get(name))} now"
@@ -101,7 +109,10 @@ def _compare(
     elif ours:
         tell(f"{path.parent} is of a version that kept no contents: whether {', '.join(ours)} changed is not known")
     if changed:
-        raise ConfigError(f"{path.parent} holds {holds} ({', '.join(changed)}); choose another folder, or that {thing}")
+        words = ", ".join(changed[:MOST_CHANGES]) + (", ..." if len(changed) > MOST_CHANGES else "")
+        raise ConfigError(
+            f"{path.parent} holds {holds} ({words}); choose another folder, or that {thing}, which {path.name} has"
+        )
 
 
 def brief_word(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchquant._files import read_json, read_text, reading, write_csv, write_json, write_whole
-from torchquant.demo.files import CONTENTS, ELSEWHERE, read_as, read_settings
+from torchquant.demo.files import CONTENTS, ELSEWHERE, PROCESSES, read_as, read_settings
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
 from torchquant.search import Budget, CostModel, EpochRecord
@@ -23,8 +23,6 @@ from torchquant.search.space import searched_fields
 from torchquant.search_run.settings import SearchConfig
 
 FRONT = "pareto.json"
-PROCESSES = "processes"
-"""In config.json beside the settings, where they were more than one: other shares of the data, other numbers."""
 AGAIN = "run the search again, which writes it anew"
 WITHOUT = "delete it for a report without it, or use another folder"
 DETAILS = {"qss": "scheme search", "qpl": "precision learning", "allocate": "allocation by sensitivity"}

@@ -19,7 +19,7 @@ from torchquant.compare.tasks import load_data
 from torchquant.compat.checkpoints import load_checkpoint
 from torchquant.demo.contents import contents_of, pinned
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import CONTENTS, ELSEWHERE, claimed, read_checkpoint_into, write_checkpoint
+from torchquant.demo.files import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import (
     BATCH_SIZE,
@@ -45,7 +45,6 @@ from torchquant.search.sensitivity import Sensitivity, sensitivity
 from torchquant.search_run.ranks import Ranks, process_group
 from torchquant.search_run.results import (
     FRONT,
-    PROCESSES,
     SearchRunResult,
     amount,
     candidates_of,
