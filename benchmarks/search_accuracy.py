@@ -24,7 +24,7 @@ from torchquant._files import write_json, write_whole
 from torchquant.compare.run import in_processes
 from torchquant.compare.tasks import NETWORKS
 from torchquant.demo.data import Digits, load_digits
-from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
+from torchquant.demo.files import keep_settings, output_folder, write_checkpoint
 from torchquant.demo.training import BATCH_SIZE, accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.plan import QuantPlan
 from torchquant.search import PrecisionLearning, SchemeSearch, SearchSettings, default_candidates
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = options.parse_args(argv)
     recipe = Recipe(given.float_epochs, given.epochs, given.search_epochs)
     folder = str(output_folder(given.out / "runs").parent)
-    claim_folder(given.out / "recipe.json", asdict(recipe), "runs of another recipe", "recipe")
+    keep_settings(given.out / "recipe.json", asdict(recipe), "runs of another recipe", "recipe", (), print)
     wanted = [(net, seed, recipe, folder) for net in given.nets for seed in range(given.seeds)]
     for _ in in_processes(train_float, wanted, given.jobs):
         pass

@@ -16,7 +16,7 @@ PACKAGE = Path(torchquant.__file__).parent
 
 # A file imports only from rows above its own, and from its own unit.
 ROWS = (
-    ("errors", "_figures", "_files", "_registry", "_tables"),
+    ("errors", "_figures", "_files", "_locks", "_registry", "_tables"),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),
@@ -31,6 +31,9 @@ LAST_CORE_ROW = 4
 # Within a row: (who, whom). The verbs on QModules, the one helper that swaps a module, the demo's command.
 ROW_MATES = {
     ("_registry", "errors"),
+    ("_files", "errors"),
+    ("_files", "_locks"),
+    ("_locks", "errors"),
     ("_figures", "errors"),
     ("qmodules", "qmodule"),
     ("utils", "qmodule"),

@@ -1,28 +1,143 @@
-"""Files that are written whole or not at all, and Python files that are run."""
+"""Files that are written whole or not at all, read with an error that names them; Python files that are run."""
 
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import importlib.util
 import io
 import json
 import os
+import re
+import secrets
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from torchquant._locks import lock
+from torchquant.errors import ConfigError, TorchQuantError, one_line
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PROBE = 1 << 16
+"""Bytes that a disk with room takes."""
+
+
+class UnwritableError(ConfigError, OSError):
+    """A file that could not be written: its folder is not there, not ours, or full."""
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then put it in its place in one step."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    """Let `write` fill a temporary file beside `path`, then put it in its place in one step, safe from a power cut.
+
+    A file that is there keeps its mode, and a link stays a link: its target is written. A temporary file that a killed
+    process left is removed by the next one that writes the same file. Raises UnwritableError.
+    """
+    target = Path(os.path.realpath(path))
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if path.exists() and not path.is_file():  # a device, a pipe; a folder cannot be written
+            write(path)
+            return path
+        _remove_leftovers(target)
+        with _temporary(target) as temporary:
+            write(temporary)
+            _settle(temporary, target)
+            os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except UnwritableError:
+        raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
     return path
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A new empty file beside `target`, locked as long as somebody is at it."""
+    path = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name}")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        if sys.platform == "win32":
+            os.close(descriptor)  # an open file cannot be renamed there
+        else:
+            lock(descriptor)
+        yield path
+    except (OSError, TorchQuantError):
+        raise
+    except Exception as error:  # libraries wrap what the system says, or leave it out
+        reason = _what_disk_says(path)
+        if reason is None:
+            raise
+        raise reason from error
+    finally:
+        if sys.platform != "win32":
+            os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of `target` whose process is gone."""
+    form = re.compile(rf"\.tmp-[0-9a-f]{{8}}-{re.escape(target.name)}")
+    if sys.platform == "win32":
+        return
+    for name in filter(form.fullmatch, os.listdir(target.parent)):
+        with suppress(OSError):
+            descriptor = os.open(target.parent / name, os.O_RDWR)
+            try:
+                if lock(descriptor):
+                    (target.parent / name).unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+
+def _settle(temporary: Path, target: Path) -> None:
+    """Give the file the mode of the one it replaces, and bring it to the disk."""
+    with suppress(FileNotFoundError):
+        os.chmod(temporary, target.stat().st_mode & 0o7777)
+    with temporary.open("rb") as file:
+        if sys.platform != "win32":
+            os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    with suppress(OSError):  # some file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _what_disk_says(path: Path) -> OSError | None:
+    """The error of a disk that takes no more, if that is what it is."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _unwritable(path: Path, error: OSError) -> UnwritableError:
+    reason = error.strerror or str(error)
+    if error.errno in FULL:
+        reason = f"the disk is full ({reason}); make room and run it again: what was finished is kept"
+    elif isinstance(error, FileNotFoundError):
+        reason = f"there is no folder {path.parent}"
+    found = UnwritableError(f"cannot write {path}: {reason}")
+    found.errno = error.errno
+    return found
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -40,16 +155,125 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any
     return write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file. Raises ConfigError that names it."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text: {error}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds. Raises ConfigError that names it."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+
+
+def read_saved(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote, on the CPU, if it is tensors and plain data. Raises ConfigError that names the file."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"there is no file {file}")
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # the unpickler fails in many ways on what is no checkpoint
+        raise ConfigError(f"{file} holds no state dict that can be read safely: {_why(file, error)}") from error
+
+
+def _why(file: Path, error: Exception) -> str:
+    """Why a file is no checkpoint, in words of ours: torch's advise to run what stands in it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    with file.open("rb") as opened:
+        start = opened.read(2)
+    if not start:
+        return "it is empty"
+    if zipfile.is_zipfile(file) and "eights" in str(error):
+        return "it has Python objects in it, not tensors and plain data alone; save model.state_dict()"
+    if start == b"PK":
+        return "it is damaged or cut short"
+    if start[:1] == b"\x80":
+        return "it is a pickle of something else, or damaged"
+    return "torch.save did not write it"
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Errors that the contents of a file cause become one that names it. `remedy`: what to do then."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise ConfigError(message if message.endswith(remedy) else f"{message}; {remedy}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{path} is damaged, or of another version: {kind}{one_line(error)}; {remedy}") from error
+
+
+def check_format(where: str, data: Any, key: str, known: int, what: str) -> None:
+    """Raise ConfigError for data that is not `what` in the format `known`, which `key` says."""
+    found = data.get(key) if isinstance(data, dict) else None
+    if type(found) is int and found > known:
+        raise ConfigError(
+            f"{where} is {what} of a newer version (format {found}; this one reads {known}); use that one"
+        )
+    if type(found) is not int or found != known:
+        raise ConfigError(f"{where} is not {what}: it must begin with '{key}: {known}'")
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file; of a folder, of the names and contents of its files, hidden ones left out; or ConfigError."""
+    found = hashlib.sha256()
+    try:
+        if path.is_dir():
+            inside = (Path(at) / name for at, _, names in os.walk(path, followlinks=True) for name in names)
+            for file in sorted(file for file in inside if not file.name.startswith(".")):
+                found.update(f"{file.relative_to(path).as_posix()}\0{digest_of(file)}\n".encode())
+        else:
+            with path.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    found.update(block)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return found.hexdigest()
+
+
 def run_python_file(path: Path, kind: str) -> ModuleType:
     """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by that name.
 
-    Raises ImportError for a file that is not Python's.
+    Raises ConfigError, with the line for a file that fails; what the file itself asserts is raised as it is.
     """
     name = f"torchquant_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+        raise ConfigError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    former = sys.modules.get(name)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(name)
+        if former is not None:
+            sys.modules[name] = former
+        if isinstance(error, TorchQuantError | AssertionError) or not isinstance(error, Exception | SystemExit):
+            raise
+        raise ConfigError(failure(path, error)) from error
     return module
+
+
+def failure(path: Path, error: BaseException) -> str:
+    """How running a Python file failed, and in which line of it.
+
+    >>> failure(Path("net.py"), ValueError("no layers"))
+    'net.py failed: ValueError: no layers'
+    """
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        return f"{path} is not Python: line {error.lineno}: {error.msg}"
+    where = f", line {lines[-1]}," if lines else ""
+    return f"{path}{where} failed: {type(error).__name__}: {one_line(error)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant._files import write_json
+from torchquant._files import reading, write_json
 from torchquant.compare.tasks import load_data
+from torchquant.demo.contents import changed_contents, contents_of
 from torchquant.demo.data import TrainingData
+from torchquant.demo.files import CONTENTS, ELSEWHERE, read_as, read_checkpoint_into, read_settings
 from torchquant.demo.training import accuracy
 from torchquant.deploy import Certificate, certify, export_onnx, save_packed, to_integer
-from torchquant.deploy.stored_files import read_checkpoint
 from torchquant.errors import ConfigError
-from torchquant.job import JobConfig, build_model
+from torchquant.job import JobConfig, build_model, files_of
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
 from torchquant.utils import set_qmodule_state
@@ -28,8 +28,9 @@ __all__ = ["Exported", "certify_run", "export_run", "float_model", "load_run"]
 
 FORMS = ("onnx", "packed", "integer")
 FILES = {"onnx": "model.onnx", "packed": "model.safetensors", "integer": "integer.json"}
-SHARED = ("model", "data", "checkpoint", "float_epochs", "learning_rate", "calibration_batches", "seed")
+SHARED = ("model", "data", "checkpoint", "float_epochs", "learning_rate", "calibration_batches", "seed", CONTENTS)
 """Settings of a search that a job has too."""
+AGAIN = "run it again in another folder"
 SAMPLES = 256
 BATCH = 64
 
@@ -59,19 +60,22 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
             f"{run} is not the folder of a finished `torchquant quantize` run or search: "
             f"{', '.join(missing)} is not there"
         )
-    try:
-        known = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        if "kind" in known:
-            known = {name: value for name, value in known.items() if name in SHARED}
-        config = JobConfig(**known)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{run / 'config.json'} is not what these commands write: {error}") from error
+    known = read_settings(run / "config.json")
+    if "kind" in known:
+        known = {name: value for name, value in known.items() if name in SHARED}
+    config = read_as(run / "config.json", JobConfig, known, ELSEWHERE)
     data = load_data(config.data, config.seed)
-    model = quantize(build_model(config.model, data).eval(), QuantPlan.load(run / "plan.yaml"), inplace=True)
-    try:
-        model.load_state_dict(read_checkpoint(run / "quantized.pt"))
-    except RuntimeError as error:
-        raise ConfigError(f"{run / 'quantized.pt'} is of another model: {str(error).splitlines()[0]}") from error
+    net = build_model(config.model, data)
+    found = contents_of(files_of(config.data, None), [net], config.model)
+    if changed := changed_contents(
+        {name: sha for name, sha in (config.contents or found).items() if name in found}, found
+    ):
+        raise ConfigError(
+            f"{', '.join(changed)} has changed since the run in {run}; bring it back, or run again elsewhere"
+        )
+    with reading(run / "plan.yaml", AGAIN):
+        model = quantize(net.eval(), QuantPlan.load(run / "plan.yaml"), inplace=True)
+    read_checkpoint_into(model, run / "quantized.pt", AGAIN)
     set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
     return model, data, config
 

@@ -5,25 +5,29 @@ Each stage writes a file; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchquant._files import write_csv, write_json
+from torchquant._registry import did_you_mean
 from torchquant.analysis import weight_bytes
-from torchquant.compare.tasks import NETWORKS, Gray, load_data
+from torchquant.compare.tasks import DATA, NETWORKS, Gray, load_data
 from torchquant.compat.checkpoints import load_checkpoint
+from torchquant.demo.checks import check_above_zero, check_at_least, check_seed, check_types
+from torchquant.demo.contents import contents_of, pinned
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
+from torchquant.demo.files import CONTENTS, claimed, read_checkpoint_into, write_checkpoint
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.deploy.references import model_of
-from torchquant.errors import ConfigError, require
+from torchquant.errors import ConfigError, brief, one_line, require
 from torchquant.plan import RULE_SETS, QuantPlan, quantize, read_yaml
 from torchquant.qmodule import QModuleState
 from torchquant.utils import SiteReport, set_qmodule_state, state_report
@@ -31,6 +35,8 @@ from torchquant.utils import SiteReport, set_qmodule_state, state_report
 __all__ = ["JobConfig", "JobResult", "build_model", "read_rules", "run_job"]
 
 MODES = ("ptq", "qat")
+MADE = ("float.pt", "calibrated.pt", "trained.pt", "*.progress.pt")
+"""Files that a later run of the same settings goes on from."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class JobConfig:
     "package.module:function" of an installed package.
     `rules`: a ready set, or a YAML file with a list of rules or with a saved plan. `data`: see `load_data`.
     `mode`: "ptq" calibrates, "qat" trains after that. `checkpoint`: a float state_dict; without one the float model is
-    trained for `float_epochs`. Raises ConfigError.
+    trained for `float_epochs`. `contents`: name -> sha256 of the files that take part, as a run wrote them down; None:
+    as they are now. Raises ConfigError.
     """
 
     model: str
@@ -54,15 +61,15 @@ class JobConfig:
     learning_rate: float = 1e-3
     calibration_batches: int = 8
     seed: int = 0
+    contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.mode not in MODES:
-            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        for name, least in (("float_epochs", 0), ("epochs", 1), ("calibration_batches", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {brief(self.mode)}")
+        check_at_least(self, float_epochs=0, epochs=1, calibration_batches=1)
+        check_above_zero(self, "learning_rate")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -92,47 +99,56 @@ def run_job(config: JobConfig, out: str | os.PathLike[str], show: Silent | None 
     """Float model, plan, calibration, training, evaluation; files in `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `sites.csv`, `result.json`.
-    A stage whose file is there is not run again. Raises ConfigError, also if `out` holds another job.
+    A stage whose file is there is not run again. All that was asked for is tried on the untrained model before the
+    folder is touched. Raises ConfigError, also if `out` holds another job, one of other contents, or one that runs.
     """
-    folder = output_folder(out)
-    claim_folder(folder / "config.json", asdict(config), "another job", "job")
     with show or Silent() as shown:
         shown.start(4.0)
         data = load_data(config.data, config.seed)
         torch.manual_seed(config.seed)
         net = build_model(config.model, data)
-        _float_stage(net, config, data, folder, shown)
-        float_accuracy = accuracy(predict(net, data.test_images), data.test_labels)
-        float_bytes = sum(site.total for site in weight_bytes(net))
-        shown.message(f"float: accuracy {float_accuracy:.2%}")
-        model = quantize(net, read_rules(config.rules), data.test_images[:2])
-        plan: QuantPlan = model.plan  # type: ignore[assignment]
-        if all(isinstance(c, str | None) for s in plan.sites for c in (s.weight, s.input, s.output, s.bias)):
-            plan.save(folder / "plan.yaml")
-        shown.advance(1.0, "calibrating")
-        _stage(folder / "calibrated.pt", model, lambda: calibrate(model, data, config.calibration_batches, config.seed))
-        set_qmodule_state(model, QModuleState.QUANT_EVAL)
-        ptq_accuracy = accuracy(predict(model, data.test_images), data.test_labels)
-        shown.message(
-            f"calibrated: accuracy {ptq_accuracy:.2%}, {len(plan.sites)} sites, {len(plan.floats)} left float"
-        )
-        shown.advance(1.0, "training")
-        qat_accuracy = None
-        if config.mode == "qat":
-            qat_accuracy = _qat_stage(model, config, data, folder, shown)
-        write_checkpoint(folder / "quantized.pt", model)
-        result = JobResult(
-            float_accuracy,
-            ptq_accuracy,
-            qat_accuracy,
-            float_bytes,
-            sum(site.total for site in weight_bytes(model)),
-            len(plan.sites),
-            len(plan.floats),
-        )
-        write_json(folder / "result.json", asdict(result))
-        write_csv(folder / "sites.csv", list(SiteReport.__dataclass_fields__), state_report(model).to_dicts())
-        shown.advance(1.0, "done")
+        rules = read_rules(config.rules)
+        with torch.random.fork_rng(devices=[]):
+            quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2])
+        found = contents_of([config.checkpoint, *files_of(config.data, config.rules)], [net], config.model)
+        settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
+        with claimed(Path(out) / "config.json", settings, "another job", "job", MADE, shown.message) as folder:
+            return _stages(net, rules, config, data, folder, shown)
+
+
+def _stages(
+    net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, folder: Path, shown: Silent
+) -> JobResult:
+    _float_stage(net, config, data, folder, shown)
+    float_accuracy = accuracy(predict(net, data.test_images), data.test_labels)
+    float_bytes = sum(site.total for site in weight_bytes(net))
+    shown.message(f"float: accuracy {float_accuracy:.2%}")
+    model = quantize(net, rules, data.test_images[:2])
+    plan: QuantPlan = model.plan  # type: ignore[assignment]
+    if all(isinstance(c, str | None) for s in plan.sites for c in (s.weight, s.input, s.output, s.bias)):
+        plan.save(folder / "plan.yaml")
+    shown.advance(1.0, "calibrating")
+    _stage(folder / "calibrated.pt", model, lambda: calibrate(model, data, config.calibration_batches, config.seed))
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    ptq_accuracy = accuracy(predict(model, data.test_images), data.test_labels)
+    shown.message(f"calibrated: accuracy {ptq_accuracy:.2%}, {len(plan.sites)} sites, {len(plan.floats)} left float")
+    shown.advance(1.0, "training")
+    qat_accuracy = None
+    if config.mode == "qat":
+        qat_accuracy = _qat_stage(model, config, data, folder, shown)
+    write_checkpoint(folder / "quantized.pt", model)
+    result = JobResult(
+        float_accuracy,
+        ptq_accuracy,
+        qat_accuracy,
+        float_bytes,
+        sum(site.total for site in weight_bytes(model)),
+        len(plan.sites),
+        len(plan.floats),
+    )
+    write_json(folder / "result.json", asdict(result))
+    write_csv(folder / "sites.csv", list(SiteReport.__dataclass_fields__), state_report(model).to_dicts())
+    shown.advance(1.0, "done")
     return result
 
 
@@ -154,9 +170,10 @@ def build_model(name: str, data: TrainingData) -> nn.Module:
     except ImportError as error:
         raise ConfigError(f"no model '{name}' in torchvision, and timm is not installed; pip install timm") from error
     if not timm.is_model(name):
+        hint = did_you_mean(name, [*NETWORKS, *models.list_models(), *timm.list_models()])
         raise ConfigError(
-            f"no model '{name}' in torchvision or timm; their names are those of torchvision.models.list_models() and "
-            "timm.list_models(). A model of your own is path/to/file.py:function"
+            f"no model {brief(name)} in torchvision or timm;{hint} Their names are those of "
+            "torchvision.models.list_models() and timm.list_models(). A model of your own is path/to/file.py:function"
         )
     return timm.create_model(name, pretrained=False, num_classes=data.n_classes, in_chans=data.n_channels)
 
@@ -172,10 +189,40 @@ def read_rules(rules: str) -> Any:
     return QuantPlan.load(path) if isinstance(found, dict) else found
 
 
+def files_of(data: str, rules: str | None) -> Iterator[str]:
+    """Those of the two that are files or folders, not names."""
+    if data not in DATA:
+        yield data
+    if rules is not None and rules not in RULE_SETS:
+        yield rules
+
+
+@torch.no_grad()
+def tried(net: nn.Module, data: TrainingData, name: str, checkpoint: str | None) -> nn.Module:
+    """A copy with the checkpoint in it. Raises ConfigError for a model that does not give scores for such pictures."""
+    net = copy.deepcopy(net).eval()
+    if checkpoint is not None:
+        load_checkpoint(net, checkpoint)
+    images = data.test_images[:2]
+    takes = f"pictures of shape {tuple(images.shape)}"
+    try:
+        scores = net(images)
+    except Exception as error:
+        raise ConfigError(
+            f"the model {name} does not take {takes}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    wanted = f"scores of shape ({len(images)}, {data.n_classes})"
+    if not isinstance(scores, Tensor):
+        raise ConfigError(f"the model {name} must give {wanted} for {takes}, it gave {type(scores).__name__}")
+    if scores.ndim != 2 or len(scores) != len(images) or scores.shape[1] < data.n_classes:
+        raise ConfigError(f"the model {name} must give {wanted} for {takes}, it gave shape {tuple(scores.shape)}")
+    return net
+
+
 def _stage(path: Path, model: nn.Module, work: Callable[[], object]) -> None:
     """Do the work and keep the model; or take it from the file, if the work was done before."""
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        read_checkpoint_into(model, path)
     else:
         work()
         write_checkpoint(path, model)

@@ -31,11 +31,11 @@ def build_app() -> Any:
 
     @contextmanager
     def explained() -> Iterator[None]:
-        """A message and exit status 1 in place of an error that torchquant raised on purpose."""
+        """One line and exit status 1 in place of an error that torchquant raised on purpose, or the system."""
         try:
             yield
-        except TorchQuantError as error:
-            typer.echo(f"torchquant: {error}", err=True)
+        except (TorchQuantError, OSError) as error:
+            typer.echo(f"torchquant: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from None
 
     checkpoint_option = Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import math
 import os
 import statistics
@@ -14,9 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torchquant._files import write_json, write_whole
+from torchquant._files import read_json, reading, write_json, write_whole
 from torchquant.compare.run import CaseResult
 from torchquant.compare.settings import Recipe
+from torchquant.demo.checks import check_types
 from torchquant.demo.figures import accuracy_over_bits
 from torchquant.errors import require
 
@@ -137,10 +137,14 @@ def write_leaderboard(rows: Sequence[Row], recipe: Recipe, command: str, folder:
 
 
 def read_leaderboard(path: str | os.PathLike[str]) -> tuple[list[Row], Recipe, str]:
-    """Rows, recipe and command of a leaderboard.json."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    rows = [Row(**row | {"spread": math.nan if row["spread"] is None else row["spread"]}) for row in found["rows"]]
-    return rows, Recipe(**found["recipe"]), found["command"]
+    """Rows, recipe and command of a leaderboard.json. Raises ConfigError that names it."""
+    file = Path(path)
+    with reading(file, "write it again with torchquant compare"):
+        found = read_json(file)
+        rows = [Row(**row | {"spread": math.nan if row["spread"] is None else row["spread"]}) for row in found["rows"]]
+        for row in rows:
+            check_types(row)
+        return rows, Recipe(**found["recipe"]), found["command"]
 
 
 def _html(rows: Sequence[Row], recipe: Recipe, command: str) -> str:

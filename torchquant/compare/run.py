@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,17 +16,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant._files import run_python_file, write_whole
+from torchquant._files import run_python_file, write_json
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.compare.settings import Case, Recipe
-from torchquant.compare.tasks import NETWORKS, load_data
+from torchquant.compare.tasks import DATA, NETWORKS, load_data
+from torchquant.compat.checkpoints import load_checkpoint
+from torchquant.demo.checks import check_seed
+from torchquant.demo.contents import changed_contents, contents_of, pinned
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
+from torchquant.demo.files import (
+    CONTENTS,
+    REMAKE,
+    claimed,
+    read_as,
+    read_checkpoint_into,
+    read_settings,
+    write_checkpoint,
+)
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, steps_per_epoch, train
-from torchquant.errors import ConfigError, require
+from torchquant.errors import ConfigError, brief, require
 from torchquant.quantizers import make_quantizer
 
+MADE = ("float-seed*.pt", "runs/*.json")
+"""Files that a later comparison of the same recipe goes on from."""
 LOSSLESS_DB = 150.0  # the precision of float32; what a layer without any error counts for
 
 
@@ -63,24 +75,69 @@ def compare(
     processes at a time, one thread each, so that the numbers do not depend on it. `plugins`: Python
     files with quantizers of yours. Raises ConfigError if `out` holds runs of another recipe.
     """
+    if type(jobs) is not int or jobs < 1:
+        raise ConfigError(f"jobs must be a whole number of at least 1, got {brief(jobs)}")
     if recipe.data == "digits":
         require("sklearn", "demo")
     for plugin in plugins:
         load_plugin(plugin)
-    runs = output_folder(Path(out) / "runs")
-    claim_folder(runs.parent / "recipe.json", asdict(recipe), "runs of another recipe", "recipe")
-    missing = [case for case in cases if not (runs / f"{case.name}.json").exists()]
-    with show or Silent() as shown:
+    _check(cases, recipe)
+    folder = Path(out)
+    found = pinned(recipe.contents, contents_of([recipe.checkpoint, *([] if recipe.data in DATA else [recipe.data])]))
+    settings = asdict(recipe) | {CONTENTS: found}
+    with (
+        show or Silent() as shown,
+        claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, shown.message),
+    ):
         shown.start(len(cases))
+        (folder / "runs").mkdir(exist_ok=True)
+        missing = [case for case in cases if _is_missing(case, folder, shown)]
         shown.advance(len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases are there already")
         seeds = sorted({case.seed for case in missing})
-        for _ in in_processes(_train_float, [(recipe, seed, str(runs.parent)) for seed in seeds], jobs):
+        for _ in in_processes(_train_float, [(recipe, seed, str(folder)) for seed in seeds], jobs):
             shown.message("a float network is trained")
-        tasks = [(case, recipe, str(runs.parent), tuple(map(str, plugins))) for case in missing]
+        tasks = [(case, recipe, str(folder), tuple(map(str, plugins))) for case in missing]
         for name, score in in_processes(_run_case, tasks, jobs):
             shown.message(f"{name}: accuracy {score:.2%}")
             shown.advance(1, name)
-    return [_read(runs / f"{case.name}.json") for case in cases]
+        return [_read(_path(case, folder))[0] for case in cases]
+
+
+def _check(cases: Sequence[Case], recipe: Recipe) -> None:
+    """Raise ConfigError for what would only fail after training."""
+    if not cases:
+        raise ConfigError("there are no cases to compare")
+    with torch.random.fork_rng(devices=[]):
+        for case in cases:
+            check_seed(case.seed)
+            make_quantizer(case.weight)
+            make_quantizer(case.acts, site="output")
+        network = NETWORKS[recipe.model].build(_data(recipe, cases[0].seed))
+        if recipe.checkpoint is not None:
+            _load(network, recipe.checkpoint)
+
+
+def _path(case: Case, folder: Path) -> Path:
+    return folder / "runs" / f"{case.name}.json"
+
+
+def _is_missing(case: Case, folder: Path, shown: Silent) -> bool:
+    """Whether there is no result of the case yet, or one of a quantizer that was written differently then."""
+    path = _path(case, folder)
+    if not path.exists():
+        return True
+    known, ours = _read(path)[1], _quantizer_contents(case)
+    if known is None and ours:
+        shown.message(f"{path} is of a version that kept no contents: whether {', '.join(ours)} changed is not known")
+    changed = [] if known is None else changed_contents(known, ours)
+    if changed:
+        shown.message(f"{case.name}: {', '.join(changed)} has changed since, so that it runs again")
+    return bool(changed)
+
+
+def _quantizer_contents(case: Case) -> dict[str, str]:
+    """Of the plug-ins that the quantizers of a case are written in."""
+    return contents_of([], [make_quantizer(case.weight), make_quantizer(case.acts, site="output")])
 
 
 def load_plugin(path: str | os.PathLike[str]) -> None:
@@ -105,9 +162,15 @@ def in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iter
                 yield work(*task)
             torch.set_num_threads(threads)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(work, *task) for task in tasks]):
-            yield future.result()
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(work, *task) for task in tasks]):
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"one of {jobs} processes was killed from outside, as a machine does that runs out of memory; give fewer "
+            "jobs. What was finished is kept"
+        ) from error
 
 
 @cache
@@ -132,8 +195,8 @@ def _train_float(recipe: Recipe, seed: int, folder: str) -> None:
 
 def _load(network: nn.Module, checkpoint: str) -> None:
     try:
-        network.load_state_dict(torch.load(checkpoint, weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError) as error:
+        load_checkpoint(network, checkpoint)
+    except ConfigError as error:
         raise ConfigError(
             f"{checkpoint} does not hold the state_dict of this network for this data: {error}"
         ) from error
@@ -146,7 +209,7 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
     torch.manual_seed(case.seed)
     kind, data = NETWORKS[recipe.model], _data(recipe, case.seed)
     network = kind.build(data)
-    network.load_state_dict(torch.load(Path(folder) / f"float-seed{case.seed}.pt", weights_only=True))
+    read_checkpoint_into(network, Path(folder) / f"float-seed{case.seed}.pt")
     float_accuracy = accuracy(predict(network.eval(), data.test_images), data.test_labels)
     model = kind.quantize(
         network,
@@ -171,12 +234,13 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         seconds,
         steps_per_epoch(data),
     )
-    text = json.dumps(asdict(result), indent=2) + "\n"
-    path = Path(folder) / "runs" / f"{case.name}.json"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(_path(case, Path(folder)), asdict(result) | {CONTENTS: _quantizer_contents(case)})
     return case.name, result.accuracy
 
 
-def _read(path: Path) -> CaseResult:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return CaseResult(**(found | {"case": Case(**found["case"])}))
+def _read(path: Path) -> tuple[CaseResult, dict[str, str] | None]:
+    """A result, and the contents of the plug-ins that took part, if they were kept."""
+    found = read_settings(path, REMAKE)
+    contents = found.pop(CONTENTS, None)
+    case = read_as(path, Case, found.get("case"), REMAKE)
+    return read_as(path, CaseResult, found | {"case": case}, REMAKE), contents

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchquant.compare.tasks import NETWORKS
-from torchquant.errors import ConfigError
+from torchquant.compare.tasks import DATA, NETWORKS
+from torchquant.demo.checks import check_above_zero, check_at_least, check_types
+from torchquant.errors import ConfigError, brief
 from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
 
 
@@ -17,7 +18,8 @@ class Recipe:
 
     `model`: one of `NETWORKS`. `data`: see `load_data`. `checkpoint`: a float state_dict to start from instead of
     `float_epochs` of training. `epochs` of quantization-aware training, 0 for calibration only; `learning_rate` None
-    is the network's own. `test_copies`: distorted versions of each test image, for digits. Raises ConfigError.
+    is the network's own. `test_copies`: distorted versions of each test image, for digits. `contents`: name -> sha256
+    of the files that take part, as a comparison wrote them down. Raises ConfigError.
     """
 
     model: str = "demo"
@@ -28,17 +30,18 @@ class Recipe:
     calibration_batches: int = 8
     test_copies: int = 4
     checkpoint: str | None = None
+    contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.model not in NETWORKS:
-            raise ConfigError(f"model must be one of {', '.join(NETWORKS)}, got {self.model!r}")
-        if self.data not in ("digits", "cifar10") and not Path(self.data).is_dir():
-            raise ConfigError(f"data must be digits, cifar10 or a folder of pictures, got {self.data!r}")
+            raise ConfigError(f"model must be one of {', '.join(NETWORKS)}, got {brief(self.model)}")
+        if self.data not in DATA and not Path(self.data).is_dir():
+            raise ConfigError(f"data must be {', '.join(DATA)} or a folder of pictures, got {brief(self.data)}")
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise ConfigError(f"the checkpoint {self.checkpoint} is not a file")
-        for name, least in (("float_epochs", 1), ("epochs", 0), ("calibration_batches", 1), ("test_copies", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_at_least(self, float_epochs=1, epochs=0, calibration_batches=1, test_copies=1)
+        check_above_zero(self, "learning_rate")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torchquant.demo.data import TrainingData, load_digits
 from torchquant.demo.mobilenet import SmallMobileNetV2
 from torchquant.demo.network import QuantSmallResNet, SmallResNet
-from torchquant.errors import ConfigError, require
+from torchquant.errors import ConfigError, one_line, require
 from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory
 
 CACHE = Path("~/.cache/torchquant")
+DATA = ("digits", "cifar10")
+"""Data by name; all else is a folder of pictures."""
 FOLDER_SIZE = 64
 """Side of the squares that the pictures of a folder are brought to."""
 SMALL = 64
@@ -123,7 +125,12 @@ def _folder(root: Path) -> Pictures:
             found = datasets.ImageFolder(folder)
         except FileNotFoundError as error:
             raise ConfigError(f"{folder} has no pictures in folders by class: {error}") from error
-        images = [_square(image.open(path), image) for path, _ in found.samples]
+        images = []
+        for path, _ in found.samples:
+            try:
+                images.append(_square(image.open(path), image))
+            except (OSError, ValueError, SyntaxError) as error:  # PIL has its own words for what is damaged
+                raise ConfigError(f"{path} is not a picture that can be read: {one_line(error)}") from error
         return torch.stack(images), torch.as_tensor(found.targets), found.classes
 
     train_images, train_labels, classes = read(splits["train"])

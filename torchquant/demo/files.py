@@ -1,18 +1,33 @@
-"""The folder a run writes into, and the kinds of files in it."""
+"""The folder a run writes into: claimed by one process, tied to settings and contents, and the kinds of files in it."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from torchquant._files import write_json, write_whole
-from torchquant.errors import ConfigError
+from torchquant._files import read_json, read_saved, reading, write_json, write_whole
+from torchquant._locks import hold
+from torchquant.demo.checks import check_types
+from torchquant.demo.contents import changed_contents
+from torchquant.errors import ConfigError, brief
+
+T = TypeVar("T")
+
+CONTENTS = "contents"
+"""Among the settings in the JSON file: what took part -> sha256. Older folders have none."""
+PROCESSES = "processes"
+"""Among the settings, where they were more than one: other shares of the data, other numbers."""
+MOST_CHANGES = 6
+LOCK = ".lock"
+REMAKE = "delete it, and it is made again, or use another folder"
+ELSEWHERE = "use another folder"
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
@@ -29,20 +44,116 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def claim_folder(path: Path, settings: dict[str, Any], holds: str, thing: str) -> None:
-    """Keep the settings of a run in the JSON file `path`; raise ConfigError if its folder holds a run of others.
+@contextmanager
+def claimed(
+    path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
+) -> Iterator[Path]:
+    """The folder of the JSON file `path`, this process's alone as long as the context lasts; keeps the settings there.
 
-    `holds` and `thing` are the words of the message: "runs of another recipe", "recipe".
+    A run of the same settings goes on. One that has made no file yet, since it failed or was killed, gives way.
+    `holds` and `thing` are the words of a refusal: "runs of another recipe", "recipe". `made`: patterns of the files
+    that are worth nothing without the settings. `tell` hears what cannot be known of an older folder. Raises
+    ConfigError for a folder of other settings, or one that another process works in.
     """
-    if not path.exists():
+    folder = output_folder(path.parent)
+    with hold(folder / LOCK) as other:
+        if other is not None:
+            raise ConfigError(f"{folder} is in use by {other}; wait for it, or choose another folder")
+        before = _files(folder)
+        keep_settings(path, settings, holds, thing, made, tell)
+        try:
+            yield folder
+        except BaseException:
+            if not before & {path} and _files(folder) == before | {path}:
+                path.unlink()  # nothing was made, so that the folder is free for other settings
+            raise
+
+
+def keep_settings(
+    path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
+) -> None:
+    """What `claimed` does once it has the folder."""
+    found = [file.name for pattern in made for file in path.parent.glob(pattern)]
+    if path.exists() and _files(path.parent) != {path}:
+        _compare(path, read_settings(path), settings, holds, thing, tell)
+    elif found:
+        raise ConfigError(
+            f"{path} is not there, but {', '.join(found[:3])} of some run is; put it back, or choose another folder"
+        )
+    else:
         write_json(path, settings)
-        return
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if known != settings:
-        changed = ", ".join(f"{k}: {known.get(k)} there, {v} now" for k, v in settings.items() if known.get(k) != v)
-        raise ConfigError(f"{path.parent} holds {holds} ({changed}); choose another folder, or that {thing}")
+
+
+def _compare(
+    path: Path,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    holds: str,
+    thing: str,
+    tell: Callable[[str], object],
+) -> None:
+    if unknown := [name for name in known if name not in {*settings, CONTENTS, PROCESSES}]:
+        raise ConfigError(
+            f"{path} is of another, perhaps newer, version: no {brief(unknown[0])} is known here; use that version, or "
+            "another folder"
+        )
+    names = [name for name in {**settings, **known} if name != CONTENTS]
+    changed = [
+        f"{name}: {brief_word(known.get(name))} there, {brief_word(settings.get(name))} now"
+        for name in names
+        if known.get(name) != settings.get(name)
+    ]
+    ours = settings.get(CONTENTS) or {}
+    if known.get(CONTENTS) is not None:
+        changed += [f"{name} has changed since" for name in changed_contents(known[CONTENTS], ours)]
+    elif ours:
+        tell(f"{path.parent} is of a version that kept no contents: whether {', '.join(ours)} changed is not known")
+    if changed:
+        words = ", ".join(changed[:MOST_CHANGES]) + (", ..." if len(changed) > MOST_CHANGES else "")
+        raise ConfigError(
+            f"{path.parent} holds {holds} ({words}); choose another folder, or that {thing}, which {path.name} has"
+        )
+
+
+def brief_word(value: Any) -> str:
+    """A setting, for a message."""
+    return value if isinstance(value, str) and len(value) < 100 else brief(value)
+
+
+def read_settings(path: Path, remedy: str = ELSEWHERE) -> dict[str, Any]:
+    """What a run kept in a JSON file: settings or results, perhaps contents. Raises ConfigError that names it."""
+    with reading(path, remedy):
+        known = read_json(path)
+        contents = known.get(CONTENTS) if isinstance(known, dict) else 0
+        if not isinstance(known, dict) or not isinstance(contents, dict | None):
+            raise ConfigError(f"{path} does not hold what a run writes there")
+    return known
+
+
+def read_as(path: Path, kind: type[T], found: Any, remedy: str) -> T:
+    """A data class from what stood in a JSON file. Raises ConfigError that names the file and what is wrong in it."""
+    with reading(path, remedy):
+        fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} must hold {', '.join(fields)}, got {brief(found)}")
+        if unknown := [name for name in found if name not in fields]:
+            raise ConfigError(f"{path} is of another, perhaps newer, version: no {brief(unknown[0])} is known here")
+        made = kind(**found)
+        check_types(made)
+        return made
+
+
+def _files(folder: Path) -> set[Path]:
+    """All that is there, but for the lock and what a killed process left half-written."""
+    return {p for p in folder.rglob("*") if p.is_file() and p.name != LOCK and not p.name.startswith(".tmp-")}
 
 
 def write_checkpoint(path: Path, model: nn.Module) -> Path:
     """Write the `state_dict`; `torch.load(path, weights_only=True)` reads it."""
     return write_whole(path, lambda temporary: torch.save(model.state_dict(), temporary))
+
+
+def read_checkpoint_into(model: nn.Module, path: Path, remedy: str = REMAKE) -> None:
+    """Load what `write_checkpoint` wrote. Raises ConfigError that names the file."""
+    with reading(path, remedy):
+        model.load_state_dict(read_saved(path))

@@ -13,6 +13,7 @@ import torch
 
 from torchquant._files import write_json, write_whole
 from torchquant.analysis import layer_errors, weight_bytes
+from torchquant.demo.checks import check_at_least, check_seed, check_types
 from torchquant.demo.data import Digits, load_digits
 from torchquant.demo.files import output_folder, write_checkpoint
 from torchquant.demo.network import QuantSmallResNet, SmallResNet
@@ -22,14 +23,13 @@ from torchquant.demo.results import DemoResult, OnnxResult, SchemeResult, versio
 from torchquant.demo.schemes import SCHEMES, Scheme
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.deploy import certify, export_onnx, run_onnx
-from torchquant.errors import ConfigError, require
+from torchquant.errors import require
 
 FLOAT_RATE = 8e-3
 QAT_RATE = 3e-3
 EXPORTED = "w8a8-ptq"
 CERTIFIED = 450
 """Test images whose codes are compared one by one."""
-MAX_SEED = 2**32 - 1
 PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -50,11 +50,10 @@ class DemoConfig:
     command: str = "torchquant demo"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed must be 0..{MAX_SEED}, got {self.seed}")
-        for name in ("float_epochs", "long_epochs", "short_epochs", "test_copies", "calibration_batches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_types(self)
+        check_seed(self.seed)
+        names = ("float_epochs", "long_epochs", "short_epochs", "test_copies", "calibration_batches")
+        check_at_least(self, **dict.fromkeys(names, 1))
 
     @classmethod
     def preset(cls, seed: int = 0, quick: bool = False) -> DemoConfig:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._files import run_python_file
-from torchquant.errors import ConfigError
+from torchquant._files import failure, run_python_file
+from torchquant.errors import ConfigError, TorchQuantError, one_line
 
 FORM = "a model of your own is path/to/file.py:function"
 
@@ -30,7 +30,12 @@ def model_of(reference: str, **arguments: Any) -> nn.Module:
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         some = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
         raise ConfigError(f"{place} has no function '{function}'; it has {some or 'none'}")
-    made = build(**arguments)
+    try:
+        made = build(**arguments)
+    except TorchQuantError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{reference} failed: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{reference} must return a model (torch.nn.Module), it returned {type(made).__name__}")
     return made
@@ -52,3 +57,7 @@ def _module(place: str) -> ModuleType:
         return run_python_file(Path(place), "model") if is_file else importlib.import_module(place)
     except ImportError as error:
         raise ConfigError(f"{error}; {FORM}, one of a package is package.module:function") from error
+    except TorchQuantError:
+        raise
+    except Exception as error:
+        raise ConfigError(failure(Path(place), error)) from error

@@ -6,22 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from torchquant._files import read_saved
 from torchquant.errors import ConfigError, require
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """What torch saved in a file, or the tensors of a .safetensors file, on the CPU. Raises ConfigError."""
-    file = _existing(path)
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)[0]
-    try:
-        return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # the unpickler fails in many ways on what is no checkpoint
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{file} holds no state dict that can be read safely: {reason}") from error
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    return read_saved(path)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

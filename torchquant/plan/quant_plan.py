@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._files import write_whole
+from torchquant._files import check_format, read_text, write_whole
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
-from torchquant.errors import ConfigError, require
+from torchquant.errors import ConfigError, brief, one_line, require
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
@@ -22,6 +22,8 @@ from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules
 
 FORMAT = 1
+MOST_NODES, MOST_REPEATS = 10_000, 10
+"""Values of a YAML file with its aliases written out: so many, and so many times those that stand there."""
 
 
 @dataclass(frozen=True)
@@ -210,21 +212,30 @@ class QuantPlan:
         >>> QuantPlan.from_dict(plan.to_dict()) == plan
         True
         """
-        if not isinstance(data, dict) or data.get("torchquant_plan") != FORMAT:
-            raise ConfigError(f"{where} is not a plan: it must begin with 'torchquant_plan: {FORMAT}'")
+        check_format(where, data, "torchquant_plan", FORMAT, "a plan")
         check_keys(where, data, ("torchquant_plan", "trace", "fuse", "sites", "left_float"))
         sites, types = [], {}
+        for name in ("sites", "left_float"):
+            if not isinstance(data.get(name) or [], list):
+                raise ConfigError(f"{where}: {name} must be a list, got {brief(data[name])}")
+        for name in ("trace", "fuse"):
+            if not isinstance(data.get(name, True), bool | str):
+                raise ConfigError(f"{where}: {name} must be True, False or a word, got {brief(data[name])}")
         for i, entry in enumerate(data.get("sites") or []):
             place = f"{where}, site {i + 1}"
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-                raise ConfigError(f"{place}: expected a mapping with a path, got {entry!r}")
+                raise ConfigError(f"{place}: expected a mapping with a path, got {brief(entry)}")
             check_keys(place, entry, ("path", "what", *FIELDS, "fold_bn"))
             place = f"{where}, site '{entry['path']}'"
             fields = {n: choice(entry[n], place, n) for n in (*FIELDS, "fold_bn") if n in entry}
             sites.append(SitePlan(entry["path"], **fields))
             types[entry["path"]] = entry.get("what", "")
-        floats = tuple(LeftFloat(**entry) for entry in data.get("left_float") or [])
-        return cls(tuple(sites), floats, data.get("trace", True), data.get("fuse", True), types)
+        floats = []
+        for i, entry in enumerate(data.get("left_float") or []):
+            if not isinstance(entry, dict) or set(entry) != {"path", "type", "why"}:
+                raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {brief(entry)}")
+            floats.append(LeftFloat(**entry))
+        return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as YAML. Raises ConfigError if a quantizer is a function, which has no text."""
@@ -260,14 +271,36 @@ def _without_impossible_folding(
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """What a YAML (or JSON) file holds, by the safe loader. Raises ConfigError."""
+    """What a YAML (or JSON) file holds, by the safe loader. Raises ConfigError, also for one whose aliases explode."""
     yaml = require("yaml", "cli")
+    loader = yaml.SafeLoader(read_text(path))
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        known: dict[int, int] = {}
+        if (size := _written_out(node, known)) > MOST_NODES + MOST_REPEATS * len(known):
+            raise ConfigError(
+                f"{path} has {len(known):,} values, but {size:,} with its aliases written out; write less"
+            )
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply, or holds an alias of itself") from error
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not YAML: {one_line(error)}") from error
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node holds, an alias counted like what it stands for. Raises RecursionError."""
+    if id(node) not in known:
+        parts = node.value if isinstance(node.value, list) else ()
+        inside = (part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in inside)
+    return known[id(node)]
 
 
 def _check_buildable(plan: SitePlan, site: Site) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -11,8 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from torchquant._files import write_json
-from torchquant.errors import ConfigError
+from torchquant._files import read_json, write_json
+from torchquant.errors import ConfigError, brief
 from torchquant.graph.sites import make_field
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -76,12 +75,7 @@ def write_latency(path: str | os.PathLike[str], table: LatencyTable) -> Path:
 
 def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
     """Read a table that `write_latency` wrote, or that somebody wrote by hand. Raises ConfigError."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+    data = read_json(path)
     if not isinstance(data, list):
         raise ConfigError(f"{path} is not a latency table: it must be a list of {{site, spec, seconds}}")
     table: dict[tuple[str, str], float] = {}
@@ -89,7 +83,7 @@ def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
         try:
             site, spec, seconds = entry["site"], entry["spec"], float(entry["seconds"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, entry {i + 1}: expected site, spec and seconds, got {entry!r}") from error
+            raise ConfigError(f"{path}, entry {i + 1}: expected site, spec and seconds, got {brief(entry)}") from error
         if not math.isfinite(seconds) or (site, spec) in table:
             raise ConfigError(f"{path}, entry {i + 1}: seconds must be finite, and each site and spec there once")
         table[site, spec] = seconds

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchquant._files import write_json, write_whole
-from torchquant.errors import ConfigError
+from torchquant._files import read_saved, reading, write_json, write_whole
+from torchquant.errors import ConfigError, brief
 from torchquant.search.cost import name_of
 from torchquant.search.settings import EpochRecord
 from torchquant.training.fit import random_state, set_random_state
@@ -45,20 +45,20 @@ def resume_search(search: Search, folder: Path) -> None:
     path = folder / PROGRESS
     if not path.exists():
         return
-    saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    for name, ours in _identity(search).items():
-        if saved[name] != ours:
-            raise ConfigError(
-                f"{folder} holds a search of other {name} ({saved[name]}; now {ours}); use another folder"
-            )
-    search.model.load_state_dict(saved["model"])
-    for name, optimizer in search.optimizers().items():
-        optimizer.load_state_dict(saved["optimizers"][name])
-    for mixture in search.every_mixture:
-        mixture.refresh()
-    search.prices.values, search.slopes, search.epoch = saved["prices"], saved["slopes"], int(saved["epoch"])
-    search.history = [EpochRecord(**entry) for entry in json.loads(saved["history"])]
-    set_random_state(saved["random"])
+    with reading(path, f"delete it, and {HISTORY}, to search from the start"):
+        saved: dict[str, Any] = read_saved(path)
+        for name, ours in _identity(search).items():
+            if saved[name] != ours:
+                theirs, ours = brief(saved[name]), brief(ours)
+                raise ConfigError(f"{folder} holds a search of other {name} ({theirs}; now {ours}); use another folder")
+        search.model.load_state_dict(saved["model"])
+        for name, optimizer in search.optimizers().items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        for mixture in search.every_mixture:
+            mixture.refresh()
+        search.prices.values, search.slopes, search.epoch = saved["prices"], saved["slopes"], int(saved["epoch"])
+        search.history = [EpochRecord(**entry) for entry in json.loads(saved["history"])]
+        set_random_state(saved["random"])
 
 
 def _identity(search: Search) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchquant._files import write_json
+from torchquant._files import check_format, read_json, write_json
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
-from torchquant.errors import ConfigError, NonFiniteError
+from torchquant.errors import ConfigError, NonFiniteError, one_line
 from torchquant.graph.watch import tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -81,15 +80,14 @@ class Sensitivity:
         >>> Sensitivity.from_dict(found.to_dict()) == found
         True
         """
-        if not isinstance(data, dict) or data.get("torchquant_sensitivity") != FORMAT:
-            raise ConfigError(f"{where} is not a sensitivity: it must begin with 'torchquant_sensitivity: {FORMAT}'")
+        check_format(where, data, "torchquant_sensitivity", FORMAT, "a sensitivity")
         try:
             places = {(p["site"], p["field"]): p for p in data["places"]}
             harms = {place: tuple(map(float, p["harm"])) for place, p in places.items()}
             options = {place: tuple(p["options"]) for place, p in places.items()}
             return cls(data["method"], harms, options, data["reference_loss"], data["settings"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{where} is not a whole sensitivity: {error!r}") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{where} is not a whole sensitivity: {one_line(repr(error))}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON."""
@@ -98,14 +96,7 @@ class Sensitivity:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
         """Read what `save` or `sensitivity(out=...)` wrote. Raises ConfigError."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), f"{path}")
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(read_json(path), f"{path}")
 
 
 def sensitivity(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 import shlex
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchquant._files import write_csv, write_json, write_whole
+from torchquant._files import read_json, read_text, reading, write_csv, write_json, write_whole
+from torchquant.demo.files import CONTENTS, ELSEWHERE, PROCESSES, read_as, read_settings
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
 from torchquant.search import Budget, CostModel, EpochRecord
@@ -22,8 +23,8 @@ from torchquant.search.space import searched_fields
 from torchquant.search_run.settings import SearchConfig
 
 FRONT = "pareto.json"
-PROCESSES = "processes"
-"""In config.json beside the settings, where they were more than one: other shares of the data, other numbers."""
+AGAIN = "run the search again, which writes it anew"
+WITHOUT = "delete it for a report without it, or use another folder"
 DETAILS = {"qss": "scheme search", "qpl": "precision learning", "allocate": "allocation by sensitivity"}
 
 
@@ -111,7 +112,10 @@ def write_history(folder: Path, history: Sequence[EpochRecord]) -> None:
 def read_history(folder: Path) -> list[EpochRecord]:
     """What `write_history` wrote; [] if there is none."""
     path = folder / HISTORY
-    return [EpochRecord(**entry) for entry in _json(path)] if path.exists() else []
+    if not path.exists():
+        return []
+    with reading(path, WITHOUT):
+        return [read_as(path, EpochRecord, entry, WITHOUT) for entry in read_json(path)]
 
 
 def candidates_of(space: QuantPlan, costs: CostModel) -> dict[str, list[str]]:
@@ -125,26 +129,28 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     folder = Path(out)
     if not (folder / "result.json").exists():
         raise ConfigError(f"{folder} is not the folder of a finished search: result.json is not there")
-    known = _json(folder / "config.json")
-    processes = known.pop(PROCESSES, 1)
-    config = SearchConfig(**known)
-    result = SearchRunResult(**_json(folder / "result.json"))
+    settings = read_settings(folder / "config.json")
+    processes = settings.pop(PROCESSES, 1)
+    config = read_as(folder / "config.json", SearchConfig, settings, ELSEWHERE)
+    result = read_as(folder / "result.json", SearchRunResult, read_json(folder / "result.json"), AGAIN)
     budgets = [Budget(measure, limit) for measure, limit in result.budgets.items()]
-    front = _json(folder / FRONT) if (folder / FRONT).exists() else None
+    choices, history = _choices(folder / "choices.csv"), read_history(folder)
     chosen = None
-    if front is not None and result.predicted is not None:
-        chosen = (result.costs[front["measure"]], result.predicted)
-    text = render_report(
-        f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}",
-        result.table(),
-        _choices(folder / "choices.csv"),
-        read_history(folder),
-        budgets,
-        result.candidates,
-        front,
-        chosen,
-        command_of(config, processes),
-    )
+    with reading(folder / (HISTORY if history else FRONT), WITHOUT):
+        front = read_json(folder / FRONT) if (folder / FRONT).exists() else None
+        if front is not None and result.predicted is not None:
+            chosen = (result.costs[front["measure"]], result.predicted)
+        text = render_report(
+            f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}",
+            result.table(),
+            choices,
+            history,
+            budgets,
+            result.candidates,
+            front,
+            chosen,
+            command_of(config, processes),
+        )
     return write_whole(folder / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -159,16 +165,13 @@ def command_of(config: SearchConfig, processes: int = 1) -> str:
     if processes > 1:
         words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words, "--distributed"]
     for name, value in asdict(config).items():
-        if value != defaults[name] and name not in ("kind", "model"):
+        if value != defaults[name] and name not in ("kind", "model", CONTENTS):
             given = [] if value is True else [shlex.quote(str(value))]
             words += [f"--{name.replace('_', '-')}", *given]
     return " ".join(words)
 
 
 def _choices(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row | {"bits": int(row["bits"]), "bytes": int(row["bytes"])} for row in csv.DictReader(file)]
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, AGAIN):
+        rows = csv.DictReader(io.StringIO(read_text(path)))
+        return [row | {"bits": int(row["bits"]), "bytes": int(row["bytes"])} for row in rows]

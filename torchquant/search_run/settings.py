@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchquant.errors import ConfigError
+from torchquant.demo.checks import check_above_zero, check_at_least, check_seed, check_types
+from torchquant.errors import ConfigError, brief
 from torchquant.job import read_rules
 from torchquant.plan import QuantPlan
 from torchquant.quantizers import QUANTIZERS, catalogue, find_scheme, weight_spec
@@ -48,7 +48,8 @@ class SearchConfig:
     of its plan; both train at a third of `learning_rate`. `arch_rate`: None for what decides schemes, or crosses the
     widths, within the epochs. `temperature` (the first; a tenth of it is the last), `penalty`: None as in
     `SearchSettings`. `method`, `solver`: of allocate, see `sensitivity` and `allocate`.
-    `latency`: a table that `write_latency` wrote, for a budget of latency. Raises ConfigError.
+    `latency`: a table that `write_latency` wrote, for a budget of latency. `contents`: as in `JobConfig`.
+    Raises ConfigError.
     """
 
     kind: str
@@ -76,19 +77,17 @@ class SearchConfig:
     penalty: float | None = None
     calibration_batches: int = 8
     seed: int = 0
+    contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         allowed = {"kind": KINDS, "per": SCOPES, "form": FORMS, "method": METHODS, "solver": SOLVERS}
         for name, words in allowed.items():
             if getattr(self, name) not in words:
-                raise ConfigError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
-        for name, least in (("float_epochs", 0), ("epochs", 1), ("retrain_epochs", 0), ("calibration_batches", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be 0..{2**32 - 1}, got {self.seed}")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+                raise ConfigError(f"{name} must be one of {', '.join(words)}, got {brief(getattr(self, name))}")
+        check_at_least(self, float_epochs=0, epochs=1, retrain_epochs=0, calibration_batches=1)
+        check_above_zero(self, "learning_rate", "arch_rate", "temperature", "penalty")
+        check_seed(self.seed)
         if not self.budgets and self.kind != "qss":
             raise ConfigError(f"{self.kind} needs a budget, such as 'bits<=4' or 'bytes<=40kB'")
         if self.rules is not None and self.schemes is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant._files import write_json
+from torchquant._files import reading, write_json, write_whole
 from torchquant.analysis import weight_bytes
 from torchquant.compare.tasks import load_data
 from torchquant.compat.checkpoints import load_checkpoint
+from torchquant.demo.contents import contents_of, pinned
 from torchquant.demo.data import TrainingData
-from torchquant.demo.files import claim_folder, output_folder, write_checkpoint
+from torchquant.demo.files import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import (
     BATCH_SIZE,
@@ -29,7 +31,7 @@ from torchquant.demo.training import (
     train,
 )
 from torchquant.errors import ConfigError, require
-from torchquant.job import build_model
+from torchquant.job import build_model, files_of, tried
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QModuleState
 from torchquant.search import Budget, CostModel, EpochRecord
@@ -43,7 +45,6 @@ from torchquant.search.sensitivity import Sensitivity, sensitivity
 from torchquant.search_run.ranks import Ranks, process_group
 from torchquant.search_run.results import (
     FRONT,
-    PROCESSES,
     SearchRunResult,
     amount,
     candidates_of,
@@ -57,6 +58,8 @@ from torchquant.utils import set_qmodule_state
 
 PLAN = "plan.yaml"
 SEARCHED = "searched.pt"
+MADE = ("float.pt", SEARCHED, PLAN, "quantized.pt", SENSITIVITY, "*.progress.pt")
+"""Files that a later run of the same settings goes on from."""
 POINTS = 8
 """Budgets of the Pareto picture."""
 
@@ -80,20 +83,35 @@ def run_search(
         raise ConfigError("allocate measures in one process; distributed is for qss and qpl")
     for package, extra in (("yaml", "cli"), ("jinja2", "report"), ("matplotlib", "report")):
         require(package, extra)
-    with process_group(distributed, device) as ranks:
-        folder = Path(out)
-        settings = asdict(config) | ({PROCESSES: ranks.world} if ranks.world > 1 else {})
-        ranks.at_first(lambda: claim_folder(output_folder(out) / "config.json", settings, "another search", "search"))
-        with show or Silent() if ranks.is_first else Silent() as shown:
-            shown.start(4.0)
-            run = _Run(config, folder, shown, ranks)
-            run.float_stage()
+    return search_from(config, out, show or Silent(), distributed, device)
+
+
+def search_from(
+    config: SearchConfig,
+    out: str | os.PathLike[str],
+    show: Silent,
+    distributed: bool = False,
+    device: str | None = None,
+    float_file: Path | None = None,
+) -> SearchRunResult:
+    """`run_search`; with `float_file`, the float.pt of a run that is the same so far."""
+    with process_group(distributed, device) as ranks, show if ranks.is_first else Silent() as shown:
+        shown.start(4.0)
+        run = _Run(config, Path(out), shown, ranks)
+        with ExitStack() as stack:
+            ranks.at_first(lambda: stack.enter_context(run.claimed()))
+            run.float_stage(float_file)
             run.plan_stage()
             run.retrain_stage()
             result = run.result()
             ranks.at_first(lambda: run.finish(result))
-            shown.advance(1.0, "done")
-        return result
+        shown.advance(1.0, "done")
+    return result
+
+
+def checked_settings(config: SearchConfig) -> dict[str, Any]:
+    """What `run_search` keeps in config.json. Raises ConfigError for what it would refuse; writes nothing."""
+    return _Run(config, Path(), Silent(), Ranks()).settings()
 
 
 @dataclass(frozen=True)
@@ -121,13 +139,29 @@ class _Run:
         self.data = ranks.share(load_data(config.data, config.seed))
         self.net = build_model(config.model, self.data).to(ranks.device).eval()
         self.example = self.data.test_images[:2]
+        tried(self.net, self.data, config.model, config.checkpoint)
         self.space = config.space(self.net, self.example)
         self.latency: LatencyTable | None = None if config.latency is None else read_latency(config.latency)
         self._costs().check_feasible(config.budgets)
         self.float_bytes = sum(site.total for site in weight_bytes(self.net))
 
-    def float_stage(self) -> None:
+    def settings(self) -> dict[str, Any]:
+        """Those asked for, with the contents of what takes part, and the number of processes."""
+        config = self.config
+        paths = [config.checkpoint, config.latency, *files_of(config.data, config.rules)]
+        contents = pinned(config.contents, contents_of(paths, [self.net], config.model))
+        return asdict(config) | {CONTENTS: contents} | ({PROCESSES: self.ranks.world} if self.ranks.world > 1 else {})
+
+    def claimed(self) -> AbstractContextManager[Path]:
+        """The folder, while it is this run's."""
+        path = self.folder / "config.json"
+        return claimed(path, self.settings(), "another search", "search", MADE, self.shown.message)
+
+    def float_stage(self, float_file: Path | None) -> None:
         """float.pt, and the accuracy of the float model."""
+        if float_file is not None and not (self.folder / "float.pt").exists():
+            copied = float_file.read_bytes()
+            write_whole(self.folder / "float.pt", lambda path: path.write_bytes(copied))
         config, progress = self.config, self.folder / "float.progress.pt"
 
         def work() -> None:
@@ -150,11 +184,13 @@ class _Run:
             self.ranks.at_first(lambda: plan.save(self.folder / PLAN))
             if self.ranks.is_first:
                 (self.folder / PROGRESS).unlink(missing_ok=True)
-        self.plan = QuantPlan.load(self.folder / PLAN)
+        with reading(self.folder / PLAN, ELSEWHERE):
+            self.plan = QuantPlan.load(self.folder / PLAN)
         if self.config.kind != "allocate":
-            self.net.load_state_dict(self._load(SEARCHED))
+            read_checkpoint_into(self.net, self.folder / SEARCHED, ELSEWHERE)
             self.costs = self._costs()  # a zero point that is 0 now takes no bytes
-        self.choice = choice_of(self.plan, self.costs)
+        with reading(self.folder / PLAN, ELSEWHERE):
+            self.choice = choice_of(self.plan, self.costs)
         self.totals = self.costs.totals(self.choice)
         words = {"bits": amount(self.totals["bits"])}
         words |= {b.measure: f"{amount(self.totals[b.measure])} of {amount(b.limit)}" for b in self.config.budgets}
@@ -231,8 +267,9 @@ class _Run:
         """The numbers of the run."""
         predicted = None
         if self.config.kind == "allocate":
-            harms = Sensitivity.load(self.folder / SENSITIVITY).harms
-            predicted = sum(harms[place][option] for place, option in self.choice.items())
+            with reading(self.folder / SENSITIVITY, ELSEWHERE):
+                harms = Sensitivity.load(self.folder / SENSITIVITY).harms
+                predicted = sum(harms[place][option] for place, option in self.choice.items())
         return SearchRunResult(
             self.config.kind,
             self.float_accuracy,
@@ -256,13 +293,10 @@ class _Run:
             work()
             self.ranks.at_first(lambda: write_checkpoint(path, model))
         if done or not self.ranks.is_first:
-            model.load_state_dict(self._load(name))
+            read_checkpoint_into(model, path)
         if self.ranks.is_first:
             progress.unlink(missing_ok=True)
         model.eval()
-
-    def _load(self, name: str) -> Any:
-        return torch.load(self.folder / name, weights_only=True, map_location=self.ranks.device)
 
     def _accuracy(self, model: nn.Module) -> float:
         return accuracy(predict(model, self.data.test_images), self.data.test_labels)

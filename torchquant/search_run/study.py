@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +11,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchquant._files import write_json, write_whole
-from torchquant.demo.files import claim_folder, output_folder
+from torchquant._files import read_saved, reading, write_json, write_whole
+from torchquant._locks import hold
+from torchquant.demo.files import ELSEWHERE, LOCK, REMAKE, keep_settings, output_folder
 from torchquant.demo.progress import Silent
 from torchquant.errors import ConfigError, require
 from torchquant.search_run.results import amount
 from torchquant.search_run.settings import SearchConfig
-from torchquant.search_run.stages import run_search
+from torchquant.search_run.stages import checked_settings, search_from
 
 SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "qss": {"arch_rate": (5e-3, 3e-1), "temperature": (1.0, 10.0), "penalty": (0.1, 30.0)},
     "qpl": {"arch_rate": (3e-3, 3e-1), "penalty": (0.1, 30.0)},
 }
 """What trials differ in: setting -> least and most, on a logarithmic scale."""
+
+
+PATIENCE = 100
+"""Tenths of a second that the settings of a study may take to be written."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,12 @@ def run_study(
     if trials < 1:
         raise ConfigError(f"trials must be at least 1, got {trials}")
     optuna = require("optuna", "search")
+    settings = checked_settings(config)
     folder, shown = output_folder(out), show or Silent()
-    claim_folder(folder / "config.json", asdict(config), "a study of another search", "search")
     with _quiet(optuna), _opened(optuna, storage, folder) as opened:
-        study = optuna.create_study(storage=opened, study_name=name, direction="maximize", load_if_exists=True)
+        _claim(settings, folder, shown)
+        with reading(Path(storage or folder / "study.db"), ELSEWHERE):
+            study = optuna.create_study(storage=opened, study_name=name, direction="maximize", load_if_exists=True)
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             if (folder / f"trial-{trial.number}").is_dir():
                 _perform(study, optuna.trial.Trial(study, trial._trial_id), config, folder, shown)
@@ -97,19 +105,33 @@ def run_study(
     return result
 
 
+def _claim(settings: dict[str, Any], folder: Path, shown: Silent) -> None:
+    """Keep the settings of the study in its folder, which several processes may share. Raises ConfigError."""
+    for _ in range(PATIENCE):
+        with hold(folder / LOCK) as other:
+            if other is None:
+                keep_settings(
+                    folder / "config.json", settings, "a study of another search", "search", (), shown.message
+                )
+                return
+        time.sleep(0.1)
+    raise ConfigError(f"{folder} is in use by {other}; wait for it, or choose another folder")
+
+
 def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: Silent) -> None:
     """One trial, unless another process is at it, or it was stopped before its settings were known."""
     own = output_folder(folder / f"trial-{trial.number}")
-    with _locked(own / ".lock") as is_ours:
+    with hold(folder / f".trial-{trial.number}.lock") as other:
         finished = {t.number for t in _finished(study)}
-        if not is_ours or trial.number in finished or set(trial.params) != set(SPACES[config.kind]):
+        if other is not None or trial.number in finished or set(trial.params) != set(SPACES[config.kind]):
             return
         kept = folder / "float.pt"
-        if kept.exists() and not (own / "float.pt").exists():
-            write_whole(own / "float.pt", lambda path: path.write_bytes(kept.read_bytes()))
+        if kept.exists():
+            with reading(kept, REMAKE):
+                read_saved(kept)
         words = ", ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
         shown.message(f"trial {trial.number}: {words}")
-        result = run_search(replace(config, **trial.params), own, shown)
+        result = search_from(replace(config, **trial.params), own, shown, float_file=kept if kept.exists() else None)
         if not kept.exists():
             write_whole(kept, lambda path: path.write_bytes((own / "float.pt").read_bytes()))
         trial.set_user_attr("costs", result.costs)
@@ -155,22 +177,3 @@ def _opened(optuna: Any, storage: str | None, folder: Path) -> Iterator[Any]:
         opened.remove_session()
         if "://" in place:
             opened.engine.dispose()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the lock, which ends with the process however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: a trial that was stopped stays unfinished
-        is_new = not path.exists()
-        path.touch()
-        yield is_new
-        return
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchquant._files import write_whole
+from torchquant._files import read_saved, reading, write_whole
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
@@ -23,6 +23,7 @@ OnEpoch = Callable[[int, float], None]
 """Called after each epoch with its number, from 1, and its mean loss."""
 Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> ()."""
+AFRESH = "delete it to train from the start"
 
 
 def fit(
@@ -64,14 +65,15 @@ def fit(
     model.train()
     first = 1
     if progress is not None and progress.exists():
-        saved = torch.load(progress, weights_only=True, map_location="cpu")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        if generator is not None:
-            generator.set_state(saved["batches"])
-        set_random_state(saved["random"])
-        first = int(saved["epoch"]) + 1
+        with reading(progress, AFRESH):
+            saved = read_saved(progress)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            if generator is not None:
+                generator.set_state(saved["batches"])
+            set_random_state(saved["random"])
+            first = int(saved["epoch"]) + 1
     for epoch in range(first, epochs + 1):
         losses = []
         for x, target in batches():
@@ -97,7 +99,8 @@ def epochs_done(progress: Path | None) -> int:
     """How many epochs a file of progress has behind it; 0 without one."""
     if progress is None or not progress.exists():
         return 0
-    return int(torch.load(progress, weights_only=True, map_location="cpu")["epoch"])
+    with reading(progress, AFRESH):
+        return int(read_saved(progress)["epoch"])
 
 
 def across_ranks(model: nn.Module) -> nn.Module:

@@ -1,0 +1,71 @@
+"""What files took part in a run, by what stood in them: a file that changed under the same name is another one."""
+
+from __future__ import annotations
+
+import inspect
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+from torch import nn
+
+from torchquant._files import digest_of
+from torchquant.errors import ConfigError
+
+OURS = Path(__file__).parent.parent
+
+
+def contents_of(paths: Iterable[str | None], nets: Iterable[nn.Module] = (), model: str = "") -> dict[str, str]:
+    """Name -> sha256 of the files and folders, and of the Python files that the networks are written in.
+
+    Installed packages, this one among them, have no line here. `model`: "file.py:function" or
+    "package.module:function" that built one.
+    """
+    found = {path: digest_of(Path(path)) for path in paths if path is not None}
+    starts = [kind.__module__ for net in nets for module in net.modules() for kind in type(module).__mro__]
+    place = model.rpartition(":")[0]
+    builder = f"torchquant_model_{Path(place).stem}" if place.endswith(".py") else place
+    for label, file in sorted(_own_files([*starts, builder])):
+        found[label] = digest_of(file)
+    return found
+
+
+def pinned(wanted: dict[str, str] | None, found: dict[str, str]) -> dict[str, str]:
+    """What was found; raises ConfigError where it is not what settings ask for."""
+    if wanted is not None and (changed := changed_contents(wanted, found)):
+        raise ConfigError(
+            f"{', '.join(changed)}: not what the settings were written down with; leave out their contents"
+        )
+    return found
+
+
+def changed_contents(known: dict[str, str], ours: dict[str, str]) -> list[str]:
+    """Names of what is not the same in both."""
+    return [name for name in {**ours, **known} if known.get(name) != ours.get(name)]
+
+
+def _own_files(starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """(label, file) of the modules that are not installed, and of those that they take names from."""
+    waiting, seen = list(dict.fromkeys(starts)), set()
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None)
+        if name in seen or module is None or file is None or _is_installed(Path(file)):
+            continue
+        seen.add(name)
+        yield (Path(file).name if name.startswith("torchquant_") else f"{name.replace('.', '/')}.py"), Path(file)
+        waiting += [
+            value.__name__ if isinstance(value, ModuleType) else value.__module__
+            for value in list(vars(module).values())
+            if isinstance(value, ModuleType | FunctionType) or inspect.isclass(value)
+        ]
+
+
+def _is_installed(file: Path) -> bool:
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    folders += [*site.getsitepackages(), site.getusersitepackages(), str(OURS)]
+    return any(Path(folder).resolve() in file.resolve().parents for folder in folders)
