@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError
 from torchquant.qmodule.state import QModule, QModuleState
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+@checked
 def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
     """(path, QModule) of every QModule in the model; writes each path into its module for messages."""
     for path, module in model.named_modules():
@@ -37,6 +39,7 @@ def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
             yield path, module
 
 
+@checked
 def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
     """Put every QModule of the model in `state`, until it is set again. Raises ConfigError.
 
@@ -54,6 +57,7 @@ def _check_state(state: QModuleState) -> None:
         raise ConfigError(f"state must be a QModuleState, got {state!r}")
 
 
+@checked
 class qmodule_state:  # noqa: N801 - published name
     """`with qmodule_state(model, state):` sets a state and gives each module back its own on exit.
 
@@ -86,6 +90,7 @@ class qmodule_state:  # noqa: N801 - published name
             module.state = state
 
 
+@checked
 def observe_weights(model: nn.Module) -> None:
     """Show every weight quantizer its weight as it is now. No data needed.
 
@@ -95,6 +100,7 @@ def observe_weights(model: nn.Module) -> None:
         module.observe_weight()
 
 
+@checked
 def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
     """What the quantizers of the model learn, as an optimizer group without weight decay.
 
@@ -109,6 +115,7 @@ def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
     return {"params": list(learned.values()), "weight_decay": 0.0}
 
 
+@checked
 def freeze_bn(model: nn.Module, frozen: bool = True) -> None:
     """Keep the batch norms inside QWrappers on their running statistics, also in train mode."""
     for _, module in qmodules(model):
@@ -140,6 +147,7 @@ class StateReport(list[SiteReport]):
         return text_table(list(SiteReport.__dataclass_fields__), (list(row.values()) for row in self.to_dicts()))
 
 
+@checked
 def state_report(model: nn.Module) -> StateReport:
     """For every quantizer of the model: where, in which state, which scheme, bits, calibrated, ranges."""
     return StateReport(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QModule, QModuleState, QWrapper
 from torchquant.utils import qmodule_state, qmodules
@@ -50,6 +51,7 @@ class LayerError:
         return {"path": self.path} | {name: None if site is None else site.to_dict() for name, site in sites.items()}
 
 
+@checked
 def sqnr(x: Tensor, x_hat: Tensor) -> float:
     """Signal to quantization noise ratio in dB, `10 log10(sum x**2 / sum (x - x_hat)**2)`, in float64.
 
@@ -71,6 +73,7 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan
 
 
+@checked
 @torch.no_grad()
 def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[LayerError]:
     """What quantization changes in every QModule, in the order of `named_modules`.

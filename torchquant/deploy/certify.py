@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.certificate import Certificate, Comparison, FinalOutputs
 from torchquant.deploy.integer import IntegerModel, to_integer
@@ -31,6 +32,7 @@ SIMULATION = "simulation"
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
 
 
+@checked
 @torch.no_grad()
 def certify(
     model: nn.Module,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant._arguments import checked
 from torchquant.deploy.onnx_graph import IS_CODES
 from torchquant.errors import ConfigError, require
 
@@ -42,6 +43,7 @@ def open_session(model: str | os.PathLike[str] | bytes, level: str = "all", save
     return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+@checked
 @torch.no_grad()
 def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, optimize: bool = False) -> Tensor:
     """The first output of an ONNX file for x, computed by ONNX Runtime on the CPU. Needs the extra `deploy`.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.references import model_of, split_reference
 from torchquant.deploy.stored_codes import CodesQuantizer, coded_tensors, pack_codes, unpack_codes, weight_sites
@@ -45,6 +46,7 @@ class _Head:
     build: tuple[str, dict[str, Any]] | None = None
 
 
+@checked
 @torch.no_grad()
 def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | None = None) -> Path:
     """Write a calibrated model as one .safetensors file that `load_packed` reads. Returns its path.
@@ -94,6 +96,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
     return write_whole(target, lambda temporary: safetensors.save_file(tensors, temporary, metadata))
 
 
+@checked
 @torch.no_grad()
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model of a packed file, in eval mode and QUANT_EVAL, where it computes bit for bit what the saved one does.

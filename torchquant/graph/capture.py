@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.ops import computing_module_type
@@ -18,6 +19,7 @@ from torchquant.qmodule.patterns import plain_type
 from torchquant.qmodule.state import QModule
 
 
+@checked
 def capture(
     model: nn.Module, example_inputs: Any = None, trace: bool | str = True, fuse: bool | str = True
 ) -> Captured:

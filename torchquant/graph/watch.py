@@ -7,16 +7,21 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from torchquant._arguments import running
 from torchquant.graph.sites import Captured, Region
 from torchquant.graph.trace import FLAG, in_mode
 from torchquant.qmodule.state import is_real
 
 
-def call_with(model: nn.Module, example_inputs: Any) -> Any:
-    """The model on a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
+def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs") -> Any:
+    """The model on a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+
+    Raises ConfigError with the model's own words where it does not run; `what` is what the inputs are called there.
+    """
+    with running(model, what, example_inputs):
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        return model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
 
 
 def real_values(model: nn.Module, regions: Mapping[str, Region], example_inputs: Any) -> dict[tuple[str, str], bool]:

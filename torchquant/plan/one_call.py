@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant.graph.sites import LeftFloat
 from torchquant.graph.trace import in_mode
 from torchquant.graph.watch import call_with, tensors_in
@@ -15,6 +16,7 @@ from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 
 
+@checked
 def quantize(
     model: nn.Module, rules: Rules | QuantPlan, example_inputs: Any = None, inplace: bool = False
 ) -> nn.Module:

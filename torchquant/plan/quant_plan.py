@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
@@ -223,6 +224,7 @@ class QuantPlan:
         return cls.from_dict(read_yaml(path), f"{path}")
 
 
+@checked
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """What a YAML (or JSON) file holds, by the safe loader. Raises ConfigError."""
     yaml = require("yaml", "cli")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from torchquant._arguments import checked
 from torchquant.errors import NameClashError, UnsupportedPatternError
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -33,6 +34,7 @@ def run_by_functional_call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor |
     return y if own_bias is not None or bias is None else y + channel_view(bias, y.ndim)
 
 
+@checked
 @dataclass(frozen=True)
 class LayerRow:
     """A layer with a `weight`. `run(layer, x, weight, bias)` is its forward with another weight.
@@ -56,6 +58,7 @@ class LayerRow:
         return grouped.transpose(1, 2).flatten(0, 1)
 
 
+@checked
 @dataclass(frozen=True)
 class InputFirstRow(LayerRow):
     """A linear layer whose weight is stored as (in, out)."""
@@ -64,6 +67,7 @@ class InputFirstRow(LayerRow):
         return weight.t()
 
 
+@checked
 @dataclass(frozen=True)
 class ActivationRow:
     """An activation. `clamp=(low, high)` if it is `x.clamp(low, high)`: then a quantizer absorbs it."""
@@ -134,6 +138,7 @@ def split_norm(module: Any) -> nn.Module:
     return norm
 
 
+@checked
 def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow) -> None:
     """Let QWrapper wrap `kind`: a class, or "module.Class" for one of a package not imported yet.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
@@ -41,6 +42,7 @@ def weight_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters() if "weight" in name.rpartition(".")[2]]
 
 
+@checked
 class QWeights(QModule):
     """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention.
 

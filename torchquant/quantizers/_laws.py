@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import LawViolation, NoCodesError, NonFiniteError
 from torchquant.quantizers._base import Quantizer
 
@@ -316,6 +317,7 @@ LAWS: dict[str, Callable[[_Case], None]] = {
 }
 
 
+@checked
 def check_quantizer(
     quantizer: Quantizer, sample: Tensor | None = None, laws: tuple[str, ...] | None = None
 ) -> LawReport:

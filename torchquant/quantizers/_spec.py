@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer
@@ -35,6 +36,7 @@ _OF_ACTIVATIONS = {
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+@checked
 @dataclass(frozen=True)
 class QuantSpec:
     """A quantizer in words. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
@@ -99,6 +101,7 @@ def _require(condition: object, text: str, what: str) -> None:
         raise ConfigError(f"spec {text!r}: {what}. A spec is {GRAMMAR}")
 
 
+@checked
 def find_scheme(name: str) -> tuple[type[Quantizer], Mapping[str, Any]]:
     """The class a spec's scheme names, and the arguments the name fixes. Raises UnknownNameError."""
     known = {preset: (cls, fixed) for _, cls in schemes() for preset, fixed in cls.presets.items()}
@@ -115,6 +118,7 @@ def schemes() -> list[tuple[str, type[Quantizer]]]:
     return [(name, QUANTIZERS[name]) for name in QUANTIZERS]
 
 
+@checked
 def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     """The quantizer a spec string names.
 

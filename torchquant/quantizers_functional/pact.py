@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.uniform import like
 
@@ -30,6 +31,7 @@ class _Clipped(torch.autograd.Function):
         return for_x, for_alpha, None
 
 
+@explained
 def pact_quantize(x: Tensor, alpha: Tensor, n_bits: int) -> Tensor:
     """Quantize `clamp(x, 0, alpha)` to `2**n_bits` levels, 0 and alpha among them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
@@ -25,6 +26,7 @@ def check_qfmt(n_bits: int, signed: bool, rule: str) -> None:
         raise ConfigError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
 
 
+@explained
 def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: bool, rule: str = "nosat") -> Tensor:
     """Integer bits m of the Q-format that covers the range. () or (C,) in, int64 of that shape out.
 
@@ -57,6 +59,7 @@ def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: boo
     return torch.where(m == lowest, torch.zeros_like(m), m)
 
 
+@explained
 def qfmt_params(int_bits: Tensor, n_bits: int, signed: bool, dtype: torch.dtype) -> AffineParams:
     """Step and code bounds of Q(int_bits, n_bits - int_bits - signed). Codes are always n_bits wide.
 
@@ -69,6 +72,7 @@ def qfmt_params(int_bits: Tensor, n_bits: int, signed: bool, dtype: torch.dtype)
     return AffineParams(delta, 0, 0, 2**n_bits - 1)
 
 
+@explained
 def qfmt_quantize(
     x: Tensor,
     delta: Tensor | float,

@@ -22,6 +22,8 @@ class RangeObserver(StatisticTracker):
     """
 
     statistics: tuple[str, ...] = ("range_min", "range_max")
+    made_by = "BatchMinMax() is one"
+    """What messages advise where something else is given for an observer."""
     range_min: Tensor
     range_max: Tensor
 

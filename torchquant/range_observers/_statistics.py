@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import check_constructor, checked
 from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -55,6 +56,7 @@ def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> 
         held.view(-1).copy_(moved.view(-1))  # compiled code of torch 2.11 loses what is written to a () float64 tensor
 
 
+@checked
 class StatisticTracker(nn.Module):
     """Statistics of the tensors it is shown, averaged over batches.
 
@@ -95,6 +97,10 @@ class StatisticTracker(nn.Module):
         for name in self.statistics:
             self.register_buffer(name, torch.zeros(self._shape_of(name, () if axis is None else (0,))))
         self.register_buffer("observed_weight", torch.zeros(()))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_constructor(cls)
 
     @abstractmethod
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_json
 from torchquant.errors import ConfigError
 from torchquant.graph.sites import make_field
@@ -21,6 +22,7 @@ from torchquant.search.probe import searched_plan
 from torchquant.search.space import searched_fields
 
 
+@checked
 def measure_latency(
     net: nn.Module, plan: Rules | QuantPlan, time_plan: Callable[[QuantPlan], float]
 ) -> dict[tuple[str, str], float]:
@@ -68,12 +70,14 @@ def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: M
     return found
 
 
+@checked
 def write_latency(path: str | os.PathLike[str], table: LatencyTable) -> Path:
     """Write a table as JSON: a list of {site, spec, seconds}."""
     entries = [{"site": site, "spec": spec, "seconds": seconds} for (site, spec), seconds in table.items()]
     return write_json(Path(path), entries)
 
 
+@checked
 def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
     """Read a table that `write_latency` wrote, or that somebody wrote by hand. Raises ConfigError."""
     try:

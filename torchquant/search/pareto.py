@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._figures import new_figure
 from torchquant._files import write_json
 from torchquant._tables import text_table
@@ -121,6 +122,7 @@ class Pareto:
         return buffer.getvalue()
 
 
+@checked
 def pareto(
     net: nn.Module,
     rules: Rules | QuantPlan,

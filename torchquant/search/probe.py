@@ -106,7 +106,7 @@ class Probe:
         set_qmodule_state(self.model, QModuleState.CALIBRATION)
         with torch.no_grad():
             for inputs, _ in batches:
-                call_with(self.model, inputs)
+                call_with(self.model, inputs, "a batch")
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
 
     def all_mixtures(self) -> Iterator[MixtureQuantizer]:
@@ -138,7 +138,7 @@ class Probe:
     def outputs(self) -> Iterator[Any]:
         """What the model gives for each batch, as it is now."""
         for inputs, _ in self.batches:
-            yield call_with(self.model, inputs)
+            yield call_with(self.model, inputs, "a batch")
 
     def mean_loss(self, loss: Loss, outputs: Iterable[Any]) -> float:
         """The mean over all samples."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchquant._arguments import checked
 from torchquant.errors import require
 from torchquant.search.budget import Budget
 from torchquant.search.figures import bit_widths, costs, heatmap, losses, pareto_front
@@ -16,6 +17,7 @@ CHOICE = ("place", "field", "spec", "bits", "bytes")
 MOST_COLUMNS = 40
 
 
+@checked
 def render_report(
     title: str,
     summary: Summary,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_json
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
@@ -108,6 +109,7 @@ class Sensitivity:
             raise ConfigError(f"{path} is not JSON: {error}") from error
 
 
+@checked
 def sensitivity(
     net: nn.Module,
     rules: Rules | QuantPlan,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.sites import FIELDS, make_field
 from torchquant.plan.quant_plan import QuantPlan
@@ -20,6 +21,7 @@ DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq
 """AutoQNN's: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
 
 
+@checked
 @dataclass(frozen=True)
 class Candidates:
     """Spec strings to choose from at one place. One with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
@@ -94,6 +96,7 @@ def _is_spec(text: str, field: str) -> bool:
     return True
 
 
+@checked
 def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) -> list[str]:
     """Weight candidates of the same storage cost: those of `schemes` that have the width; at 1 and 2 bits also
     binary or ternary.
@@ -119,6 +122,7 @@ def searched_fields(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
     }
 
 
+@checked
 def search_rules(
     rules: Rules, min_bits: int = 2, max_bits: int = 8, form: str = "interp"
 ) -> str | list[dict[str, Any]]:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QModuleState
 from torchquant.utils import observe_weights, qmodule_state
 
 
+@checked
 @torch.no_grad()
 def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState = QModuleState.QUANT_EVAL) -> int:
     """Measure the running mean and variance of every batch norm anew, with the weights quantized as they are now.

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.quantizers import EWGSQuantizer, GridQuantizer
 from torchquant.quantizers_functional.gradients import EWGS
 
 
+@checked
 def adapt_ewgs(
     model: nn.Module, loss: Callable[[], Tensor], samples: int = 1, generator: torch.Generator | None = None
 ) -> dict[str, float]:

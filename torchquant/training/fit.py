@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
@@ -25,6 +26,7 @@ Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> ()."""
 
 
+@checked
 def fit(
     model: nn.Module,
     batches: Callable[[], Iterable[tuple[Any, Any]]],
@@ -75,7 +77,7 @@ def fit(
     for epoch in range(first, epochs + 1):
         losses = []
         for x, target in batches():
-            value = loss(call_with(module, x), target)
+            value = loss(call_with(module, x, "a batch"), target)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -124,6 +126,7 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+@checked
 def fit_quantized(model: nn.Module, *args: Any, **options: Any) -> None:
     """`fit` with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
     set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
