@@ -312,7 +312,10 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "ZoomQQuantizer": fitted(n_bits=4),
         "catalogue": dict,
         "find_scheme": lambda: {"name": "affine"},
-        "pact_penalty": lambda: {"model": tq.QWrapper(nn.Linear(2, 2), None, tq.make_quantizer("pact:4", "output")), "weight": 1e-3},
+        "pact_penalty": lambda: {
+            "model": tq.QWrapper(nn.Linear(2, 2), None, tq.make_quantizer("pact:4", "output")),
+            "weight": 1e-3,
+        },
         "scheme_entry": lambda: {"name": "affine"},
         "weight_spec": lambda: {"name": "affine", "n_bits": 8},
     },

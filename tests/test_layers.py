@@ -31,6 +31,7 @@ LAST_CORE_ROW = 4
 # Within a row: (who, whom). The verbs on QModules, the one helper that swaps a module, the demo's command.
 ROW_MATES = {
     ("_arguments", "errors"),
+    ("_files", "errors"),
     ("_registry", "errors"),
     ("_figures", "errors"),
     ("qmodules", "qmodule"),

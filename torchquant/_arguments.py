@@ -6,6 +6,7 @@ with a ConfigError that says what came, what is allowed and, where the wanted cl
 
 from __future__ import annotations
 
+import collections.abc
 import functools
 import inspect
 import os
@@ -122,7 +123,7 @@ def _checked(function: F, explains: bool = False) -> F:
 
 
 _UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
-_PLAIN = (Tensor, nn.Parameter, int, bool, str, type(None))
+_PLAIN = (Tensor, nn.Parameter, bool, str, type(None))
 """Types all of whose values fit an annotation if one does."""
 
 
@@ -188,6 +189,22 @@ must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keywo
             f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}. A tensor, a tuple "
             "of arguments or a dictionary of keyword arguments is given to its forward"
         ) from error
+
+
+def one_number(value: object, what: str) -> Tensor:
+    """What a function gave, if it is a tensor with one number. Raises ConfigError that begins with `what`."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    raise ConfigError(
+        f"{what} must be a tensor with one number: the mean over the samples of a batch; got {shown(value)}"
+    )
+
+
+def number(value: object, what: str) -> float:
+    """What a function gave, as a number. Raises ConfigError that begins with `what`."""
+    if _is_number(value) or isinstance(value, Tensor) and value.numel() == 1:
+        return float(cast(float, value))
+    raise ConfigError(f"{what} must be a number, got {shown(value)}")
 
 
 _OF_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -265,7 +282,11 @@ def _gathers(kind: type) -> bool:
 
 
 def _elements_fit(kind: type, arguments: tuple[Any, ...], value: Any) -> bool:
-    if not arguments or kind is Callable or not isinstance(value, Mapping | Sequence | AbstractSet):
+    if kind is collections.abc.Callable:
+        return _takes(value, arguments)
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and (not arguments or fits(arguments[0], value))
+    if not arguments or not isinstance(value, Mapping | Sequence | AbstractSet):
         return True
     if len(value) > CHECKED_ELEMENTS:
         return True
@@ -274,6 +295,21 @@ def _elements_fit(kind: type, arguments: tuple[Any, ...], value: Any) -> bool:
     if kind is tuple and arguments[-1] is not Ellipsis:
         return len(value) == len(arguments) and all(map(fits, arguments, value))
     return all(fits(arguments[0], element) for element in value)
+
+
+def _takes(function: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether a function can be called with as many arguments as its annotation says, as far as it tells."""
+    if not arguments or arguments[0] is Ellipsis:
+        return True
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # of C
+        return True
+    try:
+        signature.bind(*arguments[0])
+    except TypeError:
+        return False
+    return True
 
 
 class Simple(NamedTuple):
@@ -324,10 +360,13 @@ def described(hint: Any, plural: bool = False) -> str:
     if _is_open(hint):
         return "values" if plural else "any value"
     kind = hint if origin is None else origin
-    name = {Callable: "function"}.get(kind, kind.__name__)
+    if kind is collections.abc.Callable:
+        takes = "" if not arguments or not isinstance(arguments[0], list) else f" of {len(arguments[0])} arguments"
+        return f"{'functions' if plural else 'a function'}{takes}"
+    name = kind.__name__
     if origin is type:
         return f"{'classes' if plural else 'a class'} of {described(arguments[0], True)}"
-    if isinstance(kind, type) and kind is not Callable and _gathers(kind):
+    if isinstance(kind, type) and _gathers(kind):
         name = name.lower()
         if name == "mapping" and len(arguments) == 2:
             name = f"mapping{'s' if plural else ''} from {described(arguments[0], True)} to "

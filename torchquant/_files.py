@@ -13,9 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torchquant.errors import ConfigError
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then put it in its place in one step."""
+    """Let `write` fill a temporary file beside `path`, then put it in its place in one step. Raises ConfigError."""
+    if not path.name:
+        raise ConfigError(f"'{path}' names no file to write; give a path that ends in a file's name")
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -11,7 +12,6 @@ from torch import nn
 
 from torchquant._arguments import checked
 from torchquant._tables import text_table
-from torchquant.errors import ConfigError
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.qmodule.wrapper import QWrapper
 from torchquant.quantizers import Quantizer
@@ -45,16 +45,22 @@ def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
 
     >>> set_qmodule_state(nn.Linear(1, 1), "QUANT_EVAL")
     Traceback (most recent call last):
-    torchquant.errors.ConfigError: state must be a QModuleState, got 'QUANT_EVAL'
+    torchquant.errors.ConfigError: set_qmodule_state: state must be a QModuleState, got 'QUANT_EVAL'
     """
-    _check_state(state)
-    for _, module in qmodules(model):
+    for module in _found(model, "set_qmodule_state"):
         module.state = state
 
 
-def _check_state(state: QModuleState) -> None:
-    if not isinstance(state, QModuleState):
-        raise ConfigError(f"state must be a QModuleState, got {state!r}")
+def _found(model: nn.Module, caller: str) -> list[QModule]:
+    """The QModules of the model; warns where there is none, so that nothing would happen."""
+    found = [module for _, module in qmodules(model)]
+    if not found:
+        warnings.warn(
+            f"{caller} has no effect: {type(model).__name__} has no QModule, so nothing in it is quantized. Quantize it "
+            "with torchquant.quantize, or wrap its layers in QWrapper; the result of quantize is a copy",
+            stacklevel=4 if caller != "qmodule_state" else 3,  # past what checks the arguments
+        )
+    return found
 
 
 @checked
@@ -73,14 +79,15 @@ class qmodule_state:  # noqa: N801 - published name
     """
 
     def __init__(self, model: nn.Module, state: QModuleState) -> None:
-        _check_state(state)
         self.model = model
         self.state = state
         self._former: list[list[tuple[QModule, QModuleState]]] = []
 
     def __enter__(self) -> nn.Module:
-        self._former.append([(module, module.state) for _, module in qmodules(self.model)])
-        set_qmodule_state(self.model, self.state)
+        found = _found(self.model, "qmodule_state")
+        self._former.append([(module, module.state) for module in found])
+        for module in found:
+            module.state = self.state
         return self.model
 
     def __exit__(
@@ -96,7 +103,7 @@ def observe_weights(model: nn.Module) -> None:
 
     After the last optimizer step the weight ranges are one step old; this brings them up to date.
     """
-    for _, module in qmodules(model):
+    for module in _found(model, "observe_weights"):
         module.observe_weight()
 
 

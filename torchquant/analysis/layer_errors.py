@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
+from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QModuleState, QWrapper
 from torchquant.utils import qmodule_state, qmodules
 
@@ -86,12 +87,14 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
     Runs in eval mode; modes and states are as before afterwards, and no hook stays. While it runs it
     holds the float output of every quantized site. Raises UnobservedRangeError before calibration.
     """
+    if n_samples < 1:
+        raise ConfigError(f"n_samples must be at least 1, got {n_samples}")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         real: dict[str, Tensor] = {}
         with qmodule_state(model, QModuleState.BYPASSED), _on_output(model, real.setdefault):
-            model(x)
+            call_with(model, (x,), "x")
         outputs: dict[str, SiteError] = {}
         modules = dict(qmodules(model))
 
@@ -100,7 +103,7 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
                 outputs[path] = _site_error(modules[path], "output", real.pop(path), quantized, n_samples)
 
         with qmodule_state(model, QModuleState.QUANT_EVAL), _on_output(model, compare):
-            model(x)
+            call_with(model, (x,), "x")
     finally:
         for module in training:
             module.training = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchquant._arguments import checked
+from torchquant._arguments import checked, one_number
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
@@ -51,7 +51,9 @@ def hessian_trace(
     if not parameter.requires_grad:
         raise ConfigError("hessian_trace needs a parameter that requires a gradient")
     generator = generator or torch.Generator().manual_seed(0)
-    (gradient,) = torch.autograd.grad(loss_fn(), parameter, create_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad(
+        one_number(loss_fn(), "the loss"), parameter, create_graph=True, allow_unused=True
+    )
     if gradient is None or not gradient.requires_grad:
         return 0.0
     total, mean, steady = 0.0, 0.0, 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from torchquant._arguments import checked
+from torchquant._arguments import checked, number
 from torchquant._files import write_json
 from torchquant.errors import ConfigError
 from torchquant.graph.sites import make_field
@@ -64,7 +64,7 @@ def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: M
     for (path, field), spec in chosen.items():
         fields.setdefault(path, {})[field] = spec
     sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
-    found = float(time_plan(replace(plan, sites=sites)))
+    found = number(time_plan(replace(plan, sites=sites)), "what time_plan gives")
     if not (math.isfinite(found) and found > 0.0):
         raise ConfigError(f"time_plan must give seconds above 0, got {found}")
     return found
