@@ -49,7 +49,7 @@ def _quantized(rules: str = "int8-ort") -> nn.Module:
 @functools.cache
 def _file(folder: Path, kind: str) -> Path:
     if kind == "packed":
-        return deploy.save_packed(_quantized(), folder / "model.tq")
+        return deploy.save_packed(_quantized(), folder / "model.safetensors")
     return deploy.export_onnx(_quantized(), folder / "model.onnx", X)
 
 
@@ -65,8 +65,8 @@ def q(spec: str = "affine:8") -> tq.Quantizer:
     return tq.make_quantizer(spec)
 
 
-def ready(spec: str = "affine:8") -> tq.Quantizer:
-    quantizer = q(spec)
+def ready(spec: str, site: str) -> tq.Quantizer:
+    quantizer = tq.make_quantizer(spec, site)
     quantizer.pre_observe(X)
     return quantizer
 
@@ -173,6 +173,11 @@ def fit_arguments(**options: Any) -> Callable[[], Arguments]:
     }
 
 
+def spoken() -> Arguments:
+    given = net()
+    return {"model": tq.QWrapper(given[0], q(), None), "float_state": given[0].state_dict(keep_vars=True)}
+
+
 def curved() -> Arguments:
     w = torch.ones(3, requires_grad=True)
     return {
@@ -194,7 +199,7 @@ def latency_file() -> Path:
 
 
 def packed_arguments() -> Arguments:
-    return {"model": quantized(), "path": "packed.tq", "build": None}
+    return {"model": quantized(), "path": "packed.safetensors", "build": None}
 
 
 def plan() -> tq.QuantPlan:
@@ -234,7 +239,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         },
         "TernaryQuantizer": fitted(method="twn"),
         "capture": lambda: {"model": net(), "example_inputs": X, "trace": True, "fuse": True},
-        "check_quantizer": lambda: {"quantizer": q(), "sample": X, "laws": ("grid",)},
+        "check_quantizer": lambda: {"quantizer": q(), "sample": X, "laws": ("on_grid",)},
         "freeze_bn": on_model(frozen=True),
         "make_quantizer": lambda: {"spec": "affine:8", "site": "weight"},
         "observe_weights": on_model(),
@@ -289,12 +294,12 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "BinaryQuantizer": fitted(scale="mean"),
         "ClipQQuantizer": fitted(n_bits=4),
         "CodebookQuantizer": learned(n_bits=3, zero=True, learn=True, iterations=3, momentum=0.0),
-        "DoReFaQuantizer": learned(n_bits=4, activation=False, gradient_bits=8),
+        "DoReFaQuantizer": learned(n_bits=4, activation=True, gradient_bits=8),
         "EWGSQuantizer": learned(n_bits=4, signed=True, delta=1e-3, init="mse", per_sample=False),
         "GroupQuantizer": lambda: {"quantizer": q("affine:8/channel"), "size": 4},
         "LSQPlusQuantizer": learned(n_bits=4, offset=True, init="mse", per_sample=False),
         "LSQQuantizer": learned(n_bits=4, signed=True, init="mse", per_sample=False),
-        "MXQuantizer": lambda: {"n_bits": 4, "element": "e2m1", "mode": "floor", "block": 4, "block_axis": None},
+        "MXQuantizer": lambda: {"n_bits": 4, "element": "fp4_e2m1", "mode": "floor", "block": 4, "block_axis": None},
         "MinifloatQuantizer": fitted(
             n_bits=8, exponent_bits=4, mantissa_bits=3, bias=7, special="none", scale="absmax"
         ),
@@ -312,10 +317,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "ZoomQQuantizer": fitted(n_bits=4),
         "catalogue": dict,
         "find_scheme": lambda: {"name": "affine"},
-        "pact_penalty": lambda: {
-            "model": tq.QWrapper(nn.Linear(2, 2), None, tq.make_quantizer("pact:4", "output")),
-            "weight": 1e-3,
-        },
+        "pact_penalty": lambda: {"model": ready("pact:4", "output"), "weight": 1e-3},
         "scheme_entry": lambda: {"name": "affine"},
         "weight_spec": lambda: {"name": "affine", "n_bits": 8},
     },
@@ -337,7 +339,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             "input_quantizer": q(),
         },
         "float_state_dict": on_model(),
-        "speak_float": on_model(float_state=_net().state_dict()),
+        "speak_float": spoken,
     },
     "torchquant.utils": {"qmodules": on_model()},
     "torchquant.training": {

@@ -33,29 +33,38 @@ LINE = 300
 CHECKED_ELEMENTS = 1000
 """Elements of a collection that are looked at."""
 
-_brief = Repr()
+
+class _Brief(Repr):
+    """Short in every part. Tensors, modules, classes, functions and objects that have no text of their own by name."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor):
+            return f"a tensor of shape {list(x.shape)} and type {str(x.dtype).partition('.')[2]}"
+        if isinstance(x, type):
+            return f"the class {x.__name__}"
+        if isinstance(x, int) and x.bit_length() > 64:
+            return f"a whole number of {x.bit_length()} bits"
+        if inspect.isroutine(x):
+            return f"the function {x.__name__}"
+        if isinstance(x, nn.Module) or type(x).__repr__ is object.__repr__:
+            return f"an object of the class {type(x).__name__}"
+        return super().repr1(x, level)
+
+
+_brief = _Brief()
 _brief.maxstring = _brief.maxother = 60
+_brief.maxlevel = 3
 
 
 def shown(value: object) -> str:
     """A value in a message: its repr, shortened; tensors by shape, modules, functions and classes by name.
 
-    >>> shown("affine:8"), shown(torch.zeros(2, 3)), shown(nn.ReLU), shown(abs)
-    ("'affine:8'", 'a tensor of shape [2, 3] and type float32', 'the class ReLU', 'the function abs')
+    >>> shown("affine:8"), shown(torch.zeros(2, 3)), shown([nn.ReLU, abs])
+    ("'affine:8'", 'a tensor of shape [2, 3] and type float32', '[the class ReLU, the function abs]')
     """
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)} and type {str(value.dtype).partition('.')[2]}"
-    if isinstance(value, nn.Module):
-        return f"an object of the class {type(value).__name__}"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"a whole number of {value.bit_length()} bits"
-    if inspect.isroutine(value):
-        return f"the function {value.__name__}"
     try:
         text = _brief.repr(value)
-    except Exception:  # a repr may fail in any way; whole numbers of 5,000 digits have none
+    except Exception:  # a repr may fail in any way
         text = f"an object of the class {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 

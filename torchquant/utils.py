@@ -56,8 +56,8 @@ def _found(model: nn.Module, caller: str) -> list[QModule]:
     found = [module for _, module in qmodules(model)]
     if not found:
         warnings.warn(
-            f"{caller} has no effect: {type(model).__name__} has no QModule, so nothing in it is quantized. Quantize it "
-            "with torchquant.quantize, or wrap its layers in QWrapper; the result of quantize is a copy",
+            f"{caller} has no effect: {type(model).__name__} has no QModule, so nothing in it is quantized. Quantize "
+            "it with torchquant.quantize, whose result is a copy, or wrap its layers in QWrapper",
             stacklevel=4 if caller != "qmodule_state" else 3,  # past what checks the arguments
         )
     return found

@@ -82,7 +82,7 @@ def certify(
     if bound < 0 or tie_bound < 0.0:
         raise ConfigError(f"bounds must be at least 0, got bound={bound} and tie_bound={tie_bound}")
     if unknown or not ways:
-        raise ConfigError(f"ways must be of {', '.join(WAYS)}, got {', '.join(map(shown, ways)) or 'none'}")
+        raise ConfigError(f"ways must be of {', '.join(WAYS)}, got {', '.join(ways) or 'none'}")
     keep_signed = metadata_of(path).get("torchquant_keep_signed") == "1"
     engines = _Engines(model, path, ways, bound, tie_bound)
     batches = samples = 0

@@ -62,7 +62,7 @@ class QuantSpec:
     def parse(cls, text: str) -> QuantSpec:
         """Read a spec string. Raises ConfigError that says which part is wrong and what is allowed there."""
         if not isinstance(text, str):
-            raise ConfigError(f"a spec must be a string {GRAMMAR}, got {text!r}")
+            raise ConfigError(f"a spec must be a string {GRAMMAR}, got {shown(text)}")
         rest, at, gradient = text.strip().partition("@")
         head, slash, granularity = rest.partition("/")
         scheme, *items = head.split(",")
@@ -125,7 +125,6 @@ def schemes() -> list[tuple[str, type[Quantizer]]]:
     return [(name, QUANTIZERS[name]) for name in QUANTIZERS]
 
 
-@checked
 def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     """The quantizer a spec string names.
 
@@ -143,8 +142,8 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     0.99
     """
     spec = spec if isinstance(spec, QuantSpec) else QuantSpec.parse(spec)
-    if site not in SITES:
-        raise ConfigError(f"site must be one of {', '.join(SITES)}, got {site!r}")
+    if not isinstance(site, str) or site not in SITES:
+        raise ConfigError(f"site must be one of {', '.join(SITES)}, got {shown(site)}")
     if spec.granularity == "group" and site != "weight":
         raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
     scheme, fixed = find_scheme(spec.scheme)

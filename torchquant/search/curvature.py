@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchquant._arguments import checked, one_number
+from torchquant._arguments import checked, one_number, shown
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
@@ -49,7 +49,9 @@ def hessian_trace(
             f"hessian_trace needs draws >= 1, patience >= 1, tolerance >= 0; got {draws}, {patience}, {tolerance}"
         )
     if not parameter.requires_grad:
-        raise ConfigError("hessian_trace needs a parameter that requires a gradient")
+        raise ConfigError(
+            f"hessian_trace needs a parameter that requires a gradient, got {shown(parameter)} without one"
+        )
     generator = generator or torch.Generator().manual_seed(0)
     (gradient,) = torch.autograd.grad(
         one_number(loss_fn(), "the loss"), parameter, create_graph=True, allow_unused=True

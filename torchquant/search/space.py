@@ -17,6 +17,7 @@ from torchquant.quantizers import weight_spec
 from torchquant.search.mixture import MixtureQuantizer
 
 WIDTH = "{n}"
+WIDEST = 32
 DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
 """AutoQNN's: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
 
@@ -47,8 +48,10 @@ class Candidates:
             raise ConfigError("there must be at least one candidate")
         if len(set(self.specs)) != len(self.specs):
             raise ConfigError(f"a candidate is given twice: {', '.join(self.specs)}")
-        if not 1 <= self.min_bits <= self.max_bits:
-            raise ConfigError(f"widths must be 1 <= min_bits <= max_bits, got {self.min_bits}..{self.max_bits}")
+        if not 1 <= self.min_bits <= self.max_bits <= WIDEST:
+            raise ConfigError(
+                f"widths must be 1 <= min_bits <= max_bits <= {WIDEST}, got {self.min_bits}..{self.max_bits}"
+            )
 
     @property
     def learns_width(self) -> bool:
@@ -104,6 +107,9 @@ def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) ->
     >>> default_candidates(2)[:3], len(default_candidates(4))
     (['qfmt:2,signed/channel', 'resq:2/channel', 'vecq:2/channel'], 8)
     """
+    schemes = list(schemes)
+    if not schemes:
+        raise ConfigError("default_candidates needs the name of at least one scheme, got none")
     names = [*schemes, *{1: ["binary"], 2: ["ternary"]}.get(n_bits, [])]
     found = [weight_spec(name, n_bits) if name != "binary" else "binary/channel" for name in names]
     specs = [spec for spec in dict.fromkeys(found) if spec is not None]
