@@ -13,6 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_type_hints
 
 import pytest
@@ -126,10 +127,10 @@ def complaint(function: Any, arguments: dict[str, Any], wrong: Any = None) -> st
 
 
 def shows(message: str, value: Any) -> bool:
-    """Whether a message says what came: the value as it is shown, or its kind, or a part of a long one."""
+    """Whether a message says what came: a word or number itself; of tensors, objects and functions what they are."""
     if isinstance(value, str | bytes | float | int):
         return shown(value) in message or value in ("", 10**5000) or str(value)[:50] in message
-    return "got" in message or not isinstance(value, nn.Module | list | tuple | dict) or shown(value) in message
+    return isinstance(value, NoneType | nn.Module | list | tuple | dict) or "got" in message or shown(value) in message
 
 
 def hints_of(function: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.uniform import integer_codes, like
 
 
 class _Clipped(torch.autograd.Function):
@@ -47,4 +47,4 @@ def pact_quantize(x: Tensor, alpha: Tensor, n_bits: int) -> Tensor:
     tensor(2.)
     """
     real = x.to(compute_dtype(x))
-    return cast_back(cast(Tensor, _Clipped.apply(real, like(alpha, real), 2**n_bits - 1)), x.dtype)
+    return cast_back(cast(Tensor, _Clipped.apply(real, like(alpha, real), integer_codes(n_bits, False)[1])), x.dtype)

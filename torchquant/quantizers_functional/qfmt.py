@@ -10,7 +10,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
 from torchquant.quantizers_functional.affine import AffineParams
-from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
+from torchquant.quantizers_functional.uniform import Bound, integer_codes, uniform_quantize
 
 RULES = ("nosat", "sat", "mse")
 MAX_BITS = 24
@@ -66,10 +66,8 @@ def qfmt_params(int_bits: Tensor, n_bits: int, signed: bool, dtype: torch.dtype)
     >>> qfmt_params(torch.tensor(1), 8, True, torch.float32)
     AffineParams(delta=tensor(0.0156), zero_point=0, qmin=-128, qmax=127)
     """
-    delta = pow2(int_bits + int(signed) - n_bits, dtype)
-    if signed:
-        return AffineParams(delta, 0, -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
-    return AffineParams(delta, 0, 0, 2**n_bits - 1)
+    codes = integer_codes(n_bits, signed)
+    return AffineParams(pow2(int_bits + int(signed) - n_bits, dtype), 0, *codes)
 
 
 @explained

@@ -72,5 +72,6 @@ def tqt_quantize(x: Tensor, log2_t: Tensor, n_bits: int, signed: bool = True) ->
     tensor([ 0.2969,  0.0078, -1.0000,  0.9922])
     """
     real = x.to(compute_dtype(x))
+    codes = integer_codes(n_bits, signed)
     step = tqt_step(like(log2_t, real), n_bits, signed)
-    return cast_back(cast(Tensor, _TrainedThreshold.apply(real, step, *integer_codes(n_bits, signed))), x.dtype)
+    return cast_back(cast(Tensor, _TrainedThreshold.apply(real, step, *codes)), x.dtype)
