@@ -40,6 +40,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     A file that is there keeps its mode, and a link stays a link: its target is written. A temporary file that a killed
     process left is removed by the next one that writes the same file. Raises UnwritableError.
     """
+    if not path.name:
+        raise ConfigError(f"'{path}' names no file to write; give a path that ends in a file's name")
     target = Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_file():  # a device, a pipe; a folder cannot be written

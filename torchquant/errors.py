@@ -37,8 +37,26 @@ __all__ = [
 ]
 
 
+LONGEST = 1000
+"""Characters of a message; the middle of a longer one is left out."""
+
+
 class TorchQuantError(Exception):
-    """Base of every error torchquant raises on purpose."""
+    """Base of every error torchquant raises on purpose. What came may be of any length, its message is not.
+
+    >>> len(str(TorchQuantError("got " + "x" * 5000))) <= LONGEST
+    True
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_shortened(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= LONGEST:
+        return message
+    head, tail = LONGEST * 6 // 10, LONGEST * 3 // 10
+    return f"{message[:head]} ... ({len(message) - head - tail} characters left out) ... {message[-tail:]}"
 
 
 class ConfigError(TorchQuantError, ValueError):

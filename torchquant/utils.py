@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError
 from torchquant.qmodule.fused import watch_fused_paths
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 
+@checked
 def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
     """(path, QModule) of every QModule in the model; writes each path into its module for messages."""
     for path, module in model.named_modules():
@@ -80,6 +83,7 @@ def _refuse_if_held(modules: Sequence[QModule], doing: str) -> None:
         )
 
 
+@checked
 def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
     """Put every QModule of the model in `state`, until it is set again.
 
@@ -87,22 +91,44 @@ def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
 
     >>> set_qmodule_state(nn.Linear(1, 1), "QUANT_EVAL")
     Traceback (most recent call last):
-    torchquant.errors.ConfigError: state must be a QModuleState, got 'QUANT_EVAL'
+    torchquant.errors.ConfigError: set_qmodule_state: state must be a QModuleState, got 'QUANT_EVAL'
     """
-    _check_state(state)
     watch_fused_paths(model)
-    modules = [module for _, module in qmodules(model)]
+    modules = _found(model, "set_qmodule_state")
     with _holders_lock:
         _refuse_if_held(modules, "set a state")
         for module in modules:
             module.state = state
+        _observe_unreached_weights(modules, state)
 
 
-def _check_state(state: QModuleState) -> None:
-    if not isinstance(state, QModuleState):
-        raise ConfigError(f"state must be a QModuleState, got {state!r}")
+def _observe_unreached_weights(modules: Sequence[QModule], state: QModuleState) -> None:
+    """Show their weights to modules that calibration did not reach, such as experts that no batch was sent to.
+
+    A weight needs no data. In a model where no weight was observed yet nothing is done: there calibration was forgotten.
+    """
+    if not state.is_weight_quantized or state.is_weight_observed:
+        return
+    ready = {module: [q.is_ready for _, _, q in module.weights() if q is not None] for module in modules}
+    if any(any(flags) for flags in ready.values()):
+        for module, flags in ready.items():
+            if not all(flags):
+                module.observe_weight()
 
 
+def _found(model: nn.Module, caller: str) -> list[QModule]:
+    """The QModules of the model; warns where there is none, so that nothing would happen."""
+    found = [module for _, module in qmodules(model)]
+    if not found:
+        warnings.warn(
+            f"{caller} has no effect: {type(model).__name__} has no QModule, so nothing in it is quantized. Quantize "
+            "it with torchquant.quantize, whose result is a copy, or wrap its layers in QWrapper",
+            stacklevel=4 if caller != "qmodule_state" else 3,  # past what checks the arguments
+        )
+    return found
+
+
+@checked
 class qmodule_state:  # noqa: N801 - published name
     """`with qmodule_state(model, state):` sets a state and gives each module back its own on exit.
 
@@ -119,13 +145,13 @@ class qmodule_state:  # noqa: N801 - published name
     """
 
     def __init__(self, model: nn.Module, state: QModuleState) -> None:
-        _check_state(state)
         self.model = model
         self.state = state
         self._former: list[list[tuple[QModule, QModuleState]]] = []
 
     def __enter__(self) -> nn.Module:
-        modules = [module for _, module in qmodules(self.model)]
+        watch_fused_paths(self.model)
+        modules = _found(self.model, "qmodule_state")
         with _holders_lock:
             _refuse_if_held(modules, f"enter {self.state.name}")
             for module in modules:
@@ -136,6 +162,7 @@ class qmodule_state:  # noqa: N801 - published name
             self._former.append([(module, module.state) for module in modules])
             for module in modules:
                 module.state = self.state
+            _observe_unreached_weights(modules, self.state)
         return self.model
 
     def __exit__(
@@ -151,15 +178,17 @@ class qmodule_state:  # noqa: N801 - published name
                         del _holders[module]
 
 
+@checked
 def observe_weights(model: nn.Module) -> None:
     """Show every weight quantizer its weight as it is now. No data needed.
 
     After the last optimizer step the weight ranges are one step old; this brings them up to date.
     """
-    for _, module in qmodules(model):
+    for module in _found(model, "observe_weights"):
         module.observe_weight()
 
 
+@checked
 def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
     """What the quantizers of the model learn, as an optimizer group without weight decay.
 
@@ -174,6 +203,7 @@ def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
     return {"params": list(learned.values()), "weight_decay": 0.0}
 
 
+@checked
 def freeze_bn(model: nn.Module, frozen: bool = True) -> None:
     """Keep the batch norms inside QWrappers on their running statistics, also in train mode."""
     for _, module in qmodules(model):
@@ -205,6 +235,7 @@ class StateReport(list[SiteReport]):
         return text_table(list(SiteReport.__dataclass_fields__), (list(row.values()) for row in self.to_dicts()))
 
 
+@checked
 def state_report(model: nn.Module) -> StateReport:
     """For every quantizer of the model: where, in which state, which scheme, bits, calibrated, ranges."""
     return StateReport(

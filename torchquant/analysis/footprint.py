@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.graph.cost import agree, stored_bytes
 from torchquant.qmodule import LayerRow, QModule
 from torchquant.qmodule.patterns import row_of
@@ -35,6 +36,7 @@ class WeightBytes:
         return asdict(self)
 
 
+@checked
 def weight_bytes(model: nn.Module) -> list[WeightBytes]:
     """Bytes of every layer weight of the model, whatever state it is in. Biases are not counted.
 

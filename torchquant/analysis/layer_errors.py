@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
+from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QModuleState, QWrapper
 from torchquant.utils import qmodule_state, qmodules
 
@@ -50,6 +52,7 @@ class LayerError:
         return {"path": self.path} | {name: None if site is None else site.to_dict() for name, site in sites.items()}
 
 
+@checked
 def sqnr(x: Tensor, x_hat: Tensor) -> float:
     """Signal to quantization noise ratio in dB, `10 log10(sum x**2 / sum (x - x_hat)**2)`, in float64.
 
@@ -71,6 +74,7 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan
 
 
+@checked
 @torch.no_grad()
 def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[LayerError]:
     """What quantization changes in every QModule, in the order of `named_modules`.
@@ -83,12 +87,14 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
     Runs in eval mode; modes and states are as before afterwards, and no hook stays. While it runs it
     holds the float output of every quantized site. Raises UnobservedRangeError before calibration.
     """
+    if n_samples < 1:
+        raise ConfigError(f"n_samples must be at least 1, got {n_samples}")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         real: dict[str, Tensor] = {}
         with qmodule_state(model, QModuleState.BYPASSED), _on_output(model, real.setdefault):
-            model(x)
+            call_with(model, (x,), "x")
         outputs: dict[str, SiteError] = {}
         modules = dict(qmodules(model))
 
@@ -97,7 +103,7 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
                 outputs[path] = _site_error(modules[path], "output", real.pop(path), quantized, n_samples)
 
         with qmodule_state(model, QModuleState.QUANT_EVAL), _on_output(model, compare):
-            model(x)
+            call_with(model, (x,), "x")
     finally:
         for module in training:
             module.training = True

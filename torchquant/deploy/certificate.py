@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant._arguments import shown
 from torchquant._files import write_json, write_whole
 from torchquant._tables import text_table
 from torchquant.deploy.parity import FirstDifference, SiteParity
 from torchquant.errors import ConfigError
 
 SHOWN_SITES = 12
+REFERENCE = "integer reference"
 OUTPUT_BOUND = 1e-4
 """Part of its largest value that a real output behind the last codes may differ by: float32, in another order."""
 
@@ -58,47 +60,99 @@ class Comparison:
 
 @dataclass(frozen=True)
 class OutputRow:
-    """The model's first output from one engine. `accuracy` None without labels; the rest is against the reference."""
+    """The model's first output from one engine. `accuracy` None without labels; the rest is against the reference.
+
+    `not_numbers`: how many values of all its outputs are NaN.
+    """
 
     engine: str
     accuracy: float | None
     same_top1: float
     largest_difference: float
+    not_numbers: int = 0
+
+
+def largest_apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors where both have numbers; equal infinities do not differ."""
+    a, b = a.to(torch.float64), b.to(torch.float64)
+    apart = torch.where(a == b, torch.zeros_like(a), (a - b).abs()).nan_to_num(0.0)
+    return float(apart.max()) if apart.numel() else 0.0
+
+
+@dataclass
+class _Seen:
+    """What one engine gave so far: classes, those that are the reference's, those that are right, and the rest."""
+
+    classes: int = 0
+    same: int = 0
+    right: int = 0
+    apart: float = 0.0
+    not_numbers: int = 0
 
 
 @dataclass
 class FinalOutputs:
-    """Gathers the outputs of all engines, batch by batch."""
+    """Counts what the outputs of all engines have in common, batch by batch; keeps none of them."""
 
-    classes: dict[str, list[Tensor]] = field(default_factory=dict)
-    labels: list[Tensor] = field(default_factory=list)
-    differences: dict[str, float] = field(default_factory=dict)
+    engines: dict[str, _Seen] = field(default_factory=dict)
+    has_labels: bool | None = None
 
-    def add(self, outputs: Mapping[str, Tensor], labels: Tensor | None) -> None:
-        """outputs: engine -> (N, C, ...)."""
-        reference = outputs["integer reference"].to(torch.float64)
-        for engine, output in outputs.items():
-            top = output.argmax(1) if output.ndim > 1 else output
-            self.classes.setdefault(engine, []).append(top.flatten())
-            apart = float((output.to(torch.float64) - reference).abs().max().nan_to_num(0.0))
-            self.differences[engine] = max(apart, self.differences.get(engine, 0.0))
+    def add(self, outputs: Mapping[str, Sequence[Tensor]], labels: Tensor | None) -> None:
+        """outputs: engine -> its outputs, the first one (N, C, ...). Raises ConfigError for labels of others."""
+        reference = outputs[REFERENCE][0]
+        wanted = _classes(reference)
         if labels is not None:
-            self.labels.append(labels.flatten().cpu())
+            labels = _checked_labels(labels, reference)
+        if self.has_labels not in (None, labels is not None):
+            raise ConfigError(
+                "some batches have labels and others have none; give labels with all of them or with none"
+            )
+        self.has_labels = labels is not None
+        for engine, (first, *others) in outputs.items():
+            seen = self.engines.setdefault(engine, _Seen())
+            found = _classes(first)
+            seen.classes += found.numel()
+            seen.same += int((found == wanted).sum())
+            seen.right += 0 if labels is None else int((found == labels).sum())
+            seen.apart = max(seen.apart, largest_apart(first, reference))
+            seen.not_numbers += sum(int(output.isnan().sum()) for output in (first, *others))
 
     def rows(self) -> tuple[OutputRow, ...]:
         """One for each engine."""
-        labels = torch.cat(self.labels) if self.labels else None
-        reference = torch.cat(self.classes["integer reference"])
+        return tuple(
+            OutputRow(
+                engine,
+                seen.right / max(seen.classes, 1) if self.has_labels else None,
+                seen.same / max(seen.classes, 1),
+                seen.apart,
+                seen.not_numbers,
+            )
+            for engine, seen in self.engines.items()
+        )
 
-        def share(found: Tensor, wanted: Tensor) -> float:
-            return float((found == wanted).to(torch.float64).mean())
 
-        rows = []
-        for engine, parts in self.classes.items():
-            classes = torch.cat(parts)
-            right = None if labels is None or labels.shape != classes.shape else share(classes, labels)
-            rows.append(OutputRow(engine, right, share(classes, reference), self.differences[engine]))
-        return tuple(rows)
+def _classes(output: Tensor) -> Tensor:
+    """The class of each sample or place: the largest of axis 1; whole numbers are classes themselves."""
+    return output.argmax(1) if output.ndim > 1 and output.is_floating_point() else output
+
+
+def _checked_labels(labels: Tensor, output: Tensor) -> Tensor:
+    """Labels in the shape of the classes of an output (N, C, ...). Raises ConfigError."""
+    classes = _classes(output)
+    if output.is_floating_point() and output.ndim < 2:
+        raise ConfigError(f"the first output has no classes on axis 1, so labels mean nothing; it is {shown(output)}")
+    if [n for n in labels.shape if n > 1] != [n for n in classes.shape if n > 1]:
+        raise ConfigError(
+            f"labels must be class numbers of shape {list(classes.shape)}, one for each that the first output "
+            f"({shown(output)}) decides; got {shown(labels)}"
+        )
+    found = labels.reshape(classes.shape).cpu()
+    low, high = (int(end) for end in found.aminmax())
+    if output.is_floating_point() and not 0 <= low <= high < output.shape[1]:
+        raise ConfigError(
+            f"labels must be class numbers from 0 to {output.shape[1] - 1}, got numbers from {low} to {high}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -123,7 +177,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether every site that could be compared holds its bound."""
+        """Whether every site that could be compared holds its bound, and the outputs are numbers."""
         return not self.failures
 
     @property
@@ -142,6 +196,9 @@ class Certificate:
                     f"{comparison.way}: an output differs by {comparison.outputs_apart:.2g} of its largest value, "
                     f"allowed {OUTPUT_BOUND}"
                 )
+        found += [
+            f"{row.engine}: {row.not_numbers} values of the outputs are NaN" for row in self.outputs if row.not_numbers
+        ]
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from torchquant._arguments import checked, shown
 from torchquant._files import write_whole
-from torchquant.deploy.certificate import Certificate, Comparison, FinalOutputs
+from torchquant.deploy.certificate import REFERENCE, Certificate, Comparison, FinalOutputs, largest_apart
 from torchquant.deploy.integer import IntegerModel, to_integer
 from torchquant.deploy.onnx_graph import code_name
 from torchquant.deploy.onnx_run import CodeReader, feeds_of, open_session
-from torchquant.deploy.parity import Follower, SiteParity, simulated_codes
-from torchquant.errors import ConfigError, ExportError, require
+from torchquant.deploy.parity import FirstDifference, Follower, SiteParity, simulated_codes
+from torchquant.errors import ConfigError, ExportError, NonFiniteError, require
+from torchquant.graph.trace import in_mode
+from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.utils import qmodule_state
 
@@ -28,9 +32,11 @@ TIE_BOUND = 2.0**-10
 
 WAYS = {"integer": "ORT, integer kernels", "none": "ORT, node by node"}
 SIMULATION = "simulation"
+OTHER_FILE = "Certify a file that export_onnx wrote from this model"
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
 
 
+@checked
 @torch.no_grad()
 def certify(
     model: nn.Module,
@@ -44,7 +50,9 @@ def certify(
     """Run the simulation, the integer reference and ONNX Runtime on the same batches and compare every code.
 
     model: the calibrated model that `path` was exported from by `export_onnx`. data: a tensor, a tuple of tensors for
-    a model with several inputs, a list of such batches, or of (inputs, labels); a DataLoader. Labels give accuracies.
+    a model with several inputs, a list of such batches, or of (inputs, labels); a DataLoader. Labels, the number of a
+    class of the first output for each sample or place, give accuracies. One batch is held at a time. NaN in the inputs
+    is refused; in the outputs of any engine it is a failure.
 
     Where ONNX Runtime computes a site by an integer kernel at most `bound` codes may differ from the reference; where
     it rounds a float32 result (its graph run node by node; operators without integer kernel), codes may differ by one
@@ -55,7 +63,8 @@ def certify(
 
     `ways`: which graphs of ONNX Runtime, of "integer" and "none". `stamp` writes the certificate's hash into the
     file's metadata. The certificate says whether it `passed`; nothing is raised for one that did not. Raises
-    ConfigError for data of another form, ExportError for a file that was not exported from this model.
+    ConfigError for data of another form, NonFiniteError for NaN, ExportError for a file that was not exported from this
+    model.
 
     >>> import tempfile
     >>> from torchquant import QModuleState, qmodule_state, quantize
@@ -73,52 +82,26 @@ def certify(
     if bound < 0 or tie_bound < 0.0:
         raise ConfigError(f"bounds must be at least 0, got bound={bound} and tie_bound={tie_bound}")
     if unknown or not ways:
-        raise ConfigError(f"ways must be of {', '.join(WAYS)}, got {', '.join(map(str, ways)) or 'none'}")
-    batches = _batches(data)
-    first_inputs, _ = batches[0]
+        raise ConfigError(f"ways must be of {', '.join(WAYS)}, got {', '.join(ways) or 'none'}")
     keep_signed = metadata_of(path).get("torchquant_keep_signed") == "1"
-    integer = to_integer(model, first_inputs, "ort", keep_signed, as_exported=True)
-    readers = {way: CodeReader(path, way) for way in ways}
-    followers = {way: Follower(readers[way].makers, bound, tie_bound) for way in ways}
-    simulation: dict[str, SiteParity] = {}
-    finals = FinalOutputs()
-    session = open_session(path, "all")
-    openvino = _openvino(path)
-    firsts: dict[str, Any] = {}
-    apart = dict.fromkeys(ways, 0.0)
-    _check_batches(session, batches)
-    for inputs, labels in batches:
-        reference = _reference(model, integer, inputs, simulation)
-        found = dict(reference)
-        for way, reader in readers.items():
-            outputs, codes = reader.run(inputs)
-            follower = followers[way]
-            follower.start(codes)
-            followed = integer.run(inputs, {}, follow=follower)
-            apart[way] = max(apart[way], _apart(followed, outputs))
-            if follower.first is not None and way not in firsts:
-                difference, name = follower.first
-                difference.inputs = reader.inputs_of(name, inputs)
-                firsts[way] = difference
-            found[WAYS[way]] = outputs[0]
-        found["ORT, as deployed"] = torch.from_numpy(session.run(None, feeds_of(session, inputs))[0])
-        if openvino is not None:
-            found["OpenVINO"] = openvino(inputs)
-        finals.add(found, labels)
-    comparisons = [
-        Comparison(WAYS[way], tuple(f.parity.values()), dict(readers[way].kernels), firsts.get(way), apart[way])
-        for way, f in followers.items()
-    ]
+    engines = _Engines(model, path, ways, bound, tie_bound)
+    batches = samples = 0
+    for inputs, labels in _batches(data, engines.session):
+        engines.run(inputs, labels, keep_signed)
+        batches, samples = batches + 1, samples + len(inputs[0])
+    if engines.integer is None:
+        raise ConfigError("data holds no batch")
+    comparisons = engines.comparisons()
     _check_sites(path, comparisons)
     certificate = Certificate(
         comparisons=tuple(comparisons),
-        simulation=Comparison(SIMULATION, tuple(simulation.values()), {}, None),
-        outputs=finals.rows(),
-        float_operators=tuple(f"{op.name} (after {op.after})" for op in integer.float_operators),
+        simulation=Comparison(SIMULATION, tuple(engines.simulation.values()), {}, None),
+        outputs=engines.finals.rows(),
+        float_operators=tuple(f"{op.name} (after {op.after})" for op in engines.integer.float_operators),
         bound=bound,
         tie_bound=tie_bound,
-        batches=len(batches),
-        samples=sum(len(inputs[0]) for inputs, _ in batches),
+        batches=batches,
+        samples=samples,
         file_sha256=graph_hash(path),
         versions=_versions(),
     )
@@ -127,19 +110,70 @@ def certify(
     return certificate
 
 
+class _Engines:
+    """All that compute the same, and how they compared so far. Holds one batch at a time."""
+
+    def __init__(
+        self, model: nn.Module, path: str | os.PathLike[str], ways: Sequence[str], bound: int, tie_bound: float
+    ) -> None:
+        self.model = model
+        self.integer: IntegerModel | None = None
+        self.readers = {way: CodeReader(path, way) for way in ways}
+        self.followers = {way: Follower(self.readers[way].makers, bound, tie_bound) for way in ways}
+        self.session = open_session(path, "all")
+        self.openvino = _openvino(path)
+        self.simulation: dict[str, SiteParity] = {}
+        self.finals = FinalOutputs()
+        self.firsts: dict[str, FirstDifference] = {}
+        self.apart = dict.fromkeys(ways, 0.0)
+
+    def run(self, inputs: tuple[Tensor, ...], labels: Tensor | None, keep_signed: bool) -> None:
+        """Compare them all on one batch."""
+        if self.integer is None:
+            self.integer = to_integer(self.model, inputs, "ort", keep_signed, as_exported=True)
+        found = _reference(self.model, self.integer, inputs, self.simulation)
+        for way, reader in self.readers.items():
+            outputs, codes = reader.run(inputs)
+            follower = self.followers[way]
+            follower.start(codes)
+            followed = self.integer.run(inputs, {}, follow=follower)
+            self.apart[way] = max(self.apart[way], _apart(followed, outputs))
+            if follower.first is not None and way not in self.firsts:
+                difference, name = follower.first
+                difference.inputs = reader.inputs_of(name, inputs)
+                self.firsts[way] = difference
+            found[WAYS[way]] = outputs
+        deployed = self.session.run(None, feeds_of(self.session, inputs))
+        found["ORT, as deployed"] = [torch.from_numpy(output) for output in deployed]
+        if self.openvino is not None:
+            found["OpenVINO"] = [self.openvino(inputs)]
+        self.finals.add(found, labels)
+
+    def comparisons(self) -> list[Comparison]:
+        """One for each way."""
+        return [
+            Comparison(
+                WAYS[way],
+                tuple(follower.parity.values()),
+                dict(self.readers[way].kernels),
+                self.firsts.get(way),
+                self.apart[way],
+            )
+            for way, follower in self.followers.items()
+        ]
+
+
 def _reference(
     model: nn.Module, integer: IntegerModel, inputs: tuple[Tensor, ...], simulation: dict[str, SiteParity]
-) -> dict[str, Tensor]:
+) -> dict[str, list[Tensor]]:
     """Outputs of the simulation and the reference, each on its own; their codes compared."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with qmodule_state(model, QModuleState.QUANT_EVAL), simulated_codes(model, integer.form) as codes:
-            simulated = model(*(x.to(device) for x in inputs))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with (
+        in_mode(False, model),
+        qmodule_state(model, QModuleState.QUANT_EVAL),
+        simulated_codes(model, integer.form) as codes,
+    ):
+        simulated = call_with(model, tuple(x.to(device) for x in inputs), "a batch")
     recorded: dict[str, list[Tensor]] = {}
     outputs = integer.run(inputs, {}, recorded)
     for site, calls in recorded.items():
@@ -149,45 +183,32 @@ def _reference(
             entry.elements += apart.numel()
             entry.differ += int((apart > 0).sum())
             entry.largest = max(entry.largest, int(apart.max()) if apart.numel() else 0)
-    return {"simulation": _first(simulated).cpu(), "integer reference": _first(outputs)}
+    return {SIMULATION: [x.cpu() for x in _tensors(simulated)], REFERENCE: _tensors(outputs)}
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _first(outputs: Any) -> Tensor:
-    return _tensors(outputs)[0]
+    """The tensors of what a model gives. Raises ConfigError if there is none."""
+    found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not found:
+        raise ConfigError(f"the model gives no tensor to compare, but {shown(outputs)}")
+    return found
 
 
 def _apart(expected: Any, found: Sequence[Tensor]) -> float:
     """The largest difference of the real outputs, over the largest magnitude of each."""
     apart = 0.0
-    for reference, other in zip(_tensors(expected), found, strict=False):
-        if reference.is_floating_point() and reference.numel():
-            if reference.shape != other.shape:
-                raise ExportError(
-                    f"the file gives outputs of shape {list(other.shape)}, the model {list(reference.shape)}. "
-                    "Certify a file that export_onnx wrote from this model"
-                )
-            a, b = reference.to(torch.float64), other.to(torch.float64)
-            apart = max(apart, float(((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).nan_to_num(0.0)))
-    return apart
-
-
-def _check_batches(session: Any, batches: Sequence[Batch]) -> None:
-    """Raise ConfigError for a batch that the file does not take."""
-    wanted = session.get_inputs()
-    for inputs, _ in batches:
-        if len(inputs) != len(wanted):
-            raise ConfigError(
-                f"the file takes {len(wanted)} inputs, a batch has {len(inputs)}. Labels come in a list of (inputs, "
-                "labels)"
+    references = _tensors(expected)
+    if len(references) != len(found):
+        raise ExportError(f"the file has {len(found)} outputs, the model {len(references)}. {OTHER_FILE}")
+    for reference, other in zip(references, found, strict=True):
+        if reference.shape != other.shape:
+            raise ExportError(
+                f"the file gives outputs of shape {list(other.shape)}, the model {list(reference.shape)}. {OTHER_FILE}"
             )
-        for entry, x in zip(wanted, inputs, strict=True):
-            fixed = entry.shape[0] if entry.shape else None
-            if not x.numel() or (isinstance(fixed, int) and len(x) != fixed):
-                raise ConfigError(f"input {entry.name} takes {entry.shape}, a batch has {list(x.shape)}")
+        if reference.is_floating_point() and reference.numel():
+            largest = reference.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-30)
+            apart = max(apart, min(largest_apart(reference, other) / float(largest), sys.float_info.max))
+    return apart
 
 
 def _check_sites(path: Any, comparisons: Sequence[Comparison]) -> None:
@@ -201,32 +222,48 @@ def _check_sites(path: Any, comparisons: Sequence[Comparison]) -> None:
             )
 
 
-def _batches(data: Any) -> list[Batch]:
-    """(inputs, labels or None) of each batch."""
-    if isinstance(data, Tensor) or (isinstance(data, tuple) and all(isinstance(x, Tensor) for x in data)):
-        return [_batch(data, labelled=False)]
-    if not isinstance(data, Iterable):
-        raise ConfigError(f"data must be tensors or batches of them, got {type(data).__name__}")
-    found = [_batch(batch, labelled=True) for batch in data]
-    if not found:
-        raise ConfigError("data holds no batch")
-    return found
+def _batches(data: Any, session: Any) -> Iterator[Batch]:
+    """(inputs, labels or None) of one batch after the other, each checked to be what the file takes, of numbers."""
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data)):
+        data = [(data,) if isinstance(data, Tensor) else data]
+        batches: Iterator[Batch] = ((tuple(batch), None) for batch in data)
+    elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+        n_inputs = len(session.get_inputs())
+        batches = (_batch(batch, n_inputs) for batch in data)
+    else:
+        raise ConfigError(f"data must be tensors or batches of them, in a list or a DataLoader; got {shown(data)}")
+    for i, (inputs, labels) in enumerate(batches):
+        try:
+            feeds_of(session, inputs)
+        except ConfigError as error:
+            raise ConfigError(f"batch {i}: {error}. Labels come in a list of (inputs, labels)") from error
+        for entry, x in zip(session.get_inputs(), inputs, strict=True):
+            if not x.ndim or not x.numel():
+                raise ConfigError(f"batch {i}: input {entry.name} has no sample along axis 0, got {shown(x)}")
+            if bool(x.isnan().any()):
+                raise NonFiniteError(
+                    f"batch {i}: {int(x.isnan().sum())} of {x.numel()} values of input {entry.name} are NaN. A "
+                    "certificate compares numbers; take them out of the data"
+                )
+        yield inputs, labels
 
 
-def _batch(batch: Any, labelled: bool) -> Batch:
+def _batch(batch: Any, n_inputs: int) -> Batch:
+    """One batch of several, on the CPU: inputs, or (inputs, labels). Raises ConfigError."""
     if isinstance(batch, Tensor):
         return (batch.cpu(),), None
-    if isinstance(batch, Sequence) and batch and labelled and len(batch) == 2:
-        inputs, labels = batch
-        if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and not labels.is_floating_point():
-            return (inputs.cpu(),), labels
-        if isinstance(inputs, tuple | list) and isinstance(labels, Tensor):
-            return tuple(x.cpu() for x in inputs), labels
-    if isinstance(batch, Sequence) and batch and all(isinstance(x, Tensor) for x in batch):
+    if isinstance(batch, tuple | list) and len(batch) == n_inputs and all(isinstance(x, Tensor) for x in batch):
         return tuple(x.cpu() for x in batch), None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, labels = ((batch[0],) if isinstance(batch[0], Tensor) else batch[0]), batch[1]
+        are_inputs = isinstance(inputs, tuple | list) and all(isinstance(x, Tensor) for x in inputs)
+        is_whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+        if inputs and are_inputs and is_whole:
+            return tuple(x.cpu() for x in inputs), labels
+    parts = ", ".join(map(shown, batch)) if isinstance(batch, tuple | list) else shown(batch)
     raise ConfigError(
-        "a batch must be a tensor, a tuple of tensors, or (inputs, labels) with whole numbers as labels; got "
-        f"{type(batch).__name__}"
+        f"a batch must be a tensor, a tuple of the {n_inputs} that the file takes, or (inputs, labels) with whole "
+        f"numbers as labels; got {parts or 'nothing'}"
     )
 
 

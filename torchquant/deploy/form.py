@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torchquant._arguments import running
 from torchquant.deploy.codes import (
     uniform_grid,
 )
@@ -182,7 +183,8 @@ def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables
     `tables` as in `IntegerRun`. Returns what the run met. Raises ExportError for an accumulator beyond 32 bits.
     """
     run = IntegerRun(rounding, checking=True, tables=tables)
-    example_inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
+    with running(form, "example_inputs", example_inputs):
+        example_inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
     if any(not x.numel() for x in tree_leaves(example_inputs) if isinstance(x, Tensor)):
         raise ExportError("the example inputs are empty; give at least one row")
     with integer_run(run):

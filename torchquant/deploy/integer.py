@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from torchquant._arguments import checked
 from torchquant.deploy.form import deploy_form, settle
 from torchquant.deploy.integer_run import Follow, IntegerRun, integer_run
 from torchquant.deploy.values import IntegerTensor
@@ -64,6 +65,7 @@ class IntegerModel(nn.Module):
             return tree_map_only(IntegerTensor, IntegerTensor.real, self.form(*args, **kwargs))
 
 
+@checked
 def to_integer(
     model: nn.Module,
     example_inputs: Any,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.certify import certify
 from torchquant.deploy.form import deploy_form, settle
@@ -26,6 +27,7 @@ MAX_BYTES = 2**31 - 1
 """What a single ONNX file can hold."""
 
 
+@checked
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant._arguments import checked, first_line, shown
 from torchquant.deploy.onnx_graph import IS_CODES
 from torchquant.errors import ConfigError, require
 
@@ -39,9 +40,14 @@ def open_session(model: str | os.PathLike[str] | bytes, level: str = "all", save
     source = model if isinstance(model, bytes) else os.fspath(model)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ConfigError(f"there is no file {source}")
-    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    try:
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes are not public
+        what = "the model" if isinstance(source, bytes) else str(source)
+        raise ConfigError(f"ONNX Runtime does not run {what}: {first_line(error)}") from error
 
 
+@checked
 @torch.no_grad()
 def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, optimize: bool = False) -> Tensor:
     """The first output of an ONNX file for x, computed by ONNX Runtime on the CPU. Needs the extra `deploy`.
@@ -51,22 +57,41 @@ def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, opt
     fuses it into integer kernels; see `open_session`. Raises ConfigError for a file with several inputs, or N that is
     no multiple of a fixed batch.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     session = open_session(path, "all" if optimize else "none")
     inputs = session.get_inputs()
     if len(inputs) != 1:
         raise ConfigError(f"run_onnx feeds one input, {path} has {len(inputs)}: {', '.join(i.name for i in inputs)}")
-    fixed = inputs[0].shape[0]
+    fixed = inputs[0].shape[0] if inputs[0].shape else None
+    if not x.ndim:
+        raise ConfigError(f"x must have its samples along axis 0, got {shown(x)}")
     if isinstance(fixed, int):
         if len(x) % fixed:
             raise ConfigError(f"{path} takes batches of exactly {fixed}, got {len(x)} rows")
         batch_size = fixed
-    outputs = [session.run(None, {inputs[0].name: part.cpu().numpy()})[0] for part in x.split(batch_size)]
+    outputs = [session.run(None, feeds_of(session, [part]))[0] for part in x.split(batch_size)]
     return torch.cat([torch.from_numpy(output) for output in outputs])
 
 
 def feeds_of(session: Any, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """What the session is fed: input name -> array, in the order of the file."""
-    return {entry.name: x.cpu().numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)}
+    """What the session is fed: input name -> array, in the order of the file. Raises ConfigError for what it is not."""
+    wanted = session.get_inputs()
+    if len(inputs) != len(wanted):
+        names = ", ".join(entry.name for entry in wanted)
+        raise ConfigError(f"the file takes {len(wanted)} inputs ({names}), got {len(inputs)}")
+    for entry, x in zip(wanted, inputs, strict=True):
+        kind = str(x.dtype).removeprefix("torch.")
+        same = len(entry.shape) == x.ndim and all(
+            not isinstance(n, int) or n == given for n, given in zip(entry.shape, x.shape, strict=True)
+        )
+        if not same or entry.type != f"tensor({_TYPES.get(kind, kind)})":
+            raise ConfigError(f"input {entry.name} takes {entry.type} of shape {entry.shape}, got {shown(x)}")
+    return {entry.name: x.detach().cpu().numpy() for entry, x in zip(wanted, inputs, strict=True)}
+
+
+_TYPES = {"float32": "float", "float64": "double"}
+"""Names of ONNX Runtime that are not torch's."""
 
 
 class CodeReader:

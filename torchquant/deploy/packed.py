@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.packed_head import Head, metadata_of, read_head, type_name
 from torchquant.deploy.references import model_of, split_reference
@@ -37,6 +38,7 @@ CODES, SHARED = ".codes", ".shared"
 Build = str | tuple[str, Mapping[str, Any]]
 
 
+@checked
 @torch.no_grad()
 def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | None = None) -> Path:
     """Write a calibrated model as one .safetensors file that `load_packed` reads. Returns its path.
@@ -89,6 +91,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
     return write_whole(target, lambda temporary: safetensors.save_file(tensors, temporary, metadata))
 
 
+@checked
 @torch.no_grad()
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model of a packed file, in eval mode and QUANT_EVAL, where it computes bit for bit what the saved one does.

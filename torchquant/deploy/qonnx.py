@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.form import deploy_form
 from torchquant.deploy.onnx_export import checked_inputs, describe, exported
@@ -19,6 +20,7 @@ from torchquant.errors import ExportError, require
 DOMAIN = "qonnx.custom_op.general"
 
 
+@checked
 def export_qonnx(
     model: nn.Module,
     path: str | os.PathLike[str],

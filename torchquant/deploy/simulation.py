@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from torchquant._arguments import checked
 from torchquant.deploy.form import DeployLayer, DeployOp, deploy_form, grid_site, settle
 from torchquant.deploy.integer_run import IntegerRun, integer_run
 from torchquant.deploy.values import Codes, IntegerTensor
@@ -32,6 +33,7 @@ class _Instead(torch.autograd.Function):
         return grads[0], None
 
 
+@checked
 @contextmanager
 def runtime_exact(model: nn.Module, example_inputs: Any, rounding: str = "ort") -> Iterator[nn.Module]:
     """Within it, QModules that quantize give the numbers of the runtime, and the gradients they always give.

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchquant._arguments import checked
 from torchquant._tables import text_table
 from torchquant.deploy.packed_head import FORMAT
 from torchquant.deploy.stored_files import read_checkpoint, read_safetensors
@@ -49,6 +50,7 @@ class FileSizes(list[FileSize]):
         return text_table(*self.table())
 
 
+@checked
 def file_sizes(paths: Iterable[str | os.PathLike[str]]) -> FileSizes:
     """Kind and bytes of files, and of all .pt, .pth, .safetensors and .onnx files of folders such as a run's.
 

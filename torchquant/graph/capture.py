@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model
@@ -24,6 +25,7 @@ Patterns = Mapping[str, tuple[Any, ...]]
 RAW_WHY = "a weight that no layer owns: a forward uses it in a way of its own"
 
 
+@checked
 def capture(
     model: nn.Module,
     example_inputs: Any = None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import running
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import Captured, Region
@@ -19,10 +19,14 @@ from torchquant.qmodule.state import is_real
 Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]
 
 
-def call_with(model: nn.Module, example_inputs: Any) -> Any:
-    """The model on a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
-    args, kwargs = arguments_of(example_inputs)
-    return model(*args, **kwargs)
+def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs") -> Any:
+    """The model on a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+
+    Raises ConfigError with the model's own words where it does not run; `what` is what the inputs are called there.
+    """
+    with running(model, what, example_inputs):
+        args, kwargs = arguments_of(example_inputs)
+        return model(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -45,11 +49,6 @@ def recorded_calls(twin: nn.Module, example_inputs: Any) -> dict[str, tuple[Any,
     with in_mode(False, twin), random_states_kept():
         try:
             call_with(twin, example_inputs)
-        except Exception as error:
-            raise ConfigError(
-                f"{type(twin).__name__} does not run on example_inputs ({type(error).__name__}: {str(error)[:300]}). "
-                "Give a tensor, a tuple of arguments or a dictionary of keyword arguments that it takes"
-            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule import FloatCheckpoints, QOp, QWrapper
 from torchquant.quantizers import Quantizer, QuantizerFactory
@@ -104,6 +105,7 @@ def check_kind(owner: str, module: nn.Module, kinds: tuple[type[nn.Module], ...]
     )
 
 
+@checked
 class FusedModel(FloatCheckpoints, ABC):
     """A copy of a float model whose layers are QWrappers and QOps.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import LeftFloat
@@ -22,6 +23,7 @@ from torchquant.plan.rules import Rules
 OTHER_RESULT = "as followed by torch.fx it computed something else on the example, so layers are wrapped one by one"
 
 
+@checked
 def quantize(
     model: nn.Module, rules: Rules | QuantPlan, example_inputs: Any = None, inplace: bool = False
 ) -> nn.Module:

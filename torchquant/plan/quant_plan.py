@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._files import check_format, read_text, write_whole
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
@@ -68,6 +69,7 @@ class QuantPlan:
     """Path of a module -> how it is called, for those that an example showed; see `graph/calls.py`."""
 
     @classmethod
+    @checked
     def from_rules(
         cls,
         rules: Rules,
@@ -107,6 +109,7 @@ class QuantPlan:
         floats = (*captured.floats, *unset, *unfolded)
         return cls(kept, floats, captured.trace, captured.fuse, types, captured.patterns)
 
+    @checked
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """A copy of the float model (or itself) with the quantizers in place, in QModuleState.BYPASSED.
 
@@ -135,14 +138,17 @@ class QuantPlan:
                 )
         return rewrite(captured, {plan.path: plan for plan in self.sites})
 
+    @checked
     def revert(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The float model that `apply` was given, with the weights as they are now. Raises ConfigError."""
         return revert(model if inplace else copy_model(model))
 
+    @checked
     def cost(self, model: nn.Module, example_inputs: Any) -> PlanCost:
         """Weight bytes, activation bytes, multiply-adds and bit operations of the float model under this plan."""
         return plan_cost(capture(model, example_inputs, self.trace, self.fuse), self.sites, example_inputs)
 
+    @checked
     def replace(self, path: str, **fields: Any) -> QuantPlan:
         """A plan with other fields at one site. Raises ConfigError for a site it has not.
 
@@ -160,6 +166,7 @@ class QuantPlan:
         values = {name: choice(value, f"site '{path}'", name) for name, value in fields.items()}
         return replace(self, sites=tuple(replace(s, **values) if s.path == path else s for s in self.sites))
 
+    @checked
     def diff(self, other: QuantPlan) -> list[PlanChange]:
         """What `other` changes of this plan; prints as a table."""
         ours, theirs = ({site.path: site.words() for site in plan.sites} for plan in (self, other))
@@ -237,12 +244,14 @@ class QuantPlan:
             floats.append(LeftFloat(**entry))
         return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types)
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as YAML. Raises ConfigError if a quantizer is a function, which has no text."""
         text = require("yaml", "cli").safe_dump(self.to_dict(), sort_keys=False, width=200)
         return write_whole(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> QuantPlan:
         """Read a plan that `save` wrote, or that somebody wrote by hand. Raises ConfigError."""
         return cls.from_dict(read_yaml(path), f"{path}")
@@ -270,6 +279,7 @@ def _without_impossible_folding(
     return kept, told
 
 
+@checked
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """What a YAML (or JSON) file holds, by the safe loader. Raises ConfigError, also for one whose aliases explode."""
     yaml = require("yaml", "cli")

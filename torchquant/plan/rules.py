@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import shown
 from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError, brief
 from torchquant.graph.ops import COMPUTING
@@ -218,6 +219,9 @@ def _spec_of(value: Mapping[str, Any], where: str, name: str) -> str:
         raise ConfigError(f"{where}, {name}: {brief(large[0])} takes one value, got {brief(parts[large[0]])}")
     n_bits, granularity = parts.pop("n_bits", None), parts.pop("granularity", "")
     group, gradient = parts.pop("group", None), parts.pop("gradient", None)
+    for key, part in parts.items():
+        if not isinstance(part, str | int | float):
+            raise ConfigError(f"{where}, {name}: '{key}' must be a word, a number, True or False; got {shown(part)}")
     options = tuple((k, None if v is True else str(v)) for k, v in parts.items())
     return str(QuantSpec(scheme, n_bits, options, granularity or ("group" if group else ""), group, gradient))
 

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule.holder import current_keys
 
 KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model) of one tensor
 
 
+@checked
 def speak_float(model: nn.Module, float_state: Mapping[str, Tensor]) -> None:
     """Let `model` load checkpoints of the float model it was made from; `float_state_dict(model)` writes them.
 
@@ -43,6 +45,7 @@ def forget_float(model: nn.Module) -> None:
         del model.float_keys
 
 
+@checked
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Weights and buffers under the keys of the float model; tensors share memory with the model's.
 

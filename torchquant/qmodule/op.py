@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.quantizers import Quantizer
 
 
+@checked
 class QOp(QModule):
     """Wraps `op(*args)`, then an optional activation; quantizes the result.
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from torchquant.errors import NameClashError, UnsupportedPatternError
+from torchquant._arguments import checked, shown
+from torchquant.errors import ConfigError, NameClashError, UnsupportedPatternError
 from torchquant.quantizers_functional._gradient import pass_through
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -62,6 +63,7 @@ def run_by_functional_call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor |
     return y if own_bias is not None or bias is None else y + channel_view(bias, y.ndim)
 
 
+@checked
 @dataclass(frozen=True)
 class LayerRow:
     """A layer with a `weight`. `run(layer, x, weight, bias)` is its forward with another weight.
@@ -85,6 +87,7 @@ class LayerRow:
         return grouped.transpose(1, 2).flatten(0, 1)
 
 
+@checked
 @dataclass(frozen=True)
 class InputFirstRow(LayerRow):
     """A linear layer whose weight is stored as (in, out)."""
@@ -93,6 +96,7 @@ class InputFirstRow(LayerRow):
         return weight.t()
 
 
+@checked
 @dataclass(frozen=True)
 class ActivationRow:
     """An activation. `clamp=(low, high)` if it is `x.clamp(low, high)`: then a quantizer absorbs it."""
@@ -188,16 +192,21 @@ def split_norm(module: Any) -> nn.Module:
     return norm
 
 
+@checked
 def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow) -> None:
     """Let QWrapper wrap `kind`: a class, or "module.Class" for one of a package not imported yet.
 
-    Raises NameClashError if `kind` has another row already.
+    Raises ConfigError, NameClashError if `kind` has another row already.
 
     >>> class Double(nn.Module):
     ...     def forward(self, x):
     ...         return 2 * x
     >>> register_pattern(Double, ActivationRow())
     """
+    if isinstance(kind, str) and not ("." in kind and all(map(str.isidentifier, kind.split(".")))):
+        raise ConfigError(
+            f"kind must be a class or its name with the module's, 'package.module.Class'; got {shown(kind)}"
+        )
     known = PATTERNS.setdefault(kind, row)
     if known != row:
         raise NameClashError(f"{kind} already has the row {known}; got {row}")
@@ -236,6 +245,10 @@ def split_pattern(
     activation = rest.pop(0) if rest and isinstance(row_of(rest[0]), ActivationRow) else None
     if rest:
         raise _unsupported(given)
+    # behind a Linear a batch norm may work along another axis than the features
+    out_channels = None if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", None)
+    if bn is not None and out_channels not in (None, bn.num_features):
+        raise ConfigError(f"the layer has {out_channels} output channels, its batch norm {bn.num_features}")
     return layer, bn, activation
 
 

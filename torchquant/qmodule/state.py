@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from torchquant._arguments import shown
 from torchquant.errors import ConfigError, UnobservedRangeError, UnsupportedPatternError
 from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
@@ -69,6 +70,8 @@ class QModule(Holder):
 
     @state.setter
     def state(self, state: QModuleState) -> None:
+        if not isinstance(state, QModuleState):
+            raise ConfigError(f"state must be a QModuleState, such as QModuleState.QUANT_EVAL; got {shown(state)}")
         self._state = state
         self._seen = []
         for quantizer in self.quantizers().values():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
 from torchquant.qmodule.patterns import run_with
 from torchquant.qmodule.state import QModule
@@ -60,6 +61,7 @@ def _read(module: nn.Module, name: str) -> Tensor:
     return value
 
 
+@checked
 class QWeights(QModule):
     """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
 from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, row_of, split_pattern
@@ -17,6 +18,7 @@ from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
 
+@checked
 class QWrapper(QModule):
     """Wraps `layer [+ batch norm] [+ activation]`; quantizes its weight and its output.
 

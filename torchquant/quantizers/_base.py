@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import check_constructor
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
 from torchquant.quantizers._integer_terms import IntegerTerms, linear_terms
@@ -62,6 +63,8 @@ class Quantizer(ChecksArguments, nn.Module, ABC):
     """Whether there are levels below 0; None: the first tensor decides."""
     sites: ClassVar[tuple[str, ...]] = SITES
     """Where in a layer the scheme is meant to sit."""
+    made_by: ClassVar[str] = "make_quantizer('affine:8') makes one"
+    """What messages advise where something else is given for a quantizer."""
     keeps_units: bool = True
     """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
     about: ClassVar[About] = About()
@@ -79,6 +82,7 @@ class Quantizer(ChecksArguments, nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        check_constructor(cls)
         overrides = "quantize" in cls.__dict__ or "pre_observe" in cls.__dict__
         if overrides and "fuses_clamp" not in cls.__dict__:
             cls.fuses_clamp = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import GridQuantizer, Quantizer
 from torchquant.quantizers._spec import find_scheme, make_quantizer, schemes
@@ -35,12 +36,14 @@ def catalogue() -> list[SchemeEntry]:
     return [_entry(name, cls) for name, cls in schemes()]
 
 
+@checked
 def scheme_entry(name: str) -> SchemeEntry:
     """The entry of a scheme or of the scheme a preset belongs to. Raises UnknownNameError."""
     cls, _ = find_scheme(name)
     return next(entry for entry in catalogue() if find_scheme(entry.name)[0] is cls)
 
 
+@checked
 def weight_spec(name: str, n_bits: int) -> str | None:
     """The spec string that stands for a scheme or preset on weights of that width; None where it has none.
 

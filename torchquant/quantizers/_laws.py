@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from torchquant.errors import LawViolation, NoCodesError, NonFiniteError
+from torchquant._arguments import checked, shown
+from torchquant._registry import did_you_mean
+from torchquant.errors import ConfigError, LawViolation, NoCodesError, NonFiniteError, UnknownNameError
 from torchquant.quantizers._base import Quantizer
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -343,6 +345,7 @@ LAWS: dict[str, Callable[[_Case], None]] = {
 }
 
 
+@checked
 def check_quantizer(
     quantizer: Quantizer, sample: Tensor | None = None, laws: tuple[str, ...] | None = None
 ) -> LawReport:
@@ -350,7 +353,7 @@ def check_quantizer(
 
     `sample`: float tensor the quantizer is shown first, default N(0, 1) of shape (4, 6, 5, 5); pass one
     if yours takes only some data, e.g. not below 0. `laws`: names out of `LAWS`, default all.
-    Raises LawViolation that names every law that fails and what was seen.
+    Raises ConfigError; LawViolation that names every law that fails and what was seen.
 
     >>> from torchquant import AffineQuantizer, BatchMinMax
     >>> report = check_quantizer(AffineQuantizer(4, BatchMinMax()), laws=("on_grid", "monotone"))
@@ -358,6 +361,13 @@ def check_quantizer(
     ('on_grid', 'monotone')
     """
     passed, skipped, broken = [], {}, {}
+    unknown = [name for name in laws or () if name not in LAWS]
+    if unknown:
+        raise UnknownNameError(
+            f"no law is called {shown(unknown[0])};{did_you_mean(unknown[0], LAWS)} Known: {', '.join(LAWS)}"
+        )
+    if sample is not None and not sample.is_floating_point():
+        raise ConfigError(f"the sample must be a tensor of real numbers, got {shown(sample)}")
     for name in LAWS if laws is None else laws:
         try:
             LAWS[name](_Case(quantizer, sample))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from torchquant._arguments import checked, shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer
@@ -36,6 +37,7 @@ LONGEST = 200
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+@checked
 @dataclass(frozen=True)
 class QuantSpec:
     """A quantizer in words. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
@@ -68,24 +70,26 @@ class QuantSpec:
         head, slash, granularity = rest.partition("/")
         scheme, *items = head.split(",")
         scheme, colon, bits = scheme.partition(":")
-        _require(_NAME.fullmatch(scheme), text, f"the scheme {scheme!r} is not a name")
-        _require(not at or _NAME.fullmatch(gradient), text, f"the gradient {gradient!r} is not a name")
+        _require(_NAME.fullmatch(scheme), text, f"the scheme {shown(scheme)} is not a name")
+        _require(not at or _NAME.fullmatch(gradient), text, f"the gradient {shown(gradient)} is not a name")
         kind, equals, size = granularity.partition("=")
         if slash:
             allowed = (
-                kind in ("tensor", "channel") and not equals or kind == "group" and size.isdecimal() and int(size) > 0
+                kind in ("tensor", "channel") and not equals or kind == "group" and _is_count(size) and int(size) > 0
             )
             _require(
-                allowed, text, f"the granularity {granularity!r} is not tensor, channel or group=G with a whole G > 0"
+                allowed,
+                text,
+                f"the granularity {shown(granularity)} is not tensor, channel or group=G with a whole G > 0",
             )
-        _require(not colon or bits.isdecimal(), text, f"the width {bits!r} is not a whole number")
+        _require(not colon or _is_count(bits), text, f"the width {shown(bits)} is not a whole number")
         n_bits = int(bits) if colon else None
         options: dict[str, str | None] = {}
         for item in items:
             key, has_value, value = item.partition("=")
             well_formed = _NAME.fullmatch(key) and bool(value) == bool(has_value)
-            _require(well_formed, text, f"the argument {item!r} is neither key=value nor a flag")
-            _require(key not in options, text, f"the argument {key!r} is given twice")
+            _require(well_formed, text, f"the argument {shown(item)} is neither key=value nor a flag")
+            _require(key not in options, text, f"the argument {shown(key)} is given twice")
             options[key] = value if has_value else None
         return cls(scheme, n_bits, tuple(options.items()), kind, int(size) if size else None, gradient or None)
 
@@ -104,11 +108,17 @@ def _kind_of(value: object) -> str:
     return f"{type(value).__name__} {getattr(value, '__name__', '')}".rstrip() + made
 
 
+def _is_count(text: str) -> bool:
+    """Whether a text is a whole number that torch can count to."""
+    return text.isdecimal() and len(text) < 19
+
+
 def _require(condition: object, text: str, what: str) -> None:
     if not condition:
-        raise ConfigError(f"spec {text!r}: {what}. A spec is {GRAMMAR}")
+        raise ConfigError(f"spec {shown(text)}: {what}. A spec is {GRAMMAR}")
 
 
+@checked
 def find_scheme(name: str) -> tuple[type[Quantizer], Mapping[str, Any]]:
     """The class a spec's scheme names, and the arguments the name fixes. Raises UnknownNameError."""
     known = {preset: (cls, fixed) for _, cls in schemes() for preset, fixed in cls.presets.items()}
@@ -142,8 +152,8 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     0.99
     """
     spec = spec if isinstance(spec, QuantSpec) else QuantSpec.parse(spec)
-    if site not in SITES:
-        raise ConfigError(f"site must be one of {', '.join(SITES)}, got {site!r}")
+    if not isinstance(site, str) or site not in SITES:
+        raise ConfigError(f"site must be one of {', '.join(SITES)}, got {shown(site)}")
     if spec.granularity == "group" and site != "weight":
         raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
     scheme, fixed = find_scheme(spec.scheme)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
@@ -94,6 +95,7 @@ class PACTQuantizer(LearnedQuantizer):
         return f"n_bits={self.n_bits}, init={self.init!r}, {super().extra_repr()}"
 
 
+@checked
 def pact_penalty(model: nn.Module, weight: float = 2e-4) -> Tensor:
     """`weight * sum of alpha**2` over the PACT quantizers of a model, to add to the loss; 0 if there are none.
 

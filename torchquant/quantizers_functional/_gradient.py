@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, unpack_mask
@@ -179,6 +180,7 @@ def _where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Te
     return torch.ops.aten.hardtanh_backward(mask, x, low, high)
 
 
+@explained
 def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | float) -> Tensor:
     """Return x; in backward, stop the gradient where x is outside [range_min, range_max].
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient
 from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
@@ -44,6 +45,7 @@ def step(span: Tensor, n_steps: float) -> Tensor:
     return torch.where(span > 0, delta, torch.ones_like(delta))
 
 
+@explained
 def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: bool | str = False) -> AffineParams:
     """Step, zero point and code bounds of the grid that covers [range_min, range_max] and real 0.
 
@@ -89,6 +91,7 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
     return AffineParams(step(absmax, half - 0.5), 0, -half, half - 1)
 
 
+@explained
 def affine_quantize(
     x: Tensor,
     delta: Tensor | float,

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._levels import level_values, nearest_level
@@ -89,6 +90,7 @@ class _LearnedClip(torch.autograd.Function):
         return grad * inside if ctx.needs_input_grad[0] else None, for_clip, None, None
 
 
+@explained
 def apot_quantize(x: Tensor, clip: Tensor, n_bits: int, signed: bool = True) -> Tensor:
     """Quantize x to `clip` times the nearest sum of powers of two.
 

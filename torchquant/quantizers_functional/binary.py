@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
 from torchquant.quantizers_functional.uniform import like
 
@@ -24,6 +25,7 @@ def binary_projection(alpha: Tensor | float) -> Projection:
     return project
 
 
+@explained
 def binary_quantize(
     x: Tensor, alpha: Tensor | float, gradient: str | Gradient = "ste", clamp: Clamp | None = None
 ) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._levels import level_values, nearest_level
 
 
+@explained
 def lloyd_max(rows: Tensor, n_levels: int, iterations: int = 100, zero: bool = False) -> Tensor:
     """The levels of each row that Lloyd's algorithm ends at, sorted. rows: (C, n), n > 0. (C, n_levels) float64.
 
@@ -70,6 +72,7 @@ class _ToBoth(torch.autograd.Function):
         return grads[0], grads[0]
 
 
+@explained
 def codebook_quantize(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
     """Quantize x to the nearest level, differentiable in x and levels.
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype, pass_through
 from torchquant.quantizers_functional.uniform import like
@@ -41,6 +42,7 @@ def signed_values(unit: Tensor, absmax: Tensor) -> Tensor:
     return torch.where(absmax > 0, values, values * 0.0)
 
 
+@explained
 def dorefa_weight_quantize(w: Tensor, absmax: Tensor | float, n_bits: int) -> Tensor:
     """Quantize weights to `2 quantize(tanh(w) / (2 max|tanh w|) + 1/2) - 1`, in [-1, 1] whatever their scale.
 
@@ -59,6 +61,7 @@ def dorefa_weight_quantize(w: Tensor, absmax: Tensor | float, n_bits: int) -> Te
     return cast_back(signed_values(rounded, scale), w.dtype)
 
 
+@explained
 def dorefa_act_quantize(x: Tensor, n_bits: int) -> Tensor:
     """Quantize `clamp(x, 0, 1)` to 2**n_bits levels. Gradient 1 where 0 <= x <= 1, else 0.
 
@@ -100,6 +103,7 @@ def quantized_gradient(grad: Tensor, n_bits: int, noise: Tensor | float) -> Tens
     return values.to(grad.dtype)
 
 
+@explained
 def dorefa_gradient(x: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
     """x as it is; in backward its gradient is quantized to n_bits, with uniform noise of one step before rounding.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
@@ -73,6 +74,7 @@ def esb_projection(alpha: Tensor | float, n_bits: int, significant_bits: int) ->
     return project
 
 
+@explained
 def esb_quantize(
     x: Tensor,
     alpha: Tensor | float,

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.uniform import integer_codes, like
@@ -84,6 +85,7 @@ class _LearnedStep(torch.autograd.Function):
         return for_x, for_step, None, None, None, None
 
 
+@explained
 def lsq_quantize(
     x: Tensor,
     step: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional.uniform import like
@@ -45,6 +46,7 @@ def midrise_values(codes: Tensor, step: Tensor | float, shift: Tensor | float) -
     return (codes + 0.5) * like(step, codes) + like(shift, codes)
 
 
+@explained
 def midrise_quantize(
     x: Tensor,
     step: Tensor | float,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchquant._arguments import checked, explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
@@ -15,6 +16,7 @@ from torchquant.quantizers_functional.uniform import like
 SPECIAL = ("none", "fn", "ieee", "fnuz")
 
 
+@checked
 @dataclass(frozen=True)
 class FloatFormat:
     """Widths of exponent and fraction, bias, and which codes are not numbers.
@@ -96,6 +98,7 @@ def minifloat_projection(scale: Tensor | float, form: FloatFormat) -> Projection
     return project
 
 
+@explained
 def minifloat_quantize(
     x: Tensor,
     scale: Tensor | float,

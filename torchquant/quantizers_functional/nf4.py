@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
 from torchquant.quantizers_functional.uniform import like
 
@@ -63,6 +64,7 @@ def nf4_projection(absmax: Tensor | float) -> Projection:
     return project
 
 
+@explained
 def nf4_quantize(
     x: Tensor, absmax: Tensor | float, gradient: str | Gradient = "ste", clamp: Clamp | None = None
 ) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.uniform import integer_codes, like
 
 
 class _Clipped(torch.autograd.Function):
@@ -30,6 +31,7 @@ class _Clipped(torch.autograd.Function):
         return for_x, for_alpha, None
 
 
+@explained
 def pact_quantize(x: Tensor, alpha: Tensor, n_bits: int) -> Tensor:
     """Quantize `clamp(x, 0, alpha)` to `2**n_bits` levels, 0 and alpha among them.
 
@@ -45,4 +47,4 @@ def pact_quantize(x: Tensor, alpha: Tensor, n_bits: int) -> Tensor:
     tensor(2.)
     """
     real = x.to(compute_dtype(x))
-    return cast_back(cast(Tensor, _Clipped.apply(real, like(alpha, real), 2**n_bits - 1)), x.dtype)
+    return cast_back(cast(Tensor, _Clipped.apply(real, like(alpha, real), integer_codes(n_bits, False)[1])), x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
@@ -51,6 +52,7 @@ def pot_projection(alpha: Tensor | float, n_bits: int) -> Projection:
     return project
 
 
+@explained
 def pot_quantize(
     x: Tensor,
     alpha: Tensor | float,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
 from torchquant.quantizers_functional.affine import AffineParams
-from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
+from torchquant.quantizers_functional.uniform import Bound, integer_codes, uniform_quantize
 
 RULES = ("nosat", "sat", "mse")
 MAX_BITS = 24
@@ -25,6 +26,7 @@ def check_qfmt(n_bits: int, signed: bool, rule: str) -> None:
         raise ConfigError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
 
 
+@explained
 def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: bool, rule: str = "nosat") -> Tensor:
     """Integer bits m of the Q-format that covers the range. () or (C,) in, int64 of that shape out.
 
@@ -57,18 +59,18 @@ def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: boo
     return torch.where(m == lowest, torch.zeros_like(m), m)
 
 
+@explained
 def qfmt_params(int_bits: Tensor, n_bits: int, signed: bool, dtype: torch.dtype) -> AffineParams:
     """Step and code bounds of Q(int_bits, n_bits - int_bits - signed). Codes are always n_bits wide.
 
     >>> qfmt_params(torch.tensor(1), 8, True, torch.float32)
     AffineParams(delta=tensor(0.0156), zero_point=0, qmin=-128, qmax=127)
     """
-    delta = pow2(int_bits + int(signed) - n_bits, dtype)
-    if signed:
-        return AffineParams(delta, 0, -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
-    return AffineParams(delta, 0, 0, 2**n_bits - 1)
+    codes = integer_codes(n_bits, signed)
+    return AffineParams(pow2(int_bits + int(signed) - n_bits, dtype), 0, *codes)
 
 
+@explained
 def qfmt_quantize(
     x: Tensor,
     delta: Tensor | float,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import nearest_of
 from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
@@ -26,6 +27,7 @@ def sign_patterns(n_bits: int, like: Tensor) -> Tensor:
     return bits.to(like.dtype) * 2.0 - 1.0
 
 
+@explained
 def residual_levels(alphas: Tensor) -> Tensor:
     """The 2**b sums `+-a_1 +-a_2 ...`, sorted. alphas: (..., b). (..., 2**b).
 
@@ -39,6 +41,7 @@ def residual_levels(alphas: Tensor) -> Tensor:
     return sums.sort(-1).values
 
 
+@explained
 def residual_alphas(
     rows: Tensor, n_bits: int, method: str = "alternating", iterations: int = 5, parts: Joining = WHOLE
 ) -> Tensor:

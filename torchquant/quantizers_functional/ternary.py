@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
 from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
@@ -31,6 +32,7 @@ def ternary_projection(threshold: Tensor | float, alpha: Tensor | float) -> Proj
     return project
 
 
+@explained
 def ternary_quantize(
     x: Tensor,
     threshold: Tensor | float,
@@ -52,6 +54,7 @@ def ternary_quantize(
     return apply_projection(x, ternary_projection(threshold, alpha), gradient, clamp)
 
 
+@explained
 def ternary_params(rows: Tensor, method: str = "twn", parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     """Threshold and alpha of each row. rows: (C, n) float, n > 0. Returns two (C,) float64.
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._powers import pow2
 from torchquant.quantizers_functional.uniform import integer_codes, like
@@ -59,6 +60,7 @@ def tqt_step(log2_t: Tensor, n_bits: int, signed: bool = True) -> Tensor:
     return cast(Tensor, _PowerOfTwoStep.apply(log2_t, n_bits - 1 if signed else n_bits))
 
 
+@explained
 def tqt_quantize(x: Tensor, log2_t: Tensor, n_bits: int, signed: bool = True) -> Tensor:
     """Quantize x on a grid whose step is the power of two that covers the threshold `2**log2_t`.
 
@@ -70,5 +72,6 @@ def tqt_quantize(x: Tensor, log2_t: Tensor, n_bits: int, signed: bool = True) ->
     tensor([ 0.2969,  0.0078, -1.0000,  0.9922])
     """
     real = x.to(compute_dtype(x))
+    codes = integer_codes(n_bits, signed)
     step = tqt_step(like(log2_t, real), n_bits, signed)
-    return cast_back(cast(Tensor, _TrainedThreshold.apply(real, step, *integer_codes(n_bits, signed))), x.dtype)
+    return cast_back(cast(Tensor, _TrainedThreshold.apply(real, step, *codes)), x.dtype)

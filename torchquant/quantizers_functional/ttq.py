@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.uniform import like
 
@@ -38,6 +39,7 @@ class _Trained(torch.autograd.Function):
         return for_x, None, for_positive, for_negative
 
 
+@explained
 def ttq_quantize(x: Tensor, threshold: Tensor | float, positive: Tensor, negative: Tensor) -> Tensor:
     """Quantize x to `positive` where x > threshold, `-negative` where x < -threshold, else 0.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection, compute_dtype
 
 Bound = Tensor | int
+MOST_BITS = 32
 
 
 def like(value: Tensor | float, x: Tensor) -> Tensor:
@@ -23,11 +25,13 @@ def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
 
 
 def integer_codes(n_bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest of the n-bit integers, two's complement if signed.
+    """Smallest and largest of the n-bit integers, two's complement if signed. Raises ConfigError.
 
     >>> integer_codes(4, True), integer_codes(4, False)
     ((-8, 7), (0, 15))
     """
+    if not 1 <= n_bits <= MOST_BITS:
+        raise ConfigError(f"n_bits must be a whole number from 1 to {MOST_BITS}, got {n_bits}")
     return (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if signed else (0, 2**n_bits - 1)
 
 

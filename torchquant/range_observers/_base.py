@@ -23,6 +23,8 @@ class RangeObserver(StatisticTracker):
 
     statistics: tuple[str, ...] = ("range_min", "range_max")
     joined_by = {"range_min": "min", "range_max": "max"}
+    made_by = "BatchMinMax() is one"
+    """What messages advise where something else is given for an observer."""
     range_min: Tensor
     range_max: Tensor
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant._arguments import check_constructor, checked
 from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.range_observers._calls import CallsOfABatch, widest
@@ -67,6 +68,7 @@ def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> 
         held.view(-1).copy_(moved.view(-1))  # compiled code of torch 2.11 loses what is written to a () float64 tensor
 
 
+@checked
 class StatisticTracker(CallsOfABatch):
     """Statistics of the tensors it is shown, averaged over batches.
 
@@ -108,6 +110,10 @@ class StatisticTracker(CallsOfABatch):
         for name in self.statistics:
             self.register_buffer(name, torch.zeros(self._shape_of(name, () if axis is None else (0,))))
         self.register_buffer("observed_weight", torch.zeros(()))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_constructor(cls)
 
     @property
     def is_observed(self) -> bool:

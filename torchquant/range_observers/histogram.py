@@ -191,7 +191,7 @@ class EntropyObserver(HistogramObserver):
         axis: int | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        if not (isinstance(n_bits, int) and n_bits >= 2 and 2 ** (n_bits - 1) <= n_bins):
+        if not (isinstance(n_bits, int) and n_bits >= 2 and n_bits <= n_bins.bit_length()):
             raise ConfigError(
                 f"n_bits must be a whole number from 2 with 2**(n_bits - 1) <= {n_bins} bins, got {n_bits!r}"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError
@@ -59,6 +60,7 @@ class Allocation:
         return self.table()
 
 
+@checked
 def allocate(
     net: nn.Module,
     rules: Rules | QuantPlan,

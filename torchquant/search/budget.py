@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError
 
@@ -37,6 +38,7 @@ UNITS = {
 _WORDS = re.compile(r"\s*([a-z_]+)\s*<=\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
+@checked
 @dataclass(frozen=True)
 class Budget:
     """At most `limit` of one measure: `MEASURES` has them.

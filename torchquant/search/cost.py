@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.capture import capture
 from torchquant.graph.cost import FLOAT_BITS, SiteSize, observed, reads_of, site_sizes, stored_bytes, tied_weights
@@ -64,6 +65,7 @@ class _Product:
     reads: tuple[Place | int, ...]
 
 
+@checked
 class CostModel:
     """Costs of every choice for a plan with candidates, on the example. Numbers equal those of `QuantPlan.cost`.
 

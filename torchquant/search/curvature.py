@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchquant._arguments import checked, one_number, shown
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
@@ -23,6 +24,7 @@ STORED = ("weight", "bias")
 """Fields that are the same for every sample."""
 
 
+@checked
 def hessian_trace(
     loss_fn: Callable[[], Tensor],
     parameter: Tensor,
@@ -47,9 +49,13 @@ def hessian_trace(
             f"hessian_trace needs draws >= 1, patience >= 1, tolerance >= 0; got {draws}, {patience}, {tolerance}"
         )
     if not parameter.requires_grad:
-        raise ConfigError("hessian_trace needs a parameter that requires a gradient")
+        raise ConfigError(
+            f"hessian_trace needs a parameter that requires a gradient, got {shown(parameter)} without one"
+        )
     generator = generator or torch.Generator().manual_seed(0)
-    (gradient,) = torch.autograd.grad(loss_fn(), parameter, create_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad(
+        one_number(loss_fn(), "the loss"), parameter, create_graph=True, allow_unused=True
+    )
     if gradient is None or not gradient.requires_grad:
         return 0.0
     total, mean, steady = 0.0, 0.0, 0
@@ -112,14 +118,14 @@ def hessian_harms(probe: Probe, place: Place, loss: Loss, draws: int, seed: int)
         trace = 0.0
         with taps.placed(), _float_but(probe, place), _twice_differentiable():
             with torch.no_grad():
-                call_with(probe.model, probe.batches[0][0])
+                call_with(probe.model, probe.batches[0][0], "a batch")
             if id(mixture) not in taps.seen:
                 continue
             weight, zeros = taps.seen[id(mixture)][0]
             for batch in probe.batches:
 
                 def batch_loss(batch: Any = batch) -> Tensor:
-                    return scalar_loss(loss, call_with(probe.model, batch[0]), batch[1])
+                    return scalar_loss(loss, call_with(probe.model, batch[0], "a batch"), batch[1])
 
                 trace += batch_size(batch) * hessian_trace(batch_loss, zeros, draws, generator=generator)
         trace /= sum(map(batch_size, probe.batches))
@@ -167,7 +173,7 @@ def fisher_harms(probe: Probe, places: Sequence[Place], loss: Loss) -> dict[Plac
     for sample in (sample for batch in probe.batches for sample in samples_of(batch)):
         values.seen.clear()
         with torch.enable_grad(), weights.placed(), values.placed():
-            found = scalar_loss(loss, call_with(probe.model, sample[0]), sample[1])
+            found = scalar_loss(loss, call_with(probe.model, sample[0], "a batch"), sample[1])
             zeros = [zero for taps in (weights, values) for seen in taps.seen.values() for _, zero in seen]
             gradients = torch.autograd.grad(found, zeros, allow_unused=True)
         square = {id(zero): g.square() for zero, g in zip(zeros, gradients, strict=True) if g is not None}

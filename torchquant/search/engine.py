@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.plan.quant_plan import QuantPlan
@@ -35,6 +36,7 @@ WARM_UP = 0.05  # of retraining: the weights have been trained quantized already
 MEMORY = 0.98  # how much of the mean gradient of a width a step keeps
 
 
+@checked
 class Search:
     """What `SchemeSearch` and `PrecisionLearning` share: they differ in their defaults only.
 
@@ -148,7 +150,7 @@ class Search:
         optimizers = self.optimizers()
         self._learn(weights, architecture)
         inputs, targets = batch
-        value = self.loss(call_with(self.module, inputs), targets)
+        value = self.loss(call_with(self.module, inputs, "a batch"), targets)
         if value.requires_grad:
             value.backward()
         if architecture:
@@ -340,7 +342,7 @@ class Search:
         stream = batches_of(batches, 1)
         with qmodule_state(model.eval(), QModuleState.CALIBRATION), torch.no_grad():
             for (inputs, _), _ in zip(stream, range(calibration_batches), strict=False):
-                call_with(model, inputs)
+                call_with(model, inputs, "a batch")
         numbers = iter(range(epochs_done(progress) + 1, epochs + 1))
         fit_quantized(
             model,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from torchquant._arguments import checked, number
 from torchquant._files import read_json, write_json
 from torchquant.errors import ConfigError, brief
 from torchquant.graph.sites import make_field
@@ -20,6 +21,7 @@ from torchquant.search.probe import searched_plan
 from torchquant.search.space import searched_fields
 
 
+@checked
 def measure_latency(
     net: nn.Module, plan: Rules | QuantPlan, time_plan: Callable[[QuantPlan], float]
 ) -> dict[tuple[str, str], float]:
@@ -61,18 +63,20 @@ def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: M
     for (path, field), spec in chosen.items():
         fields.setdefault(path, {})[field] = spec
     sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
-    found = float(time_plan(replace(plan, sites=sites)))
+    found = number(time_plan(replace(plan, sites=sites)), "what time_plan gives")
     if not (math.isfinite(found) and found > 0.0):
         raise ConfigError(f"time_plan must give seconds above 0, got {found}")
     return found
 
 
+@checked
 def write_latency(path: str | os.PathLike[str], table: LatencyTable) -> Path:
     """Write a table as JSON: a list of {site, spec, seconds}."""
     entries = [{"site": site, "spec": spec, "seconds": seconds} for (site, spec), seconds in table.items()]
     return write_json(Path(path), entries)
 
 
+@checked
 def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
     """Read a table that `write_latency` wrote, or that somebody wrote by hand. Raises ConfigError."""
     data = read_json(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked, number
 from torchquant._figures import new_figure
 from torchquant._files import write_json
 from torchquant._tables import text_table
@@ -121,6 +122,7 @@ class Pareto:
         return buffer.getvalue()
 
 
+@checked
 def pareto(
     net: nn.Module,
     rules: Rules | QuantPlan,
@@ -162,7 +164,7 @@ def pareto(
     front: list[ParetoPoint] = []
     for allocation in sorted(found, key=lambda a: (a.totals[measure], a.predicted)):
         if not front or allocation.predicted < front[-1].predicted:
-            measured = None if evaluate is None else float(evaluate(allocation.plan))
+            measured = None if evaluate is None else number(evaluate(allocation.plan), "what evaluate gives")
             front.append(ParetoPoint(allocation.totals[measure], allocation.predicted, allocation, measured))
     label = HARM_LABELS[sensitivity.method] if isinstance(sensitivity, Sensitivity) else "predicted harm"
     return Pareto(measure, tuple(front), label, evaluated)

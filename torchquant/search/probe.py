@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import one_number
 from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.graph.watch import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
@@ -78,12 +79,10 @@ def samples_of(batch: Batch) -> Iterator[Batch]:
 
 def scalar_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
     """The loss, which must be one finite number. Raises ConfigError, NonFiniteError."""
-    found = loss(output, targets)
-    if not isinstance(found, Tensor) or found.numel() != 1:
-        raise ConfigError("the loss must be a tensor with one number: the mean over the samples of a batch")
+    found = one_number(loss(output, targets), "the loss")
     if not bool(found.detach().isfinite()):
         raise NonFiniteError(f"the loss is {float(found)}; sensitivity needs a model and data that give finite numbers")
-    return found.reshape(())
+    return found
 
 
 class Probe:
@@ -106,7 +105,7 @@ class Probe:
         set_qmodule_state(self.model, QModuleState.CALIBRATION)
         with torch.no_grad():
             for inputs, _ in batches:
-                call_with(self.model, inputs)
+                call_with(self.model, inputs, "a batch")
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
 
     def all_mixtures(self) -> Iterator[MixtureQuantizer]:
@@ -138,7 +137,7 @@ class Probe:
     def outputs(self) -> Iterator[Any]:
         """What the model gives for each batch, as it is now."""
         for inputs, _ in self.batches:
-            yield call_with(self.model, inputs)
+            yield call_with(self.model, inputs, "a batch")
 
     def mean_loss(self, loss: Loss, outputs: Iterable[Any]) -> float:
         """The mean over all samples."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchquant.errors import require
+from torchquant._arguments import checked, shown
+from torchquant.errors import ConfigError, require
 from torchquant.search.budget import Budget
 from torchquant.search.figures import bit_widths, costs, heatmap, losses, pareto_front
 from torchquant.search.settings import EpochRecord
@@ -16,6 +17,7 @@ CHOICE = ("place", "field", "spec", "bits", "bytes")
 MOST_COLUMNS = 40
 
 
+@checked
 def render_report(
     title: str,
     summary: Summary,
@@ -37,6 +39,8 @@ def render_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("torchquant.search", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    if front and "points" not in front:
+        raise ConfigError(f"front must be what Pareto.to_dict gives, got {shown(front)}")
     header, rows, note = summary
     has_widths = any(record.widths for record in history)
     return environment.get_template("report.html.j2").render(

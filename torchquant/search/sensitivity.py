@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant._files import check_format, read_json, write_json
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
@@ -99,6 +100,7 @@ class Sensitivity:
         return cls.from_dict(read_json(path), f"{path}")
 
 
+@checked
 def sensitivity(
     net: nn.Module,
     rules: Rules | QuantPlan,

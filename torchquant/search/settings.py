@@ -6,10 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.search.budget import MEASURES
 
 
+@checked
 @dataclass(frozen=True)
 class SearchSettings:
     """Of both searches; `PrecisionSettings` are those of `PrecisionLearning`. docs/algorithms.md F3, F4.
@@ -76,6 +78,7 @@ class SearchSettings:
         return self.penalty * min(epoch / max(0.1 * self.epochs, 1.0), 1.0)
 
 
+@checked
 @dataclass(frozen=True)
 class PrecisionSettings(SearchSettings):
     """`SearchSettings` with the defaults of precision learning: everything on the same batches, to the budget.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.sites import FIELDS, make_field
 from torchquant.plan.quant_plan import QuantPlan
@@ -16,10 +17,12 @@ from torchquant.quantizers import weight_spec
 from torchquant.search.mixture import MixtureQuantizer
 
 WIDTH = "{n}"
+WIDEST = 32
 DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
 """AutoQNN's: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
 
 
+@checked
 @dataclass(frozen=True)
 class Candidates:
     """Spec strings to choose from at one place. One with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
@@ -45,8 +48,10 @@ class Candidates:
             raise ConfigError("there must be at least one candidate")
         if len(set(self.specs)) != len(self.specs):
             raise ConfigError(f"a candidate is given twice: {', '.join(self.specs)}")
-        if not 1 <= self.min_bits <= self.max_bits:
-            raise ConfigError(f"widths must be 1 <= min_bits <= max_bits, got {self.min_bits}..{self.max_bits}")
+        if not 1 <= self.min_bits <= self.max_bits <= WIDEST:
+            raise ConfigError(
+                f"widths must be 1 <= min_bits <= max_bits <= {WIDEST}, got {self.min_bits}..{self.max_bits}"
+            )
 
     @property
     def learns_width(self) -> bool:
@@ -94,6 +99,7 @@ def _is_spec(text: str, field: str) -> bool:
     return True
 
 
+@checked
 def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) -> list[str]:
     """Weight candidates of the same storage cost: those of `schemes` that have the width; at 1 and 2 bits also
     binary or ternary.
@@ -101,6 +107,9 @@ def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) ->
     >>> default_candidates(2)[:3], len(default_candidates(4))
     (['qfmt:2,signed/channel', 'resq:2/channel', 'vecq:2/channel'], 8)
     """
+    schemes = list(schemes)
+    if not schemes:
+        raise ConfigError("default_candidates needs the name of at least one scheme, got none")
     names = [*schemes, *{1: ["binary"], 2: ["ternary"]}.get(n_bits, [])]
     found = [weight_spec(name, n_bits) if name != "binary" else "binary/channel" for name in names]
     specs = [spec for spec in dict.fromkeys(found) if spec is not None]
@@ -119,6 +128,7 @@ def searched_fields(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
     }
 
 
+@checked
 def search_rules(
     rules: Rules, min_bits: int = 2, max_bits: int = 8, form: str = "interp"
 ) -> str | list[dict[str, Any]]:

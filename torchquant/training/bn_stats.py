@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
+from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.utils import observe_weights, qmodule_state
 
 
+@checked
 @torch.no_grad()
 def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState = QModuleState.QUANT_EVAL) -> int:
     """Measure the running mean and variance of every batch norm anew, with the weights quantized as they are now.
@@ -49,7 +52,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState 
             norm.num_batches_tracked = None
         with qmodule_state(model, state):
             for batch in batches:
-                model(batch[0] if isinstance(batch, tuple | list) else batch)
+                call_with(model, (batch[0] if isinstance(batch, tuple | list) and batch else batch,), "a batch")
                 n_batches += 1
     finally:
         for hook in hooks:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked, one_number
 from torchquant.errors import ConfigError
 from torchquant.quantizers import EWGSQuantizer, GridQuantizer
 from torchquant.quantizers_functional.gradients import EWGS
 
 
+@checked
 def adapt_ewgs(
     model: nn.Module, loss: Callable[[], Tensor], samples: int = 1, generator: torch.Generator | None = None
 ) -> dict[str, float]:
@@ -45,7 +47,7 @@ def adapt_ewgs(
     try:
         for path, quantizer in found.items():
             quantizer.quantize = record(path, quantizer)  # type: ignore[method-assign]
-        value = loss()
+        value = one_number(loss(), "the loss")
     finally:
         for quantizer in found.values():
             del quantizer.quantize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchquant._arguments import checked, one_number, shown
 from torchquant._files import read_saved, reading, write_whole
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
@@ -26,6 +28,7 @@ Loss = Callable[[Any, Any], Tensor]
 AFRESH = "delete it to train from the start"
 
 
+@checked
 def fit(
     model: nn.Module,
     batches: Callable[[], Iterable[tuple[Any, Any]]],
@@ -53,6 +56,10 @@ def fit(
     """
     if epochs < 1 or steps_per_epoch < 1:
         raise ConfigError(f"epochs and steps_per_epoch must be at least 1, got {epochs} and {steps_per_epoch}")
+    if not 0.0 < learning_rate < math.inf or not 0.0 < warm_up < 1.0:
+        raise ConfigError(
+            f"learning_rate must be above 0 and finite, warm_up between 0 and 1; got {learning_rate} and {warm_up}"
+        )
     module = across_ranks(model)
     learned = quantizer_parameters(model)
     of_quantizers = set(map(id, learned["params"]))
@@ -76,8 +83,8 @@ def fit(
             first = int(saved["epoch"]) + 1
     for epoch in range(first, epochs + 1):
         losses = []
-        for x, target in batches():
-            value = loss(call_with(module, x), target)
+        for x, target in _pairs(batches()):
+            value = one_number(loss(call_with(module, x, "a batch"), target), "the loss")
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -93,6 +100,16 @@ def fit(
         if on_epoch is not None:
             on_epoch(epoch, float(torch.stack(losses).mean()))
     model.eval()
+
+
+def _pairs(batches: object) -> Iterator[tuple[Any, Any]]:
+    """The batches of an epoch; raises ConfigError for one that is no pair."""
+    if not isinstance(batches, Iterable):
+        raise ConfigError(f"batches() must give (inputs, targets) pairs, got {shown(batches)}")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ConfigError(f"batch {i} must be (inputs, targets), got {shown(batch)}")
+        yield batch[0], batch[1]
 
 
 def epochs_done(progress: Path | None) -> int:
@@ -127,6 +144,7 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+@checked
 def fit_quantized(model: nn.Module, *args: Any, **options: Any) -> None:
     """`fit` with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
     set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QWrapper
 from torchquant.quantizers import GridQuantizer
@@ -52,6 +53,7 @@ class _Layer(nn.Module):
         self.register_buffer("frozen", torch.zeros_like(codes, dtype=torch.bool))
 
 
+@checked
 class OscillationTracker(nn.Module):
     """Watches the codes of every quantized weight; freezes those that turn back too often.
 
@@ -131,6 +133,7 @@ class OscillationTracker(nn.Module):
         return entries
 
 
+@checked
 def dampening_loss(model: nn.Module, weight: float = 1e-3) -> Tensor:
     """`weight * sum of (level - w)**2` over all quantized weights, to add to the loss: it draws weights off the edges.
 

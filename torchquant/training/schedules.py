@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QModuleState, QWrapper
 from torchquant.quantizers import GridQuantizer, Quantizer, make_quantizer
@@ -18,6 +19,7 @@ from torchquant.utils import freeze_bn, observe_weights, qmodules, set_qmodule_s
 SHAPES = ("linear", "cosine")
 
 
+@checked
 @dataclass(frozen=True)
 class Ramp:
     """A number that goes from `start` to `end` in `n_steps` steps and stays there; "linear" or "cosine".
@@ -75,6 +77,7 @@ class _Schedule(nn.Module):
         return result
 
 
+@checked
 class QuantizationSchedule(_Schedule):
     """When quantization begins, when ranges stop moving, when batch norms stop (docs/algorithms.md D3).
 
@@ -127,6 +130,7 @@ class QuantizationSchedule(_Schedule):
         freeze_bn(self.model, self.freeze_bn_step is not None and step >= self.freeze_bn_step)
 
 
+@checked
 class GradientSchedule(_Schedule):
     """An estimator whose options move: `GradientSchedule(model, "pwl", rho=Ramp(1.0, 0.0, 8000))`.
 
@@ -158,6 +162,7 @@ class GradientSchedule(_Schedule):
             quantizer.set_gradient(made)
 
 
+@checked
 class BitSchedule(_Schedule):
     """Fewer bits step by step: `BitSchedule(model, {0: 8, 1000: 6, 2000: 4}, "affine:{n},symmetric=narrow/channel")`.
 

@@ -1,0 +1,463 @@
+"""A valid call for every public callable, or the reason why there is none: what test_wrong_arguments.py walks.
+
+`CALLS`: address -> name -> function that makes the arguments anew. `NOT_CALLED`: address -> reason -> names.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torchquant as tq
+from torchquant import deploy, search
+from torchquant.qmodule import ActivationRow, LayerRow
+from torchquant.quantizers_functional import FloatFormat
+from torchquant.range_observers import BatchMinMax
+
+Arguments = dict[str, Any]
+X = torch.linspace(-1.0, 1.0, 32).reshape(8, 4)
+TARGETS = torch.arange(8) % 2
+BATCHES = [(X, TARGETS)]
+ROWS = torch.linspace(-1.0, 1.0, 16).reshape(2, 8)
+SEARCHED = [{"weight": ["affine:2", "affine:8"]}]
+HARMS = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
+
+
+@functools.cache
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+@functools.cache
+def _quantized(rules: str = "int8-ort") -> nn.Module:
+    model = tq.quantize(_net(), rules, X)
+    with tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(X)
+    tq.set_qmodule_state(model.eval(), tq.QModuleState.QUANT_EVAL)
+    return model
+
+
+@functools.cache
+def _file(folder: Path, kind: str) -> Path:
+    if kind == "packed":
+        return deploy.save_packed(_quantized(), folder / "model.safetensors")
+    return deploy.export_onnx(_quantized(), folder / "model.onnx", X)
+
+
+def net() -> nn.Module:
+    return copy.deepcopy(_net())
+
+
+def quantized(rules: str = "int8-ort") -> nn.Module:
+    return copy.deepcopy(_quantized(rules))
+
+
+def q(spec: str = "affine:8") -> tq.Quantizer:
+    return tq.make_quantizer(spec)
+
+
+def ready(spec: str, site: str) -> tq.Quantizer:
+    quantizer = tq.make_quantizer(spec, site)
+    quantizer.pre_observe(X)
+    return quantizer
+
+
+def file(kind: str) -> Path:
+    return _file(FOLDER, kind)
+
+
+FOLDER = Path()
+"""Where files go that several calls read; set by the test."""
+
+
+def observer(**options: Any) -> Callable[[], Arguments]:
+    return lambda: {**options, "axis": 0, "nonfinite": "raise"}
+
+
+def fitted(**options: Any) -> Callable[[], Arguments]:
+    return lambda: {**options, "axis": 0, "momentum": 0.5, "gradient_clip": True, "nonfinite": "raise"}
+
+
+def learned(**options: Any) -> Callable[[], Arguments]:
+    return lambda: {**options, "axis": 0, "nonfinite": "raise"}
+
+
+def projected(**options: Any) -> Callable[[], Arguments]:
+    return lambda: {"x": X, **options, "gradient": "ste", "clamp": (0.0, 1.0)}
+
+
+def searcher(settings: Any = None, rules: Any = SEARCHED) -> Callable[[], Arguments]:
+    return lambda: {
+        "net": net(),
+        "rules": rules,
+        "example_inputs": X,
+        "budget": "bits<=7",
+        "settings": settings,
+        "per": "layer",
+        "min_bits": 2,
+        "max_bits": 4,
+        "form": "interp",
+        "loss": nn.functional.cross_entropy,
+        "latency": None,
+    }
+
+
+def settings(**options: Any) -> Callable[[], Arguments]:
+    given = {"epochs": 2, "weight_rate": 1e-3, "arch_rate": 1e-2, "alternate": True, "warmup": 0.1, "hard": False}
+    given |= {"temperature": (5.0, 0.5), "cost_weight": 0.0, "cost_measure": "bytes", "penalty": 1.0}
+    given |= {"price_rate": 0.05, "patience": 2, "start_bits": 4.0, "target": False}
+    return lambda: {**given, **options}
+
+
+def fused(kind: str) -> Callable[[], Arguments]:
+    from torchvision import models
+
+    made = {
+        "FusedResNet": lambda: models.resnet18(num_classes=2),
+        "FusedMobileNetV2": lambda: models.mobilenet_v2(num_classes=2, width_mult=0.1),
+    }
+
+    def arguments() -> Arguments:
+        def quantizer(layer: nn.Module) -> tq.Quantizer:
+            return q()
+
+        given: Arguments = {"net": _float_model(kind, made[kind]), "weight_quantizer": quantizer}
+        for name in ("acts", "avg_pool", "fc_weight", "fc_acts", "input"):
+            given[f"{name}_quantizer"] = quantizer
+        return {**given, "quantize_first": True, "quantize_fc": True, "fold_bn": False}
+
+    return arguments
+
+
+_MODELS: dict[str, nn.Module] = {}
+
+
+def _float_model(kind: str, make: Callable[[], nn.Module]) -> nn.Module:
+    if kind not in _MODELS:
+        _MODELS[kind] = make()
+    return _MODELS[kind]
+
+
+def ewgs_model() -> Arguments:
+    model = tq.QWrapper(nn.Linear(4, 2), q("ewgs:2"), None)
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_AWARE_TRAIN)
+    return {"model": model, "loss": lambda: model(X).square().mean(), "samples": 1, "generator": torch.Generator()}
+
+
+def on_model(**options: Any) -> Callable[[], Arguments]:
+    return lambda: {"model": quantized(), **options}
+
+
+def fit_arguments(**options: Any) -> Callable[[], Arguments]:
+    return lambda: {
+        **options,
+        "model": quantized(),
+        "batches": lambda: BATCHES,
+        "epochs": 1,
+        "learning_rate": 1e-2,
+        "steps_per_epoch": 1,
+        "loss": nn.functional.cross_entropy,
+        "on_epoch": lambda epoch, loss: None,
+        "progress": None,
+        "generator": torch.Generator(),
+        "warm_up": 0.3,
+    }
+
+
+def spoken() -> Arguments:
+    given = net()
+    return {"model": tq.QWrapper(given[0], q(), None), "float_state": given[0].state_dict(keep_vars=True)}
+
+
+def curved() -> Arguments:
+    w = torch.ones(3, requires_grad=True)
+    return {
+        "loss_fn": lambda: (w**4).sum(),
+        "parameter": w,
+        "draws": 3,
+        "tolerance": 1e-3,
+        "patience": 2,
+        "generator": torch.Generator(),
+    }
+
+
+def latency_table() -> dict[tuple[str, str], float]:
+    return {(site, spec): 1.0 for site in "02" for spec in ("affine:2", "affine:8")}
+
+
+def latency_file() -> Path:
+    return search.write_latency(FOLDER / "latency.json", latency_table())
+
+
+def packed_arguments() -> Arguments:
+    return {"model": quantized(), "path": "packed.safetensors", "build": None}
+
+
+def plan() -> tq.QuantPlan:
+    return tq.QuantPlan.from_rules("int8-ort", _net(), X)
+
+
+def searched() -> tq.QuantPlan:
+    return tq.QuantPlan.from_rules(search.search_rules(SEARCHED), _net())
+
+
+def yaml_file() -> Path:
+    return plan().save(FOLDER / "plan.yaml") or FOLDER / "plan.yaml"
+
+
+GRID: Arguments = {"alpha": 0.5}
+CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
+    "torchquant": {
+        "AffineQuantizer": lambda: {
+            **{"n_bits": 8, "range_observer": BatchMinMax(), "symmetric": "narrow", "gradient_clip": True}
+        },
+        "BatchMinMax": observer(),
+        "ExpAvgMinMax": observer(momentum=0.5, init="corrected"),
+        "ESBQuantizer": fitted(n_bits=4, significant_bits=1, center=True),
+        "QOp": lambda: {**{"op": operator.add, "acts_quantizer": q(), "activation": nn.ReLU(), "input_quantizer": q()}},
+        "QWrapper": lambda: {
+            "layers": [nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()],
+            **{f"{site}_quantizer": q() for site in ("weight", "acts", "input", "bias")},
+            "fold_bn": "running",
+        },
+        "QfmtQuantizer": lambda: {
+            **{"n_bits": 8, "signed": True, "range_observer": BatchMinMax(), "gradient_clip": True},
+            **{"rule": "nosat", "allow_clip": False},
+        },
+        "QuantSpec": lambda: {
+            **{"scheme": "affine", "n_bits": 8, "options": (("symmetric", "narrow"),), "granularity": "group"},
+            **{"group": 4, "gradient": "ste"},
+        },
+        "TernaryQuantizer": fitted(method="twn"),
+        "capture": lambda: {"model": net(), "example_inputs": X, "trace": True, "fuse": True},
+        "check_quantizer": lambda: {"quantizer": q(), "sample": X, "laws": ("on_grid",)},
+        "freeze_bn": on_model(frozen=True),
+        "make_quantizer": lambda: {"spec": "affine:8", "site": "weight"},
+        "observe_weights": on_model(),
+        "qmodule_state": on_model(state=tq.QModuleState.QUANT_EVAL),
+        "quantize": lambda: {"model": net(), "rules": "int8-ort", "example_inputs": X, "inplace": False},
+        "quantizer_parameters": on_model(),
+        "register_pattern": lambda: {"kind": nn.ReLU, "row": ActivationRow(clamp=(0.0, None))},
+        "set_qmodule_state": on_model(state=tq.QModuleState.QUANT_EVAL),
+        "state_report": on_model(),
+    },
+    "torchquant.quantizers_functional": {
+        "FloatFormat": lambda: {"exponent_bits": 4, "mantissa_bits": 3, "bias": 7, "special": "none"},
+        "affine_params": lambda: {
+            **{"range_min": torch.tensor(-1.0), "range_max": torch.tensor(1.0), "n_bits": 8, "symmetric": False}
+        },
+        "affine_quantize": projected(delta=0.1, zero_point=0, n_levels=16),
+        "apot_quantize": lambda: {"x": X, "clip": torch.tensor(1.0), "n_bits": 4, "signed": True},
+        "binary_quantize": projected(alpha=0.5),
+        "codebook_quantize": lambda: {"x": X, "levels": torch.tensor([-1.0, 0.0, 1.0]), "axis": None},
+        "dorefa_act_quantize": lambda: {"x": X, "n_bits": 4},
+        "dorefa_gradient": lambda: {"x": X, "n_bits": 4, "generator": torch.Generator()},
+        "dorefa_weight_quantize": lambda: {"w": X, "absmax": 1.0, "n_bits": 4},
+        "esb_quantize": projected(alpha=0.5, n_bits=4, significant_bits=1),
+        "gradient_clip": lambda: {"x": X, "range_min": -0.5, "range_max": 0.5},
+        "lloyd_max": lambda: {"rows": ROWS, "n_levels": 4, "iterations": 3, "zero": True},
+        "lsq_quantize": lambda: {
+            **{"x": X, "step": torch.tensor(0.1), "n_bits": 4, "signed": True, "gradient_scale": 1.0},
+            **{"offset": torch.tensor(0.0), "delta": None},
+        },
+        "midrise_quantize": projected(step=0.1, n_bits=4, shift=0.0),
+        "minifloat_quantize": projected(scale=1.0, form=FloatFormat(4, 3)),
+        "nf4_quantize": projected(absmax=1.0),
+        "pact_quantize": lambda: {"x": X, "alpha": torch.tensor(1.0), "n_bits": 4},
+        "pot_quantize": projected(alpha=1.0, n_bits=4),
+        "qfmt_int_bits": lambda: {
+            **{"range_min": torch.tensor(-1.0), "range_max": torch.tensor(1.0), "n_bits": 8, "signed": True},
+            "rule": "nosat",
+        },
+        "qfmt_params": lambda: {**{"int_bits": torch.tensor(1.0), "n_bits": 8, "signed": True, "dtype": torch.float32}},
+        "qfmt_quantize": projected(delta=0.25, min_int=-4, max_int=3),
+        "residual_alphas": lambda: {"rows": ROWS, "n_bits": 2, "method": "alternating", "iterations": 2},
+        "residual_levels": lambda: {"alphas": torch.tensor([[1.0, 0.5]])},
+        "ternary_params": lambda: {"rows": ROWS, "method": "twn"},
+        "ternary_quantize": projected(threshold=0.2, alpha=0.5),
+        "tqt_quantize": lambda: {"x": X, "log2_t": torch.tensor(1.0), "n_bits": 4, "signed": True},
+        "ttq_quantize": lambda: {
+            **{"x": X, "threshold": 0.1, "positive": torch.tensor(1.0), "negative": torch.tensor(1.0)}
+        },
+    },
+    "torchquant.quantizers": {
+        "APoTQuantizer": learned(n_bits=4, signed=True, init="mse", normalize=True),
+        "BinaryQuantizer": fitted(scale="mean"),
+        "ClipQQuantizer": fitted(n_bits=4),
+        "CodebookQuantizer": learned(n_bits=3, zero=True, learn=True, iterations=3, momentum=0.0),
+        "DoReFaQuantizer": learned(n_bits=4, activation=True, gradient_bits=8),
+        "EWGSQuantizer": learned(n_bits=4, signed=True, delta=1e-3, init="mse", per_sample=False),
+        "GroupQuantizer": lambda: {"quantizer": q("affine:8/channel"), "size": 4},
+        "LSQPlusQuantizer": learned(n_bits=4, offset=True, init="mse", per_sample=False),
+        "LSQQuantizer": learned(n_bits=4, signed=True, init="mse", per_sample=False),
+        "MXQuantizer": lambda: {"n_bits": 4, "element": "fp4_e2m1", "mode": "floor", "block": 4, "block_axis": None},
+        "MinifloatQuantizer": fitted(
+            n_bits=8, exponent_bits=4, mantissa_bits=3, bias=7, special="none", scale="absmax"
+        ),
+        "NF4Quantizer": fitted(),
+        "NVFP4Quantizer": lambda: {
+            **{"two_level": True, "block": 4, "block_axis": None, "momentum": 0.0, "nonfinite": "raise"}
+        },
+        "PACTQuantizer": learned(n_bits=4, init="mse"),
+        "PotQuantizer": fitted(n_bits=4),
+        "ResidualQuantizer": fitted(n_bits=2, method="alternating", iterations=2),
+        "TQTQuantizer": learned(n_bits=4, signed=True, init="mse"),
+        "TTQQuantizer": learned(t=0.05),
+        "UL2QQuantizer": fitted(n_bits=4),
+        "VecQQuantizer": fitted(n_bits=4),
+        "ZoomQQuantizer": fitted(n_bits=4),
+        "catalogue": dict,
+        "find_scheme": lambda: {"name": "affine"},
+        "pact_penalty": lambda: {"model": ready("pact:4", "output"), "weight": 1e-3},
+        "scheme_entry": lambda: {"name": "affine"},
+        "weight_spec": lambda: {"name": "affine", "n_bits": 8},
+    },
+    "torchquant.range_observers": {
+        "ACIQObserver": observer(n_bits=4, family="auto", momentum=0.0),
+        "EntropyObserver": observer(n_bits=4, n_bins=64, decay=0.0),
+        "HistogramObserver": observer(percentile=99.0, n_bins=64, decay=0.0),
+        "MSEObserver": observer(n_bits=4, symmetric=False, power=2.0, n_bins=64, decay=0.0),
+        "MeanStdObserver": observer(k=3.0, momentum=0.0),
+        "PercentileObserver": observer(percentile=99.0, low_percentile=1.0, momentum=0.0),
+        "RunningMinMax": observer(),
+    },
+    "torchquant.qmodule": {
+        "ActivationRow": lambda: {"clamp": (0.0, None)},
+        "InputFirstRow": lambda: {**{"run": LayerRow().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
+        "LayerRow": lambda: {**{"run": LayerRow().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
+        "QWeights": lambda: {
+            **{"layer": nn.Embedding(4, 3), "weight_quantizers": {"weight": q()}, "acts_quantizer": q()},
+            "input_quantizer": q(),
+        },
+        "float_state_dict": on_model(),
+        "speak_float": spoken,
+    },
+    "torchquant.utils": {"qmodules": on_model()},
+    "torchquant.training": {
+        "BitSchedule": on_model(bits={0: 8, 3: 4}, weight="affine:{n}", acts="affine:{n}"),
+        "GradientSchedule": on_model(gradient="clipped"),
+        "OscillationTracker": on_model(freeze_above=0.5, momentum=0.01),
+        "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
+        "Ramp": lambda: {"start": 0.0, "end": 1.0, "n_steps": 3, "shape": "linear"},
+        "adapt_ewgs": ewgs_model,
+        "dampening_loss": on_model(weight=1e-3),
+        "fit": fit_arguments(),
+        "fit_quantized": fit_arguments(),
+        "reestimate_bn": on_model(batches=[X], state=tq.QModuleState.QUANT_EVAL),
+    },
+    "torchquant.search": {
+        "Budget": lambda: {"measure": "bytes", "limit": 40.0},
+        "Candidates": lambda: {
+            **{"specs": ("affine:{n}",), "min_bits": 2, "max_bits": 4, "field": "weight", "form": "interp"}
+        },
+        "CostModel": lambda: {"net": net(), "plan": searched(), "example_inputs": X, "latency": latency_table()},
+        "MixtureQuantizer": lambda: {"rows": ["affine:2", "affine:8"], "site": "weight", "form": "interp"},
+        "PrecisionLearning": searcher(search.PrecisionSettings(epochs=1), [{"weight": "affine:{n}"}]),
+        "PrecisionSettings": settings(target=True),
+        "SchemeSearch": searcher(search.SearchSettings(epochs=1)),
+        "Search": searcher(search.SearchSettings(epochs=1)),
+        "SearchSettings": settings(),
+        "allocate": lambda: {
+            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "budget": "bits<=7", "sensitivity": HARMS},
+            **{"solver": "dp", "latency": None, "min_bits": 2, "max_bits": 8},
+        },
+        "default_candidates": lambda: {"n_bits": 4, "schemes": ("affine", "esb")},
+        "hessian_trace": curved,
+        "measure_latency": lambda: {"net": net(), "plan": searched(), "time_plan": lambda plan: 1.0},
+        "pareto": lambda: {
+            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "sensitivity": HARMS, "measure": "bytes"},
+            **{"points": 2, "evaluate": lambda plan: 0.5, "evaluated": "measured", "solver": "dp"},
+            **{"latency": None, "min_bits": 2, "max_bits": 8},
+        },
+        "read_latency": lambda: {"path": latency_file()},
+        "render_report": lambda: {
+            **{"title": "t", "summary": (["a"], [["b"]], "note"), "choices": [], "history": (), "budgets": ()},
+            **{"candidates": None, "front": None, "chosen": None, "command": "make"},
+        },
+        "search_rules": lambda: {"rules": SEARCHED, "min_bits": 2, "max_bits": 8, "form": "interp"},
+        "sensitivity": lambda: {
+            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "batches": BATCHES, "method": "mse"},
+            **{"loss": nn.functional.cross_entropy, "out": None, "on_place": lambda place, harms: None},
+            **{"draws": 2, "seed": 0, "min_bits": 2, "max_bits": 8},
+        },
+        "write_latency": lambda: {"path": "latency.json", "table": latency_table()},
+    },
+    "torchquant.deploy": {
+        "certify": lambda: {
+            **{"model": quantized(), "path": file("onnx"), "data": BATCHES, "bound": 0, "tie_bound": 1e-3},
+            **{"ways": ("integer",), "stamp": False},
+        },
+        "export_onnx": on_model(path="a.onnx", example_inputs=X, dynamic_batch=True, verify=False, keep_signed=False),
+        "export_qonnx": on_model(path="b.onnx", example_inputs=X, dynamic_batch=False),
+        "file_sizes": lambda: {"paths": [file("packed")]},
+        "load_packed": lambda: {"path": file("packed"), "model": net()},
+        "run_onnx": lambda: {"path": file("onnx"), "x": X, "batch_size": 4, "optimize": False},
+        "runtime_exact": on_model(example_inputs=X, rounding="ort"),
+        "save_packed": packed_arguments,
+        "to_integer": on_model(example_inputs=X, rounding="ort", keep_signed=False, as_exported=False),
+    },
+    "torchquant.analysis": {
+        "layer_errors": on_model(x=X, n_samples=100),
+        "sqnr": lambda: {"x": X, "x_hat": X + 0.1},
+        "weight_bytes": on_model(),
+    },
+    "torchquant.models": {"FusedMobileNetV2": fused("FusedMobileNetV2"), "FusedResNet": fused("FusedResNet")},
+    "torchquant.plan": {"read_yaml": lambda: {"path": yaml_file()}},
+}
+
+RECORD = "a record that the library fills in"
+ABSTRACT = "a base class: its subclasses are walked"
+ELSEWHERE = "commands and their folders: their arguments are checked where commands are tested"
+NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
+    "torchquant": {
+        ABSTRACT: ("QModule", "Quantizer", "RangeObserver"),
+        "made by from_rules, from_dict, load": ("QuantPlan",),
+        "an enumeration of Python": ("QModuleState",),
+    },
+    "torchquant.quantizers_functional": {RECORD: ("Projected",), ABSTRACT: ("Gradient",)},
+    "torchquant.quantizers": {
+        ABSTRACT: (
+            *("FittedQuantizer", "GridQuantizer", "LearnedQuantizer", "LearnedUniform", "LevelList"),
+            "UniformQuantizer",
+        ),
+        RECORD: ("About", "LawReport", "SchemeEntry"),
+        "a type alias": ("QuantizerFactory",),
+    },
+    "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints",)},
+    "torchquant.utils": {RECORD: ("SiteReport", "StateReport")},
+    "torchquant.training": {RECORD: ("OscillationReport",), "a type alias": ("Loss", "OnEpoch")},
+    "torchquant.search": {RECORD: ("Allocation", "EpochRecord", "Pareto", "ParetoPoint", "Sensitivity")},
+    "torchquant.search_run": {
+        RECORD: ("SearchRunResult", "StudyResult", "Trial"),
+        ELSEWHERE: ("SearchConfig", "run_search", "run_study", "write_report"),
+    },
+    "torchquant.compare": {
+        RECORD: ("Case", "CaseResult", "Row"),
+        ELSEWHERE: (
+            *("Recipe", "compare", "leaderboard", "load_plugin", "make_cases", "markdown", "read_leaderboard"),
+            "write_leaderboard",
+        ),
+    },
+    "torchquant.graph": {RECORD: ("Captured", "LeftFloat", "PlanCost", "Read", "Site", "SiteCost", "SitePlan")},
+    "torchquant.errors": {
+        "an error": tuple(importlib.import_module("torchquant.errors").__all__),
+    },
+    "torchquant.deploy": {
+        RECORD: (
+            *("Certificate", "Comparison", "FileSize", "FileSizes", "FirstDifference", "FloatOperator"),
+            *("IntegerModel", "OutputRow", "SiteParity"),
+        )
+    },
+    "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},
+    "torchquant.models": {"its package makes nets of millions of weights": ("FusedEfficientNet",)},
+    "torchquant.plan": {RECORD: ("PlanChange",), "a type alias": ("Rules",)},
+}

@@ -1,0 +1,400 @@
+"""Arguments of public functions checked against their annotations; values as messages show them.
+
+The annotation of a parameter is the one place that says what it takes: `checked` reads it and answers anything else
+with a ConfigError that says what came, what is allowed and, where the wanted class knows, what to do.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from numbers import Integral, Real
+from reprlib import Repr
+from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
+
+from torchquant.errors import ConfigError, TorchQuantError
+
+F = TypeVar("F", bound=Callable[..., Any])
+SHOWN = 100
+"""Characters of a value that a message shows."""
+LINE = 300
+"""Characters of another's message that a message repeats."""
+CHECKED_ELEMENTS = 1000
+"""Elements of a collection that are looked at."""
+
+
+class _Brief(Repr):
+    """Short in every part. Tensors, modules, classes, functions and objects that have no text of their own by name."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor):
+            return f"a tensor of shape {list(x.shape)} and type {str(x.dtype).partition('.')[2]}"
+        if isinstance(x, type):
+            return f"the class {x.__name__}"
+        if isinstance(x, int) and x.bit_length() > 64:
+            return f"a whole number of {x.bit_length()} bits"
+        if inspect.isroutine(x):
+            return f"the function {x.__name__}"
+        if isinstance(x, nn.Module) or type(x).__repr__ is object.__repr__:
+            return f"an object of the class {type(x).__name__}"
+        return super().repr1(x, level)
+
+
+_brief = _Brief()
+_brief.maxstring = _brief.maxother = 60
+_brief.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, shortened; tensors by shape, modules, functions and classes by name.
+
+    >>> shown("affine:8"), shown(torch.zeros(2, 3)), shown([nn.ReLU, abs])
+    ("'affine:8'", 'a tensor of shape [2, 3] and type float32', '[the class ReLU, the function abs]')
+    """
+    try:
+        text = _brief.repr(value)
+    except Exception:  # a repr may fail in any way
+        text = f"an object of the class {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def checked(target: F) -> F:
+    """Check the arguments of a function, or of a class's constructor, against their annotations at each call.
+
+    A whole number is not True or False, a number is not NaN, a sequence of strings is not one string. Parameters
+    without annotation, or with one that does not resolve, take anything, and so does code that is being compiled.
+
+    >>> @checked
+    ... def wait(seconds: float, why: str | None = None) -> None: ...
+    >>> wait("long")
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: wait: seconds must be a number, got 'long'
+    """
+    if isinstance(target, type):
+        check_constructor(target)
+        return cast(F, target)
+    return _checked(target)
+
+
+def check_constructor(kind: type) -> None:
+    """`checked` for a class whose own constructor is not checked yet; for `__init_subclass__`."""
+    constructor = kind.__dict__.get("__init__")
+    if inspect.isfunction(constructor) and not hasattr(constructor, "__wrapped__"):
+        kind.__init__ = _checked(constructor)  # type: ignore[misc]
+
+
+def explained(function: F) -> F:
+    """`checked`, for functions that are nothing but maths: what torch raises is of arguments that do not go together.
+
+    >>> @explained
+    ... def add(x: Tensor, y: Tensor) -> Tensor:
+    ...     return x + y
+    >>> add(torch.zeros(2), torch.zeros(3))
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: add: the arguments do not go together: x a tensor of shape [2] and type float32, \
+y a tensor of shape [3] and type float32. The size of tensor a (2) must match the size of tensor b (3) at \
+non-singleton dimension 0
+    """
+    return _checked(function, explains=True)
+
+
+def _checked(function: F, explains: bool = False) -> F:
+    check, is_compiling, untouched = _Check(function), torch.compiler.is_compiling, _UNTOUCHED
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return function(*args, **kwargs)
+        check(args, kwargs)
+        if not explains:
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except untouched:
+            raise
+        except Exception as error:
+            check.explain(args, kwargs, error)
+            raise
+
+    # doctest looks for the examples of functions that have the globals of their module
+    own = types.FunctionType(call.__code__, function.__globals__, function.__name__, None, call.__closure__)
+    return cast(F, functools.wraps(function)(own))
+
+
+_UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
+_PLAIN = (Tensor, nn.Parameter, bool, str, type(None))
+"""Types all of whose values fit an annotation if one does."""
+
+
+class _Check:
+    """The arguments of one function against its annotations."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.parameters: dict[str, Parameter] = {}
+        self.in_order: list[Parameter] = []
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ConfigError for the first argument that is of another kind than its annotation says."""
+        if not self.parameters:
+            self.parameters = _parameters(self.function)
+            self.in_order = list(self.parameters.values())
+        for parameter, value in zip(self.in_order, args, strict=False):
+            if type(value) not in parameter.plain:
+                self._look_at(parameter, value, args)
+        for name, value in kwargs.items():
+            if name in self.parameters and type(value) not in self.parameters[name].plain:
+                self._look_at(self.parameters[name], value, args)
+
+    def _look_at(self, parameter: Parameter, value: Any, args: tuple[Any, ...]) -> None:
+        if value is parameter.default or fits(parameter.hint, value):
+            if type(value) in _PLAIN and value is not parameter.default:
+                parameter.plain.add(type(value))
+            return
+        raise ConfigError(
+            f"{self._called(args)}: {parameter.name} must be {described(parameter.hint)}, got {shown(value)}"
+            f"{_advice(parameter.hint, value)}"
+        )
+
+    def _called(self, args: tuple[Any, ...]) -> str:
+        return type(args[0]).__name__ if self.name == "__init__" else self.name
+
+    def explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+        """Raise what torch or Python raised as a ConfigError that says what came."""
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if any(isinstance(value, Proxy) for value in given.values()):
+            return
+        came = ", ".join(f"{name} {shown(value)}" for name, value in given.items())
+        raise ConfigError(f"{self.name}: the arguments do not go together: {came}. {first_line(error)}") from error
+
+
+@contextmanager
+def running(model: object, what: str, inputs: object) -> Iterator[None]:
+    """What a model raises on inputs, as a ConfigError that says which model, what came, and the model's own words.
+
+    >>> with running(nn.Linear(4, 2), "the example", 7):
+    ...     nn.Linear(4, 2)(7)
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: Linear does not run on the example (7): linear(): argument 'input' (position 1) \
+must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keyword arguments is given to its forward
+    """
+    try:
+        yield
+    except _UNTOUCHED:
+        raise
+    except _OF_MODELS as error:
+        raise ConfigError(
+            f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}. A tensor, a tuple "
+            "of arguments or a dictionary of keyword arguments is given to its forward"
+        ) from error
+
+
+def one_number(value: object, what: str) -> Tensor:
+    """What a function gave, if it is a tensor with one number. Raises ConfigError that begins with `what`."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    raise ConfigError(
+        f"{what} must be a tensor with one number: the mean over the samples of a batch; got {shown(value)}"
+    )
+
+
+def number(value: object, what: str) -> float:
+    """What a function gave, as a number. Raises ConfigError that begins with `what`."""
+    if _is_number(value) or isinstance(value, Tensor) and value.numel() == 1:
+        return float(cast(float, value))
+    raise ConfigError(f"{what} must be a number, got {shown(value)}")
+
+
+_OF_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another's message, shortened; the kind of error where that is all it tells.
+
+    >>> first_line(ValueError("no\\nyes")), first_line(KeyError("a")), first_line(AssertionError())
+    ('no', "KeyError: 'a'", 'AssertionError')
+    """
+    try:
+        text = next(iter(str(error).strip().splitlines()), "")
+    except Exception:  # a message may fail as a repr may
+        text = ""
+    if not text or isinstance(error, LookupError | AttributeError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
+
+
+class Parameter(NamedTuple):
+    """A parameter of a checked function. `plain`: the types found to fit, of those whose values are all alike."""
+
+    name: str
+    hint: Any
+    default: Any
+    plain: set[type]
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """Name -> parameter; what gathers `*args` and `**kwargs` ends the list."""
+    try:
+        hints = get_type_hints(function)
+    except NameError:  # a name that only a type checker imports
+        hints = {}
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            break
+        found[name] = Parameter(name, hints.get(name, Any), parameter.default, set())
+    return found
+
+
+def _is_open(hint: Any) -> bool:
+    return hint is Any or hint is object or isinstance(hint, TypeVar)
+
+
+def fits(hint: Any, value: object) -> bool:
+    """Whether a value is of the kind that an annotation names.
+
+    >>> fits(int, 8), fits(int, True), fits(float, float("nan")), fits(Sequence[str], "abc")
+    (True, False, False, False)
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if _is_open(hint):
+        return True
+    if origin in (Union, types.UnionType):
+        return any(fits(kind, value) for kind in arguments)
+    if origin is type:
+        return isinstance(value, type) and (_is_open(arguments[0]) or issubclass(value, arguments[0]))
+    if hint in _SIMPLE:
+        return _SIMPLE[hint].allows(value)
+    kind = hint if origin is None else origin
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False) and kind.__module__ != "collections.abc":
+        return True
+    return (
+        isinstance(value, kind)
+        and not (_gathers(kind) and isinstance(value, str | bytes))
+        and _elements_fit(kind, arguments, value)
+    )
+
+
+def _gathers(kind: type) -> bool:
+    return issubclass(kind, Iterable) and not issubclass(kind, nn.Module | str)
+
+
+def _elements_fit(kind: type, arguments: tuple[Any, ...], value: Any) -> bool:
+    if kind is collections.abc.Callable:
+        return _takes(value, arguments)
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and (not arguments or fits(arguments[0], value))
+    if not arguments or not isinstance(value, Mapping | Sequence | AbstractSet):
+        return True
+    if len(value) > CHECKED_ELEMENTS:
+        return True
+    if isinstance(value, Mapping) and len(arguments) == 2:
+        return all(fits(arguments[0], k) and fits(arguments[1], v) for k, v in value.items())
+    if kind is tuple and arguments[-1] is not Ellipsis:
+        return len(value) == len(arguments) and all(map(fits, arguments, value))
+    return all(fits(arguments[0], element) for element in value)
+
+
+def _takes(function: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether a function can be called with as many arguments as its annotation says, as far as it tells."""
+    if not arguments or arguments[0] is Ellipsis:
+        return True
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # of C
+        return True
+    try:
+        signature.bind(*arguments[0])
+    except TypeError:
+        return False
+    return True
+
+
+class Simple(NamedTuple):
+    """A kind of value without parts."""
+
+    name: str
+    plural: str
+    allows: Callable[[Any], bool]
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, Real) or _is_bool(value):
+        return False
+    return _is_whole(value) if isinstance(value, Integral) else value == value
+
+
+def _is_whole(value: object) -> bool:
+    """Of 64 bits, as torch takes them."""
+    return isinstance(value, Integral) and not _is_bool(value) and -(2**63) <= int(value) < 2**63
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or type(value).__name__ == "bool_"
+
+
+_SIMPLE: dict[Any, Simple] = {
+    type(None): Simple("None", "None", lambda value: value is None),
+    bool: Simple("True or False", "True or False", _is_bool),
+    int: Simple("a whole number", "whole numbers", _is_whole),
+    float: Simple("a number", "numbers", _is_number),
+    str: Simple("a string", "strings", lambda value: isinstance(value, str)),
+    Tensor: Simple("a tensor", "tensors", lambda value: isinstance(value, Tensor | Proxy)),
+    os.PathLike[str]: Simple("a path", "paths", lambda value: isinstance(value, os.PathLike)),
+}
+
+
+def described(hint: Any, plural: bool = False) -> str:
+    """An annotation in words.
+
+    >>> described(int | None), described(Sequence[str]), described(Mapping[str, nn.Module])
+    ('a whole number or None', 'a sequence of strings', 'a mapping from strings to Modules')
+    """
+    origin, arguments = get_origin(hint), [a for a in get_args(hint) if a is not Ellipsis]
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(kind, plural) for kind in arguments))
+    if hint in _SIMPLE:
+        return _SIMPLE[hint].plural if plural else _SIMPLE[hint].name
+    if _is_open(hint):
+        return "values" if plural else "any value"
+    kind = hint if origin is None else origin
+    if kind is collections.abc.Callable:
+        takes = "" if not arguments or not isinstance(arguments[0], list) else f" of {len(arguments[0])} arguments"
+        return f"{'functions' if plural else 'a function'}{takes}"
+    name = kind.__name__
+    if origin is type:
+        return f"{'classes' if plural else 'a class'} of {described(arguments[0], True)}"
+    if isinstance(kind, type) and _gathers(kind):
+        name = name.lower()
+        if name == "mapping" and len(arguments) == 2:
+            name = f"mapping{'s' if plural else ''} from {described(arguments[0], True)} to "
+            name += described(arguments[1], True)
+            return name if plural else _with_article(name)
+        parts = " and ".join(dict.fromkeys(described(a, True) for a in arguments)) if arguments else ""
+        name += ("s" if plural else "") + (f" of {parts}" if parts else "")
+        return name if plural else _with_article(name)
+    return f"{name}s" if plural else _with_article(name)
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeioAEIO' or name[:2] == 'RN' else 'a'} {name}"
+
+
+def _advice(hint: Any, value: object) -> str:
+    """What to do instead, where it is known: an object for its class, what the wanted class says of itself."""
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
+    if isinstance(value, type) and any(issubclass(value, kind) for kind in kinds):
+        return f"; give an object: {value.__name__}(...)"
+    told = [kind.made_by for kind in kinds if isinstance(getattr(kind, "made_by", None), str)]
+    return "".join(f"; {how}" for how in told)
