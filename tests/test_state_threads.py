@@ -40,7 +40,9 @@ def entered(net: nn.Module, state: S) -> set[S]:
 def test_a_second_thread_is_refused_while_one_is_inside() -> None:
     net = model()
     with tq.qmodule_state(net, S.CALIBRATION):
-        with pytest.raises(ConfigError, match="thread 'other_0': thread 'MainThread' is inside qmodule_state") as caught:
+        with pytest.raises(
+            ConfigError, match="thread 'other_0': thread 'MainThread' is inside qmodule_state"
+        ) as caught:
             elsewhere(lambda: entered(net, S.QUANT_EVAL))
         assert "copy.deepcopy" in str(caught.value)
         with pytest.raises(ConfigError, match="cannot set a state in thread"):

@@ -60,9 +60,7 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
             f"stay float: {', '.join(new)}. {REMEDY}",
             stacklevel=2,
         )
-    guards = [
-        Held(None if g.is_global else _real(module, g.where), g.where, g.name, g.value) for g in traced.guards
-    ]
+    guards = [Held(None if g.is_global else _real(module, g.where), g.where, g.name, g.value) for g in traced.guards]
     variant = Variant(pattern_of(values), guards, graph)
     if changed:  # what the others call is not there any more
         followed.variants.clear()

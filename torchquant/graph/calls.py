@@ -104,7 +104,9 @@ def fits(pattern: Any, values: Any) -> bool:
     if type(pattern) in (tuple, list):
         return type(values) is type(pattern) and len(values) == len(pattern) and all(map(fits, pattern, values))
     if type(pattern) is dict:
-        return type(values) is dict and list(values) == list(pattern) and all(fits(pattern[k], values[k]) for k in pattern)
+        return (
+            type(values) is dict and list(values) == list(pattern) and all(fits(pattern[k], values[k]) for k in pattern)
+        )
     if pattern is values:
         return True
     if isinstance(pattern, PLAIN):

@@ -130,9 +130,7 @@ class Finder:
         while True:
             start = dict(self.sites), list(self.floats), dict(self.regions), set(self.seen)
             elsewhere = frozenset(self.seen)
-            found = [
-                GraphSites(self, region, way.graph, elsewhere, limits).find() for way in region.ways
-            ]
+            found = [GraphSites(self, region, way.graph, elsewhere, limits).find() for way in region.ways]
             clash = _differently_fused(found)
             if clash is None:
                 break
@@ -185,7 +183,9 @@ class Finder:
 
     def tell_of_raw_weights(self) -> None:
         """List the weights that no site has: tables, kernels and the like that a forward uses by itself."""
-        told = {left.path for left in self.floats if left.why != RAW_WHY and not left.why.startswith("operators between")}
+        told = {
+            left.path for left in self.floats if left.why != RAW_WHY and not left.why.startswith("operators between")
+        }
         layers = [site.module for site in self.sites.values() if site.module is not None]
         owned = {id(p) for module in layers for p in module.parameters()}
         for path, module in self.model.named_modules():

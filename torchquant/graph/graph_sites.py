@@ -32,7 +32,12 @@ class GraphSites:
     """
 
     def __init__(
-        self, finder: Finder, region: Region, graph: fx.Graph, elsewhere: frozenset[nn.Module], limits: Mapping[str, int]
+        self,
+        finder: Finder,
+        region: Region,
+        graph: fx.Graph,
+        elsewhere: frozenset[nn.Module],
+        limits: Mapping[str, int],
     ) -> None:
         self.finder, self.path, self.root, self.graph = finder, region.path, region.module, graph
         self.elsewhere, self.limits, self.op_paths = elsewhere, limits, region.op_paths

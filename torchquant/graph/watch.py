@@ -79,9 +79,7 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
     }
     twin = copy_model(captured.model)
     names = {module: path for path, module in captured.model.named_modules()}
-    modules = {
-        twin.get_submodule(names[site.module]): site.path for site in captured.sites if site.module is not None
-    }
+    modules = {twin.get_submodule(names[site.module]): site.path for site in captured.sites if site.module is not None}
 
     def note(region: Region, node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
         path = operators.get((region.path, node.name))

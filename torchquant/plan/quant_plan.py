@@ -118,7 +118,9 @@ class QuantPlan:
         Raises ConfigError if the model has not the sites of the plan.
         """
         target = model if inplace else copy_model(model)
-        return self.apply_to(capture(target, trace=self.trace, fuse=self.fuse, patterns=getattr(self, "patterns", {})))  # old pickles have none
+        return self.apply_to(
+            capture(target, trace=self.trace, fuse=self.fuse, patterns=getattr(self, "patterns", {}))
+        )  # old pickles have none
 
     def apply_to(self, captured: Captured) -> nn.Module:
         """`apply` for a model that was captured before: itself, in place."""
@@ -262,9 +264,7 @@ def what_is_at(site: Site) -> str:
     return " + ".join([site.types[-1], *(kind for _, kind in site.fused)])
 
 
-def _without_impossible_folding(
-    plans: list[SitePlan], captured: Captured
-) -> tuple[list[SitePlan], list[LeftFloat]]:
+def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tuple[list[SitePlan], list[LeftFloat]]:
     """Sites whose batch norm has no running statistics keep it as a layer of its own; those batch norms, told of."""
     kept, told = [], []
     for plan, site in zip(plans, captured.sites, strict=True):
