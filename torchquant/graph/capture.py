@@ -55,15 +55,16 @@ def capture(
     if fuse not in (True, False, "bn"):
         raise ConfigError(f"fuse must be True, False or 'bn', got {fuse!r}")
     twin, shown = copy_model(model), copy_model(model) if example_inputs is not None else None
-    known = dict(patterns or {})
+    known, counts = dict(patterns or {}), dict[str, int]()
     if shown is not None:
-        known = {path: pattern_of(values) for path, values in recorded_calls(shown, example_inputs).items()}
+        calls = recorded_calls(shown, example_inputs)
+        known, counts = {path: pattern_of(values) for path, values in calls.values.items()}, calls.counts
     finder = Finder(twin, trace, fuse, known)
     finder.look_into("", twin)
     if shown is not None and finder.regions:
         finder.keep_real(shown, example_inputs)
     finder.tell_of_raw_weights()
-    return finder.captured(model)
+    return replace(finder.captured(model), counts=counts)
 
 
 class Finder:

@@ -22,6 +22,7 @@ from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.weights import weight_names
+from torchquant.range_observers._statistics import StatisticTracker
 
 SHARE = "share"
 """As the output of a concatenation: what it joins shares one quantizer, and it has none of its own."""
@@ -129,7 +130,8 @@ class _Writer:
             region = self.captured.regions.get(site.region)
             for editor, twin in self._in_graphs(region, site):
                 self._quantize_inputs(editor, region, twin, plan)
-            self.made[site.path] = self._make(site, plan, region)
+            made = self.made[site.path] = self._make(site, plan, region)
+            _join_calls(made, self._n_calls(site))
             for editor, twin in self._in_graphs(region, site):
                 editor.call(twin, _local(region, site.path))
         self._share_outputs()
@@ -147,6 +149,13 @@ class _Writer:
             return []
         pairs = zip(self.editors[region.path], region.ways, strict=True)
         return [(editor, own) for editor, way in pairs for own in way.sites if own.path == site.path]
+
+    def _n_calls(self, site: Site) -> int:
+        """How often a site runs in one forward, so far as graphs and the example tell."""
+        counts = self.captured.counts
+        if site.module is None:
+            return counts.get(site.region, 1)
+        return max(counts.get(site.path, 1), 1 if site.fused else len(site.nodes))
 
     def _install(self, region: Region) -> None:
         followed = Followed(
@@ -262,6 +271,7 @@ class _Writer:
             if (node, spec) not in paths:
                 path = self._input_path(region.path, node)
                 self._add(path, QOp(nn.Identity(), plan.make("input", site.module)))
+                _join_calls(self.model.get_submodule(path), self.captured.counts.get(region.path, 1))
                 paths[node, spec] = _local(region, path)
             return paths[node, spec]
 
@@ -301,6 +311,15 @@ class _Writer:
         for path, module in self.made.items():
             if path in leader:
                 module.acts_quantizer = self.made[find(path)].acts_quantizer
+
+
+def _join_calls(made: nn.Module, n_calls: int) -> None:
+    """Let the quantizers of activations see the calls of one forward as one batch: their range is that of all calls."""
+    quantizers = made.quantizers() if isinstance(made, QModule) else {}
+    for name in ("input", "output"):
+        for tracker in quantizers[name].modules() if n_calls > 1 and name in quantizers else ():
+            if isinstance(tracker, StatisticTracker):
+                tracker.n_calls = n_calls
 
 
 def _held(guard: Guard, root: nn.Module) -> Held:

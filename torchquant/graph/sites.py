@@ -106,6 +106,8 @@ class Captured:
     regions: Mapping[str, Region] = field(repr=False)
     trace: bool | str = True
     fuse: bool | str = True
+    counts: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Path of a module -> how often the example calls it, if more than once."""
 
     @property
     def patterns(self) -> dict[str, tuple[Any, ...]]:

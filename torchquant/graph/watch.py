@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,30 +31,40 @@ def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs
         return model(*args, **kwargs)
 
 
-@torch.no_grad()
-def recorded_calls(twin: nn.Module, example_inputs: Any) -> dict[str, tuple[Any, ...]]:
-    """Path of a module -> the values its forward gets in its first call on the example, as `Signature.bind` has them.
+@dataclass
+class Calls:
+    """How the modules of a model are called on an example.
 
-    The model must be a copy that nobody needs. Raises ConfigError if it does not run on the example.
+    `values`: path -> what the forward gets in its first call, as `Signature.bind` has it. `counts`: path -> number of
+    calls, for those that are called more than once.
     """
-    found: dict[str, tuple[Any, ...]] = {}
+
+    values: dict[str, tuple[Any, ...]]
+    counts: dict[str, int]
+
+
+@torch.no_grad()
+def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
+    """The calls in a model, a copy that nobody needs. Raises ConfigError if it does not run on the example."""
+    values: dict[str, tuple[Any, ...]] = {}
+    counts: Counter[str] = Counter()
     handles = []
     for path, module in twin.named_modules():
 
         def keep(m: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            values = Signature.of(type(m).forward).bind(args, kwargs) if path not in found else None
-            if values is not None:
-                found[path] = values
+            counts[path] += 1
+            if path not in values and (path == "" or next(m.children(), None) is not None):
+                bound = Signature.of(type(m).forward).bind(args, kwargs)
+                values.update({} if bound is None else {path: bound})
 
-        if next(module.children(), None) is not None or path == "":
-            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
     with in_mode(False, twin), random_states_kept():
         try:
             call_with(twin, example_inputs)
         finally:
             for handle in handles:
                 handle.remove()
-    return found
+    return Calls(values, {path: n for path, n in counts.items() if n > 1})
 
 
 def real_values(twin: nn.Module, regions: Mapping[str, Region], example_inputs: Any) -> dict[tuple[str, str], bool]:
