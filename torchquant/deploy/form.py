@@ -203,10 +203,12 @@ def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables
 def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module], keep_signed: bool) -> nn.Module:
     """`module` with every QModule below it replaced, children first; a module used twice stays one."""
     if module not in done:
-        for name, child in module._modules.items():
-            if child is not None:
-                below = f"{path}.{name}" if path else name
-                module._modules[name] = _converted(child, below, done, keep_signed)
+        held = module.held if isinstance(module, QModule) else None  # has the same children, and is what is kept
+        for owner in (module, held) if held is not None else (module,):
+            for name, child in owner._modules.items():
+                if child is not None:
+                    below = f"{path}.{name}" if path else name
+                    owner._modules[name] = _converted(child, below, done, keep_signed)
         done[module] = _replacement(module, path or type(module).__name__, keep_signed)
     return done[module]
 
