@@ -86,7 +86,10 @@ class Sensitivity:
             places = {(p["site"], p["field"]): p for p in data["places"]}
             harms = {place: tuple(map(float, p["harm"])) for place, p in places.items()}
             options = {place: tuple(p["options"]) for place, p in places.items()}
-            return cls(data["method"], harms, options, data["reference_loss"], data["settings"])
+            method, reference, settings = str(data["method"]), data["reference_loss"], dict(data["settings"])
+            if method not in METHODS or not all(len(harms[place]) == len(options[place]) for place in places):
+                raise ValueError("a harm for each option, by a method that is known")
+            return cls(method, harms, options, None if reference is None else float(reference), settings)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{where} is not a whole sensitivity: {one_line(repr(error))}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -136,10 +137,11 @@ def write_report(out: str | os.PathLike[str]) -> Path:
     budgets = [Budget(measure, limit) for measure, limit in result.budgets.items()]
     choices, history = _choices(folder / "choices.csv"), read_history(folder)
     chosen = None
-    with reading(folder / (HISTORY if history else FRONT), WITHOUT):
-        front = read_json(folder / FRONT) if (folder / FRONT).exists() else None
-        if front is not None and result.predicted is not None:
+    front = _front(folder / FRONT) if (folder / FRONT).exists() else None
+    if front is not None and result.predicted is not None:
+        with reading(folder / FRONT, WITHOUT):
             chosen = (result.costs[front["measure"]], result.predicted)
+    with reading(folder / (HISTORY if history else FRONT), WITHOUT):
         text = render_report(
             f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}",
             result.table(),
@@ -169,6 +171,16 @@ def command_of(config: SearchConfig, processes: int = 1) -> str:
             given = [] if value is True else [shlex.quote(str(value))]
             words += [f"--{name.replace('_', '-')}", *given]
     return " ".join(words)
+
+
+def _front(path: Path) -> dict[str, Any]:
+    """What `Pareto.save` wrote, as far as the report shows it."""
+    with reading(path, WITHOUT):
+        front = read_json(path)
+        numbers = [float(point[name]) for point in front["points"] for name in ("cost", "predicted")]
+        if not all(map(math.isfinite, numbers)) or not isinstance(front["harm"], str):
+            raise ConfigError(f"{path} has no costs and harms to draw")
+    return front
 
 
 def _choices(path: Path) -> list[dict[str, Any]]:
