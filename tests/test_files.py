@@ -28,9 +28,10 @@ from torchquant._files import (
     write_whole,
 )
 from torchquant._locks import hold
+from torchquant._shown import shown
 from torchquant.compare import load_plugin
 from torchquant.deploy.references import model_of
-from torchquant.errors import ConfigError, brief, one_line
+from torchquant.errors import ConfigError, one_line
 from torchquant.plan import QuantPlan, read_yaml
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes, links and flock are of POSIX")
@@ -294,9 +295,9 @@ def test_a_message_shows_a_value_shortly() -> None:
     for _ in range(12):
         deep = [deep] * 9
     for value in (deep, "x" * 10_000, 10**5000, torch.zeros(100, 100), dict.fromkeys(range(100), deep)):
-        assert len(brief(value)) <= 300
-        assert "\n" not in brief(value)
-    assert brief({"a": [1, None]}) == "{'a': [1, None]}"
+        assert len(shown(value)) <= 300
+        assert "\n" not in shown(value)
+    assert shown({"a": [1, None]}) == "{'a': [1, None]}"
     assert one_line(ValueError("a\n\n  b")) == "a b"
     assert one_line(KeyError()) == "KeyError"
 

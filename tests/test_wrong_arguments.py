@@ -22,7 +22,7 @@ from torch import nn
 
 from tests import public_calls
 from tests.public_calls import CALLS, NOT_CALLED
-from torchquant._arguments import first_line, shown
+from torchquant._shown import first_line, shown
 from torchquant.errors import TorchQuantError
 
 LONGEST = 1000
@@ -79,7 +79,10 @@ FEW = {
     *("a tensor of another shape", "a complex tensor", "a list", "a number of 63 bits"),
 }
 """What those are fed whose calls take long."""
-SLOW = ("torchquant.deploy", "torchquant.models", "torchquant.search", "torchquant.training")
+SLOW = (
+    *("torchquant.deploy", "torchquant.models", "torchquant.search", "torchquant.training"),
+    "torchquant.quantizers._laws",
+)
 OF_NO_END = {"epochs", "steps_per_epoch", "samples", "iterations", "draws", "patience", "points", "n_steps"}
 """Counts that may be as large as one likes, and take so long."""
 

@@ -17,9 +17,7 @@ TorchQuantError
 from __future__ import annotations
 
 import importlib
-import reprlib
 from types import ModuleType
-from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -129,22 +127,7 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 MOST = 300
-"""Characters of somebody else's words, or of a value, in a message."""
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 120, 120, 120
-
-
-def brief(value: Any) -> str:
-    """`repr`, but short however large or deep the value is: what a message says came.
-
-    >>> brief("Conv2d"), len(brief([list(range(1000))] * 1000)) <= MOST
-    ("'Conv2d'", True)
-    """
-    try:
-        text = " ".join(_SHORT.repr(value).splitlines())
-    except ValueError:  # an integer of more digits than Python writes
-        text = f"{type(value).__name__} of very many digits"
-    return text if len(text) <= MOST else f"{text[: MOST - 3]}..."
+"""Characters of somebody else's words in a message."""
 
 
 def one_line(error: object) -> str:

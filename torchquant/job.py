@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchquant._files import write_csv, write_json
 from torchquant._registry import did_you_mean
+from torchquant._shown import shown
 from torchquant.analysis import weight_bytes
 from torchquant.compare.tasks import DATA, NETWORKS, Gray, load_data
 from torchquant.compat.checkpoints import load_checkpoint
@@ -27,7 +28,7 @@ from torchquant.demo.files import CONTENTS, claimed, read_checkpoint_into, write
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.deploy.references import model_of
-from torchquant.errors import ConfigError, brief, one_line, require
+from torchquant.errors import ConfigError, one_line, require
 from torchquant.plan import RULE_SETS, QuantPlan, quantize, read_yaml
 from torchquant.qmodule import QModuleState
 from torchquant.utils import SiteReport, set_qmodule_state, state_report
@@ -66,7 +67,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if self.mode not in MODES:
-            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {brief(self.mode)}")
+            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}")
         check_at_least(self, float_epochs=0, epochs=1, calibration_batches=1)
         check_above_zero(self, "learning_rate")
         check_seed(self.seed)
@@ -172,7 +173,7 @@ def build_model(name: str, data: TrainingData) -> nn.Module:
     if not timm.is_model(name):
         hint = did_you_mean(name, [*NETWORKS, *models.list_models(), *timm.list_models()])
         raise ConfigError(
-            f"no model {brief(name)} in torchvision or timm;{hint} Their names are those of "
+            f"no model {shown(name)} in torchvision or timm;{hint} Their names are those of "
             "torchvision.models.list_models() and timm.list_models(). A model of your own is path/to/file.py:function"
         )
     return timm.create_model(name, pretrained=False, num_classes=data.n_classes, in_chans=data.n_channels)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torchquant._files import run_python_file, write_json
+from torchquant._shown import shown
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.compare.settings import Case, Recipe
 from torchquant.compare.tasks import DATA, NETWORKS, load_data
@@ -35,7 +36,7 @@ from torchquant.demo.files import (
 )
 from torchquant.demo.progress import Silent
 from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, steps_per_epoch, train
-from torchquant.errors import ConfigError, brief, require
+from torchquant.errors import ConfigError, require
 from torchquant.quantizers import make_quantizer
 
 MADE = ("float-seed*.pt", "runs/*.json")
@@ -76,7 +77,7 @@ def compare(
     files with quantizers of yours. Raises ConfigError if `out` holds runs of another recipe.
     """
     if type(jobs) is not int or jobs < 1:
-        raise ConfigError(f"jobs must be a whole number of at least 1, got {brief(jobs)}")
+        raise ConfigError(f"jobs must be a whole number of at least 1, got {shown(jobs)}")
     if recipe.data == "digits":
         require("sklearn", "demo")
     for plugin in plugins:

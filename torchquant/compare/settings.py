@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torchquant._shown import shown
 from torchquant.compare.tasks import DATA, NETWORKS
 from torchquant.demo.checks import check_above_zero, check_at_least, check_types
-from torchquant.errors import ConfigError, brief
+from torchquant.errors import ConfigError
 from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
 
 
@@ -35,9 +36,9 @@ class Recipe:
     def __post_init__(self) -> None:
         check_types(self)
         if self.model not in NETWORKS:
-            raise ConfigError(f"model must be one of {', '.join(NETWORKS)}, got {brief(self.model)}")
+            raise ConfigError(f"model must be one of {', '.join(NETWORKS)}, got {shown(self.model)}")
         if self.data not in DATA and not Path(self.data).is_dir():
-            raise ConfigError(f"data must be {', '.join(DATA)} or a folder of pictures, got {brief(self.data)}")
+            raise ConfigError(f"data must be {', '.join(DATA)} or a folder of pictures, got {shown(self.data)}")
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise ConfigError(f"the checkpoint {self.checkpoint} is not a file")
         check_at_least(self, float_epochs=1, epochs=0, calibration_batches=1, test_copies=1)

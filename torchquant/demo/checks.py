@@ -6,7 +6,8 @@ import math
 import types
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from torchquant.errors import ConfigError, brief
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
 
 WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "True or False", dict: "a dictionary"}
 MAX_SEED = 2**32 - 1
@@ -23,7 +24,7 @@ def check_types(instance: Any) -> None:
         value = getattr(instance, name, None)
         if name in instance.__dataclass_fields__ and not any(_fits(value, kind) for kind in kinds):
             words = " or ".join(WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
-            raise ConfigError(f"{name} must be {words.replace('NoneType', 'None')}, got {brief(value)}")
+            raise ConfigError(f"{name} must be {words.replace('NoneType', 'None')}, got {shown(value)}")
 
 
 def _is_union(hint: Any) -> bool:

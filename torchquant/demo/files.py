@@ -14,9 +14,10 @@ from torch import nn
 
 from torchquant._files import read_json, read_saved, reading, write_json, write_whole
 from torchquant._locks import hold
+from torchquant._shown import shown
 from torchquant.demo.checks import check_types
 from torchquant.demo.contents import changed_contents
-from torchquant.errors import ConfigError, brief
+from torchquant.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def _compare(
 ) -> None:
     if unknown := [name for name in known if name not in {*settings, CONTENTS, PROCESSES}]:
         raise ConfigError(
-            f"{path} is of another, perhaps newer, version: no {brief(unknown[0])} is known here; use that version, or "
+            f"{path} is of another, perhaps newer, version: no {shown(unknown[0])} is known here; use that version, or "
             "another folder"
         )
     names = [name for name in {**settings, **known} if name != CONTENTS]
@@ -117,7 +118,7 @@ def _compare(
 
 def brief_word(value: Any) -> str:
     """A setting, for a message."""
-    return value if isinstance(value, str) and len(value) < 100 else brief(value)
+    return value if isinstance(value, str) and len(value) < 100 else shown(value)
 
 
 def read_settings(path: Path, remedy: str = ELSEWHERE) -> dict[str, Any]:
@@ -135,9 +136,9 @@ def read_as(path: Path, kind: type[T], found: Any, remedy: str) -> T:
     with reading(path, remedy):
         fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
         if not isinstance(found, dict):
-            raise ConfigError(f"{path} must hold {', '.join(fields)}, got {brief(found)}")
+            raise ConfigError(f"{path} must hold {', '.join(fields)}, got {shown(found)}")
         if unknown := [name for name in found if name not in fields]:
-            raise ConfigError(f"{path} is of another, perhaps newer, version: no {brief(unknown[0])} is known here")
+            raise ConfigError(f"{path} is of another, perhaps newer, version: no {shown(unknown[0])} is known here")
         made = kind(**found)
         check_types(made)
         return made

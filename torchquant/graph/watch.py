@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torchquant._arguments import running
+from torchquant._shown import running
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import Captured, Region

@@ -13,8 +13,9 @@ from torch import nn
 from torchquant._arguments import checked
 from torchquant._files import check_format, read_text, write_whole
 from torchquant._registry import did_you_mean
+from torchquant._shown import shown
 from torchquant._tables import text_table
-from torchquant.errors import ConfigError, brief, one_line, require
+from torchquant.errors import ConfigError, one_line, require
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
@@ -226,14 +227,14 @@ class QuantPlan:
         sites, types = [], {}
         for name in ("sites", "left_float"):
             if not isinstance(data.get(name) or [], list):
-                raise ConfigError(f"{where}: {name} must be a list, got {brief(data[name])}")
+                raise ConfigError(f"{where}: {name} must be a list, got {shown(data[name])}")
         for name in ("trace", "fuse"):
             if not isinstance(data.get(name, True), bool | str):
-                raise ConfigError(f"{where}: {name} must be True, False or a word, got {brief(data[name])}")
+                raise ConfigError(f"{where}: {name} must be True, False or a word, got {shown(data[name])}")
         for i, entry in enumerate(data.get("sites") or []):
             place = f"{where}, site {i + 1}"
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-                raise ConfigError(f"{place}: expected a mapping with a path, got {brief(entry)}")
+                raise ConfigError(f"{place}: expected a mapping with a path, got {shown(entry)}")
             check_keys(place, entry, ("path", "what", *FIELDS, "fold_bn"))
             place = f"{where}, site '{entry['path']}'"
             fields = {n: choice(entry[n], place, n) for n in (*FIELDS, "fold_bn") if n in entry}
@@ -242,7 +243,7 @@ class QuantPlan:
         floats = []
         for i, entry in enumerate(data.get("left_float") or []):
             if not isinstance(entry, dict) or set(entry) != {"path", "type", "why"}:
-                raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {brief(entry)}")
+                raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {shown(entry)}")
             floats.append(LeftFloat(**entry))
         return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._arguments import shown
 from torchquant._registry import did_you_mean
-from torchquant.errors import ConfigError, brief
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
 from torchquant.graph.ops import COMPUTING
 from torchquant.graph.rewrite import SHARE
 from torchquant.graph.sites import FIELDS, Captured, Site, make_field
@@ -129,17 +129,17 @@ def read_rules(rules: Rules, captured: Captured) -> list[Rule]:
             )
         return [_read_rule(f"rule {i + 1} of '{rules}'", r, captured) for i, r in enumerate(RULE_SETS[rules])]
     if not isinstance(rules, Sequence):
-        raise ConfigError(f"rules must be the name of a ready set or a list of dictionaries, got {brief(rules)}")
+        raise ConfigError(f"rules must be the name of a ready set or a list of dictionaries, got {shown(rules)}")
     return [_read_rule(f"rule {i + 1}", rule, captured) for i, rule in enumerate(rules)]
 
 
 def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
     if not isinstance(rule, Mapping):
-        raise ConfigError(f"{name} must be a dictionary, got {brief(rule)}")
+        raise ConfigError(f"{name} must be a dictionary, got {shown(rule)}")
     check_keys(name, rule, (*SELECTORS, *SETTINGS))
     skip = rule.get("skip", False)
     if not isinstance(skip, bool):
-        raise ConfigError(f"{name}: skip must be True or False, got {brief(skip)}")
+        raise ConfigError(f"{name}: skip must be True or False, got {shown(skip)}")
     given = [key for key in SETTINGS if key in rule and key != "skip"]
     if skip and given:
         raise ConfigError(
@@ -152,7 +152,7 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
     for kind in types or ():
         if kind not in known:
             raise ConfigError(
-                f"{name}: no type {brief(kind)};{did_you_mean(kind, known)} Known: {', '.join(sorted(known))}"
+                f"{name}: no type {shown(kind)};{did_you_mean(kind, known)} Known: {', '.join(sorted(known))}"
             )
     for place in position or ():
         if place not in POSITIONS:
@@ -165,7 +165,7 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
                 raise ConfigError(f"{name}: '{pattern}' is no regular expression: {error}") from error
     where = rule.get("where")
     if where is not None and not callable(where):
-        raise ConfigError(f"{name}: where must be a function of a Site, got {brief(where)}")
+        raise ConfigError(f"{name}: where must be a function of a Site, got {shown(where)}")
     fields = {key: choice(rule[key], name, key) for key in given}
     return Rule(name, types, names, position, where, skip, fields)
 
@@ -176,7 +176,7 @@ def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | No
         return None
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{name}: {key} must be a string or a list of strings, got {brief(value)}")
+        raise ConfigError(f"{name}: {key} must be a string or a list of strings, got {shown(value)}")
     return tuple(words)
 
 
@@ -190,7 +190,7 @@ def choice(value: Any, where: str, name: str) -> Any:
     """The value of a field, dictionaries as spec strings. Raises ConfigError."""
     if name == "fold_bn":
         if not isinstance(value, bool | str):
-            raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {brief(value)}")
+            raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {shown(value)}")
         return value
     if isinstance(value, Mapping):
         value = _spec_of(value, where, name)
@@ -205,7 +205,7 @@ def choice(value: Any, where: str, name: str) -> Any:
     if isinstance(value, nn.Module) or not callable(value):
         raise ConfigError(
             f"{where}, {name}: expected a spec string such as 'affine:8', a dictionary with 'scheme', a function of "
-            f"the layer, or None; got {brief(value)}"
+            f"the layer, or None; got {shown(value)}"
         )
     return value
 
@@ -214,9 +214,9 @@ def _spec_of(value: Mapping[str, Any], where: str, name: str) -> str:
     parts = dict(value)
     scheme = parts.pop("scheme", None)
     if not isinstance(scheme, str):
-        raise ConfigError(f"{where}, {name}: a dictionary needs 'scheme', such as 'affine'; got {brief(dict(value))}")
+        raise ConfigError(f"{where}, {name}: a dictionary needs 'scheme', such as 'affine'; got {shown(dict(value))}")
     if large := [key for key, part in parts.items() if isinstance(part, Mapping | list | tuple)]:
-        raise ConfigError(f"{where}, {name}: {brief(large[0])} takes one value, got {brief(parts[large[0]])}")
+        raise ConfigError(f"{where}, {name}: {shown(large[0])} takes one value, got {shown(parts[large[0]])}")
     n_bits, granularity = parts.pop("n_bits", None), parts.pop("granularity", "")
     group, gradient = parts.pop("group", None), parts.pop("gradient", None)
     for key, part in parts.items():
@@ -232,5 +232,5 @@ def check_keys(where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> 
     for key in given:
         if key not in allowed:
             raise ConfigError(
-                f"{where}: no key {brief(key)};{did_you_mean(str(key), allowed)} Allowed: {', '.join(allowed)}"
+                f"{where}: no key {shown(key)};{did_you_mean(str(key), allowed)} Allowed: {', '.join(allowed)}"
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from torchquant._arguments import shown
+from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnobservedRangeError, UnsupportedPatternError
 from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp

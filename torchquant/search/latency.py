@@ -12,7 +12,8 @@ from torch import nn
 
 from torchquant._arguments import checked, number
 from torchquant._files import read_json, write_json
-from torchquant.errors import ConfigError, brief
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
 from torchquant.graph.sites import make_field
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -87,7 +88,7 @@ def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
         try:
             site, spec, seconds = entry["site"], entry["spec"], float(entry["seconds"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, entry {i + 1}: expected site, spec and seconds, got {brief(entry)}") from error
+            raise ConfigError(f"{path}, entry {i + 1}: expected site, spec and seconds, got {shown(entry)}") from error
         if not math.isfinite(seconds) or (site, spec) in table:
             raise ConfigError(f"{path}, entry {i + 1}: seconds must be finite, and each site and spec there once")
         table[site, spec] = seconds

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchquant._files import read_saved, reading, write_json, write_whole
-from torchquant.errors import ConfigError, brief
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
 from torchquant.search.cost import name_of
 from torchquant.search.settings import EpochRecord
 from torchquant.training.fit import random_state, set_random_state
@@ -49,7 +50,7 @@ def resume_search(search: Search, folder: Path) -> None:
         saved: dict[str, Any] = read_saved(path)
         for name, ours in _identity(search).items():
             if saved[name] != ours:
-                theirs, ours = brief(saved[name]), brief(ours)
+                theirs, ours = shown(saved[name]), shown(ours)
                 raise ConfigError(f"{folder} holds a search of other {name} ({theirs}; now {ours}); use another folder")
         search.model.load_state_dict(saved["model"])
         for name, optimizer in search.optimizers().items():

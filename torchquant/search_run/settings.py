@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchquant._shown import shown
 from torchquant.demo.checks import check_above_zero, check_at_least, check_seed, check_types
-from torchquant.errors import ConfigError, brief
+from torchquant.errors import ConfigError
 from torchquant.job import read_rules
 from torchquant.plan import QuantPlan
 from torchquant.quantizers import QUANTIZERS, catalogue, find_scheme, weight_spec
@@ -84,7 +85,7 @@ class SearchConfig:
         allowed = {"kind": KINDS, "per": SCOPES, "form": FORMS, "method": METHODS, "solver": SOLVERS}
         for name, words in allowed.items():
             if getattr(self, name) not in words:
-                raise ConfigError(f"{name} must be one of {', '.join(words)}, got {brief(getattr(self, name))}")
+                raise ConfigError(f"{name} must be one of {', '.join(words)}, got {shown(getattr(self, name))}")
         check_at_least(self, float_epochs=0, epochs=1, retrain_epochs=0, calibration_batches=1)
         check_above_zero(self, "learning_rate", "arch_rate", "temperature", "penalty")
         check_seed(self.seed)

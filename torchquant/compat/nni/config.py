@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from torchquant._registry import did_you_mean
-from torchquant.errors import ConfigError, brief
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
 from torchquant.graph import Site, SitePlan, capture
 from torchquant.plan import QuantPlan
 
@@ -117,10 +118,10 @@ def compile_config(
     raises ConfigError.
     """
     if not isinstance(config_list, Sequence) or isinstance(config_list, str):
-        raise ConfigError(f"config_list must be a list of dictionaries, got {brief(config_list)}")
+        raise ConfigError(f"config_list must be a list of dictionaries, got {shown(config_list)}")
     for i, entry in enumerate(config_list):
         if not isinstance(entry, Mapping):
-            raise ConfigError(f"config_list[{i}] must be a dictionary, got {brief(entry)}")
+            raise ConfigError(f"config_list[{i}] must be a dictionary, got {shown(entry)}")
         _check_lists(f"config_list[{i}]", entry)
     fuse = "bn" if fuse_bn or any("fuse_names" in entry for entry in config_list) else False
     captured = capture(model, trace="modules", fuse=fuse)
@@ -152,23 +153,23 @@ def _check_lists(where: str, entry: Mapping[str, Any]) -> None:
         names = entry.get(key, ())
         is_list = isinstance(names, list | tuple | set | frozenset)
         if not is_list or not all(isinstance(name, str) for name in names):
-            example = f"; write [{brief(names)}]" if isinstance(names, str) else ""
-            raise ConfigError(f"{where}: {key} must be a list of strings, got {brief(names)}{example}")
+            example = f"; write [{shown(names)}]" if isinstance(names, str) else ""
+            raise ConfigError(f"{where}: {key} must be a list of strings, got {shown(names)}{example}")
         for pattern in names if key.endswith("_re") else ():
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"{where}: {key} has {brief(pattern)}, no regular expression: {error}") from error
+                raise ConfigError(f"{where}: {key} has {shown(pattern)}, no regular expression: {error}") from error
     settings = entry.get("target_settings", {})
     if not isinstance(settings, Mapping) or not all(isinstance(setting, Mapping) for setting in settings.values()):
-        raise ConfigError(f"{where}: target_settings must be a dictionary of dictionaries, got {brief(settings)}")
+        raise ConfigError(f"{where}: target_settings must be a dictionary of dictionaries, got {shown(settings)}")
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if value not in allowed:
         hint = did_you_mean(str(value), allowed)
-        raise ConfigError(f"{name}: got {brief(value)};{hint} Allowed: {', '.join(allowed)}")
+        raise ConfigError(f"{name}: got {shown(value)};{hint} Allowed: {', '.join(allowed)}")
 
 
 def _is_3(entry: Mapping[str, Any]) -> bool:
@@ -217,7 +218,7 @@ def _layer_2(where: str, entry: Mapping[str, Any]) -> LayerConfig | None:
     """What a 2.x entry says of a module; None: leave it alone."""
     exclude = entry.get("exclude", False)
     if not isinstance(exclude, bool):
-        raise ConfigError(f"{where}: exclude must be True or False, got {brief(exclude)}")
+        raise ConfigError(f"{where}: exclude must be True or False, got {shown(exclude)}")
     if exclude:
         return None
     for key in ("quant_types", "quant_bits"):
@@ -227,7 +228,7 @@ def _layer_2(where: str, entry: Mapping[str, Any]) -> LayerConfig | None:
         _one_of(f"{where}, quant_types", name, QUANT_TYPES)
     start = entry.get("quant_start_step", 0)
     if type(start) is not int or start < 0:
-        raise ConfigError(f"{where}: quant_start_step must be a whole number of at least 0, got {brief(start)}")
+        raise ConfigError(f"{where}: quant_start_step must be a whole number of at least 0, got {shown(start)}")
     targets = {}
     for name in entry["quant_types"]:
         scheme, dtype = _defaults.get(name, (SCHEMES[0], "uint"))
@@ -237,7 +238,7 @@ def _layer_2(where: str, entry: Mapping[str, Any]) -> LayerConfig | None:
         _one_of(f"{where}, quant_scheme", scheme, SCHEMES)
         _one_of(f"{where}, quant_dtype", dtype, DTYPES)
         if type(bits) is not int or not 0 < bits < 32:
-            raise ConfigError(f"{where}: quant_bits of {name} must be a whole number from 1 to 31, got {brief(bits)}")
+            raise ConfigError(f"{where}: quant_bits of {name} must be a whole number from 1 to 31, got {shown(bits)}")
         targets[name] = Target(bits, dtype, scheme.endswith("symmetric"), "channel" in scheme)
     return LayerConfig(targets, start)
 
@@ -291,13 +292,13 @@ def _targets_3(where: str, entry: Mapping[str, Any]) -> dict[str, Target]:
         match = re.fullmatch(r"(u?int)(\d+)", text)
         if match is None or not 0 < len(match[2]) < 3 or not 0 < int(match[2]) < 32:
             raise ConfigError(
-                f"{where}: quant_dtype must be such as 'int8' or 'uint4', of 1 to 31 bits, got {brief(text)}"
+                f"{where}: quant_dtype must be such as 'int8' or 'uint4', of 1 to 31 bits, got {shown(text)}"
             )
         scheme, granularity = setting.get("quant_scheme") or "symmetric", setting.get("granularity") or "default"
         _one_of(f"{where}, quant_scheme", scheme, ("affine", "symmetric"))
         if granularity not in GRANULARITIES:
             raise ConfigError(
-                f"{where}: granularity must be one of {', '.join(GRANULARITIES)}, got {brief(granularity)}"
+                f"{where}: granularity must be one of {', '.join(GRANULARITIES)}, got {shown(granularity)}"
             )
         wanted = {"weight": "out_channel", "bias": "out_channel"}.get(name, "per_channel")
         is_channel = granularity != "default"
@@ -306,6 +307,6 @@ def _targets_3(where: str, entry: Mapping[str, Any]) -> dict[str, Target]:
             "per_channel",
             "in_channel" if wanted == "per_channel" else wanted,
         ):
-            raise ConfigError(f"{where}: granularity of {name} must be default or {wanted}, got {brief(granularity)}")
+            raise ConfigError(f"{where}: granularity of {name} must be default or {wanted}, got {shown(granularity)}")
         targets[TARGETS_3[name]] = Target(int(match[2]), match[1], scheme == "symmetric", is_channel)
     return targets
