@@ -90,14 +90,18 @@ def test_one_bit_of_the_largest_bfloat16_is_finite(symmetric: str) -> None:
 
 def test_what_float32_does_not_hold_is_not_called_inf() -> None:
     x = torch.tensor([1e300, -1.0], dtype=torch.float64)
-    with pytest.raises(NonFiniteError, match=r"numbers up to 1e\+300, .* in torch.float32, .*call .to\(torch.float64\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"numbers up to 1e\+300, .* in torch.float32, .*call .to\(torch.float64\)"
+    ):
         shown("affine:4", x)
     wide = tq.make_quantizer("affine:4").double()
     wide.pre_observe(x)
     assert wide(x).isfinite().all()
 
 
-@pytest.mark.parametrize(("text", "key"), [("affine:4", "observer.range_max"), ("lsq:4", "step"), ("esb:4,k=1", "alpha")])
+@pytest.mark.parametrize(
+    ("text", "key"), [("affine:4", "observer.range_max"), ("lsq:4", "step"), ("esb:4,k=1", "alpha")]
+)
 def test_saved_nan_is_refused_with_its_key(text: str, key: str) -> None:
     model = nn.Sequential(tq.QWrapper(nn.Linear(3, 2), shown(text, torch.randn(9)), None))
     state = model.state_dict()
@@ -135,7 +139,11 @@ def test_a_spec_of_a_wrong_type_is_refused_in_short(given: Any) -> None:
 
 
 def test_a_spec_of_thousands_of_digits_is_refused_in_short() -> None:
-    for text in ("affine:" + "1" * 5000, "affine:8,observer=ema,momentum=0." + "1" * 5000, "affine:4/group=" + "9" * 5000):
+    for text in (
+        "affine:" + "1" * 5000,
+        "affine:8,observer=ema,momentum=0." + "1" * 5000,
+        "affine:4/group=" + "9" * 5000,
+    ):
         with pytest.raises(ConfigError, match="a spec has at most 200 characters, got 5") as caught:
             tq.make_quantizer(text)
         assert len(str(caught.value)) < 250
@@ -150,7 +158,10 @@ def test_a_spec_of_thousands_of_digits_is_refused_in_short() -> None:
         (lambda: LSQQuantizer(4, per_sample="x"), "per_sample of LSQQuantizer must be True or False, got 'x'"),
         (lambda: OBSERVERS["histogram"]("99"), "percentile of HistogramObserver must be a number, got '99'"),
         (lambda: OBSERVERS["aciq"]("4"), "n_bits of ACIQObserver must be a whole number, got '4'"),
-        (lambda: tq.AffineQuantizer(True, tq.BatchMinMax()), "n_bits of AffineQuantizer must be a whole number, got True"),
+        (
+            lambda: tq.AffineQuantizer(True, tq.BatchMinMax()),
+            "n_bits of AffineQuantizer must be a whole number, got True",
+        ),
     ],
 )
 def test_arguments_of_a_wrong_type_are_refused_as_the_quantizer_is_made(make: Any, said: str) -> None:
@@ -159,9 +170,16 @@ def test_arguments_of_a_wrong_type_are_refused_as_the_quantizer_is_made(make: An
 
 
 def _inference_cases() -> list[tuple[str, str]]:
-    schemes = ["affine:4/channel", "affine:4/group=16", "qfmt:4,signed,rule=mse/channel", "codebook:2,learn=true/group=7"]
+    schemes = [
+        "affine:4/channel",
+        "affine:4/group=16",
+        "qfmt:4,signed,rule=mse/channel",
+        "codebook:2,learn=true/group=7",
+    ]
     schemes += [f"{name}/group=16" for name in ("lsq:4", "apot:4", "tqt:4", "ttq", "twn", "esb:4,k=1")]
-    return [(text, "weight") for text in schemes] + [(f"affine:8,observer={name}/channel", "output") for name in OBSERVERS]
+    return [(text, "weight") for text in schemes] + [
+        (f"affine:8,observer={name}/channel", "output") for name in OBSERVERS
+    ]
 
 
 @pytest.mark.parametrize(("text", "site"), _inference_cases())

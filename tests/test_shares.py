@@ -101,7 +101,9 @@ def alone() -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("shares", SHARES)
 def test_numbers_are_those_of_the_joined_batch(
-    shares: tuple[int, int], ranks: list[dict], alone: dict[str, dict[str, Tensor]]  # type: ignore[type-arg]
+    shares: tuple[int, int],
+    ranks: list[dict],
+    alone: dict[str, dict[str, Tensor]],  # type: ignore[type-arg]
 ) -> None:
     off = []
     for name, expected in alone.items():
