@@ -121,8 +121,8 @@ class VecQQuantizer(MidriseQuantizer):
     """Thresholds of the optimal Gaussian step, values refitted by least squares (Gong et al. 2020, arXiv:2005.08501).
 
     Deviation from the AutoQNN code: the refit is `<x, p> / <p, p>`, the least-squares one, not the ratio of norms
-    (docs/algorithms.md I-12), held to where every value stays within a quarter of the middle of its own cell: on heavy tails the
-    values would otherwise leave their cells, and quantizing twice would move them on.
+    (docs/algorithms.md I-12), held to where every value stays within a quarter of its own cell from the middle: on
+    heavy tails the values would leave their cells, and quantizing twice would move them on.
 
     >>> quantizer = VecQQuantizer(2)
     >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))

@@ -108,8 +108,8 @@ def affine_quantize(
 
     Source: docs/algorithms.md A1: divide, round half to even, then add the zero point, as ONNX
     QuantizeLinear does. `gradient`: "ste" or "clipped" (0 where the code saturates).
-    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError, for a delta that is not above
-    0 where looking at it is free: a number, or a tensor on a CPU outside of compiled code.
+    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError, for a delta that is not
+    above 0 where looking at it is free: a number, or a tensor on a CPU outside of compiled code.
 
     >>> affine_quantize(torch.tensor([3.9, 7.2, -10.0]), 17.2 / 15, 9, 16)
     tensor([  3.4400,   6.8800, -10.3200])

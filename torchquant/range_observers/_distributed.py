@@ -64,7 +64,7 @@ def reduce_sum(x: Tensor) -> Tensor:
 
 
 def reduce_mean(x: Tensor) -> Tensor:
-    """Element-wise mean over the joined batch, x being this rank's means over its share; NaN if no rank has elements."""
+    """Element-wise mean over the joined batch, from the means x over this rank's share; NaN if no rank has elements."""
     if world_size() == 1:
         return x
     wide = x.flatten().to(torch.float32 if x.device.type == "mps" else torch.float64)
