@@ -51,7 +51,10 @@ class Setting:
     example: Any = None
 
     def quantize(self, model: nn.Module) -> nn.Module:
-        return quantize(model, RULES[self.rules], copy.deepcopy(self.example))
+        example = copy.deepcopy(self.example)
+        made = quantize(model, RULES[self.rules], example)
+        require(difference(example, self.example, "the example given to quantize"))
+        return made
 
     def __str__(self) -> str:
         return f"{self.rules}, {'no example' if self.example is None else 'an example'}"
@@ -198,9 +201,9 @@ def observe(model: nn.Module, call: Any, names: Names, learns: bool = True) -> O
     """Run the model, backward too, with random states of its own."""
     model.zero_grad(set_to_none=True)
     args, kwargs = fresh(call[0]), fresh(call[1])
-    leaves = list(tensors_of([args, kwargs]))
-    for leaf in leaves:
-        leaf.retain_grad() if leaf.requires_grad else None
+    given = list(tensors_of([args, kwargs]))
+    for t in given:
+        t.retain_grad()
     seed_all(7)
     try:
         with torch.set_grad_enabled(learns):
@@ -215,7 +218,8 @@ def observe(model: nn.Module, call: Any, names: Names, learns: bool = True) -> O
         return Observation(error=told_by(error))
     state = names.state_of(model)
     gradients = {key: getattr(value, "grad", None) for key, value in state.items()}
-    pointers = [t.untyped_storage().data_ptr() for t in (*leaves, *tensors_of(output))]
+    gradients |= {f"input {i}": t.grad for i, t in enumerate(given)}
+    pointers = [t.untyped_storage().data_ptr() for t in (*given, *tensors_of(output))]
     found = Observation("", output, (args, kwargs), [pointers.index(p) for p in pointers], gradients, state, attributes)
     return Observation(**{key: kept(value) for key, value in found.__dict__.items() if key != "random"}, random=drawn)
 
@@ -228,7 +232,7 @@ def told_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}" + (f" (in {inside[-1]})" if inside else "")
 
 
-# The laws. Each takes (net, setting) and raises Broken; a dictionary of laws gives several of one preparation.
+# The laws. Each raises Broken.
 
 
 @dataclass
@@ -513,7 +517,7 @@ def told(b: Bench) -> None:
     for key, p in model.named_parameters(remove_duplicate=False):
         path = re.sub(r"\.?parametrizations\.(\w+)\.\w+", r".\1", key).removeprefix(".")
         owner, _, name = path.rpartition(".")
-        if p.ndim >= 2 and name != "running":
+        if p.ndim >= 2:
             owners.setdefault(id(p), set()).add((owner, name))
     for places in owners.values():
         at_site = any(f"{owner}.".startswith(f"{site}.") for owner, _ in places for site in sites)
@@ -578,7 +582,7 @@ def _broken(b: Bench, only: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             said = _said(b, prepare)
             if said is not None:
                 yield ("0.refused" if said.startswith("ConfigError") else "0.crashed"), said
-                return
+                return  # what cannot be quantized, or calibrated
         said = _said(b, run)
         prepared = prepare if said is None and law != "4.revert" else None
         if said is not None:
