@@ -434,6 +434,19 @@ def without_gradient(b: Block, r: Random) -> None:
 
 
 @feature(1)
+def autocast(b: Block, r: Random) -> None:
+    name = b.new("half")
+    b.say('with torch.autocast("cpu", dtype=torch.bfloat16):', f"    {name} = {b.layer(r)}({b.pick(r)})")
+    b.let(f"{name}.float()")
+
+
+@feature(1)
+def gradient_asked(b: Block, r: Random) -> None:
+    value = b.pick(r)
+    b.let(f"{value} * 0.9 if {r.choice(['torch.is_grad_enabled()', f'{value}.requires_grad'])} else {value} + 0.1")
+
+
+@feature(1)
 def closure(b: Block, r: Random) -> None:
     name = b.new("helper")
     b.say(f"def {name}(t, *, gain=0.5):", f"    return F.relu({b.layer(r)}(t)) * gain")
