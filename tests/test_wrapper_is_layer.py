@@ -19,7 +19,7 @@ import torchquant as tq
 from torchquant import QModuleState as S
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QOp, QWeights, QWrapper, float_state_dict
-from torchquant.qmodule.holder import current_keys
+from torchquant.qmodule.fused_part import current_keys
 from torchquant.quantizers import LSQQuantizer
 
 

@@ -105,7 +105,7 @@ def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
 def _observe_unreached_weights(modules: Sequence[QModule], state: QModuleState) -> None:
     """Show their weights to modules that calibration did not reach, such as experts that no batch was sent to.
 
-    A weight needs no data. In a model where no weight was observed yet nothing is done: there calibration was forgotten.
+    A weight needs no data. In a model where no weight was observed yet nothing is done: calibration was forgotten.
     """
     if not state.is_weight_quantized or state.is_weight_observed:
         return

@@ -87,20 +87,22 @@ def compare(
     found = pinned(recipe.contents, contents_of([recipe.checkpoint, *([] if recipe.data in DATA else [recipe.data])]))
     settings = asdict(recipe) | {CONTENTS: found}
     with (
-        show or Silent() as shown,
-        claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, shown.message),
+        show or Silent() as screen,
+        claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, screen.message),
     ):
-        shown.start(len(cases))
+        screen.start(len(cases))
         (folder / "runs").mkdir(exist_ok=True)
-        missing = [case for case in cases if _is_missing(case, folder, shown)]
-        shown.advance(len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases are there already")
+        missing = [case for case in cases if _is_missing(case, folder, screen)]
+        screen.advance(
+            len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases are there already"
+        )
         seeds = sorted({case.seed for case in missing})
         for _ in in_processes(_train_float, [(recipe, seed, str(folder)) for seed in seeds], jobs):
-            shown.message("a float network is trained")
+            screen.message("a float network is trained")
         tasks = [(case, recipe, str(folder), tuple(map(str, plugins))) for case in missing]
         for name, score in in_processes(_run_case, tasks, jobs):
-            shown.message(f"{name}: accuracy {score:.2%}")
-            shown.advance(1, name)
+            screen.message(f"{name}: accuracy {score:.2%}")
+            screen.advance(1, name)
         return [_read(_path(case, folder))[0] for case in cases]
 
 

@@ -24,7 +24,7 @@ from torchquant.deploy.stored_files import read_checkpoint
 from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedResNet
 from torchquant.qmodule import float_state_dict
-from torchquant.qmodule.holder import current_keys
+from torchquant.qmodule.fused_part import current_keys
 from torchquant.utils import observe_weights
 
 __all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_nni"]

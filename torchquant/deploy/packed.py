@@ -29,7 +29,7 @@ from torchquant.errors import ConfigError, ExportError, require
 from torchquant.graph.trace import in_mode
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModule, QModuleState
-from torchquant.qmodule.holder import current_keys
+from torchquant.qmodule.fused_part import current_keys
 from torchquant.utils import set_qmodule_state
 
 CODES, SHARED = ".codes", ".shared"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -11,14 +10,15 @@ from torch import fx, nn
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.capture import Finder
+from torchquant.graph.copies import copy_model
 from torchquant.graph.edit import GraphEditor
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.sites import Region, Site, Way
 from torchquant.graph.trace import renamed, traced_variants
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, remove
 from torchquant.graph.tracer import NotTraceable
-from torchquant.qmodule import QModule, QOp
-from torchquant.qmodule.fused_part import FusedPart
+from torchquant.qmodule import QModule
+from torchquant.qmodule.holder import Holder
 
 REMEDY = "Quantize the float model as it is now: quantize(plan.revert(model), rules, example_inputs)"
 
@@ -105,26 +105,20 @@ def _real(module: nn.Module, path: str) -> nn.Module:
 
 
 def _float_of(module: nn.Module) -> nn.Module:
-    if isinstance(module, FusedPart):
-        return module.held[1]
-    if isinstance(module, QOp):
-        return module.op if isinstance(module.op, nn.Module) else module
-    return module.layer if isinstance(module, QModule) else module
+    return module.held or module if isinstance(module, Holder) else module
 
 
 def float_twin(module: TracedModule, followed: Followed) -> nn.Module:
     """A copy of a traced module as it was before it was quantized, with the attributes of now; nobody else needs it."""
-    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
-    memo[id(followed)] = followed
-    twin = copy.deepcopy(module, memo)
+    twin: nn.Module = copy_model(module, shared=(*module.parameters(), followed))
     added = {*followed.op_paths.values(), *followed.inputs.values()}
     for path in added:
-        owner, _, name = path.rpartition(".")
-        twin.get_submodule(owner)._modules.pop(name, None)
+        where, _, name = path.rpartition(".")
+        twin.get_submodule(where)._modules.pop(name, None)
     for owner in list(twin.modules()):
         if isinstance(owner, TracedModule):
             remove(owner)
-        if isinstance(owner, QModule):
+        if isinstance(owner, Holder):
             continue
         for name, child in owner._modules.items():
             if child is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torchquant.errors import ConfigError
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copy_model(model: Model) -> Model:
+def copy_model(model: Model, shared: Iterable[object] = ()) -> Model:
     """A deep copy; tensors with a history, such as a loss kept on a module, are copied without it.
 
-    `copy.deepcopy` refuses those. Raises ConfigError that names the module whose attribute cannot be copied.
+    `copy.deepcopy` refuses those. `shared`: what the copy has in common with the model. Raises ConfigError that names the module whose attribute cannot be copied.
     """
-    memo = {id(t): t.detach().clone() for t in _tensors_with_history(model)}
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors_with_history(model)}
+    memo |= {id(value): value for value in shared}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -148,7 +148,7 @@ def _drop_identities(module: nn.Module, graph: fx.Graph) -> None:
 
 
 def _number(graph: fx.Graph) -> None:
-    """Give every node, as `meta["is"]`, what tells it from all others and is the same in other graphs of the forward."""
+    """Give every node, as `meta["is"]`, what tells it from all others, the same in every graph of the forward."""
     counts: Counter[Any] = Counter()
     for node in graph.nodes:
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -203,7 +203,7 @@ class TracedModule(nn.Module):
     def _another_way(self, followed: Followed, values: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():
             raise ConfigError(
-                f"{type(self).__name__} is called in a way it was not traced for (another mode, argument or attribute). "
+                f"{type(self).__name__} is called in a way it was not traced for: another mode, argument or attribute. "
                 "Call it once so, uncompiled, in the state it shall have, and compile then"
             )
         from torchquant.graph.again import follow_again

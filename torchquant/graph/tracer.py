@@ -66,7 +66,8 @@ class Guard:
 class Traced:
     """A forward as a graph, and what it hangs on.
 
-    `inlined`: paths of the modules whose forwards are in the graph. `walked`: of those whose children Python went through.
+    `inlined`: paths of the modules whose forwards are in the graph. `walked`: of
+    those whose children Python went through.
     """
 
     graph: fx.Graph
@@ -286,7 +287,7 @@ class Tracer(fx.Tracer):
         """The forward of a module between calls of the hooks that it has when the graph runs."""
         if m._backward_hooks or m._backward_pre_hooks:
             self.refuse("it has backward hooks", m)
-        given = self.create_proxy("call_function", run_pre_hooks, (m, args, kwargs), {})
+        given: Any = self.create_proxy("call_function", run_pre_hooks, (m, args, kwargs), {})
         args = tuple(given[0][i] for i in range(len(args)))
         kwargs = {name: given[1][name] for name in kwargs}
         result = super().call_module(m, lambda *a, **k: m.forward(*a, **k), args, kwargs)
@@ -414,7 +415,7 @@ class Tracer(fx.Tracer):
         key = id(module), name
         if key not in self.reads:
             self.reads[key] = module, name, read_now(module, name)
-        if isinstance(value, Tensor) and type(value) is not _Value and name in vars(module):
+        if isinstance(value, Tensor) and not isinstance(value, fx.Proxy) and name in vars(module):
             return self.create_proxy("get_attr", ".".join(filter(None, (self.paths[id(module)], name))), (), {})
         return value
 

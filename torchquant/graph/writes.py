@@ -14,7 +14,14 @@ from torch import fx, nn
 
 from torchquant.qmodule.patterns import norm_of, row_of
 
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod}
+_IN_PLACE: set[Any] = {
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+}
 _IN_PLACE |= {operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem}
 _VIEWS = {
     *("view", "view_as", "reshape", "reshape_as", "permute", "transpose", "swapaxes", "swapdims", "t", "adjoint"),
@@ -25,8 +32,10 @@ _VIEWS = {
     *("feature_dropout", "alpha_dropout", "type_as", "requires_grad_", "identity", "view_as_real", "positive"),
     *("as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "data", "T", "mT", "H"),
 }
-_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_VIEW_MODULES += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+_VIEW_MODULES = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 
 
 def name_of(node: fx.Node) -> str:

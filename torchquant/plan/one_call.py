@@ -60,7 +60,8 @@ def quantize(
     quantized.plan = plan  # type: ignore[assignment]
     if not plan.sites:
         warnings.warn(
-            f"quantize found nothing to quantize in {type(model).__name__}: it stays float. print(model.plan) tells why",
+            f"quantize found nothing to quantize in {type(model).__name__}: it stays float; "
+            "print(model.plan) tells why",
             stacklevel=2,
         )
     return quantized

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
-from torchquant.qmodule.holder import current_keys
+from torchquant.qmodule.fused_part import current_keys, rename_moved_keys
 
 KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model) of one tensor
 
@@ -65,7 +65,8 @@ def float_keys(model: nn.Module) -> list[KeyPair]:
 
 
 def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Turn a float checkpoint, in place, into one of the model."""
+    """Turn a float checkpoint, or one of version 0.1, in place, into one of the model."""
+    rename_moved_keys(model, state_dict, prefix)
     pairs = [(prefix + float_key, prefix + key) for float_key, key in float_keys(model)]
     own = model.state_dict(prefix=prefix)
     theirs = {float_key for float_key, _ in pairs}

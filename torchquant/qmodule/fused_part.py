@@ -1,59 +1,83 @@
-"""What stands in a model where a batch norm or an activation was that a QWrapper has taken in."""
+"""What stands in a model where a batch norm or an activation was that a QModule has taken in."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.op import QOp
 from torchquant.qmodule.state import QModuleState
 from torchquant.qmodule.wrapper import QWrapper
 
+SLOTS = ("bn", "activation")
+"""Where a QModule holds what it has taken in."""
 
-class FusedPart(nn.Module):
+
+class FusedPart(Holder):
     """Runs the part in BYPASSED, where its wrapper runs the layer alone, and passes on what comes in elsewhere.
 
     So the forward of the float model computes what it always did, and nothing is computed twice where the wrapper
-    computes all. Attributes are those of the part, which the wrapper holds.
+    computes all. The part keeps its place: its tensors have the keys they had, its attributes are found here.
 
     >>> norm = nn.BatchNorm1d(2)
-    >>> wrapper = QWrapper([nn.Linear(3, 2), norm], None, None)
-    >>> FusedPart(wrapper, norm).num_features
-    2
+    >>> part = FusedPart(QWrapper([nn.Linear(3, 2), norm], None, None), norm)
+    >>> part.num_features, list(part.state_dict())[:2]
+    (2, ['weight', 'bias'])
     """
+
+    held_as: ClassVar[str] = "part"
 
     def __init__(self, wrapper: QWrapper | QOp, part: nn.Module) -> None:
         super().__init__()
-        self.__dict__["held"] = (wrapper, part)  # not registered: they are at the wrapper's path
+        self.__dict__["wrapper"] = wrapper  # not a child: it has a place of its own
+        self.part = part
         self.training = part.training
+        self._hold()
+        for slot in SLOTS:
+            taken = wrapper._modules.get(slot)
+            if taken is not None and (taken is part or taken._parameters is part._parameters):
+                wrapper.__dict__[slot] = wrapper._modules.pop(slot)
 
     def forward(self, x: Tensor) -> Tensor:
-        wrapper, part = self.held
-        return part(x) if wrapper.state is QModuleState.BYPASSED else x
+        part: Any = self.part
+        return part(x) if self.wrapper.state is QModuleState.BYPASSED else x
 
-    def train(self, mode: bool = True) -> FusedPart:
-        wrapper, part = self.held
-        self.training = mode
-        is_frozen = isinstance(wrapper, QWrapper) and wrapper.bn_frozen and part is not wrapper.activation
-        part.train(mode and not is_frozen)
-        return self
+    def train(self, mode: bool = True) -> Any:
+        is_frozen = isinstance(self.wrapper, QWrapper) and self.wrapper.bn_frozen and self._slot() == "bn"
+        return super().train(mode and not is_frozen)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "held" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["held"][1], name)
+    def _slot(self) -> str:
+        held: Any = self.__dict__["part"]
+        is_norm = getattr(getattr(self.wrapper, "bn", None), "_parameters", None) is held._parameters
+        return "bn" if is_norm else "activation"
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Written to the part, if the part has it."""
-        held = self.__dict__.get("held")
-        if held is not None and name != "training" and not name.startswith("_") and hasattr(held[1], name):
-            setattr(held[1], name, value)
-        else:
-            super().__setattr__(name, value)
+    def moved_keys(self, prefix: str, paths: Mapping[nn.Module, str]) -> tuple[str, str]:
+        """What the keys of the part began with in files of version 0.1, and what they begin with now."""
+        return f"{paths[self.wrapper]}.{self._slot()}.", prefix
 
     def extra_repr(self) -> str:
-        return f"{type(self.held[1]).__name__}, taken in by a QWrapper"
+        return f"{type(self.__dict__['part']).__name__}, taken in by a {type(self.wrapper).__name__}"
+
+
+def rename_moved_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> None:
+    """Give the tensors of taken in parts, in place, the keys that they have had since version 0.2."""
+    paths = {module: path for path, module in model.named_modules()}
+    for module, path in paths.items():
+        if isinstance(module, FusedPart):
+            before, now = module.moved_keys(f"{path}.", paths)
+            for key in [key for key in state_dict if key.startswith(prefix + before)]:
+                state_dict.setdefault(f"{prefix}{now}{key.removeprefix(prefix + before)}", state_dict[key])
+                del state_dict[key]
+
+
+def current_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """What the keys of a checkpoint of `model`, of this version or up to 0.1, are called now."""
+    renamed = {key: key for key in keys}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Holder):
+            module.rename_old_keys(renamed, f"{path}." if path else "")
+    rename_moved_keys(model, renamed)
+    return {old: new for new, old in renamed.items()}

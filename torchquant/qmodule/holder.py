@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -254,12 +254,3 @@ class Holder(nn.Module):
     def held_repr(self) -> str:
         """Lines that show the held module."""
         return f"\n({self.held_as}): {self.held!r}" if self.held is not None else ""
-
-
-def current_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """What the keys of a checkpoint of `model`, of this version or up to 0.1, are called now."""
-    renamed = {key: key for key in keys}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Holder):
-            module.rename_old_keys(renamed, f"{path}." if path else "")
-    return {old: new for new, old in renamed.items()}

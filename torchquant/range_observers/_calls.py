@@ -41,9 +41,13 @@ class CallsOfABatch(ChecksArguments, nn.Module):
     joined_by: ClassVar[Mapping[str, str]] = {}
     """Statistic -> "min", "max" or "rms": of several calls it is the least, the largest, or the root of the mean square
     of theirs; otherwise the mean. Means weigh the elements of each call."""
-    is_observed: bool
     _n_calls = 1
     _calls_to_start = 0
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether there are statistics."""
+        raise NotImplementedError
 
     @property
     def n_calls(self) -> int:

@@ -54,9 +54,9 @@ class _Wrapped(QWrapper, QuantLayer):
         layer = self.kind(*args, **kwargs)
         super().__init__(layer, weight_quant, None, input_quantizer=act_quant, bias_quantizer=bias_quant)
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._follow_mode()
-        return super().forward(*args)
+        return super().forward(*args, **kwargs)
 
 
 class Conv1d(_Wrapped):
