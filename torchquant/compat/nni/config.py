@@ -291,7 +291,7 @@ def _targets_3(where: str, entry: Mapping[str, Any]) -> dict[str, Target]:
         match = re.fullmatch(r"(u?int)(\d+)", text)
         if match is None or not 0 < len(match[2]) < 3 or not 0 < int(match[2]) < 32:
             raise ConfigError(
-                f"{where}: quant_dtype must be such as 'int8' or 'uint4', of 1 to 31 bits, got {brief(text)}"
+                f"{where}: quant_dtype must be such as 'int8' or 'uint4', got {brief(text)}; 1 to 31 bits"
             )
         scheme, granularity = setting.get("quant_scheme") or "symmetric", setting.get("granularity") or "default"
         _one_of(f"{where}, quant_scheme", scheme, ("affine", "symmetric"))
