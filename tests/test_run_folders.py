@@ -27,6 +27,7 @@ from torchquant.demo.data import Digits, load_digits
 from torchquant.demo.files import claimed
 from torchquant.errors import ConfigError
 from torchquant.job import JobConfig, run_job
+from torchquant.plan import quantize
 from torchquant.quantizers import QUANTIZERS
 from torchquant.search_run import SearchConfig, results, run_search, stages, write_report
 
@@ -632,3 +633,9 @@ def test_a_config_list_of_nni_with_a_word_for_a_list(wrong: dict[str, Any], mess
     entry = {"op_types": ["Linear"], "quant_types": ["weight"], "quant_bits": 8, **wrong}
     with pytest.raises(ConfigError, match=re.escape(message)):
         compile_config(torch.nn.Sequential(torch.nn.Linear(2, 2)), [entry], lambda name, target: "affine:8")
+
+
+@pytest.mark.parametrize("given", ["resnet18", None, torch.nn.Linear])
+def test_a_name_where_a_module_is_wanted(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the model must be a torch.nn.Module, got "):
+        quantize(given, "w8a8")

@@ -57,7 +57,7 @@ def _module(place: str) -> ModuleType:
         return run_python_file(Path(place), "model") if is_file else importlib.import_module(place)
     except ImportError as error:
         raise ConfigError(f"{error}; {FORM}, one of a package is package.module:function") from error
-    except TorchQuantError:
+    except (TorchQuantError, AssertionError):
         raise
     except Exception as error:
         raise ConfigError(failure(Path(place), error)) from error
