@@ -113,10 +113,10 @@ def _run_conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     if not _is_hit_by_onednn_6035(layer, x, weight):
         return layer._conv_forward(x, weight, bias)  # padding modes and dilation included
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.ndim]
-    picked = x[(..., *(slice(None, None, step) for step in layer.stride))]
+    picked: tuple[Any, ...] = (..., *(slice(None, None, step) for step in layer.stride))
     with torch.no_grad():
         value = layer._conv_forward(x, weight, bias)
-    return pass_through(conv(picked, weight, bias), value)
+    return pass_through(conv(x[picked], weight, bias), value)
 
 
 def _is_hit_by_onednn_6035(layer: Any, x: Tensor, weight: Tensor) -> bool:
