@@ -152,15 +152,15 @@ def test_a_spec_of_thousands_of_digits_is_refused_in_short() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LSQQuantizer(4, signed="yes"), "signed of LSQQuantizer must be True or False or None, got 'yes'"),
-        (lambda: APoTQuantizer(4, signed=1), "signed of APoTQuantizer must be True or False or None, got 1"),
-        (lambda: tq.ESBQuantizer(4, 1, momentum="x"), "momentum of ESBQuantizer must be a number, got 'x'"),
-        (lambda: LSQQuantizer(4, per_sample="x"), "per_sample of LSQQuantizer must be True or False, got 'x'"),
+        (lambda: LSQQuantizer(4, signed="yes"), "LSQQuantizer: signed must be True or False or None, got 'yes'"),
+        (lambda: APoTQuantizer(4, signed=1), "APoTQuantizer: signed must be True or False or None, got 1"),
+        (lambda: tq.ESBQuantizer(4, 1, momentum="x"), "ESBQuantizer: momentum must be a number, got 'x'"),
+        (lambda: LSQQuantizer(4, per_sample="x"), "LSQQuantizer: per_sample must be True or False, got 'x'"),
         (lambda: OBSERVERS["histogram"]("99"), "percentile of HistogramObserver must be a number, got '99'"),
-        (lambda: OBSERVERS["aciq"]("4"), "n_bits of ACIQObserver must be a whole number, got '4'"),
+        (lambda: OBSERVERS["aciq"]("4"), "ACIQObserver: n_bits must be a whole number, got '4'"),
         (
             lambda: tq.AffineQuantizer(True, tq.BatchMinMax()),
-            "n_bits of AffineQuantizer must be a whole number, got True",
+            "AffineQuantizer: n_bits must be a whole number, got True",
         ),
     ],
 )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchquant._shown import shown
 from torchquant._arguments import checked
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model

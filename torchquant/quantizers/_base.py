@@ -14,7 +14,6 @@ from torchquant._arguments import check_constructor
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
 from torchquant.quantizers._integer_terms import IntegerTerms, linear_terms
-from torchquant.quantizers_functional._arguments import ChecksArguments
 from torchquant.quantizers_functional._gradient import (
     GRADIENTS,
     Clamp,
@@ -44,7 +43,7 @@ class About:
     granularity: tuple[str, ...] = ()
 
 
-class Quantizer(ChecksArguments, nn.Module, ABC):
+class Quantizer(nn.Module, ABC):
     """Turns real tensors into real tensors that lie on a grid.
 
     Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it

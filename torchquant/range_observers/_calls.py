@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._arguments import ChecksArguments
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -26,7 +25,7 @@ def _joined(how: str, so_far: Tensor, value: Tensor, share: Tensor) -> Tensor:
     return so_far * (1 - share) + value * share
 
 
-class CallsOfABatch(ChecksArguments, nn.Module):
+class CallsOfABatch(nn.Module):
     """What a tracker keeps while the calls of one batch come: the average before them, and their joined statistics.
 
     `n_calls` successive observations are one batch. They are joined as the ends, means or sizes that they are
