@@ -58,15 +58,15 @@ def capture(
         raise ConfigError(f"trace must be True, False or 'modules', got {trace!r}")
     if fuse not in (True, False, "bn"):
         raise ConfigError(f"fuse must be True, False or 'bn', got {fuse!r}")
-    twin, shown = copy_model(model), copy_model(model) if example_inputs is not None else None
+    twin, run = copy_model(model), copy_model(model) if example_inputs is not None else None
     known, counts = dict(patterns or {}), dict[str, int]()
-    if shown is not None:
-        calls = recorded_calls(shown, example_inputs)
+    if run is not None:
+        calls = recorded_calls(run, example_inputs)
         known, counts = {path: pattern_of(values) for path, values in calls.values.items()}, calls.counts
     finder = Finder(twin, trace, fuse, known)
     finder.look_into("", twin)
-    if shown is not None and finder.regions:
-        finder.keep_real(shown, example_inputs)
+    if run is not None and finder.regions:
+        finder.keep_real(run, example_inputs)
     finder.tell_of_raw_weights()
     return replace(finder.captured(model), counts=counts)
 
@@ -167,9 +167,9 @@ class Finder:
             self.floats.append(LeftFloat(path, type(module).__name__, f"operators between its layers: {reason}"))
 
     @torch.no_grad()
-    def keep_real(self, shown: nn.Module, example_inputs: Any) -> None:
-        """Drop the sites and reads whose values are not real numbers when `shown`, a copy, runs on the example."""
-        real = real_values(shown, self.regions, example_inputs)
+    def keep_real(self, run: nn.Module, example_inputs: Any) -> None:
+        """Drop the sites and reads whose values are not real numbers when `run`, a copy, runs on the example."""
+        real = real_values(run, self.regions, example_inputs)
 
         def is_real(region: str, node: str) -> bool:
             return real.get((region, node), True)
@@ -188,14 +188,12 @@ class Finder:
 
     def tell_of_raw_weights(self) -> None:
         """List the weights that no site has: tables, kernels and the like that a forward uses by itself."""
-        told = {
-            left.path for left in self.floats if left.why != RAW_WHY and not left.why.startswith("operators between")
-        }
+        told = {left.path: left.type for left in self.floats if not left.why.startswith("operators between")}
         layers = [site.module for site in self.sites.values() if site.module is not None]
         owned = {id(p) for module in layers for p in module.parameters()}
         for path, module in self.model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
-                is_told = any(path == where or path.startswith(f"{where}.") for where in told if where)
+                is_told = told.get(path) == type(module).__name__
                 if weight.ndim > 1 and id(weight) not in owned and not is_told:
                     self.floats.append(LeftFloat(joined(path, name), f"{type(module).__name__}.{name}", RAW_WHY))
 

@@ -16,7 +16,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def copy_model(model: Model, shared: Iterable[object] = ()) -> Model:
     """A deep copy; tensors with a history, such as a loss kept on a module, are copied without it.
 
-    `copy.deepcopy` refuses those. `shared`: what the copy has in common with the model. Raises ConfigError that names the module whose attribute cannot be copied.
+    `copy.deepcopy` refuses those. `shared`: what the copy has in common with the model.
+    Raises ConfigError that names the module whose attribute cannot be copied.
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors_with_history(model)}
     memo |= {id(value): value for value in shared}

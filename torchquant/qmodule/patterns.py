@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,6 +217,20 @@ def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow)
 def plain_type(module: nn.Module) -> type[nn.Module]:
     """The class whose forward a module runs: parametrizations give it a subclass that changes nothing but weights."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+@contextmanager
+def read_quietly(layer: nn.Module) -> Iterator[None]:
+    """Reading a weight that a parametrization computes moves nothing: spectral_norm moves its vectors in training."""
+    parts = list(layer.modules()) if parametrize.is_parametrized(layer) else []
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
 
 
 def row_of(module: nn.Module) -> LayerRow | ActivationRow | None:

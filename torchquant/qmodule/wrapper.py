@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
-from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, row_of, split_pattern
+from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, read_quietly, row_of, split_pattern
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
@@ -76,15 +76,17 @@ class QWrapper(QModule):
         self.bias_quantizer = bias_quantizer
         if bias_quantizer is not None and weight_quantizer is None:
             raise ConfigError("a bias is quantized together with the weight; give a weight_quantizer too")
-        out_channels = self._channels_first_weight().shape[0]
+        with read_quietly(self.layer):
+            weight = self._channels_first_weight()
+        out_channels = weight.shape[0]
         self.fold_mode = check_fold(fold_bn, self.bn, out_channels)
         self.bn_frozen = False
         if weight_quantizer is not None:
             weight_quantizer.allocate(out_channels)
-            weight_quantizer.to(self.layer.weight.device)
+            weight_quantizer.to(weight.device)
         if bias_quantizer is not None:
             bias_quantizer.allocate(out_channels)
-            bias_quantizer.to(self.layer.weight.device)
+            bias_quantizer.to(weight.device)
         self._hold()
 
     def forward(self, x: Tensor, *, fused: bool = False) -> Tensor:
