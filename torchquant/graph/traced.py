@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchquant.errors import ConfigError
 from torchquant.graph.calls import Signature, fits, leaves
 from torchquant.graph.flat import flattened, unflattened
 from torchquant.graph.tracer import has_hooks, read_global, read_now
@@ -124,7 +123,7 @@ class Followed:
     input_specs: dict[str, str] = field(default_factory=dict)
     structure: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     inlined: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
-    qmodules: list[QModule] = field(default_factory=list)
+    qmodules: list[tuple[nn.Module, str, QModule]] = field(default_factory=list)
     walks: bool = False
 
     def seal(self, root: nn.Module, inlined: tuple[str, ...] = ()) -> None:
@@ -142,13 +141,16 @@ class Followed:
                     seen.add(key)
                     self.structure.append((owner, name, child))
                 owner = child
-        self.qmodules = [m for m in (root.get_submodule(path) for path in sorted(called)) if isinstance(m, QModule)]
+        self.qmodules = [(*where, m) for *where, m in self.structure if isinstance(m, QModule)]
 
     def runs_float(self) -> bool:
         """Whether nothing in the graph observes or quantizes."""
         if _always_graphs or self.walks or not self.qmodules:
             return False
-        return all(module._state is QModuleState.BYPASSED for module in self.qmodules)
+        for owner, name, module in self.qmodules:
+            if module._state is not QModuleState.BYPASSED and owner._modules.get(name) is module:
+                return False
+        return True
 
     def changed(self) -> str:
         """What is another module now, or has got hooks, in words; "" if nothing."""
@@ -202,7 +204,7 @@ class TracedModule(nn.Module):
 
     def _another_way(self, followed: Followed, values: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():
-            raise ConfigError(
+            raise RuntimeError(  # torch.compile cannot make one of ours
                 f"{type(self).__name__} is called in a way it was not traced for: another mode, argument or attribute. "
                 "Call it once so, uncompiled, in the state it shall have, and compile then"
             )

@@ -207,9 +207,10 @@ class Tracer(fx.Tracer):
         self.running = [module]
         before = _insides(module)
         state = _random_states()
-        with random_states_kept():
+        with random_states_kept(), globals_kept(module):
             graph = self.trace(module)
             changed = _random_states() != state
+            self._note_globals(module)
         self._note_changes(module, before)
         if self.reason or changed:
             raise NotTraceable(self.reason or "it draws random numbers in Python")
@@ -235,6 +236,8 @@ class Tracer(fx.Tracer):
         for module, name, value in self.reads.values():
             if read_now(module, name) != value and not self.reason:
                 self.culprit, self.reason = module, f"it changes what is in the attribute '{name}'"
+
+    def _note_globals(self, root: nn.Module) -> None:
         for (where, name), value in self.globals.items():
             if read_global(where, name) != value and not self.reason:
                 self.culprit, self.reason = root, f"it changes the global '{name}'"
@@ -480,6 +483,23 @@ def random_states_kept() -> Iterator[None]:
         torch.set_rng_state(torchs)
         if numpy is not None:
             numpy.random.set_state(numpys)
+
+
+@contextmanager
+def globals_kept(model: nn.Module) -> Iterator[None]:
+    """Lists, dictionaries and sets that forwards of the model read from their files hold afterwards what they held."""
+    kept = []
+    for forward in {type(module).forward for module in model.modules()}:
+        for where, name, _ in _globals_of(forward):
+            value = vars(sys.modules[where])[name]
+            if isinstance(value, list | dict | set):
+                kept.append((value, value.copy()))
+    try:
+        yield
+    finally:
+        for value, former in kept:
+            value.clear()
+            value.extend(former) if isinstance(value, list) else value.update(former)
 
 
 def _insides(root: nn.Module) -> dict[int, dict[str, dict[str, Any]]]:

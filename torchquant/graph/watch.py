@@ -15,7 +15,7 @@ from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import Captured, Region
 from torchquant.graph.trace import in_mode
-from torchquant.graph.tracer import random_states_kept
+from torchquant.graph.tracer import globals_kept, random_states_kept
 from torchquant.qmodule.state import is_real
 
 Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]
@@ -58,7 +58,7 @@ def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
                 values.update({} if bound is None else {path: bound})
 
         handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    with in_mode(False, twin), random_states_kept():
+    with in_mode(False, twin), random_states_kept(), globals_kept(twin):
         try:
             call_with(twin, example_inputs)
         finally:
@@ -147,7 +147,7 @@ def _run_watched(
             note_module(path, (*args, *kwargs.values()), value)
 
         handles.append(module.register_forward_hook(tell, with_kwargs=True))
-    with in_mode(training, twin), random_states_kept():
+    with in_mode(training, twin), random_states_kept(), globals_kept(twin):
         try:
             call_with(twin, example_inputs)
         finally:

@@ -15,7 +15,7 @@ from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import LeftFloat
 from torchquant.graph.trace import in_mode
 from torchquant.graph.traced import graphs_running
-from torchquant.graph.tracer import random_states_kept
+from torchquant.graph.tracer import globals_kept, random_states_kept
 from torchquant.graph.watch import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -97,7 +97,7 @@ def _same(model: nn.Module | None, quantized: nn.Module, example_inputs: Any) ->
 
 def _outcome(twin: nn.Module, example_inputs: Any, training: bool) -> list[Tensor] | Exception:
     """The tensors that a copy nobody needs gives on the example."""
-    with in_mode(training, twin), random_states_kept():
+    with in_mode(training, twin), random_states_kept(), globals_kept(twin):
         torch.manual_seed(0)
         try:
             return list(tensors_in(call_with(twin, example_inputs)))
