@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked, shown
 from torchquant._registry import did_you_mean
-from torchquant.errors import LawViolation, NoCodesError, NonFiniteError, UnknownNameError
+from torchquant.errors import ConfigError, LawViolation, NoCodesError, NonFiniteError, UnknownNameError
 from torchquant.quantizers._base import Quantizer
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -326,7 +326,7 @@ def check_quantizer(
 
     `sample`: float tensor the quantizer is shown first, default N(0, 1) of shape (4, 6, 5, 5); pass one
     if yours takes only some data, e.g. not below 0. `laws`: names out of `LAWS`, default all.
-    Raises UnknownNameError; LawViolation that names every law that fails and what was seen.
+    Raises ConfigError; LawViolation that names every law that fails and what was seen.
 
     >>> from torchquant import AffineQuantizer, BatchMinMax
     >>> report = check_quantizer(AffineQuantizer(4, BatchMinMax()), laws=("on_grid", "monotone"))
@@ -339,6 +339,8 @@ def check_quantizer(
         raise UnknownNameError(
             f"no law is called {shown(unknown[0])};{did_you_mean(unknown[0], LAWS)} Known: {', '.join(LAWS)}"
         )
+    if sample is not None and not sample.is_floating_point():
+        raise ConfigError(f"the sample must be a tensor of real numbers, got {shown(sample)}")
     for name in LAWS if laws is None else laws:
         try:
             LAWS[name](_Case(quantizer, sample))
