@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._arguments import checked
+from torchquant._arguments import checked, shown
 from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
 from torchquant._tables import text_table
@@ -65,6 +65,7 @@ class QuantPlan:
     """Site path -> what is there, for people."""
 
     @classmethod
+    @checked
     def from_rules(
         cls,
         rules: Rules,
@@ -101,6 +102,7 @@ class QuantPlan:
         types = {site.path: " + ".join([site.types[-1], *(kind for _, kind in site.fused)]) for site in captured.sites}
         return cls(kept, (*captured.floats, *unset), captured.trace, captured.fuse, types)
 
+    @checked
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """A copy of the float model (or itself) with the quantizers in place, in QModuleState.BYPASSED.
 
@@ -120,14 +122,17 @@ class QuantPlan:
                 )
         return rewrite(captured, {plan.path: plan for plan in self.sites})
 
+    @checked
     def revert(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The float model that `apply` was given, with the weights as they are now. Raises ConfigError."""
         return revert(model if inplace else copy.deepcopy(model))
 
+    @checked
     def cost(self, model: nn.Module, example_inputs: Any) -> PlanCost:
         """Weight bytes, activation bytes, multiply-adds and bit operations of the float model under this plan."""
         return plan_cost(capture(model, example_inputs, self.trace, self.fuse), self.sites, example_inputs)
 
+    @checked
     def replace(self, path: str, **fields: Any) -> QuantPlan:
         """A plan with other fields at one site. Raises ConfigError for a site it has not.
 
@@ -145,6 +150,7 @@ class QuantPlan:
         values = {name: choice(value, f"site '{path}'", name) for name, value in fields.items()}
         return replace(self, sites=tuple(replace(s, **values) if s.path == path else s for s in self.sites))
 
+    @checked
     def diff(self, other: QuantPlan) -> list[PlanChange]:
         """What `other` changes of this plan; prints as a table."""
         ours, theirs = ({site.path: site.words() for site in plan.sites} for plan in (self, other))
@@ -201,24 +207,33 @@ class QuantPlan:
             raise ConfigError(f"{where} is not a plan: it must begin with 'torchquant_plan: {FORMAT}'")
         check_keys(where, data, ("torchquant_plan", "trace", "fuse", "sites", "left_float"))
         sites, types = [], {}
+        for key in ("sites", "left_float"):
+            if not isinstance(data.get(key) or [], list):
+                raise ConfigError(f"{where}: {key} must be a list, got {shown(data[key])}")
         for i, entry in enumerate(data.get("sites") or []):
             place = f"{where}, site {i + 1}"
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-                raise ConfigError(f"{place}: expected a mapping with a path, got {entry!r}")
+                raise ConfigError(f"{place}: expected a mapping with a path, got {shown(entry)}")
             check_keys(place, entry, ("path", "what", *FIELDS, "fold_bn"))
             place = f"{where}, site '{entry['path']}'"
             fields = {n: choice(entry[n], place, n) for n in (*FIELDS, "fold_bn") if n in entry}
             sites.append(SitePlan(entry["path"], **fields))
             types[entry["path"]] = entry.get("what", "")
-        floats = tuple(LeftFloat(**entry) for entry in data.get("left_float") or [])
-        return cls(tuple(sites), floats, data.get("trace", True), data.get("fuse", True), types)
+        floats = []
+        for i, entry in enumerate(data.get("left_float") or []):
+            if not (isinstance(entry, dict) and {"path", "type", "why"} == entry.keys()):
+                raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {shown(entry)}")
+            floats.append(LeftFloat(**entry))
+        return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types)
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as YAML. Raises ConfigError if a quantizer is a function, which has no text."""
         text = require("yaml", "cli").safe_dump(self.to_dict(), sort_keys=False, width=200)
         return write_whole(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> QuantPlan:
         """Read a plan that `save` wrote, or that somebody wrote by hand. Raises ConfigError."""
         return cls.from_dict(read_yaml(path), f"{path}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import shown
 from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError
 from torchquant.graph.ops import COMPUTING
@@ -121,17 +122,17 @@ def read_rules(rules: Rules, captured: Captured) -> list[Rule]:
             )
         return [_read_rule(f"rule {i + 1} of '{rules}'", r, captured) for i, r in enumerate(RULE_SETS[rules])]
     if not isinstance(rules, Sequence):
-        raise ConfigError(f"rules must be the name of a ready set or a list of dictionaries, got {rules!r}")
+        raise ConfigError(f"rules must be the name of a ready set or a list of dictionaries, got {shown(rules)}")
     return [_read_rule(f"rule {i + 1}", rule, captured) for i, rule in enumerate(rules)]
 
 
 def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
     if not isinstance(rule, Mapping):
-        raise ConfigError(f"{name} must be a dictionary, got {rule!r}")
+        raise ConfigError(f"{name} must be a dictionary, got {shown(rule)}")
     check_keys(name, rule, (*SELECTORS, *SETTINGS))
     skip = rule.get("skip", False)
     if not isinstance(skip, bool):
-        raise ConfigError(f"{name}: skip must be True or False, got {skip!r}")
+        raise ConfigError(f"{name}: skip must be True or False, got {shown(skip)}")
     given = [key for key in SETTINGS if key in rule and key != "skip"]
     if skip and given:
         raise ConfigError(
@@ -155,7 +156,7 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
                 raise ConfigError(f"{name}: '{pattern}' is no regular expression: {error}") from error
     where = rule.get("where")
     if where is not None and not callable(where):
-        raise ConfigError(f"{name}: where must be a function of a Site, got {where!r}")
+        raise ConfigError(f"{name}: where must be a function of a Site, got {shown(where)}")
     fields = {key: choice(rule[key], name, key) for key in given}
     return Rule(name, types, names, position, where, skip, fields)
 
@@ -166,7 +167,7 @@ def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | No
         return None
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{name}: {key} must be a string or a list of strings, got {value!r}")
+        raise ConfigError(f"{name}: {key} must be a string or a list of strings, got {shown(value)}")
     return tuple(words)
 
 
@@ -180,7 +181,7 @@ def choice(value: Any, where: str, name: str) -> Any:
     """The value of a field, dictionaries as spec strings. Raises ConfigError."""
     if name == "fold_bn":
         if not isinstance(value, bool | str):
-            raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {value!r}")
+            raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {shown(value)}")
         return value
     if isinstance(value, Mapping):
         value = _spec_of(value, where, name)
@@ -195,7 +196,7 @@ def choice(value: Any, where: str, name: str) -> Any:
     if isinstance(value, nn.Module) or not callable(value):
         raise ConfigError(
             f"{where}, {name}: expected a spec string such as 'affine:8', a dictionary with 'scheme', a function of "
-            f"the layer, or None; got {value!r}"
+            f"the layer, or None; got {shown(value)}"
         )
     return value
 
@@ -204,9 +205,12 @@ def _spec_of(value: Mapping[str, Any], where: str, name: str) -> str:
     parts = dict(value)
     scheme = parts.pop("scheme", None)
     if not isinstance(scheme, str):
-        raise ConfigError(f"{where}, {name}: a dictionary needs 'scheme', such as 'affine'; got {dict(value)!r}")
+        raise ConfigError(f"{where}, {name}: a dictionary needs 'scheme', such as 'affine'; got {shown(dict(value))}")
     n_bits, granularity = parts.pop("n_bits", None), parts.pop("granularity", "")
     group, gradient = parts.pop("group", None), parts.pop("gradient", None)
+    for key, part in parts.items():
+        if not isinstance(part, str | int | float):
+            raise ConfigError(f"{where}, {name}: '{key}' must be a word, a number, True or False; got {shown(part)}")
     options = tuple((k, None if v is True else str(v)) for k, v in parts.items())
     return str(QuantSpec(scheme, n_bits, options, granularity or ("group" if group else ""), group, gradient))
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from torchquant._arguments import checked
-from torchquant.errors import NameClashError, UnsupportedPatternError
+from torchquant._arguments import checked, shown
+from torchquant.errors import ConfigError, NameClashError, UnsupportedPatternError
 from torchquant.quantizers_functional.bn_fold import channel_view
 
 RunLayer = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
@@ -142,13 +142,17 @@ def split_norm(module: Any) -> nn.Module:
 def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow) -> None:
     """Let QWrapper wrap `kind`: a class, or "module.Class" for one of a package not imported yet.
 
-    Raises NameClashError if `kind` has another row already.
+    Raises ConfigError, NameClashError if `kind` has another row already.
 
     >>> class Double(nn.Module):
     ...     def forward(self, x):
     ...         return 2 * x
     >>> register_pattern(Double, ActivationRow())
     """
+    if isinstance(kind, str) and not ("." in kind and all(map(str.isidentifier, kind.split(".")))):
+        raise ConfigError(
+            f"kind must be a class or its name with the module's, 'package.module.Class'; got {shown(kind)}"
+        )
     known = PATTERNS.setdefault(kind, row)
     if known != row:
         raise NameClashError(f"{kind} already has the row {known}; got {row}")
@@ -187,6 +191,10 @@ def split_pattern(
     activation = rest.pop(0) if rest and isinstance(row_of(rest[0]), ActivationRow) else None
     if rest:
         raise _unsupported(given)
+    # behind a Linear a batch norm may work along another axis than the features
+    out_channels = None if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", None)
+    if bn is not None and out_channels not in (None, bn.num_features):
+        raise ConfigError(f"the layer has {out_channels} output channels, its batch norm {bn.num_features}")
     return layer, bn, activation
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import shown
 from torchquant.errors import ConfigError, UnobservedRangeError
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
@@ -65,6 +66,8 @@ class QModule(nn.Module):
 
     @state.setter
     def state(self, state: QModuleState) -> None:
+        if not isinstance(state, QModuleState):
+            raise ConfigError(f"state must be a QModuleState, such as QModuleState.QUANT_EVAL; got {shown(state)}")
         self._state = state
         self._seen = []
 
