@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from torchquant._arguments import checked, described, fits, shown
+from torchquant._arguments import checked, described, fits
+from torchquant._shown import shown
 from torchquant.deploy import export_onnx
 from torchquant.errors import LONGEST, ConfigError, TorchQuantError
 from torchquant.qmodule import LayerRow, QWeights

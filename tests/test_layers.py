@@ -16,7 +16,7 @@ PACKAGE = Path(torchquant.__file__).parent
 
 # A file imports only from rows above its own, and from its own unit.
 ROWS = (
-    ("_arguments", "errors", "_figures", "_files", "_registry", "_tables"),
+    ("_arguments", "_shown", "errors", "_figures", "_files", "_registry", "_tables"),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),
@@ -30,7 +30,9 @@ ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init
 LAST_CORE_ROW = 4
 # Within a row: (who, whom). The verbs on QModules, the one helper that swaps a module, the demo's command.
 ROW_MATES = {
+    ("_shown", "errors"),
     ("_arguments", "errors"),
+    ("_arguments", "_shown"),
     ("_files", "errors"),
     ("_registry", "errors"),
     ("_figures", "errors"),

@@ -22,7 +22,7 @@ from torch import nn
 
 from tests import public_calls
 from tests.public_calls import CALLS, NOT_CALLED
-from torchquant._arguments import first_line, shown
+from torchquant._shown import first_line, shown
 from torchquant.errors import TorchQuantError
 
 LONGEST = 1000

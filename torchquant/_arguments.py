@@ -1,4 +1,4 @@
-"""Arguments of public functions checked against their annotations; values as messages show them.
+"""Arguments of public functions checked against their annotations.
 
 The annotation of a parameter is the one place that says what it takes: `checked` reads it and answers anything else
 with a ConfigError that says what came, what is allowed and, where the wanted class knows, what to do.
@@ -11,62 +11,21 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from numbers import Integral, Real
-from reprlib import Repr
 from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.fx.proxy import TraceError
 
-from torchquant.errors import ConfigError, TorchQuantError
+from torchquant._shown import UNTOUCHED, first_line, shown
+from torchquant.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
-SHOWN = 100
-"""Characters of a value that a message shows."""
-LINE = 300
-"""Characters of another's message that a message repeats."""
 CHECKED_ELEMENTS = 1000
 """Elements of a collection that are looked at."""
-
-
-class _Brief(Repr):
-    """Short in every part. Tensors, modules, classes, functions and objects that have no text of their own by name."""
-
-    def repr1(self, x: Any, level: int) -> str:
-        if isinstance(x, Tensor):
-            return f"a tensor of shape {list(x.shape)} and type {str(x.dtype).partition('.')[2]}"
-        if isinstance(x, type):
-            return f"the class {x.__name__}"
-        if isinstance(x, int) and x.bit_length() > 64:
-            return f"a whole number of {x.bit_length()} bits"
-        if inspect.isroutine(x):
-            return f"the function {x.__name__}"
-        if isinstance(x, nn.Module) or type(x).__repr__ is object.__repr__:
-            return f"an object of the class {type(x).__name__}"
-        return super().repr1(x, level)
-
-
-_brief = _Brief()
-_brief.maxstring = _brief.maxother = 60
-_brief.maxlevel = 3
-
-
-def shown(value: object) -> str:
-    """A value in a message: its repr, shortened; tensors by shape, modules, functions and classes by name.
-
-    >>> shown("affine:8"), shown(torch.zeros(2, 3)), shown([nn.ReLU, abs])
-    ("'affine:8'", 'a tensor of shape [2, 3] and type float32', '[the class ReLU, the function abs]')
-    """
-    try:
-        text = _brief.repr(value)
-    except Exception:  # a repr may fail in any way
-        text = f"an object of the class {type(value).__name__}"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def checked(target: F) -> F:
@@ -110,7 +69,7 @@ non-singleton dimension 0
 
 
 def _checked(function: F, explains: bool = False) -> F:
-    check, is_compiling, untouched = _Check(function), torch.compiler.is_compiling, _UNTOUCHED
+    check, is_compiling, untouched = _Check(function), torch.compiler.is_compiling, UNTOUCHED
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
@@ -131,7 +90,6 @@ def _checked(function: F, explains: bool = False) -> F:
     return cast(F, functools.wraps(function)(own))
 
 
-_UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
 _PLAIN = (Tensor, nn.Parameter, bool, str, type(None))
 """Types all of whose values fit an annotation if one does."""
 
@@ -179,27 +137,6 @@ class _Check:
         raise ConfigError(f"{self.name}: the arguments do not go together: {came}. {first_line(error)}") from error
 
 
-@contextmanager
-def running(model: object, what: str, inputs: object) -> Iterator[None]:
-    """What a model raises on inputs, as a ConfigError that says which model, what came, and the model's own words.
-
-    >>> with running(nn.Linear(4, 2), "the example", 7):
-    ...     nn.Linear(4, 2)(7)
-    Traceback (most recent call last):
-    torchquant.errors.ConfigError: Linear does not run on the example (7): linear(): argument 'input' (position 1) \
-must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keyword arguments is given to its forward
-    """
-    try:
-        yield
-    except _UNTOUCHED:
-        raise
-    except _OF_MODELS as error:
-        raise ConfigError(
-            f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}. A tensor, a tuple "
-            "of arguments or a dictionary of keyword arguments is given to its forward"
-        ) from error
-
-
 def one_number(value: object, what: str) -> Tensor:
     """What a function gave, if it is a tensor with one number. Raises ConfigError that begins with `what`."""
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -214,24 +151,6 @@ def number(value: object, what: str) -> float:
     if _is_number(value) or isinstance(value, Tensor) and value.numel() == 1:
         return float(cast(float, value))
     raise ConfigError(f"{what} must be a number, got {shown(value)}")
-
-
-_OF_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another's message, shortened; the kind of error where that is all it tells.
-
-    >>> first_line(ValueError("no\\nyes")), first_line(KeyError("a")), first_line(AssertionError())
-    ('no', "KeyError: 'a'", 'AssertionError')
-    """
-    try:
-        text = next(iter(str(error).strip().splitlines()), "")
-    except Exception:  # a message may fail as a repr may
-        text = ""
-    if not text or isinstance(error, LookupError | AttributeError):
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
 
 
 class Parameter(NamedTuple):
@@ -290,7 +209,7 @@ def _gathers(kind: type) -> bool:
     return issubclass(kind, Iterable) and not issubclass(kind, nn.Module | str)
 
 
-def _elements_fit(kind: type, arguments: tuple[Any, ...], value: Any) -> bool:
+def _elements_fit(kind: Any, arguments: tuple[Any, ...], value: Any) -> bool:
     if kind is collections.abc.Callable:
         return _takes(value, arguments)
     if isinstance(value, Tensor):
@@ -396,5 +315,5 @@ def _advice(hint: Any, value: object) -> str:
     kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
     if isinstance(value, type) and any(issubclass(value, kind) for kind in kinds):
         return f"; give an object: {value.__name__}(...)"
-    told = [kind.made_by for kind in kinds if isinstance(getattr(kind, "made_by", None), str)]
-    return "".join(f"; {how}" for how in told)
+    told = [getattr(kind, "made_by", None) for kind in kinds]
+    return "".join(f"; {how}" for how in told if isinstance(how, str))

@@ -107,6 +107,12 @@ def observe_weights(model: nn.Module) -> None:
         module.observe_weight()
 
 
+def observe_any_weights(model: nn.Module) -> None:
+    """`observe_weights`, without a word where there are none; for dialects whose configuration may select nothing."""
+    for _, module in qmodules(model):
+        module.observe_weight()
+
+
 @checked
 def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
     """What the quantizers of the model learn, as an optimizer group without weight decay.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant._arguments import shown
 from torchquant._files import write_json, write_whole
+from torchquant._shown import shown
 from torchquant._tables import text_table
 from torchquant.deploy.parity import FirstDifference, SiteParity
 from torchquant.errors import ConfigError

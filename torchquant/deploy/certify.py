@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchquant._arguments import checked, shown
+from torchquant._arguments import checked
 from torchquant._files import write_whole
+from torchquant._shown import shown
 from torchquant.deploy.certificate import REFERENCE, Certificate, Comparison, FinalOutputs, largest_apart
 from torchquant.deploy.integer import IntegerModel, to_integer
 from torchquant.deploy.onnx_graph import code_name

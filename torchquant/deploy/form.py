@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchquant._arguments import running
+from torchquant._shown import running
 from torchquant.deploy.codes import (
     Grid,
     Table,

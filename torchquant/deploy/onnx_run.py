@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant._arguments import checked, first_line, shown
+from torchquant._arguments import checked
+from torchquant._shown import first_line, shown
 from torchquant.deploy.onnx_graph import IS_CODES
 from torchquant.errors import ConfigError, require
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from torchquant._arguments import running
+from torchquant._shown import running
 from torchquant.graph.sites import Captured, Region
 from torchquant.graph.trace import FLAG, in_mode
 from torchquant.qmodule.state import is_real

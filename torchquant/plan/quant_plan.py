@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._arguments import checked, shown
+from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
+from torchquant._shown import shown
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError, require
 from torchquant.graph.capture import capture

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._arguments import shown
 from torchquant._registry import did_you_mean
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.ops import COMPUTING
 from torchquant.graph.rewrite import SHARE

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from torchquant._arguments import checked, shown
+from torchquant._arguments import checked
+from torchquant._shown import shown
 from torchquant.errors import ConfigError, NameClashError, UnsupportedPatternError
 from torchquant.quantizers_functional.bn_fold import channel_view
 

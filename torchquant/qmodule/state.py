@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant._arguments import shown
+from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnobservedRangeError
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer

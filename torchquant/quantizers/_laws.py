@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from torchquant._arguments import checked, shown
+from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
+from torchquant._shown import shown
 from torchquant.errors import ConfigError, LawViolation, NoCodesError, NonFiniteError, UnknownNameError
 from torchquant.quantizers._base import Quantizer
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from torchquant._arguments import checked, shown
+from torchquant._arguments import checked
+from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchquant._arguments import checked, one_number, shown
+from torchquant._arguments import checked, one_number
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState

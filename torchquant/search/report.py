@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchquant._arguments import checked, shown
+from torchquant._arguments import checked
+from torchquant._shown import shown
 from torchquant.errors import ConfigError, require
 from torchquant.search.budget import Budget
 from torchquant.search.figures import bit_widths, costs, heatmap, losses, pareto_front

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchquant._arguments import checked, one_number, shown
+from torchquant._arguments import checked, one_number
 from torchquant._files import write_whole
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState

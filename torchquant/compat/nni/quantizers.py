@@ -22,7 +22,7 @@ from torchquant.compat.nni.calibration import calibration_config, restore_calibr
 from torchquant.compat.nni.config import LayerConfig, Target, compile_config
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QModule, QModuleState, QWrapper
-from torchquant.utils import observe_weights, qmodules, quantizer_parameters, set_qmodule_state
+from torchquant.utils import observe_any_weights, qmodules, quantizer_parameters, set_qmodule_state
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Quantizer(nn.Module):
         self.layers: dict[str, LayerConfig] = compiled.layers
         self.bound_model = self.plan.apply(model, inplace=True)
         self.register_buffer("steps", torch.tensor(1))
-        observe_weights(self.bound_model)
+        observe_any_weights(self.bound_model)
         learned = quantizer_parameters(self.bound_model)
         if self.optimizer is not None:
             if learned["params"]:
@@ -129,7 +129,7 @@ class Quantizer(nn.Module):
         if self.evaluator is None:
             return self.bound_model
         self.evaluator.train(self.bound_model, max_steps, max_epochs)
-        observe_weights(self.bound_model)
+        observe_any_weights(self.bound_model)
         return self.bound_model, calibration_config(self.bound_model, self.layers, modern=True)
 
     def float_model(self) -> nn.Module:
@@ -153,7 +153,7 @@ class Quantizer(nn.Module):
         `input_shape`; the file is QDQ ONNX that computes what this model computes, as far as grids are uniform.
         Raises ConfigError, ExportError.
         """
-        observe_weights(self.bound_model)
+        observe_any_weights(self.bound_model)
         exported = self.float_model()
         if self.exports == "quantized":
             for path, module in qmodules(self.bound_model):
@@ -295,7 +295,7 @@ class ObserverQuantizer(Quantizer):
         if self.evaluator is not None and self.evaluator.evaluating_func is not None:
             with torch.no_grad():
                 self.evaluator.evaluating_func(self.bound_model)
-        observe_weights(self.bound_model)
+        observe_any_weights(self.bound_model)
         unseen = [p for p, m in qmodules(self.bound_model) if not all(q.is_ready for q in m.quantizers().values())]
         if unseen:
             raise ConfigError(f"{', '.join(unseen)} saw no data; run some batches through the model before compress()")

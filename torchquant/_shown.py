@@ -1,0 +1,94 @@
+"""Values, errors and runs of models as messages show them: in brief, whatever came."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from reprlib import Repr
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.proxy import TraceError
+
+from torchquant.errors import ConfigError, TorchQuantError
+
+SHOWN = 100
+"""Characters of a value that a message shows."""
+LINE = 300
+"""Characters of another's message that a message repeats."""
+UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
+"""What is raised as it is: our own, what tracing must see, and a full memory."""
+_OF_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class _Brief(Repr):
+    """Short in every part. Tensors, modules, classes, functions and objects that have no text of their own by name."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor):
+            return f"a tensor of shape {list(x.shape)} and type {str(x.dtype).partition('.')[2]}"
+        if isinstance(x, type):
+            return f"the class {x.__name__}"
+        if isinstance(x, int) and x.bit_length() > 64:
+            return f"a whole number of {x.bit_length()} bits"
+        if inspect.isroutine(x):
+            return f"the function {x.__name__}"
+        if isinstance(x, nn.Module) or getattr(type(x), "__repr__", None) is object.__repr__:
+            return f"an object of the class {type(x).__name__}"
+        return super().repr1(x, level)
+
+
+_brief = _Brief()
+_brief.maxstring = _brief.maxother = 60
+_brief.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value in a message: its repr, shortened; tensors by shape, modules, functions and classes by name.
+
+    >>> shown("affine:8"), shown(torch.zeros(2, 3)), shown([nn.ReLU, abs])
+    ("'affine:8'", 'a tensor of shape [2, 3] and type float32', '[the class ReLU, the function abs]')
+    """
+    try:
+        text = _brief.repr(value)
+    except Exception:  # a repr may fail in any way
+        text = f"an object of the class {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+@contextmanager
+def running(model: object, what: str, inputs: object) -> Iterator[None]:
+    """What a model raises on inputs, as a ConfigError that says which model, what came, and the model's own words.
+
+    >>> with running(nn.Linear(4, 2), "the example", 7):
+    ...     nn.Linear(4, 2)(7)
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: Linear does not run on the example (7): linear(): argument 'input' (position 1) \
+must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keyword arguments is given to its forward
+    """
+    try:
+        yield
+    except UNTOUCHED:
+        raise
+    except _OF_MODELS as error:
+        raise ConfigError(
+            f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}. A tensor, a tuple "
+            "of arguments or a dictionary of keyword arguments is given to its forward"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another's message, shortened; the kind of error where that is all it tells.
+
+    >>> first_line(ValueError("no\\nyes")), first_line(KeyError("a")), first_line(AssertionError())
+    ('no', "KeyError: 'a'", 'AssertionError')
+    """
+    try:
+        text = next(iter(str(error).strip().splitlines()), "")
+    except Exception:  # a message may fail as a repr may
+        text = ""
+    if not text or isinstance(error, LookupError | AttributeError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
