@@ -79,7 +79,10 @@ FEW = {
     *("a tensor of another shape", "a complex tensor", "a list", "a number of 63 bits"),
 }
 """What those are fed whose calls take long."""
-SLOW = ("torchquant.deploy", "torchquant.models", "torchquant.search", "torchquant.training")
+SLOW = (
+    *("torchquant.deploy", "torchquant.models", "torchquant.search", "torchquant.training"),
+    "torchquant.quantizers._laws",
+)
 OF_NO_END = {"epochs", "steps_per_epoch", "samples", "iterations", "draws", "patience", "points", "n_steps"}
 """Counts that may be as large as one likes, and take so long."""
 

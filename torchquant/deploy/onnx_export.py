@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant._files import write_whole
+from torchquant._shown import shown
 from torchquant.deploy.certify import certify
 from torchquant.deploy.form import deploy_form, settle
 from torchquant.deploy.onnx_graph import PACKED_OPSET, finish_graph
@@ -116,6 +117,8 @@ def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, .
     if not given or not all(isinstance(x, Tensor) for x in given):
         kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
         raise ConfigError(f"example_inputs must be a tensor or a sequence of tensors, got {kinds}")
+    if any(x.is_complex() for x in given):
+        raise ConfigError(f"ONNX files here take real and whole numbers, got {', '.join(map(shown, given))}")
     return tuple(x.detach().cpu() for x in given)
 
 

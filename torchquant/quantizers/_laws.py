@@ -340,8 +340,8 @@ def check_quantizer(
         raise UnknownNameError(
             f"no law is called {shown(unknown[0])};{did_you_mean(unknown[0], LAWS)} Known: {', '.join(LAWS)}"
         )
-    if sample is not None and not sample.is_floating_point():
-        raise ConfigError(f"the sample must be a tensor of real numbers, got {shown(sample)}")
+    if sample is not None and not (sample.is_floating_point() and sample.numel()):
+        raise ConfigError(f"the sample must be a tensor of real numbers with one at least, got {shown(sample)}")
     for name in LAWS if laws is None else laws:
         try:
             LAWS[name](_Case(quantizer, sample))
