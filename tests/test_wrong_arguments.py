@@ -135,7 +135,8 @@ def complaint(function: Any, arguments: dict[str, Any], wrong: Any = None) -> st
 def shows(message: str, value: Any) -> bool:
     """Whether a message says what came: a word or number itself; of tensors, objects and functions what they are."""
     if isinstance(value, str | bytes | float | int):
-        return shown(value) in message or value in ("", 10**5000) or str(value)[:50] in message
+        kind = type(value).__name__
+        return value in ("", 10**5000) or any(word in message for word in (shown(value), str(value)[:50], kind))
     if isinstance(value, NoneType | nn.Module | list | tuple | dict):
         return True
     return any(word in message for word in ("got", "tensor", "empty", shown(value)))

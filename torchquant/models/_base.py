@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchquant._arguments import checked
+from torchquant._arguments import fits
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.qmodule import FloatCheckpoints, QOp, QWrapper
 from torchquant.quantizers import Quantizer, QuantizerFactory
@@ -38,13 +39,16 @@ class Recipe:
         for name in ("avg_pool_quantizer", "fc_weight_quantizer", "fc_acts_quantizer", "input_quantizer"):
             if getattr(self, name) is not None:
                 self._check_factory(name, getattr(self, name))
+        for name in ("quantize_first", "quantize_fc"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {shown(getattr(self, name))}")
 
     @staticmethod
     def _check_factory(name: str, factory: object) -> None:
-        if isinstance(factory, nn.Module) or not callable(factory):
+        if isinstance(factory, nn.Module) or not fits(QuantizerFactory, factory):
             raise ConfigError(
                 f"{name} must be a function of the layer, such as lambda module: AffineQuantizer(8, BatchMinMax()), "
-                f"got {factory!r}"
+                f"got {type(factory).__name__ if isinstance(factory, nn.Module) else shown(factory)}"
             )
 
     def _make(self, factory: QuantizerFactory | None, layer: nn.Module) -> Quantizer | None:
@@ -105,7 +109,6 @@ def check_kind(owner: str, module: nn.Module, kinds: tuple[type[nn.Module], ...]
     )
 
 
-@checked
 class FusedModel(FloatCheckpoints, ABC):
     """A copy of a float model whose layers are QWrappers and QOps.
 
