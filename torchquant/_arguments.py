@@ -116,7 +116,8 @@ class _Check:
                 self._look_at(self.parameters[name], value, args)
 
     def _look_at(self, parameter: Parameter, value: Any, args: tuple[Any, ...]) -> None:
-        if value is parameter.default or fits(parameter.hint, value):
+        is_nan = isinstance(value, float) and value != value and not _is_open(parameter.hint)
+        if value is parameter.default or (fits(parameter.hint, value) and not is_nan):
             if type(value) in _PLAIN and value is not parameter.default:
                 parameter.plain.add(type(value))
             return
@@ -183,7 +184,7 @@ def _is_open(hint: Any) -> bool:
 def fits(hint: Any, value: object) -> bool:
     """Whether a value is of the kind that an annotation names.
 
-    >>> fits(int, 8), fits(int, True), fits(float, float("nan")), fits(Sequence[str], "abc")
+    >>> fits(int, 8), fits(int, True), fits(float, 2**70), fits(Sequence[str], "abc")
     (True, False, False, False)
     """
     origin, arguments = get_origin(hint), get_args(hint)
@@ -251,7 +252,7 @@ class Simple(NamedTuple):
 def _is_number(value: object) -> bool:
     if not isinstance(value, Real) or _is_bool(value):
         return False
-    return _is_whole(value) if isinstance(value, Integral) else value == value
+    return not isinstance(value, Integral) or _is_whole(value)
 
 
 def _is_whole(value: object) -> bool:
