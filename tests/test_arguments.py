@@ -115,7 +115,7 @@ def test_a_file_that_grows_as_it_is_read_has_a_short_message(tmp_path) -> None:
     ("hint", "good", "bad"),
     [
         (int, [3, -1], [True, 3.0, "3", 2**70, None]),
-        (float, [3, 0.5, float("inf")], [float("nan"), True, "3"]),
+        (float, [3, 0.5, float("inf")], [2**70, True, "3"]),
         (bool, [True], [1, "yes", None]),
         (int | None, [None, 3], [3.5]),
         (Sequence[str], [["a"], ("a",), []], ["a", [1], None]),

@@ -90,8 +90,9 @@ def _checked(function: F, explains: bool = False) -> F:
     return cast(F, functools.wraps(function)(own))
 
 
-_PLAIN = (Tensor, nn.Parameter, bool, str, type(None))
-"""Types all of whose values fit an annotation if one does."""
+_PLAIN = (Tensor, nn.Parameter, bool, int, str, type(None))
+"""Types all of whose values fit an annotation if one does; whole numbers, if below `SAFE`."""
+SAFE = 2**62
 
 
 class _Check:
@@ -109,15 +110,17 @@ class _Check:
             self.parameters = _parameters(self.function)
             self.in_order = list(self.parameters.values())
         for parameter, value in zip(self.in_order, args, strict=False):
-            if type(value) not in parameter.plain:
+            kind = type(value)
+            if kind not in parameter.plain or kind is int and not -SAFE < value < SAFE:
                 self._look_at(parameter, value, args)
         for name, value in kwargs.items():
-            if name in self.parameters and type(value) not in self.parameters[name].plain:
+            if name in self.parameters and (type(value) not in self.parameters[name].plain or type(value) is int):
                 self._look_at(self.parameters[name], value, args)
 
     def _look_at(self, parameter: Parameter, value: Any, args: tuple[Any, ...]) -> None:
-        if value is parameter.default or fits(parameter.hint, value):
-            if type(value) in _PLAIN and value is not parameter.default:
+        is_nan = isinstance(value, float) and value != value and not _is_open(parameter.hint)
+        if value is parameter.default or (fits(parameter.hint, value) and not is_nan):
+            if type(value) in _PLAIN and (value is not parameter.default or fits(parameter.hint, value)):
                 parameter.plain.add(type(value))
             return
         raise ConfigError(
@@ -183,7 +186,7 @@ def _is_open(hint: Any) -> bool:
 def fits(hint: Any, value: object) -> bool:
     """Whether a value is of the kind that an annotation names.
 
-    >>> fits(int, 8), fits(int, True), fits(float, float("nan")), fits(Sequence[str], "abc")
+    >>> fits(int, 8), fits(int, True), fits(float, 2**70), fits(Sequence[str], "abc")
     (True, False, False, False)
     """
     origin, arguments = get_origin(hint), get_args(hint)
@@ -251,7 +254,7 @@ class Simple(NamedTuple):
 def _is_number(value: object) -> bool:
     if not isinstance(value, Real) or _is_bool(value):
         return False
-    return _is_whole(value) if isinstance(value, Integral) else value == value
+    return not isinstance(value, Integral) or _is_whole(value)
 
 
 def _is_whole(value: object) -> bool:
