@@ -156,9 +156,9 @@ class VecQQuantizer(MidriseQuantizer):
         """The step nearest to `step` that leaves every value in its cell.
 
         `(k + 1/2) step` within `(k + 1/2 +- margin) threshold_step`; the outermost cells have no far end. bfloat16
-        rounds the last values by `2**(n_bits - 10)` cells.
+        rounds the last values by up to `2**(n_bits - 9)` cells, which from 8 bits on no margin makes up for.
         """
-        half, margin = 2 ** (self.n_bits - 1), max(0.49 - 2.0 ** (self.n_bits - 10), 0.125)
+        half, margin = 2 ** (self.n_bits - 1), max(0.49 - 2.0 ** (self.n_bits - 9), 0.125)
         least, most = 1.0 - margin / (half - 0.5), 1.0 + margin / (half - 1.5)
         held = torch.minimum(torch.maximum(step, least * threshold_step), most * threshold_step)
         return torch.where((step > 0) & (threshold_step > 0), held, step)
