@@ -72,10 +72,12 @@ def test_every_learned_number_of_groups_has_a_gradient(text: str, length: int) -
     assert all(p.grad is not None for p in quantizer.parameters())
 
 
-@pytest.mark.parametrize("n_bits", range(1, 9))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n_bits", "dtype"),
+    [(n, torch.float32) for n in range(1, 13)] + [(n, torch.bfloat16) for n in range(1, 8)] + [(8, torch.float16)],
+)
 def test_vecq_is_idempotent_on_heavy_tails(n_bits: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(4000) ** 5).to(dtype)
+    x = (torch.randn(4000) ** 5).clamp(-6e4, 6e4).to(dtype)
     quantizer = shown(f"vecq:{n_bits}", x)
     assert torch.equal(quantizer(quantizer(x)), quantizer(x))
 

@@ -121,8 +121,8 @@ class VecQQuantizer(MidriseQuantizer):
     """Thresholds of the optimal Gaussian step, values refitted by least squares (Gong et al. 2020, arXiv:2005.08501).
 
     Deviation from the AutoQNN code: the refit is `<x, p> / <p, p>`, the least-squares one, not the ratio of norms
-    (docs/algorithms.md I-12), held to where every value stays within a quarter of its own cell from the middle: on
-    heavy tails the values would leave their cells, and quantizing twice would move them on.
+    (docs/algorithms.md I-12), held to where every value stays in its own cell: on heavy tails the values would leave
+    theirs, and quantizing twice would move them on.
 
     >>> quantizer = VecQQuantizer(2)
     >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
@@ -150,13 +150,18 @@ class VecQQuantizer(MidriseQuantizer):
         along, square = reduce_sum(torch.stack([along * unit, square]))
         step = along / square
         step = usable_scale(step, 2.0**self.n_bits)
-        # (k + 1/2) step within (k + 1/2 +- margin) threshold_step; the outermost cells have no far end. At 8 bits half
-        # types round a level by a quarter of a cell.
-        half, margin = 2 ** (self.n_bits - 1), 0.25 if self.n_bits < 8 else 0.125
-        least = 1.0 - margin / (half - 0.5) if half > 1 else 0.0
-        most = 1.0 + margin / (half - 1.5) if half > 1 else torch.inf
+        return threshold_step, step if self.n_bits == 1 else self._held(step, threshold_step)
+
+    def _held(self, step: Tensor, threshold_step: Tensor) -> Tensor:
+        """The step nearest to `step` that leaves every value in its cell.
+
+        `(k + 1/2) step` within `(k + 1/2 +- margin) threshold_step`; the outermost cells have no far end. bfloat16
+        rounds the last values by up to `2**(n_bits - 9)` cells, which from 8 bits on no margin makes up for.
+        """
+        half, margin = 2 ** (self.n_bits - 1), max(0.49 - 2.0 ** (self.n_bits - 9), 0.125)
+        least, most = 1.0 - margin / (half - 0.5), 1.0 + margin / (half - 1.5)
         held = torch.minimum(torch.maximum(step, least * threshold_step), most * threshold_step)
-        return threshold_step, torch.where(step > 0, held, step)
+        return torch.where((step > 0) & (threshold_step > 0), held, step)
 
     def thresholds(self) -> Tensor:
         threshold_step, _ = self.get()
