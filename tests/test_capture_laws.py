@@ -466,3 +466,39 @@ def test_capture_leaves_the_model_alone() -> None:
     assert float(net.calls) == 0
     assert net.seen == []
     assert not isinstance(net.first, QWrapper)
+
+
+class Mine(nn.Conv1d):
+    """A layer of torch with nothing but another constructor."""
+
+    def __init__(self, *args: Any, gain: float = 1.0) -> None:
+        super().__init__(*args)
+        self.gain = gain
+
+
+class Positions(nn.Embedding):
+    pass
+
+
+class Standardized(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_subclasses_that_keep_the_forward_are_layers() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table, self.odd = Mine(1, 4, 3), Positions(6, 4), Standardized(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.odd(self.conv(x[:, None]))
+            return y.transpose(1, 2) + self.table(torch.arange(6))
+
+    net = Tagger().eval()
+    rules = [{"types": ["Conv1d", "Embedding"], "weight": "affine:8,symmetric=narrow/channel"}]
+    model = calibrated(quantize(net, rules, X), X)
+    assert [site.path for site in model.plan.sites] == ["conv", "table"]
+    assert "odd.weight" in {left.path for left in model.plan.floats}
+    assert not torch.equal(model(X), net(X))
+    assert torch.allclose(model(X), net(X), atol=0.05)

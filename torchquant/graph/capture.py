@@ -16,7 +16,18 @@ from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.ops import computing_module_type
-from torchquant.graph.sites import NORM_WHY, Captured, LeftFloat, Region, Site, Way, has_layers, joined, layer_fields
+from torchquant.graph.sites import (
+    NORM_WHY,
+    Captured,
+    LeftFloat,
+    Region,
+    Site,
+    Way,
+    has_layers,
+    joined,
+    layer_fields,
+    layer_types,
+)
 from torchquant.graph.trace import NotTraceable, pattern_without_example, renamed, traced_variants
 from torchquant.graph.watch import real_values, recorded_calls
 from torchquant.qmodule.patterns import plain_type
@@ -109,8 +120,7 @@ class Finder:
         self.seen.add(module)
         if layer_fields(module):
             fused = (self.norms[module],) if module in self.norms else ()
-            kind = plain_type(module).__name__
-            self.sites[path] = Site(path, (kind,), layer_fields(module), module, fused, region=path)
+            self.sites[path] = Site(path, layer_types(module), layer_fields(module), module, fused, region=path)
             return
         try:
             if self.trace is not True:

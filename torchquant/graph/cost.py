@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torchquant._tables import text_table
 from torchquant.graph.sites import Captured, Site, SitePlan
 from torchquant.graph.watch import tensors_in, watch_values
-from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
+from torchquant.qmodule.patterns import LayerRow, row_of, stock_type
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
@@ -286,7 +286,7 @@ def _macs(site: Site, inputs: list[Tensor], output: Any) -> Macs:
 
 
 def _layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
-    x, kind = inputs[0], plain_type(module)
+    x, kind = inputs[0], stock_type(module)
     row = row_of(module)
     if isinstance(row, LayerRow):
         return Macs((x if row.transposed else out).numel() * module.weight[0].numel())

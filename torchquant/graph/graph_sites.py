@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, passes_values
-from torchquant.graph.sites import NORM_WHY, LeftFloat, Read, Region, Site, has_layers, joined, layer_fields, n_reads_of
+from torchquant.graph.sites import (
+    NORM_WHY,
+    LeftFloat,
+    Read,
+    Region,
+    Site,
+    has_layers,
+    joined,
+    layer_fields,
+    layer_types,
+    n_reads_of,
+)
 from torchquant.graph.trace import has_hooks, module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerRow, norm_of, plain_type, row_of
@@ -81,7 +92,8 @@ class GraphSites:
     def _layer(self, node: fx.Node) -> None:
         module = self.module_of(node)
         path = joined(self.path, str(node.target))
-        kind = plain_type(module).__name__
+        types = layer_types(module)
+        kind = types[0]
         known = self.layers.get(id(module))
         if known is not None:
             site = self.sites[known]
@@ -98,10 +110,10 @@ class GraphSites:
         if self.fusable(node) and is_plain and len(node.args) == 1 and not node.kwargs:
             fused = self._limited(self._fuse(nodes, row_of(module)), path, nodes)
         elif isinstance(row_of(module), LayerRow) and (len(node.args) != 1 or node.kwargs):
-            self._leave(path, kind, "it is called with more than its input")
+            self._leave(path, types[-1], "it is called with more than its input")
             return
         self.layers[id(module)] = path
-        self._add(Site(path, (kind,), layer_fields(module), module, tuple(fused)), nodes, n_reads_of(kind, 1))
+        self._add(Site(path, types, layer_fields(module), module, tuple(fused)), nodes, n_reads_of(kind, 1))
 
     def fusable(self, node: fx.Node) -> bool:
         return bool(self.finder.fuse) and self.n_calls[id(self.module_of(node))] == 1

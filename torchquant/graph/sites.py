@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from torchquant.errors import ConfigError
 from torchquant.graph.tracer import Traced
-from torchquant.qmodule.patterns import LayerRow, plain_type, row_of
+from torchquant.qmodule.patterns import LayerRow, plain_type, row_of, stock_type
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
 
@@ -173,7 +173,12 @@ def layer_fields(module: nn.Module) -> tuple[str, ...]:
         return ("weight", "input", "output", *(("bias",) if has_bias else ()))
     if not weight_names(module):
         return ()
-    return ("weight", "output") if N_READS.get(plain_type(module).__name__) == 0 else ("weight", "input", "output")
+    return ("weight", "output") if N_READS.get(stock_type(module).__name__) == 0 else ("weight", "input", "output")
+
+
+def layer_types(module: nn.Module) -> tuple[str, ...]:
+    """What rules can call a layer: the class of torch whose forward it runs, and its own."""
+    return tuple(dict.fromkeys((stock_type(module).__name__, plain_type(module).__name__)))
 
 
 def has_layers(module: nn.Module) -> bool:

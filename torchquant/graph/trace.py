@@ -26,6 +26,7 @@ from torchquant.graph.tracer import Traced, Tracer
 from torchquant.graph.tracer import has_hooks as has_hooks
 from torchquant.graph.writes import order_writes
 from torchquant.qmodule.patterns import LayerRow, row_of
+from torchquant.qmodule.weights import weight_names
 
 MAX_RETRIES = 50
 _ONE_THING = re.compile("Norm|Activation|GELU|Swish|Softmax|Rotary")
@@ -34,7 +35,7 @@ _ONE_THING = re.compile("Norm|Activation|GELU|Swish|Softmax|Rotary")
 
 def stays_whole(module: nn.Module, through_hooks: bool = False) -> bool:
     """Whether a graph calls the module and does not look into it. `through_hooks`: hooks alone are no reason."""
-    if row_of(module) is not None or (has_hooks(module) and not through_hooks):
+    if row_of(module) is not None or weight_names(module) or (has_hooks(module) and not through_hooks):
         return True
     kind = type(module)
     if kind.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential):

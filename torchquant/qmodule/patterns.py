@@ -234,11 +234,32 @@ def read_quietly(layer: nn.Module) -> Iterator[None]:
 
 
 def row_of(module: nn.Module) -> LayerRow | ActivationRow | None:
-    """The row of a module's exact class, or None. Subclasses do not inherit: their forward may differ."""
+    """The row of a module's class, or of the nearest class above it whose forward it runs unchanged; else None."""
     kind = plain_type(module)
     if kind not in PATTERNS and f"{kind.__module__}.{kind.__qualname__}" in PATTERNS:
         PATTERNS[kind] = PATTERNS[f"{kind.__module__}.{kind.__qualname__}"]
+    if kind not in PATTERNS and stock_type(module) in PATTERNS:
+        PATTERNS[kind] = PATTERNS[stock_type(module)]
     return PATTERNS.get(kind)
+
+
+def stock_type(module: nn.Module) -> type[nn.Module]:
+    """The class of torch whose forward the module runs unchanged: its own, or one above it; else its own class.
+
+    A subclass that computes its weight in a property of the class runs otherwise.
+
+    >>> class Named(nn.Linear):
+    ...     pass
+    >>> stock_type(Named(1, 1)).__name__
+    'Linear'
+    """
+    kind = plain_type(module)
+    names = ("forward", "_conv_forward", "weight", "bias")
+    for above in kind.__mro__:
+        if above.__module__.startswith("torch.nn.modules.") and above is not nn.Module:
+            same = all(getattr(kind, name, None) is getattr(above, name, None) for name in names)
+            return above if same else kind
+    return kind
 
 
 def activation_clamp(activation: nn.Module | None) -> tuple[float | None, float | None] | None:

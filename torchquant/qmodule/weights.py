@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
-from torchquant.qmodule.patterns import run_with
+from torchquant.qmodule.patterns import run_with, stock_type
 from torchquant.qmodule.state import QModule
 from torchquant.quantizers import Quantizer
 
@@ -26,7 +26,7 @@ WEIGHTED: tuple[type[nn.Module], ...] = (
     nn.RNNCell,
     nn.MultiheadAttention,
 )
-"""What QWeights wraps: exactly these classes, subclasses may run otherwise."""
+"""What QWeights wraps: these classes, and those below them with the same forward."""
 VALUES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Bilinear: ("input1", "input2"),
     nn.MultiheadAttention: ("query", "key", "value"),
@@ -42,7 +42,7 @@ def weight_names(module: nn.Module) -> list[str]:
     >>> weight_names(nn.MultiheadAttention(4, 2))
     ['in_proj_weight', 'out_proj.weight']
     """
-    if type(module) not in WEIGHTED:
+    if stock_type(module) not in WEIGHTED:
         return []
     names = [_computed(module, name) for name, _ in module.named_parameters() if "weight" in name.rpartition(".")[2]]
     return list(dict.fromkeys(names))
@@ -146,7 +146,7 @@ class QWeights(QModule):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs, those with values observed and quantized: with one range, and one given twice counts once."""
         quantizer = self.input_quantizer
-        names = VALUES.get(type(self.layer), ("input",))
+        names = VALUES.get(stock_type(self.layer), ("input",))
         n = len(names)
         given: list[Any] = []
         for x in (*args[:n], *(x for name, x in kwargs.items() if name in names)):
