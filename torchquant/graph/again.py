@@ -49,7 +49,7 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
         if site.path in followed.input_specs:
             spec = followed.input_specs[site.path]
             editor.quantize_inputs(site, spec, quantized, lambda node, spec: followed.inputs.get((node, spec)))
-        if site.path in followed.fused:
+        if site.path in followed.fused or _moved_from(module, site, followed):
             _check(module, site, followed, why)
             editor.call(site, site.path)
         elif site.path not in followed.known:
@@ -86,12 +86,19 @@ def _check(module: nn.Module, site: Site, followed: Followed, why: str) -> None:
     present = module.get_submodule(site.path)
     if not isinstance(present, QModule):
         raise ConfigError(f"'{site.path}' was replaced by a {type(present).__name__} without quantizers. {REMEDY}")
-    if site.fused != followed.fused[site.path]:
-        taken = ", ".join(kind for _, kind in followed.fused[site.path])
+    fused = followed.fused[_moved_from(module, site, followed) or site.path]
+    if [kind for _, kind in site.fused] != [kind for _, kind in fused]:
+        taken = ", ".join(kind for _, kind in fused)
         raise ConfigError(
             f"{type(module).__name__} runs otherwise than when it was quantized ({why}): what follows '{site.path}' is "
             f"not {taken} any more, which is part of its quantized form. {REMEDY}"
         )
+
+
+def _moved_from(module: nn.Module, site: Site, followed: Followed) -> str:
+    """Where the QModule of a layer was when the model was quantized, if somebody has put a module around it since."""
+    present = module.get_submodule(site.path) if site.module is not None else None
+    return next((path for path, made in followed.places if made is present and path != site.path), "")
 
 
 def _has_output(module: nn.Module, path: str) -> bool:

@@ -173,6 +173,7 @@ class _Writer:
             followed.known.add(path)
             if site.path in self.made:
                 followed.fused[path] = site.fused
+                followed.places.append((path, self.made[site.path]))
             if plan is not None and plan.input is not None:
                 followed.input_specs[path] = _spec(plan)
         added = {path.rpartition(".")[0] for path in (*followed.op_paths.values(), *followed.inputs.values())}

@@ -106,7 +106,7 @@ class Followed:
     """All that is known of a forward that was followed.
 
     `node_names`, `op_paths`: the names that nodes and operators have in every variant. `fused`: path of a site with a
-    QModule -> what is fused into it. `known`: paths of all sites. `inputs`: (node, spec) -> path of the quantizer of a
+    QModule -> what is fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`: (node, spec) -> path of the quantizer of a
     value that nothing had quantized; `input_specs`: path of a site -> that spec. `structure`: (module, name, child) of
     all that the graphs call or run through; `walks`: whether Python goes through children of a module that has got
     operators among them; `inlined`: the modules whose forwards are in the graphs, and whether they
@@ -125,6 +125,7 @@ class Followed:
     inlined: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
     qmodules: list[tuple[nn.Module, str, QModule]] = field(default_factory=list)
     walks: bool = False
+    places: list[tuple[str, QModule]] = field(default_factory=list)
 
     def seal(self, root: nn.Module, inlined: tuple[str, ...] = ()) -> None:
         """Note the modules of `root` as they are now: a later change of them is a change of the forward."""
