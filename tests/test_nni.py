@@ -345,7 +345,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "dtype of 3.0": (
         [{**MODERN, "quant_dtype": "float8"}],
-        "quant_dtype must be such as 'int8' or 'uint4', got 'float8'",
+        "quant_dtype must be such as 'int8' or 'uint4', of 1 to 31 bits, got .float8.",
     ),
     "target of 3.0": ([{**MODERN, "target_names": ["output"]}], "did you mean '_output_'"),
     "granularity": ([{**MODERN, "granularity": [1, 2]}], r"granularity must be one of default, .*got \[1, 2\]"),

@@ -211,9 +211,7 @@ def test_transformers(build: Callable[[Any, Tensor], tuple[nn.Module, Any]]) -> 
     net, inputs = build(hf, torch.randint(0, 99, (2, 12)))
     model = check(net, inputs)
     left = QuantPlan.from_rules("w8a8", net).floats
-    assert [f.why for f in left if f.path == ""] == [
-        "operators between its layers: its forward takes *args or **kwargs"
-    ]
+    assert any(f.path == "" and f.why.startswith("operators between its layers: ") for f in left)
     learned_step(copy.deepcopy(net), inputs)
     n_linear = sum(isinstance(m, nn.Linear | nn.Conv2d) or type(m).__name__ == "Conv1D" for m in net.modules())
     widths = {row.path: row.n_bits for row in state_report(model) if row.site == "weight"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -21,6 +21,9 @@ from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.qmodule.wrapper import QWrapper
 from torchquant.quantizers import Quantizer
 from torchquant.range_observers._statistics import StatisticTracker
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = [
     "SiteReport",
@@ -54,8 +57,9 @@ class _Holder:
 
     @staticmethod
     def current() -> _Holder:
+        asyncio = sys.modules.get("asyncio")  # where it was not imported no task runs
         try:
-            return _Holder(threading.current_thread(), asyncio.current_task())
+            return _Holder(threading.current_thread(), None if asyncio is None else asyncio.current_task())
         except RuntimeError:  # no event loop runs here
             return _Holder(threading.current_thread(), None)
 

@@ -45,6 +45,12 @@ class FusedPart(Holder):
         part: Any = self.part
         return part(x) if self.wrapper.state is QModuleState.BYPASSED else x
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        taken = self.wrapper.__dict__.get(self._slot()) if name == "training" and "part" in self.__dict__ else None
+        if taken is not None:  # a norm that was split from its activation is another object
+            taken.training = value
+
     def train(self, mode: bool = True) -> Any:
         is_frozen = isinstance(self.wrapper, QWrapper) and self.wrapper.bn_frozen and self._slot() == "bn"
         return super().train(mode and not is_frozen)

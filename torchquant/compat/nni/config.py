@@ -22,6 +22,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph import Site, SitePlan, capture
 from torchquant.plan import QuantPlan
+from torchquant.plan.quant_plan import what_is_at
 
 DEFAULT_OP_TYPES = (
     *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "Bilinear"),
@@ -143,7 +144,7 @@ def compile_config(
             )
         specs = {name: spec(name, target) for name, target in config.targets.items()}
         plans.append(SitePlan(site.path, **specs, fold_bn="running" if site.fused else False))
-    plan = QuantPlan(tuple(plans), captured.floats, "modules", fuse, {s.path: s.types[-1] for s in captured.sites})
+    plan = QuantPlan(tuple(plans), captured.floats, "modules", fuse, {s.path: what_is_at(s) for s in captured.sites})
     return Compiled(plan, found)
 
 
