@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from torchquant.graph.hooks import has_hooks
 from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, passes_values
 from torchquant.graph.sites import (
     NORM_WHY,
@@ -22,7 +23,7 @@ from torchquant.graph.sites import (
     layer_types,
     n_reads_of,
 )
-from torchquant.graph.trace import has_hooks, module_path, owner_path
+from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerRow, norm_of, plain_type, row_of
 

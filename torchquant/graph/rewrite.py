@@ -12,10 +12,10 @@ from torch import fx, nn
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import Signature
 from torchquant.graph.edit import GraphEditor
+from torchquant.graph.guards import Guard
 from torchquant.graph.ops import OUT_OF_PLACE, activation_of
 from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
-from torchquant.graph.tracer import Guard
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.float_checkpoints import forget_float, speak_float
 from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths

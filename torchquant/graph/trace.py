@@ -18,12 +18,12 @@ from torch import fx, nn
 from torchquant.graph.calls import Signature
 from torchquant.graph.flat import FunctionRef as _FunctionRef  # noqa: F401 - old pickles look here
 from torchquant.graph.flat import NodeRef as _NodeRef  # noqa: F401
+from torchquant.graph.hooks import has_hooks
 from torchquant.graph.traced import TracedModule as TracedModule
 from torchquant.graph.traced import TrainingFlag as TrainingFlag
 from torchquant.graph.traced import empty_traced as _empty_traced  # noqa: F401
 from torchquant.graph.tracer import NotTraceable as NotTraceable
 from torchquant.graph.tracer import Traced, Tracer
-from torchquant.graph.tracer import has_hooks as has_hooks
 from torchquant.graph.writes import order_writes
 from torchquant.qmodule.patterns import LayerRow, row_of
 from torchquant.qmodule.weights import weight_names

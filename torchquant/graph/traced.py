@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from torchquant.graph.calls import Signature, fits, leaves
 from torchquant.graph.flat import flattened, unflattened
-from torchquant.graph.tracer import has_hooks, read_global, read_now
+from torchquant.graph.guards import read_global, read_now
+from torchquant.graph.hooks import has_hooks
 from torchquant.qmodule.state import QModule, QModuleState
 
 _numbers = count()
@@ -142,7 +143,7 @@ class Followed:
                     seen.add(key)
                     self.structure.append((owner, name, child))
                 owner = child
-        self.qmodules = [(*where, m) for *where, m in self.structure if isinstance(m, QModule)]
+        self.qmodules = [(owner, name, m) for owner, name, m in self.structure if isinstance(m, QModule)]
 
     def runs_float(self) -> bool:
         """Whether nothing in the graph observes or quantizes."""

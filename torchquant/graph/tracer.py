@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from torchquant.graph.calls import Signature, filled, names_of
-from torchquant.graph.fingerprint import ABSENT, fingerprint
+from torchquant.graph.guards import STORES, Guard, read_global, read_now
+from torchquant.graph.hooks import has_hooks, run_hooks, run_pre_hooks
 from torchquant.graph.ops import about_tensors
+from torchquant.graph.outside import globals_kept, globals_of, random_states, random_states_kept
 
 _FACTORIES = tuple(
     name
@@ -40,26 +41,12 @@ _HARMLESS |= {"is_floating_point", "is_complex", "get_device", "is_contiguous"}
 _OF_MODULE = frozenset(dir(nn.Module())) - {"training", "forward"}
 _CHILDREN = {"_modules", "children", "named_children", "modules", "named_modules"}
 _TORCH = os.path.dirname(torch.__file__)
-_STORES = ("_parameters", "_buffers")
 _NO_TENSORS = {"size", "dim", "numel", "ndimension", "stride", "get_device", "tolist", "item"}
 _SEVERAL = {"chunk", "split", "unbind", "topk", "max", "min", "sort", "tensor_split", "meshgrid", "where", "nonzero"}
 
 
 class NotTraceable(Exception):  # noqa: N818 - not an error: the caller goes another way
     """Why a forward has no graph, in words."""
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What Python read while a forward was followed: an attribute of a module, or a global name.
-
-    `where`: path of the module in the traced one, or, if `is_global`, name of the Python module.
-    """
-
-    where: str
-    name: str
-    value: Any
-    is_global: bool = False
 
 
 @dataclass
@@ -74,57 +61,6 @@ class Traced:
     guards: tuple[Guard, ...]
     inlined: tuple[str, ...]
     walked: frozenset[str] = frozenset()
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches the calls of the module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What the forward pre-hooks of a module make of its arguments."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if key in module._forward_pre_hooks_with_kwargs:
-            changed = hook(module, args, kwargs)
-            args, kwargs = (args, kwargs) if changed is None else changed
-        else:
-            changed = hook(module, args)
-            args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
-    return args, kwargs
-
-
-def run_hooks(result: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the forward hooks of a module make of its result."""
-    for key, hook in list(module._forward_hooks.items()):
-        with_kwargs = key in module._forward_hooks_with_kwargs
-        changed = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
-        result = result if changed is None else changed
-    return result
-
-
-def read_now(module: nn.Module, name: str) -> Any:
-    """The fingerprint of an attribute, as a guard has it."""
-    own = vars(module)
-    if name in own:
-        return fingerprint(own[name])
-    for store in _STORES:
-        if name in own[store]:
-            return fingerprint(own[store][name])
-    if name in own["_modules"]:
-        return fingerprint(own["_modules"][name])
-    for kind in type(module).__mro__:
-        if name in vars(kind):
-            value = vars(kind)[name]
-            return ABSENT if callable(value) or hasattr(value, "__get__") else fingerprint(value)
-    return "missing"
-
-
-def read_global(module: str, name: str) -> Any:
-    """The fingerprint of a global name of a Python module."""
-    found = vars(sys.modules[module]) if module in sys.modules else {}
-    return fingerprint(found[name]) if name in found else "missing"
 
 
 class _Value(fx.Proxy):
@@ -206,10 +142,10 @@ class Tracer(fx.Tracer):
         self.paths[id(module)] = ""
         self.running = [module]
         before = _insides(module)
-        state = _random_states()
+        state = random_states()
         with random_states_kept(), globals_kept(module):
             graph = self.trace(module)
-            changed = _random_states() != state
+            changed = random_states() != state
             self._note_globals(module)
         self._note_changes(module, before)
         if self.reason or changed:
@@ -267,7 +203,7 @@ class Tracer(fx.Tracer):
         if id(m) not in self.paths:
             self.refuse(f"it calls a {type(m).__name__} that is not one of its registered modules")
         is_leaf = self.is_leaf(m)
-        before = None if is_leaf else _random_states()
+        before = None if is_leaf else random_states()
         if not is_leaf:
             self.running.append(m)
             self._enter(m)
@@ -282,7 +218,7 @@ class Tracer(fx.Tracer):
         finally:
             if not is_leaf:
                 self.running.pop()
-        if before is not None and _random_states() != before:
+        if before is not None and random_states() != before:
             self.refuse("it draws random numbers in Python", m)
         return result
 
@@ -299,7 +235,7 @@ class Tracer(fx.Tracer):
     def _enter(self, module: nn.Module) -> None:
         self.inlined.setdefault(self.paths[id(module)])
         forward = vars(module).get("forward") or type(module).forward
-        for where, name, value in _globals_of(forward):
+        for where, name, value in globals_of(forward):
             self.globals.setdefault((where, name), value)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
@@ -462,67 +398,12 @@ def _modes() -> tuple[Any, ...]:
     return torch._C.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype()
 
 
-def _random_states() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    with torch._C.DisableTorchFunction():
-        torchs = bytes(torch.get_rng_state().numpy())
-    state = None if numpy is None else numpy.random.get_state(legacy=False)
-    of_numpy = () if state is None else (state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"])
-    return random.getstate(), torchs, of_numpy
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """The random states of Python, numpy and torch are afterwards what they were before."""
-    numpy, ours, torchs = sys.modules.get("numpy"), random.getstate(), torch.get_rng_state()
-    numpys = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(ours)
-        torch.set_rng_state(torchs)
-        if numpy is not None:
-            numpy.random.set_state(numpys)
-
-
-@contextmanager
-def globals_kept(model: nn.Module) -> Iterator[None]:
-    """Lists, dictionaries and sets that forwards of the model read from their files hold afterwards what they held."""
-    kept = []
-    for forward in {type(module).forward for module in model.modules()}:
-        for where, name, _ in _globals_of(forward):
-            value = vars(sys.modules[where])[name]
-            if isinstance(value, list | dict | set):
-                kept.append((value, value.copy()))
-    try:
-        yield
-    finally:
-        for value, former in kept:
-            value.clear()
-            value.extend(former) if isinstance(value, list) else value.update(former)
-
-
 def _insides(root: nn.Module) -> dict[int, dict[str, dict[str, Any]]]:
     """What hangs on every module, by identity."""
     return {
-        id(m): {"": dict(vars(m)), **{store: dict(vars(m)[store]) for store in (*_STORES, "_modules")}}
+        id(m): {"": dict(vars(m)), **{store: dict(vars(m)[store]) for store in (*STORES, "_modules")}}
         for m in root.modules()
     }
-
-
-def _globals_of(forward: Callable[..., Any]) -> Iterator[tuple[str, str, Any]]:
-    """(Python module, name, fingerprint) of the plain values that a forward reads from its file."""
-    forward = getattr(forward, "__func__", forward)
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    code = getattr(forward, "__code__", None)
-    home = sys.modules.get(forward.__module__ or "")
-    if code is None or home is None or vars(home) is not forward.__globals__ or home.__name__.startswith("torch."):
-        return
-    for name in code.co_names:
-        value = vars(home).get(name)
-        if name in vars(home) and isinstance(value, bool | int | float | str | list | dict | set | type(None)):
-            yield home.__name__, name, fingerprint(value)
 
 
 def _where() -> tuple[str, int]:

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torchquant._shown import running
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
+from torchquant.graph.outside import globals_kept, random_states_kept
 from torchquant.graph.sites import Captured, Region
 from torchquant.graph.trace import in_mode
-from torchquant.graph.tracer import globals_kept, random_states_kept
 from torchquant.qmodule.state import is_real
 
 Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
+from torchquant.graph.outside import globals_kept, random_states_kept
 from torchquant.graph.sites import LeftFloat
 from torchquant.graph.trace import in_mode
 from torchquant.graph.traced import graphs_running
-from torchquant.graph.tracer import globals_kept, random_states_kept
 from torchquant.graph.watch import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules

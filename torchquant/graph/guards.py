@@ -1,0 +1,50 @@
+"""What Python reads in a forward beside its arguments, so that a later change of it is seen."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchquant.graph.fingerprint import ABSENT, fingerprint
+
+STORES = ("_parameters", "_buffers")
+"""Where a module holds tensors by name."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What Python read while a forward was followed: an attribute of a module, or a global name.
+
+    `where`: path of the module in the traced one, or, if `is_global`, name of the Python module.
+    """
+
+    where: str
+    name: str
+    value: Any
+    is_global: bool = False
+
+
+def read_now(module: nn.Module, name: str) -> Any:
+    """The fingerprint of an attribute, as a guard has it."""
+    own = vars(module)
+    if name in own:
+        return fingerprint(own[name])
+    for store in STORES:
+        if name in own[store]:
+            return fingerprint(own[store][name])
+    if name in own["_modules"]:
+        return fingerprint(own["_modules"][name])
+    for kind in type(module).__mro__:
+        if name in vars(kind):
+            value = vars(kind)[name]
+            return ABSENT if callable(value) or hasattr(value, "__get__") else fingerprint(value)
+    return "missing"
+
+
+def read_global(module: str, name: str) -> Any:
+    """The fingerprint of a global name of a Python module."""
+    found = vars(sys.modules[module]) if module in sys.modules else {}
+    return fingerprint(found[name]) if name in found else "missing"
