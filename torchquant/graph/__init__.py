@@ -1,10 +1,10 @@
 """Whole models: finding the sites of any model, and putting quantizers there.
 
-`tracer.py` follows one forward and notices what a graph of it would lose (`guards.py`, `outside.py`), `trace.py` follows
-all its ways, `writes.py` orders what it writes in place, `calls.py` knows how it is called. `ops.py` knows the operators,
-`capture.py` and `graph_sites.py` find the sites. `rewrite.py` puts quantizers in (`edit.py`: into one graph) and takes
-them out, `traced.py` runs the graphs, `again.py` follows a forward that goes another way. `watch.py` runs examples,
-`cost.py` counts. `torchquant.plan` is what people use.
+`tracer.py` follows one forward and notices what a graph of it would lose (`guards.py`, `outside.py`), `trace.py`
+follows all its ways, `writes.py` orders what it writes in place, `calls.py` knows how it is called. `ops.py` knows
+the operators, `capture.py` and `graph_sites.py` find the sites. `rewrite.py` puts quantizers in (`edit.py`: into
+one graph) and takes them out, `traced.py` runs the graphs, `again.py` follows a forward that goes another way.
+`watch.py` runs examples, `cost.py` counts. `torchquant.plan` is what people use.
 """
 
 from torchquant.graph.capture import capture as capture
