@@ -173,7 +173,9 @@ def found(address: str, name: str) -> Any:
 @pytest.mark.parametrize(("address", "name"), entries(), ids=lambda value: value.removeprefix("torchquant."))
 def test_wrong_arguments_are_answered(address: str, name: str) -> None:
     function, make = found(address, name), CALLS[address][name]
-    assert complaint(function, make()) is None, "the valid call"
+    with limited(SECONDS), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        call(function, make())  # the valid call
     complaints = []
     for parameter in inspect.signature(function).parameters.keys() & make():
         for what, wrong in fed(function, parameter):
