@@ -154,6 +154,11 @@ def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     assert loaded == plan
     assert str(loaded) == str(plan)
     assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml"]
+    path.write_text(path.read_text().partition("left_float")[0])
+    with pytest.raises(ConfigError, match=r"plan.yaml seems to be cut: it has no left_float"):
+        QuantPlan.load(path)
+    path.write_text("torchquant_plan: 1\nsites:\n- path: '0'\n  weight: affine:4\n")  # by hand
+    assert [site.weight for site in QuantPlan.load(path).sites] == ["affine:4"]
     with pytest.raises(ConfigError, match="site '0', weight: a function cannot be saved"):
         QuantPlan.from_rules([{"weight": lambda m: None}], net()).save(tmp_path / "other.yaml")
     assert not (tmp_path / "other.yaml").exists()

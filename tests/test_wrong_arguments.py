@@ -147,9 +147,15 @@ def hints_of(function: Any) -> dict[str, Any]:
 
 
 def fed(function: Any, parameter: str) -> Iterator[tuple[str, Any]]:
-    """(what, value) that a parameter is fed. A module or class given for a function may raise what it likes."""
+    """(what, value) that a parameter is fed: not its default.
+
+    A module or class given for a function may raise what it likes.
+    """
     is_function = "Callable" in str(hints_of(function).get(parameter))
+    has_none = inspect.signature(function).parameters[parameter].default is None
     for what, make in WRONG.items():
+        if has_none and what == "None":
+            continue
         if what in ("a large number", "a number of 63 bits") and parameter in OF_NO_END:
             continue
         if (function.__module__.startswith(SLOW) and what not in FEW) or (

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.capture import Finder

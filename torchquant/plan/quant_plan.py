@@ -242,8 +242,8 @@ class QuantPlan:
             types[entry["path"]] = entry.get("what", "")
         if any(types.values()) and "left_float" not in data:
             raise ConfigError(
-                f"{where} seems to be cut: it has no left_float, with which every saved plan ends. Take the whole one, or "
-                "write 'left_float: []' at its end"
+                f"{where} seems to be cut: it has no left_float, with which every saved plan ends. Take the whole one, "
+                "or write 'left_float: []' at its end"
             )
         floats = []
         for i, entry in enumerate(data.get("left_float") or []):
