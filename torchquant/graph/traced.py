@@ -142,7 +142,7 @@ class Followed:
                     seen.add(key)
                     self.structure.append((owner, name, child))
                 owner = child
-        self.qmodules = [(*where, m) for *where, m in self.structure if isinstance(m, QModule)]
+        self.qmodules = [(owner, name, m) for owner, name, m in self.structure if isinstance(m, QModule)]
 
     def runs_float(self) -> bool:
         """Whether nothing in the graph observes or quantizes."""
