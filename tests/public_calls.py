@@ -20,6 +20,7 @@ import torchquant as tq
 from torchquant import deploy, search
 from torchquant.qmodule import ActivationRow, LayerRow
 from torchquant.quantizers_functional import FloatFormat
+from torchquant.quantizers_functional._sums import Joining
 from torchquant.range_observers import BatchMinMax
 
 Arguments = dict[str, Any]
@@ -238,7 +239,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"group": 4, "gradient": "ste"},
         },
         "TernaryQuantizer": fitted(method="twn"),
-        "capture": lambda: {"model": net(), "example_inputs": X, "trace": True, "fuse": True},
+        "capture": lambda: {"model": net(), "example_inputs": X, "trace": True, "fuse": True, "patterns": {}},
         "check_quantizer": lambda: {"quantizer": q(), "sample": X, "laws": ("on_grid",)},
         "freeze_bn": on_model(frozen=True),
         "make_quantizer": lambda: {"spec": "affine:8", "site": "weight"},
@@ -280,9 +281,11 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         },
         "qfmt_params": lambda: {**{"int_bits": torch.tensor(1.0), "n_bits": 8, "signed": True, "dtype": torch.float32}},
         "qfmt_quantize": projected(delta=0.25, min_int=-4, max_int=3),
-        "residual_alphas": lambda: {"rows": ROWS, "n_bits": 2, "method": "alternating", "iterations": 2},
+        "residual_alphas": lambda: {
+            **{"rows": ROWS, "n_bits": 2, "method": "alternating", "iterations": 2, "parts": Joining()},
+        },
         "residual_levels": lambda: {"alphas": torch.tensor([[1.0, 0.5]])},
-        "ternary_params": lambda: {"rows": ROWS, "method": "twn"},
+        "ternary_params": lambda: {"rows": ROWS, "method": "twn", "parts": Joining()},
         "ternary_quantize": projected(threshold=0.2, alpha=0.5),
         "tqt_quantize": lambda: {"x": X, "log2_t": torch.tensor(1.0), "n_bits": 4, "signed": True},
         "ttq_quantize": lambda: {
@@ -396,7 +399,14 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"model": quantized(), "path": file("onnx"), "data": BATCHES, "bound": 0, "tie_bound": 1e-3},
             **{"ways": ("integer",), "stamp": False},
         },
-        "export_onnx": on_model(path="a.onnx", example_inputs=X, dynamic_batch=True, verify=False, keep_signed=False),
+        "export_onnx": on_model(
+            path="a.onnx",
+            example_inputs=X,
+            dynamic_batch=True,
+            verify=False,
+            keep_signed=False,
+            dynamic_shapes=None,
+        ),
         "export_qonnx": on_model(path="b.onnx", example_inputs=X, dynamic_batch=False),
         "file_sizes": lambda: {"paths": [file("packed")]},
         "load_packed": lambda: {"path": file("packed"), "model": net()},

@@ -20,6 +20,7 @@ from torchquant import (
     QWrapper,
     TernaryQuantizer,
     qmodule_state,
+    quantize,
 )
 from torchquant.analysis import layer_errors, sqnr, weight_bytes
 from torchquant.errors import ConfigError, UnobservedRangeError
@@ -99,6 +100,16 @@ def test_layer_errors_equal_a_run_by_hand(model: TwoLayers, x: Tensor) -> None:
     assert errors["add"].weight is None
     assert (errors["fc"].weight, errors["fc"].output) == (None, None)
     assert (errors["conv"].weight.n_bits, errors["add"].output.n_bits) == (4, 3)
+
+
+def test_layer_errors_of_a_quantized_input_of_a_sequential() -> None:
+    """Its forward goes through all its children, where it runs no graph."""
+    x = torch.linspace(-1.0, 1.0, 32).reshape(8, 4)
+    model = quantize(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "int8-ort", x)
+    with qmodule_state(model, QModuleState.CALIBRATION):
+        model(x)
+    found = {error.path: error.output for error in layer_errors(model, x)}
+    assert torch.equal(found["quantize_input_1"].real.reshape(8, 4), x)
 
 
 def test_layer_errors_samples_are_bounded_and_aligned(model: TwoLayers, x: Tensor) -> None:

@@ -208,7 +208,10 @@ def test_what_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
     model = quantize(net(), "w8a8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     other = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(3, 3)).state_dict()
-    with pytest.raises(ConfigError, match=r"not one of this Sequential: it has 1\.wait too much; it lacks 0\.bn"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not one of this Sequential: it has 1\.wait too much; did you mean '1\.weight'\?; it lacks 1\.num",
+    ):
         load_checkpoint(model, {**other, "1.wait": torch.ones(1)})
     wide = {**net().state_dict(), "4.weight": torch.ones(3, 7)}
     with pytest.raises(ConfigError, match=r"4.weight has shape \(3, 7\) there and \(3, 72\) here"):

@@ -330,10 +330,12 @@ def test_the_contents_of_a_folder(tmp_path: Path) -> None:
 def test_a_python_file_that_fails_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(text)
+    before = dict(sys.modules)
     for run in (lambda: load_plugin(path), lambda: model_of(f"{path}:small"), lambda: run_python_file(path, "x")):
         with pytest.raises(ConfigError, match=f"mine.py ?{message}"):
             run()
-    assert not [name for name in sys.modules if name.startswith("torchquant_") and name.endswith("_mine")]
+    names = [name for name in {**before, **sys.modules} if name.startswith("torchquant_") and name.endswith("_mine")]
+    assert [sys.modules.get(name) for name in names] == [before.get(name) for name in names]
 
 
 def test_a_function_that_fails_to_build_a_model_is_named(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_groups_have_the_units_and_the_sign_of_their_scheme() -> None:
     assert grouped.keeps_units is False
     assert tq.check_quantizer(grouped, torch.randn(4, 40), laws=("idempotent",)).skipped
     assert tq.make_quantizer("affine:4/group=8").keeps_units
-    with pytest.raises(ConfigError, match="takes a quantizer per channel on axis 0, got 'affine'"):
+    with pytest.raises(ConfigError, match="quantizer must be a Quantizer, got 'affine'; make_quantizer"):
         GroupQuantizer("affine", 8)  # type: ignore[arg-type]
 
 
@@ -126,7 +126,7 @@ def test_codes_outside_of_the_range_are_refused(name: str) -> None:
 @pytest.mark.parametrize("delta", [0.0, -1.0, float("nan"), torch.tensor([1.0, 0.0])])
 def test_a_step_must_be_above_zero(delta: Any) -> None:
     x = torch.ones(2)
-    with pytest.raises(ConfigError, match="delta must be above 0, got"):
+    with pytest.raises(ConfigError, match="delta must be (above 0|a tensor or a number), got"):
         affine_quantize(x, delta, 0, 4)
     step = torch.tensor(0.5)
     compiled = torch.compile(lambda x, step: affine_quantize(x, step, 0, 4), fullgraph=True, backend="eager")
@@ -158,7 +158,7 @@ def test_a_spec_of_thousands_of_digits_is_refused_in_short() -> None:
         (lambda: APoTQuantizer(4, signed=1), "APoTQuantizer: signed must be True or False or None, got 1"),
         (lambda: tq.ESBQuantizer(4, 1, momentum="x"), "ESBQuantizer: momentum must be a number, got 'x'"),
         (lambda: LSQQuantizer(4, per_sample="x"), "LSQQuantizer: per_sample must be True or False, got 'x'"),
-        (lambda: OBSERVERS["histogram"]("99"), "percentile of HistogramObserver must be a number, got '99'"),
+        (lambda: OBSERVERS["histogram"]("99"), "HistogramObserver: percentile must be a number, got '99'"),
         (lambda: OBSERVERS["aciq"]("4"), "ACIQObserver: n_bits must be a whole number, got '4'"),
         (
             lambda: tq.AffineQuantizer(True, tq.BatchMinMax()),

@@ -148,7 +148,7 @@ def test_ranges_stay_float32_when_the_model_turns_half(move: object) -> None:
     [
         (lambda: ExpAvgMinMax(1.0), r"momentum must be in \(0, 1\), got 1.0"),
         (lambda: ExpAvgMinMax(0.0), "BatchMinMax has none"),
-        (lambda: BatchMinMax(axis=0.5), "axis must be None"),
+        (lambda: BatchMinMax(axis=0.5), "axis must be a whole number or None, got 0.5"),
         (lambda: BatchMinMax(nonfinite="drop"), "nonfinite must be one of raise, ignore"),
         (lambda: BatchMinMax().force_ranges(2.0, 1.0), "range_min must not exceed range_max"),
         (lambda: BatchMinMax().force_ranges(torch.zeros(3), torch.ones(3)), "axis=None takes one number"),

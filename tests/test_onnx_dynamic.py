@@ -117,11 +117,11 @@ def test_a_model_that_cannot_is_refused_by_name(net, x, message, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({2: "height"}, "must be for each input a mapping of axes to names"),
-        ("height", "must be for each input a mapping"),
+        ({2: "height"}, "dynamic_shapes must be a sequence of mappings from whole numbers .*, got {2: 'height'}"),
+        ("height", "dynamic_shapes must be a sequence of mappings from whole numbers .*, got 'height'"),
         (({2: "height"}, {}), "has 2 mappings for 1 inputs"),
         (({4: "height"},), "an input of 4 dimensions has no axis 4"),
-        (({"2": "height"},), "has no axis '2'"),
+        (({"2": "height"},), "must be a sequence of mappings from whole numbers .*, got .{'2': 'height'}"),
         (({2: "the height"},), "axis 2 must be a name or a torch.export.Dim, got 'the height'"),
         (({2: 16},), "axis 2 must be a name or a torch.export.Dim, got 16"),
     ],

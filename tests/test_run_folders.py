@@ -625,7 +625,7 @@ def test_a_full_disk_ends_a_run_in_one_line_that_names_the_file(
         ({"op_types": "Conv2d"}, "op_types must be a list of strings, got 'Conv2d'; write ['Conv2d']"),
         ({"op_names": "0"}, "op_names must be a list of strings, got '0'"),
         ({"quant_types": "weight"}, "quant_types must be a list of strings, got 'weight'"),
-        ({"op_types": [torch.nn.Linear]}, "op_types must be a list of strings, got [<class"),
+        ({"op_types": [torch.nn.Linear]}, "op_types must be a list of strings, got [the class Linear]"),
         ({"quant_bits": True}, "quant_bits of weight must be a whole number from 1 to 31, got True"),
     ],
 )
@@ -637,5 +637,5 @@ def test_a_config_list_of_nni_with_a_word_for_a_list(wrong: dict[str, Any], mess
 
 @pytest.mark.parametrize("given", ["resnet18", None, torch.nn.Linear])
 def test_a_name_where_a_module_is_wanted(given: Any) -> None:
-    with pytest.raises(ConfigError, match=r"the model must be a torch.nn.Module, got "):
+    with pytest.raises(ConfigError, match="model must be a Module, got "):
         quantize(given, "w8a8")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
+from torchquant.graph.traced import graphs_running
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QModuleState, QWrapper
 from torchquant.utils import qmodule_state, qmodules
@@ -93,7 +94,7 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
     model.eval()
     try:
         real: dict[str, Tensor] = {}
-        with qmodule_state(model, QModuleState.BYPASSED), _on_output(model, real.setdefault):
+        with qmodule_state(model, QModuleState.BYPASSED), graphs_running(), _on_output(model, real.setdefault):
             call_with(model, (x,), "x")
         outputs: dict[str, SiteError] = {}
         modules = dict(qmodules(model))

@@ -25,7 +25,7 @@ from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedResNet
 from torchquant.qmodule import float_state_dict
 from torchquant.qmodule.fused_part import current_keys
-from torchquant.utils import observe_weights
+from torchquant.utils import observe_any_weights
 
 __all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_nni"]
 
@@ -104,7 +104,7 @@ def load_checkpoint(
     _check_complete(model, unknown, sorted(needed - loaded.keys()), loaded, own)
     model.load_state_dict({**own, **loaded}, strict=True)
     if not any(_QUANTIZER_KEY.search(key) for key in loaded):
-        observe_weights(model)
+        observe_any_weights(model)
     if calibration is not None:
         config = read_checkpoint(calibration) if isinstance(calibration, str | os.PathLike) else calibration
         restore_calibration(model, config)
@@ -214,7 +214,8 @@ def _check_complete(
 ) -> None:
     problems = []
     if unknown:
-        problems.append(f"it has {_some(unknown)} too much{did_you_mean(unknown[0], own)}")
+        hint = did_you_mean(unknown[0], own)
+        problems.append(f"it has {_some(unknown)} too much{hint and f';{hint}'}")
     if missing:
         problems.append(f"it lacks {_some(missing)}")
     wrong = [k for k, v in loaded.items() if v.shape != own[k].shape and not _QUANTIZER_KEY.search(k)]

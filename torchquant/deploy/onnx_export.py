@@ -115,7 +115,7 @@ def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynamic_sh
         batches.append(tuple(_twice(x, axes) for x, axes in zip(inputs, dynamic_shapes, strict=True)))
     try:
         certificate = certify(model, path, batches, ways=("none",))
-    except RuntimeError as error:
+    except (RuntimeError, ConfigError) as error:
         if dynamic_shapes is None:
             raise
         raise ExportError(
@@ -152,18 +152,18 @@ def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, .
 def _named_axes(inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes) -> list[dict[int, Any]]:
     """What is open of each input, axes counted from 0, a `Dim` for each name. Raises ConfigError."""
     allowed = 'for each input a mapping of axes to names, such as ({2: "height", 3: "width"},)'
-    if not isinstance(dynamic_shapes, Sequence) or not all(isinstance(axes, Mapping) for axes in dynamic_shapes):
-        raise ConfigError(f"dynamic_shapes must be {allowed}; got {dynamic_shapes!r}")
     if len(dynamic_shapes) != len(inputs):
         raise ConfigError(f"dynamic_shapes has {len(dynamic_shapes)} mappings for {len(inputs)} inputs; give {allowed}")
     dims: dict[str, Any] = {}
     found = []
     for x, axes in zip(inputs, dynamic_shapes, strict=True):
         for axis, name in axes.items():
-            if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+            if not -x.ndim <= axis < x.ndim:
                 raise ConfigError(f"dynamic_shapes: an input of {x.ndim} dimensions has no axis {axis!r}")
             if not hasattr(name, "__name__") and not (isinstance(name, str) and name.isidentifier()):
-                raise ConfigError(f"dynamic_shapes: axis {axis} must be a name or a torch.export.Dim, got {name!r}")
+                raise ConfigError(
+                    f"dynamic_shapes: axis {axis} must be a name or a torch.export.Dim, got {shown(name)}"
+                )
             if isinstance(name, str) and name not in dims:
                 least = {} if axis % x.ndim == 0 else {"min": max(x.shape[axis], 2)}  # of samples there may be one
                 dims[name] = torch.export.Dim(name, **least)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.capture import Finder
@@ -72,7 +73,7 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
 def _why(followed: Followed, values: tuple[Any, ...]) -> str:
     broken = [variant.broken() for variant in followed.variants]
     held = next((held for held in broken if held is not None), None)
-    return f"another call: {pattern_of(values)}" if held is None else f"{held} is another now"
+    return f"another call: {shown(pattern_of(values))}" if held is None else f"{held} is another now"
 
 
 def _fused_alike(finder: Finder, region: Region, graph: fx.Graph, followed: Followed) -> tuple[Site, ...]:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from torchquant._arguments import checked
-from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model
@@ -60,9 +59,6 @@ def capture(
     >>> [site.path for site in capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))).sites]
     ['0', '2']
     """
-    if not isinstance(model, nn.Module):
-        hint = "; its name is for `torchquant quantize`, here give what builds it" if isinstance(model, str) else ""
-        raise ConfigError(f"the model must be a torch.nn.Module, got {shown(model)}{hint}")
     if any(isinstance(module, QModule) for module in model.modules()):
         raise ConfigError("the model has QModules already; capture the float model, or plan.revert(model) first")
     if trace not in (True, False, "modules"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from torchquant._shown import running
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
@@ -29,6 +30,11 @@ def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs
     with running(model, what, example_inputs):
         args, kwargs = arguments_of(example_inputs)
         return model(*args, **kwargs)
+
+
+def call_with_copies(model: nn.Module, example_inputs: Any) -> Any:
+    """`call_with`, with tensors of its own: a forward may write to its inputs."""
+    return call_with(model, tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs))
 
 
 @dataclass
@@ -60,7 +66,7 @@ def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
         handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
     with in_mode(False, twin), random_states_kept(), globals_kept(twin):
         try:
-            call_with(twin, example_inputs)
+            call_with_copies(twin, example_inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -149,7 +155,7 @@ def _run_watched(
         handles.append(module.register_forward_hook(tell, with_kwargs=True))
     with in_mode(training, twin), random_states_kept(), globals_kept(twin):
         try:
-            call_with(twin, example_inputs)
+            call_with_copies(twin, example_inputs)
         finally:
             for handle in handles:
                 handle.remove()

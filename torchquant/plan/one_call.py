@@ -16,7 +16,7 @@ from torchquant.graph.outside import globals_kept, random_states_kept
 from torchquant.graph.sites import LeftFloat
 from torchquant.graph.trace import in_mode
 from torchquant.graph.traced import graphs_running
-from torchquant.graph.watch import call_with, tensors_in
+from torchquant.graph.watch import call_with_copies, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 
@@ -100,7 +100,7 @@ def _outcome(twin: nn.Module, example_inputs: Any, training: bool) -> list[Tenso
     with in_mode(training, twin), random_states_kept(), globals_kept(twin):
         torch.manual_seed(0)
         try:
-            return list(tensors_in(call_with(twin, example_inputs)))
+            return list(tensors_in(call_with_copies(twin, example_inputs)))
         except Exception as error:  # whatever a forward raises
             return error
 

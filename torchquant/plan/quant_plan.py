@@ -240,6 +240,11 @@ class QuantPlan:
             fields = {n: choice(entry[n], place, n) for n in (*FIELDS, "fold_bn") if n in entry}
             sites.append(SitePlan(entry["path"], **fields))
             types[entry["path"]] = entry.get("what", "")
+        if any(types.values()) and "left_float" not in data:
+            raise ConfigError(
+                f"{where} seems to be cut: it has no left_float, with which every saved plan ends. Take the whole one, "
+                "or write 'left_float: []' at its end"
+            )
         floats = []
         for i, entry in enumerate(data.get("left_float") or []):
             if not isinstance(entry, dict) or set(entry) != {"path", "type", "why"}:

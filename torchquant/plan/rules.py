@@ -128,8 +128,6 @@ def read_rules(rules: Rules, captured: Captured) -> list[Rule]:
                 "Or give a list of rules"
             )
         return [_read_rule(f"rule {i + 1} of '{rules}'", r, captured) for i, r in enumerate(RULE_SETS[rules])]
-    if not isinstance(rules, Sequence):
-        raise ConfigError(f"rules must be the name of a ready set or a list of dictionaries, got {shown(rules)}")
     return [_read_rule(f"rule {i + 1}", rule, captured) for i, rule in enumerate(rules)]
 
 

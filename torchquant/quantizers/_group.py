@@ -38,8 +38,6 @@ class GroupQuantizer(Quantizer):
 
     def __init__(self, quantizer: Quantizer, size: int) -> None:
         super().__init__()
-        if not isinstance(quantizer, Quantizer):
-            raise ConfigError(f"a group takes a quantizer per channel on axis 0, got {quantizer!r}")
         if quantizer.axis != 0:
             raise ConfigError(f"a group takes a quantizer per channel on axis 0, got axis={quantizer.axis!r}")
         if not (isinstance(size, int) and size > 0):

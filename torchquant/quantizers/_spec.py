@@ -66,7 +66,7 @@ class QuantSpec:
         if not isinstance(text, str):
             raise ConfigError(f"a spec must be a string {GRAMMAR}, got {_kind_of(text)}")
         if len(text) > LONGEST:
-            raise ConfigError(f"a spec has at most {LONGEST} characters, got {len(text)}: {text[:40]!r} ... {GRAMMAR}")
+            raise ConfigError(f"a spec has at most {LONGEST} characters, got {len(text)}: {shown(text)}; {GRAMMAR}")
         rest, at, gradient = text.strip().partition("@")
         head, slash, granularity = rest.partition("/")
         scheme, *items = head.split(",")

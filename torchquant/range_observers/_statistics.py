@@ -100,8 +100,6 @@ class StatisticTracker(CallsOfABatch):
         super().__init__()
         if not 0.0 <= momentum < 1.0:
             raise ConfigError(f"momentum must be in [0, 1), got {momentum!r}")
-        if axis is not None and not isinstance(axis, int):
-            raise ConfigError(f"axis must be None (per tensor) or an integer, got {axis!r}")
         if nonfinite not in NONFINITE:
             raise ConfigError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
         self.momentum = momentum
