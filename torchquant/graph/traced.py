@@ -106,20 +106,12 @@ class Variant:
 class Followed:
     """All that is known of a forward that was followed.
 
-        `node_names`, `op_paths`: the names that nodes and operators have in every variant. `fused`: path of a site with a
-    <<<<<<< HEAD
-        QModule -> what is fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`: (node,
-        spec) -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> that spec.
-        `structure`: (module, name, child) of all that the graphs call or run through; `walks`: whether Python goes through
-        children of a module that has got operators among them; `inlined`: the modules whose forwards are in the graphs, and
-        whether they have hooks.
-    =======
-        QModule -> what is fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`:
-        (node, spec) -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> that
-        spec. `structure`: (module, name, child) of all that the graphs call or run through; `walks`: whether Python goes
-        through children of a module that has got operators among them; `inlined`: the modules whose forwards are in the
-        graphs, and whether they have hooks.
-    >>>>>>> messages
+    `node_names`, `op_paths`: the names that nodes and operators have in every variant. `fused`: path of a site with a
+    QModule -> what is fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`: (node,
+    spec) -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> that spec.
+    `structure`: (module, name, child) of all that the graphs call or run through; `walks`: whether Python goes through
+    children of a module that has got operators among them; `inlined`: the modules whose forwards are in the graphs, and
+    whether they have hooks.
     """
 
     signature: Signature
