@@ -169,7 +169,7 @@ class Names:
 
     def attributes_of(self, model: nn.Module) -> dict[str, Any]:
         return {
-            f"{path}.{key}": model.get_submodule(path).__dict__.get(key, MISSING)
+            f"{path}.{key}": getattr(model.get_submodule(path), key, MISSING)
             for path, keys in self.attributes.items()
             for key in keys
         }

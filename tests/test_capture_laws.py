@@ -51,6 +51,16 @@ class Counts(Base):
         return self.last(self.first(x))
 
 
+class FillsADictionary(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["last"] = x.detach()
+        return self.last(self.first(x))
+
+
 class DrawsInPython(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -110,7 +120,7 @@ class AppendsToAGlobal(Base):
         return self.last(y)
 
 
-HAZARDS = [KeepsALoss, Counts, DrawsInPython, DrawsATensor, WritesAView, WritesInPlace]
+HAZARDS = [KeepsALoss, Counts, FillsADictionary, DrawsInPython, DrawsATensor, WritesAView, WritesInPlace]
 HAZARDS += [WritesItsInput, WithoutGradient, Swallows, AppendsToAGlobal]
 
 

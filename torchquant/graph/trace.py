@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from torchquant.graph.calls import Signature
+from torchquant.graph.copies import copy_model
 from torchquant.graph.flat import FunctionRef as _FunctionRef  # noqa: F401 - old pickles look here
 from torchquant.graph.flat import NodeRef as _NodeRef  # noqa: F401
 from torchquant.graph.hooks import has_hooks
@@ -86,9 +87,10 @@ def traced_variants(
 ) -> list[Traced]:
     """The graphs of the module's forward in each mode; one, if it does not ask for the mode. None: modes as they are.
 
-    The module must be a copy that nobody needs: its forward runs. Raises NotTraceable if a forward cannot be followed.
+    Copies of the module are traced, each once: what a forward changes in Python must not be seen by the next. Raises
+    NotTraceable if a forward cannot be followed.
     """
-    whole: set[type[nn.Module] | nn.Module] = set()
+    whole: set[type[nn.Module] | str] = set()
     for _ in range(MAX_RETRIES):
         found: list[Traced] = []
         for mode in modes:
@@ -107,13 +109,14 @@ def _traced_once(
     module: nn.Module,
     pattern: tuple[Any, ...],
     mode: bool | None,
-    whole: set[type[nn.Module] | nn.Module],
+    whole: set[type[nn.Module] | str],
     through_hooks: bool,
 ) -> Traced | None:
     """One graph; None if one more kind of module was found to be called whole."""
+    module = copy_model(module, shared=(*module.parameters(), *module.buffers()))
 
     def is_leaf(m: nn.Module) -> bool:
-        return type(m) in whole or m in whole or stays_whole(m, through_hooks)
+        return type(m) in whole or tracer.paths[id(m)] in whole or stays_whole(m, through_hooks)
 
     tracer = Tracer(is_leaf, Signature.of(type(module).forward), pattern, _functions_of_timm())
     culprit: nn.Module | None = None
@@ -132,10 +135,11 @@ def _traced_once(
             return traced
         reason, cause = "it reads a tensor through another view after writing to it in place", None
         culprit = module.get_submodule(owner_path(write))
-    if culprit is None or culprit is module or culprit in whole:
+    path = "" if culprit is None else tracer.paths[id(culprit)]
+    if path == "" or path in whole:
         raise NotTraceable(reason) from cause
     is_container = isinstance(culprit, nn.Sequential) or type(culprit) in whole
-    whole.add(culprit if is_container or type(culprit) is type(module) else type(culprit))
+    whole.add(path if is_container or type(culprit) is type(module) else type(culprit))
     return None
 
 
