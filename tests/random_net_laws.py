@@ -504,6 +504,9 @@ def reverts(b: Bench) -> None:
     require(difference(*(_learned(kept(dict(m.state_dict()))) for m in (model, b.float_model)), "state"))
     b.model = model
     model.load_state_dict(b.float_model.state_dict())
+    for path, module in b.float_model.named_modules():  # and what forwards keep of activations
+        for name in [name for name in vars(module) if name.startswith("note")]:
+            setattr(model.get_submodule(path), name, copy.deepcopy(kept(vars(module)[name])))
     for training in (False, True):
         for m in b.both:
             m.train(training)
