@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from torchquant._shown import running
+from torchquant._shown import running, shown
+from torchquant.errors import ConfigError
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.outside import globals_kept, random_states_kept
@@ -34,7 +35,13 @@ def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs
 
 def call_with_copies(model: nn.Module, example_inputs: Any) -> Any:
     """`call_with`, with tensors of its own: a forward may write to its inputs."""
-    return call_with(model, tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs))
+    try:
+        copies = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
+    except RecursionError:
+        raise ConfigError(
+            f"example_inputs must be tensors, in structures that end; got {shown(example_inputs)}"
+        ) from None
+    return call_with(model, copies)
 
 
 @dataclass
