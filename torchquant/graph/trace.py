@@ -136,7 +136,7 @@ def _traced_once(
         reason, cause = "it reads a tensor through another view after writing to it in place", None
         culprit = module.get_submodule(owner_path(write))
     path = "" if culprit is None else tracer.paths[id(culprit)]
-    if path == "" or path in whole:
+    if culprit is None or path == "" or path in whole:
         raise NotTraceable(reason) from cause
     is_container = isinstance(culprit, nn.Sequential) or type(culprit) in whole
     whole.add(path if is_container or type(culprit) is type(module) else type(culprit))
