@@ -32,16 +32,16 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
     """
     changed = followed.changed()
     why = changed or _why(followed, values)
-    twin = float_twin(module, followed)
+    twin, pattern = float_twin(module, followed), pattern_of(values)
     try:
-        (traced,) = traced_variants(twin, pattern_of(values), (None,), through_hooks=True)
+        (traced,) = traced_variants(twin, pattern, (None,), through_hooks=True)
     except NotTraceable as reason:
         raise ConfigError(
             f"{type(module).__name__} runs otherwise than when it was quantized ({why}), in a way that cannot be "
             f"followed: {reason}. {REMEDY}"
         ) from reason
     graph = renamed(traced.graph, followed.node_names)
-    region = Region("", twin, (Way(traced),), "", pattern_of(values), followed.node_names, followed.op_paths)
+    region = Region("", twin, (Way(traced),), "", pattern, followed.node_names, followed.op_paths)
     finder = Finder(twin, True, True, {})
     sites = _fused_alike(finder, region, graph, followed)
     editor, new = GraphEditor(graph), []
@@ -62,7 +62,7 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
             stacklevel=2,
         )
     guards = [Held(None if g.is_global else _real(module, g.where), g.where, g.name, g.value) for g in traced.guards]
-    variant = Variant(pattern_of(values), guards, graph)
+    variant = Variant(pattern, guards, graph)
     if changed:  # what the others call is not there any more
         followed.variants.clear()
     followed.variants.insert(0, variant)

@@ -93,21 +93,18 @@ class Finder:
         """What was found, told of `model` instead of the copy."""
 
         def site_of(site: Site) -> Site:
-            return site if site.module is None else replace(site, module=_at(model, self._path_of(site)))
+            return site if site.module is None else replace(site, module=model.get_submodule(site.path))
 
         regions = {
             path: replace(
                 region,
-                module=_at(model, path),
+                module=model.get_submodule(path),
                 ways=tuple(replace(way, sites=tuple(map(site_of, way.sites))) for way in region.ways),
             )
             for path, region in self.regions.items()
         }
         sites = tuple(map(site_of, self.sites.values()))
         return Captured(model, sites, tuple(self.floats), regions, self.trace, self.fuse)
-
-    def _path_of(self, site: Site) -> str:
-        return next(path for path, module in self.model.named_modules() if module is site.module)
 
     def look_into(self, path: str, module: nn.Module) -> None:
         """Note the sites of a module; its own graphs if it has some."""
@@ -202,10 +199,6 @@ class Finder:
                 is_told = told.get(path) == type(module).__name__
                 if weight.ndim > 1 and id(weight) not in owned and not is_told:
                     self.floats.append(LeftFloat(joined(path, name), f"{type(module).__name__}.{name}", RAW_WHY))
-
-
-def _at(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path)
 
 
 def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:

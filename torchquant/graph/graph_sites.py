@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from torchquant.graph.hooks import has_hooks
-from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, passes_values
+from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, name_of, passes_values
 from torchquant.graph.sites import (
     NORM_WHY,
     LeftFloat,
@@ -214,7 +214,7 @@ class GraphSites:
                 path, kind = joined(self.path, str(node.target)), type(module).__name__
                 self._leave(path, kind, NORM_WHY if "Norm" in kind else NO_FORM)
             return
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        name = name_of(node)
         is_no_operator = name.startswith("_assert") or name == "getattr" or isinstance(node.target, type)
         if self._takes_values(node) and not is_no_operator:
             path = joined(self.path, module_path(node))

@@ -118,6 +118,16 @@ def _target(node: fx.Node, root: nn.Module) -> Any:
     return node.target
 
 
+def name_of(node: fx.Node) -> str:
+    """The bare name of what a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def is_of_torch(node: fx.Node) -> bool:
+    """Whether the function that a node calls is torch's, or an operator of Python."""
+    return str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator"))
+
+
 def computing_type(node: fx.Node, root: nn.Module) -> str | None:
     """The type of an operator that computes new values from quantized ones, None for another node."""
     if node.op == "call_module":

@@ -20,6 +20,7 @@ from torchquant.graph.copies import copy_model
 from torchquant.graph.flat import FunctionRef as _FunctionRef  # noqa: F401 - old pickles look here
 from torchquant.graph.flat import NodeRef as _NodeRef  # noqa: F401
 from torchquant.graph.hooks import has_hooks
+from torchquant.graph.ops import name_of
 from torchquant.graph.traced import TracedModule as TracedModule
 from torchquant.graph.traced import TrainingFlag as TrainingFlag
 from torchquant.graph.traced import empty_traced as _empty_traced  # noqa: F401
@@ -156,8 +157,7 @@ def _number(graph: fx.Graph) -> None:
     """Give every node, as `meta["is"]`, what tells it from all others, the same in every graph of the forward."""
     counts: Counter[Any] = Counter()
     for node in graph.nodes:
-        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        key = node.op, str(target), node.meta.get("where")
+        key = node.op, name_of(node), node.meta.get("where")
         node.meta["is"] = (*key, counts[key])
         counts[key] += 1
 

@@ -25,15 +25,12 @@ from torch.utils._pytree import tree_leaves
 from torchquant.graph.calls import Signature, filled, names_of
 from torchquant.graph.guards import STORES, Guard, read_global, read_now
 from torchquant.graph.hooks import has_hooks, run_hooks, run_pre_hooks
-from torchquant.graph.ops import about_tensors
+from torchquant.graph.ops import about_tensors, is_of_torch, name_of
 from torchquant.graph.outside import globals_kept, globals_of, random_states, random_states_kept
 
-_FACTORIES = tuple(
-    name
-    for name in (
-        *("zeros", "ones", "full", "empty", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint"),
-        *("randperm", "tensor", "as_tensor", "normal", "tril_indices", "triu_indices", "hann_window"),
-    )
+_FACTORIES = (
+    *("zeros", "ones", "full", "empty", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint"),
+    *("randperm", "tensor", "as_tensor", "normal", "tril_indices", "triu_indices", "hann_window"),
 )
 """Functions of torch that cannot see a traced size among their arguments."""
 _HARMLESS = {"__get__", "size", "dim", "numel", "nelement", "stride", "element_size", "ndimension", "__len__"}
@@ -93,13 +90,12 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 
 def _is_tensor(node: fx.Node) -> bool:
     """Whether the value of a node surely is a tensor, so far as its operator tells."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name_of(node)
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op == "call_method":
         return name not in _NO_TENSORS | _SEVERAL
-    is_of_torch = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator"))
-    if node.op == "call_function" and is_of_torch and name not in _SEVERAL | {"getattr", "getitem"}:
+    if node.op == "call_function" and is_of_torch(node) and name not in _SEVERAL | {"getattr", "getitem"}:
         return any(_is_tensor(source) for source in node.all_input_nodes)
     return False
 
@@ -107,7 +103,7 @@ def _is_tensor(node: fx.Node) -> bool:
 class Tracer(fx.Tracer):
     """Follows one forward with one pattern of arguments, in the mode the modules are in.
 
-    `whole`: modules and classes of modules that are called as they are. After a failure `culprit` is the innermost
+    `is_leaf`: whether a module is called as it is. After a failure `culprit` is the innermost
     module that cannot be followed, and `reason` says why.
     """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant.graph.ops import is_of_torch, name_of
 from torchquant.qmodule.patterns import norm_of, row_of
 
 _IN_PLACE: set[Any] = {
@@ -36,11 +37,6 @@ _VIEW_MODULES = (
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
-
-
-def name_of(node: fx.Node) -> str:
-    """The bare name of what a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def written_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -85,8 +81,7 @@ def _may_be_view(node: fx.Node, root: nn.Module) -> bool:
         return False
     if written_by(node, root) is not None or name_of(node) in _VIEWS:
         return True
-    is_of_torch = str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator"))
-    return node.op == "call_function" and not is_of_torch and not _is_built_in(node.target)
+    return node.op == "call_function" and not is_of_torch(node) and not _is_built_in(node.target)
 
 
 def _is_built_in(target: Any) -> bool:
