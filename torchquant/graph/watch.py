@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from torchquant._shown import running, shown
 from torchquant.errors import ConfigError
@@ -44,6 +46,22 @@ def call_with_copies(model: nn.Module, example_inputs: Any) -> Any:
     return call_with(model, copies)
 
 
+@contextmanager
+def undisturbed(twin: nn.Module, training: bool) -> Iterator[None]:
+    """A copy in one mode; random states and globals are afterwards what they were."""
+    with in_mode(training, twin), random_states_kept(), globals_kept(twin):
+        yield
+
+
+def _call_hooked(twin: nn.Module, example_inputs: Any, handles: Iterable[RemovableHandle]) -> None:
+    """Run the copy on the example once, and take the hooks off."""
+    try:
+        call_with_copies(twin, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Calls:
     """How the modules of a model are called on an example.
@@ -71,12 +89,8 @@ def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
                 values.update({} if bound is None else {path: bound})
 
         handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    with in_mode(False, twin), random_states_kept(), globals_kept(twin):
-        try:
-            call_with_copies(twin, example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with undisturbed(twin, training=False):
+        _call_hooked(twin, example_inputs, handles)
     return Calls(values, {path: n for path, n in counts.items() if n > 1})
 
 
@@ -160,12 +174,8 @@ def _run_watched(
             note_module(path, (*args, *kwargs.values()), value)
 
         handles.append(module.register_forward_hook(tell, with_kwargs=True))
-    with in_mode(training, twin), random_states_kept(), globals_kept(twin):
-        try:
-            call_with_copies(twin, example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with undisturbed(twin, training):
+        _call_hooked(twin, example_inputs, handles)
         done: set[str] = set()
         for region, values in calls:
             if region.path not in done:

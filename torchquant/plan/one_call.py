@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
-from torchquant.graph.outside import globals_kept, random_states_kept
 from torchquant.graph.sites import LeftFloat
-from torchquant.graph.trace import in_mode
 from torchquant.graph.traced import graphs_running
-from torchquant.graph.watch import call_with_copies, tensors_in
+from torchquant.graph.watch import call_with_copies, tensors_in, undisturbed
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 
@@ -97,7 +95,7 @@ def _same(model: nn.Module | None, quantized: nn.Module, example_inputs: Any) ->
 
 def _outcome(twin: nn.Module, example_inputs: Any, training: bool) -> list[Tensor] | Exception:
     """The tensors that a copy nobody needs gives on the example."""
-    with in_mode(training, twin), random_states_kept(), globals_kept(twin):
+    with undisturbed(twin, training):
         torch.manual_seed(0)
         try:
             return list(tensors_in(call_with_copies(twin, example_inputs)))
