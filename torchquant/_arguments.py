@@ -141,7 +141,7 @@ class _Check:
 
 
 def one_number(value: object, what: str) -> Tensor:
-    """What a function gave, if it is a tensor with one number. Raises ConfigError that begins with `what`."""
+    """Return the value if it is a tensor with one number. Raises ConfigError that begins with `what`."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.reshape(())
     raise ConfigError(
@@ -150,7 +150,7 @@ def one_number(value: object, what: str) -> Tensor:
 
 
 def number(value: object, what: str) -> float:
-    """What a function gave, as a number. Raises ConfigError that begins with `what`."""
+    """Return the value as a number. Raises ConfigError that begins with `what`."""
     if _is_number(value) or isinstance(value, Tensor) and value.numel() == 1:
         return float(cast(float, value))
     raise ConfigError(f"{what} must be a number, got {shown(value)}")
@@ -258,7 +258,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    """Of 64 bits, as torch takes them."""
+    """Tell whether the value is a whole number that fits into the 64 bits torch takes."""
     return isinstance(value, Integral) and not _is_bool(value) and -(2**63) <= int(value) < 2**63
 
 
@@ -314,7 +314,7 @@ def _with_article(name: str) -> str:
 
 
 def _advice(hint: Any, value: object) -> str:
-    """What to do instead, where it is known: an object for its class, what the wanted class says of itself."""
+    """Say what to do instead, where it is known: an object for its class, what the wanted class says of itself."""
     kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
     if isinstance(value, type) and any(issubclass(value, kind) for kind in kinds):
         return f"; give an object: {value.__name__}(...)"

@@ -168,7 +168,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds. Raises ConfigError that names it."""
+    """Read a JSON file. Raises ConfigError that names it."""
     try:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -176,7 +176,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_saved(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote, on the CPU, if it is tensors and plain data. Raises ConfigError that names the file."""
+    """Read tensors and plain data that `torch.save` wrote, onto the CPU. Raises ConfigError that names the file."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"there is no file {file}")

@@ -19,7 +19,7 @@ SHOWN = 100
 LINE = 300
 """Characters of another's message that a message repeats."""
 UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
-"""What is raised as it is: our own, what tracing must see, and a full memory."""
+"""Exceptions that pass through unchanged: our own, those that tracing must see, and a full memory."""
 _OF_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -60,7 +60,7 @@ def shown(value: object) -> str:
 
 @contextmanager
 def running(model: object, what: str, inputs: object) -> Iterator[None]:
-    """What a model raises on inputs, as a ConfigError that says which model, what came, and the model's own words.
+    """Turn what a model raises on inputs into a ConfigError: which model, what came, and the model's own words.
 
     >>> with running(nn.Linear(4, 2), "the example", 7):
     ...     nn.Linear(4, 2)(7)
