@@ -48,3 +48,27 @@ def read_global(module: str, name: str) -> Any:
     """The fingerprint of a global name of a Python module."""
     found = vars(sys.modules[module]) if module in sys.modules else {}
     return fingerprint(found[name]) if name in found else "missing"
+
+
+class Missing:
+    """Found where there is nothing."""
+
+
+class Unseen:
+    """Found by nobody yet."""
+
+
+def found_on(module: nn.Module, name: str) -> Any:
+    """The attribute of a module that `read_now` tells of, itself; of its class as the class gives it. Else Missing."""
+    own = module.__dict__
+    if name in own:
+        return own[name]
+    for store in (*STORES, "_modules"):
+        if name in own[store]:
+            return own[store][name]
+    return getattr(type(module), name, Missing)
+
+
+def found_global(module: str, name: str) -> Any:
+    """A global name of a Python module, itself, or Missing."""
+    return vars(sys.modules[module]).get(name, Missing) if module in sys.modules else Missing

@@ -17,12 +17,13 @@ from torch import fx, nn
 
 from torchquant.graph.calls import Signature, fits, leaves
 from torchquant.graph.flat import flattened, unflattened
-from torchquant.graph.guards import read_global, read_now
+from torchquant.graph.guards import Unseen, found_global, found_on, read_global, read_now
 from torchquant.graph.hooks import has_hooks
 from torchquant.qmodule.state import QModule, QModuleState
 
 _numbers = count()
 _always_graphs = False
+_STEADY = (bool, int, float, complex, str, bytes, type(None), nn.Module, torch.Tensor, FunctionType, property, type)
 _ATOMS = {f"builtins.{kind.__name__}" for kind in (bool, int, float, str, type(None))}
 
 
@@ -45,10 +46,22 @@ class Held:
     where: str
     name: str
     value: Any
+    seen: Any = field(default=Unseen, repr=False, compare=False)
+    """The object that was found last, if being the same object says that nothing has changed."""
 
-    def now(self) -> Any:
-        """What is there now."""
-        return read_global(self.where, self.name) if self.module is None else read_now(self.module, self.name)
+    def holds(self) -> bool:
+        """Whether what is there now has the fingerprint it had."""
+        found = found_global(self.where, self.name) if self.module is None else found_on(self.module, self.name)
+        if found is self.seen:
+            return True
+        now = read_global(self.where, self.name) if self.module is None else read_now(self.module, self.name)
+        if now != self.value:
+            return False
+        self.seen = found if isinstance(found, _STEADY) else Unseen
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": Unseen}
 
     def __str__(self) -> str:
         of = f"the global '{self.name}' of {self.where}" if self.module is None else f"attribute '{self.name}'"
@@ -57,24 +70,24 @@ class Held:
 
 @dataclass
 class Variant:
-    """One way a forward goes: a graph, for calls of one pattern, under what was read while it was traced."""
+    """One way a forward goes: a graph, for calls of one pattern, under what was read while it was traced.
+
+    `run`: the graph as a function. `atoms`: the plain values among the guards, as compiled code checks them.
+    """
 
     pattern: tuple[Any, ...] | None
     guards: list[Held]
     graph: fx.Graph
     run: Callable[..., Any] = field(init=False, repr=False)
-
     atoms: list[tuple[nn.Module, str, Any]] = field(init=False, repr=False)
-    others: list[Held] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.run = _compiled(self.graph)
-        self.atoms, self.others = [], []
-        for guard in self.guards:
-            if guard.module is not None and guard.value[0] in _ATOMS:
-                self.atoms.append((guard.module, guard.name, guard.value[1]))
-            else:
-                self.others.append(guard)
+        self._find_atoms()
+
+    def _find_atoms(self) -> None:
+        plain = [g for g in self.guards if g.module is not None and g.value[0] in _ATOMS]
+        self.atoms = [(guard.module, guard.name, guard.value[1]) for guard in plain if guard.module is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"pattern": self.pattern, "guards": self.guards, "graph": flattened(self.graph)}
@@ -85,17 +98,15 @@ class Variant:
         self.__post_init__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
-        return Variant(self.pattern, copy.deepcopy(self.guards, memo), self.graph)
+        copied = object.__new__(Variant)
+        copied.pattern, copied.graph, copied.run = self.pattern, self.graph, self.run
+        copied.guards = copy.deepcopy(self.guards, memo)
+        copied._find_atoms()
+        return copied
 
     def broken(self) -> Held | None:
         """The first of what was read that is another now."""
-        for module, name, value in self.atoms:
-            now = module.__dict__.get(name, self)
-            if now is not value and (now is self or type(now) is not type(value) or now != value):
-                held = next(g for g in self.guards if g.module is module and g.name == name)
-                if held.now() != held.value:
-                    return held
-        return next((held for held in self.others if held.now() != held.value), None)
+        return next((held for held in self.guards if not held.holds()), None)
 
     def holds_in_one_graph(self) -> bool:
         """`not broken()`, as far as torch.compile and torch.export can follow: the plain values."""

@@ -180,7 +180,11 @@ class Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.is_leaf(m)
+        self.in_fx += 1  # what we ask of a module is not what its forward reads
+        try:
+            return self.is_leaf(m)
+        finally:
+            self.in_fx -= 1
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         tensors = [self.create_proxy("placeholder", name, (), {}) for name in names_of(self.signature, self.pattern)]
@@ -198,7 +202,7 @@ class Tracer(fx.Tracer):
     ) -> Any:
         if id(m) not in self.paths:
             self.refuse(f"it calls a {type(m).__name__} that is not one of its registered modules")
-        is_leaf = self.is_leaf(m)
+        is_leaf = self.is_leaf_module(m, self.paths[id(m)])
         before = None if is_leaf else random_states()
         if not is_leaf:
             self.running.append(m)
