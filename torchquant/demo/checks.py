@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import math
-import types
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from torchquant._arguments import described, fits
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
 
-WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "True or False", dict: "a dictionary"}
 MAX_SEED = 2**32 - 1
 
 
 def check_types(instance: Any) -> None:
-    """Raise ConfigError for a field of a data class whose value is not of the field's type, by name.
-
-    Of strings, numbers, truth values, None and dictionaries; a whole number is a number too. What is inside a
-    dictionary is not looked at.
-    """
+    """Raise ConfigError for a field of a data class whose value is not of the field's type, by name."""
     for name, hint in get_type_hints(type(instance)).items():
-        kinds = [get_origin(part) or part for part in (get_args(hint) if _is_union(hint) else (hint,))]
         value = getattr(instance, name, None)
-        if name in instance.__dataclass_fields__ and not any(_fits(value, kind) for kind in kinds):
-            words = " or ".join(WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
-            raise ConfigError(f"{name} must be {words.replace('NoneType', 'None')}, got {shown(value)}")
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+        if name in instance.__dataclass_fields__ and not fits(hint, value):
+            raise ConfigError(f"{name} must be {described(hint)}, got {shown(value)}")
 
 
 def check_at_least(instance: Any, **least: int) -> None:

@@ -233,17 +233,10 @@ class _Writer:
             owner, _, name = path.rpartition(".")
             if not path or (name == "act" and any(owner == taken for taken, _ in site.fused)):
                 continue  # a function, or the activation inside a norm
-            part = self.model.get_submodule(path)
-            calls = [
-                sum(node.op == "call_module" and self._part_at(region, node) is part for node in editor.graph.nodes)
-                for editor in ([] if region is None else self.editors[region.path])
-            ]
-            if all(n <= 1 for n in calls):
+            part, target = self.model.get_submodule(path), _local(region, path)
+            graphs = [] if region is None else [editor.graph for editor in self.editors[region.path]]
+            if all(sum(n.op == "call_module" and n.target == target for n in graph.nodes) <= 1 for graph in graphs):
                 self._swap(part, FusedPart(made, part), moves_hooks=False)
-
-    def _part_at(self, region: Region | None, node: fx.Node) -> nn.Module:
-        assert region is not None
-        return region.module.get_submodule(str(node.target))
 
     def _swap(self, module: nn.Module, new: nn.Module, moves_hooks: bool = True) -> None:
         """Put `new` wherever the model holds `module`; hooks go with the place."""
@@ -335,8 +328,7 @@ def _spec(plan: SitePlan) -> str:
 
 def _node(region: Region, site: Site, which: int) -> fx.Node:
     """A node of the site before anything was written."""
-    names = [node for way in region.ways for node in way.graph.nodes if node.name == site.nodes[which]]
-    return names[0]
+    return next(node for way in region.ways for node in way.graph.nodes if node.name == site.nodes[which])
 
 
 def _function(region: Region | None, site: Site) -> Any:

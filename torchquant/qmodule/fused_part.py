@@ -60,9 +60,9 @@ class FusedPart(Holder):
         is_norm = getattr(getattr(self.wrapper, "bn", None), "_parameters", None) is held._parameters
         return "bn" if is_norm else "activation"
 
-    def moved_keys(self, prefix: str, paths: Mapping[nn.Module, str]) -> tuple[str, str]:
-        """What the keys of the part began with in files of version 0.1, and what they begin with now."""
-        return f"{paths[self.wrapper]}.{self._slot()}.", prefix
+    def former_prefix(self, paths: Mapping[nn.Module, str]) -> str:
+        """What the keys of the part began with in files of version 0.1."""
+        return f"{paths[self.wrapper]}.{self._slot()}."
 
     def extra_repr(self) -> str:
         return f"{type(self.__dict__['part']).__name__}, taken in by a {type(self.wrapper).__name__}"
@@ -73,9 +73,9 @@ def rename_moved_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str 
     paths = {module: path for path, module in model.named_modules()}
     for module, path in paths.items():
         if isinstance(module, FusedPart):
-            before, now = module.moved_keys(f"{path}.", paths)
-            for key in [key for key in state_dict if key.startswith(prefix + before)]:
-                state_dict.setdefault(f"{prefix}{now}{key.removeprefix(prefix + before)}", state_dict[key])
+            before = prefix + module.former_prefix(paths)
+            for key in [key for key in state_dict if key.startswith(before)]:
+                state_dict.setdefault(f"{prefix}{path}.{key.removeprefix(before)}", state_dict[key])
                 del state_dict[key]
 
 
