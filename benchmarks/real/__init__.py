@@ -1,0 +1,1 @@
+"""Networks with real weights that install from the registry, and inputs for them."""
