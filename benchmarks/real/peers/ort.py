@@ -1,0 +1,49 @@
+"""ONNX Runtime's own tools: static (QDQ, activations uint8, weights int8 per channel) and dynamic quantization."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from benchmarks.real.networks import Real
+from benchmarks.real.peers._base import Peer, Quantized
+from benchmarks.real.peers.onnx_files import Feeds, integer_weights, prepared_file, session_call
+from torchquant.errors import require
+
+
+def static_file(network: Real, folder: Path, method: str) -> Path:
+    """The file that `quantize_static` makes, written once."""
+    path = folder / f"ort-{method}.onnx"
+    if not path.exists():
+        tool, source = require("onnxruntime.quantization", "deploy"), prepared_file(network, folder)
+        tool.quantize_static(
+            str(source),
+            str(path),
+            Feeds(source, network.calibration),
+            quant_format=tool.QuantFormat.QDQ,
+            activation_type=tool.QuantType.QUInt8,
+            weight_type=tool.QuantType.QInt8,
+            per_channel=True,
+            calibrate_method=getattr(tool.CalibrationMethod, method),
+        )
+    return path
+
+
+def static(network: Real, folder: Path, method: str) -> Quantized:
+    path = static_file(network, folder, method)
+    return Quantized(session_call(path), integer_weights(path))
+
+
+def dynamic(network: Real, folder: Path) -> Quantized:
+    path = folder / "ort-dynamic.onnx"
+    tool = require("onnxruntime.quantization", "deploy")
+    tool.quantize_dynamic(str(prepared_file(network, folder)), str(path), per_channel=True)
+    return Quantized(session_call(path), integer_weights(path))
+
+
+_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+METHODS = {"MinMax": "min-max", "Entropy": "entropy", "Percentile": "percentile"}
+PEERS = {
+    f"ORT {name}": Peer(_NEEDS, partial(static, method=method), f"quantize_static, per channel, calibrated by {name}")
+    for method, name in METHODS.items()
+} | {"ORT dynamic": Peer(_NEEDS, dynamic, "quantize_dynamic, per channel: ranges of each call", is_dynamic=True)}

@@ -1,0 +1,74 @@
+"""The ready rule sets of torchquant: simulated, and as a file that ONNX Runtime runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.real.networks import Batches, Real
+from benchmarks.real.peers._base import Peer, Quantized
+from benchmarks.real.peers.onnx_files import integer_weights, session_call
+from torchquant import QModule, QModuleState, qmodule_state, quantize, set_qmodule_state
+from torchquant.deploy import export_onnx
+from torchquant.plan.rules import RULE_SETS, Rules
+
+
+@torch.no_grad()
+def calibrated(network: Real, rules: Rules, batches: Batches | None = None) -> nn.Module:
+    """The network by the rules, calibrated and in QUANT_EVAL."""
+    model = quantize(network.model, rules, network.calibration[0])
+    with qmodule_state(model, QModuleState.CALIBRATION):
+        for batch in network.calibration if batches is None else batches:
+            model(*batch)
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    return model
+
+
+def quantized_weights(model: nn.Module) -> list[int]:
+    """How many numbers each weight holds that passes a quantizer."""
+    found: dict[Any, int] = {}
+    for module in model.modules():
+        if isinstance(module, QModule):
+            for name, weight, quantizer in module.weights():
+                if quantizer is not None:
+                    key = weight if isinstance(weight, nn.Parameter) else (module, name)  # a tied one counts once
+                    found[key] = weight.numel()
+    return list(found.values())
+
+
+def simulated(network: Real, folder: Path, rules: str) -> Quantized:
+    model = calibrated(network, rules)
+    return Quantized(model, quantized_weights(model))
+
+
+def file_of(network: Real, folder: Path, rules: str) -> Path:
+    """The file of a ready set, written once."""
+    path = folder / f"torchquant-{rules}.onnx"
+    if not path.exists():
+        model = calibrated(network, rules)
+        export_onnx(model, path, network.calibration[0], dynamic_batch=False, verify=False)
+    return path
+
+
+def in_ort(network: Real, folder: Path, rules: str) -> Quantized:
+    path = file_of(network, folder, rules)
+    return Quantized(session_call(path), integer_weights(path))
+
+
+SIMULATED = tuple(name for name in ("w8a8", "w8a8-transformer") if name in RULE_SETS)
+FILES = ("int8-ort",)
+PEERS = {
+    **{name: Peer((), partial(simulated, rules=name), "ready set, simulated in torch") for name in SIMULATED},
+    **{
+        f"{name} file": Peer(
+            ("onnx", "onnxscript", "onnxruntime"),
+            partial(in_ort, rules=name),
+            "ready set, the ONNX file in ONNX Runtime",
+        )
+        for name in FILES
+    },
+}
