@@ -14,8 +14,17 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def refuse_hooks(path: str, parts: dict[str, nn.Module | None]) -> None:
-    """Raise ExportError where a part of a QModule, that the deploy form does not call, has hooks. parts: by name."""
+    """Raise ExportError where a part of a QModule, that the deploy form does not call, has hooks or its own forward.
+
+    parts: by name.
+    """
     for name, part in parts.items():
+        if part is not None and "forward" in part.__dict__:
+            raise ExportError(
+                f"{path}: the forward of {name} was replaced on the object, as some adapters do, which the file "
+                "would not run. Merge the adapter into the weight for the export, or put what it computes into the "
+                "forward of the model"
+            )
         hooks = [] if part is None else [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
         lost = [h for h in hooks if not isinstance(h, WEIGHT_HOOKS) and not getattr(h, "is_simulation", False)]
         if lost:

@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, UnsupportedPatternError
 
 _SHARED = (
     "_parameters",
@@ -129,6 +129,8 @@ class Holder(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         held = self.held
         if name == self.held_as and isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+            if held is not None:
+                self._check_new(value)
             self.__dict__[name] = value
             if held is not None:
                 self._hold()
@@ -151,6 +153,19 @@ class Holder(nn.Module):
             self._list_children()
             if isinstance(former, Tensor) and isinstance(value, nn.Parameter) and former.shape != value.shape:
                 self._on_new_shape()
+
+    def _check_new(self, module: nn.Module) -> None:
+        """Raise UnsupportedPatternError for a module, about to be held in place of the one here, that is not called."""
+
+    def _cannot_hold(self, module: nn.Module) -> UnsupportedPatternError:
+        """A module that the holder would run without its forward, such as an adapter around the held one."""
+        kind, name = type(self).__name__, self.held_as
+        return UnsupportedPatternError(
+            f"the {name} of a {kind} is run with its weight quantized, past its forward; {type(module).__name__} "
+            f"cannot take the place of the {type(self.held).__name__} there, what it computes would be left out. "
+            f"Put an adapter, such as LoRA, on the float model and quantize that, or put it around the {kind} itself: "
+            f"model.fc = Adapter(model.fc), not model.fc.{name} = Adapter(model.fc.{name})"
+        )
 
     def _on_new_shape(self) -> None:
         """A parameter of another shape has been set."""

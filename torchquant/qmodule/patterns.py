@@ -31,6 +31,8 @@ RunLayer = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 def run_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     """The forward of a layer with other tensors where it reads these parameters; its hooks are not called.
 
+    Raises UnsupportedPatternError for a parameter that a property of the class gives, as those of some adapters.
+
     >>> float(run_with(nn.Linear(1, 1, bias=False), {"weight": torch.full((1, 1), 2.0)}, torch.ones(1)))
     2.0
     """
@@ -39,7 +41,13 @@ def run_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwar
     places = []
     for path, tensor in tensors.items():
         owner, _, name = path.rpartition(".")
-        values = layer.get_submodule(owner).__dict__  # is read before the parameters are
+        place = layer.get_submodule(owner)
+        if isinstance(getattr(type(place), name, None), property):
+            raise UnsupportedPatternError(
+                f"{type(place).__name__} computes its {name} in a property, so that {type(layer).__name__} cannot be "
+                f"run with another one. Where it is an adapter, put it on the float model and keep {path!r} float"
+            )
+        values = place.__dict__  # is read before the parameters are
         places.append((values, name, values.get(name)))
         values[name] = tensor
     try:

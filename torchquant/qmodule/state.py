@@ -42,6 +42,43 @@ class QModuleState(Enum):
 
 
 _STATES = list(QModuleState)
+AVERAGED = 1e-3
+"""How far the mean of equal flags may lie from them: the weights of an average sum to 1 only nearly."""
+
+
+def saved_flag(value: float, where: str) -> bool:
+    """A flag as a checkpoint holds it, 0 or 1; of models that were averaged, the flag that all of them had.
+
+    Raises ConfigError for anything between, which the mean of different states is.
+    """
+    flag = value >= 0.5
+    if not abs(value - flag) <= AVERAGED:
+        raise ConfigError(
+            f"{where}: a saved state holds flags that are 0 or 1, got {value:.4g}: it was averaged over models in "
+            "different states. Put all of them in one state with set_qmodule_state before they are averaged, or leave "
+            "the keys that end with '_extra_state' out and load with strict=False"
+        )
+    return flag
+
+
+def saved_state(numbers: list[float], where: str) -> QModuleState:
+    """The state of its four flags; of one number, as older files hold it, by its place among the states.
+
+    No mean of different flags is a state, whereas a mean of places may be the place of a third one.
+    Raises ConfigError.
+    """
+    if len(numbers) == 1:
+        if numbers[0] not in range(len(_STATES)):
+            raise ConfigError(f"{where}: a saved QModule state must be 0..{len(_STATES) - 1}, got {numbers[0]:.4g}")
+        return _STATES[int(numbers[0])]
+    flags = tuple(saved_flag(number, where) for number in numbers)
+    known: dict[tuple[bool, ...], QModuleState] = {state.value: state for state in _STATES}
+    if flags not in known:
+        raise ConfigError(
+            f"{where}: a saved QModule state is 4 flags, (observe weight, observe activations, quantize weight, "
+            f"quantize activations), as in a state of QModuleState; got {numbers}"
+        )
+    return known[flags]
 
 
 def is_real(value: Any) -> bool:
@@ -52,7 +89,8 @@ def is_real(value: Any) -> bool:
 class QModule(Holder):
     """A module with a state. `.train()` and `.eval()` never change it; `set_qmodule_state` does.
 
-    The state is saved in the `state_dict`, as a tensor, beside everything else.
+    The state is saved in the `state_dict` beside everything else, as four float flags: the mean of models in one
+    state has that state, and the mean of others is refused.
     """
 
     def __init__(self) -> None:
@@ -148,10 +186,7 @@ class QModule(Holder):
         return self._quantize_site(site, quantizer, x, **kwargs) if self.state.is_act_quantized else x
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(_STATES.index(self.state), dtype=torch.uint8)
+        return torch.tensor(self.state.value, dtype=torch.float32)
 
     def set_extra_state(self, state: Tensor) -> None:
-        index = int(state)
-        if not 0 <= index < len(_STATES):
-            raise ConfigError(f"a saved QModule state must be 0..{len(_STATES) - 1}, got {index}")
-        self.state = _STATES[index]
+        self.state = saved_state(state.flatten().tolist(), self.path or type(self).__name__)

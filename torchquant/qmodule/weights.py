@@ -110,6 +110,10 @@ class QWeights(QModule):
             quantizer.to(weight.device)
         self._hold()
 
+    def _check_new(self, module: nn.Module) -> None:
+        if weight_names(module) != weight_names(self.layer):
+            raise self._cannot_hold(module)
+
     def quantizers(self) -> dict[str, Quantizer]:
         weights = {self._names[key]: quantizer for key, quantizer in self.weight_quantizers.items()}
         return {**weights, **super().quantizers()}  # type: ignore[dict-item]
@@ -120,7 +124,8 @@ class QWeights(QModule):
 
     def _weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         own = self.quantizers()
-        return [(name, _read(self.layer, name), own.get(name)) for name in weight_names(self.layer)]
+        names = dict.fromkeys([*weight_names(self.layer), *self._names.values()])  # all that have a quantizer
+        return [(name, _read(self.layer, name), own.get(name)) for name in names]
 
     @torch.no_grad()
     def observe_weight(self) -> None:

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
-from torchquant.qmodule.patterns import PATTERNS, LayerRow, plain_type, read_quietly, row_of, split_pattern
-from torchquant.qmodule.state import QModule, QModuleState
+from torchquant.qmodule.patterns import (
+    PATTERNS,
+    LayerRow,
+    plain_type,
+    read_quietly,
+    row_of,
+    run_by_functional_call,
+    split_pattern,
+)
+from torchquant.qmodule.state import QModule, QModuleState, saved_flag
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -169,7 +177,22 @@ class QWrapper(QModule):
             if self.state.is_weight_observed:
                 self.bias_quantizer.pre_observe(bias)
             bias = self._quantize_site("bias", self.bias_quantizer, bias)
-        return self.row.run(self.layer, x, self.row.channels_first(self.layer, weight), bias)
+        return self._run_layer(x, self.row.channels_first(self.layer, weight), bias)
+
+    def _run_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The forward of the layer with these tensors: its class's, or the one that an adapter has set on the layer."""
+        if "forward" not in self.layer.__dict__:
+            return self.row.run(self.layer, x, weight, bias)
+        if self.fold_mode is not None:
+            raise ConfigError(
+                f"{self.path or 'QWrapper'}: the forward of its {type(self.layer).__name__} was replaced, as adapters "
+                "do, so that no batch norm can be folded into its weight; use fold_bn=False"
+            )
+        return run_by_functional_call(self.layer, x, weight, bias)
+
+    def _check_new(self, module: nn.Module) -> None:
+        if row_of(module) is not self.row:
+            raise self._cannot_hold(module)
 
     @torch.no_grad()
     def observe_weight(self) -> None:
@@ -230,11 +253,11 @@ class QWrapper(QModule):
         return self
 
     def get_extra_state(self) -> Tensor:
-        return torch.stack([super().get_extra_state(), torch.tensor(self.bn_frozen, dtype=torch.uint8)])
+        return torch.cat([super().get_extra_state(), torch.tensor([float(self.bn_frozen)])])
 
     def set_extra_state(self, state: Tensor) -> None:
-        super().set_extra_state(state[0])
-        self.freeze_bn(bool(state[1]))
+        super().set_extra_state(state[:-1])
+        self.freeze_bn(saved_flag(float(state[-1]), self.path or type(self).__name__))
 
     def extra_repr(self) -> str:
         fold = f", fold_bn={self.fold_mode!r}" if self.fold_mode else ""

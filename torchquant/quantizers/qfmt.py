@@ -53,10 +53,10 @@ class QfmtQuantizer(UniformQuantizer):
         self.signed = signed
         self.rule = rule
         self.allow_clip = allow_clip
-        self.register_buffer("fewer_bits", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("fewer_bits", torch.zeros(()))  # whole, and a float as all that models are averaged over
 
     def affine_params(self) -> AffineParams:
-        return self._params(self.fewer_bits)
+        return self._params(self.fewer_bits.round().to(torch.int64))
 
     def _params(self, fewer_bits: Tensor | int) -> AffineParams:
         low, high = self.observer.get_ranges()
