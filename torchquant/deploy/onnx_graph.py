@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from torchquant.deploy.float_weights import keep_float_weights
 from torchquant.deploy.qdq import LOOK_UP, QuantizeDequantize, StoredTable, StoredWeight
 from torchquant.deploy.stored_weights import stored_bits
 from torchquant.errors import require
@@ -27,6 +28,7 @@ def finish_graph(proto: Any, form: Any) -> None:
     _write_look_ups(proto, onnx)
     _quantize_behind_moves(proto, onnx)
     _own_weights(proto)
+    keep_float_weights(proto, onnx)
     opset = max([PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)], default=PACKED_OPSET[8])
     for entry in proto.opset_import:
         if entry.domain == "":
