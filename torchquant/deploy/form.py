@@ -44,6 +44,7 @@ class DeployLayer(nn.Module):
         self.input = _acts_site(wrapper.input_quantizer, f"{path}.input", keep_signed)
         self.output = _acts_site(wrapper.acts_quantizer, f"{path}.output", keep_signed)
         self.activation = _left_of(self.activation, self.output)
+        self.preactivation = _acts_site(wrapper.preactivation_quantizer, f"{path}.preactivation", keep_signed)
         self.layer = wrapper.layer
         self.row = wrapper.row
         self.weight: StoredWeight | StoredTable | None = None
@@ -83,7 +84,7 @@ class DeployLayer(nn.Module):
         else:
             bias = self.bias if run is not None else self._bias()
             y = self.row.run(self.layer, x, self.weight(), bias)
-        y = y if self.bn is None else self.bn(y)
+        y = self.preactivation(y if self.bn is None else self.bn(y))
         return self.output(y if self.activation is None else self.activation(y))
 
     def _bias(self) -> Tensor | None:

@@ -25,7 +25,7 @@ from torchquant.graph.sites import (
 )
 from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
-from torchquant.qmodule.patterns import LayerRow, norm_of, plain_type, row_of
+from torchquant.qmodule.patterns import LayerRow, activation_clamp, norm_of, plain_type, row_of
 
 if TYPE_CHECKING:
     from torchquant.graph.capture import Finder
@@ -114,10 +114,21 @@ class GraphSites:
             self._leave(path, types[-1], "it is called with more than its input")
             return
         self.layers[id(module)] = path
-        self._add(Site(path, types, layer_fields(module), module, tuple(fused)), nodes, n_reads_of(kind, 1))
+        fields = layer_fields(module)
+        if self._fuses_beyond_clamps(fused, nodes[-1]):
+            fields = (*fields, "preactivation")
+        self._add(Site(path, types, fields, module, tuple(fused)), nodes, n_reads_of(kind, 1))
 
     def fusable(self, node: fx.Node) -> bool:
         return bool(self.finder.fuse) and self.n_calls[id(self.module_of(node))] == 1
+
+    def _fuses_beyond_clamps(self, fused: list[tuple[str, str]], last: fx.Node) -> bool:
+        """Whether an activation is taken in that a quantizer does not do by itself."""
+        if not fused or "BatchNorm" in fused[-1][1]:
+            return False
+        path = fused[-1][0]
+        activation = self.finder.model.get_submodule(path) if path else activation_of(last, self.root)
+        return activation_clamp(activation) is None
 
     def _limited(self, fused: list[tuple[str, str]], path: str, nodes: list[fx.Node]) -> list[tuple[str, str]]:
         """What of `fused` all ways of the forward have; `nodes` accordingly."""

@@ -21,6 +21,7 @@ from torchquant.qmodule.float_checkpoints import forget_float, speak_float
 from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import norm_of, split_norm
+from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weights import weight_names
 from torchquant.range_observers._statistics import StatisticTracker
 
@@ -215,8 +216,8 @@ class _Writer:
             norm = self.model.get_submodule(site.fused[0][0])
             layers.append(norm if norm_of(norm) is None else split_norm(norm))
         layers += [] if activation is None else [activation]
-        weight, acts, bias = (plan.make(name, module) for name in ("weight", "output", "bias"))
-        return QWrapper(layers, weight, acts, plan.fold_bn, reads_here, bias)
+        weight, acts, bias, before = (plan.make(n, module) for n in ("weight", "output", "bias", "preactivation"))
+        return QWrapper(layers, weight, acts, plan.fold_bn, reads_here, bias, before)
 
     def _activation(self, site: Site) -> nn.Module | None:
         if not site.fused or "BatchNorm" in site.fused[-1][1]:
@@ -310,7 +311,7 @@ class _Writer:
 def _join_calls(made: nn.Module, n_calls: int) -> None:
     """Let the quantizers of activations see the calls of one forward as one batch: their range is that of all calls."""
     quantizers = made.quantizers() if isinstance(made, QModule) else {}
-    for name in ("input", "output"):
+    for name in ACTIVATIONS:
         for tracker in quantizers[name].modules() if n_calls > 1 and name in quantizers else ():
             if isinstance(tracker, StatisticTracker):
                 tracker.n_calls = n_calls

@@ -17,7 +17,7 @@ from torchquant.quantizers import Quantizer, make_quantizer
 N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention": 3, "attention": 3}
 """Inputs that carry values, where these are not the first only (layers) or all (operators)."""
 NORM_WHY = "a normalization stays float"
-FIELDS = ("weight", "input", "output", "bias")
+FIELDS = ("weight", "input", "output", "bias", "preactivation")
 Choice = str | Callable[[nn.Module], Quantizer | None] | None
 """A spec string, a function of the layer, or None: stays float."""
 
@@ -116,8 +116,11 @@ class Captured:
 
 
 def make_field(spec: str, name: str) -> Quantizer:
-    """The quantizer a spec names for a field; a bias is measured as a weight is. Raises ConfigError."""
-    return make_quantizer(spec, "weight" if name == "bias" else name)
+    """The quantizer a spec names for a field. Raises ConfigError.
+
+    A bias is measured as a weight is, a preactivation as an output.
+    """
+    return make_quantizer(spec, {"bias": "weight", "preactivation": "output"}.get(name, name))
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class SitePlan:
     output: Choice = None
     bias: Choice = None
     fold_bn: bool | str = False
+    preactivation: Choice = None
 
     @property
     def is_float(self) -> bool:

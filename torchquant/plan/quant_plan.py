@@ -84,10 +84,11 @@ class QuantPlan:
         `rules`: the name of a ready set (`RULE_SETS`) or a list of dictionaries. Each selects sites by `types`
         (a class or an operator: "Conv2d", "add"), `names` (exact, a glob, or "re:" and a regular expression),
         `position` ("first", "last" among the layers), `where` (a function of the Site); all that are given must
-        hold, none selects all. It sets `weight`, `input`, `output`, `bias` (a spec string, a dictionary with
-        "scheme", or a function of the layer; None: float), `fold_bn`, or `skip: True`. Later rules win, site by
-        site and field by field. A batch norm or activation that is fused into a layer can be selected too, and
-        sets the layer's output. `input` counts where nothing has quantized the value yet.
+        hold, none selects all. It sets `weight`, `input`, `output`, `bias`, `preactivation` (what goes into an
+        activation that is fused and no clamp), each a spec string, a dictionary with "scheme", or a function of the
+        layer; None: float. Or `fold_bn`, or `skip: True`. Later rules win, site by site and field by field. A batch
+        norm or activation that is fused into a layer can be selected too, and sets the layer's output. `input` counts
+        where nothing has quantized the value yet.
 
         Raises ConfigError that names the rule, the site and what is allowed.
         """
@@ -183,11 +184,12 @@ class QuantPlan:
 
     def describe(self) -> str:
         """Every site with its quantizers, then what stays float and why."""
-        header = ["site", "what", "weight", "input", "output", "bias"]
+        fields = [name for name in FIELDS if name != "preactivation" or any(s.preactivation for s in self.sites)]
+        header = ["site", "what", *fields]
         rows = []
         for site in self.sites:
             words = site.words()
-            rows.append([site.path or "(root)", self.types.get(site.path, "")] + [words.get(n, "-") for n in FIELDS])
+            rows.append([site.path or "(root)", self.types.get(site.path, "")] + [words.get(n, "-") for n in fields])
         text = text_table(header, rows)
         if self.floats:
             floats = ([left.path or "(root)", left.type, left.why] for left in self.floats)

@@ -27,7 +27,8 @@ POSITIONS = ("first", "last")
 
 _INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
 _ENDS = {"position": ["first", "last"]}
-_LAYERS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"]
+_CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+_LAYERS = [*_CONVS, "Linear"]
 
 RULE_SETS: dict[str, list[dict[str, Any]]] = {
     "w8a8": [{**_INT8, "fold_bn": True}],
@@ -42,7 +43,8 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
     ],
     "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}],
     "int8-ort": [
-        {"types": [*_LAYERS, "add", "mul", "matmul", "avg_pool", "cat"], **_INT8, "fold_bn": True},
+        {"types": _CONVS, **_INT8, "preactivation": "affine:8", "fold_bn": True},
+        {"types": ["Linear", "add", "mul", "matmul", "avg_pool", "cat"], **_INT8, "fold_bn": True},
     ],
     "int8-openvino": [
         {"types": [*_LAYERS, "add", "mul", "matmul", "avg_pool", "cat", "interpolate"], **_INT8, "fold_bn": True},

@@ -27,7 +27,10 @@ _CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_back
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Hooks before a call that compute a weight from what is trained."""
 OWN_CHILDREN = frozenset(
-    ("bn", "activation", "weight_quantizer", "weight_quantizers", "acts_quantizer", "input_quantizer", "bias_quantizer")
+    (
+        *("bn", "activation", "weight_quantizer", "weight_quantizers", "acts_quantizer", "input_quantizer"),
+        *("bias_quantizer", "preactivation_quantizer"),
+    )
 )
 """Names of children that are the holder's; a child of the held module with such a name is listed as NAME_."""
 

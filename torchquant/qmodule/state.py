@@ -42,6 +42,8 @@ class QModuleState(Enum):
 
 
 _STATES = list(QModuleState)
+ACTIVATIONS = ("input", "preactivation", "output")
+"""The sites of a QModule where activations pass; at the others it holds what is quantized."""
 AVERAGED = 1e-3
 """How far the mean of equal flags may lie from them: the weights of an average sum to 1 only nearly."""
 
@@ -116,11 +118,12 @@ class QModule(Holder):
             _ = quantizer.is_ready  # compiled code will not look for statistics that others wrote
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """Site name ("weight", "bias", "input", "output") -> quantizer, for the sites that have one."""
+        """Site name ("weight", "bias", "input", "preactivation", "output") -> quantizer, for those that have one."""
         sites = {
             "weight": "weight_quantizer",
             "bias": "bias_quantizer",
             "input": "input_quantizer",
+            "preactivation": "preactivation_quantizer",
             "output": "acts_quantizer",
         }
         found = {site: getattr(self, name, None) for site, name in sites.items()}
@@ -135,7 +138,7 @@ class QModule(Holder):
 
     def _on_new_shape(self) -> None:
         """What was observed of weights is observed anew."""
-        own = [quantizer for site, quantizer in self.quantizers().items() if site not in ("input", "output")]
+        own = [quantizer for site, quantizer in self.quantizers().items() if site not in ACTIVATIONS]
         were_ready = any(quantizer.is_ready for quantizer in own)
         for quantizer in own:
             for tracker in quantizer.modules():

@@ -34,7 +34,8 @@ class QWrapper(QModule):
     `weight_quantizer` sees the weight with the output channel on axis 0, for transposed convolutions
     too, so `axis=0` always means "per output channel". `acts_quantizer` sees the output after the
     activation, `input_quantizer` the input, `bias_quantizer` the bias that the layer is run with, whenever
-    the weight is observed or quantized. Each may be None: that site stays float.
+    the weight is observed or quantized, `preactivation_quantizer` what goes into the activation: behind a
+    convolution ONNX Runtime's integer kernels want codes there. Each may be None: that site stays float.
 
     `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
@@ -67,9 +68,10 @@ class QWrapper(QModule):
         fold_bn: bool | str = False,
         input_quantizer: Quantizer | None = None,
         bias_quantizer: Quantizer | None = None,
+        preactivation_quantizer: Quantizer | None = None,
     ) -> None:
         super().__init__()
-        given = (weight_quantizer, acts_quantizer, input_quantizer, bias_quantizer)
+        given = (weight_quantizer, acts_quantizer, input_quantizer, bias_quantizer, preactivation_quantizer)
         sites = [q for q in given if q is not None]
         if len({id(q) for q in sites}) != len(sites):
             raise ConfigError("each site needs a quantizer of its own; one object was given for two of them")
@@ -82,6 +84,9 @@ class QWrapper(QModule):
         self.acts_quantizer = acts_quantizer
         self.input_quantizer = input_quantizer
         self.bias_quantizer = bias_quantizer
+        self.preactivation_quantizer = preactivation_quantizer
+        if preactivation_quantizer is not None and self.activation is None:
+            raise ConfigError("a preactivation is quantized before an activation; give an activation too")
         if bias_quantizer is not None and weight_quantizer is None:
             raise ConfigError("a bias is quantized together with the weight; give a weight_quantizer too")
         with read_quietly(self.layer):
@@ -113,6 +118,7 @@ class QWrapper(QModule):
                     f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
                 )
             y = self._call_held(self._folded, x)
+        y = self._run_acts_quantizer("preactivation", self.preactivation_quantizer, y)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
     def _weighted(self, x: Tensor) -> Tensor:
@@ -251,6 +257,11 @@ class QWrapper(QModule):
         if self.bn is not None and self.bn_frozen:
             self.bn.eval()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "preactivation_quantizer" not in (*self.__dict__, *self._modules):  # a pickle of 0.1
+            self.preactivation_quantizer = None
 
     def get_extra_state(self) -> Tensor:
         return torch.cat([super().get_extra_state(), torch.tensor([float(self.bn_frozen)])])
