@@ -101,8 +101,8 @@ def _peers(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"SQNR in dB at 8 bits of weights and activations. {PARTLY} less than {SAME_BITS:.0%} of what ours quantizes "
         "of the weights that are multiplied is quantized, so the bits are not the same; the share stands behind it. "
-        f"{TABLES} tables of embeddings stay float. Bold: the best with the same bits. Files of ONNX Runtime are run "
-        "with exact sums.\n"
+        f"{TABLES} tables of embeddings stay float. Bold: the best with the same bits. No sum of a "
+        "tool saturates.\n"
     )
     used = [way for way in ways if any(way in cells for cells in networks.values())]
     rows = [[way, *(_peer_cell(standing, way) for standing in standings.values())] for way in used]

@@ -32,9 +32,13 @@ def quantized(network: Real, folder: Path, preset: str, model_type: str | None =
 
 
 def compiled_call(model: Any) -> Any:
-    """An OpenVINO model as a function of tensors, computing in float32 where it is not quantized."""
+    """An OpenVINO model as a function of tensors. Its FakeQuantize nodes compute in float32.
+
+    As integers their sums would saturate on processors without VNNI.
+    """
     openvino = require("openvino", "openvino")
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
+    compiled = openvino.Core().compile_model(model, "CPU", hints)
 
     def call(*inputs: Tensor) -> Any:
         outputs = [torch.from_numpy(array.copy()) for array in compiled([t.numpy() for t in inputs]).values()]

@@ -39,7 +39,11 @@ def prepared_file(network: Real, folder: Path) -> Path:
     path = folder / "prepared.onnx"
     if not path.exists():
         prepare = require("onnxruntime.quantization.shape_inference", "deploy")
-        prepare.quant_pre_process(str(float_file(network, folder)), str(path))
+        source = str(float_file(network, folder))
+        try:
+            prepare.quant_pre_process(source, str(path))
+        except Exception:  # its symbolic shapes know no LSTM without states
+            prepare.quant_pre_process(source, str(path), skip_symbolic_shape=True)
     return path
 
 
