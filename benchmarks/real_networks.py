@@ -138,7 +138,9 @@ def cells_of(subject: Subject, table: str, options: argparse.Namespace) -> Itera
                 yield name, lambda name=name: peer_cell(subject, name)
     elif table == "defaults":
         for choice in sweep.choices():
-            yield choice.name, lambda choice=choice: choice_cell(subject, choice, options.rounds)
+            yield choice.name, lambda choice=choice: choice_cell(subject, choice)
+            if options.rounds and choice.is_timed:
+                yield choice.cost, lambda choice=choice: sweep.calibration_cost(network, choice, options.rounds)
     else:
         yield "sizes", lambda: files.sizes(network, folder)
         yield "certificate", lambda: files.certificate(network, folder)
@@ -156,12 +158,8 @@ def peer_cell(subject: Subject, name: str) -> dict[str, Any]:
     return {"db": subject.quality(made.call), "share": share, "tables": tables}
 
 
-def choice_cell(subject: Subject, choice: sweep.Choice, rounds: int) -> dict[str, Any]:
-    model = sweep.calibrated(subject.network, choice.made())
-    cell: dict[str, Any] = {"db": subject.quality(model)}
-    if rounds and choice.is_timed:
-        cell |= sweep.calibration_cost(subject.network, choice, rounds)
-    return cell
+def choice_cell(subject: Subject, choice: sweep.Choice) -> dict[str, Any]:
+    return {"db": subject.quality(sweep.calibrated(subject.network, choice.made()))}
 
 
 def attempted(measure: Measure) -> dict[str, Any]:
@@ -226,12 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(write_page(options.source))
         return 0
     report = start("real_networks", "", "", options)
-    settings = {
-        "batches": options.batches,
-        "fewer": options.fewer,
-        "threads": options.threads,
-        "rounds": options.rounds,
-    }
+    settings = {"batches": options.batches, "fewer": options.fewer}
     is_resumed = options.resume and options.out.exists()
     results = Results.resumed(options.out, settings) if is_resumed else Results(options.out, settings)
     results.runs.append({"command": report.command, "machine": report.machine})

@@ -104,10 +104,16 @@ def test_missed_goals_stand_with_their_cause() -> None:
 def test_choices_are_ranked() -> None:
     cells = {
         "x": {
-            "w8a8 observer=a": {"db": 10.0, "cost": 1.1, "valid": True},
-            "w8a8 observer=b": {"db": 12.04, "cost": 9.0, "valid": False},
+            "w8a8 observer=a": {"db": 10.0},
+            "w8a8 observer=b": {"db": 12.04},
+            "w8a8 observer=a cost": {"cost": 1.1, "valid": True},
+            "w8a8 observer=b cost": {"cost": 9.0, "valid": False},
         },
-        "y": {"w8a8 observer=a": {"db": 30.0, "cost": 1.5, "valid": True}, "w8a8 observer=b": {"fails": "E: no"}},
+        "y": {
+            "w8a8 observer=a": {"db": 30.0},
+            "w8a8 observer=b": {"fails": "E: no"},
+            "w8a8 observer=a cost": {"cost": 1.5, "valid": True},
+        },
     }
     lines = page(results(defaults=cells), "r.json").splitlines()
     assert "### w8a8: observer" in lines

@@ -11,6 +11,8 @@ AHEAD_DB = 0.3
 """What another tool may be ahead by at the same bits."""
 SLOWER = 1.05
 """What our file may take, over the one of the runtime's own tool."""
+COST = " cost"
+"""What the cell of a choice's calibration time is called, after the name of the choice."""
 SAME_BITS = 0.95
 """The least share of the weights quantized by us that a tool must quantize to be called equal in bits."""
 PARTLY, TABLES = "\\*", "°"
@@ -248,45 +250,46 @@ def _defaults(networks: Mapping[str, Cells], factors: Mapping[str, Sequence[str]
         'inputs. Bold: the best of the row. "mean rank": 1 is the best; "mean loss": dB behind the best of the row, '
         "what fails left out.\n"
     )
-    sets = dict.fromkeys(name.split(" ", 1)[0] for cells in networks.values() for name in cells)
-    for rules in sets:
+    for rules in dict.fromkeys(name.split(" ", 1)[0] for cells in networks.values() for name in cells):
         for factor, values in factors.items():
-            by_net = {
-                net: {value: cells[name] for value in values if (name := f"{rules} {factor}={value}") in cells}
-                for net, cells in networks.items()
-            }
-            by_net = {net: row for net, row in by_net.items() if row}
-            if by_net:
+            rows = {net: _choices(cells, f"{rules} {factor}=", values) for net, cells in networks.items()}
+            rows = {net: row for net, row in rows.items() if row}
+            if rows:
                 yield f"### {rules}: {factor}\n"
-                yield from table(["network", *values], [*_choice_rows(by_net, values), *_summaries(by_net, values)])
+                yield from table(["network", *values], [*_choice_rows(rows, values), *_summaries(rows, values)])
 
 
-def _choice_rows(by_net: Mapping[str, Cells], values: Sequence[str]) -> Iterator[list[str]]:
-    for net, row in by_net.items():
+def _choices(cells: Cells, before: str, values: Sequence[str]) -> dict[str, Cell]:
+    """Value -> its cell and that of its cost in one."""
+    return {
+        value: {**cells.get(f"{before}{value}{COST}", {}), **cells[f"{before}{value}"]}
+        for value in values
+        if f"{before}{value}" in cells
+    }
+
+
+def _choice_rows(rows: Mapping[str, Cells], values: Sequence[str]) -> Iterator[list[str]]:
+    for net, row in rows.items():
         top = max((round(cell["db"], 1) for cell in row.values() if "db" in cell), default=None)
-        yield [net, *(_choice_cell(row.get(value), top) for value in values)]
+        yield [net, *(_choice_cell(row[value], top) if value in row else "" for value in values)]
 
 
-def _choice_cell(cell: Cell | None, top: float | None) -> str:
-    if cell is None:
-        return ""
+def _choice_cell(cell: Cell, top: float | None) -> str:
     if "db" not in cell:
         return "fails"
     text = f"{cell['db']:.1f}"
     text = f"**{text}**" if round(cell["db"], 1) == top else text
-    return text + (f", {_cost(cell)}" if "cost" in cell else "")
+    if "cost" in cell:
+        text += f", {cell['cost']:.2f}x" if cell["valid"] else ", void"
+    return text
 
 
-def _cost(cell: Cell) -> str:
-    return f"{cell['cost']:.2f}x" if cell["valid"] else "void"
-
-
-def _summaries(by_net: Mapping[str, Cells], values: Sequence[str]) -> Iterator[list[str]]:
+def _summaries(rows: Mapping[str, Cells], values: Sequence[str]) -> Iterator[list[str]]:
     """Mean rank, mean loss and the largest cost of each value."""
     ranks: dict[str, list[float]] = {value: [] for value in values}
     losses: dict[str, list[float]] = {value: [] for value in values}
     costs: dict[str, list[float]] = {value: [] for value in values}
-    for row in by_net.values():
+    for row in rows.values():
         reached = {value: cell["db"] for value, cell in row.items() if "db" in cell}
         for value, db in reached.items():
             ranks[value].append(1 + sum(other > db for other in reached.values()))

@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.harness import compare
 from benchmarks.real.networks import Batches, Real
+from benchmarks.real.page import COST
 from benchmarks.real.peers.ours import calibrated
 from torchquant import QModuleState, QuantSpec, qmodule_state
 from torchquant.plan.rules import RULE_SETS
@@ -43,6 +44,11 @@ class Choice:
     @property
     def name(self) -> str:
         return f"{self.rules} {self.factor}={self.value}"
+
+    @property
+    def cost(self) -> str:
+        """The name of the cell with the time of its calibration."""
+        return self.name + COST
 
     @property
     def is_timed(self) -> bool:
