@@ -137,7 +137,7 @@ def cells_of(subject: Subject, table: str, options: argparse.Namespace) -> Itera
             if not PEERS[name].networks or subject.name in PEERS[name].networks:
                 yield name, lambda name=name: peer_cell(subject, name)
     elif table == "defaults":
-        for choice in sweep.choices():
+        for choice in sweep.choices(subject.name):
             yield choice.name, lambda choice=choice: choice_cell(subject, choice)
             if options.rounds and choice.is_timed:
                 yield choice.cost, lambda choice=choice: sweep.calibration_cost(network, choice, options.rounds)
@@ -155,7 +155,10 @@ def peer_cell(subject: Subject, name: str) -> dict[str, Any]:
         return {"fails": f"not installed: {', '.join(missing)}"}
     made = peer.build(subject.network, subject.folder)
     share, tables = shares(made.weights, subject.network.model)
-    return {"db": subject.quality(made.call), "share": share, "tables": tables}
+    quality = subject.quality(made.call)
+    if math.isinf(quality):
+        raise ValueError("it quantizes nothing: the outputs are those of the float model")
+    return {"db": quality, "share": share, "tables": tables}
 
 
 def choice_cell(subject: Subject, choice: sweep.Choice) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_ours_counts_every_weight_once() -> None:
     assert sorted(quantized_weights(calibrated(network, "w8a8"))) == [32, 216]
 
 
-@pytest.mark.parametrize("choice", list(sweep.choices()), ids=lambda choice: choice.name)
+@pytest.mark.parametrize("choice", list(sweep.choices("minilm")), ids=lambda choice: choice.name)
 def test_a_choice_changes_the_ready_set_in_one_thing(choice: sweep.Choice) -> None:
     model = tiny().model
     plan = QuantPlan.from_rules(choice.made(), model)
@@ -176,7 +176,7 @@ def test_a_run_sweeps_every_choice_and_writes_its_page(
     assert cells["peers"]["tiny"]["w8a8"]["db"] > 20
     assert cells["peers"]["tiny"]["w8a8"]["share"] == 1.0
     rows = cells["defaults"]["tiny"]
-    assert rows.keys() == {choice.name for choice in sweep.choices()}
+    assert rows.keys() == {choice.name for choice in sweep.choices("tiny")}
     assert [row for row in rows.values() if "fails" in row] == []
     assert rows["w4a8 granularity=channel"]["db"] > 10
     text = out.with_suffix(".md").read_text()
@@ -220,7 +220,7 @@ def test_what_is_not_installed_fails_by_name(out: Path, monkeypatch: pytest.Monk
 
 
 def test_every_observer_is_a_choice() -> None:
-    assert {f"w8a8 observer={name}" for name in OBSERVERS} <= {choice.name for choice in sweep.choices()}
+    assert {f"w8a8 observer={name}" for name in OBSERVERS} <= {choice.name for choice in sweep.choices("tiny")}
 
 
 def test_ways_have_names_of_their_own() -> None:

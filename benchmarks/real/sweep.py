@@ -13,13 +13,12 @@ from torch import nn
 from benchmarks.harness import compare
 from benchmarks.real.networks import Batches, Real
 from benchmarks.real.page import COST
-from benchmarks.real.peers.ours import calibrated
+from benchmarks.real.peers.ours import SETS, calibrated
 from torchquant import QModuleState, QuantSpec, qmodule_state
 from torchquant.plan.rules import RULE_SETS
 from torchquant.quantizers import find_scheme
 from torchquant.range_observers import OBSERVERS, RangeObserver
 
-SETS = ("w8a8", "w4a8")
 WEIGHT_RULES = ("minmax", "mse", "entropy", "percentile")
 """Observers of weights."""
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -29,7 +28,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "granularity": ("tensor", "channel"),
 }
 """What is chosen -> what there is to choose."""
-TIMED = {"w8a8": ("observer", "weight rule")}
+TIMED = dict.fromkeys(("w8a8", "w8a8-transformer"), ("observer", "weight rule"))
 """Ready set -> the factors whose calibration is timed; at other widths it is the same work."""
 
 
@@ -83,8 +82,9 @@ def _observed_by(spec: QuantSpec, observer: str) -> QuantSpec:
     return replace(spec, options=(*options, ("observer", observer)))
 
 
-def choices() -> Iterator[Choice]:
-    for rules in SETS:
+def choices(network: str) -> Iterator[Choice]:
+    """What is tried on the network of this name."""
+    for rules in (rules for rules, networks in SETS.items() if not networks or network in networks):
         for factor, values in FACTORS.items():
             for value in values:
                 yield Choice(rules, factor, value)

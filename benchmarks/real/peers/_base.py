@@ -12,6 +12,8 @@ from torch import nn
 from benchmarks.real.networks import Real
 
 FLOAT_FILE = "float.onnx"
+TRANSFORMERS = ("minilm", "conformer")
+"""Networks with the layer norms and residual sums of transformers."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real.networks import Real
-from benchmarks.real.peers._base import Peer, Quantized
+from benchmarks.real.peers._base import TRANSFORMERS, Peer, Quantized
 from benchmarks.real.peers.onnx_files import float_file
 from torchquant.errors import require
 
@@ -82,6 +82,6 @@ PEERS = {
         _NEEDS,
         partial(quantized, preset="MIXED", model_type="TRANSFORMER"),
         "mixed, model_type TRANSFORMER",
-        networks=("minilm", "conformer"),
+        networks=TRANSFORMERS,
     ),
 }

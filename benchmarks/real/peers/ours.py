@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.real.networks import Batches, Real
-from benchmarks.real.peers._base import Peer, Quantized
+from benchmarks.real.peers._base import TRANSFORMERS, Peer, Quantized
 from benchmarks.real.peers.onnx_files import integer_weights, session_call
 from torchquant import QModule, QModuleState, qmodule_state, quantize, set_qmodule_state
 from torchquant.deploy import export_onnx
@@ -59,10 +59,19 @@ def in_ort(network: Real, folder: Path, rules: str) -> Quantized:
     return Quantized(session_call(path), integer_weights(path))
 
 
-SIMULATED = tuple(name for name in ("w8a8", "w8a8-transformer") if name in RULE_SETS)
+SETS: dict[str, tuple[str, ...]] = {
+    name: TRANSFORMERS if name.endswith("-transformer") else ()
+    for name in ("w8a8", "w8a8-transformer", "w4a8", "w4a8-transformer")
+    if name in RULE_SETS
+}
+"""Ready set -> the networks that it is for, () for all."""
 FILES = ("int8-ort",)
 PEERS = {
-    **{name: Peer((), partial(simulated, rules=name), "ready set, simulated in torch") for name in SIMULATED},
+    **{
+        name: Peer((), partial(simulated, rules=name), "ready set, simulated in torch", networks=networks)
+        for name, networks in SETS.items()
+        if name.startswith("w8a8")
+    },
     **{
         f"{name} file": Peer(
             ("onnx", "onnxscript", "onnxruntime"),
