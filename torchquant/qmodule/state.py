@@ -115,7 +115,9 @@ class QModule(Holder):
         self._state = state
         self._seen = []
         for quantizer in self.quantizers().values():
-            _ = quantizer.is_ready  # compiled code will not look for statistics that others wrote
+            for tracker in quantizer.modules():
+                if isinstance(tracker, StatisticTracker):
+                    tracker.look_again()  # compiled code will not look for statistics that others wrote
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "preactivation", "output") -> quantizer, for those that have one."""
@@ -152,7 +154,7 @@ class QModule(Holder):
             raise UnobservedRangeError(
                 f"{self.path or type(self).__name__}: the {site} quantizer ({type(quantizer).__name__}) has seen no "
                 "data. Run a batch in QModuleState.CALIBRATION (or QUANT_AWARE_TRAIN), or set its range by hand "
-                "with force_ranges(min, max)"
+                "with force_ranges(min, max). A running average of models (EMA) is to start after that"
             )
         quantized = quantizer(x, **kwargs)
         quantizer.post_observe(quantized)

@@ -85,11 +85,11 @@ class LearnedQuantizer(FittedQuantizer):
             if given is not None and given.ndim == 0:  # a checkpoint of 0.1
                 state_dict[prefix + name] = given.view(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._decide_sign()
 
     def _take_note(self) -> None:
         super()._take_note()
-        self._decide_sign()
+        if self._is_observed:
+            self._decide_sign()
 
     def _resize(self, groups: tuple[int, ...] | torch.Size) -> None:
         super()._resize(groups)

@@ -104,9 +104,9 @@ class CallsOfABatch(nn.Module):
         total = known + count * usable
         share = count * usable / total.clamp_min(1.0)
         before_weight = torch.where(is_first, weight.to(kept_weight.dtype), kept_weight)
-        is_new = before_weight == 0
+        is_new = before_weight <= 0
         momentum = torch.where(is_new, 0.0, self.momentum) if self.starts_at_first else self.momentum
-        new_weight = before_weight * self.momentum + (1.0 - momentum)
+        new_weight = before_weight.clamp_min(0.0) * self.momentum + (1.0 - momentum)
         rate = (1.0 - momentum) / new_weight
         for name, value in zip(self.statistics, values, strict=True):
             buffers = [cast(Tensor, self._buffers[n]) for n in (name, f"{name}_before", f"{name}_joined")]

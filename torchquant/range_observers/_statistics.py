@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 
 from torchquant._arguments import check_constructor, checked
 from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
@@ -22,6 +24,9 @@ from torchquant.range_observers._calls import CallsOfABatch, widest
 from torchquant.range_observers._distributed import observing, reduce_max, reduce_sum, world_size
 
 NONFINITE = ("raise", "ignore")
+UNSEEN = -1e6
+"""`observed_weight` before the first batch: a mean with models that saw data stays below 0 until the share of those
+that saw none is below a millionth, so no average passes off numbers that are half nothing as observed."""
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:
@@ -47,6 +52,11 @@ def check_saved(value: Any, key: str) -> None:
             f"{key} of the state_dict holds NaN or Inf, which no quantizer can use; calibrate again, or look for what "
             "made it before it was saved"
         )
+
+
+def _version(buffer: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode does not count."""
+    return -1 if buffer.is_inference() else buffer._version
 
 
 def _is_finite(value: Tensor | float) -> bool:
@@ -78,7 +88,7 @@ class StatisticTracker(CallsOfABatch):
     tensor with NaN or Inf, `"ignore"` takes each of them for 0.
 
     Buffers, one per statistic: () or (C,), at least float32 whatever `.half()` does to the model;
-    and `observed_weight` (), 0 before the first batch. A subclass sets `statistics` and writes
+    and `observed_weight` (), above 0 once data was seen. A subclass sets `statistics` and writes
     `measure(x)`, which returns one tensor per statistic, () or (C,), reduced over all ranks. A rank whose tensor is
     empty takes part with the others and adds nothing; a tensor that is empty everywhere changes nothing.
 
@@ -94,6 +104,8 @@ class StatisticTracker(CallsOfABatch):
     widths: Mapping[str, int] = {}
     """Statistics that are a row of so many numbers, (L,) or (C, L), and not one number."""
     _is_observed = False
+    _noted: tuple[Tensor, int] | None = None
+    """The buffer that told whether there are statistics, and its version then."""
     observed_weight: Tensor
 
     def __init__(self, momentum: float = 0.0, axis: int | None = None, nonfinite: str = "raise") -> None:
@@ -107,7 +119,7 @@ class StatisticTracker(CallsOfABatch):
         self.nonfinite = nonfinite
         for name in self.statistics:
             self.register_buffer(name, torch.zeros(self._shape_of(name, () if axis is None else (0,))))
-        self.register_buffer("observed_weight", torch.zeros(()))
+        self.register_buffer("observed_weight", torch.full((), UNSEEN))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -115,19 +127,38 @@ class StatisticTracker(CallsOfABatch):
 
     @property
     def is_observed(self) -> bool:
-        """Whether there are statistics.
+        """Whether there are statistics: what the buffers say, whoever wrote them.
 
-        As long as none are known of, the buffer is asked: an average of models, for one, writes the buffers of others
-        into its own. Compiled code does not ask; entering a state does, before it.
+        Loaders and averages of models write them one by one. The answer is kept until the buffer is another one or, on
+        a CPU, was written to; on an accelerator asking would stall, and compiled code cannot ask. Both go by what was
+        found on entering the state, which always looks.
         """
-        if not self._is_observed and not torch.compiler.is_compiling() and not self.observed_weight.is_meta:
-            if bool(self.observed_weight > 0):
-                self._take_note()
+        if not torch.compiler.is_compiling() and self._is_news():
+            self._take_note()
         return self._is_observed
 
+    def look_again(self) -> bool:
+        """`is_observed`, asked of the buffers anew: writing through `.data` leaves no trace."""
+        self._noted = None
+        return self.is_observed
+
+    def _is_news(self) -> bool:
+        """Whether the buffer may tell another thing than it did."""
+        weight = self.observed_weight
+        if weight.is_meta or isinstance(weight, FakeTensor) or is_functorch_wrapped_tensor(weight):
+            return False
+        if not self._is_observed or self._noted is None or self._noted[0] is not weight:
+            return True
+        return weight.device.type == "cpu" and _version(weight) != self._noted[1]
+
     def _take_note(self) -> None:
-        """Take note of statistics that somebody wrote into the buffers."""
-        self._is_observed = True
+        """Take note of what the buffers say, which somebody else may have written."""
+        self._note(bool(self.observed_weight > 0))
+
+    def _note(self, is_observed: bool) -> None:
+        self._is_observed = is_observed
+        if not torch.compiler.is_compiling():
+            self._noted = self.observed_weight, _version(self.observed_weight)
 
     @abstractmethod
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -168,7 +199,7 @@ class StatisticTracker(CallsOfABatch):
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             finite = [torch.isfinite(m).all() for m in measured]
             usable = torch.stack(finite).all().to(widest(x.device))
-            self._take_in([torch.nan_to_num(m) for m in measured], x, seen.to(usable.dtype), usable)
+            self._take_in([torch.nan_to_num(m) for m in measured], x, seen.to(usable.dtype).clamp_min(0.0), usable)
         else:
             # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
             values = [m if m.ndim else m.item() for m in measured]
@@ -178,9 +209,8 @@ class StatisticTracker(CallsOfABatch):
                 if world_size() > 1 and not reduce_max(torch.tensor(float(x.numel() > 0))):
                     return
                 raise NonFiniteError(self._why_refused(x))
-            self._take_in(values, x, seen.item(), 1.0)
-        if not self._is_observed:
-            self._is_observed = True
+            self._take_in(values, x, max(seen.item(), 0.0), 1.0)
+        self._note(True)
 
     def _why_refused(self, x: Tensor) -> str:
         who, shape = type(self).__name__, tuple(x.shape)
@@ -281,7 +311,7 @@ class StatisticTracker(CallsOfABatch):
         for name, tensor in zip(self.statistics, tensors, strict=True):
             getattr(self, name).copy_(tensor)
         self.observed_weight.fill_(1.0)
-        self._is_observed = True
+        self._note(True)
         self._begin_batch()
 
     def _form(self, name: str) -> str:
@@ -291,9 +321,10 @@ class StatisticTracker(CallsOfABatch):
 
     def reset(self) -> None:
         """Forget everything seen."""
-        for name in (*self.statistics, "observed_weight"):
+        for name in self.statistics:
             getattr(self, name).zero_()
-        self._is_observed = False
+        self.observed_weight.fill_(UNSEEN)
+        self._note(False)
         self._begin_batch()
 
     def get(self) -> tuple[Tensor, ...]:
@@ -322,7 +353,7 @@ class StatisticTracker(CallsOfABatch):
         if first is not None:
             self._resize(first.shape[: 0 if self.axis is None else 1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_observed = bool(self.observed_weight > 0)
+        self.look_again()
         self._begin_batch()
 
     def extra_repr(self) -> str:
