@@ -116,7 +116,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "where": ([{"where": "conv", "weight": "affine:8"}], r"rule 1: where must be a function of a Site, got 'conv'"),
     "skip": ([{"skip": 1}], r"rule 1: skip must be True or False, got 1"),
     "clash": ([{"skip": True, "weight": "affine:8"}], r"rule 1 clashes with itself: skip leaves .* also sets weight"),
-    "nothing": ([{"types": ["Conv2d"]}], r"rule 1 sets nothing; it may set weight, input, output, bias, preactivation, fold_bn, skip"),
+    "nothing": (
+        [{"types": ["Conv2d"]}],
+        r"rule 1 sets nothing; it may set weight, input, output, bias, preactivation, fold_bn, skip",
+    ),
     "scheme": ([{"weight": "afine:8"}], r"rule 1, weight: no quantizer scheme 'afine'; did you mean 'affine'\?"),
     "width": ([{"weight": "affine:x"}], r"rule 1, weight: spec 'affine:x': the width 'x' is not a whole number"),
     "dictionary": ([{"weight": {"n_bits": 8}}], r"rule 1, weight: a dictionary needs 'scheme', such as 'affine'"),

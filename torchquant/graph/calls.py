@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
 from torchquant.graph.fingerprint import fingerprint
 
 PLAIN = (bool, int, float, str, bytes, type(None))
@@ -149,6 +152,78 @@ def names_of(signature: Signature, pattern: tuple[Any, ...]) -> list[str]:
             n = sum(1 for _ in leaves(part, part))
             found += [f"{name}_{i}" for i in range(n)]
     return found
+
+
+_WITH_TEXT = (bool, int, float, str, type(None))
+
+
+def is_default_call(module: nn.Module, pattern: tuple[Any, ...]) -> bool:
+    """Whether a module that nobody has shown a call of is taken to be called so."""
+    default = Signature.of(type(module).forward).default_pattern()
+    texts = [calls_to_data({"": call}) for call in (pattern, default)]
+    return default is not None and bool(texts[0]) and repr(texts[0]) == repr(texts[1])
+
+
+def calls_to_data(patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> how the module there is called, as plain data; without those with an argument that has no text.
+
+    >>> calls_to_data({"head": (TENSOR, 2.0, {"mode": [None]}), "other": (object(),)})
+    {'head': {'tuple': [{'tensor': True}, 2.0, {'dict': {'mode': [None]}}]}}
+    """
+    found = {}
+    for path, pattern in patterns.items():
+        with suppress(_NoTextError):
+            found[path] = _to_data(pattern)
+    return found
+
+
+def calls_from_data(data: Any, where: str) -> dict[str, tuple[Any, ...]]:
+    """What `calls_to_data` wrote; `where` names it in messages. Raises ConfigError."""
+    if not isinstance(data, dict) or not all(isinstance(path, str) for path in data):
+        raise ConfigError(f"{where} must be a mapping of paths, got {shown(data)}")
+    found = {path: _from_data(call, f"{where}, {path!r}") for path, call in data.items()}
+    for path, call in found.items():
+        if not (
+            isinstance(call, tuple) and len(call) >= 2 and isinstance(call[-2], tuple) and isinstance(call[-1], dict)
+        ):
+            raise ConfigError(
+                f"{where}, {path!r}: a call is a tuple of every argument of the forward, then a tuple and a dict of "
+                f"what *args and **kwargs take; got {shown(call)}"
+            )
+    return found
+
+
+class _NoTextError(Exception):
+    """An argument that no file can hold."""
+
+
+def _to_data(pattern: Any) -> Any:
+    if pattern is TENSOR:
+        return {"tensor": True}
+    if type(pattern) is tuple:
+        return {"tuple": [_to_data(part) for part in pattern]}
+    if type(pattern) is list:
+        return [_to_data(part) for part in pattern]
+    if type(pattern) is dict and all(type(key) is str for key in pattern):
+        return {"dict": {key: _to_data(part) for key, part in pattern.items()}}
+    if type(pattern) in _WITH_TEXT:
+        return pattern
+    raise _NoTextError
+
+
+def _from_data(data: Any, where: str) -> Any:
+    if isinstance(data, list):
+        return [_from_data(part, where) for part in data]
+    if not isinstance(data, dict):
+        return data
+    match data:
+        case {"tensor": True, **rest} if not rest:
+            return TENSOR
+        case {"tuple": list(parts), **rest} if not rest:
+            return tuple(_from_data(part, where) for part in parts)
+        case {"dict": dict(parts), **rest} if not rest:
+            return {key: _from_data(part, where) for key, part in parts.items()}
+    raise ConfigError(f"{where}: expected {{tensor: true}}, {{tuple: [...]}} or {{dict: {{...}}}}, got {shown(data)}")
 
 
 def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

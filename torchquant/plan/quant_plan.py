@@ -16,6 +16,7 @@ from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant._tables import text_table
 from torchquant.errors import ConfigError, one_line, require
+from torchquant.graph.calls import calls_from_data, calls_to_data, is_default_call
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
@@ -67,7 +68,7 @@ class QuantPlan:
     types: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Site path -> what is there, for people."""
     patterns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
-    """Path of a module -> how it is called, for those that an example showed; see `graph/calls.py`."""
+    """Path of a module -> how an example calls it, where its defaults do not tell; see `graph/calls.py`."""
 
     @classmethod
     @checked
@@ -109,7 +110,9 @@ class QuantPlan:
         ]
         types = {site.path: what_is_at(site) for site in captured.sites}
         floats = (*captured.floats, *unset, *unfolded)
-        return cls(kept, floats, captured.trace, captured.fuse, types, captured.patterns)
+        calls = captured.patterns.items()
+        shown = {path: call for path, call in calls if not is_default_call(captured.model.get_submodule(path), call)}
+        return cls(kept, floats, captured.trace, captured.fuse, types, shown)
 
     @checked
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -138,7 +141,8 @@ class QuantPlan:
                 hint = did_you_mean(plan.path, known)
                 raise ConfigError(
                     f"the plan has the site '{plan.path}', {type(captured.model).__name__} has not;{hint} "
-                    "It was made for another model"
+                    "It was made for another model, or for calls with arguments that are not in the plan: make one "
+                    "with an example of them, QuantPlan.from_rules(rules, model, example_inputs)"
                 )
         return rewrite(captured, {plan.path: plan for plan in self.sites})
 
@@ -213,7 +217,9 @@ class QuantPlan:
                     )
             sites.append({"path": site.path, "what": self.types.get(site.path, ""), **site.words()})
         floats = [{"path": left.path, "type": left.type, "why": left.why} for left in self.floats]
-        return {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse, "sites": sites, "left_float": floats}
+        head = {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse}
+        calls = calls_to_data(getattr(self, "patterns", {}))  # old pickles have none
+        return {**head, **({"calls": calls} if calls else {}), "sites": sites, "left_float": floats}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "the data") -> QuantPlan:
@@ -225,7 +231,7 @@ class QuantPlan:
         True
         """
         check_format(where, data, "torchquant_plan", FORMAT, "a plan")
-        check_keys(where, data, ("torchquant_plan", "trace", "fuse", "sites", "left_float"))
+        check_keys(where, data, ("torchquant_plan", "trace", "fuse", "calls", "sites", "left_float"))
         sites, types = [], {}
         for name in ("sites", "left_float"):
             if not isinstance(data.get(name) or [], list):
@@ -252,7 +258,8 @@ class QuantPlan:
             if not isinstance(entry, dict) or set(entry) != {"path", "type", "why"}:
                 raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {shown(entry)}")
             floats.append(LeftFloat(**entry))
-        return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types)
+        patterns = calls_from_data(data.get("calls") or {}, f"{where}, calls")
+        return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types, patterns)
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
