@@ -19,7 +19,7 @@ from torchquant.plan.rules import RULE_SETS
 from torchquant.quantizers import find_scheme
 from torchquant.range_observers import OBSERVERS, RangeObserver
 
-WEIGHT_RULES = ("minmax", "mse", "entropy", "percentile")
+WEIGHT_RULES = ("minmax", "mse")
 """Observers of weights."""
 FACTORS: dict[str, tuple[Any, ...]] = {
     "observer": tuple(OBSERVERS),
