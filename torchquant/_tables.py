@@ -1,8 +1,10 @@
-"""Tables as plain text."""
+"""Tables as plain text, and that text as HTML."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from html import escape
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -17,3 +19,41 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+class ShownAsTables:
+    """What prints as text with tables in it; a notebook shows the same rows as HTML."""
+
+    def _repr_html_(self) -> str:
+        return html_of(str(self))
+
+
+def html_of(text: str) -> str:
+    """A text whose tables, as `text_table` writes them, end with it or with an empty line; other lines are paragraphs.
+
+    >>> html_of("of <a>" + chr(10) + text_table(["a", "b"], [[1, "x & y"]]))
+    '<p>of &lt;a&gt;</p><table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>x &amp; y</td></tr></table>'
+    """
+    lines = text.split("\n")
+    parts: list[str] = []
+    i = 0
+    while i < len(lines):
+        rule = lines[i + 1] if i + 1 < len(lines) else ""
+        if lines[i] and re.fullmatch("-+( +-+)*", rule):
+            end = next((j for j in range(i, len(lines)) if not lines[j]), len(lines))
+            columns = [match.start() for match in re.finditer("-+", rule)]
+            header, *rows = ([line[a:b] for a, b in _spans(columns)] for line in (lines[i], *lines[i + 2 : end]))
+            parts.append(f"<table>{_html_row('th', header)}{''.join(_html_row('td', row) for row in rows)}</table>")
+            i = end
+        elif lines[i]:
+            parts.append(f"<p>{escape(lines[i])}</p>")
+        i += 1
+    return "".join(parts)
+
+
+def _spans(starts: list[int]) -> list[tuple[int, int | None]]:
+    return list(zip(starts, [*starts[1:], None], strict=True))
+
+
+def _html_row(kind: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{kind}>{escape(cell.strip())}</{kind}>' for cell in cells)}</tr>"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from torchquant._arguments import checked
-from torchquant._tables import text_table
-from torchquant.errors import ConfigError
+from torchquant._tables import ShownAsTables, text_table
+from torchquant.errors import ConfigError, NoAffineViewError
 from torchquant.qmodule.fused import watch_fused_paths
 from torchquant.qmodule.state import QModule, QModuleState
 from torchquant.qmodule.wrapper import QWrapper
@@ -232,17 +235,40 @@ class SiteReport:
     n_bits: int | None
     calibrated: bool
     ranges: str
+    numbers: Mapping[str, float] = field(default_factory=dict, repr=False)
+    """Bits, steps and ranges as numbers; shown by `StateReport.scalars`, not in the table."""
 
 
-class StateReport(list[SiteReport]):
+class StateReport(ShownAsTables, list[SiteReport]):
     """A list of SiteReport that prints as a table."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Rows as plain dictionaries, for JSON or pandas."""
-        return [asdict(row) for row in self]
+        return [{name: getattr(row, name) for name in _COLUMNS} for row in self]
+
+    def scalars(self) -> dict[str, float]:
+        """All numbers under flat keys, for loggers: "PATH/SITE/NAME", such as "layer1.0/output/range_max".
+
+        NAME: "bits"; "calibrated", 1 or 0; and from then on the statistics of the range ("range_min", "range_max", or
+        the numbers of another scheme: of several channels the lowest, the highest or the mean) and "scale_min",
+        "scale_max", the smallest and the largest step of a uniform grid. Keys have letters, digits and ``_./-`` only.
+
+        >>> from torchquant.qmodule import QOp
+        >>> from torchquant.quantizers import make_quantizer
+        >>> list(state_report(QOp(abs, make_quantizer("affine:8"))).scalars())
+        ['root/output/bits', 'root/output/calibrated']
+        """
+        found = {}
+        for row in self:
+            place = f"{'root' if row.path == '(root)' else row.path}/{row.site}"
+            found.update({re.sub(r"[^\w./-]", "_", f"{place}/{name}"): value for name, value in row.numbers.items()})
+        return found
 
     def __str__(self) -> str:
-        return text_table(list(SiteReport.__dataclass_fields__), (list(row.values()) for row in self.to_dicts()))
+        return text_table(_COLUMNS, (list(row.values()) for row in self.to_dicts()))
+
+
+_COLUMNS = [name for name in SiteReport.__dataclass_fields__ if name != "numbers"]
 
 
 @checked
@@ -257,6 +283,7 @@ def state_report(model: nn.Module) -> StateReport:
             n_bits=getattr(quantizer, "n_bits", None),
             calibrated=quantizer.is_ready,
             ranges=_ranges(quantizer),
+            numbers=_numbers(quantizer),
         )
         for path, module in qmodules(model)
         for site, quantizer in module.quantizers().items()
@@ -274,3 +301,24 @@ def _ranges(quantizer: Quantizer) -> str:
     if tracker.n_calls > 1:
         parts.append(f"union of {tracker.n_calls} calls")
     return ", ".join(parts)
+
+
+_OF_CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.min, "max": torch.max}
+
+
+@torch.no_grad()
+def _numbers(quantizer: Quantizer) -> dict[str, float]:
+    """What a logger wants of a quantizer."""
+    n_bits = getattr(quantizer, "n_bits", None)
+    found = {} if n_bits is None else {"bits": float(n_bits)}
+    found["calibrated"] = float(quantizer.is_ready)
+    if not quantizer.is_ready:
+        return found
+    tracker = getattr(quantizer, "observer", quantizer)
+    if isinstance(tracker, StatisticTracker):
+        for name, value in zip(tracker.statistics, tracker.get(), strict=True):
+            found[name] = float(_OF_CHANNELS.get(tracker.joined_by.get(name, ""), torch.mean)(value))
+    with suppress(NoAffineViewError):
+        delta = torch.as_tensor(quantizer.affine_params().delta)
+        found |= {"scale_min": float(delta.min()), "scale_max": float(delta.max())}
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
 from torchquant.deploy.stored_files import read_checkpoint
 from torchquant.errors import ConfigError
@@ -46,7 +46,7 @@ class KeyMapRow:
     note: str
 
 
-class KeyMap(list[KeyMapRow]):
+class KeyMap(ShownAsTables, list[KeyMapRow]):
     """A list of KeyMapRow that prints as a table."""
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchquant._files import write_json, write_whole
 from torchquant._shown import shown
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.deploy.parity import FirstDifference, SiteParity
 from torchquant.errors import ConfigError
 
@@ -156,7 +156,7 @@ def _checked_labels(labels: Tensor, output: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(ShownAsTables):
     """The result of `certify`. `passed` says it in one word, `str()` in a table, `save` in files.
 
     `comparisons`: the ways ONNX Runtime was run. `simulation`: the fake-quant model, whose differences add up from site

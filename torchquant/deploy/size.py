@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from torchquant._arguments import checked
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.deploy.packed_head import FORMAT
 from torchquant.deploy.stored_files import read_checkpoint, read_safetensors
 from torchquant.errors import ConfigError
@@ -34,7 +34,7 @@ class FileSize:
     ratio: float | None
 
 
-class FileSizes(list[FileSize]):
+class FileSizes(ShownAsTables, list[FileSize]):
     """A list of FileSize that prints as a table."""
 
     def table(self) -> tuple[list[str], list[list[str]]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.graph.sites import Captured, Site, SitePlan
 from torchquant.graph.watch import tensors_in, watch_values
 from torchquant.qmodule.patterns import LayerRow, row_of, stock_type
@@ -45,7 +45,7 @@ class SiteCost:
     shared_with: str = ""
 
 
-class PlanCost(list[SiteCost]):
+class PlanCost(ShownAsTables, list[SiteCost]):
     """A list of SiteCost that prints as a table, with the totals. Multiply-adds and activations are of one sample."""
 
     @property
@@ -77,7 +77,7 @@ class PlanCost(list[SiteCost]):
         total = ["total", "", self.macs, "", "", "", self.weight_bytes, self.activation_bytes, self.bit_ops]
         table = text_table(header, [*([getattr(site, name) for name in header] for site in self), total])
         tied = [f"{s.path}: its weight is that of {s.shared_with}, counted there" for s in self if s.shared_with]
-        return "\n".join([table, *tied])
+        return "\n\n".join([table, *(["\n".join(tied)] if tied else [])])
 
 
 @dataclass(frozen=True)

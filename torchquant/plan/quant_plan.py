@@ -14,7 +14,7 @@ from torchquant._arguments import checked
 from torchquant._files import check_format, read_text, write_whole
 from torchquant._registry import did_you_mean
 from torchquant._shown import shown
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, one_line, require
 from torchquant.graph.calls import calls_from_data, calls_to_data, is_default_call
 from torchquant.graph.capture import capture
@@ -39,7 +39,7 @@ class PlanChange:
     after: str
 
 
-class _Changes(list[PlanChange]):
+class _Changes(ShownAsTables, list[PlanChange]):
     def __str__(self) -> str:
         if not self:
             return "the plans are the same"
@@ -47,7 +47,7 @@ class _Changes(list[PlanChange]):
 
 
 @dataclass(frozen=True)
-class QuantPlan:
+class QuantPlan(ShownAsTables):
     """Site by site, the quantizers of a model. Frozen; prints, compares, is saved and loaded.
 
     `sites`: those with a quantizer, in the order they run. `floats`: what stays float, and why. `trace`,

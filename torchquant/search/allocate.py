@@ -10,7 +10,7 @@ from torch import nn
 
 from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -31,7 +31,7 @@ Harms = Sensitivity | Mapping[Place, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(ShownAsTables):
     """A choice for every place, within the budgets. Prints as a table.
 
     `plan`: with spec strings, ready for `apply`, `save` and `quantize`. `choice`: place -> index of its option.

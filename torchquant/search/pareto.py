@@ -14,7 +14,7 @@ from torch import nn
 from torchquant._arguments import checked, number
 from torchquant._figures import new_figure
 from torchquant._files import write_json
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, require
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
@@ -52,7 +52,7 @@ class ParetoPoint:
 
 
 @dataclass(frozen=True)
-class Pareto:
+class Pareto(ShownAsTables):
     """Allocations that no other one beats in both cost and predicted harm, the cheapest first. Prints as a table."""
 
     measure: str

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant._files import check_format, read_json, write_json
 from torchquant._registry import did_you_mean
-from torchquant._tables import text_table
+from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, NonFiniteError, one_line
 from torchquant.graph.watch import tensors_in
 from torchquant.plan.quant_plan import QuantPlan
@@ -39,7 +39,7 @@ OnPlace = Callable[[Place, tuple[float, ...]], object]
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(ShownAsTables):
     """Harm of each option of each place. Frozen; prints, is saved and loaded.
 
     `harms`: place -> one number an option, in the unit that `METHODS` tells. `options`: their spec strings.
