@@ -63,9 +63,9 @@ class Results:
         return cls(path, settings, held["runs"], held["cells"])
 
     def has(self, table: str, network: str, cell: str) -> bool:
-        """Whether the cell is there; one that failed is tried again."""
+        """Whether the cell is there; one that failed, or whose control did, is tried again."""
         found = self.cells.get(table, {}).get(network, {}).get(cell)
-        return found is not None and "fails" not in found
+        return found is not None and "fails" not in found and found.get("valid", True)
 
     def add(self, table: str, network: str, cell: str, measured: dict[str, Any]) -> None:
         self.cells.setdefault(table, {}).setdefault(network, {})[cell] = measured

@@ -207,6 +207,8 @@ def test_a_run_goes_on_and_tries_again_what_failed(out: Path, monkeypatch: pytes
     assert again["cells"]["peers"]["tiny"]["w8a8"]["db"] == 1.25
     assert again["cells"]["peers"]["tiny"]["ORT min-max"]["db"] > 20
     assert len(again["runs"]) == 2
+    held = real_networks.Results(out, {}, cells={"files": {"tiny": {"times": {"valid": False}, "sizes": {"ours": 1}}}})
+    assert (held.has("files", "tiny", "times"), held.has("files", "tiny", "sizes")) == (False, True)
     with pytest.raises(SystemExit, match="was measured with .*give another --out"):
         command(out, *asked, "--resume", "--batches", "1")
 
