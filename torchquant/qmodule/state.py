@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -118,6 +119,7 @@ class QModule(Holder):
             for tracker in quantizer.modules():
                 if isinstance(tracker, StatisticTracker):
                     tracker.look_again()  # compiled code will not look for statistics that others wrote
+                    tracker.settle()
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "preactivation", "output") -> quantizer, for those that have one."""
@@ -137,6 +139,21 @@ class QModule(Holder):
 
     def observe_weight(self) -> None:
         """Show each weight quantizer its weight as it is now. Needs no data."""
+
+    def _is_new_weight(self, quantizers: Iterable[Quantizer], sources: Iterable[Tensor]) -> bool:
+        """Whether weights have to be observed, and note that they were: not those observed last in this state.
+
+        `sources`: the tensors that the weights come from. Change is told by their version counters, which writing
+        through `.data` does not move. A quantizer that remembers more than the last tensor sees each.
+        """
+        quantizers, sources = list(quantizers), list(sources)
+        if torch.compiler.is_compiling() or not all(quantizer.is_memoryless for quantizer in quantizers):
+            return True
+        known = self._seen if all(quantizer.is_ready for quantizer in quantizers) else []
+        if [(id(t), t._version) for t in sources] == [(id(t), version) for t, version in known]:
+            return False
+        self._seen = [(t, t._version) for t in sources] if all(t.is_leaf for t in sources) else []
+        return True
 
     def _on_new_shape(self) -> None:
         """What was observed of weights is observed anew."""

@@ -138,6 +138,10 @@ class QWeights(QModule):
             if quantizer is not None:
                 quantizer.pre_observe(weight)
 
+    def _has_new_weights(self) -> bool:
+        quantized = [(weight, quantizer) for _, weight, quantizer in self._weights() if quantizer is not None]
+        return self._is_new_weight([quantizer for _, quantizer in quantized], [weight for weight, _ in quantized])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.input_quantizer is not None:
             args, kwargs = self._quantized_inputs(args, kwargs)
@@ -173,7 +177,7 @@ class QWeights(QModule):
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        if self.state.is_weight_observed:
+        if self.state.is_weight_observed and (self.state.is_weight_quantized or self._has_new_weights()):
             self._observe_weights()
         if not self.state.is_weight_quantized:
             return layer.forward(*args, **kwargs)

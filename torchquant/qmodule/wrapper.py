@@ -156,21 +156,13 @@ class QWrapper(QModule):
         return None if self.fold_mode is None else running_factor(self.bn)
 
     def _observe_new_weight(self) -> None:
-        """Observe the weight unless it is the one observed last in this state, unchanged since.
-
-        Change is told by the tensors' version counters, which writing through `.data` does not move.
-        """
+        """Observe the weight unless it is the one observed last in this state, unchanged since."""
         assert self.weight_quantizer is not None
-        if torch.compiler.is_compiling() or not self.weight_quantizer.is_memoryless:
-            self._observe_weight()
-            return
         sources = [self.layer.weight]
         if self.fold_mode is not None:
             sources += [t for t in (self.bn.weight, self.bn.running_var) if t is not None]
-        known = self._seen if self.weight_quantizer.is_ready else []
-        if [(id(t), t._version) for t in sources] != [(id(t), version) for t, version in known]:
+        if self._is_new_weight([self.weight_quantizer], sources):
             self._observe_weight()
-            self._seen = [(t, t._version) for t in sources] if all(t.is_leaf for t in sources) else []
 
     def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         """The layer with its weight times `factor` quantized; observed first if the state says so."""

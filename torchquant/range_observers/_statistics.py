@@ -327,6 +327,9 @@ class StatisticTracker(CallsOfABatch):
         self._note(False)
         self._begin_batch()
 
+    def settle(self) -> None:  # noqa: B027 - most have nothing to put off
+        """Do what was put off while batches came, such as a search; called before the statistics are read or saved."""
+
     def get(self) -> tuple[Tensor, ...]:
         """The statistics, () or (C,) each. Raises UnobservedRangeError before the first batch."""
         if not self.is_observed:
@@ -334,7 +337,12 @@ class StatisticTracker(CallsOfABatch):
                 f"{type(self).__name__} has seen no data; run a batch in QModuleState.CALIBRATION "
                 "or set its values by hand (force_ranges / force)"
             )
+        self.settle()
         return tuple(getattr(self, name) for name in self.statistics)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticTracker:
         """Follow device moves and `.double()`, but stay at float32 under `.half()` and the like."""

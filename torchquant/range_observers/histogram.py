@@ -1,20 +1,24 @@
-"""Observers that keep a histogram of all they have seen and choose the range from it."""
+"""Observers that keep a histogram of all they have seen and choose the range from it when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._range_search import best_range
-from torchquant.quantizers_functional.affine import affine_params, check_affine, quantize_uniform
+from torchquant.quantizers_functional.affine import affine_params, check_affine
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
-from torchquant.range_observers._distributed import reduce_max, reduce_sum
-from torchquant.range_observers._histogram import bin_edges, entropy_bins, histogram, quantile, rebinned, widened
-from torchquant.range_observers._statistics import rows
+from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
+from torchquant.range_observers._histogram import clip_error, entropy_share, histogram, quantile, rebinned, widened
+from torchquant.range_observers._least_error import histogram_error, least_error_range
+from torchquant.range_observers._statistics import ordinary_zeros, rows
+
+AT_ONCE = 2**18  # bins of an intermediate tensor
+STRIDE = 8  # from one number of bins that is tried for the least information lost to the next
+TWO_SIDED = (False, "asymmetric-narrow")  # grids whose ends are independent of one another
 
 
 @OBSERVERS.register("histogram")
@@ -26,6 +30,9 @@ class HistogramObserver(RangeObserver):
     (activations), 0 the last batch only (weights). Ranks of torch.distributed add their counts.
     Source: docs/algorithms.md C3, C4.
 
+    Batches are only counted; the range is chosen when it is asked for next: by `get_ranges`, by a quantizer, by
+    `state_dict`, or when a QModule enters a state. With `decay=0` it is chosen at once, and no counts are kept.
+
     >>> observer = HistogramObserver(percentile=98.0, decay=1.0)
     >>> for batch in torch.linspace(-1, 1, 10000).split(2500):
     ...     observer.observe_batch(batch)
@@ -36,9 +43,13 @@ class HistogramObserver(RangeObserver):
     statistics: tuple[str, ...] = ("range_min", "range_max", "histogram_min", "histogram_max", "counts")
     of_magnitude = False
     """Whether the bins count |x|, from 0 on."""
+    counts_zeros = True
+    """Whether the bins count elements that are exactly 0, which every grid has a level for."""
     histogram_min: Tensor
     histogram_max: Tensor
     counts: Tensor
+    _is_range_due = False
+    """Whether batches were counted since the range was chosen; until it is, the range is all that was seen."""
 
     def __init__(
         self,
@@ -54,16 +65,70 @@ class HistogramObserver(RangeObserver):
             raise ConfigError(f"n_bins must be a whole number from 16, got {n_bins!r}")
         if not 0.0 <= decay <= 1.0:
             raise ConfigError(f"decay must be from 0 to 1, got {decay!r}")
-        self.widths = {"counts": n_bins}
+        self.n_bins = n_bins
+        self.decay = decay
         super().__init__(0.0, axis, nonfinite)
         self.counts = self.counts.to(torch.float64)
         self.percentile = percentile
-        self.n_bins = n_bins
-        self.decay = decay
+
+    @property
+    def keeps_counts(self) -> bool:
+        """Whether counts are kept from one observation to the next; without them the range is chosen at each."""
+        return self.decay > 0.0 or self.n_calls > 1
+
+    @property
+    def widths(self) -> Mapping[str, int]:  # type: ignore[override]
+        """Bins a row of the buffer `counts`."""
+        return {"counts": self.n_bins if self.keeps_counts else 0}
 
     @property
     def is_memoryless(self) -> bool:
-        return self.decay == 0.0 and self.n_calls == 1
+        return not self.keeps_counts
+
+    @property
+    def range_min(self) -> Tensor:  # type: ignore[override]
+        """Lower end of the range, () or (C,)."""
+        return self._settled("range_min")
+
+    @property
+    def range_max(self) -> Tensor:  # type: ignore[override]
+        """Upper end of the range, () or (C,)."""
+        return self._settled("range_max")
+
+    def _settled(self, name: str) -> Tensor:
+        if name not in self._buffers:  # not made yet
+            raise AttributeError(name)
+        self.settle()
+        return cast(Tensor, self._buffers[name])
+
+    def settle(self) -> None:
+        """Choose the range, if batches were counted since it was chosen last."""
+        if self._is_range_due:
+            self._is_range_due = False
+            self._choose_range()
+
+    @torch.no_grad()
+    def _choose_range(self) -> None:
+        low, high, counts = (
+            (statistic if self.axis is not None else statistic[None]).to(torch.float64)
+            for statistic in (self.histogram_min, self.histogram_max, self.counts)
+        )
+        for name, end in zip(("range_min", "range_max"), self._chosen(counts, low, high), strict=True):
+            cast(Tensor, self._buffers[name]).view(-1).copy_(end)
+
+    def _chosen(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range from counts (C, n_bins) of all that was seen from low to high, (C,); not beyond those."""
+        chosen, has_mass = self.choose(counts, low, high), counts.sum(1) > 0
+        return (
+            torch.where(has_mass, torch.clamp(chosen[0], low, high), low),
+            torch.where(has_mass, torch.clamp(chosen[1], low, high), high),
+        )
+
+    def _size_calls(self) -> None:
+        """Give the counts their width; calls are joined in them, with no buffers beside."""
+        shape = self._shape_of("counts", self.counts.shape[:-1])
+        if self.counts.shape != torch.Size(shape):
+            self.counts = ordinary_zeros(shape, self.counts)
 
     def _take_in(
         self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
@@ -71,35 +136,54 @@ class HistogramObserver(RangeObserver):
         """Take the numbers as they are: the calls of a batch are joined in the counts."""
         self._average_in(values, seen, usable)
         self._next_call()
+        self._is_range_due = self.keeps_counts
 
     def _kept(self) -> float | Tensor:
         """What the old counts are worth now: all of it where they are of the same batch."""
-        if self.n_calls == 1:
+        if self.n_calls == 1 or self.decay == 1.0:
             return self.decay
         return torch.where(cast(Tensor, self._buffers["calls_taken"]) == 0, self.decay, 1.0)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))
-        low, data = -low, x.abs() if self.of_magnitude else x
-        keeps = self.is_observed and (self.decay > 0.0 or self.n_calls > 1)
-        if keeps:
-            # Where no rank has elements there is no new batch.
-            kept = torch.where(low > high, 1.0, torch.as_tensor(self._kept(), dtype=low.dtype, device=low.device))
-            is_known = kept > 0.0
-            seen_low, seen_high, counts = (
-                (statistic if self.axis is not None else statistic[None]).to(torch.float64)
-                for statistic in (self.histogram_min, self.histogram_max, self.counts)
-            )
-            low = torch.where(is_known, torch.minimum(low, seen_low), low)
-            high = torch.where(is_known, torch.maximum(high, seen_high), high)
-        ends = self._ends(low, high)
-        new = reduce_sum(histogram(data, *ends, self.n_bins))
-        if keeps:
-            new = new + kept[:, None] * rebinned(counts, *self._ends(seen_low, seen_high), *ends)
-        chosen_low, chosen_high = self.choose(new, *ends)
-        found = (*self.bounded(chosen_low, chosen_high, low, high), low, high, new)
+        low, n_kept = -low, self.n_bins if self.keeps_counts else 0
+        found: tuple[Tensor, ...]
+        if not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool((high - low).isfinite().all()):
+            found = low, high, low, high, x.new_zeros(len(x), n_kept, dtype=torch.float64)  # will be refused
+        elif n_kept:
+            low, high, counts = self._joined(x, low, high)
+            found = low, high, low, high, counts
+        else:
+            found = *self._chosen_at_once(x, low, high), low, high, x.new_zeros(len(x), 0, dtype=torch.float64)
         return found if self.axis is not None else tuple(statistic.squeeze(0) for statistic in found)
+
+    def _count(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        data = x.abs() if self.of_magnitude else x
+        return reduce_sum(histogram(data, low, high, self.n_bins, self.counts_zeros))
+
+    def _chosen_at_once(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range for rows alone, some of them at a time; NaN and Inf stay."""
+        at_once = len(x) if world_size() > 1 else max(1, AT_ONCE // self.n_bins)
+        parts = list(zip(x.split(at_once), low.split(at_once), high.split(at_once), strict=True))
+        chosen = [self._chosen(self._count(part, *self._ends(*ends)), *ends) for part, *ends in parts]
+        return torch.cat([ends[0] for ends in chosen]), torch.cat([ends[1] for ends in chosen])
+
+    def _joined(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ends and counts of x and of what is known, from x and its ends."""
+        if not self.is_observed:
+            return low, high, self._count(x, *self._ends(low, high))
+        # Where no rank has elements there is no new batch.
+        kept = torch.where(low > high, 1.0, torch.as_tensor(self._kept(), dtype=low.dtype, device=low.device))
+        is_known = kept > 0.0
+        seen_low, seen_high, counts = (
+            (statistic if self.axis is not None else statistic[None]).to(torch.float64)
+            for statistic in (self.histogram_min, self.histogram_max, self.counts)
+        )
+        low = torch.where(is_known, torch.minimum(low, seen_low), low)
+        high = torch.where(is_known, torch.maximum(high, seen_high), high)
+        before, ends = self._ends(seen_low, seen_high), self._ends(low, high)
+        return low, high, self._count(x, *ends) + kept[:, None] * rebinned(counts, *before, *ends)
 
     def _ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """First and last edge of the bins over a range seen."""
@@ -110,13 +194,10 @@ class HistogramObserver(RangeObserver):
         return widened(low, high)
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range, from counts (C, n_bins) in equal bins from low (C,) to high (C,). Two (C,)."""
+        """The range, from counts (C, n_bins) of what lies from low (C,) to high (C,). Two (C,), inside of those."""
         cut = (100.0 - self.percentile) / 200.0
-        return quantile(counts, low, high, cut), quantile(counts, low, high, 1.0 - cut)
-
-    def bounded(self, chosen_low: Tensor, chosen_high: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen range as it is handed out, low and high being the ends of all that was seen: not beyond those."""
-        return torch.clamp(chosen_low, low, high), torch.clamp(chosen_high, low, high)
+        ends = self._ends(low, high)
+        return quantile(counts, *ends, cut), quantile(counts, *ends, 1.0 - cut)
 
     def force_ranges(self, range_min: Tensor | float, range_max: Tensor | float) -> None:
         """Set the range by hand and forget the counts; later batches start a new histogram from there."""
@@ -124,21 +205,43 @@ class HistogramObserver(RangeObserver):
         high = torch.as_tensor(range_max, dtype=torch.float64)
         if bool((low > high).any()):
             raise ConfigError(f"range_min must not exceed range_max, got {range_min} and {range_max}")
-        self.force(low, high, low, high, torch.zeros(*low.shape, self.n_bins, dtype=torch.float64))
+        self.force(low, high, low, high, torch.zeros(*low.shape, self.widths["counts"], dtype=torch.float64))
+
+    def force(self, *values: Tensor | float) -> None:
+        super().force(*values)
+        self._is_range_due = False
+
+    def reset(self) -> None:
+        super().reset()
+        self._is_range_due = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "counts")
+        width = self.widths["counts"]
+        if isinstance(saved, Tensor) and saved.ndim and 0 in (saved.shape[-1], width) and saved.shape[-1] != width:
+            # One of the two keeps counts, the other does not; the range is there in both.
+            state_dict[prefix + "counts"] = saved.new_zeros(*saved.shape[:-1], width)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_range_due = False
 
 
 @OBSERVERS.register("mse")
 class MSEObserver(HistogramObserver):
     """The range whose affine grid has the least error on everything seen, over a histogram.
 
-    `n_bits`, `symmetric`: the grid, as in `affine_params`. The observed range is shrunk in 100 steps, both ends by
-    the same factor, and the best kept. `power` 2 is the squared error; 2.4 that of BRECQ. docs/algorithms.md C5.
+    `n_bits`, `symmetric`: the grid, as in `affine_params`. The ends of all that was seen are shrunk, each by a factor
+    of its own unless the grid is symmetric: first by the powers of 0.7 down to 1/103, then by factors nearer and nearer
+    to the best, at last 1 % apart. Elements that are 0 have no error on any grid and are not counted; the mass of a bin
+    counts as evenly spread inside it. `power` 2 is the squared error; 2.4 that of BRECQ, taken at the middles of
+    bins. docs/algorithms.md C5, whose factors are the same for both ends and hundredths.
 
     >>> observer = MSEObserver(4, symmetric="narrow")
     >>> observer.observe_batch(torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(1e-4, 1 - 1e-4, 5000)))
     >>> 2.3 < observer.get_ranges()[1] < 2.6
     tensor(True)
     """
+
+    counts_zeros = False
 
     def __init__(
         self,
@@ -159,21 +262,20 @@ class MSEObserver(HistogramObserver):
         self.power = power
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        edges = bin_edges(low, high, self.n_bins)
-        centres = (edges[:, 1:] + edges[:, :-1]) / 2
-
-        def quantize(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-            return quantize_uniform(values, affine_params(low, high, self.n_bits, self.symmetric))
-
-        return best_range(centres, counts, low, high, quantize, power=self.power)
+        error = histogram_error(counts, *self._ends(low, high), self.n_bits, self.symmetric, self.power)
+        return least_error_range(error, low, high, self.symmetric not in TWO_SIDED)
 
 
 @OBSERVERS.register("entropy")
 class EntropyObserver(HistogramObserver):
     """The clip of least information lost, on a histogram of magnitudes (TensorRT 2017; docs/algorithms.md C6).
 
-    `n_bits`: 2**(n_bits - 1) levels are compared. For symmetric grids; of data that never goes below 0 the range is
-    [0, clip]. Deviation: the clip is the edge of the last bin kept, the slides add half a bin.
+    `n_bits`, `symmetric`: the grid, as in `affine_params`; the levels on the longer side of 0 are compared, all
+    2**n_bits of data on one side. Both sides are clipped alike, and neither beyond the data. Deviations, for data that
+    the published rule cuts to almost nothing because most of it lies at one value: elements that are 0, as a ReLU
+    leaves them, are not counted (NVIDIA's calibrator overwrites the first bin, for the same reason); only clips are
+    compared that have no more squared error than no clip, by bins and step**2 / 12. The clip is the edge of the last
+    bin kept, the slides add half a bin; every eighth bin is tried.
 
     >>> observer = EntropyObserver(8)
     >>> observer.observe_batch(torch.linspace(-1, 1, 4096))
@@ -182,6 +284,7 @@ class EntropyObserver(HistogramObserver):
     """
 
     of_magnitude = True
+    counts_zeros = False
 
     def __init__(
         self,
@@ -190,21 +293,23 @@ class EntropyObserver(HistogramObserver):
         decay: float = 0.0,
         axis: int | None = None,
         nonfinite: str = "raise",
+        symmetric: bool | str = False,
     ) -> None:
         if not (isinstance(n_bits, int) and n_bits >= 2 and n_bits <= n_bins.bit_length()):
             raise ConfigError(
                 f"n_bits must be a whole number from 2 with 2**(n_bits - 1) <= {n_bins} bins, got {n_bits!r}"
             )
+        check_affine(n_bits, symmetric)
         super().__init__(100.0, n_bins, decay, axis, nonfinite)
         self.n_bits = n_bits
+        self.symmetric = symmetric
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        kept, _ = entropy_bins(counts, 2 ** (self.n_bits - 1))
-        clip = high * kept / self.n_bins
+        _, top = self._ends(low, high)
+        clips = top[:, None] * torch.linspace(0.0, 1.0, self.n_bins + 1, dtype=top.dtype, device=top.device)
+        ends = torch.maximum(low[:, None], -clips), torch.minimum(high[:, None], clips)
+        params = affine_params(*ends, self.n_bits, self.symmetric)
+        error = clip_error(counts, top) + counts.sum(1, keepdim=True) * params.delta.square() / 12
+        n_levels = (top / params.delta[:, -1]).round().clamp(1, 2**self.n_bits).to(torch.int64)
+        clip = top * entropy_share(counts, n_levels, 2**self.n_bits, error, STRIDE)
         return -clip, clip
-
-    def bounded(self, chosen_low: Tensor, chosen_high: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Both ends alike, and one end 0 where nothing is on that side of it; NaN stays."""
-        zero = torch.zeros_like(low)
-        lower, upper = torch.where(low >= 0, zero, chosen_low), torch.where(high <= 0, zero, chosen_high)
-        return torch.where(low.isnan(), low, lower), torch.where(high.isnan(), high, upper)

@@ -1,0 +1,120 @@
+"""The range whose uniform grid has the least error on a histogram."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchquant.quantizers_functional.affine import AffineParams, affine_params, quantize_uniform
+from torchquant.range_observers._histogram import bin_edges
+
+RATIO = 0.7  # of the first factors, one to the next
+N_FACTORS = 14  # the last of them 1/103
+ROUNDS = 5  # of closer looks: the last factors are 1.1 % apart
+
+ErrorOf = Callable[[Tensor, Tensor], Tensor]
+"""Errors (C, g) of ranges with the ends (C, g) and (C, g)."""
+
+
+class SquaredError:
+    """Squared error of uniform grids on rows of counts, the mass of a bin evenly spread inside it: exact.
+
+    With F(t) the mass below t, H its integral and l the highest level, the error of a grid with the step d and the
+    thresholds t is the mean of (x - l)**2 less 2 d times the sum of H(t): the mass left of a threshold moves down a
+    level. H is a parabola inside a bin, so a grid costs as much as it has thresholds, however many elements were seen.
+
+    counts: (C, B) in equal bins from low to high, (C,).
+    """
+
+    def __init__(self, counts: Tensor, low: Tensor, high: Tensor) -> None:
+        self.n_bins = counts.shape[1]
+        self.low, self.width = low[:, None], ((high - low) / self.n_bins)[:, None]
+        self.density = counts / self.width
+        self.mass = _cumulated(counts)
+        self.first = _cumulated((self.mass[:, :-1] + counts / 2) * self.width)
+        self.second = _cumulated((self.first[:, :-1] + (self.mass[:, :-1] / 2 + counts / 6) * self.width) * self.width)
+        edges = bin_edges(low, high, self.n_bins)
+        middles = (edges[:, 1:] + edges[:, :-1]) / 2
+        self.total = counts.sum(1, keepdim=True).clamp_min(1e-300)
+        self.mean = (counts * middles).sum(1, keepdim=True) / self.total
+        spread = (middles - self.mean).square() + self.width.square() / 12
+        self.variance = (counts * spread).sum(1, keepdim=True)
+
+    def __call__(self, params: AffineParams) -> Tensor:
+        """(C, g) errors, over all of a row's mass, of the grids with delta (C, g) and zero_point (C, g) or a number."""
+        delta, zero_point, qmin, qmax = params
+        highest, lowest = (qmax - zero_point) * delta, (qmin - zero_point) * delta
+        error = self.variance + self.total * (highest - self.mean).square()
+        if qmax - qmin <= self.n_bins:
+            codes = torch.arange(qmin, qmax, dtype=delta.dtype, device=delta.device) + 0.5
+            offset = zero_point[..., None] if isinstance(zero_point, Tensor) else zero_point
+            at = (codes - offset) * delta[..., None]
+            return error - 2 * delta * self._integral(at.flatten(1)).unflatten(1, at.shape[1:]).sum(-1)
+        # Levels closer together than the bins: the sum becomes an integral, less what a step hides, d**2 / 12.
+        within = self._double_integral(highest) - self._double_integral(lowest)
+        return error - 2 * within + delta.square() / 12 * (self._mass(highest) - self._mass(lowest))
+
+    def _place(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bin, distance from its first edge, and distance beyond the last edge, of points (C, k)."""
+        position = (at - self.low) / self.width
+        index = position.clamp(0, self.n_bins - 1).to(torch.int64)
+        inside = (position.clamp(0, self.n_bins) - index) * self.width
+        return index, inside, (position - self.n_bins).clamp_min_(0.0) * self.width
+
+    def _mass(self, at: Tensor) -> Tensor:
+        index, inside, _ = self._place(at)
+        return self.mass.gather(1, index) + self.density.gather(1, index) * inside
+
+    def _integral(self, at: Tensor) -> Tensor:
+        index, inside, beyond = self._place(at)
+        slope = self.density.gather(1, index).mul_(inside / 2).add_(self.mass.gather(1, index))
+        return slope.mul_(inside).add_(self.first.gather(1, index)).add_(beyond.mul_(self.total))
+
+    def _double_integral(self, at: Tensor) -> Tensor:
+        index, inside, beyond = self._place(at)
+        mass, density = self.mass.gather(1, index), self.density.gather(1, index)
+        below = self.second.gather(1, index) + inside * (
+            self.first.gather(1, index) + inside * (mass / 2 + inside * density / 6)
+        )
+        return below + beyond * (self.first[:, -1:] + self.total * beyond / 2)
+
+
+def _cumulated(parts: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(parts[:, :1]), parts.cumsum(1)], 1)
+
+
+def histogram_error(
+    counts: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool | str, power: float
+) -> ErrorOf:
+    """The errors |x - Q(x)|**power of affine grids on a histogram; for other powers than 2 at the middles of bins."""
+    if power == 2.0:
+        squared = SquaredError(counts, low, high)
+        return lambda low, high: squared(affine_params(low, high, n_bits, symmetric))
+    edges = bin_edges(low, high, counts.shape[1])
+    middles = ((edges[:, 1:] + edges[:, :-1]) / 2)[:, None]
+
+    def error(low: Tensor, high: Tensor) -> Tensor:
+        quantized = quantize_uniform(middles, affine_params(low[..., None], high[..., None], n_bits, symmetric))
+        return quantized.sub_(middles).abs_().pow_(power).mul_(counts[:, None]).sum(-1)
+
+    return error
+
+
+def least_error_range(error: ErrorOf, low: Tensor, high: Tensor, is_symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The range of least error inside [low, high], (C,) each. Equal errors: the widest.
+
+    The ends are shrunk by factors, both by the same where the grid is symmetric: first by the powers of `RATIO`,
+    then by factors nearer and nearer to the best so far.
+    """
+    factors = RATIO ** torch.arange(N_FACTORS, dtype=low.dtype, device=low.device)
+    offsets = torch.tensor([0.0, -1.0, 1.0], dtype=low.dtype, device=low.device)
+    best = factors.new_ones(2, len(low), 1)
+    for round in range(ROUNDS + 1):
+        tried = factors if round == 0 else RATIO ** (offsets / 2**round)
+        pairs = torch.stack([tried, tried] if is_symmetric else torch.meshgrid(tried, tried, indexing="ij")).flatten(1)
+        candidates = (best * pairs[:, None]).clamp(max=1.0)
+        errors = error(low[:, None] * candidates[0], high[:, None] * candidates[1])
+        best = candidates.gather(2, errors.argmin(1, keepdim=True).expand(2, -1, -1))
+    return low * best[0, :, 0], high * best[1, :, 0]
