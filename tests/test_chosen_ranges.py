@@ -117,6 +117,9 @@ def test_leaving_calibration_searches_once_a_site_and_evaluation_never(searches:
     assert searches[2:] == ["EntropyObserver"] * 2
     model(torch.randn(8, 6))
     assert len(searches) == 4
+    report = tq.state_report(model)
+    assert "range_max" in str(report)
+    assert all(np.isfinite(value) for value in report.scalars().values())
 
 
 @pytest.mark.parametrize("layer", [nn.Embedding(7, 4), nn.GRU(4, 4), nn.MultiheadAttention(4, 2)], ids=type)

@@ -290,12 +290,18 @@ def state_report(model: nn.Module) -> StateReport:
     )
 
 
+def _statistics(tracker: StatisticTracker) -> list[tuple[str, Tensor]]:
+    """Its statistics by name, those that hold numbers: a histogram that is not kept holds none."""
+    found = zip(tracker.statistics, tracker.get(), strict=True)
+    return [(name, value) for name, value in found if value.numel()]
+
+
 def _ranges(quantizer: Quantizer) -> str:
     tracker = getattr(quantizer, "observer", quantizer)
     if not (quantizer.is_ready and isinstance(tracker, StatisticTracker)):
         return "-"
     parts = []
-    for name, value in zip(tracker.statistics, tracker.get(), strict=True):
+    for name, value in _statistics(tracker):
         low, high = float(value.min()), float(value.max())
         parts.append(f"{name} {low:.4g}" + (f"..{high:.4g} ({value.numel()} channels)" if value.ndim else ""))
     if tracker.n_calls > 1:
@@ -316,7 +322,7 @@ def _numbers(quantizer: Quantizer) -> dict[str, float]:
         return found
     tracker = getattr(quantizer, "observer", quantizer)
     if isinstance(tracker, StatisticTracker):
-        for name, value in zip(tracker.statistics, tracker.get(), strict=True):
+        for name, value in _statistics(tracker):
             found[name] = float(_OF_CHANNELS.get(tracker.joined_by.get(name, ""), torch.mean)(value))
     with suppress(NoAffineViewError):
         delta = torch.as_tensor(quantizer.affine_params().delta)
