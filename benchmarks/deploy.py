@@ -105,7 +105,7 @@ def export_ours(net: nn.Module, rules: str, images: Sequence[Tensor], path: Path
     with qmodule_state(model, QModuleState.CALIBRATION):
         for batch in images:
             model(batch)
-    return export_onnx(model, path, images[0])
+    return export_onnx(model, path, images[0], keep_signed=rules == RULES["openvino"])
 
 
 class _Reader:
