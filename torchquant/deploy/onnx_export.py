@@ -53,9 +53,10 @@ def export_onnx(
     `verify` runs the file on the example, and on one twice as large along the axes of `dynamic_shapes`, and compares
     all codes (see `certify`).
 
-    `keep_signed`: signed codes stay signed, as OpenVINO, TensorRT and ARM want them; otherwise those of activations count from 0
-    on, which x86 processors multiply faster, and so do those of weights of 8 bits, whose sums would saturate in ONNX
-    Runtime on processors without VNNI. The model itself is not changed; a file that cannot be finished is not begun.
+    `keep_signed`: signed codes stay signed, as OpenVINO, TensorRT and ARM want them; otherwise those of activations
+    count from 0 on, which x86 processors multiply faster, and so do those of weights of 8 bits, whose sums would
+    saturate in ONNX Runtime on processors without VNNI. The model itself is not changed; a file that cannot be finished
+    is not begun.
     Needs the extra `deploy`.
 
     Raises ExportError for what the file cannot hold, or where ONNX Runtime computes something else; ConfigError,
