@@ -69,8 +69,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]
                 yield path + ("" if len(found) == 1 else f".{name}") or "(root)", weight, quantizer
         elif id(module) in wrapped:
             continue
-        elif isinstance(row_of(module), LayerRow):
-            yield path or "(root)", module.weight, None
+        elif isinstance(row := row_of(module), LayerRow):
+            yield path or "(root)", row.weight_and_bias(module)[0], None
         else:
             names = weight_names(module)
             for name in names:

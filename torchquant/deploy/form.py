@@ -56,7 +56,7 @@ class DeployLayer(nn.Module):
         if wrapper.weight_quantizer is not None:
             self.layer = without_weight(wrapper.layer)
             self.weight, self.bn = stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path, keep_signed)
-            bias = getattr(wrapper.layer, "bias", None)
+            bias = wrapper.bias_in_use
             if wrapper.fold_mode is not None:
                 bias = running_bias(wrapper.bn, bias)
             if bias is not None and wrapper.bias_quantizer is not None:

@@ -104,6 +104,6 @@ def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:
 
 
 def without_weight(layer: Any) -> nn.Module:
-    """A copy that keeps the geometry of the layer, but not its float weight."""
-    empty = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    """A copy that keeps the geometry of the layer, but of its float weight nothing but shape, type and device."""
+    empty = nn.Parameter(layer.weight.new_zeros(()).expand_as(layer.weight), requires_grad=False)
     return copy.deepcopy(layer, {id(layer.weight): empty})

@@ -26,6 +26,7 @@ from torchquant.graph.sites import (
     joined,
     layer_fields,
     layer_types,
+    why_other,
 )
 from torchquant.graph.trace import NotTraceable, pattern_without_example, renamed, traced_variants
 from torchquant.graph.watch import real_values, recorded_calls
@@ -198,7 +199,8 @@ class Finder:
             for name, weight in module.named_parameters(recurse=False):
                 is_told = told.get(path) == type(module).__name__
                 if weight.ndim > 1 and id(weight) not in owned and not is_told:
-                    self.floats.append(LeftFloat(joined(path, name), f"{type(module).__name__}.{name}", RAW_WHY))
+                    kind = f"{type(module).__name__}.{name}"
+                    self.floats.append(LeftFloat(joined(path, name), kind, why_other(module) or RAW_WHY))
 
 
 def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:

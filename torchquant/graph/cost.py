@@ -241,7 +241,7 @@ def _weights(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """(as its quantizer sees it, the output channel on axis 0; as it is) of every weight."""
     row = row_of(module)
     if isinstance(row, LayerRow):
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight = row.weight_and_bias(module)[0]
         return [(row.channels_first(module, weight), weight)]
     return [(weight, weight) for weight in map(module.get_parameter, weight_names(module))]
 

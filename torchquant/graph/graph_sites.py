@@ -22,6 +22,7 @@ from torchquant.graph.sites import (
     layer_fields,
     layer_types,
     n_reads_of,
+    why_other,
 )
 from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
@@ -223,7 +224,7 @@ class GraphSites:
                 self.finder.look_into(joined(self.path, str(node.target)), module)
             else:
                 path, kind = joined(self.path, str(node.target)), type(module).__name__
-                self._leave(path, kind, NORM_WHY if "Norm" in kind else NO_FORM)
+                self._leave(path, kind, NORM_WHY if "Norm" in kind else why_other(module) or NO_FORM)
             return
         name = name_of(node)
         is_no_operator = name.startswith("_assert") or name == "getattr" or isinstance(node.target, type)

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from torchquant.errors import ConfigError
 from torchquant.graph.tracer import Traced
-from torchquant.qmodule.patterns import LayerRow, plain_type, row_of, stock_type
+from torchquant.qmodule.own_forward import base_of
+from torchquant.qmodule.patterns import InputFirstRow, LayerRow, plain_type, row_of, stock_type, why_no_layer
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
 
@@ -181,8 +182,21 @@ def layer_fields(module: nn.Module) -> tuple[str, ...]:
 
 
 def layer_types(module: nn.Module) -> tuple[str, ...]:
-    """What rules can call a layer: the class of torch whose forward it runs, and its own."""
-    return tuple(dict.fromkeys((stock_type(module).__name__, plain_type(module).__name__)))
+    """What rules can call a layer: the class of torch that it is or is below, those between, and its own last."""
+    kind, row = plain_type(module), row_of(module)
+    above = [k for k in kind.__mro__ if issubclass(k, nn.Module) and k is not nn.Module]
+    base = base_of(kind) if isinstance(row, LayerRow) else stock_type(module)
+    if isinstance(row, InputFirstRow):
+        base = nn.Linear
+    between = above[: above.index(base)] if base in above else [kind]
+    names = [*(k.__name__ for k in (base,) if k is not None), *(k.__name__ for k in reversed(between))]
+    return tuple(dict.fromkeys(names))
+
+
+def why_other(module: nn.Module) -> str:
+    """Why a module of a class below a layer of torch is no layer, in a sentence of a plan; "" for any other module."""
+    reason = why_no_layer(module)
+    return f"a layer by its class, but not by its forward: {reason}" if reason else ""
 
 
 def has_layers(module: nn.Module) -> bool:

@@ -115,6 +115,8 @@ def _traced_once(
 ) -> Traced | None:
     """One graph; None if one more kind of module was found to be called whole."""
     module = copy_model(module, shared=(*module.parameters(), *module.buffers()))
+    for part in module.modules():
+        row_of(part)  # which may run its forward, and must not while another is being followed
 
     def is_leaf(m: nn.Module) -> bool:
         return type(m) in whole or tracer.paths[id(m)] in whole or stays_whole(m, through_hooks)

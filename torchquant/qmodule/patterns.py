@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torchquant._arguments import checked
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, NameClashError, UnsupportedPatternError
+from torchquant.qmodule.own_forward import base_of, product_of, run_own, why_not_followed
 from torchquant.quantizers_functional._gradient import pass_through
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -86,6 +87,10 @@ class LayerRow:
     batch_norm: type[nn.Module] | None = None
     transposed: bool = False
 
+    def weight_and_bias(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """What the layer computes with, as it stores it."""
+        return layer.weight, getattr(layer, "bias", None)
+
     def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
         """The weight with the output channel on axis 0: what weight quantizers see, for every layer.
 
@@ -104,6 +109,17 @@ class InputFirstRow(LayerRow):
 
     def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
         return weight.t()
+
+
+@checked
+@dataclass(frozen=True)
+class OwnForwardRow(LayerRow):
+    """A layer below one of torch with a forward of its own, around the same product."""
+
+    run: RunLayer = run_own
+
+    def weight_and_bias(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        return product_of(layer)
 
 
 @checked
@@ -178,6 +194,12 @@ PATTERNS: dict[type[nn.Module] | str, LayerRow | ActivationRow] = {
     nn.Tanh: ActivationRow(),
 }
 
+OWN_FORWARD: dict[type[nn.Module], OwnForwardRow] = {
+    kind: OwnForwardRow(batch_norm=row.batch_norm, transposed=row.transposed)
+    for kind, row in PATTERNS.items()
+    if isinstance(row, LayerRow) and not isinstance(kind, str)
+}
+"""Layer of torch -> the row of the classes below it."""
 
 NORM_ACTIVATIONS: dict[str, type[nn.Module]] = {"timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d}
 """Modules, by name, that are a batch norm, a `drop` and an activation `act` in one."""
@@ -242,13 +264,31 @@ def read_quietly(layer: nn.Module) -> Iterator[None]:
 
 
 def row_of(module: nn.Module) -> LayerRow | ActivationRow | None:
-    """The row of a module's class, or of the nearest class above it whose forward it runs unchanged; else None."""
+    """The row of a module's class, or of the nearest class above it whose forward it runs unchanged.
+
+    Or an `OwnForwardRow` for a class below a layer of torch whose forward is its own and one product; else None.
+    """
+    row = row_of_type(plain_type(module))
+    return None if isinstance(row, OwnForwardRow) and why_no_layer(module) else row
+
+
+def why_no_layer(module: nn.Module) -> str:
+    """Why a module of a class below a layer of torch is none that can be wrapped; "" for any other module."""
     kind = plain_type(module)
+    base = base_of(kind) if isinstance(row_of_type(kind), OwnForwardRow) else None
+    return "" if base is None else why_not_followed(module, base)
+
+
+def row_of_type(kind: type[nn.Module]) -> LayerRow | ActivationRow | None:
+    """`row_of` a module of a class, whatever the module's own forward does."""
     if kind not in PATTERNS and f"{kind.__module__}.{kind.__qualname__}" in PATTERNS:
         PATTERNS[kind] = PATTERNS[f"{kind.__module__}.{kind.__qualname__}"]
-    if kind not in PATTERNS and stock_type(module) in PATTERNS:
-        PATTERNS[kind] = PATTERNS[stock_type(module)]
-    return PATTERNS.get(kind)
+    if kind not in PATTERNS and stock_of(kind) in PATTERNS:
+        PATTERNS[kind] = PATTERNS[stock_of(kind)]
+    if kind in PATTERNS:
+        return PATTERNS[kind]
+    base = base_of(kind)
+    return None if base is None else OWN_FORWARD[base]
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
@@ -261,7 +301,11 @@ def stock_type(module: nn.Module) -> type[nn.Module]:
     >>> stock_type(Named(1, 1)).__name__
     'Linear'
     """
-    kind = plain_type(module)
+    return stock_of(plain_type(module))
+
+
+def stock_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """`stock_type` of a module of a class."""
     names = ("forward", "_conv_forward", "weight", "bias")
     for above in kind.__mro__:
         if above.__module__.startswith("torch.nn.modules.") and above is not nn.Module:

@@ -15,9 +15,11 @@ from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bi
 from torchquant.qmodule.patterns import (
     PATTERNS,
     LayerRow,
+    OwnForwardRow,
     plain_type,
     read_quietly,
     row_of,
+    row_of_type,
     run_by_functional_call,
     split_pattern,
 )
@@ -124,14 +126,14 @@ class QWrapper(QModule):
     def _weighted(self, x: Tensor) -> Tensor:
         """The layer without its batch norm, in states that do something with the weight."""
         if self.state.is_weight_quantized:
-            return self._run(x, None, self._bias)
+            return self._run(x, None, self.bias_in_use)
         self._observe_new_weight()
         y: Tensor = self.layer.forward(x)
         return y
 
     def _folded(self, x: Tensor) -> Tensor:
         assert self.fold_mode is not None
-        return folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self._bias, x)
+        return folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self.bias_in_use, x)
 
     def _normalized(self, y: Tensor) -> Tensor:
         return y if self.bn is None else self.bn(y)
@@ -139,16 +141,21 @@ class QWrapper(QModule):
     @property
     def row(self) -> LayerRow:
         """How the layer is run with another weight."""
-        row = PATTERNS[self._layer_type]
+        row = PATTERNS.get(self._layer_type) or row_of_type(self._layer_type)
         assert isinstance(row, LayerRow)
         return row
 
     @property
-    def _bias(self) -> Tensor | None:
-        return getattr(self.layer, "bias", None)
+    def _weight(self) -> Tensor:
+        return self.row.weight_and_bias(self.layer)[0]
+
+    @property
+    def bias_in_use(self) -> Tensor | None:
+        """The bias that the layer computes with: its `bias`, or what its own forward makes of it."""
+        return self.row.weight_and_bias(self.layer)[1]
 
     def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
-        weight = self.row.channels_first(self.layer, self.layer.weight)
+        weight = self.row.channels_first(self.layer, self._weight)
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
 
     def fold_factor(self) -> Tensor | None:
@@ -158,7 +165,7 @@ class QWrapper(QModule):
     def _observe_new_weight(self) -> None:
         """Observe the weight unless it is the one observed last in this state, unchanged since."""
         assert self.weight_quantizer is not None
-        sources = [self.layer.weight]
+        sources = [self._weight]
         if self.fold_mode is not None:
             sources += [t for t in (self.bn.weight, self.bn.running_var) if t is not None]
         if self._is_new_weight([self.weight_quantizer], sources):
@@ -186,6 +193,11 @@ class QWrapper(QModule):
                 f"{self.path or 'QWrapper'}: the forward of its {type(self.layer).__name__} was replaced, as adapters "
                 "do, so that no batch norm can be folded into its weight; use fold_bn=False"
             )
+        if isinstance(self.row, OwnForwardRow):
+            raise ConfigError(
+                f"{self.path or 'QWrapper'}: {type(self.layer).__name__} has a forward of its own, in which an adapter's "
+                "cannot be told from it; leave the layer float with skip: True, or put the adapter around it"
+            )
         return run_by_functional_call(self.layer, x, weight, bias)
 
     def _check_new(self, module: nn.Module) -> None:
@@ -202,13 +214,13 @@ class QWrapper(QModule):
     def _observe_weight(self) -> None:
         if self.weight_quantizer is not None:
             self.weight_quantizer.pre_observe(self._channels_first_weight(self.fold_factor()))
-        bias = self._bias if self.fold_mode is None else running_bias(self.bn, self._bias)
+        bias = self.bias_in_use if self.fold_mode is None else running_bias(self.bn, self.bias_in_use)
         if self.bias_quantizer is not None and bias is not None:
             self.bias_quantizer.pre_observe(bias)
 
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         self._recompute_weights()
-        return [("weight", self.layer.weight, self.weight_quantizer)]
+        return [("weight", self._weight, self.weight_quantizer)]
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:
@@ -227,15 +239,21 @@ class QWrapper(QModule):
 
         A Linear with batch norm folds for inputs (N, features).
 
-        Equals layer + batch norm in eval mode. Raises ConfigError if the batch norm has no running statistics.
+        Equals layer + batch norm in eval mode. Raises ConfigError if the batch norm has no running statistics, or if
+        the forward of the layer computes its weight.
         """
         layer = copy.deepcopy(self.layer)
         if self.bn is None:
             return layer
+        if isinstance(self.row, OwnForwardRow) and self._weight is not self.layer.weight:
+            raise ConfigError(
+                f"{self.path or type(self.layer).__name__}: its forward computes the weight, so no copy of it can hold "
+                "one that a batch norm is folded into"
+            )
         check_fold(True, self.bn, self._channels_first_weight().shape[0])
         weight = self._channels_first_weight(running_factor(self.bn))
         layer.weight = nn.Parameter(self.row.channels_first(self.layer, weight).contiguous())
-        layer.bias = nn.Parameter(running_bias(self.bn, self._bias))
+        layer.bias = nn.Parameter(running_bias(self.bn, self.bias_in_use))
         return layer
 
     def freeze_bn(self, frozen: bool = True) -> None:

@@ -82,6 +82,12 @@ class OscillationTracker(nn.Module):
         self.momentum = momentum
         self.freeze_above = freeze_above
         self._watched = list(_sites(model))
+        computed = [path for path, wrapper, _ in self._watched if wrapper.weights()[0][1].grad_fn is not None]
+        if computed and freeze_above is not None:
+            raise ConfigError(
+                f"the weight of {computed[0]} is computed from other parameters, so it cannot be held at a level; "
+                "watch without freeze_above"
+            )
         if not self._watched:
             raise ConfigError("the model has no weight quantizer with codes; there is nothing to watch")
         self.layers = nn.ModuleList(_Layer(quantizer.encode(w.float_weight())) for _, w, quantizer in self._watched)

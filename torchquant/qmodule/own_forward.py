@@ -1,0 +1,171 @@
+"""Layers with a forward of their own: the one product in it, and running it with another weight.
+
+A subclass of a layer of torch may pad its input, or compute its weight, before the one convolution or matrix product
+that it is. What that product is given is what is quantized; everything else of the forward runs as it is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+PRODUCTS: dict[type[nn.Module], Any] = {
+    nn.Linear: F.linear,
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+"""Layer of torch -> the function that is its product."""
+_NAMES = ("input", "weight", "bias")
+_probed: WeakKeyDictionary[nn.Module, tuple[type[nn.Module], str]] = WeakKeyDictionary()
+
+
+class _AtProducts(TorchFunctionMode):
+    """Does something else where a forward calls one of `PRODUCTS`."""
+
+    def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the call gives. `given`: input, weight and bias; then the other arguments."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in PRODUCTS.values():
+            return func(*args, **kwargs)
+        given = [*args[:3], *(kwargs.pop(name, None) for name in _NAMES[len(args) :])]
+        return self.product(func, given, tuple(args[3:]), kwargs)
+
+
+class _Given(_AtProducts):
+    """The product gets another weight and bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(given[0], self.weight, self.bias, *args, **kwargs)
+
+
+class _Taken(_AtProducts):
+    """Notes the weight and the bias of the product, which is not computed; `result` stands for what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+        self.weight: Any = None
+        self.bias: Any = None
+        self.result: Any = None
+
+    def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.functions.append(function)
+        x, self.weight, self.bias = given
+        self.result = x.clone()
+        return self.result
+
+
+def run_own(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The forward of the layer, its product with this weight and bias."""
+    with _Given(weight, bias):
+        y: Tensor = layer.forward(x)
+    return y
+
+
+def product_of(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias that the product in the layer's forward is given, with their gradients.
+
+    >>> class Halved(nn.Linear):
+    ...     def forward(self, x):
+    ...         return F.linear(x, self.weight / 2, self.bias)
+    >>> layer = Halved(2, 1)
+    >>> bool((product_of(layer)[0] == layer.weight / 2).all())
+    True
+    """
+    taken = _Taken()
+    with taken:
+        layer.forward(_sample(layer))
+    return taken.weight, taken.bias
+
+
+def _sample(layer: Any, more: int = 0) -> Tensor:
+    """An input that the layer takes, one window large and `more`: its values do not matter."""
+    weight = layer.weight
+    if isinstance(layer, nn.Linear):
+        return torch.zeros((1 + more, layer.in_features), dtype=weight.dtype, device=weight.device)
+    sizes = [d * (k - 1) + 1 + more for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    return torch.zeros((1, layer.in_channels, *sizes), dtype=weight.dtype, device=weight.device)
+
+
+def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The layer of torch that a class outside of torch is below, None for other classes."""
+    if kind.__module__.startswith("torch.nn."):
+        return None
+    return next((above for above in kind.__mro__ if above in PRODUCTS), None)
+
+
+def why_not_followed(layer: nn.Module, base: type[nn.Module]) -> str:
+    """Why the forward of a layer, of a class below `base`, is not one product of a weight of its own; "" if it is."""
+    known = _probed.get(layer)
+    if known is None or known[0] is not type(layer):
+        known = _probed[layer] = type(layer), _probe(layer, base)
+    return known[1]
+
+
+@torch.no_grad()
+def _probe(layer: nn.Module, base: type[nn.Module]) -> str:
+    try:
+        twin = copy.deepcopy(layer, {id(t): t.detach().clone() for t in _computed_by_hooks(layer)})
+        seen = []
+        for more, training in enumerate((False, True, True)):
+            for module in twin.modules():
+                module.training = training
+            before, random = _insides(twin), torch.get_rng_state()
+            sample, taken = _sample(twin, more).add_(more), _Taken()
+            with taken:
+                result = twin.forward(sample)
+            if len(taken.functions) != 1 or taken.functions[0] is not PRODUCTS[base]:
+                return f"it has {len(taken.functions)} products, not one {PRODUCTS[base].__name__}"
+            if result is not taken.result or result._version:
+                return f"it computes on behind its {PRODUCTS[base].__name__}"
+            if not torch.equal(random, torch.get_rng_state()):
+                torch.set_rng_state(random)
+                return "it draws random numbers"
+            if _insides(twin) != before or not _same(layer.state_dict(), twin.state_dict()):
+                return "it changes what hangs on it"
+            seen.append({"weight": taken.weight, "bias": taken.bias})
+        if not all(_same(seen[0], other) for other in seen[1:]):
+            return "its weight depends on its input, on chance or on the mode"
+    except Exception as error:  # whatever a forward raises
+        return f"it does not run on a sample: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return ""
+
+
+def _computed_by_hooks(layer: nn.Module) -> list[Tensor]:
+    """Tensors with a history, which torch refuses to copy."""
+    values = (value for module in layer.modules() for value in vars(module).values())
+    return [value for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
+
+
+def _insides(layer: nn.Module) -> list[dict[str, int]]:
+    """What hangs on the modules, by identity."""
+    return [
+        {name: id(value) for store in (vars(m), m._parameters, m._buffers) for name, value in store.items()}
+        for m in layer.modules()
+    ]
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            return x is y
+        return x.shape == y.shape and (x.is_meta or bool(x.eq(y).logical_or(x.isnan() & y.isnan()).all()))
+
+    return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
