@@ -71,8 +71,8 @@ PUBLIC = {
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",
-        "NoAffineViewError", "NoCodesError", "NonFiniteError", "TorchQuantError", "UnknownNameError",
-        "UnobservedRangeError", "UnsupportedPatternError",
+        "NoAffineViewError", "NoCodesError", "NonFiniteError", "StaysFloatWarning", "TorchQuantError",
+        "UnknownNameError", "UnobservedRangeError", "UnsupportedPatternError",
     ],
 }
 # fmt: on

@@ -254,7 +254,7 @@ def test_a_forward_that_is_more_than_one_product_is_none_and_the_plan_says_why(k
     assert torch.equal(layer.weight, before["weight"])
     assert layer.__dict__.get("calls") is None
     captured = capture(nn.Sequential(nn.Linear(4, 4), layer))
-    assert any(why in left.why for left in captured.floats if left.path == "1.weight")
+    assert any(why in left.why for left in captured.floats if left.path.startswith("1"))
 
 
 def test_what_cannot_be_done_to_a_computed_weight_is_refused() -> None:

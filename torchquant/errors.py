@@ -12,6 +12,8 @@ TorchQuantError
 ├── ExportError              also a RuntimeError: a model that cannot be written in the asked form
 ├── MissingDependencyError   also an ImportError: an optional package is not installed
 └── LawViolation             also an AssertionError: `check_quantizer` found a broken law
+
+StaysFloatWarning, a UserWarning: `quantize` leaves more of a model float than was asked for
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ __all__ = [
     "NoAffineViewError",
     "NoCodesError",
     "NonFiniteError",
+    "StaysFloatWarning",
     "TorchQuantError",
     "UnknownNameError",
     "UnobservedRangeError",
@@ -107,6 +110,10 @@ class LawViolation(TorchQuantError, AssertionError):  # noqa: N818 - says what i
         super().__init__(f"law '{law}' does not hold: {detail}")
         self.law = law
         self.detail = detail
+
+
+class StaysFloatWarning(UserWarning):
+    """More of a model stays float than its rules ask for; `quantize(..., strict=True)` raises instead."""
 
 
 def require(package: str, extra: str) -> ModuleType:

@@ -96,12 +96,15 @@ class JobResult:
         return ["model", "accuracy", "weights kB"], rows
 
 
-def run_job(config: JobConfig, out: str | os.PathLike[str], show: Silent | None = None) -> JobResult:
+def run_job(
+    config: JobConfig, out: str | os.PathLike[str], show: Silent | None = None, strict: bool = False
+) -> JobResult:
     """Float model, plan, calibration, training, evaluation; files in `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `sites.csv`, `result.json`.
     A stage whose file is there is not run again. All that was asked for is tried on the untrained model before the
-    folder is touched. Raises ConfigError, also if `out` holds another job, one of other contents, or one that runs.
+    folder is touched; `strict` as in `quantize`. Raises ConfigError, also if `out` holds another job, one of other
+    contents, or one that runs.
     """
     with show or Silent() as shown:
         shown.start(4.0)
@@ -110,7 +113,8 @@ def run_job(config: JobConfig, out: str | os.PathLike[str], show: Silent | None 
         net = build_model(config.model, data)
         rules = read_rules(config.rules)
         with torch.random.fork_rng(devices=[]):
-            quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2])
+            trial = tried(net, data, config.model, config.checkpoint)
+            quantize(trial, rules, data.test_images[:2], strict=strict)
         found = contents_of([config.checkpoint, *files_of(config.data, config.rules)], [net], config.model)
         settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
         with claimed(Path(out) / "config.json", settings, "another job", "job", MADE, shown.message) as folder:

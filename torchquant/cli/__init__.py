@@ -114,6 +114,7 @@ def build_app() -> Any:
         out: Annotated[Path, typer.Option(help="Folder for plan, checkpoints, results; a stopped run goes on.")] = Path(
             "quantize_out"
         ),
+        strict: Annotated[bool, typer.Option("--strict", help="Fail if more stays float than the rules ask.")] = False,
     ) -> None:
         """Quantize any model: plan, calibrate, train, evaluate."""
         from torchquant.cli import _quantize
@@ -121,7 +122,7 @@ def build_app() -> Any:
         options: dict[str, Any] = {"rules": rules, "data": data, "mode": mode, "checkpoint": checkpoint, "seed": seed}
         options |= {"float_epochs": float_epochs, "epochs": epochs, "learning_rate": learning_rate}
         with explained():
-            _quantize.run(model, options, out)
+            _quantize.run(model, options, out, strict)
 
     def size(
         paths: Annotated[list[Path], typer.Argument(help="Checkpoints, packed models, ONNX files; folders of them.")],

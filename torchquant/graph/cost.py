@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torchquant._tables import ShownAsTables, text_table
+from torchquant.graph.macs import Macs, site_macs
 from torchquant.graph.sites import Captured, Site, SitePlan
 from torchquant.graph.watch import tensors_in, watch_values
-from torchquant.qmodule.patterns import LayerRow, row_of, stock_type
+from torchquant.qmodule.patterns import LayerRow, row_of
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
@@ -81,30 +82,6 @@ class PlanCost(ShownAsTables, list[SiteCost]):
 
 
 @dataclass(frozen=True)
-class Macs:
-    """Multiply-adds by their factors.
-
-    `read`: a weight and what the site reads, or two such reads; `inner`: a weight and what a module with several
-    weights computes inside; `floats`: two such.
-    """
-
-    read: int = 0
-    inner: int = 0
-    floats: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.read + self.inner + self.floats
-
-    @classmethod
-    def of_one(cls, samples: int, calls: Iterable[Macs]) -> Macs:
-        """The sum of several, of one of so many samples."""
-        every = list(calls)
-        return cls(*(-(-sum(getattr(macs, f.name) for macs in every) // samples) for f in fields(cls)))
-
-
-@dataclass(frozen=True)
 class SiteSize:
     """What one site computes for one sample, whatever its quantizers: multiply-adds, elements, and its weights.
 
@@ -144,7 +121,7 @@ def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
     sizes = []
     for site in captured.sites:
         calls = values.get(site.path, [])
-        macs = Macs.of_one(samples, (_macs(site, inputs, output) for inputs, output in calls))
+        macs = Macs.of_one(samples, (site_macs(site, inputs, output) for inputs, output in calls))
         elements = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
         weights = _weights(site.module) if site.is_layer and site.module is not None else []
         seen, behind = (tuple(part) for part in zip(*weights, strict=True)) if weights else ((), ())
@@ -268,40 +245,3 @@ def stored_bytes(weight: Tensor, quantizer: Quantizer | None) -> tuple[int, int]
     if quantizer is None:
         return FLOAT_BYTES * weight.numel(), 0
     return -(-weight.numel() * quantizer.n_bits // 8), quantizer.side_bytes(weight)
-
-
-def _macs(site: Site, inputs: list[Tensor], output: Any) -> Macs:
-    """Multiply-adds of one call; elementwise operators, pooling and joining count none."""
-    results = list(tensors_in(output))
-    if not results or not inputs:
-        return Macs()
-    out, x, module = results[0], inputs[0], site.module
-    if module is not None and site.is_layer:
-        return _layer_macs(module, inputs, out)
-    if "matmul" in site.types and x.ndim:
-        return Macs(out.numel() * x.shape[-1])
-    if "attention" in site.types and len(inputs) > 2:
-        return Macs(x.numel() * inputs[1].shape[-2] + out.numel() * inputs[1].shape[-2])
-    return Macs()
-
-
-def _layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
-    x, kind = inputs[0], stock_type(module)
-    row = row_of(module)
-    if isinstance(row, LayerRow):
-        return Macs((x if row.transposed else out).numel() * module.weight[0].numel())
-    if kind is nn.Bilinear:
-        return Macs(out.numel() * module.weight[0].numel())
-    if kind in (nn.Embedding, nn.EmbeddingBag):
-        return Macs()
-    if kind is nn.MultiheadAttention:
-        key = inputs[1] if len(inputs) > 1 else x
-        tokens, keys = x.numel() // x.shape[-1], key.numel() // key.shape[-1]
-        length = key.shape[1 if module.batch_first and key.ndim == 3 else 0]
-        width = module.embed_dim
-        projected = tokens * width * width + keys * width * (module.kdim + module.vdim)
-        return Macs(projected, tokens * width * width, 2 * tokens * length * width)
-    weights = {name: module.get_parameter(name).numel() for name in weight_names(module)}
-    steps = x.numel() // x.shape[-1]
-    first = sum(n for name, n in weights.items() if name.removesuffix("_reverse") in ("weight_ih", "weight_ih_l0"))
-    return Macs(first * steps, (sum(weights.values()) - first) * steps)

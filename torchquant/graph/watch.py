@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -18,7 +19,7 @@ from torchquant.errors import ConfigError
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.outside import globals_kept, random_states_kept
-from torchquant.graph.sites import Captured, Region
+from torchquant.graph.sites import Captured, Region, Site
 from torchquant.graph.trace import in_mode
 from torchquant.qmodule.state import is_real
 
@@ -130,6 +131,49 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
 
     _run_watched(twin, captured.regions, example_inputs, modules, note, note_module)
     return found
+
+
+def watch_products(
+    captured: Captured,
+    example_inputs: Any,
+    of_layer: Callable[[Site, list[Tensor], Any], None],
+    of_function: Callable[[str, Any, Any, Any], None],
+) -> None:
+    """Run a copy on the example and tell of its products, as they are computed.
+
+    `of_layer`: of each call of a layer that is a site, what it takes in and gives. `of_function`: of each call of a
+    function of torch elsewhere, the path of the module that makes it, the function, its arguments and its result.
+    """
+    twin = copy_model(captured.model)
+    names = {module: path for path, module in captured.model.named_modules()}
+    layers = {names[site.module]: site for site in captured.sites if site.module is not None and site.is_layer}
+    running: list[str] = []
+    inside: list[str] = []
+    handles = []
+    for path, module in twin.named_modules():
+
+        def enter(m: nn.Module, args: Any, path: str = path) -> None:
+            running.append(path)
+            inside.extend([path] if path in layers else [])
+
+        def leave(m: nn.Module, args: Any, kwargs: Any, value: Any, path: str = path) -> None:
+            running.pop()
+            if path in layers:
+                inside.pop()
+                of_layer(layers[path], list(tensors_in((args, kwargs))), value)
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            value = func(*args, **(kwargs or {}))
+            if running and not inside:
+                of_function(running[-1], func, (args, kwargs), value)
+            return value
+
+    with undisturbed(twin, training=False), Functions():
+        _call_hooked(twin, example_inputs, handles)
 
 
 def _run_watched(

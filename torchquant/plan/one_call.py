@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._arguments import checked
+from torchquant.errors import ConfigError, StaysFloatWarning
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.sites import LeftFloat
@@ -23,7 +24,11 @@ OTHER_RESULT = "as followed by torch.fx it computed something else on the exampl
 
 @checked
 def quantize(
-    model: nn.Module, rules: Rules | QuantPlan, example_inputs: Any = None, inplace: bool = False
+    model: nn.Module,
+    rules: Rules | QuantPlan,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    strict: bool = False,
 ) -> nn.Module:
     """A copy of a float model with quantizers where the rules say, ready to calibrate.
 
@@ -33,8 +38,10 @@ def quantize(
     compute, in evaluation and in training, what the float model does; where they do not, layers are wrapped one by
     one instead. The plan is `model.plan`. The given model is not changed, nor run, unless `inplace`.
 
-    In QModuleState.BYPASSED the result runs the forwards of the float model. Warns if nothing was found to quantize.
-    Raises ConfigError.
+    In QModuleState.BYPASSED the result runs the forwards of the float model. `model.plan.coverage` tells the share of
+    the weights and of the multiply-adds that is quantized. Warns if more than 5 % of either stays float that no rule of
+    yours leaves float, or if nothing was found to quantize; `strict=True` raises ConfigError instead, and leaves
+    the given model as it was. Raises ConfigError.
 
     >>> from torchquant import QModuleState, qmodule_state, set_qmodule_state
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
@@ -55,14 +62,28 @@ def quantize(
             float_model = plan.revert(quantized, inplace=True) if inplace else model
             plan, quantized = _planned(float_model, rules, example_inputs, inplace, trace=False)
             plan = replace(plan, floats=(LeftFloat("", type(model).__name__, OTHER_RESULT), *plan.floats))
+    if told := _left_float(plan, type(model).__name__):
+        if strict:
+            if inplace:
+                plan.revert(quantized, inplace=True)
+            raise ConfigError(told)
+        warnings.warn(told, StaysFloatWarning, stacklevel=3)  # the caller of what `checked` made of this
     quantized.plan = plan  # type: ignore[assignment]
-    if not plan.sites:
-        warnings.warn(
-            f"quantize found nothing to quantize in {type(model).__name__}: it stays float; "
-            "print(model.plan) tells why",
-            stacklevel=2,
-        )
     return quantized
+
+
+def _left_float(plan: QuantPlan, name: str) -> str:
+    """What of the model should not have stayed float, and what to do, in words; "" if nothing."""
+    if not plan.sites:
+        return f"quantize found nothing to quantize in {name}: it stays float; print(model.plan) tells why"
+    lacks = "" if plan.coverage is None else plan.coverage.lacks()
+    if not lacks:
+        return ""
+    return (
+        f"quantize leaves part of {name} float, {lacks}. Give these sites a rule, or one with skip: True if they shall "
+        "stay float; what is no site can be written with layers of torch.nn. print(model.plan.coverage) lists all; "
+        "StaysFloatWarning can be ignored"
+    )
 
 
 def _planned(
@@ -71,7 +92,7 @@ def _planned(
     """The plan and the model it was carried out in, captured once."""
     target = model if inplace else copy_model(model)
     captured = capture(target, example_inputs, trace=trace, fuse=trace)
-    plan = QuantPlan.from_rules(rules, captured)
+    plan = QuantPlan.from_rules(rules, captured, example_inputs)
     return plan, plan.apply_to(captured)
 
 

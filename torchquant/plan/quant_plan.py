@@ -20,6 +20,7 @@ from torchquant.graph.calls import calls_from_data, calls_to_data, is_default_ca
 from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
+from torchquant.graph.coverage import Coverage, coverage_of
 from torchquant.graph.rewrite import SHARE, revert, rewrite
 from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules
@@ -69,6 +70,8 @@ class QuantPlan(ShownAsTables):
     """Site path -> what is there, for people."""
     patterns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
     """Path of a module -> how an example calls it, where its defaults do not tell; see `graph/calls.py`."""
+    coverage: Coverage | None = field(default=None, compare=False, repr=False)
+    """How much of the model is quantized, as the rules left it; None of a plan that was changed, or written by hand."""
 
     @classmethod
     @checked
@@ -91,6 +94,7 @@ class QuantPlan(ShownAsTables):
         norm or activation that is fused into a layer can be selected too, and sets the layer's output. `input` counts
         where nothing has quantized the value yet.
 
+        `coverage` of the plan tells how much of the model is quantized; with an example also of its multiply-adds.
         Raises ConfigError that names the rule, the site and what is allowed.
         """
         captured = model if isinstance(model, Captured) else capture(model, example_inputs, trace, fuse)
@@ -110,9 +114,11 @@ class QuantPlan(ShownAsTables):
         ]
         types = {site.path: what_is_at(site) for site in captured.sites}
         floats = (*captured.floats, *unset, *unfolded)
+        wanted = () if isinstance(rules, str) else _unset(plans, captured)
+        coverage = coverage_of(captured, kept, floats, wanted, example_inputs)
         calls = captured.patterns.items()
         shown = {path: call for path, call in calls if not is_default_call(captured.model.get_submodule(path), call)}
-        return cls(kept, floats, captured.trace, captured.fuse, types, shown)
+        return cls(kept, floats, captured.trace, captured.fuse, types, shown, coverage)
 
     @checked
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -172,7 +178,8 @@ class QuantPlan(ShownAsTables):
         if unknown:
             raise ConfigError(f"a site has {', '.join(FIELDS)}, fold_bn; got {', '.join(sorted(unknown))}")
         values = {name: choice(value, f"site '{path}'", name) for name, value in fields.items()}
-        return replace(self, sites=tuple(replace(s, **values) if s.path == path else s for s in self.sites))
+        sites = tuple(replace(s, **values) if s.path == path else s for s in self.sites)
+        return replace(self, sites=sites, coverage=None)
 
     @checked
     def diff(self, other: QuantPlan) -> list[PlanChange]:
@@ -198,7 +205,8 @@ class QuantPlan(ShownAsTables):
         if self.floats:
             floats = ([left.path or "(root)", left.type, left.why] for left in self.floats)
             text += "\n\nleft float\n" + text_table(["path", "what", "why"], floats)
-        return text
+        coverage = getattr(self, "coverage", None)  # old pickles have none
+        return text if coverage is None else f"{text}\n\n{coverage.summary()}"
 
     def __str__(self) -> str:
         return self.describe()
@@ -219,7 +227,10 @@ class QuantPlan(ShownAsTables):
         floats = [{"path": left.path, "type": left.type, "why": left.why} for left in self.floats]
         head = {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse}
         calls = calls_to_data(getattr(self, "patterns", {}))  # old pickles have none
-        return {**head, **({"calls": calls} if calls else {}), "sites": sites, "left_float": floats}
+        coverage = getattr(self, "coverage", None)
+        more = {"calls": calls} if calls else {}
+        more |= {} if coverage is None else {"coverage": coverage.to_dict()}
+        return {**head, **more, "sites": sites, "left_float": floats}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "the data") -> QuantPlan:
@@ -231,7 +242,7 @@ class QuantPlan(ShownAsTables):
         True
         """
         check_format(where, data, "torchquant_plan", FORMAT, "a plan")
-        check_keys(where, data, ("torchquant_plan", "trace", "fuse", "calls", "sites", "left_float"))
+        check_keys(where, data, ("torchquant_plan", "trace", "fuse", "calls", "coverage", "sites", "left_float"))
         sites, types = [], {}
         for name in ("sites", "left_float"):
             if not isinstance(data.get(name) or [], list):
@@ -259,7 +270,10 @@ class QuantPlan(ShownAsTables):
                 raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {shown(entry)}")
             floats.append(LeftFloat(**entry))
         patterns = calls_from_data(data.get("calls") or {}, f"{where}, calls")
-        return cls(tuple(sites), tuple(floats), data.get("trace", True), data.get("fuse", True), types, patterns)
+        told = data.get("coverage")
+        coverage = None if told is None else Coverage.from_dict(told, f"{where}, coverage")
+        trace, fuse = data.get("trace", True), data.get("fuse", True)
+        return cls(tuple(sites), tuple(floats), trace, fuse, types, patterns, coverage)
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -326,6 +340,12 @@ def _written_out(node: Any, known: dict[int, int]) -> int:
         inside = (part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,)))
         known[id(node)] = 1 + sum(_written_out(part, known) for part in inside)
     return known[id(node)]
+
+
+def _unset(plans: list[SitePlan], captured: Captured) -> list[str]:
+    """Paths of the sites whose products rules leave float: those of a list that its user wrote mean to."""
+    pairs = zip(plans, captured.sites, strict=True)
+    return [site.path for plan, site in pairs if (plan.weight if site.is_layer else plan.input) is None]
 
 
 def _check_buildable(plan: SitePlan, site: Site) -> None:

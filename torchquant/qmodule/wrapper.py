@@ -195,8 +195,8 @@ class QWrapper(QModule):
             )
         if isinstance(self.row, OwnForwardRow):
             raise ConfigError(
-                f"{self.path or 'QWrapper'}: {type(self.layer).__name__} has a forward of its own, in which an adapter's "
-                "cannot be told from it; leave the layer float with skip: True, or put the adapter around it"
+                f"{self.path or 'QWrapper'}: {type(self.layer).__name__} has a forward of its own, which an "
+                "adapter cannot replace; leave the layer float with skip: True, or put the adapter around it"
             )
         return run_by_functional_call(self.layer, x, weight, bias)
 

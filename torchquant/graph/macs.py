@@ -1,0 +1,102 @@
+"""Multiply-adds: of layers, of operators, and of functions that a forward calls by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchquant.graph.sites import Site
+from torchquant.graph.watch import tensors_in
+from torchquant.qmodule.own_forward import PRODUCTS
+from torchquant.qmodule.patterns import LayerRow, row_of, stock_type
+from torchquant.qmodule.weights import weight_names
+
+_KINDS = {
+    **{f.__name__: "transposed" if "transpose" in f.__name__ else "weighted" for f in PRODUCTS.values()},
+    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"), "matmul"),
+    "scaled_dot_product_attention": "attention",
+}
+"""Name of a function or method -> how its multiply-adds are counted."""
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds by their factors.
+
+    `read`: a weight and what the site reads, or two such reads; `inner`: a weight and what a module with several
+    weights computes inside; `floats`: two such.
+    """
+
+    read: int = 0
+    inner: int = 0
+    floats: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.read + self.inner + self.floats
+
+    @classmethod
+    def of_one(cls, samples: int, calls: Iterable[Macs]) -> Macs:
+        """The sum of several, of one of so many samples."""
+        every = list(calls)
+        return cls(*(-(-sum(getattr(macs, f.name) for macs in every) // samples) for f in fields(cls)))
+
+
+def site_macs(site: Site, inputs: list[Tensor], output: Any) -> Macs:
+    """Multiply-adds of one call; elementwise operators, pooling and joining count none."""
+    results = list(tensors_in(output))
+    if not results or not inputs:
+        return Macs()
+    out, module = results[0], site.module
+    if module is not None and site.is_layer:
+        return layer_macs(module, inputs, out)
+    kind = next((kind for kind in ("matmul", "attention") if kind in site.types), "")
+    return Macs(_product_macs(kind, inputs, out))
+
+
+def kind_of(function: Any) -> str:
+    """How the multiply-adds of a function are counted: "weighted", "transposed", "matmul", "attention"; "" for none."""
+    return _KINDS.get(getattr(function, "__name__", ""), "")
+
+
+def function_macs(function: Any, inputs: Any, output: Any) -> int:
+    """Multiply-adds of a call of a function of torch, whoever calls it; 0 for one that multiplies no matrices."""
+    kind = kind_of(function)
+    return _product_macs(kind, list(tensors_in(inputs)), output) if kind and isinstance(output, Tensor) else 0
+
+
+def _product_macs(kind: str, inputs: list[Tensor], out: Tensor) -> int:
+    if kind in ("weighted", "transposed") and len(inputs) > 1 and len(inputs[1]):
+        return (inputs[0] if kind == "transposed" else out).numel() * inputs[1][0].numel()
+    if kind == "matmul" and len(inputs) > 1 and inputs[-2].ndim:
+        return out.numel() * inputs[-2].shape[-1]
+    if kind == "attention" and len(inputs) > 2:
+        return (inputs[0].numel() + out.numel()) * inputs[1].shape[-2]
+    return 0
+
+
+def layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
+    """Multiply-adds of one call of a layer."""
+    x, kind = inputs[0], stock_type(module)
+    row = row_of(module)
+    if isinstance(row, LayerRow):
+        return Macs((x if row.transposed else out).numel() * module.weight[0].numel())
+    if kind is nn.Bilinear:
+        return Macs(out.numel() * module.weight[0].numel())
+    if kind in (nn.Embedding, nn.EmbeddingBag):
+        return Macs()
+    if kind is nn.MultiheadAttention:
+        key = inputs[1] if len(inputs) > 1 else x
+        tokens, keys = x.numel() // x.shape[-1], key.numel() // key.shape[-1]
+        length = key.shape[1 if module.batch_first and key.ndim == 3 else 0]
+        width = module.embed_dim
+        projected = tokens * width * width + keys * width * (module.kdim + module.vdim)
+        return Macs(projected, tokens * width * width, 2 * tokens * length * width)
+    weights = {name: module.get_parameter(name).numel() for name in weight_names(module)}
+    steps = x.numel() // x.shape[-1]
+    first = sum(n for name, n in weights.items() if name.removesuffix("_reverse") in ("weight_ih", "weight_ih_l0"))
+    return Macs(first * steps, (sum(weights.values()) - first) * steps)
