@@ -227,7 +227,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "QOp": lambda: {**{"op": operator.add, "acts_quantizer": q(), "activation": nn.ReLU(), "input_quantizer": q()}},
         "QWrapper": lambda: {
             "layers": [nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()],
-            **{f"{site}_quantizer": q() for site in ("weight", "acts", "input", "bias")},
+            **{f"{site}_quantizer": q() for site in ("weight", "acts", "input", "bias", "preactivation")},
             "fold_bn": "running",
         },
         "QfmtQuantizer": lambda: {
