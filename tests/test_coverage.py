@@ -127,6 +127,12 @@ def test_products_of_activations_count_where_both_are_quantized() -> None:
     assert inside.macs == inside.quantized_macs + 2 * length * length * n
 
 
+def test_counting_moves_nothing_that_a_weight_is_computed_with() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8)).train()
+    model = tq.quantize(net, "w8a8", X)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), model[0].held.buffers(), strict=True))
+
+
 class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()

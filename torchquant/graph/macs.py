@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchquant.graph.sites import Site
 from torchquant.graph.watch import tensors_in
 from torchquant.qmodule.own_forward import PRODUCTS
-from torchquant.qmodule.patterns import LayerRow, row_of, stock_type
+from torchquant.qmodule.patterns import LayerRow, read_quietly, row_of, stock_type
 from torchquant.qmodule.weights import weight_names
 
 _KINDS = {
@@ -53,7 +53,8 @@ def site_macs(site: Site, inputs: list[Tensor], output: Any) -> Macs:
         return Macs()
     out, module = results[0], site.module
     if module is not None and site.is_layer:
-        return layer_macs(module, inputs, out)
+        with read_quietly(module):
+            return layer_macs(module, inputs, out)
     kind = next((kind for kind in ("matmul", "attention") if kind in site.types), "")
     return Macs(_product_macs(kind, inputs, out))
 
