@@ -111,7 +111,16 @@ def owned(value: Tensor, x: Tensor) -> Tensor:
 
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
     """`value`; the gradient of x is the incoming one, where `inside` is 1 if it is given."""
+    if torch.jit.is_tracing():
+        return owned(value, x)
     return cast(Tensor, _PassThrough.apply(x, owned(value, x), inside))
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    """Whether a gradient for x is to be attached. `torch.jit.trace` follows the forward only: a graph with a Python
+    function in it can be neither checked nor saved.
+    """
+    return torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing()
 
 
 def make_gradient(gradient: str | Gradient, **options: Any) -> Gradient:
@@ -155,7 +164,7 @@ def apply_projection(
     gradient = make_gradient(gradient)
     if not x.is_floating_point():
         raise ConfigError(f"only floating point tensors can be quantized, got {x.dtype}")
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    needs_grad = _wants_gradient(x)
     if clamp is not None and needs_grad and gradient.softens:
         x = x.clamp(*clamp)
     with torch.no_grad():
@@ -191,7 +200,7 @@ def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | floa
     >>> x.grad
     tensor([0., 1., 0.])
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not _wants_gradient(x):
         return x
     with torch.no_grad():
         low = torch.as_tensor(range_min, dtype=x.dtype, device=x.device)

@@ -12,6 +12,11 @@ _LAYOUT = {
 }
 
 
+def _bits_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as another type. Graphs of `torch.jit.trace` know no such view; they get a copy."""
+    return torch.view_copy(x, dtype=dtype) if torch.jit.is_tracing() else x.view(dtype)
+
+
 def floor_pow2(x: Tensor) -> Tensor:
     """Largest power of two not above |x|, for normal x; 0 for zero and subnormal x.
 
@@ -21,7 +26,7 @@ def floor_pow2(x: Tensor) -> Tensor:
     tensor([0.2500, 4.0000, 4.0000])
     """
     integer, exponent_mask, _, _ = _LAYOUT[x.dtype]
-    return x.view(integer).bitwise_and(exponent_mask).view(x.dtype)
+    return _bits_as(_bits_as(x, integer).bitwise_and(exponent_mask), x.dtype)
 
 
 def pow2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,7 +37,7 @@ def pow2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """
     integer, _, fraction_bits, bias = _LAYOUT[dtype]
     biased = exponent.to(integer).clamp(1 - bias, bias) + bias
-    return (biased << fraction_bits).view(dtype)
+    return _bits_as(biased << fraction_bits, dtype)
 
 
 def ceil_log2(x: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def ceil_log2(x: Tensor) -> Tensor:
     tensor([-1,  0,  0,  2])
     """
     integer, exponent_mask, fraction_bits, bias = _LAYOUT[x.dtype]
-    bits = x.view(integer)
+    bits = _bits_as(x, integer)
     exponent = (bits.bitwise_and(exponent_mask) >> fraction_bits) - bias
     has_fraction = bits.bitwise_and((1 << fraction_bits) - 1).ne(0)
     return exponent.to(torch.int64) + has_fraction
