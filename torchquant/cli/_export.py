@@ -30,9 +30,9 @@ def certify(folder: Path, onnx: Path | None, samples: int) -> bool:
 def _show(terminal: Terminal, certificate: Certificate, path: Path) -> bool:
     terminal.table("parity: codes", *certificate.summary(), "")
     terminal.table("parity: outputs", *certificate.outputs_table(), "")
-    for failure in certificate.failures:
-        terminal.message(failure)
+    for reason in (*certificate.failures, *certificate.incomplete):
+        terminal.message(reason)
     where = path if path.is_dir() else path.parent
-    verdict = "passed" if certificate.passed else "FAILED"
-    terminal.message(f"parity certificate: {verdict}; {where / 'certificate.json'}, certificate.txt")
+    terminal.message(f"parity certificate: {certificate.verdict}; {where / 'certificate.json'}, certificate.txt")
+    terminal.message("; ".join(f"{c.way}: {c.share} compared" for c in certificate.comparisons))
     return certificate.passed

@@ -186,7 +186,7 @@ class _Job:
         )
         integers = certificate.comparisons[0]
         self.show.message(
-            f"parity certificate: {'passed' if certificate.passed else 'FAILED'}, {integers.differ} of "
+            f"parity certificate: {certificate.verdict}, {integers.differ} of "
             f"{integers.elements:,} codes differ between ONNX Runtime's integer kernels and the integer reference"
         )
         return result

@@ -46,12 +46,22 @@ class Comparison:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """The sites that the runtime fused into something else."""
-        return tuple(site.site for site in self.sites if not site.elements)
+        """The sites of which not all codes could be compared: one side does not show them."""
+        return tuple(site.site for site in self.sites if site.missing)
 
     @property
     def elements(self) -> int:
         return sum(site.elements for site in self.sites)
+
+    @property
+    def missing(self) -> int:
+        return sum(site.missing for site in self.sites)
+
+    @property
+    def share(self) -> str:
+        """How much was compared, in words."""
+        seen = len(self.sites) - len(self.hidden)
+        return f"{seen} of {len(self.sites)} sites, {self.elements:,} of {self.elements + self.missing:,} codes"
 
     @property
     def differ(self) -> int:
@@ -177,8 +187,22 @@ class Certificate(ShownAsTables):
 
     @property
     def passed(self) -> bool:
-        """Whether every site that could be compared holds its bound, and the outputs are numbers."""
-        return not self.failures
+        """Whether every code of every site was compared and holds its bound, and the outputs are numbers."""
+        return not self.failures and not self.incomplete
+
+    @property
+    def verdict(self) -> str:
+        """The result in one word: passed, FAILED, or INCOMPLETE where all that was compared holds."""
+        return "FAILED" if self.failures else "INCOMPLETE" if self.incomplete else "passed"
+
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """What was not compared, in words."""
+        return tuple(
+            f"{comparison.way}: {comparison.share} compared; not {_some(comparison.hidden)}"
+            for comparison in self.comparisons
+            if comparison.hidden
+        )
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -226,6 +250,7 @@ class Certificate(ShownAsTables):
         return {
             "torchquant_certificate": 1,
             "passed": self.passed,
+            "verdict": self.verdict,
             "bound": self.bound,
             "tie_bound": self.tie_bound,
             "batches": self.batches,
@@ -286,8 +311,8 @@ class Certificate(ShownAsTables):
 
     def __str__(self) -> str:
         lines = [
-            f"parity certificate: {'passed' if self.passed else 'FAILED'}, {self.samples} samples in {self.batches} "
-            "batches",
+            f"parity certificate: {self.verdict}, {self.samples} samples in {self.batches} batches",
+            "compared: " + "; ".join(f"{c.way}: {c.share}" for c in self.comparisons),
             "",
             text_table(*self.summary()),
             "",
@@ -296,8 +321,6 @@ class Certificate(ShownAsTables):
             *(f"{c.way}: {_counts(c.kernels)}" for c in self.comparisons),
         ]
         for comparison in self.comparisons:
-            if comparison.hidden:
-                lines.append(f"{comparison.way}: fused away, not compared: {', '.join(comparison.hidden)}")
             if comparison.first is not None:
                 first = comparison.first
                 lines.append(
@@ -308,6 +331,7 @@ class Certificate(ShownAsTables):
         if self.float_operators:
             lines.append(f"float32 in the reference too: {_some(self.float_operators)}")
         lines += [f"failed: {failure}" for failure in self.failures[:SHOWN_SITES]]
+        lines += [f"incomplete: {reason}" for reason in self.incomplete]
         lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
         return "\n".join(lines)
 

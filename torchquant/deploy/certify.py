@@ -63,7 +63,8 @@ def certify(
     up; they are reported, not bounded. OpenVINO's outputs are compared where it is installed.
 
     `ways`: which graphs of ONNX Runtime, of "integer" and "none". `stamp` writes the certificate's hash into the
-    file's metadata. The certificate says whether it `passed`; nothing is raised for one that did not. Raises
+    file's metadata. The certificate says whether it `passed`: it did not where a code differs more than it may, nor
+    where codes of a site could not be compared (`incomplete`). Nothing is raised for one that did not. Raises
     ConfigError for data of another form, NonFiniteError for NaN, ExportError for a file that was not exported from this
     model.
 
@@ -138,6 +139,7 @@ class _Engines:
             follower = self.followers[way]
             follower.start(codes)
             followed = self.integer.run(inputs, {}, follow=follower)
+            follower.finish()
             self.apart[way] = max(self.apart[way], _apart(followed, outputs))
             if follower.first is not None and way not in self.firsts:
                 difference, name = follower.first

@@ -22,7 +22,7 @@ from torchquant.deploy.hooks import refuse_hooks
 from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
 from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, as_nodes, node
 from torchquant.deploy.stored_weights import stored_weight, without_weight
-from torchquant.deploy.values import IntegerTensor
+from torchquant.deploy.values import Codes, IntegerTensor
 from torchquant.errors import ExportError
 from torchquant.graph.traced import reseal
 from torchquant.graph.watch import call_with
@@ -82,29 +82,39 @@ class DeployLayer(nn.Module):
         if self.weight is None:
             y = self.layer(x)
         else:
-            bias = self.bias if run is not None else self._bias()
-            y = self.row.run(self.layer, x, self.weight(), bias)
+            y = self.row.run(self.layer, x, self.weight(), self._bias(known))
         y = self.preactivation(y if self.bn is None else self.bn(y))
         return self.output(y if self.activation is None else self.activation(y))
 
-    def _bias(self) -> Tensor | None:
-        if not len(self.stored_bias):
+    def _bias(self, known: Codes | None) -> Tensor | None:
+        """The bias as the file has it; `known`: the codes that come in, in an integer run."""
+        if known is not None and self.bias is not None and self._has_one_scale:
+            return self._on_grid_of(known.scale)()  # type: ignore[no-any-return]
+        if active_run() is not None or not len(self.stored_bias):
             return self.bias
         call, self.calls = self.calls, (self.calls + 1) % len(self.stored_bias)
         bias: Tensor = self.stored_bias[call]()
         return bias
+
+    @property
+    def _has_one_scale(self) -> bool:
+        """Whether the sums of products are in steps of one scale, per tensor or output channel."""
+        return isinstance(self.weight, StoredWeight) and len(self.weight.terms) == 1
+
+    def _on_grid_of(self, input_scale: Tensor) -> StoredBias:
+        """The bias in steps of the sums that it is added to."""
+        return StoredBias(self.bias, input_scale * self.weight.terms[0][0], self.path)  # type: ignore[arg-type, union-attr]
 
     def settle(self) -> None:
         """Put the bias on the grid of the sums it is added to, where the inputs have one."""
         scales = [s for s in self.input_scales if s is not None]
         every_call = len(scales) == len(self.input_scales)
         self.input_scales, self.is_settled = [], True
-        in_integers = isinstance(self.weight, StoredWeight) and len(self.weight.terms) == 1
-        if self.bias is None or not in_integers or not scales or not every_call:
+        if self.bias is None or not self._has_one_scale or not scales or not every_call:
             return
         same = all(torch.equal(scale, scales[0]) for scale in scales)
         for scale in scales[:1] if same else scales:
-            self.stored_bias.append(StoredBias(self.bias, scale * self.weight.terms[0][0], self.path))  # type: ignore[union-attr]
+            self.stored_bias.append(self._on_grid_of(scale))
 
 
 class DeployOp(nn.Module):

@@ -69,7 +69,8 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         found = _moved(func, *args, **kwargs)
     if found is not NotImplemented:
         return found
-    current_run().note_float(name)
+    if name not in MOVING:
+        current_run().note_float(name)
     real_args, real_kwargs = tree_map_only(IntegerTensor, IntegerTensor.real, (tuple(args), kwargs))
     return func(*real_args, **real_kwargs)
 
@@ -204,7 +205,7 @@ def _weighted(
     run = current_run()
     on_grid = torch.zeros((), dtype=torch.int64)
     if bias is not None:
-        on_grid = bias_codes(channel_view(bias.detach(), acc.ndim, channel_axis), parts[0].scale, run.site)
+        on_grid = _bias_on_grid(bias, parts[0].scale, acc.ndim, channel_axis)
         if len(parts) == 1:
             parts = [replace(parts[0], ints=parts[0].ints + on_grid)]
         else:
@@ -214,6 +215,14 @@ def _weighted(
             full = function(torch.full_like(value.ints, value.limit).double(), ints.abs().double())
             run.check_accumulator(float((full + on_grid.abs()).max()))
     return _made(parts[0] if len(parts) == 1 else Sums(tuple(parts)), acc)
+
+
+def _bias_on_grid(bias: Tensor, scale: Tensor, ndim: int, channel_axis: int) -> Tensor:
+    """A bias in steps of the sums: as stored, or rounded here. Shaped to broadcast against them."""
+    stored = bias.value if isinstance(bias, IntegerTensor) else None
+    if isinstance(stored, Weight):
+        return channel_view(stored.terms[0][1], ndim, channel_axis)
+    return bias_codes(channel_view(bias.detach(), ndim, channel_axis), scale, current_run().site)
 
 
 @_op("matmul", "__matmul__", "bmm", "mm")

@@ -127,6 +127,8 @@ def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynamic_sh
         raise ExportError(
             f"ONNX Runtime does not compute what the model does: {certificate.failures[0]}. Pass verify=False to get "
             "the file all the same, and certify() for the whole comparison"
+            if certificate.failures
+            else f"the file could not be checked: {certificate.incomplete[0]}. Pass verify=False to get it all the same"
         )
 
 

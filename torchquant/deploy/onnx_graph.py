@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torchquant.deploy.float_weights import keep_float_weights
-from torchquant.deploy.qdq import LOOK_UP, QuantizeDequantize, StoredTable, StoredWeight
+from torchquant.deploy.keep_apart import keep_apart
+from torchquant.deploy.qdq import LOOK_UP, SITE, StoredTable, StoredWeight
 from torchquant.deploy.stored_weights import stored_bits
 from torchquant.errors import require
 
@@ -24,9 +25,10 @@ IR_VERSION = {20: 10, 21: 10, 25: 13}
 def finish_graph(proto: Any, form: Any) -> None:
     """All of the above, in place. form: the deploy form that was exported."""
     onnx = require("onnx", "deploy")
-    _name_codes(proto, form)
+    _name_codes(proto)
     _write_look_ups(proto, onnx)
     _quantize_behind_moves(proto, onnx)
+    keep_apart(proto)
     _own_weights(proto)
     keep_float_weights(proto, onnx)
     opset = max([PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)], default=PACKED_OPSET[8])
@@ -69,20 +71,20 @@ def code_name(site: str, call: int) -> str:
     return f"{site}.codes" if call == 0 else f"{site}.codes.{call}"
 
 
-def _name_codes(proto: Any, form: Any) -> None:
-    """Codes of activations by the site that makes them."""
-    modules = form.named_modules(remove_duplicate=False)
-    sites = {name: module for name, module in modules if isinstance(module, QuantizeDequantize)}
+def _name_codes(proto: Any) -> None:
+    """Codes of activations by the site that makes them, as noted on their node; a clip of them by the clip's site."""
     readers = {name: node for node in proto.graph.node for name in node.input}
     calls: Counter[str] = Counter()
     names = {}
     for node in proto.graph.node:
-        if node.op_type != "QuantizeLinear" or module_path(node) not in sites:
+        noted = [i for i, attribute in enumerate(node.attribute) if attribute.name == SITE]
+        if node.op_type != "QuantizeLinear" or not noted:
             continue
-        module = sites[module_path(node)]
-        codes = readers[node.output[0]].output[0] if module.clips else node.output[0]
-        names[codes] = code_name(module.site, calls[module.site])
-        calls[module.site] += 1
+        site = node.attribute.pop(noted[0]).s.decode()
+        reader = readers[node.output[0]]
+        codes = reader.output[0] if reader.op_type == "Clip" else node.output[0]
+        names[codes] = code_name(site, calls[site])
+        calls[site] += 1
     _rename(proto, names)
 
 

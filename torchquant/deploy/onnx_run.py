@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchquant._arguments import checked
 from torchquant._shown import first_line, shown
+from torchquant.deploy.kernels import Contents, kernel_of
 from torchquant.deploy.onnx_graph import IS_CODES
 from torchquant.errors import ConfigError, require
 
@@ -98,14 +99,17 @@ _TYPES = {"float32": "float", "float64": "double"}
 class CodeReader:
     """An ONNX file that also gives the codes of its sites. `kernels`: operator type -> how many nodes run.
 
-    path: a file of `export_onnx`. level: see `LEVELS`, "none" or "integer". `visible`: the tensors of codes that are
-    left after optimization; `makers`: the operator that makes each.
+    path: a file of `export_onnx`. level: see `LEVELS`, "none" or "integer". `visible`: tensor of codes -> the tensor
+    that holds them after optimization, itself or an equal one that it was merged into; those that are in no tensor are
+    not there. `makers`: the operator that computes each.
     """
 
     def __init__(self, path: str | os.PathLike[str], level: str) -> None:
         onnx = require("onnx", "deploy")
         proto = onnx.load(os.fspath(path))
-        names = [out for node in proto.graph.node for out in node.output if IS_CODES.search(out)]
+        names = list(dict.fromkeys(out for node in proto.graph.node for out in node.output if IS_CODES.search(out)))
+        contents = Contents()
+        numbers = contents.of_graph(proto)
         if level != "none":
             with tempfile.TemporaryDirectory() as folder:
                 saved = Path(folder) / "optimized.onnx"
@@ -114,17 +118,25 @@ class CodeReader:
         self.proto = proto
         self.kernels = Counter(node.op_type for node in proto.graph.node)
         self._made_by = {out: node for node in proto.graph.node for out in node.output}
-        self.visible = [name for name in dict.fromkeys(names) if name in self._made_by]
-        self.makers = {name: self._maker(name).op_type for name in self.visible}
+        kept = {name: numbers[name] for name in names if name in self._made_by}
+        holders = {number: name for name, number in contents.of_graph(proto, kept).items() if name in self._made_by}
+        holders |= {number: name for name, number in reversed(kept.items())}
+        self.visible = {
+            name: name if name in kept else holders[numbers[name]]
+            for name in names
+            if name in kept or numbers[name] in holders
+        }
+        self.makers = {name: kernel_of(holder, self._made_by, kept) for name, holder in self.visible.items()}
         self.outputs = [entry.name for entry in proto.graph.output]
-        for name in self.visible:
+        self._holders = list(dict.fromkeys(self.visible.values()))
+        for name in self._holders:
             if name not in self.outputs:
                 proto.graph.output.append(onnx.ValueInfoProto(name=name))
         self.session = open_session(proto.SerializeToString(), "none")
 
     def _maker(self, name: str) -> Any:
         """The node that computed the codes; a clip of codes passes them on."""
-        node = self._made_by[name]
+        node = self._made_by[self.visible[name]]
         while node.op_type == "Clip" and node.input[0] in self._made_by:
             node = self._made_by[node.input[0]]
         return node
@@ -150,7 +162,8 @@ class CodeReader:
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """(outputs, codes by name (int64))."""
-        found = self.session.run([*self.outputs, *self.visible], feeds_of(self.session, inputs))
+        found = self.session.run([*self.outputs, *self._holders], feeds_of(self.session, inputs))
         arrays = [torch.from_numpy(array) for array in found]
         outputs, codes = arrays[: len(self.outputs)], arrays[len(self.outputs) :]
-        return outputs, {name: c.to(torch.int64) for name, c in zip(self.visible, codes, strict=True)}
+        held = {name: c.to(torch.int64) for name, c in zip(self._holders, codes, strict=True)}
+        return outputs, {name: held[holder] for name, holder in self.visible.items()}

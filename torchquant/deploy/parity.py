@@ -11,20 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.deploy.onnx_graph import code_name
+from torchquant.deploy.kernels import EXACT_KERNELS, MOVERS, TABLE_KERNELS
+from torchquant.deploy.onnx_graph import IS_CODES, code_name
 from torchquant.deploy.qdq import QuantizeDequantize
 from torchquant.errors import ConfigError, ExportError
 from torchquant.qmodule import QModule
-
-EXACT_KERNELS = {
-    *("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger"),
-    *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"),
-    *("MaxPool", "Reshape", "Transpose", "Slice", "Split", "Pad", "Gather", "Squeeze", "Unsqueeze", "Identity"),
-}
-"""Operators of ONNX Runtime that the integer reference reproduces: any difference counts."""
-
-TABLE_KERNELS = {"QLinearSoftmax", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearReduceMean", "QLinearWhere"}
-"""Operators that look float32 results of their own up in tables: one step is allowed."""
 
 
 @dataclass
@@ -47,8 +38,10 @@ class SiteParity:
 
     @property
     def in_integers(self) -> bool:
-        """Whether an integer kernel made the codes: any difference counts. Otherwise float32 was rounded."""
-        return self.kernel in EXACT_KERNELS
+        """Whether an integer kernel made the codes, or they were moved: any difference counts. Otherwise float32 was
+        rounded.
+        """
+        return self.kernel in EXACT_KERNELS | MOVERS
 
     def holds(self, bound: int, tie_bound: float) -> bool:
         """Whether the site is as alike as its kind of kernel allows."""
@@ -93,6 +86,13 @@ class Follower:
         """Begin with another batch."""
         self.found = found
         self.calls.clear()
+
+    def finish(self) -> None:
+        """Note what the other side computed at sites that this one did not reach."""
+        asked = {code_name(site, call) for site, n in self.calls.items() for call in range(n)}
+        for name in self.found.keys() - asked:
+            site = IS_CODES.sub("", name)
+            self.parity.setdefault(site, SiteParity(site)).missing += self.found[name].numel()
 
     def __call__(self, site: str, codes: Tensor, steps: Tensor) -> Tensor:
         name = code_name(site, self.calls[site])

@@ -50,16 +50,21 @@ def _axis(axis: int | None) -> dict[str, Any]:
     return {} if axis is None else {"axis": axis}
 
 
-def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+SITE = "site"
+"""Attribute of a QuantizeLinear until the file is finished: which site it is. Equal nodes are not merged so."""
+
+
+def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str = "") -> Tensor:
     """`saturate(round_half_even(x / scale) + zero_point)` in the type of zero_point, as ONNX defines it.
 
-    x: (*) float32. scale float32 and zero_point int8 or uint8: () or (C,) along `axis`.
+    x: (*) float32. scale float32 and zero_point int8 or uint8: () or (C,) along `axis`. `site` is noted on the node.
 
     >>> quantize_linear(torch.tensor([-9.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(2, dtype=torch.uint8), None)
     tensor([0, 2, 4], dtype=torch.uint8)
     """
     if as_nodes():
-        return node("QuantizeLinear", (x, scale, zero_point), zero_point.dtype, x.shape, **_axis(axis))
+        noted = {SITE: site} if site else {}
+        return node("QuantizeLinear", (x, scale, zero_point), zero_point.dtype, x.shape, **_axis(axis), **noted)
     steps = torch.round(x / per_channel_view(scale, x.ndim, axis))
     limits = torch.iinfo(zero_point.dtype)
     return (steps + per_channel_view(zero_point, x.ndim, axis)).clamp(limits.min, limits.max).to(zero_point.dtype)
@@ -141,7 +146,7 @@ class QuantizeDequantize(StoredGrid):
         run = active_run()
         if run is not None:
             return run.quantized(self.site, self, x)
-        codes = self._clipped(quantize_linear(x, self.scale, self.zero_point, self.axis))
+        codes = self._clipped(quantize_linear(x, self.scale, self.zero_point, self.axis, self.site))
         return dequantize_linear(codes, self.scale, self.zero_point, self.axis)
 
     def _clipped(self, codes: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ class StoredWeight(StoredGrid):
 
 
 def _in_integers(terms: Terms, real: Callable[[], Tensor]) -> Tensor:
-    """A weight for an integer run; the real one where it has no scale per tensor or output channel."""
+    """A weight or bias for an integer run; the real one where it has no scale per tensor or output channel."""
     return IntegerTensor(Weight(terms, real), terms[0][1].shape) if terms else real()
 
 
@@ -242,7 +247,10 @@ class StoredTable(nn.Module):
 
 
 class StoredBias(nn.Module):
-    """A bias in 32-bit steps of input scale times weight scale; forward gives its real value. scale: () or (C,)."""
+    """A bias in 32-bit steps of input scale times weight scale; forward gives its real value. scale: () or (C,).
+
+    In an integer run it is its codes where the layer adds it to its sums, and this real value where the model adds it.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -253,4 +261,8 @@ class StoredBias(nn.Module):
         self.register_buffer("scale", scale.to(torch.float32))
 
     def forward(self) -> Tensor:
+        terms = ((self.scale.to(torch.float64), self.codes.to(torch.int64)),)
+        return self._real() if active_run() is None else _in_integers(terms, self._real)
+
+    def _real(self) -> Tensor:
         return dequantize_linear(self.codes, self.scale, None, 0 if self.scale.ndim else None)
