@@ -10,6 +10,7 @@ from torch import nn
 
 import torchquant as tq
 
+
 @pytest.mark.parametrize("with_gradients", [True, False])
 @pytest.mark.parametrize("spec", ["affine:8", "affine:8,gradient_clip", "pot:4", "binary"])
 def test_a_trace_computes_what_the_model_does(spec, with_gradients):

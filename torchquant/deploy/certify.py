@@ -21,7 +21,7 @@ from torchquant.deploy.certificate import REFERENCE, Certificate, Comparison, Fi
 from torchquant.deploy.integer import IntegerModel, to_integer
 from torchquant.deploy.onnx_graph import code_name
 from torchquant.deploy.onnx_run import CodeReader, feeds_of, open_session
-from torchquant.deploy.parity import FirstDifference, Follower, SiteParity, simulated_codes
+from torchquant.deploy.parity import FirstDifference, Follower, Probe, SiteParity, simulated_codes
 from torchquant.errors import ConfigError, ExportError, NonFiniteError, require
 from torchquant.graph.trace import in_mode
 from torchquant.graph.watch import call_with
@@ -139,7 +139,7 @@ class _Engines:
             follower = self.followers[way]
             follower.start(codes)
             followed = self.integer.run(inputs, {}, follow=follower)
-            follower.finish()
+            follower.finish(_needed(self.integer, inputs, codes, follower.lost))
             self.apart[way] = max(self.apart[way], _apart(followed, outputs))
             if follower.first is not None and way not in self.firsts:
                 difference, name = follower.first
@@ -187,6 +187,19 @@ def _reference(
             entry.differ += int((apart > 0).sum())
             entry.largest = max(entry.largest, int(apart.max()) if apart.numel() else 0)
     return {SIMULATION: [x.cpu() for x in _tensors(simulated)], REFERENCE: _tensors(outputs)}
+
+
+def _needed(
+    integer: IntegerModel, inputs: tuple[Tensor, ...], found: Mapping[str, Tensor], lost: Iterable[str]
+) -> list[str]:
+    """The `lost` sites that an output, or the codes of a site that is found, depend on."""
+
+    def computed(changed: str | None) -> list[Tensor]:
+        probe = Probe(found, changed)
+        return [*_tensors(integer.run(inputs, {}, follow=probe)), *probe.seen]
+
+    plain = computed(None) if lost else []
+    return [site for site in lost if not all(map(torch.equal, plain, computed(site)))]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -79,10 +79,7 @@ class DeployLayer(nn.Module):
         if run is not None and run.checking:
             run.site = self.path
             self.input_scales.append(None if known is None else known.scale)
-        if self.weight is None:
-            y = self.layer(x)
-        else:
-            y = self.row.run(self.layer, x, self.weight(), self._bias(known))
+        y = self.layer(x) if self.weight is None else self.row.run(self.layer, x, self.weight(), self._bias(known))
         y = self.preactivation(y if self.bn is None else self.bn(y))
         return self.output(y if self.activation is None else self.activation(y))
 

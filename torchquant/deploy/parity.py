@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,14 +81,20 @@ class Follower:
         self.found: Mapping[str, Tensor] = {}
         self.calls: Counter[str] = Counter()
         self.first: tuple[FirstDifference, str] | None = None
+        self.lost: Counter[str] = Counter()
 
     def start(self, found: Mapping[str, Tensor]) -> None:
         """Begin with another batch."""
         self.found = found
         self.calls.clear()
+        self.lost.clear()
 
-    def finish(self) -> None:
-        """Note what the other side computed at sites that this one did not reach."""
+    def finish(self, needed: Collection[str]) -> None:
+        """Note codes that were not compared: of sites that only the other side reached, and of the `needed` among those
+        that it does not show (`lost`).
+        """
+        for site in needed:
+            self.parity.setdefault(site, SiteParity(site)).missing += self.lost[site]
         asked = {code_name(site, call) for site, n in self.calls.items() for call in range(n)}
         for name in self.found.keys() - asked:
             site = IS_CODES.sub("", name)
@@ -97,16 +103,16 @@ class Follower:
     def __call__(self, site: str, codes: Tensor, steps: Tensor) -> Tensor:
         name = code_name(site, self.calls[site])
         self.calls[site] += 1
-        entry = self.parity.setdefault(site, SiteParity(site))
         found = self.found.get(name)
         if found is None:
-            entry.missing += codes.numel()
+            self.lost[site] += codes.numel()
             return codes
         if found.shape != codes.shape:
             raise ExportError(
                 f"{site} has codes of shape {tuple(found.shape)} in the file, {tuple(codes.shape)} in the model. "
                 "Certify a file that export_onnx wrote from this model"
             )
+        entry = self.parity.setdefault(site, SiteParity(site))
         entry.kernel = self.kernels.get(name, "")
         entry.elements += codes.numel()
         differs = codes != found
@@ -123,6 +129,28 @@ class Follower:
             index = tuple(differs.nonzero()[at].tolist())
             details = (int(expected[at]), int(other[at]), float(before[at]))
             self.first = FirstDifference(site, index, *details, entry.kernel), name
+        return found
+
+
+class Probe:
+    """Goes on with `found`, and where there is none with the site's own codes; at the site `changed`, with others.
+
+    `seen`: the codes of the sites that are found. Where they, and the outputs, are the same with and without the
+    change, the site stands where nobody reads it, and a file does well to lack it.
+    """
+
+    def __init__(self, found: Mapping[str, Tensor], changed: str | None) -> None:
+        self.found, self.changed = found, changed
+        self.calls: Counter[str] = Counter()
+        self.seen: list[Tensor] = []
+
+    def __call__(self, site: str, codes: Tensor, steps: Tensor) -> Tensor:
+        found = self.found.get(code_name(site, self.calls[site]))
+        self.calls[site] += 1
+        if found is None:
+            lowest = codes.amin() if codes.numel() else codes
+            return torch.where(codes > lowest, lowest, codes + 1) if site == self.changed else codes
+        self.seen.append(codes)
         return found
 
 
