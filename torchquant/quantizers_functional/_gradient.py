@@ -109,9 +109,14 @@ def owned(value: Tensor, x: Tensor) -> Tensor:
     return value.clone() if is_shared else value
 
 
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` is following."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
     """`value`; the gradient of x is the incoming one, where `inside` is 1 if it is given."""
-    if torch.jit.is_tracing():
+    if is_traced():
         return owned(value, x)
     return cast(Tensor, _PassThrough.apply(x, owned(value, x), inside))
 
@@ -120,7 +125,7 @@ def _wants_gradient(x: Tensor) -> bool:
     """Whether a gradient for x is to be attached. `torch.jit.trace` follows the forward only: a graph with a Python
     function in it can be neither checked nor saved.
     """
-    return torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and x.requires_grad and not is_traced()
 
 
 def make_gradient(gradient: str | Gradient, **options: Any) -> Gradient:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant.quantizers_functional._gradient import is_traced
+
 # float type -> (integer type of the same width, exponent mask, fraction bits, exponent bias)
 _LAYOUT = {
     torch.float32: (torch.int32, 0x7F800000, 23, 127),
@@ -14,7 +16,7 @@ _LAYOUT = {
 
 def _bits_as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bits as another type. Graphs of `torch.jit.trace` know no such view; they get a copy."""
-    return torch.view_copy(x, dtype=dtype) if torch.jit.is_tracing() else x.view(dtype)
+    return torch.view_copy(x, dtype=dtype) if is_traced() else x.view(dtype)
 
 
 def floor_pow2(x: Tensor) -> Tensor:
