@@ -10,9 +10,9 @@ from torch import Tensor
 from torchquant.quantizers_functional.affine import AffineParams, affine_params, quantize_uniform
 from torchquant.range_observers._histogram import bin_edges
 
-RATIO = 0.7  # of the first factors, one to the next
-N_FACTORS = 14  # the last of them 1/103
-ROUNDS = 5  # of closer looks: the last factors are 1.1 % apart
+RATIO = 0.6  # of the first factors, one to the next
+N_FACTORS = 10  # the last of them 1/99
+ROUNDS = 6  # of closer looks: the last factors are 0.8 % apart
 
 ErrorOf = Callable[[Tensor, Tensor], Tensor]
 """Errors (C, g) of ranges with the ends (C, g) and (C, g)."""
@@ -108,6 +108,8 @@ def least_error_range(error: ErrorOf, low: Tensor, high: Tensor, is_symmetric: b
     The ends are shrunk by factors, both by the same where the grid is symmetric: first by the powers of `RATIO`,
     then by factors nearer and nearer to the best so far.
     """
+    if not torch.compiler.is_compiling() and low.device.type == "cpu":
+        is_symmetric = is_symmetric or bool(torch.logical_or(low >= 0, high <= 0).all())  # 0 is in every range
     factors = RATIO ** torch.arange(N_FACTORS, dtype=low.dtype, device=low.device)
     offsets = torch.tensor([0.0, -1.0, 1.0], dtype=low.dtype, device=low.device)
     best = factors.new_ones(2, len(low), 1)

@@ -156,9 +156,11 @@ class StatisticTracker(CallsOfABatch):
         self._note(bool(self.observed_weight > 0))
 
     def _note(self, is_observed: bool) -> None:
-        self._is_observed = is_observed
+        if self._is_observed is not is_observed:
+            self._is_observed = is_observed
         if not torch.compiler.is_compiling():
-            self._noted = self.observed_weight, _version(self.observed_weight)
+            weight = self.observed_weight
+            self.__dict__["_noted"] = weight, _version(weight)  # setting it as a module's attribute costs much more
 
     @abstractmethod
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -228,7 +230,7 @@ class StatisticTracker(CallsOfABatch):
     @property
     def _is_settled(self) -> bool:
         """Whether nothing that is still to come changes the statistics."""
-        return self.is_observed and self.is_start_complete and self.set_once.issuperset(self.statistics)
+        return self.set_once.issuperset(self.statistics) and self.is_observed and self.is_start_complete
 
     def over_ranks(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The statistics of what all ranks have of a batch, x being this rank's share of it."""
@@ -263,7 +265,7 @@ class StatisticTracker(CallsOfABatch):
         weight = seen * self.momentum + (1.0 - momentum)
         rate = (1.0 - momentum) / weight * usable
         for name, value in zip(self.statistics, values, strict=True):
-            if not (self.is_observed and name in self.set_once):
+            if not (name in self.set_once and self.is_observed):
                 _move_towards(cast(Tensor, self._buffers[name]), value, rate)
         _move_towards(cast(Tensor, self._buffers["observed_weight"]), weight, usable)
 
