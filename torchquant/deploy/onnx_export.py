@@ -77,7 +77,7 @@ def export_onnx(
     inputs = checked_inputs(example_inputs)
     form = deploy_form(model, keep_signed)
     settle(form, inputs, tables=False)
-    n_bytes = sum(t.nbytes for t in form.state_dict().values() if isinstance(t, Tensor))
+    n_bytes = sum(t.untyped_storage().nbytes() for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
     proto = exported(form, inputs, dynamic_batch, dynamic_shapes)
