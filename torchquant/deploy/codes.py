@@ -182,7 +182,7 @@ def look_up(levels: Tensor, codes: Tensor) -> Tensor:
 def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
     """The codes and levels of a weight under any quantizer with codes; channels first. Raises ExportError."""
     check_ready(quantizer, name)
-    if quantizer.about.granularity == ("block",):
+    if quantizer.levels_vary:
         raise ExportError(
             f"{name} has scales for blocks or groups of its own. Use a scheme with one scale per tensor or channel "
             "here, write a packed file (save_packed), or give this site None to keep it float"

@@ -20,7 +20,15 @@ from torchquant.deploy.codes import (
 )
 from torchquant.deploy.hooks import refuse_hooks
 from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
-from torchquant.deploy.qdq import QuantizeDequantize, StoredBias, StoredTable, StoredWeight, as_nodes, node
+from torchquant.deploy.qdq import (
+    QuantizeDequantize,
+    QuantizeTokens,
+    StoredBias,
+    StoredTable,
+    StoredWeight,
+    as_nodes,
+    node,
+)
 from torchquant.deploy.stored_weights import stored_weight, without_weight
 from torchquant.deploy.values import Codes, IntegerTensor
 from torchquant.errors import ExportError
@@ -31,6 +39,7 @@ from torchquant.qmodule.bn_folding import running_bias
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers._token import TokenQuantizer
 
 
 class DeployLayer(nn.Module):
@@ -240,6 +249,8 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
 
 
 def _acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
+    if isinstance(quantizer, TokenQuantizer):
+        return QuantizeTokens(quantizer.n_bits, site, keep_signed)
     return nn.Identity() if quantizer is None else grid_site(quantizer, site, keep_signed)
 
 

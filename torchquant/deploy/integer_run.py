@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -75,14 +75,21 @@ class IntegerRun:
             steps = steps.clamp(-LARGEST_STEP, LARGEST_STEP)
             codes = steps.to(torch.int64) + zero_point
         codes = torch.minimum(torch.maximum(codes, low), high)
-        if self.recorded is not None:
-            self.recorded.setdefault(site, []).append(codes)
-        if self.follow is not None:
+
+        def steps_before() -> Tensor:
             exact = x.value.exact() if isinstance(x, IntegerTensor) else x.to(torch.float64)
-            steps = exact / scale + zero_point
-            codes = self.follow(site, codes, torch.minimum(torch.maximum(steps, low.double()), high.double()))
+            return torch.minimum(torch.maximum(exact / scale + zero_point, low.double()), high.double())
+
+        codes = self.noted(site, codes, steps_before)
         limit = max(int((grid.qmax - zero_point).max()), int((zero_point - grid.qmin).max()))
         return IntegerTensor(Codes(codes - zero_point, scale, zero_point, limit, site), x.shape)
+
+    def noted(self, site: str, codes: Tensor, steps: Callable[[], Tensor]) -> Tensor:
+        """The codes (int64) to go on with at a site. `steps()`: what they were before rounding, float64."""
+        self.site = site
+        if self.recorded is not None:
+            self.recorded.setdefault(site, []).append(codes)
+        return codes if self.follow is None else self.follow(site, codes, steps())
 
     def _lies_on(self, x: IntegerTensor, scale: Tensor, zero_point: Tensor) -> bool:
         value = x.value

@@ -10,7 +10,8 @@ from typing import Any
 
 from torchquant.deploy.float_weights import keep_float_weights
 from torchquant.deploy.keep_apart import keep_apart
-from torchquant.deploy.qdq import LOOK_UP, SITE, StoredTable, StoredWeight
+from torchquant.deploy.onnx_tokens import multiply_tokens_in_integers
+from torchquant.deploy.qdq import LOOK_UP, SITE, UINT8, StoredTable, StoredWeight
 from torchquant.deploy.stored_weights import stored_bits
 from torchquant.errors import require
 
@@ -25,9 +26,10 @@ IR_VERSION = {20: 10, 21: 10, 25: 13}
 def finish_graph(proto: Any, form: Any) -> None:
     """All of the above, in place. form: the deploy form that was exported."""
     onnx = require("onnx", "deploy")
-    _name_codes(proto)
+    tokens = _name_codes(proto)
     _write_look_ups(proto, onnx)
     _quantize_behind_moves(proto, onnx)
+    multiply_tokens_in_integers(proto, onnx, tokens)
     keep_apart(proto)
     _own_weights(proto)
     keep_float_weights(proto, onnx)
@@ -71,21 +73,28 @@ def code_name(site: str, call: int) -> str:
     return f"{site}.codes" if call == 0 else f"{site}.codes.{call}"
 
 
-def _name_codes(proto: Any) -> None:
-    """Codes of activations by the site that makes them, as noted on their node; a clip of them by the clip's site."""
+def _name_codes(proto: Any) -> dict[str, int]:
+    """Codes of activations by the site that makes them, as noted on their node; a clip of them by the clip's site.
+
+    Returns those of tokens, which a Cast makes, with their zero points.
+    """
     readers = {name: node for node in proto.graph.node for name in node.input}
     calls: Counter[str] = Counter()
-    names = {}
+    names: dict[str, str] = {}
+    tokens: dict[str, int] = {}
     for node in proto.graph.node:
         noted = [i for i, attribute in enumerate(node.attribute) if attribute.name == SITE]
-        if node.op_type != "QuantizeLinear" or not noted:
+        if not noted:
             continue
         site = node.attribute.pop(noted[0]).s.decode()
         reader = readers[node.output[0]]
         codes = reader.output[0] if reader.op_type == "Clip" else node.output[0]
         names[codes] = code_name(site, calls[site])
         calls[site] += 1
+        if node.op_type == "Cast":
+            tokens[names[codes]] = 128 if any(a.name == "to" and a.i == UINT8 for a in node.attribute) else 0
     _rename(proto, names)
+    return tokens
 
 
 def _write_look_ups(proto: Any, onnx: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchquant.deploy.kernels import EXACT_KERNELS, MOVERS, TABLE_KERNELS
 from torchquant.deploy.onnx_graph import IS_CODES, code_name
-from torchquant.deploy.qdq import QuantizeDequantize
+from torchquant.deploy.qdq import QuantizeDequantize, QuantizeTokens
 from torchquant.errors import ConfigError, ExportError
 from torchquant.qmodule import QModule
 
@@ -157,15 +157,13 @@ class Probe:
 @contextmanager
 def simulated_codes(model: nn.Module, form: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Site -> codes of the simulation in each call of its quantizer, on the grids of the deploy form."""
-    grids = {m.site: m for m in form.modules() if isinstance(m, QuantizeDequantize)}
+    grids = {m.site: m for m in form.modules() if isinstance(m, QuantizeDequantize | QuantizeTokens)}
     codes: dict[str, list[Tensor]] = {}
     handles = []
 
     def note(site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            scale, zero_point = grids[site].shaped(output.ndim)
-            steps = torch.round(output.detach().cpu().to(torch.float64) / scale)
-            codes.setdefault(site, []).append(steps.to(torch.int64) + zero_point)
+            codes.setdefault(site, []).append(grids[site].codes_of(output.detach().cpu()))
 
         return hook
 

@@ -16,9 +16,12 @@ from torchquant.deploy.codes import Grid, Table, bias_codes
 from torchquant.deploy.integer_run import active_run
 from torchquant.deploy.values import Clamp, IntegerTensor, Weight
 from torchquant.quantizers_functional.bn_fold import channel_view
+from torchquant.quantizers_functional.tokens import largest_code, token_scales, token_steps
 from torchquant.range_observers._statistics import per_channel_view
 
 LARGEST_BIAS_BITS = 30
+FLOAT, UINT8, INT8 = 1, 2, 3
+"""ONNX's numbers of the types."""
 LOOK_UP = "torchquant::LookUp"
 """Stands for a Gather until the file is finished: one with constant inputs would be computed by the exporter."""
 
@@ -149,12 +152,50 @@ class QuantizeDequantize(StoredGrid):
         codes = self._clipped(quantize_linear(x, self.scale, self.zero_point, self.axis, self.site))
         return dequantize_linear(codes, self.scale, self.zero_point, self.axis)
 
+    def codes_of(self, quantized: Tensor) -> Tensor:
+        """The codes (int64) of values on the grid."""
+        scale, zero_point = self.shaped(quantized.ndim)
+        return torch.round(quantized.to(torch.float64) / scale).to(torch.int64) + zero_point
+
     def _clipped(self, codes: Tensor) -> Tensor:
         if not self.clips:
             return codes
         if as_nodes():
             return node("Clip", (codes, self.low, self.high), codes.dtype, codes.shape)
         return codes.clamp(self.qmin, self.qmax)
+
+
+class QuantizeTokens(nn.Module):
+    """An activation on a grid for each token, found when it comes: in the file float operators and codes of 8 bits.
+
+    ONNX's DynamicQuantizeLinear has one scale for the whole tensor, so it cannot stand for this. Codes are uint8
+    around 128, or int8 around 0 with `keep_signed`.
+    """
+
+    def __init__(self, n_bits: int, site: str, keep_signed: bool) -> None:
+        super().__init__()
+        self.n_bits, self.site, self.zero_point = n_bits, site, 0 if keep_signed else 128
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.real() if isinstance(x, IntegerTensor) else x
+        scale = token_scales(x, self.n_bits)
+        steps = token_steps(x, scale, self.n_bits)
+        run = active_run()
+        if run is not None:
+            end = largest_code(self.n_bits)
+            exact = (x.to(torch.float64) / scale).clamp(-end, end) + self.zero_point
+            codes = run.noted(self.site, steps.to(torch.int64) + self.zero_point, lambda: exact)
+            return (codes - self.zero_point).to(x.dtype) * scale
+        if as_nodes():
+            kind, number = (torch.uint8, UINT8) if self.zero_point else (torch.int8, INT8)
+            codes = node("Cast", (steps + self.zero_point,), kind, steps.shape, to=number, **{SITE: self.site})
+            steps = node("Cast", (codes,), x.dtype, steps.shape, to=FLOAT) - self.zero_point
+        return steps * scale
+
+    def codes_of(self, quantized: Tensor) -> Tensor:
+        """The codes (int64) of values on the grid."""
+        steps = token_steps(quantized, token_scales(quantized, self.n_bits), self.n_bits)
+        return steps.to(torch.int64) + self.zero_point
 
 
 class StoredWeight(StoredGrid):

@@ -14,7 +14,15 @@ from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.form import deploy_form
 from torchquant.deploy.onnx_export import checked_inputs, describe, exported
-from torchquant.deploy.qdq import QuantizeDequantize, StoredGrid, StoredTable, StoredWeight, as_nodes, node
+from torchquant.deploy.qdq import (
+    QuantizeDequantize,
+    QuantizeTokens,
+    StoredGrid,
+    StoredTable,
+    StoredWeight,
+    as_nodes,
+    node,
+)
 from torchquant.errors import ExportError, require
 
 DOMAIN = "qonnx.custom_op.general"
@@ -59,6 +67,11 @@ def _quant_of(module: nn.Module, path: str) -> nn.Module:
         raise ExportError(
             f"{path}: QONNX has uniform quantizers only, and the levels of this weight are not whole numbers of 8 bits "
             "times a scale. Use another scheme here, or export_onnx, which writes them as a table"
+        )
+    if isinstance(module, QuantizeTokens):
+        raise ExportError(
+            f"{module.site}: QONNX has quantizers with one scale for all tokens only. Use a scheme that is calibrated, "
+            "such as affine:8, here, or export_onnx, which writes the scale of each token as float operators"
         )
     if isinstance(module, StoredWeight):
         return _QuantWeight(module, path)

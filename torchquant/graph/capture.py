@@ -107,14 +107,15 @@ class Finder:
         sites = tuple(map(site_of, self.sites.values()))
         return Captured(model, sites, tuple(self.floats), regions, self.trace, self.fuse)
 
-    def look_into(self, path: str, module: nn.Module) -> None:
-        """Note the sites of a module; its own graphs if it has some."""
+    def look_into(self, path: str, module: nn.Module, is_read: bool = True) -> None:
+        """Note the sites of a module; its own graphs if it has some. `is_read`: of its result, as in `Site`."""
         if module in self.seen:
             return
         self.seen.add(module)
         if layer_fields(module):
             fused = (self.norms[module],) if module in self.norms else ()
-            self.sites[path] = Site(path, layer_types(module), layer_fields(module), module, fused, region=path)
+            types, fields = layer_types(module), layer_fields(module)
+            self.sites[path] = Site(path, types, fields, module, fused, region=path, is_read=is_read)
             return
         try:
             if self.trace is not True:
@@ -124,7 +125,7 @@ class Finder:
             self._look_at_children(path, module, str(reason))
         else:
             self.regions[path] = region
-            self._find_in(region)
+            self._find_in(region, is_read)
 
     def _followed(self, path: str, module: nn.Module) -> Region:
         pattern = self.patterns.get(path) or pattern_without_example(module)
@@ -133,13 +134,13 @@ class Finder:
         ways = tuple(Way(replace(each, graph=renamed(each.graph, names))) for each in traced)
         return Region(path, module, ways, "", pattern, names)
 
-    def _find_in(self, region: Region) -> None:
+    def _find_in(self, region: Region, is_read: bool) -> None:
         """Note the sites of all ways; what the ways fuse differently is not fused."""
         limits: dict[str, int] = {}
         while True:
             start = dict(self.sites), list(self.floats), dict(self.regions), set(self.seen)
             elsewhere = frozenset(self.seen)
-            found = [GraphSites(self, region, way.graph, elsewhere, limits).find() for way in region.ways]
+            found = [GraphSites(self, region, way.graph, elsewhere, limits, is_read).find() for way in region.ways]
             clash = _differently_fused(found)
             if clash is None:
                 break
@@ -162,7 +163,7 @@ class Finder:
                 if below not in {taken for taken, _ in self.norms.values()}:
                     self.sites[below] = Site(below, types, ("input", "output"), child, region=path)
             elif has_layers(child):
-                self.look_into(below, child)
+                self.look_into(below, child, is_read=not layer_fields(child))  # layers quantize what they read
             elif "Norm" in type(child).__name__ and child not in self.seen:
                 self.seen.add(child)
                 self.floats.append(LeftFloat(below, type(child).__name__, NORM_WHY))

@@ -13,6 +13,7 @@ from torchquant.graph.hooks import has_hooks
 from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, name_of, passes_values
 from torchquant.graph.sites import (
     NORM_WHY,
+    ONLY_FLOAT,
     LeftFloat,
     Read,
     Region,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torchquant.graph.capture import Finder
 
 NO_FORM = "it has no quantized form"
-ONLY_FLOAT = "only float operators read its result"
 TAKES_WEIGHTS = ", nor have the weights it is given"
 ONE_READ = {"mean", "avg_pool", "batch_norm", "interpolate"}
 """Operators that carry the values of their first argument only."""
@@ -42,6 +42,7 @@ class GraphSites:
     """The sites of one graph of a region.
 
     `elsewhere`: modules that are no business of the region. `limits`: path of a layer -> how much may be fused into it.
+    `is_read`: whether something that can compute with integers reads what the region gives.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class GraphSites:
         graph: fx.Graph,
         elsewhere: frozenset[nn.Module],
         limits: Mapping[str, int],
+        is_read: bool = True,
     ) -> None:
         self.finder, self.path, self.root, self.graph = finder, region.path, region.module, graph
-        self.elsewhere, self.limits, self.op_paths = elsewhere, limits, region.op_paths
+        self.elsewhere, self.limits, self.op_paths, self.is_read = elsewhere, limits, region.op_paths, is_read
         self.sites: dict[str, Site] = {}
         self.new: set[str] = set()
         self.about = about_tensors(graph)
@@ -101,7 +103,8 @@ class GraphSites:
             site = self.sites[known]
             self.site_of[node] = site.path
             reads = site.reads + self._reads(node, n_reads_of(kind, 1))
-            self._put(replace(site, reads=reads, nodes=(*site.nodes, node.name)))
+            is_read = site.is_read or self.needed[node]
+            self._put(replace(site, reads=reads, nodes=(*site.nodes, node.name), is_read=is_read))
             return
         if module in self.elsewhere:
             return
@@ -201,7 +204,7 @@ class GraphSites:
         self.site_of[nodes[-1]] = site.path
         self.inside.update(nodes)
         names = tuple(node.name for node in nodes)
-        self._put(replace(site, reads=reads, region=self.path, nodes=names))
+        self._put(replace(site, reads=reads, region=self.path, nodes=names, is_read=self.needed[nodes[-1]]))
 
     def _reads(self, node: fx.Node, limit: int | None) -> tuple[Read, ...]:
         values: list[fx.Node] = []
@@ -221,7 +224,9 @@ class GraphSites:
         if node.op == "call_module":
             module = self.module_of(node)
             if has_layers(module):
-                self.finder.look_into(joined(self.path, str(node.target)), module)
+                calls = [n for n in self.graph.nodes if n.op == "call_module" and self.module_of(n) is module]
+                is_read = any(self.needed[call] for call in calls)
+                self.finder.look_into(joined(self.path, str(node.target)), module, is_read)
             else:
                 path, kind = joined(self.path, str(node.target)), type(module).__name__
                 self._leave(path, kind, NORM_WHY if "Norm" in kind else why_other(module) or NO_FORM)
@@ -256,10 +261,13 @@ class GraphSites:
 
     def _takes_integers(self, user: fx.Node, needed: Mapping[fx.Node, bool]) -> bool:
         if user.op == "output":
-            return True
+            return self.is_read
         if user.op == "call_module":
             module = self.module_of(user)
             if has_layers(module):
                 return True
-        is_open = computing_type(user, self.root) is not None or passes_values(user, self.root)
+        kind = computing_type(user, self.root)
+        if kind in MULTIPLYING:
+            return True
+        is_open = kind is not None or passes_values(user, self.root)
         return (is_open or activation_of(user, self.root) is not None) and needed[user]

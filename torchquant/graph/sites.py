@@ -18,6 +18,7 @@ from torchquant.quantizers import Quantizer, make_quantizer
 N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention": 3, "attention": 3}
 """Inputs that carry values, where these are not the first only (layers) or all (operators)."""
 NORM_WHY = "a normalization stays float"
+ONLY_FLOAT = "only float operators read its result"
 FIELDS = ("weight", "input", "output", "bias", "preactivation")
 Choice = str | Callable[[nn.Module], Quantizer | None] | None
 """A spec string, a function of the layer, or None: stays float."""
@@ -52,6 +53,8 @@ class Site:
     region: str = ""
     nodes: tuple[str, ...] = ()
     """Names of its nodes in the graph of its region: its own, batch norm's, activation's; () without a graph."""
+    is_read: bool = True
+    """Whether something that can compute with integers, or the caller of the model, reads its output as it is."""
 
     @property
     def is_layer(self) -> bool:

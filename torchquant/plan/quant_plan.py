@@ -26,6 +26,7 @@ from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules
 
 FORMAT = 1
+UNREAD = "its output alone: nothing that can compute with integers reads it as it is"
 MOST_NODES, MOST_REPEATS = 10_000, 10
 """Values of a YAML file with its aliases written out: so many, and so many times those that stand there."""
 
@@ -92,7 +93,8 @@ class QuantPlan(ShownAsTables):
         activation that is fused and no clamp), each a spec string, a dictionary with "scheme", or a function of the
         layer; None: float. Or `fold_bn`, or `skip: True`. Later rules win, site by site and field by field. A batch
         norm or activation that is fused into a layer can be selected too, and sets the layer's output. `input` counts
-        where nothing has quantized the value yet.
+        where nothing has quantized the value yet; `output` where something that can compute with integers reads the
+        result, unless the rule has `names`, `where` or `unread: True`.
 
         `coverage` of the plan tells how much of the model is quantized; with an example also of its multiply-adds.
         Raises ConfigError that names the rule, the site and what is allowed.
@@ -100,8 +102,9 @@ class QuantPlan(ShownAsTables):
         captured = model if isinstance(model, Captured) else capture(model, example_inputs, trace, fuse)
         chosen: dict[str, dict[str, Any]] = {site.path: {} for site in captured.sites}
         skipped: dict[str, str] = {}
+        unread: set[str] = set()
         for rule in read_rules(rules, captured):
-            rule.set_fields(chosen, captured, skipped)
+            unread |= rule.set_fields(chosen, captured, skipped)
         plans = [SitePlan(path, **fields) for path, fields in chosen.items()]
         plans, unfolded = _without_impossible_folding(plans, captured)
         for plan, site in zip(plans, captured.sites, strict=True):
@@ -111,6 +114,11 @@ class QuantPlan(ShownAsTables):
             LeftFloat(site.path, site.types[-1], skipped.get(site.path, "no rule gives it a quantizer"))
             for plan, site in zip(plans, captured.sites, strict=True)
             if plan.is_float
+        ]
+        unset += [
+            LeftFloat(site.path, what_is_at(site), UNREAD)
+            for plan, site in zip(plans, captured.sites, strict=True)
+            if not (plan.is_float or site.is_read) and plan.output is None and site.path in unread
         ]
         types = {site.path: what_is_at(site) for site in captured.sites}
         floats = (*captured.floats, *unset, *unfolded)

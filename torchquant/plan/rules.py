@@ -22,13 +22,26 @@ from torchquant.quantizers import QuantSpec
 
 Rules = str | Sequence[Mapping[str, Any]]
 SELECTORS = ("types", "names", "position", "where")
-SETTINGS = (*FIELDS, "fold_bn", "skip")
+SETTINGS = (*FIELDS, "fold_bn", "skip", "unread")
 POSITIONS = ("first", "last")
 
 _INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
 _ENDS = {"position": ["first", "last"]}
 _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 _LAYERS = [*_CONVS, "Linear"]
+_TOKEN_LAYERS = ["Linear", "Conv1D", *(kind.__name__ for kind in WEIGHTED)]
+"""Layers whose sums run along the last axis of their input."""
+
+
+def _transformer(weight: str) -> list[dict[str, Any]]:
+    """What layers and matrix products multiply, and no more: all that flows between them stays float."""
+    return [
+        {"types": _TOKEN_LAYERS, "weight": weight, "input": "affine:8,symmetric=narrow/token"},
+        {"types": ["Embedding", "EmbeddingBag"], "weight": "affine:8/channel"},
+        {"types": _CONVS, "weight": _INT8["weight"], "input": "affine:8", "fold_bn": True},
+        {"types": ["matmul", "attention"], "input": "affine:8"},
+    ]
+
 
 RULE_SETS: dict[str, list[dict[str, Any]]] = {
     "w8a8": [{**_INT8, "fold_bn": True}],
@@ -42,8 +55,10 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
     ],
     "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}],
+    "w8a8-transformer": _transformer(_INT8["weight"]),
+    "w4a8-transformer": _transformer("affine:4,symmetric=narrow/group=32"),
     "int8-ort": [
-        {"types": _CONVS, **_INT8, "preactivation": "affine:8", "fold_bn": True},
+        {"types": _CONVS, **_INT8, "preactivation": "affine:8", "fold_bn": True, "unread": True},
         {"types": ["Linear", "add", "mul", "matmul", "avg_pool", "cat"], **_INT8, "fold_bn": True},
     ],
     "int8-openvino": [
@@ -51,7 +66,10 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         {"types": ["cat"], "output": SHARE},
     ],
 }
-"""Ready rules by name. The last two quantize what ONNX Runtime and OpenVINO have integer kernels for."""
+"""Ready rules by name. The last two quantize what ONNX Runtime and OpenVINO have integer kernels for.
+
+A convolution of ONNX Runtime gives codes or computes in float32, so it has an output quantizer whoever reads it.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,16 +82,21 @@ class Rule:
     position: tuple[str, ...] | None
     where: Callable[[Site], bool] | None
     skip: bool
+    unread: bool
     fields: Mapping[str, Any]
 
     def set_fields(
         self, chosen: dict[str, dict[str, Any]], captured: Captured, skipped: dict[str, str] | None = None
-    ) -> None:
-        """Write what the rule sets into `chosen`, site by site, and into `skipped` which sites it takes out."""
+    ) -> set[str]:
+        """Write what the rule sets into `chosen`, site by site, and into `skipped` which sites it takes out.
+
+        Returns the sites whose outputs it leaves float, since nothing that can compute with integers reads them.
+        """
         skipped = {} if skipped is None else skipped
         ends = [site.path for site in captured.sites if site.is_layer]
         at_ends = {"first": ends[:1], "last": ends[-1:]}
         wanted = {path for position in self.position or () for path in at_ends[position]}
+        unread: set[str] = set()
         hit = applied = False
         reached: Site | None = None
         for site in captured.sites:
@@ -88,6 +111,8 @@ class Rule:
                 skipped[site.path] = f"{self.name} skips it"
             given = {name: value for name, value in self.fields.items() if name in allowed}
             applied = applied or bool(given) or self.skip
+            if not (site.is_read or self.unread) and given.pop("output", None) is not None:
+                unread.add(site.path)
             if given:
                 skipped.pop(site.path, None)
             chosen[site.path].update(given)
@@ -100,6 +125,7 @@ class Rule:
                 f"{self.name} sets {', '.join(self.fields)}, but site '{reached.path}' ({reached.types[-1]}) takes "
                 f"{', '.join(self._reach(reached))}"
             )
+        return unread
 
     def _reach(self, site: Site) -> tuple[str, ...]:
         """The fields of the site that the rule may set, () if it does not select it."""
@@ -140,7 +166,7 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
     skip = rule.get("skip", False)
     if not isinstance(skip, bool):
         raise ConfigError(f"{name}: skip must be True or False, got {shown(skip)}")
-    given = [key for key in SETTINGS if key in rule and key != "skip"]
+    given = [key for key in SETTINGS if key in rule and key not in ("skip", "unread")]
     if skip and given:
         raise ConfigError(
             f"{name} clashes with itself: skip leaves the site float, but it also sets {', '.join(given)}"
@@ -166,8 +192,11 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
     where = rule.get("where")
     if where is not None and not callable(where):
         raise ConfigError(f"{name}: where must be a function of a Site, got {shown(where)}")
+    unread = rule.get("unread", names is not None or where is not None)
+    if not isinstance(unread, bool):
+        raise ConfigError(f"{name}: unread must be True or False, got {shown(unread)}")
     fields = {key: choice(rule[key], name, key) for key in given}
-    return Rule(name, types, names, position, where, skip, fields)
+    return Rule(name, types, names, position, where, skip, unread, fields)
 
 
 def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | None:

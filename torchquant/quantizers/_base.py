@@ -121,6 +121,11 @@ class Quantizer(nn.Module, ABC):
         """
         return False
 
+    @property
+    def levels_vary(self) -> bool:
+        """Whether a tensor has no one list of levels, nor one a channel: each block or token has levels of its own."""
+        return self.about.granularity in (("block",), ("token",))
+
     def allocate(self, n_channels: int) -> None:  # noqa: B027 - most schemes have nothing to size
         """Size per-channel state for `n_channels` before the first batch."""
 
@@ -160,8 +165,12 @@ class Quantizer(nn.Module, ABC):
         >>> quantizer.thresholds()
         tensor([-1.5000, -0.7500, -0.2500,  0.2500,  0.7500,  1.5000])
         """
-        if not self.keeps_units or self.about.granularity == ("block",):
-            why = "each block has levels of its own" if self.keeps_units else "its levels are not in the units of x"
+        if not self.keeps_units or self.levels_vary:
+            why = (
+                f"each {self.about.granularity[0]} has levels of its own"
+                if self.keeps_units
+                else "its levels are not in the units of x"
+            )
             raise NoCodesError(f"{type(self).__name__} has no thresholds between its levels: {why}")
         levels = self.levels()
         return (levels[..., 1:] + levels[..., :-1]) / 2

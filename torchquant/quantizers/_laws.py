@@ -65,7 +65,7 @@ class _Case:
 
     def wide(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The sample, the same eight times too large, and the same very small; in blocks, one element each."""
-        if self.observed.about.granularity == ("block",):
+        if self.observed.levels_vary:
             factors = torch.tensor([1.0, 8.0, 1.0 / 64])[torch.arange(self.sample.numel()) % 3]
             return (self.sample * factors.view_as(self.sample)).to(dtype)
         return torch.cat([self.sample, 8 * self.sample, self.sample / 64], self._free_axis()).to(dtype)
@@ -104,8 +104,8 @@ def levels_used(case: _Case) -> None:
     bits = case.n_bits()
     if bits > 10:
         raise _Skip("more than 1024 levels")
-    if case.observed.about.granularity == ("block",):
-        raise _Skip("each block has levels of its own")
+    if case.observed.levels_vary:
+        raise _Skip(f"each {case.observed.about.granularity[0]} has levels of its own")
     reach = 40.0 * float(case.sample.abs().max())
     ramp = torch.cat([torch.linspace(-1, 1, 4001) * reach / 8, reach * torch.logspace(-9, 0, 2000)])
     ramp = torch.cat([ramp, -ramp])

@@ -1,6 +1,6 @@
 """Spec strings: one line of text that names a quantizer everywhere.
 
-    scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G][@gradient]
+    scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G|/token][@gradient]
 
 `QuantSpec` is the parsed form, `make_quantizer` builds what it names. Both know nothing of any scheme:
 arguments are found by name in the signatures of the scheme and of its range observer.
@@ -20,10 +20,11 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer
+from torchquant.quantizers._token import TokenQuantizer
 from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient
 from torchquant.range_observers import OBSERVERS, RangeObserver
 
-GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G][@gradient]"
+GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G|/token][@gradient]"
 _OF_ACTIVATIONS = {
     "momentum": 0.9,
     "per_sample": True,
@@ -44,7 +45,7 @@ class QuantSpec:
     """A quantizer in words. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
 
     `options` keeps the values as they were written; they get their types from the scheme. `granularity`
-    is "tensor", "channel", "group" or "" (the scheme's default: per tensor); `group` the elements a group.
+    is "tensor", "channel", "group", "token" or "" (the scheme's default: per tensor); `group` the elements a group.
 
     >>> spec = QuantSpec.parse("esb:4,k=1/channel@clipped")
     >>> spec.scheme, spec.n_bits, spec.options, spec.granularity, spec.gradient
@@ -76,12 +77,16 @@ class QuantSpec:
         kind, equals, size = granularity.partition("=")
         if slash:
             allowed = (
-                kind in ("tensor", "channel") and not equals or kind == "group" and _is_count(size) and int(size) > 0
+                kind in ("tensor", "channel", "token")
+                and not equals
+                or kind == "group"
+                and _is_count(size)
+                and int(size) > 0
             )
             _require(
                 allowed,
                 text,
-                f"the granularity {shown(granularity)} is not tensor, channel or group=G with a whole G > 0",
+                f"the granularity {shown(granularity)} is not tensor, channel or group=G with a whole G > 0, nor token",
             )
         _require(not colon or _is_count(bits), text, f"the width {shown(bits)} is not a whole number")
         n_bits = int(bits) if colon else None
@@ -158,11 +163,25 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     if spec.granularity == "group" and site != "weight":
         raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
     scheme, fixed = find_scheme(spec.scheme)
+    if spec.granularity == "token":
+        return _of_tokens(spec, site)
     if site not in scheme.sites:
         raise ConfigError(f"spec {str(spec)!r}: {spec.scheme} is for {' and '.join(scheme.sites)}, not for {site}")
     axis = {"": None, "tensor": None, "channel": 0 if site == "weight" else 1, "group": 0}[spec.granularity]
     quantizer = _Builder(spec, scheme, fixed, axis, site).build()
     return quantizer if spec.group is None else GroupQuantizer(quantizer, spec.group)
+
+
+def _of_tokens(spec: QuantSpec, site: str) -> Quantizer:
+    if site == "weight":
+        raise ConfigError(f"spec {str(spec)!r}: tokens are of inputs and outputs; weights have channels and groups")
+    is_symmetric = spec.scheme == "affine" and spec.options == (("symmetric", "narrow"),)
+    if not is_symmetric or spec.n_bits is None or spec.gradient not in (None, "ste"):
+        raise ConfigError(
+            f"spec {str(spec)!r}: the grid of a token is symmetric around 0 and covers it, so that it needs no zero "
+            "point and clips nothing; write affine:8,symmetric=narrow/token, with 2 to 8 bits"
+        )
+    return TokenQuantizer(spec.n_bits)
 
 
 class _Builder:

@@ -1,0 +1,79 @@
+"""Per-token granularity: a grid for each row of the last axis. Maths: quantizers_functional/tokens.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.quantizers._base import About, GridQuantizer
+from torchquant.quantizers_functional.tokens import (
+    check_token_bits,
+    token_codes,
+    token_project,
+    token_values,
+)
+
+
+class TokenQuantizer(GridQuantizer):
+    """A symmetric grid for each token, a row of the last axis, over the largest magnitude in it, each time anew.
+
+    For inputs of linear layers, whose sums run along that axis: a token's scale can be taken out of the sum. Nothing
+    is observed, so nothing has to be calibrated. `n_bits` 2..8. The scale is a bfloat16; a code holds its 16 bits above
+    those of the element. Raises ConfigError.
+
+    >>> TokenQuantizer(3)(torch.tensor([[3.0, 0.9, -1.6], [30.0, 9.0, -16.0]]))
+    tensor([[  3.,   1.,  -2.],
+            [ 30.,  10., -20.]])
+    """
+
+    sites = ("input", "output")
+    fuses_clamp = False
+    about = About(
+        "clamp(RHE(x / delta)) * delta, delta = max|x| of the token / (2**(n-1) - 1)",
+        "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Yao et al. 2022, ZeroQuant, arXiv:2206.01861",
+        "2..8",
+        ("token",),
+    )
+
+    def __init__(self, n_bits: int) -> None:
+        check_token_bits(n_bits)
+        super().__init__()
+        self.n_bits = n_bits
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return list(x.reshape(-1, x.shape[-1])) if x.ndim and x.numel() else [x.flatten()]
+
+    def side_bytes(self, x: Tensor) -> int:
+        """Two bytes a token."""
+        return 2 * len(self.parts(x))
+
+    @classmethod
+    def gradients(cls) -> tuple[str, ...]:
+        """Straight through: a scale that covers the token clips nothing."""
+        return ("ste",)
+
+    @property
+    def is_memoryless(self) -> bool:
+        return True
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, int(2 ** (self.n_bits + 15)) - 1
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """Nothing: all is in the tokens."""
+        return ()
+
+    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+        return token_project(x, self.n_bits), None
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        return token_codes(x, self.n_bits)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return token_values(codes, self.n_bits, dtype)
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}"

@@ -1,0 +1,60 @@
+"""A symmetric grid for each row of the last axis, from the row itself: per-token granularity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, torch.finfo(torch.bfloat16).max
+
+
+def check_token_bits(n_bits: int) -> None:
+    """Raise ConfigError for widths other than 2..8."""
+    if not (isinstance(n_bits, int) and not isinstance(n_bits, bool) and 2 <= n_bits <= 8):
+        raise ConfigError(f"n_bits must be 2..8, got {n_bits!r}")
+
+
+def largest_code(n_bits: int) -> int:
+    """Codes go from minus this to this."""
+    return int(2 ** (n_bits - 1)) - 1
+
+
+def token_scales(x: Tensor, n_bits: int) -> Tensor:
+    """The step of each row, `max|x| / largest_code`, rounded to a bfloat16; in the type of x, (..., 1).
+
+    Eight bits of mantissa, so that steps times codes are exact in float32. Infinite elements and NaN do not count.
+    """
+    if x.ndim and not x.shape[-1]:
+        return x.new_ones((*x.shape[:-1], 1))
+    size = x.abs()
+    largest = torch.where(size < torch.inf, size, 0.0).amax(-1, keepdim=True)
+    scale = (largest / largest_code(n_bits)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return scale.to(torch.bfloat16).to(x.dtype)
+
+
+def token_steps(x: Tensor, scale: Tensor, n_bits: int) -> Tensor:
+    """`clamp(RHE(x / scale))`, whole numbers in the type of x; NaN stays NaN."""
+    end = largest_code(n_bits)
+    return torch.round(x / scale).clamp(-end, end)
+
+
+def token_codes(x: Tensor, n_bits: int) -> Tensor:
+    """Codes that tell all: the 16 bits of the row's scale above the n_bits of the element, int32."""
+    scale = token_scales(x, n_bits)
+    steps = token_steps(x, scale, n_bits).to(torch.int32) + largest_code(n_bits)
+    return scale.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32) * 2**n_bits + steps
+
+
+def token_values(codes: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
+    """Grid values of such codes, in `dtype`."""
+    codes = codes.to(torch.int32)
+    scale = (codes >> n_bits).to(torch.int16).contiguous().view(torch.bfloat16).to(dtype)
+    return ((codes & (2**n_bits - 1)) - largest_code(n_bits)).to(dtype) * scale
+
+
+def token_project(x: Tensor, n_bits: int) -> Tensor:
+    """The nearest grid value of each element."""
+    scale = token_scales(x, n_bits)
+    return token_steps(x, scale, n_bits) * scale
