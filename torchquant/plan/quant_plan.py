@@ -118,7 +118,7 @@ class QuantPlan(ShownAsTables):
         unset += [
             LeftFloat(site.path, what_is_at(site), UNREAD)
             for plan, site in zip(plans, captured.sites, strict=True)
-            if not (plan.is_float or site.is_read) and plan.output is None and site.path in unread
+            if site.nodes and site.path in unread and plan.output is None and not plan.is_float
         ]
         types = {site.path: what_is_at(site) for site in captured.sites}
         floats = (*captured.floats, *unset, *unfolded)
