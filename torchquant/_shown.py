@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from reprlib import Repr
 from typing import Any
@@ -16,6 +16,8 @@ from torchquant.errors import ConfigError, TorchQuantError
 
 SHOWN = 100
 """Characters of a value that a message shows."""
+MANY = 12
+"""Words of a list that a message shows."""
 LINE = 300
 """Characters of another's message that a message repeats."""
 UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
@@ -77,6 +79,16 @@ must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keywo
             f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}. A tensor, a tuple "
             "of arguments or a dictionary of keyword arguments is given to its forward"
         ) from error
+
+
+def some(words: Sequence[str]) -> str:
+    """Words with commas between them; of many the first ones, and how many there are more.
+
+    >>> some(["a", "b"]), some(list("abcdefghijklmn"))
+    ('a, b', 'a, b, c, d, e, f, g, h, i, j, k, l, and 2 more')
+    """
+    more = f", and {len(words) - MANY} more" if len(words) > MANY else ""
+    return ", ".join(words[:MANY]) + more
 
 
 def first_line(error: BaseException) -> str:

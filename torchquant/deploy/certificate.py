@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchquant._files import write_json, write_whole
-from torchquant._shown import shown
+from torchquant._shown import shown, some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.deploy.parity import FirstDifference, SiteParity
 from torchquant.errors import ConfigError
@@ -171,7 +171,7 @@ class Certificate(ShownAsTables):
 
     `comparisons`: the ways ONNX Runtime was run. `simulation`: the fake-quant model, whose differences add up from site
     to site and are not bounded. `outputs`: accuracy and agreement of every engine. `float_operators`: what the
-    reference itself computed in float32.
+    reference itself computed in float32. `not_run`: sites that no part of the file computes, as in auxiliary heads.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -184,6 +184,7 @@ class Certificate(ShownAsTables):
     samples: int
     file_sha256: str
     versions: Mapping[str, str]
+    not_run: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -199,7 +200,7 @@ class Certificate(ShownAsTables):
     def incomplete(self) -> tuple[str, ...]:
         """What was not compared, in words."""
         return tuple(
-            f"{comparison.way}: {comparison.share} compared; not {_some(comparison.hidden)}"
+            f"{comparison.way}: {comparison.share} compared; not {some(comparison.hidden)}"
             for comparison in self.comparisons
             if comparison.hidden
         )
@@ -259,6 +260,7 @@ class Certificate(ShownAsTables):
             "versions": dict(self.versions),
             "outputs": [asdict(row) for row in self.outputs],
             "float_operators": list(self.float_operators),
+            "not_run": list(self.not_run),
             "comparisons": [comparison(c) for c in self.comparisons],
             "simulation": comparison(self.simulation),
         }
@@ -329,7 +331,9 @@ class Certificate(ShownAsTables):
                     + ", ".join(f"{name} {shape}" for name, shape in _shapes(first.inputs).items())
                 )
         if self.float_operators:
-            lines.append(f"float32 in the reference too: {_some(self.float_operators)}")
+            lines.append(f"float32 in the reference too: {some(self.float_operators)}")
+        if self.not_run:
+            lines.append(f"did not run, not in the file: {some(self.not_run)}")
         lines += [f"failed: {failure}" for failure in self.failures[:SHOWN_SITES]]
         lines += [f"incomplete: {reason}" for reason in self.incomplete]
         lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
@@ -342,8 +346,3 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 def _counts(kernels: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in sorted(kernels.items(), key=lambda item: -item[1]))
-
-
-def _some(words: tuple[str, ...]) -> str:
-    more = f", and {len(words) - SHOWN_SITES} more" if len(words) > SHOWN_SITES else ""
-    return ", ".join(words[:SHOWN_SITES]) + more

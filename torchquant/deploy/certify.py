@@ -106,6 +106,7 @@ def certify(
         samples=samples,
         file_sha256=graph_hash(path),
         versions=_versions(),
+        not_run=engines.integer.not_run,
     )
     if stamp:
         stamp_file(path, certificate)

@@ -7,7 +7,7 @@ on integers.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,49 +15,51 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchquant._shown import running
-from torchquant.deploy.codes import (
-    uniform_grid,
-)
 from torchquant.deploy.hooks import refuse_hooks
 from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
 from torchquant.deploy.qdq import (
     QuantizeDequantize,
-    QuantizeTokens,
     StoredBias,
     StoredTable,
     StoredWeight,
+    acts_site,
     as_nodes,
     node,
 )
+from torchquant.deploy.stand_in import LeftOut, PassedOn, StandIn, leave_out
 from torchquant.deploy.stored_weights import stored_weight, without_weight
 from torchquant.deploy.values import Codes, IntegerTensor
+from torchquant.deploy.weights_form import DeployWeights
 from torchquant.errors import ExportError
+from torchquant.graph.hooks import has_hooks
 from torchquant.graph.traced import reseal
 from torchquant.graph.watch import call_with
-from torchquant.qmodule import QModule, QOp, QWrapper
+from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.bn_folding import running_bias
 from torchquant.qmodule.fused_part import FusedPart
-from torchquant.qmodule.patterns import activation_clamp
-from torchquant.quantizers import Quantizer
-from torchquant.quantizers._token import TokenQuantizer
+from torchquant.qmodule.patterns import activation_clamp, stock_type
 
 
-class DeployLayer(nn.Module):
-    """A QWrapper as it computes in QUANT_EVAL, its weight stored as codes. `path` names it in messages."""
+class DeployLayer(StandIn):
+    """A QWrapper as it computes in QUANT_EVAL, its weight stored as codes. `path` names it in messages.
+
+    `weight`: what is stored, or the layer's own where it stays float. `sum_bias`: the bias that the layer is run with.
+    """
+
+    weight: StoredWeight | StoredTable
 
     def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool = False) -> None:
-        super().__init__()
-        self.path = path
+        super().__init__(path, wrapper.held)
         self.bn = wrapper.bn
         self.activation = wrapper.activation
-        self.input = _acts_site(wrapper.input_quantizer, f"{path}.input", keep_signed)
-        self.output = _acts_site(wrapper.acts_quantizer, f"{path}.output", keep_signed)
+        self.input = acts_site(wrapper.input_quantizer, f"{path}.input", keep_signed)
+        self.output = acts_site(wrapper.acts_quantizer, f"{path}.output", keep_signed)
         self.activation = _left_of(self.activation, self.output)
-        self.preactivation = _acts_site(wrapper.preactivation_quantizer, f"{path}.preactivation", keep_signed)
+        self.preactivation = acts_site(wrapper.preactivation_quantizer, f"{path}.preactivation", keep_signed)
         self.layer = wrapper.layer
         self.row = wrapper.row
-        self.weight: StoredWeight | StoredTable | None = None
-        self.bias: nn.Parameter | None = None
+        self.has_codes = wrapper.weight_quantizer is not None
+        self.sum_bias: nn.Parameter | None = None
         self.stored_bias = nn.ModuleList()  # one, or one a call where the calls have inputs of other scales
         self.calls = 0
         self.input_scales: list[Tensor | None] = []
@@ -72,32 +74,27 @@ class DeployLayer(nn.Module):
                 bias = wrapper.bias_quantizer(bias)
             if wrapper.fold_mode is None and wrapper.bn is not None and self.bn is None:
                 bias = running_bias(wrapper.bn, bias)
-            self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+            self.sum_bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor, *, fused: bool = True) -> Tensor:
         x = self.input(x)
         run = active_run()
         known = x.codes if isinstance(x, IntegerTensor) else None
-        if (
-            known is not None
-            and not self.is_settled
-            and isinstance(self.weight, StoredWeight)
-            and self.bias is not None
-        ):
-            self.weight.make_room(self.bias, known.scale)
+        if known is not None and not self.is_settled and self._in_steps and self.sum_bias is not None:
+            self.weight.make_room(self.sum_bias, known.scale)
         if run is not None and run.checking:
             run.site = self.path
             self.input_scales.append(None if known is None else known.scale)
-        y = self.layer(x) if self.weight is None else self.row.run(self.layer, x, self.weight(), self._bias(known))
+        y = self.row.run(self.layer, x, self.weight(), self._bias(known)) if self.has_codes else self.layer(x)
         y = self.preactivation(y if self.bn is None else self.bn(y))
         return self.output(y if self.activation is None else self.activation(y))
 
     def _bias(self, known: Codes | None) -> Tensor | None:
         """The bias as the file has it; `known`: the codes that come in, in an integer run."""
-        if known is not None and self.bias is not None and self._has_one_scale:
+        if known is not None and self.sum_bias is not None and self._has_one_scale:
             return self._on_grid_of(known.scale)()  # type: ignore[no-any-return]
         if active_run() is not None or not len(self.stored_bias):
-            return self.bias
+            return self.sum_bias
         call, self.calls = self.calls, (self.calls + 1) % len(self.stored_bias)
         bias: Tensor = self.stored_bias[call]()
         return bias
@@ -105,34 +102,39 @@ class DeployLayer(nn.Module):
     @property
     def _has_one_scale(self) -> bool:
         """Whether the sums of products are in steps of one scale, per tensor or output channel."""
-        return isinstance(self.weight, StoredWeight) and len(self.weight.terms) == 1
+        return self._in_steps and len(self.weight.terms) == 1
+
+    @property
+    def _in_steps(self) -> bool:
+        return self.has_codes and isinstance(self.weight, StoredWeight)
 
     def _on_grid_of(self, input_scale: Tensor) -> StoredBias:
         """The bias in steps of the sums that it is added to."""
-        return StoredBias(self.bias, input_scale * self.weight.terms[0][0], self.path)  # type: ignore[arg-type, union-attr]
+        return StoredBias(self.sum_bias, input_scale * self.weight.terms[0][0], self.path)  # type: ignore[arg-type]
 
     def settle(self) -> None:
         """Put the bias on the grid of the sums it is added to, where the inputs have one."""
         scales = [s for s in self.input_scales if s is not None]
         every_call = len(scales) == len(self.input_scales)
         self.input_scales, self.is_settled = [], True
-        if self.bias is None or not self._has_one_scale or not scales or not every_call:
+        if self.sum_bias is None or not self._has_one_scale or not scales or not every_call:
             return
         same = all(torch.equal(scale, scales[0]) for scale in scales)
         for scale in scales[:1] if same else scales:
             self.stored_bias.append(self._on_grid_of(scale))
 
 
-class DeployOp(nn.Module):
+class DeployOp(StandIn):
     """A QOp as it computes in QUANT_EVAL."""
 
+    stands_for: ClassVar[str] = "op"
+
     def __init__(self, op: QOp, path: str, keep_signed: bool = False) -> None:
-        super().__init__()
-        self.path = path
+        super().__init__(path, op.held)
         self.op = op.op
         self.activation = op.activation
-        self.input = _acts_site(op.input_quantizer, f"{path}.input", keep_signed)
-        self.output = _acts_site(op.acts_quantizer, f"{path}.output", keep_signed)
+        self.input = acts_site(op.input_quantizer, f"{path}.input", keep_signed)
+        self.output = acts_site(op.acts_quantizer, f"{path}.output", keep_signed)
         self.activation = _left_of(self.activation, self.output)
 
     def forward(self, *args: Any, fused: bool = True, **kwargs: Any) -> Tensor:
@@ -173,8 +175,9 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
     where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
     from 0 on, which runtimes for x86 compute faster with, and those of weights that could saturate there;
     `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform
-    ones. Raises ExportError for a model without QModules, a site that is not calibrated, has no such codes or needs
-    more than 8 bits, and a model that is not float32.
+    ones. Raises ExportError for a model without QModules; where it is run, for a site that is not calibrated, has no
+    such codes or needs more than 8 bits, and for one that is not float32. A site that does not run may be any of these:
+    `settle` leaves it out.
     """
     if not any(isinstance(module, QModule) for module in model.modules()):
         raise ExportError(
@@ -197,7 +200,8 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
 def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables: bool = True) -> IntegerRun:
     """Run the form on integers once: biases go onto the grid of their sums, accumulators are checked.
 
-    `tables` as in `IntegerRun`. Returns what the run met. Raises ExportError for an accumulator beyond 32 bits.
+    `tables` as in `IntegerRun`. Returns what the run met; the sites that did not run are left out of the form. Raises
+    ExportError for an accumulator beyond 32 bits, and for a site that runs and has no codes.
     """
     run = IntegerRun(rounding, checking=True, tables=tables)
     with running(form, "example_inputs", example_inputs):
@@ -206,11 +210,12 @@ def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables
         raise ExportError("the example inputs are empty; give at least one row")
     with integer_run(run):
         try:
-            call_with(form, example_inputs)
+            run.not_run = leave_out(form, lambda: call_with(form, example_inputs))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, ExportError):
                 raise
             raise ExportError(f"the model does not run on the example inputs: {error}") from error
+    reseal(form)
     for module in form.modules():
         if isinstance(module, DeployLayer):
             module.settle()
@@ -231,27 +236,34 @@ def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module], k
 
 
 def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
+    if isinstance(module, FusedPart):
+        return PassedOn(path, module.part)  # the DeployLayer runs it
+    if stock_type(module) in RECURRENT and not has_hooks(module):
+        return DeployWeights(QWeights(module, {}), path)  # torch.export would fix the number of its steps
+    if not isinstance(module, QModule):
+        return module
     if isinstance(module, QWrapper):
         parts = {"its layer": module.layer, "its batch norm": module.bn, "its activation": module.activation}
         refuse_hooks(path, {"the wrapper": module, **parts})
-        return DeployLayer(module, path, keep_signed)
-    if isinstance(module, QOp):
+    elif isinstance(module, QOp):
         refuse_hooks(path, {"the operator": module, "its activation": module.activation})
-        return DeployOp(module, path, keep_signed)
-    if isinstance(module, FusedPart):
-        return nn.Identity()  # the DeployLayer runs it
-    if isinstance(module, QModule):
+    elif isinstance(module, QWeights):
+        refuse_hooks(path, {"the module": module, "its layer": module.layer})
+    kind: Any = next((form for wrapped, form in FORMS.items() if isinstance(module, wrapped)), None)
+    if kind is None:
         raise ExportError(
-            f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp; only these two can be exported. "
-            "Build the module from them"
+            f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp nor a QWeights; only these can be "
+            "exported. Build the module from them"
         )
-    return module
+    try:
+        made: nn.Module = kind(module, path, keep_signed)
+    except ExportError as error:  # matters where the module runs
+        return LeftOut(path, module.held, error)
+    return made
 
 
-def _acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
-    if isinstance(quantizer, TokenQuantizer):
-        return QuantizeTokens(quantizer.n_bits, site, keep_signed)
-    return nn.Identity() if quantizer is None else grid_site(quantizer, site, keep_signed)
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+FORMS: dict[type[QModule], type[StandIn]] = {QWrapper: DeployLayer, QOp: DeployOp, QWeights: DeployWeights}
 
 
 def _left_of(activation: nn.Module | None, output: nn.Module) -> nn.Module | None:
@@ -260,10 +272,3 @@ def _left_of(activation: nn.Module | None, output: nn.Module) -> nn.Module | Non
     if clamp is None or not isinstance(output, QuantizeDequantize) or not output.clamp_codes(clamp):
         return activation
     return None
-
-
-def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> QuantizeDequantize:
-    """The Q/DQ pair of an activation quantizer; `site` is "PATH.output" or "PATH.input". Raises ExportError."""
-    path, _, kind = site.rpartition(".")
-    grid = uniform_grid(quantizer, f"{path}: the {kind} quantizer ({type(quantizer).__name__})")
-    return QuantizeDequantize(grid if keep_signed else grid.unsigned(), site)

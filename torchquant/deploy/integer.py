@@ -28,7 +28,8 @@ class IntegerModel(nn.Module):
     """A quantized model on integer codes: real tensors in, real tensors out, integers between. See `to_integer`.
 
     `float_operators`: what ran on real numbers with the example. `accumulators`: site -> the largest sum of products
-    its weight and the range of its input allow.
+    its weight and the range of its input allow. `not_run`: paths of QModules that the example did not run; they run
+    later only to raise ExportError.
     """
 
     def __init__(self, form: nn.Module, met: IntegerRun) -> None:
@@ -38,6 +39,7 @@ class IntegerModel(nn.Module):
         self.tables = met.tables
         self.float_operators = tuple(FloatOperator(name, after) for name, after in met.floats)
         self.accumulators = dict(met.largest)
+        self.not_run = met.not_run
 
     def train(self, mode: bool = True) -> IntegerModel:
         """Stays in evaluation mode: integers are not trained."""
@@ -87,8 +89,8 @@ def to_integer(
     `keep_signed` as in `export_onnx`: otherwise codes of activations count from 0 on. `as_exported`: weights that an
     ONNX file holds as tables of levels count as real numbers, as they do there.
 
-    Raises ExportError for an uncalibrated site, one without integer codes, an accumulator or bias that can leave 32
-    bits; ConfigError.
+    Raises ExportError for an uncalibrated site that runs, one without integer codes, an accumulator or bias that can
+    leave 32 bits; ConfigError.
 
     >>> from torchquant import QModuleState, qmodule_state, quantize
     >>> x = torch.randn(8, 4)

@@ -31,7 +31,8 @@ class IntegerRun:
     """`checking`: look at accumulators. `recorded`: site -> codes of each call, if asked for.
 
     `tables`: whether weights that a file holds as levels count in integers. `floats` fills with what had no integer
-    form, as (operator, site before it); `largest` with the largest accumulator a site can reach.
+    form, as (operator, site before it); `largest` with the largest accumulator a site can reach; `not_run`: paths of
+    QModules that did not run.
     """
 
     rounding: str
@@ -42,6 +43,7 @@ class IntegerRun:
     site: str = "the input"
     floats: dict[tuple[str, str], None] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
+    not_run: tuple[str, ...] = ()
 
     def note_float(self, operator: str) -> None:
         self.floats[operator, self.site] = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant._files import write_whole
-from torchquant._shown import shown
+from torchquant._shown import shown, some
 from torchquant.deploy.certify import certify
 from torchquant.deploy.form import deploy_form, settle
 from torchquant.deploy.onnx_graph import PACKED_OPSET, finish_graph
@@ -59,8 +59,11 @@ def export_onnx(
     is not begun.
     Needs the extra `deploy`.
 
-    Raises ExportError for what the file cannot hold, or where ONNX Runtime computes something else; ConfigError,
-    MissingDependencyError.
+    Only what the model runs on the example, in evaluation, is in the file. A site that does not run need not be
+    calibrated; a warning names it.
+
+    Raises ExportError for what the file cannot hold, a site that runs and has seen no data, or where ONNX Runtime
+    computes something else; ConfigError, MissingDependencyError.
 
     >>> import tempfile
     >>> from torchquant import AffineQuantizer, BatchMinMax, QModuleState, QWrapper, qmodule_state
@@ -76,7 +79,7 @@ def export_onnx(
         require(package, "deploy")
     inputs = checked_inputs(example_inputs)
     form = deploy_form(model, keep_signed)
-    settle(form, inputs, tables=False)
+    tell_of_left_out(settle(form, inputs, tables=False).not_run)
     n_bytes = sum(t.untyped_storage().nbytes() for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
@@ -93,6 +96,17 @@ def export_onnx(
             _verify(model, temporary, inputs, dynamic_shapes)
 
     return write_whole(target, write)
+
+
+def tell_of_left_out(paths: Sequence[str]) -> None:
+    """Warn of the sites that a file is without, since the example did not run them."""
+    if paths:
+        warnings.warn(
+            f"{len(paths)} sites did not run on the example inputs and are not in the file: {some(paths)}. That is "
+            "right for parts that only training runs, such as auxiliary heads; if the file shall have them, give "
+            "example inputs with which the model runs them",
+            stacklevel=4,
+        )
 
 
 def describe(proto: Any, model: nn.Module, notes: dict[str, str]) -> None:

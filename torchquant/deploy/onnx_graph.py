@@ -105,7 +105,7 @@ def _write_look_ups(proto: Any, onnx: Any) -> None:
             nodes.append(node)
             continue
         levels, codes, *rows = node.input
-        index = f"{codes}.index"
+        index = f"{node.output[0]}.index"  # one tensor of codes may be looked up in several tables
         nodes.append(helper.make_node("Cast", [codes], [index], to=onnx.TensorProto.INT64))
         if rows:
             nodes.append(helper.make_node("Add", [index, rows[0]], [f"{index}.row"]))

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.deploy.codes import Grid, Table, bias_codes
+from torchquant.deploy.codes import Grid, Table, bias_codes, uniform_grid
 from torchquant.deploy.integer_run import active_run
+from torchquant.deploy.stand_in import PassesForTensor
 from torchquant.deploy.values import Clamp, IntegerTensor, Weight
+from torchquant.quantizers import Quantizer
+from torchquant.quantizers._token import TokenQuantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.quantizers_functional.tokens import largest_code, token_scales, token_steps
 from torchquant.range_observers._statistics import per_channel_view
@@ -47,6 +50,13 @@ def as_nodes() -> bool:
 def node(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> Tensor:
     """An ONNX operator in the traced graph."""
     return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)
+
+
+def in_graph(
+    op: str, inputs: tuple[Tensor | None, ...], dtype: torch.dtype, shapes: list[Any], attributes: dict[str, Any]
+) -> list[Tensor]:
+    """An ONNX operator with several outputs, and inputs that may be left away, in the traced graph."""
+    return list(torch.onnx.ops.symbolic_multi_out(op, inputs, attributes, dtypes=[dtype] * len(shapes), shapes=shapes))
 
 
 def _axis(axis: int | None) -> dict[str, Any]:
@@ -85,10 +95,10 @@ def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, a
 
 
 def look_up_linear(levels: Tensor, codes: Tensor, rows: Tensor | None) -> Tensor:
-    """`levels[codes]`, or `levels[codes + rows]`; a Gather in the file. levels: (L,)."""
+    """`levels[codes]`, or `levels[codes + rows]`; a Gather in the file. levels: (L, ...)."""
     if as_nodes():
         inputs = (levels, codes) if rows is None else (levels, codes, rows)
-        return node(LOOK_UP, inputs, levels.dtype, codes.shape)
+        return node(LOOK_UP, inputs, levels.dtype, (*codes.shape, *levels.shape[1:]))
     index = codes.to(torch.int64)
     return levels[index if rows is None else index + rows]
 
@@ -198,11 +208,25 @@ class QuantizeTokens(nn.Module):
         return steps.to(torch.int64) + self.zero_point
 
 
-class StoredWeight(StoredGrid):
+def acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
+    """What puts an activation on its grid, nothing where it has no quantizer."""
+    if isinstance(quantizer, TokenQuantizer):
+        return QuantizeTokens(quantizer.n_bits, site, keep_signed)
+    return nn.Identity() if quantizer is None else grid_site(quantizer, site, keep_signed)
+
+
+def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> QuantizeDequantize:
+    """The Q/DQ pair of an activation quantizer; `site` is "PATH.output" or "PATH.input". Raises ExportError."""
+    path, _, kind = site.rpartition(".")
+    grid = uniform_grid(quantizer, f"{path}: the {kind} quantizer ({type(quantizer).__name__})")
+    return QuantizeDequantize(grid if keep_signed else grid.unsigned(), site)
+
+
+class StoredWeight(StoredGrid, PassesForTensor):
     """A weight kept as 8-bit codes; forward gives the real weight, in the layout of its layer.
 
-    `to_layer` brings the codes there where they are not. `table`: where given, what the codes count in. `terms`: the
-    weight in integers, laid out as the layer has it, with scales per output channel.
+    `to_layer` brings it there from how it is kept, where that differs. `table`: where given, what the codes count in.
+    `terms`: the weight in integers, laid out as the layer has it, with scales per output channel.
     """
 
     codes: Tensor
@@ -221,6 +245,7 @@ class StoredWeight(StoredGrid):
         self.register_buffer("table", None if table is None else table.to(grid.storage))
         self.terms = terms
         self.to_layer = to_layer
+        self.has_zero_point = bool(grid.zero_point.any())
 
     def make_room(self, bias: Tensor, input_scale: Tensor) -> None:
         """Raise scales that are so small that the bias is beyond 32 bits in steps of them; lower those of zeros.
@@ -247,12 +272,29 @@ class StoredWeight(StoredGrid):
 
     def forward(self) -> Tensor:
         run = active_run()
-        return self._real() if run is None else _in_integers(self.terms, self._real)
+        return self.real() if run is None else _in_integers(self.terms, self.real)
 
-    def _real(self) -> Tensor:
-        codes = self.codes if self.table is None else look_up_linear(self.table, self.codes, None)
-        real = dequantize_linear(codes, self.scale, self.zero_point, self.axis)
-        return real if self.to_layer is None else self.to_layer(real)
+    def real(self) -> Tensor:
+        return self.as_kept() if self.to_layer is None else self.to_layer(self.as_kept())
+
+    def as_kept(self) -> Tensor:
+        """The real weight in the layout of the codes."""
+        return dequantize_linear(self._counted(self.codes), self.scale, self.zero_point, self.axis)
+
+    def _counted(self, codes: Tensor) -> Tensor:
+        return codes if self.table is None else look_up_linear(self.table, codes, None)
+
+    def rows(self, index: Tensor) -> Tensor:
+        if self.to_layer is not None:
+            return super().rows(index)
+        codes = self._counted(look_up_linear(self.codes, index, None))
+        if self.axis != 0:
+            axis = None if self.axis is None else self.axis - 1 + index.ndim
+            return dequantize_linear(codes, self.scale, self.zero_point, axis)
+        steps = codes.to(torch.float32)
+        if self.has_zero_point:
+            steps = steps - look_up_linear(self.zero_point, index, None).to(torch.float32).unsqueeze(-1)
+        return steps * look_up_linear(self.scale, index, None).unsqueeze(-1)
 
 
 def _in_integers(terms: Terms, real: Callable[[], Tensor]) -> Tensor:
@@ -260,12 +302,12 @@ def _in_integers(terms: Terms, real: Callable[[], Tensor]) -> Tensor:
     return IntegerTensor(Weight(terms, real), terms[0][1].shape) if terms else real()
 
 
-class StoredTable(nn.Module):
+class StoredTable(PassesForTensor):
     """A weight kept as codes and the float32 level behind each code; forward gives the real weight, bit for bit."""
 
     codes: Tensor
     levels: Tensor
-    rows: Tensor | None
+    first_levels: Tensor | None
 
     def __init__(self, table: Table, terms: Terms, to_layer: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -276,15 +318,24 @@ class StoredTable(nn.Module):
         rows = None
         if levels.ndim == 2:
             rows = channel_view(torch.arange(len(levels)) * levels.shape[1], table.codes.ndim, 0)
-        self.register_buffer("rows", rows)
+        self.register_buffer("first_levels", rows)
         self.register_buffer("levels", levels.flatten())
 
     def forward(self) -> Tensor:
         run = active_run()
-        return self._real() if run is None or not run.tables else _in_integers(self.terms, self._real)
+        return self.real() if run is None or not run.tables else _in_integers(self.terms, self.real)
 
-    def _real(self) -> Tensor:
-        return self.to_layer(look_up_linear(self.levels, self.codes, self.rows))
+    def real(self) -> Tensor:
+        return self.to_layer(self.as_kept())
+
+    def as_kept(self) -> Tensor:
+        """The real weight in the layout of the codes."""
+        return look_up_linear(self.levels, self.codes, self.first_levels)
+
+    def rows(self, index: Tensor) -> Tensor:
+        first = self.first_levels
+        of_rows = None if first is None else look_up_linear(first, index, None)
+        return look_up_linear(self.levels, look_up_linear(self.codes, index, None), of_rows)
 
 
 class StoredBias(nn.Module):

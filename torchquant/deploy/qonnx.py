@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.form import deploy_form
-from torchquant.deploy.onnx_export import checked_inputs, describe, exported
+from torchquant.deploy.onnx_export import checked_inputs, describe, exported, tell_of_left_out
 from torchquant.deploy.qdq import (
     QuantizeDequantize,
     QuantizeTokens,
@@ -23,12 +23,17 @@ from torchquant.deploy.qdq import (
     as_nodes,
     node,
 )
+from torchquant.deploy.stand_in import PassesForTensor, leave_out
+from torchquant.deploy.weights_form import DeployWeights
 from torchquant.errors import ExportError, require
+from torchquant.graph.traced import reseal
+from torchquant.graph.watch import call_with
 
 DOMAIN = "qonnx.custom_op.general"
 
 
 @checked
+@torch.no_grad()
 def export_qonnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -48,6 +53,8 @@ def export_qonnx(
         require(package, "deploy")
     inputs = checked_inputs(example_inputs)
     form = deploy_form(model, keep_signed=True)
+    tell_of_left_out(leave_out(form, lambda: call_with(form, inputs)))
+    reseal(form)
     for name, module in list(form.named_modules()):
         for child_name, child in list(module.named_children()):
             setattr(module, child_name, _quant_of(child, f"{name}.{child_name}".lstrip(".")))
@@ -63,6 +70,11 @@ def export_qonnx(
 
 
 def _quant_of(module: nn.Module, path: str) -> nn.Module:
+    if isinstance(module, DeployWeights):
+        raise ExportError(
+            f"{path}: QONNX is written for convolutions and linear layers; {type(module.layer).__name__} has no form "
+            "there. Leave this site float, or use export_onnx"
+        )
     if isinstance(module, StoredTable):
         raise ExportError(
             f"{path}: QONNX has uniform quantizers only, and the levels of this weight are not whole numbers of 8 bits "
@@ -122,8 +134,8 @@ class _QuantActivation(_Quant):
         return self.quant(x if self.full else x.clamp(*self.ends))
 
 
-class _QuantWeight(_Quant):
-    real: Tensor
+class _QuantWeight(_Quant, PassesForTensor):
+    on_grid: Tensor
 
     def __init__(self, weight: StoredWeight, path: str) -> None:
         real = weight()
@@ -132,7 +144,10 @@ class _QuantWeight(_Quant):
                 f"{path}: QONNX has no transposed convolution with groups and scales per channel; use one scale"
             )
         super().__init__(weight, real.ndim)
-        self.register_buffer("real", real)
+        self.register_buffer("on_grid", real)
+
+    def real(self) -> Tensor:
+        return self.quant(self.on_grid) if as_nodes() else self.on_grid
 
     def forward(self) -> Any:
-        return self.quant(self.real) if as_nodes() else self.real
+        return self.real()

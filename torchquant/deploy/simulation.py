@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant._arguments import checked
-from torchquant.deploy.form import DeployLayer, DeployOp, deploy_form, grid_site, settle
+from torchquant.deploy.form import DeployLayer, DeployOp, deploy_form, settle
 from torchquant.deploy.integer_run import IntegerRun, integer_run
+from torchquant.deploy.qdq import grid_site
 from torchquant.deploy.values import Codes, IntegerTensor
 from torchquant.qmodule import QModule, QOp, QWrapper
 from torchquant.quantizers import Quantizer
@@ -82,7 +83,8 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, QModule]]:
 
 def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """Site -> its quantizer, for activations."""
-    return {f"{path}.{kind}": q for path, module in _sites(model) for kind, q in module.quantizers().items()}
+    modules = ((name or type(m).__name__, m) for name, m in model.named_modules() if isinstance(m, QModule))
+    return {f"{path}.{kind}": q for path, module in modules for kind, q in module.quantizers().items()}
 
 
 def _sources(model: nn.Module, example_inputs: Any, rounding: str) -> dict[str, list[list[str | None]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -155,25 +155,16 @@ class QWeights(QModule):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs, those with values observed and quantized: with one range, and one given twice counts once."""
         quantizer = self.input_quantizer
-        names = VALUES.get(stock_type(self.layer), ("input",))
-        n = len(names)
-        given: list[Any] = []
-        for x in (*args[:n], *(x for name, x in kwargs.items() if name in names)):
-            if not any(x is other for other in given):
-                given.append(x)
-        if len(given) > 1 and quantizer is not None and self.state.is_act_observed:
+
+        def quantized(given: list[Any]) -> list[Any]:
+            if len(given) == 1 or quantizer is None or not self.state.is_act_observed:
+                return [self._run_acts_quantizer("input", quantizer, x) for x in given]
             quantizer.pre_observe(
                 torch.cat([x.flatten() for x in given]) if quantizer.axis is None else torch.cat(given)
             )
-            done = [self._quantize_site("input", quantizer, x) if self.state.is_act_quantized else x for x in given]
-        else:
-            done = [self._run_acts_quantizer("input", quantizer, x) for x in given]
+            return [self._quantize_site("input", quantizer, x) if self.state.is_act_quantized else x for x in given]
 
-        def quantized(x: Any) -> Any:
-            return next(after for before, after in zip(given, done, strict=True) if before is x)
-
-        by_name = {name: quantized(x) if name in names else x for name, x in kwargs.items()}
-        return (*map(quantized, args[:n]), *args[n:]), by_name
+        return values_mapped(self.layer, args, kwargs, quantized)
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
@@ -194,6 +185,25 @@ class QWeights(QModule):
             return layer.forward(*args, **kwargs)
         finally:
             layer._flat_weights = own
+
+
+def values_mapped(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[list[Any]], list[Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module, those that carry values changed: `change` gets all of them, one given twice once."""
+    names = VALUES.get(stock_type(layer), ("input",))
+    n = len(names)
+    given: list[Any] = []
+    for x in (*args[:n], *(x for name, x in kwargs.items() if name in names)):
+        if not any(x is other for other in given):
+            given.append(x)
+    done = change(given)
+
+    def changed(x: Any) -> Any:
+        return next(after for before, after in zip(given, done, strict=True) if before is x)
+
+    by_name = {name: changed(x) if name in names else x for name, x in kwargs.items()}
+    return (*map(changed, args[:n]), *args[n:]), by_name
 
 
 def quantizer_key(name: str) -> str:
