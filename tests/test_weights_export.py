@@ -58,8 +58,9 @@ def test_a_language_model_is_its_codes_for_any_length(tmp_path, kind):
     model = quantized(Language(KINDS[kind]), [(tokens(4, 7),)])
     path = export_onnx(model, tmp_path / "m.onnx", tokens(2, 7), dynamic_shapes=({1: "length"},), verify=False)
     certificate = certify(model, path, [tokens(4, 7, seed=1), tokens(3, 11, seed=2)])
-    assert certificate.passed, certificate.failures
-    assert sum(site.elements > 0 for site in certificate.comparisons[0].sites) >= 3
+    assert not certificate.failures
+    as_written = certificate.comparisons[1]  # optimized, ONNX Runtime cancels transpositions around the codes of a site
+    assert len(as_written.compared) == len(as_written.sites) == 4
     floats = sum(p.nbytes for p in model.parameters())
     stored = onnx.load(path).graph.initializer
     assert sum(len(entry.raw_data) for entry in stored) < 0.4 * floats
