@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from torchquant import QModuleState
+from torchquant.errors import NonFiniteError
 from torchquant.quantizers_functional.affine import AffineParams, quantize_uniform
 from torchquant.range_observers import (
     OBSERVERS,
@@ -191,6 +192,24 @@ def test_checkpoints_with_and_without_counts_load() -> None:
     assert all(torch.equal(a, b) for a, b in zip(acts.get_ranges(), weights.get_ranges(), strict=True))
 
 
+def test_former_pickles_go_on() -> None:
+    """Written when every observer kept its counts, and had no range to choose."""
+    for observer in (MSEObserver(4, axis=0), EntropyObserver(4, decay=1.0)):
+        observer.observe_batch(torch.randn(4, 50))
+        ranges = observer.get_ranges()
+        state = copy.deepcopy(observer.__dict__)
+        for later in ("_is_range_due", "_bins", *(["symmetric"] if isinstance(observer, EntropyObserver) else [])):
+            state.pop(later, None)
+        state["widths"] = {"counts": 2048}
+        shape = (*observer.histogram_min.shape, 2048)
+        state["_buffers"]["counts"] = torch.ones(shape, dtype=torch.float64)
+        former = type(observer).__new__(type(observer))
+        former.__setstate__(state)
+        assert all(torch.equal(a, b) for a, b in zip(former.get_ranges(), ranges, strict=True))
+        former.observe_batch(torch.randn(4, 50))
+        assert bool(former.get_ranges()[1].isfinite().all())
+
+
 def test_several_calls_a_batch_are_one_batch_also_without_decay() -> None:
     first, second, whole = torch.randn(300), 5 * torch.randn(200), MSEObserver(4)
     observer = MSEObserver(4)
@@ -331,6 +350,41 @@ def test_percentiles_are_numpys(name: str, percent: float) -> None:
     cut = (1 - percent / 100) / 2
     expected = [float(np.quantile(x.numpy(), share)) for share in (cut, 1 - cut)]
     assert shown(HistogramObserver(percent), x) == pytest.approx(expected, abs=2 * step)
+
+
+@pytest.mark.parametrize("n", [100, 9_000, 100_001])
+@pytest.mark.parametrize("percent", [0.02, 30.0, 99.0, 99.99])
+def test_percentiles_found_by_blocks_are_those_of_a_sort(percent: float, n: int) -> None:
+    place = max(int(np.ceil(percent / 100 * n)), 1) - 1
+    for x in (normal(n), normal(n).clamp(-1.0, 1.0), (normal(n) * 4).round(), torch.zeros(n), torch.arange(float(n))):
+        observer = PercentileObserver(100.0, low_percentile=percent)
+        assert shown(observer, x) == (float(x.sort().values[place]), float(x.max()))
+
+
+@pytest.mark.parametrize("name", ["gaussian", "relu", "below 0", "sigmoid", "two classes"])
+@pytest.mark.parametrize("observer", SEARCHED)
+def test_counting_in_the_quick_way_is_counting(name: str, observer: str) -> None:
+    """Of batches inside what was seen, which take the quick way, and outside, on one axis and on none."""
+    x = DATA[name]()[:998].view(2, -1, 1)
+    for axis, dtype in ((None, torch.float32), (0, torch.float32), (None, torch.bfloat16)):
+        whole = OBSERVERS[observer](**({} if observer == "histogram" else {"n_bits": 8}), decay=1.0, axis=axis)
+        halves = copy.deepcopy(whole)
+        y = x.to(dtype)
+        whole.observe_batch(torch.cat([y, y, -y / 3], 1))
+        for part in (y, y, -y / 3, y[:, :0]):
+            halves.observe_batch(part)
+        assert torch.allclose(halves.counts.sum(-1), whole.counts.sum(-1), rtol=1e-12)
+        step = float(whole.histogram_max.max() - whole.histogram_min.min()) / 256
+        for found, expected in zip(halves.get_ranges(), whole.get_ranges(), strict=True):
+            assert torch.allclose(found, expected, atol=12 * step)
+        with pytest.raises(NonFiniteError):
+            halves.observe_batch(y.clone().index_fill_(1, torch.tensor([3]), torch.nan))
+    repeated = OBSERVERS[observer](**({} if observer == "histogram" else {"n_bits": 8}), decay=1.0)
+    for _ in range(3):
+        repeated.observe_batch(x)
+    once = OBSERVERS[observer](**({} if observer == "histogram" else {"n_bits": 8}), decay=1.0)
+    once.observe_batch(x)
+    assert torch.equal(repeated.counts, 3 * once.counts)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "relu", "shifted"])

@@ -10,51 +10,58 @@ from torchquant.quantizers_functional._gradient import compute_dtype
 AT_ONCE = 2**18  # elements of an intermediate tensor, which then stay in the cache of a processor
 
 
-def _positions(rows: Tensor, low: Tensor, scale: Tensor, n_bins: int) -> Tensor:
-    """Where each element of (C, n) rows lies among the bins of its row, in bins from the first edge; rows' own type.
+class Bins:
+    """`n_bins` equal bins a row, from low to high, (C,), low < high; what is outside belongs to the end bins.
 
-    Computed in that type, not in float64, which would cost a pass of its own: what lies within a rounding of an edge
-    may go to either side of it. low, scale: (C, 1).
+    An element is placed in its own type, `dtype`, not in float64, which would cost a pass of its own: what lies within
+    a rounding of an edge may go to either side of it.
     """
-    return rows.sub(low).mul_(scale).clamp_(0, n_bins - 1)
+
+    def __init__(self, low: Tensor, high: Tensor, n_bins: int, dtype: torch.dtype) -> None:
+        self.n_bins = n_bins
+        self.scale = (n_bins / (high - low)).clamp(max=torch.finfo(dtype).max).to(dtype)[:, None]
+        self.low = low.to(dtype)[:, None]
+        self.zero = self._place(torch.zeros_like(self.low)).nan_to_num_(0.0).to(torch.int64)
+
+    def _place(self, rows: Tensor) -> Tensor:
+        return rows.sub(self.low).mul_(self.scale).clamp_(0, self.n_bins - 1)
+
+    def count(self, rows: Tensor, with_zeros: bool = True) -> Tensor:
+        """How many elements of each row each bin has, (C, n_bins) float64; of those that are 0 none, if so asked.
+
+        rows: (C, n), finite, in the bins' type.
+        """
+        if torch.compiler.is_compiling() or rows.device.type != "cpu":
+            index = self._place(rows).nan_to_num_(0.0).to(torch.int64)
+            ones = torch.ones((), dtype=torch.float64, device=rows.device).expand(rows.shape)
+            counts = torch.zeros(len(rows), self.n_bins, dtype=torch.float64, device=rows.device)
+            counts = counts.scatter_add(1, index, ones)
+            zeros = [] if with_zeros else [rows.shape[1] - torch.count_nonzero(rows, 1)]
+        else:
+            pieces = [rows] if rows.numel() <= AT_ONCE else rows.split(max(1, AT_ONCE // len(rows)), 1)
+            found = [self._counted(piece) for piece in pieces]
+            counts = found[0] if len(found) == 1 else torch.stack(found).sum(0)
+            counts = counts.view(len(rows), self.n_bins).to(torch.float64)
+            # A sum of floats is the quickest way to count.
+            zeros = [] if with_zeros else [torch.eq(p, 0.0, out=torch.empty_like(p)).sum(1) for p in pieces]
+            zeros = [n_zeros for n_zeros in zeros if any(n_zeros.tolist())]
+        for n_zeros in zeros:
+            counts = counts.scatter_add_(1, self.zero, n_zeros.neg().to(torch.float64)[:, None])
+        return counts
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        """Counts of all rows, flat, by the quickest function of a CPU: one that takes 32-bit numbers."""
+        n_rows = len(rows)
+        index = self._place(rows).to(torch.int32 if n_rows * self.n_bins < 2**31 else torch.int64)
+        if n_rows > 1:
+            index += torch.arange(n_rows, dtype=index.dtype)[:, None] * self.n_bins
+        return torch.bincount(index.reshape(-1), minlength=n_rows * self.n_bins)
 
 
 def histogram(rows: Tensor, low: Tensor, high: Tensor, n_bins: int, with_zeros: bool = True) -> Tensor:
-    """Counts of each row in equal bins from low to high; what is outside goes to the end bins. (C, n_bins) float64.
-
-    rows: (C, n), finite. low, high: (C,), low < high. `with_zeros=False` leaves out elements that are 0.
-    """
+    """Counts of (C, n) rows in equal bins from low to high, (C,), as `Bins` has it. (C, n_bins) float64."""
     rows = rows.to(compute_dtype(rows))
-    scale = (n_bins / (high - low)).clamp(max=torch.finfo(rows.dtype).max).to(rows.dtype)[:, None]
-    low = low.to(rows.dtype)[:, None]
-    if torch.compiler.is_compiling() or rows.device.type != "cpu":
-        index = _positions(rows, low, scale, n_bins).nan_to_num_(0.0).to(torch.int64)
-        ones = torch.ones((), dtype=torch.float64, device=rows.device).expand(rows.shape)
-        counts = torch.zeros(len(rows), n_bins, dtype=torch.float64, device=rows.device).scatter_add(1, index, ones)
-        n_zeros = None if with_zeros else rows.shape[1] - torch.count_nonzero(rows, 1)
-    else:
-        counts, n_zeros = _counted(rows, low, scale, n_bins, with_zeros)
-    if n_zeros is None:
-        return counts
-    zero = _positions(torch.zeros_like(low), low, scale, n_bins).nan_to_num_(0.0).to(torch.int64)
-    return counts.scatter_add(1, zero, -n_zeros.to(torch.float64)[:, None])
-
-
-def _counted(rows: Tensor, low: Tensor, scale: Tensor, n_bins: int, with_zeros: bool) -> tuple[Tensor, Tensor | None]:
-    """Counts of (C, n) rows and how many elements of each are 0, None if there are none or nobody asks.
-
-    The quickest way on a CPU: piece by piece, bins as 32-bit numbers, zeros as a sum of floats.
-    """
-    n_rows, counts, n_zeros = len(rows), torch.zeros((), dtype=torch.int64), torch.zeros(())
-    whole = torch.int32 if n_rows * n_bins < 2**31 else torch.int64
-    first = torch.arange(n_rows, dtype=whole)[:, None] * n_bins if n_rows > 1 else None
-    for piece in rows.split(max(1, AT_ONCE // n_rows), 1):
-        index = _positions(piece, low, scale, n_bins).to(whole)
-        index = index if first is None else index.add_(first)
-        counts = counts + torch.bincount(index.reshape(-1), minlength=n_rows * n_bins)
-        if not with_zeros:
-            n_zeros = n_zeros + torch.eq(piece, 0.0, out=torch.empty_like(piece)).sum(1)
-    return counts.view(n_rows, n_bins).to(torch.float64), n_zeros if not with_zeros and bool(n_zeros.any()) else None
+    return Bins(low, high, n_bins, rows.dtype).count(rows, with_zeros)
 
 
 def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

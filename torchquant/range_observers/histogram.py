@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional.affine import affine_params, check_affine
-from torchquant.range_observers._base import OBSERVERS, RangeObserver
-from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
-from torchquant.range_observers._histogram import clip_error, entropy_share, histogram, quantile, rebinned, widened
+from torchquant.range_observers._base import OBSERVERS
+from torchquant.range_observers._counting import CountingObserver
+from torchquant.range_observers._histogram import clip_error, entropy_share, quantile
 from torchquant.range_observers._least_error import histogram_error, least_error_range
-from torchquant.range_observers._statistics import ordinary_zeros, rows
 
-AT_ONCE = 2**18  # bins of an intermediate tensor
 STRIDE = 16  # from one number of bins that is tried for the least information lost to the next
 TWO_SIDED = (False, "asymmetric-narrow")  # grids whose ends are independent of one another
 
 
-def _ends_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest element of each row of (C, n), (C,) each."""
-    if len(x) > 1:
-        return x.amin(1), x.amax(1)
-    low, high = torch.aminmax(x)
-    return low.view(1), high.view(1)
-
-
-def _numbers(low: Tensor, high: Tensor) -> list[float]:
-    """Ends (C,) as numbers that fall when a range grows; on a CPU a few of them are compared quicker than tensors."""
-    return [*low.tolist(), *(-high).tolist()]
-
-
 @OBSERVERS.register("histogram")
-class HistogramObserver(RangeObserver):
+class HistogramObserver(CountingObserver):
     """Range that holds `percentile` percent of everything seen, half of the rest cut off at each end.
 
     `n_bins` equal bins over the range seen so far; a batch beyond it extends the range and the old counts are
@@ -53,19 +35,6 @@ class HistogramObserver(RangeObserver):
     [-0.98, 0.98]
     """
 
-    statistics: tuple[str, ...] = ("range_min", "range_max", "histogram_min", "histogram_max", "counts")
-    of_magnitude = False
-    """Whether the bins count |x|, from 0 on."""
-    counts_zeros = True
-    """Whether the bins count elements that are exactly 0, which every grid has a level for."""
-    histogram_min: Tensor
-    histogram_max: Tensor
-    counts: Tensor
-    _is_range_due = False
-    """Whether batches were counted since the range was chosen; until it is, the range is all that was seen."""
-    _bins: tuple[list[float], tuple[Tensor, ...]] = ([], ())
-    """Ends of what was seen, as `_numbers`, and of the bins over it, kept from one batch to the next."""
-
     def __init__(
         self,
         percentile: float = 99.99,
@@ -76,197 +45,17 @@ class HistogramObserver(RangeObserver):
     ) -> None:
         if not 50.0 < percentile <= 100.0:
             raise ConfigError(f"percentile must be above 50 and at most 100, got {percentile!r}")
-        if not (isinstance(n_bins, int) and n_bins >= 16):
-            raise ConfigError(f"n_bins must be a whole number from 16, got {n_bins!r}")
-        if not 0.0 <= decay <= 1.0:
-            raise ConfigError(f"decay must be from 0 to 1, got {decay!r}")
-        self.n_bins = n_bins
-        self.decay = decay
-        super().__init__(0.0, axis, nonfinite)
-        self.counts = self.counts.to(torch.float64)
+        super().__init__(n_bins, decay, axis, nonfinite)
         self.percentile = percentile
 
-    @property
-    def keeps_counts(self) -> bool:
-        """Whether counts are kept from one observation to the next; without them the range is chosen at each."""
-        return self.decay > 0.0 or self.n_calls > 1
-
-    @property
-    def widths(self) -> Mapping[str, int]:  # type: ignore[override]
-        """Bins a row of the buffer `counts`."""
-        return {"counts": self.n_bins if self.keeps_counts else 0}
-
-    @property
-    def is_memoryless(self) -> bool:
-        return not self.keeps_counts
-
-    @property
-    def range_min(self) -> Tensor:  # type: ignore[override]
-        """Lower end of the range, () or (C,)."""
-        return self._settled("range_min")
-
-    @property
-    def range_max(self) -> Tensor:  # type: ignore[override]
-        """Upper end of the range, () or (C,)."""
-        return self._settled("range_max")
-
-    def _settled(self, name: str) -> Tensor:
-        if name not in self._buffers:  # not made yet
-            raise AttributeError(name)
-        self.settle()
-        return cast(Tensor, self._buffers[name])
-
-    def settle(self) -> None:
-        """Choose the range, if batches were counted since it was chosen last."""
-        if self._is_range_due:
-            self._is_range_due = False
-            self._choose_range()
-
-    @torch.no_grad()
-    def _choose_range(self) -> None:
-        low, high, counts = (
-            (statistic if self.axis is not None else statistic[None]).to(torch.float64)
-            for statistic in (self.histogram_min, self.histogram_max, self.counts)
-        )
-        for name, end in zip(("range_min", "range_max"), self._chosen(counts, low, high), strict=True):
-            cast(Tensor, self._buffers[name]).view(-1).copy_(end)
-
-    def _chosen(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range from counts (C, n_bins) of all that was seen from low to high, (C,); not beyond those."""
-        chosen, has_mass = self.choose(counts, low, high), counts.sum(1) > 0
-        return (
-            torch.where(has_mass, torch.clamp(chosen[0], low, high), low),
-            torch.where(has_mass, torch.clamp(chosen[1], low, high), high),
-        )
-
-    def _size_calls(self) -> None:
-        """Give the counts their width; calls are joined in them, with no buffers beside."""
-        shape = self._shape_of("counts", self.counts.shape[:-1])
-        if self.counts.shape != torch.Size(shape):
-            self.counts = ordinary_zeros(shape, self.counts)
-
-    def _take_in(
-        self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
-    ) -> None:
-        """Take the numbers as they are: the calls of a batch are joined in the counts."""
-        self._average_in(values, seen, usable)
-        self._next_call()
-        self._is_range_due = self.keeps_counts
-
-    def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        if not self._adds(x):
-            super()._observe(x, measure)
-
-    @torch.no_grad()
-    def _adds(self, x: Tensor) -> bool:
-        """Add the counts of x, if nothing else changes: the quick way for most batches, those inside what was seen."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or world_size() > 1 or x.numel() == 0:
-            return False
-        if self.decay != 1.0 or self.nonfinite != "raise" or not self.is_observed:
-            return False
-        x = rows(x, self.axis)
-        seen = [cast(Tensor, self._buffers[name]).view(-1) for name in ("histogram_min", "histogram_max")]
-        known, now = _numbers(*seen), _numbers(*_ends_of(x))
-        # Not so where there is NaN, or another number of channels.
-        if len(now) != len(known) or not all(old <= new for old, new in zip(known, now, strict=True)):
-            return False
-        if self._bins[0] != known:
-            self.__dict__["_bins"] = known, self._ends(*(end.to(torch.float64) for end in seen))
-        cast(Tensor, self._buffers["counts"]).view(len(x), -1).add_(self._count(x, *self._bins[1]))
-        if not self._is_range_due:
-            self._is_range_due = True
-        self._next_call()
-        return True
-
-    def _kept(self) -> float | Tensor:
-        """What the old counts are worth now: all of it where they are of the same batch."""
-        if self.n_calls == 1 or self.decay == 1.0:
-            return self.decay
-        return torch.where(cast(Tensor, self._buffers["calls_taken"]) == 0, self.decay, 1.0)
-
-    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = rows(x, self.axis)
-        negated, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))
-        low, n_kept = -negated, self.n_bins if self.keeps_counts else 0
-        found: tuple[Tensor, ...]
-        if not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool((high - low).isfinite().all()):
-            found = low, high, low, high, x.new_zeros(len(x), n_kept, dtype=torch.float64)  # will be refused
-        elif n_kept:
-            low, high, counts = self._joined(x, low, high)
-            found = low, high, low, high, counts
-        else:
-            found = *self._chosen_at_once(x, low, high), low, high, x.new_zeros(len(x), 0, dtype=torch.float64)
-        return found if self.axis is not None else tuple(statistic.squeeze(0) for statistic in found)
-
-    def _count(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        data = x.abs() if self.of_magnitude else x
-        return reduce_sum(histogram(data, low, high, self.n_bins, self.counts_zeros))
-
-    def _chosen_at_once(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range for rows alone, some of them at a time; NaN and Inf stay."""
-        at_once = len(x) if world_size() > 1 else max(1, AT_ONCE // self.n_bins)
-        parts = list(zip(x.split(at_once), low.split(at_once), high.split(at_once), strict=True))
-        chosen = [self._chosen(self._count(part, *self._ends(*ends)), *ends) for part, *ends in parts]
-        return torch.cat([ends[0] for ends in chosen]), torch.cat([ends[1] for ends in chosen])
-
-    def _joined(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ends and counts of x and of what is known, from x and its ends."""
-        if not self.is_observed:
-            return low, high, self._count(x, *self._ends(low, high))
-        # Where no rank has elements there is no new batch.
-        kept = torch.where(low > high, 1.0, torch.as_tensor(self._kept(), dtype=low.dtype, device=low.device))
-        is_known = kept > 0.0
-        seen_low, seen_high, counts = (
-            (statistic if self.axis is not None else statistic[None]).to(torch.float64)
-            for statistic in (self.histogram_min, self.histogram_max, self.counts)
-        )
-        low = torch.where(is_known, torch.minimum(low, seen_low), low)
-        high = torch.where(is_known, torch.maximum(high, seen_high), high)
-        before, ends = self._ends(seen_low, seen_high), self._ends(low, high)
-        return low, high, self._count(x, *ends) + kept[:, None] * rebinned(counts, *before, *ends)
-
-    def _ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last edge of the bins over a range seen."""
-        limit = torch.finfo(torch.float32).max
-        low, high = (end.nan_to_num(0.0).clamp(-limit, limit) for end in (low, high))
-        if self.of_magnitude:
-            return torch.zeros_like(low), widened(torch.zeros_like(low), torch.maximum(-low, high))[1]
-        return widened(low, high)
-
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range, from counts (C, n_bins) of what lies from low (C,) to high (C,). Two (C,), inside of those."""
         cut = (100.0 - self.percentile) / 200.0
-        ends = self._ends(low, high)
+        ends = self.ends_of_bins(low, high)
         return quantile(counts, *ends, cut), quantile(counts, *ends, 1.0 - cut)
-
-    def force_ranges(self, range_min: Tensor | float, range_max: Tensor | float) -> None:
-        """Set the range by hand and forget the counts; later batches start a new histogram from there."""
-        low = torch.as_tensor(range_min, dtype=torch.float64)
-        high = torch.as_tensor(range_max, dtype=torch.float64)
-        if bool((low > high).any()):
-            raise ConfigError(f"range_min must not exceed range_max, got {range_min} and {range_max}")
-        self.force(low, high, low, high, torch.zeros(*low.shape, self.widths["counts"], dtype=torch.float64))
-
-    def force(self, *values: Tensor | float) -> None:
-        super().force(*values)
-        self._is_range_due = False
-
-    def reset(self) -> None:
-        super().reset()
-        self._is_range_due = False
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "counts")
-        width = self.widths["counts"]
-        if isinstance(saved, Tensor) and saved.ndim and 0 in (saved.shape[-1], width) and saved.shape[-1] != width:
-            # One of the two keeps counts, the other does not; the range is there in both.
-            state_dict[prefix + "counts"] = saved.new_zeros(*saved.shape[:-1], width)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_range_due = False
 
 
 @OBSERVERS.register("mse")
-class MSEObserver(HistogramObserver):
+class MSEObserver(CountingObserver):
     """The range whose affine grid has the least error on everything seen, over a histogram.
 
     `n_bits`, `symmetric`: the grid, as in `affine_params`. The ends of all that was seen are shrunk, each by a factor
@@ -296,18 +85,18 @@ class MSEObserver(HistogramObserver):
         check_affine(n_bits, symmetric)
         if not power > 0.0:
             raise ConfigError(f"power must be a number > 0, got {power!r}")
-        super().__init__(100.0, n_bins, decay, axis, nonfinite)
+        super().__init__(n_bins, decay, axis, nonfinite)
         self.n_bits = n_bits
         self.symmetric = symmetric
         self.power = power
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        error = histogram_error(counts, *self._ends(low, high), self.n_bits, self.symmetric, self.power)
+        error = histogram_error(counts, *self.ends_of_bins(low, high), self.n_bits, self.symmetric, self.power)
         return least_error_range(error, low, high, self.symmetric not in TWO_SIDED)
 
 
 @OBSERVERS.register("entropy")
-class EntropyObserver(HistogramObserver):
+class EntropyObserver(CountingObserver):
     """The clip of least information lost, on a histogram of magnitudes (TensorRT 2017; docs/algorithms.md C6).
 
     `n_bits`, `symmetric`: the grid, as in `affine_params`; the levels on the longer side of 0 are compared, all
@@ -325,6 +114,7 @@ class EntropyObserver(HistogramObserver):
 
     of_magnitude = True
     counts_zeros = False
+    symmetric: bool | str = False
 
     def __init__(
         self,
@@ -340,12 +130,12 @@ class EntropyObserver(HistogramObserver):
                 f"n_bits must be a whole number from 2 with 2**(n_bits - 1) <= {n_bins} bins, got {n_bits!r}"
             )
         check_affine(n_bits, symmetric)
-        super().__init__(100.0, n_bins, decay, axis, nonfinite)
+        super().__init__(n_bins, decay, axis, nonfinite)
         self.n_bits = n_bits
         self.symmetric = symmetric
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        _, top = self._ends(low, high)
+        _, top = self.ends_of_bins(low, high)
         clips = top[:, None] * torch.linspace(0.0, 1.0, self.n_bins + 1, dtype=top.dtype, device=top.device)
         ends = torch.maximum(low[:, None], -clips), torch.minimum(high[:, None], clips)
         params = affine_params(*ends, self.n_bits, self.symmetric)

@@ -49,17 +49,19 @@ class PercentileObserver(RangeObserver):
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
-        negated, highest = reduce_max(torch.stack([-x.amin(1), x.amax(1)]))
-        lowest = -negated
+        lowest, highest = x.amin(1), x.amax(1)
+        if world_size() > 1:
+            negated, highest = reduce_max(torch.stack([-lowest, highest]))
+            lowest = -negated
         if self.low_percentile is None:
             clip = _percentile(x.abs(), self.percentile)
             low, high = torch.maximum(lowest, -clip), torch.minimum(highest, clip)
         else:
             low, high = _percentile(x, self.low_percentile), _percentile(x, self.percentile)
-        refused = ~(lowest.isfinite() & highest.isfinite())
-        nan = torch.full_like(low, torch.nan)
-        ends = torch.stack([torch.where(refused, nan, low), torch.where(refused, nan, high)])
-        return tuple(ends if self.axis is not None else ends.squeeze(1))
+        # NaN and Inf of x are to be refused, also where they are cut off.
+        refused = torch.where((highest - lowest).isfinite(), 0.0, torch.nan).to(x.dtype)
+        low, high = low + refused, high + refused
+        return (low, high) if self.axis is not None else (low[0], high[0])
 
 
 def _percentile(x: Tensor, percentile: float) -> Tensor:
