@@ -31,6 +31,12 @@ _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "C
 _LAYERS = [*_CONVS, "Linear"]
 _TOKEN_LAYERS = ["Linear", "Conv1D", *(kind.__name__ for kind in WEIGHTED)]
 """Layers whose sums run along the last axis of their input."""
+_FLOAT_INPUTS = {"types": ["LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell"], "input": None}
+"""No runtime multiplies what a recurrent layer reads in integers, so a grid there would only cost."""
+
+
+def _w4a8(weight: str) -> list[dict[str, Any]]:
+    return [{**_INT8, "weight": weight, "fold_bn": True}, {**_ENDS, **_INT8}, _FLOAT_INPUTS]
 
 
 def _transformer(weight: str) -> list[dict[str, Any]]:
@@ -38,14 +44,16 @@ def _transformer(weight: str) -> list[dict[str, Any]]:
     return [
         {"types": _TOKEN_LAYERS, "weight": weight, "input": "affine:8,symmetric=narrow/token"},
         {"types": ["Embedding", "EmbeddingBag"], "weight": "affine:8/channel"},
+        _FLOAT_INPUTS,
         {"types": _CONVS, "weight": _INT8["weight"], "input": "affine:8", "fold_bn": True},
         {"types": ["matmul", "attention"], "input": "affine:8"},
     ]
 
 
 RULE_SETS: dict[str, list[dict[str, Any]]] = {
-    "w8a8": [{**_INT8, "fold_bn": True}],
-    "w4a8": [{**_INT8, "weight": "affine:4,symmetric=narrow/channel", "fold_bn": True}, {**_ENDS, **_INT8}],
+    "w8a8": [{**_INT8, "fold_bn": True}, _FLOAT_INPUTS],
+    "w4a8": _w4a8("affine:4,symmetric=narrow,observer=mse/channel"),
+    "w4a8-minmax": _w4a8("affine:4,symmetric=narrow/channel"),
     "w4a4-lsq": [
         {"weight": "lsq:4/channel", "input": "lsq:4", "output": "lsq:4"},
         {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
@@ -54,7 +62,7 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         {"weight": "lsq:2/channel", "input": "lsq:2", "output": "lsq:2"},
         {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
     ],
-    "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}],
+    "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}, _FLOAT_INPUTS],
     "w8a8-transformer": _transformer(_INT8["weight"]),
     "w4a8-transformer": _transformer("affine:4,symmetric=narrow/group=32"),
     "int8-ort": [
