@@ -158,3 +158,12 @@ def test_forms_copy():
     form = deploy_form(model)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(form)(tokens(2, 5)), form(tokens(2, 5)))
+
+
+def test_ready_rules_for_runtimes_take_tables_and_leave_recurrent_layers_float():
+    for rules in ("int8-ort", "int8-openvino"):
+        plan = tq.QuantPlan.from_rules(rules, Language(KINDS["lstm"]))
+        (table,) = [site for site in plan.sites if site.path == "table"]
+        assert table.weight is not None
+        assert table.output is None
+        assert "recurrent" in {left.path for left in plan.floats}

@@ -26,6 +26,7 @@ SETTINGS = (*FIELDS, "fold_bn", "skip", "unread")
 POSITIONS = ("first", "last")
 
 _INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
+_TABLES = {"types": ["Embedding"], "weight": _INT8["weight"]}  # of which runtimes look up codes
 _ENDS = {"position": ["first", "last"]}
 _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 _LAYERS = [*_CONVS, "Linear"]
@@ -68,10 +69,12 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
     "int8-ort": [
         {"types": _CONVS, **_INT8, "preactivation": "affine:8", "fold_bn": True, "unread": True},
         {"types": ["Linear", "add", "mul", "matmul", "avg_pool", "cat"], **_INT8, "fold_bn": True},
+        _TABLES,
     ],
     "int8-openvino": [
         {"types": [*_LAYERS, "add", "mul", "matmul", "avg_pool", "cat", "interpolate"], **_INT8, "fold_bn": True},
         {"types": ["cat"], "output": SHARE},
+        _TABLES,
     ],
 }
 """Ready rules by name. The last two quantize what ONNX Runtime and OpenVINO have integer kernels for.
