@@ -14,7 +14,7 @@ from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.range_observers._base import RangeObserver
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
 from torchquant.range_observers._histogram import Bins, histogram, rebinned, widened
-from torchquant.range_observers._statistics import ordinary_zeros, rows
+from torchquant.range_observers._statistics import ends_of, ordinary_zeros, rows
 
 AT_ONCE = 2**18  # bins of an intermediate tensor
 
@@ -144,7 +144,7 @@ class CountingObserver(RangeObserver):
         x = rows(x, self.axis).to(compute_dtype(x))
         seen = [cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max")]
         known = _numbers(*seen)
-        now = _numbers(*(torch.aminmax(x) if len(x) == 1 else (x.amin(1), x.amax(1))))
+        now = _numbers(*ends_of(x))
         # Not so where there is NaN, or another number of channels.
         if len(now) != len(known) or not all(old <= new for old, new in zip(known, now, strict=True)):
             return False
@@ -166,8 +166,11 @@ class CountingObserver(RangeObserver):
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
-        negated, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))
-        low, n_kept = -negated, self.n_bins if self.keeps_counts else 0
+        low, high = (end.to(torch.float64) for end in ends_of(x))
+        if world_size() > 1:
+            negated, high = reduce_max(torch.stack([-low, high]))
+            low = -negated
+        n_kept = self.n_bins if self.keeps_counts else 0
         found: tuple[Tensor, ...]
         if not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool((high - low).isfinite().all()):
             found = low, high, low, high, x.new_zeros(len(x), n_kept, dtype=torch.float64)  # will be refused

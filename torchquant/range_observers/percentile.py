@@ -11,7 +11,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
-from torchquant.range_observers._statistics import rows
+from torchquant.range_observers._statistics import ends_of, rows
 
 FEW = 2**13  # elements that are sorted in part at once
 
@@ -49,7 +49,7 @@ class PercentileObserver(RangeObserver):
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
-        lowest, highest = x.amin(1), x.amax(1)
+        lowest, highest = ends_of(x)
         if world_size() > 1:
             negated, highest = reduce_max(torch.stack([-lowest, highest]))
             lowest = -negated
