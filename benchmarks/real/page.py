@@ -36,6 +36,7 @@ def page(results: Mapping[str, Any], json_name: str) -> str:
     parts = [
         INTRO.format(json=json_name),
         *_runs(results["runs"], results["versions"]),
+        *(f"{note}\n" for note in results.get("notes", ())),
         *_peers(results),
         *_missed(results),
         *_files(cells.get("files", {})),
