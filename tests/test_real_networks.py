@@ -140,7 +140,7 @@ def test_ours_counts_every_weight_once() -> None:
 def test_a_choice_changes_the_ready_set_in_one_thing(choice: sweep.Choice) -> None:
     model = tiny().model
     plan = QuantPlan.from_rules(choice.made(), model)
-    field = {"observer": "output", "weight rule": "weight", "granularity": "weight"}.get(choice.factor)
+    field = {"observer": "input", "weight rule": "weight", "granularity": "weight"}.get(choice.factor)
     site = next(site for site in plan.sites if site.path == "conv")
     if field is None:
         assert bool(site.fold_bn) is (choice.value == "folded")

@@ -68,8 +68,9 @@ class Choice:
             if isinstance(found.get(field), str) and ":" in found[field]:
                 spec = QuantSpec.parse(found[field])
                 if self.factor == "granularity":
-                    found[field] = str(replace(spec, granularity="" if self.value == "tensor" else self.value))
-                else:
+                    granularity = "" if self.value == "tensor" else self.value
+                    found[field] = str(replace(spec, granularity=granularity, group=None))
+                elif spec.granularity != "token":  # which observes nothing
                     found[field] = str(_observed_by(spec, self.value))
         return found
 
