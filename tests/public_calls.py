@@ -245,7 +245,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "make_quantizer": lambda: {"spec": "affine:8", "site": "weight"},
         "observe_weights": on_model(),
         "qmodule_state": on_model(state=tq.QModuleState.QUANT_EVAL),
-        "quantize": lambda: {"model": net(), "rules": "int8-ort", "example_inputs": X, "inplace": False},
+        "quantize": lambda: {"model": net(), "rules": "int8-ort", "example_inputs": X, "inplace": False, "strict": False},
         "quantizer_parameters": on_model(),
         "register_pattern": lambda: {"kind": nn.ReLU, "row": ActivationRow(clamp=(0.0, None))},
         "set_qmodule_state": on_model(state=tq.QModuleState.QUANT_EVAL),
@@ -326,7 +326,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     },
     "torchquant.range_observers": {
         "ACIQObserver": observer(n_bits=4, family="auto", momentum=0.0),
-        "EntropyObserver": observer(n_bits=4, n_bins=64, decay=0.0),
+        "EntropyObserver": observer(n_bits=4, n_bins=64, decay=0.0, symmetric=False),
         "HistogramObserver": observer(percentile=99.0, n_bins=64, decay=0.0),
         "MSEObserver": observer(n_bits=4, symmetric=False, power=2.0, n_bins=64, decay=0.0),
         "MeanStdObserver": observer(k=3.0, momentum=0.0),

@@ -233,5 +233,6 @@ def test_transformers_compile(build: Callable[[Any, Tensor], tuple[nn.Module, An
 def test_specs_of_the_ready_sets_print_back() -> None:
     from torchquant.plan import RULE_SETS
 
-    specs = {v for rules in RULE_SETS.values() for rule in rules for k, v in rule.items() if k in ("weight", "input")}
+    fields = [item for rules in RULE_SETS.values() for rule in rules for item in rule.items()]
+    specs = {spec for field, spec in fields if field in ("weight", "input") and spec is not None}
     assert {str(QuantSpec.parse(spec)) for spec in specs} == specs
