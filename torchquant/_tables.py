@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -46,7 +45,7 @@ def html_of(text: str) -> str:
             parts.append(f"<table>{_html_row('th', header)}{''.join(_html_row('td', row) for row in rows)}</table>")
             i = end
         elif lines[i]:
-            parts.append(f"<p>{escape(lines[i])}</p>")
+            parts.append(f"<p>{_escaped(lines[i])}</p>")
         i += 1
     return "".join(parts)
 
@@ -56,4 +55,10 @@ def _spans(starts: list[int]) -> list[tuple[int, int | None]]:
 
 
 def _html_row(kind: str, cells: Iterable[str]) -> str:
-    return f"<tr>{''.join(f'<{kind}>{escape(cell.strip())}</{kind}>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<{kind}>{_escaped(cell.strip())}</{kind}>' for cell in cells)}</tr>"
+
+
+def _escaped(text: str) -> str:
+    from html import escape  # needed in notebooks only, and it would slow the import of torchquant down
+
+    return escape(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from math import lcm
 from typing import Any
 
@@ -58,6 +57,8 @@ def common_denominator(table: Tensor) -> int | None:
     >>> common_denominator(torch.tensor([0.5, 0.75, 2.0], dtype=torch.float64))
     4
     """
+    from fractions import Fraction  # needed seldom, and it would slow the import of torchquant down
+
     result = 1
     for value in table.unique().tolist():
         fraction = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
