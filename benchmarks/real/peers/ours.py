@@ -14,7 +14,7 @@ from benchmarks.real.peers._base import TRANSFORMERS, Peer, Quantized
 from benchmarks.real.peers.onnx_files import integer_weights, session_call
 from torchquant import QModule, QModuleState, qmodule_state, quantize, set_qmodule_state
 from torchquant.deploy import export_onnx
-from torchquant.plan.rules import RULE_SETS, Rules
+from torchquant.plan.rules import Rules
 
 
 @torch.no_grad()
@@ -62,7 +62,6 @@ def in_ort(network: Real, folder: Path, rules: str) -> Quantized:
 SETS: dict[str, tuple[str, ...]] = {
     name: TRANSFORMERS if name.endswith("-transformer") else ()
     for name in ("w8a8", "w8a8-transformer", "w4a8", "w4a8-transformer")
-    if name in RULE_SETS
 }
 """Ready set -> the networks that it is for, () for all."""
 FILES = ("int8-ort",)
