@@ -77,7 +77,8 @@ class Standing:
 
     @property
     def own(self) -> tuple[str, float] | None:
-        return self.best(self.ours)
+        """The best of ours with the same bits."""
+        return self.best(name for name in self.equal if name in self.ours)
 
     @property
     def others(self) -> list[str]:
@@ -85,13 +86,14 @@ class Standing:
 
     @property
     def equal(self) -> list[str]:
-        """The other tools that quantize as much of the network as ours do."""
+        """The ways that quantize as much of the network as any of ours does."""
         least = SAME_BITS * max((self.cells[n]["share"] for n in self.ours if "db" in self.cells.get(n, {})), default=0)
-        return [name for name in self.others if self.cells[name].get("share", -1.0) >= least]
+        return [name for name, cell in self.cells.items() if cell.get("share", -1.0) >= least]
 
     def ahead(self, is_dynamic: bool) -> tuple[str, float] | None:
         """The best other tool with the same bits, and by how many dB it is ahead of the best of ours."""
-        top, own = self.best(name for name in self.equal if (name in self.dynamic) == is_dynamic), self.own
+        equal = [name for name in self.others if name in self.equal]
+        top, own = self.best(name for name in equal if (name in self.dynamic) == is_dynamic), self.own
         return None if top is None or own is None else (top[0], top[1] - own[1])
 
 
@@ -102,8 +104,9 @@ def _peers(results: Mapping[str, Any]) -> Iterator[str]:
     standings = {net: Standing(cells, results["ours"], results["dynamic"]) for net, cells in networks.items()}
     yield "## Beside other tools\n"
     yield (
-        f"SQNR in dB at 8 bits of weights and activations. {PARTLY} less than {SAME_BITS:.0%} of what ours quantizes "
-        "of the weights that are multiplied is quantized, so the bits are not the same; the share stands behind it. "
+        f"SQNR in dB at 8 bits of weights and activations. {PARTLY} less than {SAME_BITS:.0%} of what the most "
+        "thorough of ours quantizes of the weights that are multiplied is quantized, in numbers or in layers, so the "
+        "bits are not the same; the share stands behind it. "
         f"{TABLES} tables of embeddings stay float. Bold: the best with the same bits. No sum of a "
         "tool saturates.\n"
     )
@@ -122,11 +125,11 @@ def _peer_cell(standing: Standing, way: str) -> str:
         return ""
     if "db" not in cell:
         return "fails"
-    top = standing.best([*standing.equal, *standing.ours])
+    top = standing.best(standing.equal)
     text = f"{cell['db']:.1f}"
     if top is not None and top[0] == way:
         text = f"**{text}**"
-    if way in standing.others and way not in standing.equal:
+    if way not in standing.equal:
         text += f"{PARTLY} {cell['share']:.0%}"
     is_float = cell.get("tables") is not None and cell["tables"] < SAME_BITS
     return text + (f" {TABLES}" if is_float else "")

@@ -32,8 +32,9 @@ def quantize(
 ) -> nn.Module:
     """A copy of a float model with quantizers where the rules say, ready to calibrate.
 
-    `rules`: a ready set by name ("w8a8", "w4a8", "w4a8-minmax", "w4a4-lsq", "w2a2-lsq", "ternary", "w8a8-transformer",
-    "w4a8-transformer", "int8-ort", "int8-openvino"), a list of rules, or a QuantPlan; see `QuantPlan.from_rules`.
+    `rules`: a ready set by name ("w8a8", "w4a8", "w4a8-minmax", "w4a4-lsq", "w2a2-lsq", "ternary", "w8a8-products",
+    "w8a8-transformer", "w4a8-transformer", "int8-ort", "int8-openvino"), a list of rules, or a QuantPlan; see
+    `QuantPlan.from_rules`.
     `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it forwards are followed as they are called,
     and the graphs are checked to compute, in evaluation and in training, what the float model does; where they do not,
     layers are wrapped one by one instead. The plan is `model.plan`. The given model is not changed, nor run, unless

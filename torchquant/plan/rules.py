@@ -40,15 +40,23 @@ def _w4a8(weight: str) -> list[dict[str, Any]]:
     return [{**_INT8, "weight": weight, "fold_bn": True}, {**_ENDS, **_INT8}, _FLOAT_INPUTS]
 
 
-def _transformer(weight: str) -> list[dict[str, Any]]:
-    """What layers and matrix products multiply, and no more: all that flows between them stays float."""
+def _products(weight: str, rows: str, others: str) -> list[dict[str, Any]]:
+    """What layers and matrix products multiply, and no more: all that flows between them stays float.
+
+    weight: of layers whose sums run along the last axis. rows: what those layers read. others: what convolutions and
+    matrix products read.
+    """
     return [
-        {"types": _TOKEN_LAYERS, "weight": weight, "input": "affine:8,symmetric=narrow/token"},
+        {"types": _TOKEN_LAYERS, "weight": weight, "input": rows},
         {"types": ["Embedding", "EmbeddingBag"], "weight": "affine:8/channel"},
         _FLOAT_INPUTS,
-        {"types": _CONVS, "weight": _INT8["weight"], "input": "affine:8", "fold_bn": True},
-        {"types": ["matmul", "attention"], "input": "affine:8"},
+        {"types": _CONVS, "weight": _INT8["weight"], "input": others, "fold_bn": True},
+        {"types": ["matmul", "attention"], "input": others},
     ]
+
+
+def _transformer(weight: str) -> list[dict[str, Any]]:
+    return _products(weight, "affine:8,symmetric=narrow/token", "affine:8")
 
 
 RULE_SETS: dict[str, list[dict[str, Any]]] = {
@@ -64,6 +72,7 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
     ],
     "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}, _FLOAT_INPUTS],
+    "w8a8-products": _products(_INT8["weight"], "affine:8,observer=mse", "affine:8,observer=mse"),
     "w8a8-transformer": _transformer(_INT8["weight"]),
     "w4a8-transformer": _transformer("affine:4,symmetric=narrow/group=32"),
     "int8-ort": [

@@ -46,7 +46,8 @@ def shares(quantized: list[int], model: nn.Module) -> tuple[float, float | None]
     """Which parts of the weights that are multiplied, and of the tables that are looked up, are quantized.
 
     quantized: how many numbers each quantized weight holds; one that holds as many as a table counts as that table.
-    The second is None for a model without tables.
+    The first is the part of the numbers or of the weights, whichever is less: a few small layers left float can be the
+    ones that cost most. The second is None for a model without tables.
     """
     tables = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)]
     left, found = list(quantized), 0
@@ -54,5 +55,6 @@ def shares(quantized: list[int], model: nn.Module) -> tuple[float, float | None]
         if size in left:
             left.remove(size)
             found += size
-    factors = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p.numel() > len(p)) - sum(tables)
-    return min(1.0, sum(left) / factors), (found / sum(tables) if tables else None)
+    sizes = [p.numel() for p in model.parameters() if p.ndim > 1 and p.numel() > len(p)]
+    share = min(sum(left) / (sum(sizes) - sum(tables)), len(left) / (len(sizes) - len(tables)))
+    return min(1.0, share), (found / sum(tables) if tables else None)

@@ -61,7 +61,7 @@ def in_ort(network: Real, folder: Path, rules: str) -> Quantized:
 
 SETS: dict[str, tuple[str, ...]] = {
     name: TRANSFORMERS if name.endswith("-transformer") else ()
-    for name in ("w8a8", "w8a8-transformer", "w4a8", "w4a8-transformer")
+    for name in ("w8a8", "w8a8-products", "w8a8-transformer", "w4a8", "w4a8-transformer")
 }
 """Ready set -> the networks that it is for, () for all."""
 FILES = ("int8-ort",)
