@@ -171,6 +171,10 @@ def fit_arguments(**options: Any) -> Callable[[], Arguments]:
         "progress": None,
         "generator": torch.Generator(),
         "warm_up": 0.3,
+        "state": tq.QModuleState.QUANT_AWARE_TRAIN,
+        "max_batches": 1,
+        "device": "cpu",
+        "show_progress": False,
     }
 
 
@@ -358,7 +362,15 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
         "Ramp": lambda: {"start": 0.0, "end": 1.0, "n_steps": 3, "shape": "linear"},
         "adapt_ewgs": ewgs_model,
+        "calibrate": on_model(
+            **{"batches": [X], "max_batches": 1, "device": "cpu", "state": tq.QModuleState.QUANT_EVAL},
+            **{"on_batch": lambda n: None, "with_targets": False, "show_progress": False},
+        ),
         "dampening_loss": on_model(weight=1e-3),
+        "evaluate": on_model(
+            **{"batches": BATCHES, "metric": nn.functional.cross_entropy, "max_batches": 1, "device": "cpu"},
+            **{"on_batch": lambda n: None, "show_progress": False},
+        ),
         "fit": fit_arguments(),
         "fit_quantized": fit_arguments(),
         "reestimate_bn": on_model(batches=[X], state=tq.QModuleState.QUANT_EVAL),
@@ -450,7 +462,7 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints",)},
     "torchquant.utils": {RECORD: ("SiteReport", "StateReport")},
-    "torchquant.training": {RECORD: ("OscillationReport",), "a type alias": ("Loss", "OnEpoch")},
+    "torchquant.training": {RECORD: ("OscillationReport",), "a type alias": ("Loss", "Metric", "OnEpoch")},
     "torchquant.search": {RECORD: ("Allocation", "EpochRecord", "Pareto", "ParetoPoint", "Sensitivity")},
     "torchquant.search_run": {
         RECORD: ("SearchRunResult", "StudyResult", "Trial"),

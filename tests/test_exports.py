@@ -15,7 +15,7 @@ PUBLIC = {
     "torchquant": [
         "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState", "QOp",
         "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantPlan", "QuantSpec", "Quantizer", "RangeObserver",
-        "TernaryQuantizer", "capture", "check_quantizer", "freeze_bn", "make_quantizer", "observe_weights",
+        "TernaryQuantizer", "calibrate", "capture", "check_quantizer", "evaluate", "fit", "freeze_bn", "make_quantizer", "observe_weights",
         "qmodule_state", "quantize", "quantizer_parameters", "register_pattern", "set_qmodule_state",
         "state_report",
     ],
@@ -50,8 +50,9 @@ PUBLIC = {
         "quantizer_parameters", "set_qmodule_state", "state_report",
     ],
     "torchquant.training": [
-        "BitSchedule", "GradientSchedule", "Loss", "OnEpoch", "OscillationReport", "OscillationTracker",
-        "QuantizationSchedule", "Ramp", "adapt_ewgs", "dampening_loss", "fit", "fit_quantized", "reestimate_bn",
+        "BitSchedule", "GradientSchedule", "Loss", "Metric", "OnEpoch", "OscillationReport", "OscillationTracker",
+        "QuantizationSchedule", "Ramp", "adapt_ewgs", "calibrate", "dampening_loss", "evaluate", "fit", "fit_quantized",
+        "reestimate_bn",
     ],
     "torchquant.search": [
         "Allocation", "Budget", "Candidates", "CostModel", "EpochRecord", "MixtureQuantizer", "Pareto", "ParetoPoint",

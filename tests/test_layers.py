@@ -16,7 +16,7 @@ PACKAGE = Path(torchquant.__file__).parent
 
 # A file imports only from rows above its own, and from its own unit.
 ROWS = (
-    ("_arguments", "_shown", "errors", "_figures", "_files", "_locks", "_registry", "_tables"),
+    ("_arguments", "_shown", "errors", "_figures", "_files", "_locks", "_modes", "_registry", "_tables"),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),

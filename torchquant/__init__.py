@@ -21,6 +21,9 @@ from torchquant.quantizers import make_quantizer as make_quantizer
 from torchquant.range_observers import BatchMinMax as BatchMinMax
 from torchquant.range_observers import ExpAvgMinMax as ExpAvgMinMax
 from torchquant.range_observers import RangeObserver as RangeObserver
+from torchquant.training import calibrate as calibrate
+from torchquant.training import evaluate as evaluate
+from torchquant.training import fit as fit
 from torchquant.utils import freeze_bn as freeze_bn
 from torchquant.utils import observe_weights as observe_weights
 from torchquant.utils import qmodule_state as qmodule_state
@@ -46,8 +49,11 @@ __all__ = [
     "Quantizer",
     "RangeObserver",
     "TernaryQuantizer",
+    "calibrate",
     "capture",
     "check_quantizer",
+    "evaluate",
+    "fit",
     "freeze_bn",
     "make_quantizer",
     "observe_weights",

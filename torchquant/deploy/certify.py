@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchquant._arguments import checked
 from torchquant._files import write_whole
+from torchquant._modes import in_mode
 from torchquant._shown import shown
 from torchquant.deploy.certificate import REFERENCE, Certificate, Comparison, FinalOutputs, largest_apart
 from torchquant.deploy.integer import IntegerModel, to_integer
@@ -23,7 +24,6 @@ from torchquant.deploy.onnx_graph import code_name
 from torchquant.deploy.onnx_run import CodeReader, feeds_of, open_session
 from torchquant.deploy.parity import FirstDifference, Follower, Probe, SiteParity, simulated_codes
 from torchquant.errors import ConfigError, ExportError, NonFiniteError, require
-from torchquant.graph.trace import in_mode
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.utils import qmodule_state

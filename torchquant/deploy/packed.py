@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant._files import write_whole
+from torchquant._modes import in_mode
 from torchquant.deploy.packed_head import Head, metadata_of, read_head, type_name
 from torchquant.deploy.references import model_of, split_reference
 from torchquant.deploy.stored_codes import (
@@ -26,7 +27,6 @@ from torchquant.deploy.stored_codes import (
 )
 from torchquant.deploy.stored_files import read_safetensors
 from torchquant.errors import ConfigError, ExportError, require
-from torchquant.graph.trace import in_mode
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.qmodule.fused_part import current_keys

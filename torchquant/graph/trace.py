@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
 
+from torchquant._modes import in_mode
 from torchquant.graph.calls import Signature
 from torchquant.graph.copies import copy_model
 from torchquant.graph.flat import FunctionRef as _FunctionRef  # noqa: F401 - old pickles look here
@@ -51,19 +51,6 @@ def _functions_of_timm() -> tuple[Callable[..., Any], ...]:
     features = sys.modules.get("timm.layers._fx") or sys.modules.get("timm.models._features_fx")
     listed = getattr(features, "get_notrace_functions", None)
     return tuple(listed()) if listed is not None else ()
-
-
-@contextmanager
-def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
-    """Every module in training or in evaluation, each back in its own mode after that."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = training
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def pattern_without_example(module: nn.Module) -> tuple[Any, ...]:

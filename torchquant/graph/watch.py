@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from torchquant._modes import in_mode
 from torchquant._shown import running, shown
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.outside import globals_kept, random_states_kept
 from torchquant.graph.sites import Captured, Region, Site
-from torchquant.graph.trace import in_mode
 from torchquant.qmodule.state import is_real
 
 Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]

@@ -27,9 +27,10 @@ from torchquant.search.repair import keep_budgets, use_room
 from torchquant.search.settings import EpochRecord, SearchSettings
 from torchquant.search.space import search_rules
 from torchquant.search.supernet import build_supernet
-from torchquant.training import Loss, OnEpoch, fit_quantized
-from torchquant.training.fit import across_ranks, epochs_done, is_first_rank
-from torchquant.utils import qmodule_state, set_qmodule_state
+from torchquant.training import Loss, OnEpoch, calibrate, fit_quantized
+from torchquant.training.batches import is_first_rank
+from torchquant.training.loop import across_ranks, epochs_done
+from torchquant.utils import set_qmodule_state
 
 SCOPES = ("layer", "model")
 WARM_UP = 0.05  # of retraining: the weights have been trained quantized already
@@ -340,9 +341,7 @@ class Search:
         model = plan.apply(self.float_model())
         model.plan = plan  # type: ignore[assignment]
         stream = batches_of(batches, 1)
-        with qmodule_state(model.eval(), QModuleState.CALIBRATION), torch.no_grad():
-            for (inputs, _), _ in zip(stream, range(calibration_batches), strict=False):
-                call_with(model, inputs, "a batch")
+        calibrate(model, stream, calibration_batches, with_targets=True)
         numbers = iter(range(epochs_done(progress) + 1, epochs + 1))
         fit_quantized(
             model,

@@ -15,7 +15,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.search.cost import name_of
 from torchquant.search.settings import EpochRecord
-from torchquant.training.fit import random_state, set_random_state
+from torchquant.training.loop import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torchquant.search.engine import Search

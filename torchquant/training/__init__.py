@@ -1,11 +1,14 @@
-"""Aids of quantization-aware training: schedules, batch-norm re-estimation, oscillating weights, EWGS's delta."""
+"""Calibration, evaluation, training; aids of quantization-aware training, such as schedules and oscillation tracking."""
 
 from torchquant.training.bn_stats import reestimate_bn as reestimate_bn
+from torchquant.training.calibration import calibrate as calibrate
+from torchquant.training.evaluation import Metric as Metric
+from torchquant.training.evaluation import evaluate as evaluate
 from torchquant.training.ewgs import adapt_ewgs as adapt_ewgs
-from torchquant.training.fit import Loss as Loss
-from torchquant.training.fit import OnEpoch as OnEpoch
-from torchquant.training.fit import fit as fit
-from torchquant.training.fit import fit_quantized as fit_quantized
+from torchquant.training.loop import Loss as Loss
+from torchquant.training.loop import OnEpoch as OnEpoch
+from torchquant.training.loop import fit as fit
+from torchquant.training.loop import fit_quantized as fit_quantized
 from torchquant.training.oscillation import OscillationReport as OscillationReport
 from torchquant.training.oscillation import OscillationTracker as OscillationTracker
 from torchquant.training.oscillation import dampening_loss as dampening_loss
@@ -18,13 +21,16 @@ __all__ = [
     "BitSchedule",
     "GradientSchedule",
     "Loss",
+    "Metric",
     "OnEpoch",
     "OscillationReport",
     "OscillationTracker",
     "QuantizationSchedule",
     "Ramp",
     "adapt_ewgs",
+    "calibrate",
     "dampening_loss",
+    "evaluate",
     "fit",
     "fit_quantized",
     "reestimate_bn",

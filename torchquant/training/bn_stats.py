@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchquant._arguments import checked
+from torchquant._modes import in_mode
 from torchquant.errors import ConfigError
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModuleState
@@ -40,17 +41,15 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState 
         var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
         seen[id(norm)].append(torch.stack([mean, var]))
 
-    modes = {module: module.training for module in model.modules()}
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
     n_batches = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = 0.0
-            norm.num_batches_tracked = None
-        with qmodule_state(model, state):
+        with in_mode(False, model), qmodule_state(model, state):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 0.0
+                norm.num_batches_tracked = None
             for batch in batches:
                 call_with(model, (batch[0] if isinstance(batch, tuple | list) and batch else batch,), "a batch")
                 n_batches += 1
@@ -59,8 +58,6 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState 
             hook.remove()
         for norm, (momentum, tracked) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, tracked
-        for module, training in modes.items():
-            module.training = training
     if n_batches == 0:
         raise ConfigError("reestimate_bn needs at least one batch, got none")
     for norm in norms:

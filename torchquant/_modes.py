@@ -1,0 +1,21 @@
+"""Training and evaluation mode of every module of a model, kept and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
+    """Every module in training or in evaluation, each back in its own mode after that."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,144 @@
+"""What the loops over batches share: what a batch is, where it is computed, how many are taken, and the progress bar."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from torchquant._shown import shown
+from torchquant.errors import ConfigError, MissingDependencyError, one_line, require
+from torchquant.graph.calls import Signature
+
+OnBatch = Callable[[int], object]
+"""Called after each batch with the number of batches that are done."""
+
+
+def check_batches(batches: object, max_batches: int | None) -> None:
+    """Raise ConfigError for a single batch in place of several, and for a limit below 1."""
+    if isinstance(batches, Tensor | Mapping | nn.Module):
+        raise ConfigError(f"batches must be an iterable of batches, got {shown(batches)}; put a single batch in a list")
+    if max_batches is not None and max_batches < 1:
+        raise ConfigError(f"max_batches must be at least 1, or None for all, got {max_batches}")
+
+
+def count(batches: object, max_batches: int | None) -> int | None:
+    """How many batches one pass takes; None where they do not tell."""
+    n_batches = len(batches) if isinstance(batches, Sized) else None
+    return min((n for n in (n_batches, max_batches) if n is not None), default=None)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device by its name. Raises ConfigError for one that this machine does not have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"the device {str(device)!r} cannot be used: {one_line(error)}") from error
+
+
+def place(model: nn.Module, device: str | torch.device | None) -> torch.device | None:
+    """Move the model to the device, if one is named; the device for its batches, None for a model on several."""
+    if device is not None:
+        found = usable_device(device)
+        model.to(found)
+        return found
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def taken(
+    batches: Iterable[Any],
+    max_batches: int | None,
+    device: torch.device | None,
+    on_batch: OnBatch | None = None,
+) -> Iterator[Any]:
+    """The first `max_batches` batches, their tensors on the device; `on_batch` is told when each of them is done."""
+    for done, batch in enumerate(itertools.islice(batches, max_batches), 1):
+        yield batch if device is None else tree_map_only(Tensor, lambda x: x.to(device), batch)
+        if on_batch is not None:
+            on_batch(done)
+
+
+def pair_of(batch: object, i: int) -> tuple[Any, Any]:
+    """The inputs and targets of batch `i`. Raises ConfigError for one that is no pair."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ConfigError(f"batch {i} must be (inputs, targets), got {shown(batch)}")
+    return batch[0], batch[1]
+
+
+def inputs_of(model: nn.Module, batch: Any, i: int, with_targets: bool | None) -> Any:
+    """The inputs in batch `i`: the batch itself, or what stands before the targets in an (inputs, targets) pair.
+
+    `with_targets`: which of the two; None: a pair is what the forward of the model does not take as two arguments.
+    Raises ConfigError where it can be either.
+    """
+    if with_targets:
+        return pair_of(batch, i)[0]
+    if with_targets is False or not isinstance(batch, tuple | list) or len(batch) != 2:
+        return batch
+    if isinstance(batch[0], tuple | list | Mapping):
+        return batch[0]
+    signature = Signature.of(type(getattr(model, "module", model)).forward)
+    takes_one, takes_both = (signature.bind((None,) * n, {}) is not None for n in (1, 2))
+    if takes_one and takes_both:
+        raise ConfigError(
+            f"batch {i} can be (inputs, targets) or two arguments, since the forward of {type(model).__name__} takes "
+            "one and takes two; say which: with_targets=True or with_targets=False"
+        )
+    return batch[0] if takes_one else batch
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes and shows progress."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+@contextmanager
+def progress_bar(
+    doing: str, total: int | None, show: bool | None, callback: object = None
+) -> Iterator[Callable[[], None]]:
+    """A function that moves a bar on by one. `show`: whether there is one; None: if no callback is told, and rich is
+    installed, and the output is a terminal.
+
+    Raises MissingDependencyError where a bar is asked for without rich.
+    """
+    wanted = show if show is not None else callback is None and is_first_rank()
+    try:
+        console = require("rich.console", "cli").Console() if wanted else None
+    except MissingDependencyError:
+        if show:
+            raise
+        console = None
+    if console is None or not console.is_terminal:
+        yield lambda: None
+        return
+    with make_bar(console) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda: bar.advance(task)
+
+
+def make_bar(console: Any, above: Callable[[], Iterable[Any]] = tuple) -> Any:
+    """A rich progress bar that is not seen off a terminal, with the renderables of `above` over it."""
+    rich = require("rich.progress", "cli")
+
+    class Bar(rich.Progress):  # type: ignore[misc, name-defined]
+        def get_renderables(self) -> Iterator[Any]:
+            yield from above()
+            yield self.make_tasks_table(self.tasks)
+
+    return Bar(
+        rich.SpinnerColumn(),
+        rich.TextColumn("[progress.description]{task.description}"),
+        rich.BarColumn(),
+        rich.TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
+        rich.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

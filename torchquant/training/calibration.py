@@ -1,0 +1,85 @@
+"""Post-training calibration: show data to the observers of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchquant._arguments import checked
+from torchquant._modes import in_mode
+from torchquant._shown import some
+from torchquant.errors import ConfigError
+from torchquant.graph.watch import call_with
+from torchquant.qmodule import QModuleState
+from torchquant.training.batches import OnBatch, check_batches, count, inputs_of, place, progress_bar, taken
+from torchquant.utils import qmodule_state, qmodules, set_qmodule_state
+
+
+@checked
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_batches: int | None = None,
+    device: str | torch.device | None = None,
+    state: QModuleState = QModuleState.QUANT_EVAL,
+    on_batch: OnBatch | None = None,
+    with_targets: bool | None = None,
+    show_progress: bool | None = None,
+) -> int:
+    """Show batches to every observer in the model, then put it in `state`. Returns the number of batches.
+
+    A batch is the inputs of the model: a tensor, a tuple of arguments or a dictionary of keyword arguments; or an
+    (inputs, targets) pair, whose targets are left out. `with_targets`: whether batches are such pairs; None: a tuple of
+    two is one if the forward does not take two arguments; where it can be either, ConfigError. The model runs in eval mode, without gradients; after that each
+    module is back in its own mode. At most `max_batches` are taken. `device`: where the model and the batches are
+    moved; None: the batches go where the model is. `on_batch(n)` is called when n batches are done. `show_progress`:
+    a progress bar; None: one if `on_batch` is not given, rich is installed, and the output is a terminal.
+
+    Warns of quantizers that saw no data, by name: they cannot quantize. Raises ConfigError if there are no batches.
+
+    >>> import torchquant as tq
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    >>> images = torch.randn(8, 1, 6, 6)
+    >>> model = tq.quantize(net, "w8a8", images)
+    >>> tq.calibrate(model, images.split(4))
+    2
+    >>> tq.state_report(model)[0].state
+    'QUANT_EVAL'
+    """
+    check_batches(batches, max_batches)
+    where = place(model, device)
+    n_batches = 0
+    with (
+        torch.no_grad(),
+        in_mode(False, model),
+        qmodule_state(model, QModuleState.CALIBRATION),
+        progress_bar("calibrating", count(batches, max_batches), show_progress, on_batch) as advance,
+    ):
+        for batch in taken(batches, max_batches, where, on_batch):
+            call_with(model, inputs_of(model, batch, n_batches, with_targets), "a batch")
+            n_batches += 1
+            advance()
+    if n_batches == 0:
+        raise ConfigError("there are no batches to calibrate on")
+    set_qmodule_state(model, state)
+    _warn_of_unseen(model)
+    return n_batches
+
+
+def _warn_of_unseen(model: nn.Module) -> None:
+    unseen = [
+        f"{path or '(root)'} {site}"
+        for path, module in qmodules(model)
+        for site, quantizer in module.quantizers().items()
+        if not quantizer.is_ready
+    ]
+    if unseen:
+        warnings.warn(
+            f"{len(unseen)} quantizers saw no data in calibration, and raise UnobservedRangeError when they are to "
+            f"quantize: {some(unseen)}. Calibrate on batches that reach them, or leave them out of the rules",
+            stacklevel=4,  # past what checks the arguments
+        )

@@ -1,0 +1,198 @@
+"""The plain training loop: AdamW, one cycle of the learning rate; a stopped one goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchquant._arguments import checked, one_number
+from torchquant._files import read_saved, reading, write_whole
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
+from torchquant.graph.watch import call_with
+from torchquant.qmodule import QModuleState
+from torchquant.training.batches import check_batches, count, is_first_rank, pair_of, place, progress_bar, taken
+from torchquant.utils import observe_weights, quantizer_parameters, set_qmodule_state
+
+OnEpoch = Callable[[int, float], None]
+"""Called after each epoch with its number, from 1, and its mean loss."""
+Loss = Callable[[Any, Any], Tensor]
+"""(outputs, targets) -> ()."""
+AFRESH = "delete it to train from the start"
+
+
+@checked
+def fit(
+    model: nn.Module,
+    batches: Callable[[], Iterable[tuple[Any, Any]]] | Iterable[Any],
+    epochs: int,
+    learning_rate: float,
+    steps_per_epoch: int | None = None,
+    loss: Loss = F.cross_entropy,
+    on_epoch: OnEpoch | None = None,
+    progress: Path | None = None,
+    generator: torch.Generator | None = None,
+    warm_up: float = 0.3,
+    state: QModuleState | None = None,
+    max_batches: int | None = None,
+    device: str | torch.device | None = None,
+    show_progress: bool | None = None,
+) -> None:
+    """Train with AdamW and a one-cycle learning rate; leaves the model in eval mode.
+
+    `batches`: (inputs, targets) pairs to go through once an epoch, such as a list or a DataLoader, or a function that
+    gives those of an epoch; at most `max_batches` of them are taken. `steps_per_epoch`: the most an epoch has, which
+    the learning rate follows; None: as many as `batches` tells. What quantizers learn has no weight decay.
+    `state`: what the model trains in, such as QUANT_AWARE_TRAIN; after that the weight ranges are brought up to date
+    and the model is in QUANT_EVAL. None: the state that the model is in, which stays.
+    `progress`: a file that keeps where the training is after each epoch; if it is there already, training goes
+    on from it and ends with the same numbers, bit for bit. `generator`: what `batches` draws from, kept there too.
+    `warm_up`: share of the steps in which the rate rises. `device`: where the model and the batches are moved; None:
+    the batches go where the model is. `show_progress`: a progress bar; None: one if `on_epoch` is not given, rich is
+    installed, and the output is a terminal.
+    With torch.distributed gradients are averaged over the ranks, and the first one writes `progress`, which all read.
+    Raises ConfigError for no epochs or no batches.
+
+    >>> net = nn.Linear(2, 2)
+    >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
+    >>> fit(net, data, epochs=2, learning_rate=1e-2)
+    """
+    check_batches(batches, max_batches)
+    n_steps = _steps(batches, epochs, steps_per_epoch, max_batches)
+    if not 0.0 < learning_rate < math.inf or not 0.0 < warm_up < 1.0:
+        raise ConfigError(
+            f"learning_rate must be above 0 and finite, warm_up between 0 and 1; got {learning_rate} and {warm_up}"
+        )
+    where = place(model, device)
+    if state is not None:
+        set_qmodule_state(model, state)
+    module = across_ranks(model)
+    course = _Course(model, learning_rate, epochs * n_steps, warm_up, generator)
+    model.train()
+    first = 1 + (0 if progress is None or not progress.exists() else course.resume(progress))
+    with progress_bar("training", (epochs - first + 1) * n_steps, show_progress, on_epoch) as advance:
+        for epoch in range(first, epochs + 1):
+            losses = []
+            stream = taken(_of_epoch(batches), max_batches, where)
+            for inputs, targets in (pair_of(batch, i) for i, batch in enumerate(stream)):
+                value = one_number(loss(call_with(module, inputs, "a batch"), targets), "the loss")
+                course.step(value)
+                losses.append(value.detach())
+                advance()
+            if not losses:
+                raise ConfigError("there are no batches to train on")
+            if progress is not None and is_first_rank():
+                course.keep(progress, epoch)
+            if on_epoch is not None:
+                on_epoch(epoch, float(torch.stack(losses).mean()))
+    model.eval()
+    if state is not None:
+        observe_weights(model)
+        set_qmodule_state(model, QModuleState.QUANT_EVAL)
+
+
+@checked
+def fit_quantized(model: nn.Module, *args: Any, **options: Any) -> None:
+    """`fit` with quantizers on: in QUANT_AWARE_TRAIN if no other `state` is named. The model ends in QUANT_EVAL."""
+    fit(model, *args, **{"state": QModuleState.QUANT_AWARE_TRAIN} | options)
+
+
+class _Course:
+    """What a training changes step by step: the parameters of a model, its optimizer, the learning rate."""
+
+    def __init__(
+        self, model: nn.Module, learning_rate: float, n_steps: int, warm_up: float, generator: torch.Generator | None
+    ) -> None:
+        learned = quantizer_parameters(model)
+        of_quantizers = set(map(id, learned["params"]))
+        weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
+        groups = [weights, learned] if of_quantizers else [weights]
+        self.model, self.generator = model, generator
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, learning_rate, total_steps=n_steps, pct_start=warm_up
+        )
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+
+    def keep(self, progress: Path, epoch: int) -> None:
+        """Write all that is needed to go on after the epoch."""
+        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        saved |= {"schedule": self.schedule.state_dict(), "epoch": epoch, "random": random_state()}
+        saved |= {} if self.generator is None else {"batches": self.generator.get_state()}
+        write_whole(progress, partial(torch.save, saved))
+
+    def resume(self, progress: Path) -> int:
+        """Go on from what `keep` wrote; the number of epochs that are done."""
+        with reading(progress, AFRESH):
+            saved = read_saved(progress)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            if self.generator is not None:
+                self.generator.set_state(saved["batches"])
+            set_random_state(saved["random"])
+            return int(saved["epoch"])
+
+
+def _steps(batches: object, epochs: int, steps_per_epoch: int | None, max_batches: int | None) -> int:
+    """Steps in an epoch. Raises ConfigError where they cannot be known, or are none."""
+    n_steps = count(batches, max_batches) if steps_per_epoch is None else steps_per_epoch
+    if n_steps is None:
+        raise ConfigError(f"{shown(batches)} does not tell how many batches an epoch has; give steps_per_epoch")
+    if epochs < 1 or n_steps < 1:
+        raise ConfigError(f"epochs and steps_per_epoch must be at least 1, got {epochs} and {n_steps}")
+    if epochs > 1 and isinstance(batches, Iterator):
+        raise ConfigError(
+            f"batches must last for {epochs} epochs, but {shown(batches)} ends with the first; give a list, a "
+            "DataLoader, or a function that gives the batches of an epoch"
+        )
+    return n_steps
+
+
+def _of_epoch(batches: Any) -> Iterable[Any]:
+    """The batches of one epoch; raises ConfigError for what gives none."""
+    found = batches() if callable(batches) and not isinstance(batches, Iterable) else batches
+    if not isinstance(found, Iterable):
+        raise ConfigError(f"batches() must give (inputs, targets) pairs, got {shown(found)}")
+    return found
+
+
+def epochs_done(progress: Path | None) -> int:
+    """How many epochs a file of progress has behind it; 0 without one."""
+    if progress is None or not progress.exists():
+        return 0
+    with reading(progress, AFRESH):
+        return int(read_saved(progress)["epoch"])
+
+
+def across_ranks(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel; itself without a process group, or if that is what it is."""
+    if not (dist.is_available() and dist.is_initialized()) or isinstance(model, DistributedDataParallel):
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def random_state() -> list[Tensor]:
+    """Of torch's own generators: the CPU's, then those of the GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    """Bring the generators to what `random_state` gave; GPUs only if there are as many."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.device_count() == len(states) - 1:
+        torch.cuda.set_rng_state_all(states[1:])
