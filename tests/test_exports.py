@@ -15,7 +15,8 @@ PUBLIC = {
     "torchquant": [
         "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState", "QOp",
         "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantPlan", "QuantSpec", "Quantizer", "RangeObserver",
-        "TernaryQuantizer", "calibrate", "capture", "check_quantizer", "evaluate", "fit", "freeze_bn", "make_quantizer", "observe_weights",
+        "TernaryQuantizer", "calibrate", "capture", "check_quantizer", "evaluate", "fit", "freeze_bn",
+        "make_quantizer", "observe_weights",
         "qmodule_state", "quantize", "quantizer_parameters", "register_pattern", "set_qmodule_state",
         "state_report",
     ],

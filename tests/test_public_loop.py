@@ -58,9 +58,9 @@ class Masked(nn.Module):
         return self.fc(x if mask is None else x * mask)
 
 
-def quantized(net: nn.Module | None = None, example: Any = X[:2]) -> nn.Module:
+def quantized(kind: type[nn.Module] = Net, example: Any = X[:2]) -> nn.Module:
     torch.manual_seed(0)
-    return tq.quantize(net or Net(), RULES, example)
+    return tq.quantize(kind(), RULES, example)
 
 
 def by_hand(model: nn.Module, *calls: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -105,25 +105,26 @@ def test_calibrate_is_the_state_machine_by_hand(batches: Any) -> None:
 
 def test_two_arguments_are_not_inputs_and_targets() -> None:
     a, b = torch.randn(8, 4), torch.randn(8, 5)
-    wanted = by_hand(quantized(TwoInputs(), (a, b)), (a[:4], b[:4]), (a[4:], b[4:]))
+    wanted = by_hand(quantized(TwoInputs, (a, b)), (a[:4], b[:4]), (a[4:], b[4:]))
     for batches in (
         DataLoader(TensorDataset(a, b), 4),
         [((a[:4], b[:4]), LABELS[:4]), ((a[4:], b[4:]), LABELS[4:8])],
         [{"a": a[:4], "b": b[:4]}, {"b": b[4:], "a": a[4:]}],
     ):
-        model = quantized(TwoInputs(), (a, b))
+        model = quantized(TwoInputs, (a, b))
         assert tq.calibrate(model, batches) == 2
         assert_same(model, wanted)
 
 
 def test_what_can_be_either_is_asked_for() -> None:
     x, mask = torch.randn(8, 4), torch.ones(8, 4)
-    model = quantized(Masked(), x)
+    model = quantized(Masked, x)
     with pytest.raises(ConfigError, match="batch 0 can be .inputs, targets. or two arguments.*with_targets=True"):
         tq.calibrate(model, [(x, mask)])
     assert {row.state for row in tq.state_report(model)} == {"BYPASSED"}
     assert tq.calibrate(model, [(x, torch.zeros(8))], with_targets=True) == 1
-    assert tq.calibrate(quantized(Masked(), x), [(x, mask)], with_targets=False) == 1
+    model = quantized(Masked, (x, mask))
+    assert tq.calibrate(model, [(x, mask)], with_targets=False) == 1
 
 
 def test_calibrate_gives_modes_back_and_takes_another_state() -> None:
@@ -134,6 +135,7 @@ def test_calibrate_gives_modes_back_and_takes_another_state() -> None:
     assert model.conv.training
     assert not model.fc.training
     assert {row.state for row in tq.state_report(model)} == {"QUANT_AWARE_TRAIN"}
+    tq.set_qmodule_state(model, QModuleState.QUANT_EVAL)
     assert_same(model, by_hand(quantized(), (X[:4],), (X[4:8],)))
 
 
@@ -227,7 +229,7 @@ def test_evaluate_is_the_accuracy_over_all_samples() -> None:
 def test_evaluate_keeps_the_state() -> None:
     model = quantized()
     tq.calibrate(model, [X])
-    quantized_scores = model.eval()(X)
+    quantized_scores = model.eval()(X).detach()
     loss = tq.evaluate(model, [(X, LABELS)], metric=nn.functional.cross_entropy)
     assert loss == pytest.approx(float(nn.functional.cross_entropy(quantized_scores, LABELS)), rel=1e-6)
     assert {row.state for row in tq.state_report(model)} == {"QUANT_EVAL"}

@@ -1,4 +1,4 @@
-"""What the loops over batches share: what a batch is, where it is computed, how many are taken, and the progress bar."""
+"""What loops over batches share: what a batch is, where it is computed, how many are taken, and the progress bar."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def is_first_rank() -> bool:
 def progress_bar(
     doing: str, total: int | None, show: bool | None, callback: object = None
 ) -> Iterator[Callable[[], None]]:
-    """A function that moves a bar on by one. `show`: whether there is one; None: if no callback is told, and rich is
-    installed, and the output is a terminal.
+    """A function that moves a bar on by one; off a terminal there is nothing to see.
 
-    Raises MissingDependencyError where a bar is asked for without rich.
+    `show`: whether there is a bar; None: if no callback is told and rich is installed. Raises MissingDependencyError
+    for a bar that is asked for, without rich.
     """
     wanted = show if show is not None else callback is None and is_first_rank()
     try:

@@ -34,12 +34,14 @@ def calibrate(
 
     A batch is the inputs of the model: a tensor, a tuple of arguments or a dictionary of keyword arguments; or an
     (inputs, targets) pair, whose targets are left out. `with_targets`: whether batches are such pairs; None: a tuple of
-    two is one if the forward does not take two arguments; where it can be either, ConfigError. The model runs in eval mode, without gradients; after that each
-    module is back in its own mode. At most `max_batches` are taken. `device`: where the model and the batches are
-    moved; None: the batches go where the model is. `on_batch(n)` is called when n batches are done. `show_progress`:
-    a progress bar; None: one if `on_batch` is not given, rich is installed, and the output is a terminal.
+    two is one if the forward does not take two arguments. At most `max_batches` are taken.
+    The model runs in eval mode, without gradients; after that each module is back in its own mode.
+    `device`: where the model and the batches are moved; None: the batches go where the model is. `on_batch(n)` is
+    called when n batches are done. `show_progress`: a progress bar; None: one if `on_batch` is not given, rich is
+    installed, and the output is a terminal.
 
-    Warns of quantizers that saw no data, by name: they cannot quantize. Raises ConfigError if there are no batches.
+    Warns of quantizers that saw no data, by name: they cannot quantize. Raises ConfigError if there are no batches, or
+    if a batch can be a pair as well as two arguments.
 
     >>> import torchquant as tq
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
