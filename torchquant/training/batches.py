@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from torchquant._arguments import fits
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, MissingDependencyError, one_line, require
-from torchquant.graph.calls import Signature
 
 OnBatch = Callable[[int], object]
 """Called after each batch with the number of batches that are done."""
@@ -84,8 +84,8 @@ def inputs_of(model: nn.Module, batch: Any, i: int, with_targets: bool | None) -
         return batch
     if isinstance(batch[0], tuple | list | Mapping):
         return batch[0]
-    signature = Signature.of(type(getattr(model, "module", model)).forward)
-    takes_one, takes_both = (signature.bind((None,) * n, {}) is not None for n in (1, 2))
+    inner = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
+    takes_one, takes_both = fits(Callable[[Any], Any], inner), fits(Callable[[Any, Any], Any], inner)
     if takes_one and takes_both:
         raise ConfigError(
             f"batch {i} can be (inputs, targets) or two arguments, since the forward of {type(model).__name__} takes "

@@ -130,7 +130,7 @@ class _Course:
 
     def keep(self, progress: Path, epoch: int) -> None:
         """Write all that is needed to go on after the epoch."""
-        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        saved: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         saved |= {"schedule": self.schedule.state_dict(), "epoch": epoch, "random": random_state()}
         saved |= {} if self.generator is None else {"batches": self.generator.get_state()}
         write_whole(progress, partial(torch.save, saved))
