@@ -21,7 +21,7 @@ from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, NoAffineViewError
 from torchquant.qmodule.fused import watch_fused_paths
 from torchquant.qmodule.state import QModule, QModuleState
-from torchquant.qmodule.wrapper import QWrapper
+from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.range_observers._statistics import StatisticTracker
 
@@ -48,6 +48,12 @@ def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
         if isinstance(module, QModule):
             module.path = path
             yield path, module
+
+
+def weight_slots(model: nn.Module) -> Iterator[WeightSlot]:
+    """Every weight of every QModule in the model, those of a module in two places once."""
+    for _, module in qmodules(model):
+        yield from module.weight_slots()
 
 
 @dataclass
@@ -218,10 +224,9 @@ def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
 
 @checked
 def freeze_bn(model: nn.Module, frozen: bool = True) -> None:
-    """Keep the batch norms inside QWrappers on their running statistics, also in train mode."""
+    """Keep the batch norms that QModules have taken in on their running statistics, also in train mode."""
     for _, module in qmodules(model):
-        if isinstance(module, QWrapper):
-            module.freeze_bn(frozen)
+        module.freeze_bn(frozen)
 
 
 @dataclass(frozen=True)

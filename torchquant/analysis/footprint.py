@@ -15,6 +15,7 @@ from torchquant.qmodule.patterns import row_of
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers._base import FLOAT_BYTES
+from torchquant.utils import qmodules
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ def weight_bytes(model: nn.Module) -> list[WeightBytes]:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]:
+    slots = {module: module.weight_slots() for _, module in qmodules(model)}
     wrapped: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, QModule):
-            found = module.weights()
-            wrapped |= {id(part) for part in module.modules()} if found else set()
-            for name, weight, quantizer in found:
-                yield path + ("" if len(found) == 1 else f".{name}") or "(root)", weight, quantizer
+            wrapped |= {id(part) for part in module.modules()} if slots[module] else set()
+            for slot in slots[module]:
+                yield slot.label, slot.weight, slot.quantizer
         elif id(module) in wrapped:
             continue
         elif isinstance(row := row_of(module), LayerRow):

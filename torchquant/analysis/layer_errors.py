@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.traced import graphs_running
-from torchquant.graph.watch import call_with
-from torchquant.qmodule import QModule, QModuleState, QWrapper
+from torchquant.graph.watch import call_with, tensors_in
+from torchquant.qmodule import QModule, QModuleState
+from torchquant.quantizers import Quantizer
 from torchquant.utils import qmodule_state, qmodules
 
 
@@ -41,16 +42,23 @@ class SiteError:
 
 @dataclass(frozen=True)
 class LayerError:
-    """Errors of one QModule; None for a site without a quantizer."""
+    """Errors of one QModule; None for a site without a quantizer.
+
+    `weights`: name -> error of every quantized weight, of which LSTM, say, has several. `weight`: the one with the
+    lowest SQNR.
+    """
 
     path: str
     weight: SiteError | None
     output: SiteError | None
+    weights: Mapping[str, SiteError] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Path and both sites, for JSON."""
+        """Path and both sites, and the weights where there are several, for JSON."""
         sites = {"weight": self.weight, "output": self.output}
-        return {"path": self.path} | {name: None if site is None else site.to_dict() for name, site in sites.items()}
+        found = {"path": self.path} | {name: None if site is None else site.to_dict() for name, site in sites.items()}
+        several = {name: error.to_dict() for name, error in self.weights.items()} if len(self.weights) > 1 else {}
+        return found | ({"weights": several} if several else {})
 
 
 @checked
@@ -80,10 +88,10 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
 def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[LayerError]:
     """What quantization changes in every QModule, in the order of `named_modules`.
 
-    Weight: the real weight against its quantized value. Output: the same input `x` through the whole
-    model in BYPASSED and in QUANT_EVAL, so it contains the error of all layers before. At most
-    `n_samples` elements a tensor are sampled, the same ones in every call. A module called several
-    times counts its first call; one that `x` does not reach has no output error.
+    Weight: the real weight, with a batch norm that is folded in, against its quantized value. Output: the same input
+    `x` through the whole model in BYPASSED and in QUANT_EVAL, so it contains the error of all layers before. At most
+    `n_samples` elements a tensor are sampled, the same ones in every call. A module called several times counts its
+    first call; one that `x` does not reach has no output error.
 
     Runs in eval mode; modes and states are as before afterwards, and no hook stays. While it runs it
     holds the float output of every quantized site. Raises UnobservedRangeError before calibration.
@@ -101,26 +109,29 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
 
         def compare(path: str, quantized: Tensor) -> None:
             if path in real:
-                outputs[path] = _site_error(modules[path], "output", real.pop(path), quantized, n_samples)
+                quantizer = modules[path].quantizers()["output"]
+                outputs[path] = _site_error(quantizer, real.pop(path), quantized, n_samples)
 
         with qmodule_state(model, QModuleState.QUANT_EVAL), _on_output(model, compare):
             call_with(model, (x,), "x")
     finally:
         for module in training:
             module.training = True
-    return [
-        LayerError(path or "(root)", _weight_error(module, n_samples), outputs.get(path))
-        for path, module in modules.items()
-    ]
+    found = []
+    for path, module in modules.items():
+        weights = _weight_errors(module, n_samples)
+        worst = min(weights.values(), key=lambda error: error.sqnr_db, default=None)
+        found.append(LayerError(path or "(root)", worst, outputs.get(path), weights))
+    return found
 
 
 @contextmanager
 def _on_output(model: nn.Module, receive: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Call `receive(path, output)` after each forward of a QModule with an output quantizer."""
+    """Call `receive(path, output)` after each forward of a QModule with an output quantizer, which sees `output`."""
 
     def hook(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def call(module: nn.Module, args: Any, output: Tensor) -> None:
-            receive(path, output)
+        def call(module: nn.Module, args: Any, output: Any) -> None:
+            receive(path, next(tensors_in(output)))
 
         return call
 
@@ -134,16 +145,16 @@ def _on_output(model: nn.Module, receive: Callable[[str, Tensor], object]) -> It
             handle.remove()
 
 
-def _weight_error(module: QModule, n_samples: int) -> SiteError | None:
-    quantizer = module.quantizers().get("weight")
-    if quantizer is None or not isinstance(module, QWrapper):
-        return None
-    weight = module.float_weight()
-    return _site_error(module, "weight", weight, quantizer(weight), n_samples)
+def _weight_errors(module: QModule, n_samples: int) -> dict[str, SiteError]:
+    found = {}
+    for slot in module.weight_slots():
+        if (quantizer := slot.quantizer) is not None:
+            real = slot.seen()
+            found[slot.name] = _site_error(quantizer, real, quantizer(real), n_samples)
+    return found
 
 
-def _site_error(module: QModule, site: str, real: Tensor, quantized: Tensor, n_samples: int) -> SiteError:
-    quantizer = module.quantizers()[site]
+def _site_error(quantizer: Quantizer, real: Tensor, quantized: Tensor, n_samples: int) -> SiteError:
     positions: slice | Tensor = slice(None)
     if real.numel() > n_samples:
         generator = torch.Generator().manual_seed(0)

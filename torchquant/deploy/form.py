@@ -46,6 +46,12 @@ class DeployLayer(StandIn):
     `weight`: what is stored, or the layer's own where it stays float. `sum_bias`: the bias that the layer is run with.
     """
 
+    runs: ClassVar[dict[str, str]] = {
+        "the wrapper": "",
+        "its layer": "layer",
+        "its batch norm": "bn",
+        "its activation": "activation",
+    }
     weight: StoredWeight | StoredTable
 
     def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool = False) -> None:
@@ -128,6 +134,7 @@ class DeployOp(StandIn):
     """A QOp as it computes in QUANT_EVAL."""
 
     stands_for: ClassVar[str] = "op"
+    runs: ClassVar[dict[str, str]] = {"the operator": "", "its activation": "activation"}
 
     def __init__(self, op: QOp, path: str, keep_signed: bool = False) -> None:
         super().__init__(path, op.held)
@@ -242,19 +249,13 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
         return DeployWeights(QWeights(module, {}), path)  # torch.export would fix the number of its steps
     if not isinstance(module, QModule):
         return module
-    if isinstance(module, QWrapper):
-        parts = {"its layer": module.layer, "its batch norm": module.bn, "its activation": module.activation}
-        refuse_hooks(path, {"the wrapper": module, **parts})
-    elif isinstance(module, QOp):
-        refuse_hooks(path, {"the operator": module, "its activation": module.activation})
-    elif isinstance(module, QWeights):
-        refuse_hooks(path, {"the module": module, "its layer": module.layer})
-    kind: Any = next((form for wrapped, form in FORMS.items() if isinstance(module, wrapped)), None)
+    kind: Any = form_of(module)
     if kind is None:
         raise ExportError(
             f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp nor a QWeights; only these can be "
             "exported. Build the module from them"
         )
+    refuse_hooks(path, {said: getattr(module, name) if name else module for said, name in kind.runs.items()})
     try:
         made: nn.Module = kind(module, path, keep_signed)
     except ExportError as error:  # matters where the module runs
@@ -264,6 +265,11 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 FORMS: dict[type[QModule], type[StandIn]] = {QWrapper: DeployLayer, QOp: DeployOp, QWeights: DeployWeights}
+
+
+def form_of(module: nn.Module) -> type[StandIn] | None:
+    """What takes the place of a QModule in a deploy form; None for a module of no kind that has one."""
+    return next((form for wrapped, form in FORMS.items() if isinstance(module, wrapped)), None)
 
 
 def _left_of(activation: nn.Module | None, output: nn.Module) -> nn.Module | None:

@@ -20,10 +20,11 @@ from torchquant.deploy.references import model_of, split_reference
 from torchquant.deploy.stored_codes import (
     CodesQuantizer,
     coded_tensors,
+    codes_of,
     pack_codes,
-    tied_sites,
+    quantized_slots,
+    tied_slots,
     unpack_codes,
-    weight_sites,
 )
 from torchquant.deploy.stored_files import read_safetensors
 from torchquant.errors import ConfigError, ExportError, require
@@ -74,12 +75,13 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
     reference = _checked_build(build)
     weights: dict[str, list[Any]] = {}
     with in_mode(False, model):
-        sites = {site.key: (site, site.codes()) for site in weight_sites(model)}
-    tied = tied_sites(sites)
-    tensors = _float_state(model, [sites[key][0].numbers for key in tied])
-    for key, (site, codes) in sites.items():
-        form, elements, shared = pack_codes(codes.cpu(), site.quantizer)
-        weights[key] = [list(codes.shape), type_name(site.weight), *form]
+        slots = {key: (slot, codes_of(slot)) for key, slot in quantized_slots(model).items()}
+    tied = tied_slots(slots)
+    tensors = _float_state(model, [slots[key][0].state_prefix for key in tied])
+    for key, (slot, codes) in slots.items():
+        assert slot.quantizer is not None
+        form, elements, shared = pack_codes(codes.cpu(), slot.quantizer)
+        weights[key] = [list(codes.shape), type_name(slot.weight), *form]
         if key not in tied:
             tensors[key + CODES] = elements
             if shared is not None:
@@ -126,29 +128,33 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     loaded = _built(path, head, model)
     none = torch.zeros(0, dtype=torch.uint8)
     bits = {key: (tensors.pop(key + CODES, none), tensors.pop(key + SHARED, none)) for key in head.weights}
-    sites = {site.key: site for site in weight_sites(loaded)}
-    _expect(path, loaded, "quantized weight", head.weights, sites)
+    slots = quantized_slots(loaded)
+    _expect(path, loaded, "quantized weight", head.weights, slots)
     for key, other in head.tied.items():
-        there, here = sites[other].numbers, sites[key].numbers
+        there, here = slots[other].state_prefix, slots[key].state_prefix
         tensors |= {here + k.removeprefix(there): value for k, value in tensors.items() if k.startswith(there)}
     current = current_keys(loaded, tensors)
     _load_state(path, loaded, {current.get(key, key): value for key, value in tensors.items()})
     coded = coded_tensors(loaded, loaded.state_dict(keep_vars=True))
     codes: dict[str, Tensor] = {}
     for key, (shape, kind, *form) in head.weights.items():
-        site = sites[key]
-        if (shape, kind) != (list(site.seen().shape), type_name(site.weight)):
-            here = f"{type_name(site.weight)} of shape {list(site.seen().shape)}"
+        slot = slots[key]
+        quantizer, weight = slot.quantizer, slot.weight
+        assert quantizer is not None
+        if (shape, kind) != (list(slot.seen().shape), type_name(weight)):
+            here = f"{type_name(weight)} of shape {list(slot.seen().shape)}"
             raise ConfigError(f"{path} is of another model: {key} is {kind} of shape {shape} there, {here} here")
         source = head.tied.get(key, key)
         if source not in codes:
             try:
-                codes[source] = unpack_codes(form, shape, *bits[source], site.quantizer)
+                codes[source] = unpack_codes(form, shape, *bits[source], quantizer)
             except ConfigError as error:
                 raise ConfigError(f"{path}, {key}: {error}") from error
-        stored = site.take(codes[source])
-        if id(site.weight) in coded:
-            site.set_weight(stored.decode(stored.codes, site.weight.dtype))
+        stored = CodesQuantizer(quantizer, codes[source].to(weight.device))
+        slot.replace_quantizer(stored)
+        if id(weight) in coded:
+            slot.set_weight(stored.decode(stored.codes, weight.dtype))
+            weight.requires_grad_(False)
     set_qmodule_state(loaded, QModuleState.QUANT_EVAL)
     return loaded.eval()
 
@@ -213,9 +219,9 @@ def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) ->
                 f"float {type(own).__name__}"
             )
         own = quantize(own, QuantPlan.from_dict(head.plan, f"the plan in {path}"), inplace=True)
-    for site in weight_sites(own):
-        if isinstance(site.quantizer, CodesQuantizer):
-            site.replace_quantizer(site.quantizer.quantizer)
+    for slot in quantized_slots(own).values():
+        if isinstance(slot.quantizer, CodesQuantizer):
+            slot.replace_quantizer(slot.quantizer.quantizer)
     return own
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant._arguments import checked
-from torchquant.deploy.form import DeployLayer, DeployOp, deploy_form, settle
+from torchquant.deploy.form import DeployLayer, DeployOp, deploy_form, form_of, settle
 from torchquant.deploy.integer_run import IntegerRun, integer_run
 from torchquant.deploy.qdq import grid_site
 from torchquant.deploy.values import Codes, IntegerTensor
-from torchquant.qmodule import QModule, QOp, QWrapper
+from torchquant.qmodule import QModule
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.requantize import check_rounding
 
@@ -77,7 +77,7 @@ def runtime_exact(model: nn.Module, example_inputs: Any, rounding: str = "ort") 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, QModule]]:
     for name, module in model.named_modules():
-        if isinstance(module, QWrapper | QOp):
+        if isinstance(module, QModule) and form_of(module) in (DeployLayer, DeployOp):
             yield name or type(module).__name__, module
 
 
@@ -145,12 +145,13 @@ class _Exactly:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or not module.state.is_act_quantized:
             return None
-        if isinstance(module, QWrapper) and not module.state.is_weight_quantized:
+        kind: Any = form_of(module)
+        if kind is DeployLayer and not module.state.is_weight_quantized:
             return None
         sources = self.sources[self.calls[self.path] % len(self.sources)]
         self.calls[self.path] += 1
         with torch.no_grad(), integer_run(IntegerRun(self.rounding)):
-            form = DeployLayer(module, self.path) if isinstance(module, QWrapper) else DeployOp(module, self.path)
+            form = kind(module, self.path)
             own = {name: part for name, part in form.named_children() if name in ("bn", "activation", "op", "layer")}
             for name, part in own.items():  # the model's own: neither their mode nor their statistics may change
                 setattr(form, name, copy.deepcopy(part).eval())

@@ -20,6 +20,8 @@ class StandIn(nn.Module):
     """
 
     stands_for: ClassVar[str] = "layer"
+    runs: ClassVar[dict[str, str]] = {"the module": "", "its layer": "layer"}
+    """What it computes without calling, as messages name it -> attribute of the QModule, "" for that itself."""
 
     def __init__(self, path: str, float_module: nn.Module | None) -> None:
         super().__init__()

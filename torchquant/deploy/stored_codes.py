@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ from torch import Tensor, nn
 from torchquant.deploy.codes import check_ready
 from torchquant.errors import ConfigError, ExportError, NoCodesError, NonFiniteError
 from torchquant.graph.cost import agree
-from torchquant.qmodule import QModule, QWeights, QWrapper
-from torchquant.qmodule.weights import quantizer_key
+from torchquant.qmodule import QModule
+from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers._integer_terms import IntegerTerms
 from torchquant.quantizers_functional._levels import in_layout_of
 from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.bit_packing import MAX_WIDTH, pack_bits, unpack_bits
-from torchquant.quantizers_functional.bn_fold import channel_view
-from torchquant.utils import qmodules
+from torchquant.utils import weight_slots
 
 
 class CodesQuantizer(Quantizer):
@@ -86,95 +84,45 @@ class CodesQuantizer(Quantizer):
         return self.quantizer.parts(x)
 
 
-@dataclass(frozen=True)
-class WeightSite:
-    """A weight that is quantized. `path`: of its QModule; `name`: what that calls it; `weight`: as the layer has it."""
-
-    path: str
-    name: str
-    module: QModule
-    weight: Tensor
-    quantizer: Quantizer
-
-    @property
-    def key(self) -> str:
-        """Its name in a file and in messages."""
-        return f"{self.path}.{self.name}" if self.path else self.name
-
-    @property
-    def numbers(self) -> str:
-        """What the keys of its quantizer begin with in a `state_dict` of the model."""
-        one_of_many = isinstance(self.module, QWeights)
-        place = f"weight_quantizers.{quantizer_key(self.name)}." if one_of_many else "weight_quantizer."
-        return f"{self.path}.{place}" if self.path else place
-
-    def seen(self) -> Tensor:
-        """The weight as the quantizer sees it in QUANT_EVAL: output channel first, batch norm folded in."""
-        return self.module.float_weight() if isinstance(self.module, QWrapper) else self.weight.detach()
-
-    def codes(self) -> Tensor:
-        """The codes behind QUANT_EVAL, int32. Raises ExportError that names the site."""
-        name = f"{self.key}: the quantizer ({type(self.quantizer).__name__})"
-        check_ready(self.quantizer, name)
-        weight = self.seen()
-        try:
-            codes = self.quantizer.encode(weight)
-            values = self.quantizer.decode(codes, weight.dtype)
-        except NoCodesError as error:
-            raise ExportError(f"{name} cannot be packed: {error}; or give this site None to keep it float") from error
-        except NonFiniteError as error:
-            raise ExportError(f"{name} cannot be packed: {error}") from error
-        if not torch.equal(values, self.quantizer.quantize(weight)):
-            raise ExportError(
-                f"{name} cannot be packed: decode(encode(weight)) differs from quantize(weight). "
-                "torchquant.check_quantizer shows where"
-            )
-        return codes
-
-    def take(self, codes: Tensor) -> CodesQuantizer:
-        """Let the site run from codes; a quantizer that does."""
-        stored = CodesQuantizer(self.quantizer, codes.to(self.weight.device))
-        self.replace_quantizer(stored)
-        return stored
-
-    def replace_quantizer(self, new: Quantizer) -> None:
-        """Put another quantizer in the place of this one."""
-        if isinstance(self.module, QWeights):
-            self.module.weight_quantizers[quantizer_key(self.name)] = new
-        else:
-            self.module.weight_quantizer = new
-
-    def set_weight(self, values: Tensor) -> None:
-        """Make `values`, those of the codes, the float weight, without the batch norm that is folded into them."""
-        if isinstance(self.module, QWrapper):
-            factor = self.module.fold_factor()
-            if factor is not None:
-                unfolded = values / channel_view(torch.where(factor == 0, 1.0, factor), values.ndim, 0)
-                values = unfolded.nan_to_num()
-            values = self.module.row.channels_first(self.module.layer, values)
-        self.weight.copy_(values)
-        self.weight.requires_grad_(False)
+def quantized_slots(model: nn.Module) -> dict[str, WeightSlot]:
+    """Every quantized weight of the model by its name in a file, those of a module in two places once."""
+    return {slot.key: slot for slot in weight_slots(model) if slot.quantizer is not None}
 
 
-def weight_sites(model: nn.Module) -> Iterator[WeightSite]:
-    """Every quantized weight of the model, those of a module in two places once."""
-    for path, module in qmodules(model):
-        for name, weight, quantizer in module.weights():
-            if quantizer is not None:
-                yield WeightSite(path, name, module, weight, quantizer)
+def codes_of(slot: WeightSlot) -> Tensor:
+    """The codes of a quantized weight behind QUANT_EVAL, int32. Raises ExportError that names the weight."""
+    quantizer = slot.quantizer
+    name = f"{slot.key}: the quantizer ({type(quantizer).__name__})"
+    assert quantizer is not None
+    check_ready(quantizer, name)
+    weight = slot.seen().detach()
+    try:
+        codes = quantizer.encode(weight)
+        values = quantizer.decode(codes, weight.dtype)
+    except NoCodesError as error:
+        raise ExportError(f"{name} cannot be packed: {error}; or give this site None to keep it float") from error
+    except NonFiniteError as error:
+        raise ExportError(f"{name} cannot be packed: {error}") from error
+    if not torch.equal(values, quantizer.quantize(weight)):
+        raise ExportError(
+            f"{name} cannot be packed: decode(encode(weight)) differs from quantize(weight). "
+            "torchquant.check_quantizer shows where"
+        )
+    return codes
 
 
-def tied_sites(codes: Mapping[str, tuple[WeightSite, Tensor]]) -> dict[str, str]:
-    """Key of a site -> that of an earlier one with the same weight, and the same codes and numbers made of it.
+def tied_slots(codes: Mapping[str, tuple[WeightSlot, Tensor]]) -> dict[str, str]:
+    """Key of a weight -> that of an earlier one that is the same, and has the same codes and numbers made of it.
 
-    codes: by the keys of the sites, in their order.
+    codes: by the keys of the weights, in their order.
     """
     found: dict[str, str] = {}
+    weights = {key: slot.weight for key, (slot, _) in codes.items()}  # held, so that no two have one id
     first: dict[int, list[str]] = {}
-    for key, (site, own) in codes.items():
-        others = first.setdefault(id(site.weight), [])
+    for key, (slot, own) in codes.items():
+        others = first.setdefault(id(weights[key]), [])
         for other in others:
-            if agree(codes[other][0].quantizer, site.quantizer) and torch.equal(codes[other][1], own):
+            if agree(codes[other][0].quantizer, slot.quantizer) and torch.equal(codes[other][1], own):
                 found[key] = other
                 break
         else:
@@ -242,7 +190,7 @@ def coded_tensors(model: nn.Module, state: Mapping[str, Any]) -> set[int]:
     Not among them: a weight that something float reads too, and one that is computed from other parameters.
     """
     places = [
-        (f"{path}." if path else "", {id(weight) for _, weight, quantizer in module.weights() if quantizer is not None})
+        (f"{path}." if path else "", {id(slot.weight) for slot in module.weight_slots() if slot.quantizer is not None})
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QModule)
     ]

@@ -20,7 +20,8 @@ from torchquant.deploy.stored_weights import AS_IT_IS, encoded_weight, from_orde
 from torchquant.deploy.values import IntegerTensor
 from torchquant.qmodule import QWeights
 from torchquant.qmodule.state import is_real
-from torchquant.qmodule.weights import quantizer_key, values_mapped
+from torchquant.qmodule.weight_slots import quantizer_key
+from torchquant.qmodule.weights import values_mapped
 
 PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 

@@ -196,7 +196,7 @@ class _Writer:
             self._swap(site.module, made)
         else:
             self._add(site.path, made)
-        if isinstance(made, QWrapper | QOp) and site.fused:
+        if site.fused:
             made.is_split = True
             self._take_parts(site, made, region)
         return made
@@ -228,7 +228,7 @@ class _Writer:
         region = self.captured.regions[site.region]
         return activation_of(_node(region, site, -1), region.module)
 
-    def _take_parts(self, site: Site, made: QWrapper | QOp, region: Region | None) -> None:
+    def _take_parts(self, site: Site, made: QModule, region: Region | None) -> None:
         """Let what is fused into a module stand aside where the module computes it, each part at its own place."""
         for path, _ in site.fused:
             owner, _, name = path.rpartition(".")

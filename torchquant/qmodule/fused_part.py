@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from torchquant.qmodule.holder import Holder
-from torchquant.qmodule.op import QOp
-from torchquant.qmodule.state import QModuleState
-from torchquant.qmodule.wrapper import QWrapper
+from torchquant.qmodule.state import QModule, QModuleState
 
 SLOTS = ("bn", "activation")
 """Where a QModule holds what it has taken in."""
@@ -22,6 +20,7 @@ class FusedPart(Holder):
     So the forward of the float model computes what it always did, and nothing is computed twice where the wrapper
     computes all. The part keeps its place: its tensors have the keys they had, its attributes are found here.
 
+    >>> from torchquant.qmodule import QWrapper
     >>> norm = nn.BatchNorm1d(2)
     >>> part = FusedPart(QWrapper([nn.Linear(3, 2), norm], None, None), norm)
     >>> part.num_features, list(part.state_dict())[:2]
@@ -30,7 +29,7 @@ class FusedPart(Holder):
 
     held_as: ClassVar[str] = "part"
 
-    def __init__(self, wrapper: QWrapper | QOp, part: nn.Module) -> None:
+    def __init__(self, wrapper: QModule, part: nn.Module) -> None:
         super().__init__()
         self.__dict__["wrapper"] = wrapper  # not a child: it has a place of its own
         self.part = part
@@ -52,7 +51,7 @@ class FusedPart(Holder):
             taken.training = value
 
     def train(self, mode: bool = True) -> Any:
-        is_frozen = isinstance(self.wrapper, QWrapper) and self.wrapper.bn_frozen and self._slot() == "bn"
+        is_frozen = self.wrapper.bn_frozen and self._slot() == "bn"
         return super().train(mode and not is_frozen)
 
     def _slot(self) -> str:

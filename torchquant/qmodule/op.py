@@ -27,13 +27,12 @@ class QOp(QModule):
     tensor([2., 2.])
     """
 
-    is_split = False
     held_as: ClassVar[str] = "op"
 
     def __init__(
         self,
         op: Callable[..., Tensor],
-        acts_quantizer: Quantizer | None,
+        acts_quantizer: Quantizer | None = None,
         activation: nn.Module | None = None,
         input_quantizer: Quantizer | None = None,
     ) -> None:

@@ -15,6 +15,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnobservedRangeError, UnsupportedPatternError
 from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
+from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.range_observers._statistics import StatisticTracker
 
@@ -96,6 +97,12 @@ class QModule(Holder):
     state has that state, and the mean of others is refused.
     """
 
+    is_split = False
+    """Whether the model runs the batch norm and the activation at their own places, of a module that has taken them in.
+    """
+    bn_frozen = False
+    """Whether a batch norm that the module has taken in stays on its running statistics."""
+
     def __init__(self) -> None:
         super().__init__()
         self._state = QModuleState.BYPASSED
@@ -121,6 +128,27 @@ class QModule(Holder):
                     tracker.look_again()  # compiled code will not look for statistics that others wrote
                     tracker.settle()
 
+    @property
+    def mode(self) -> Any:
+        """The published name of `state`: `module.mode = QModuleState.QUANT_EVAL` sets it.
+
+        A module that has a `mode` of its own, as LSTM and EmbeddingBag do, keeps that; then it is `state` that tells.
+
+        >>> from torchquant.qmodule import QWrapper
+        >>> QWrapper(nn.Linear(1, 1)).mode.name
+        'BYPASSED'
+        """
+        held: Any = self.held
+        return held.mode if hasattr(held, "mode") else self.state
+
+    @mode.setter
+    def mode(self, mode: Any) -> None:
+        held: Any = self.held
+        if hasattr(held, "mode") and not isinstance(mode, QModuleState):
+            held.mode = mode
+        else:
+            self.state = mode
+
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "preactivation", "output") -> quantizer, for those that have one."""
         sites = {
@@ -133,9 +161,16 @@ class QModule(Holder):
         found = {site: getattr(self, name, None) for site, name in sites.items()}
         return {site: quantizer for site, quantizer in found.items() if quantizer is not None}
 
-    def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
-        """(name, real weight, its quantizer or None) of every weight the module holds itself."""
+    def weight_slots(self) -> list[WeightSlot]:
+        """Every weight the module holds itself, quantized or not; the one way to read, set and quantize it."""
         return []
+
+    def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+        """(name, real weight, its quantizer or None) of every weight slot."""
+        return [(slot.name, slot.weight, slot.quantizer) for slot in self.weight_slots()]
+
+    def freeze_bn(self, frozen: bool = True) -> None:
+        """Keep a batch norm that the module has taken in on its running statistics, also in train mode."""
 
     def observe_weight(self) -> None:
         """Show each weight quantizer its weight as it is now. Needs no data."""

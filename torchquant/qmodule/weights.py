@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
 from torchquant.qmodule.patterns import run_with, stock_type
 from torchquant.qmodule.state import QModule
+from torchquant.qmodule.weight_slots import WeightSlot, parameter_of, quantizer_key
 from torchquant.quantizers import Quantizer
 
 WEIGHTED: tuple[type[nn.Module], ...] = (
@@ -55,12 +57,6 @@ def _computed(module: nn.Module, name: str) -> str:
     return base if last in module.get_submodule(owner).__dict__ else name
 
 
-def _read(module: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(owner), last)
-    return value
-
-
 @checked
 class QWeights(QModule):
     """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention.
@@ -87,7 +83,7 @@ class QWeights(QModule):
     def __init__(
         self,
         layer: nn.Module,
-        weight_quantizers: Mapping[str, Quantizer],
+        weight_quantizers: Mapping[str, Quantizer] = MappingProxyType({}),
         acts_quantizer: Quantizer | None = None,
         input_quantizer: Quantizer | None = None,
     ) -> None:
@@ -104,10 +100,10 @@ class QWeights(QModule):
         self._names = {quantizer_key(name): name for name in weight_quantizers}
         self.acts_quantizer = acts_quantizer
         self.input_quantizer = input_quantizer
-        for name, quantizer in weight_quantizers.items():
-            weight = _read(layer, name)
-            quantizer.allocate(weight.shape[0])
-            quantizer.to(weight.device)
+        for _, weight, quantizer in self._weights():
+            if quantizer is not None:
+                quantizer.allocate(weight.shape[0])
+                quantizer.to(weight.device)
         self._hold()
 
     def _check_new(self, module: nn.Module) -> None:
@@ -118,14 +114,14 @@ class QWeights(QModule):
         weights = {self._names[key]: quantizer for key, quantizer in self.weight_quantizers.items()}
         return {**weights, **super().quantizers()}  # type: ignore[dict-item]
 
-    def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+    def weight_slots(self) -> list[WeightSlot]:
         self._recompute_weights()
-        return self._weights()
+        return [WeightSlot(self, self.path, name) for name, _, _ in self._weights()]
 
     def _weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         own = self.quantizers()
         names = dict.fromkeys([*weight_names(self.layer), *self._names.values()])  # all that have a quantizer
-        return [(name, _read(self.layer, name), own.get(name)) for name in names]
+        return [(name, parameter_of(self.layer, name), own.get(name)) for name in names]
 
     @torch.no_grad()
     def observe_weight(self) -> None:
@@ -204,8 +200,3 @@ def values_mapped(
 
     by_name = {name: changed(x) if name in names else x for name, x in kwargs.items()}
     return (*map(changed, args[:n]), *args[n:]), by_name
-
-
-def quantizer_key(name: str) -> str:
-    """The key of a weight's quantizer in `QWeights.weight_quantizers`, which takes no dots."""
-    return name.replace(".", "_")

@@ -24,6 +24,7 @@ from torchquant.qmodule.patterns import (
     split_pattern,
 )
 from torchquant.qmodule.state import QModule, QModuleState, saved_flag
+from torchquant.qmodule.weight_slots import LayerSlot, WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -37,7 +38,8 @@ class QWrapper(QModule):
     too, so `axis=0` always means "per output channel". `acts_quantizer` sees the output after the
     activation, `input_quantizer` the input, `bias_quantizer` the bias that the layer is run with, whenever
     the weight is observed or quantized, `preactivation_quantizer` what goes into the activation: behind a
-    convolution ONNX Runtime's integer kernels want codes there. Each may be None: that site stays float.
+    convolution ONNX Runtime's integer kernels want codes there. Each may be None, as all are unless given: that site
+    stays float.
 
     `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
@@ -60,13 +62,11 @@ class QWrapper(QModule):
     torch.Size([1, 8, 6, 6])
     """
 
-    is_split = False
-
     def __init__(
         self,
         layers: nn.Module | Iterable[nn.Module],
-        weight_quantizer: Quantizer | None,
-        acts_quantizer: Quantizer | None,
+        weight_quantizer: Quantizer | None = None,
+        acts_quantizer: Quantizer | None = None,
         fold_bn: bool | str = False,
         input_quantizer: Quantizer | None = None,
         bias_quantizer: Quantizer | None = None,
@@ -218,20 +218,14 @@ class QWrapper(QModule):
         if self.bias_quantizer is not None and bias is not None:
             self.bias_quantizer.pre_observe(bias)
 
-    def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
+    def weight_slots(self) -> list[WeightSlot]:
         self._recompute_weights()
-        return [("weight", self._weight, self.weight_quantizer)]
+        return [LayerSlot(self, self.path, "weight")]
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:
         """The real weight that QUANT_EVAL quantizes, output channel on axis 0, folded where folding is on."""
-        return self.folded_weight()
-
-    def folded_weight(self) -> Tensor:
-        """`float_weight` with a gradient for the layer's own weight."""
-        self._recompute_weights()
-        factor = self.fold_factor()
-        return self._channels_first_weight(None if factor is None else factor.detach())
+        return self.weight_slots()[0].seen()
 
     @torch.no_grad()
     def fold(self) -> nn.Module:

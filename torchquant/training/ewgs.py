@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cudnn import flags as cudnn_flags
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchquant._arguments import checked, one_number
 from torchquant.errors import ConfigError
@@ -47,7 +50,8 @@ def adapt_ewgs(
     try:
         for path, quantizer in found.items():
             quantizer.quantize = record(path, quantizer)  # type: ignore[method-assign]
-        value = one_number(loss(), "the loss")
+        with _twice_differentiable(model):
+            value = one_number(loss(), "the loss")
     finally:
         for quantizer in found.values():
             del quantizer.quantize
@@ -70,6 +74,14 @@ def adapt_ewgs(
         deltas[path] = max(0.0, float(trace) / y.numel() / spread) if spread > 0.0 else 0.0
         _set_delta(found[path], deltas[path])
     return deltas
+
+
+@contextmanager
+def _twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Attention and recurrent layers run by kernels whose gradients have a gradient; the fused ones' have none."""
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with sdpa_kernel(SDPBackend.MATH), cudnn_flags(enabled=False) if is_recurrent else nullcontext():
+        yield
 
 
 def _has_delta(quantizer: GridQuantizer) -> bool:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
-from torchquant.qmodule import QWrapper
+from torchquant.qmodule.weight_slots import LayerSlot, WeightSlot
 from torchquant.quantizers import GridQuantizer
-from torchquant.quantizers_functional.bn_fold import channel_view
-from torchquant.utils import qmodules
+from torchquant.utils import weight_slots
 
 OSCILLATING = 0.005
 """Share of steps at which a weight turns back from which on the paper calls it oscillating."""
@@ -21,7 +21,10 @@ OSCILLATING = 0.005
 
 @dataclass(frozen=True)
 class OscillationReport:
-    """One layer: its number of weights, and the shares of them that oscillate and that are frozen, 0..1."""
+    """One weight tensor: its number of elements, and the shares of them that oscillate and that are frozen, 0..1.
+
+    `path`: that of its module, with the name of the tensor where the module has several, as LSTM does.
+    """
 
     path: str
     n_weights: int
@@ -29,10 +32,10 @@ class OscillationReport:
     frozen: float
 
 
-def _sites(model: nn.Module) -> Iterator[tuple[str, QWrapper, GridQuantizer]]:
-    for path, module in qmodules(model):
-        if isinstance(module, QWrapper) and isinstance(module.weight_quantizer, GridQuantizer):
-            yield path or "(root)", module, module.weight_quantizer
+def _on_grids(model: nn.Module) -> Iterator[tuple[WeightSlot, GridQuantizer]]:
+    for slot in weight_slots(model):
+        if isinstance(quantizer := slot.quantizer, GridQuantizer):
+            yield slot, quantizer
 
 
 class _Layer(nn.Module):
@@ -81,8 +84,8 @@ class OscillationTracker(nn.Module):
             raise ConfigError(f"momentum must be above 0 and at most 1, got {momentum!r}")
         self.momentum = momentum
         self.freeze_above = freeze_above
-        self._watched = list(_sites(model))
-        computed = [path for path, wrapper, _ in self._watched if wrapper.weights()[0][1].grad_fn is not None]
+        self._watched = [slot for slot, _ in _on_grids(model)]
+        computed = [slot.label for slot in self._watched if slot.is_computed]
         if computed and freeze_above is not None:
             raise ConfigError(
                 f"the weight of {computed[0]} is computed from other parameters, so it cannot be held at a level; "
@@ -90,7 +93,7 @@ class OscillationTracker(nn.Module):
             )
         if not self._watched:
             raise ConfigError("the model has no weight quantizer with codes; there is nothing to watch")
-        self.layers = nn.ModuleList(_Layer(quantizer.encode(w.float_weight())) for _, w, quantizer in self._watched)
+        self.layers = nn.ModuleList(_Layer(_codes(slot)) for slot in self._watched)
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -100,10 +103,10 @@ class OscillationTracker(nn.Module):
         threshold = self.freeze_above
         if callable(threshold):
             threshold = threshold(int(self.n_steps))
-        for (_, wrapper, quantizer), seen in zip(self._watched, self.layers, strict=True):
+        for slot, seen in zip(self._watched, self.layers, strict=True):
             assert isinstance(seen, _Layer)
-            self._hold(wrapper, quantizer, seen)
-            codes = quantizer.encode(wrapper.float_weight())
+            _hold(slot, seen)
+            codes = _codes(slot)
             codes = torch.where(seen.frozen, seen.codes, codes)
             direction = (codes - seen.codes).sign().to(torch.int8)
             turned = (direction * seen.direction < 0).to(torch.float32)
@@ -115,28 +118,42 @@ class OscillationTracker(nn.Module):
                 codes = torch.where(newly, seen.average.round().to(codes.dtype), codes)
                 seen.frozen |= newly
             seen.codes.copy_(codes)
-            self._hold(wrapper, quantizer, seen)
-
-    def _hold(self, wrapper: QWrapper, quantizer: GridQuantizer, seen: _Layer) -> None:
-        """Set the frozen weights to the level of their code."""
-        if not bool(seen.frozen.any()):
-            return
-        weight = wrapper.layer.weight
-        levels = quantizer.decode(seen.codes, weight.dtype)
-        factor = wrapper.fold_factor()
-        if factor is not None:
-            levels = levels / channel_view(torch.where(factor == 0, torch.ones_like(factor), factor), levels.ndim, 0)
-        now = wrapper.row.channels_first(wrapper.layer, weight)
-        weight.copy_(wrapper.row.channels_first(wrapper.layer, torch.where(seen.frozen, levels, now)))
+            _hold(slot, seen)
 
     def report(self) -> list[OscillationReport]:
-        """One entry a layer, in the order of the model."""
+        """One entry a weight tensor, in the order of the model."""
         entries = []
-        for (path, _, _), seen in zip(self._watched, self.layers, strict=True):
+        for slot, seen in zip(self._watched, self.layers, strict=True):
             assert isinstance(seen, _Layer)
-            oscillating = float((seen.frequency > OSCILLATING).double().mean())
-            entries.append(OscillationReport(path, seen.codes.numel(), oscillating, float(seen.frozen.double().mean())))
+            oscillating, frozen = (seen.frequency > OSCILLATING).double().mean(), seen.frozen.double().mean()
+            entries.append(OscillationReport(slot.label, seen.codes.numel(), float(oscillating), float(frozen)))
         return entries
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; of a file of 0.1, which has the weights of QWrappers alone, only those."""
+        theirs = [i for i, slot in enumerate(self._watched) if isinstance(slot, LayerSlot)]
+        saved = {key: state_dict[key] for key in state_dict if key.startswith(f"{prefix}layers.")}
+        if len(saved) == len(theirs) * len(self.layers[0].state_dict()) and len(theirs) < len(self._watched):
+            for key in saved:
+                del state_dict[key]
+            state_dict.update({f"{prefix}layers.{key}": value for key, value in self.layers.state_dict().items()})
+            for key, value in saved.items():
+                number, _, name = key.removeprefix(f"{prefix}layers.").partition(".")
+                state_dict[f"{prefix}layers.{theirs[int(number)]}.{name}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def _codes(slot: WeightSlot) -> Tensor:
+    """The codes of the weight as it is now."""
+    assert slot.quantizer is not None
+    return slot.quantizer.encode(slot.seen())
+
+
+def _hold(slot: WeightSlot, seen: _Layer) -> None:
+    """Set the frozen elements of the weight to the level of their code."""
+    if bool(seen.frozen.any()):
+        assert slot.quantizer is not None
+        slot.set_weight(slot.quantizer.decode(seen.codes, slot.weight.dtype), where=seen.frozen)
 
 
 @checked
@@ -153,8 +170,8 @@ def dampening_loss(model: nn.Module, weight: float = 1e-3) -> Tensor:
     True
     """
     total = torch.zeros(())
-    for _, wrapper, quantizer in _sites(model):
-        w = wrapper.folded_weight()
+    for slot, quantizer in _on_grids(model):
+        w = slot.seen()
         with torch.no_grad():
             level = quantizer.quantize(w)
             low, high = quantizer._ends(w, *quantizer.grid_for(w))

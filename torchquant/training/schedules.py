@@ -11,7 +11,7 @@ from torch import nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
-from torchquant.qmodule import QModuleState, QWrapper
+from torchquant.qmodule import QModuleState
 from torchquant.quantizers import GridQuantizer, Quantizer, make_quantizer
 from torchquant.quantizers_functional import GRADIENTS, Gradient
 from torchquant.utils import freeze_bn, observe_weights, qmodules, set_qmodule_state
@@ -166,9 +166,9 @@ class GradientSchedule(_Schedule):
 class BitSchedule(_Schedule):
     """Fewer bits step by step: `BitSchedule(model, {0: 8, 1000: 6, 2000: 4}, "affine:{n},symmetric=narrow/channel")`.
 
-    `bits`: optimizer step -> width from then on. At each, every QWrapper with a weight quantizer gets a new one of the
-    spec `weight` at that width, and, if `acts` is given, new quantizers of activations; the next batch they see sets
-    their ranges. Numbers they learn start anew: build the optimizer again where the spec has any. Raises ConfigError.
+    `bits`: optimizer step -> width from then on. At each, every quantized weight gets a new quantizer of the spec
+    `weight` at that width, and, if `acts` is given, new quantizers of activations; the next batch they see sets their
+    ranges. Numbers they learn start anew: build the optimizer again where the spec has any. Raises ConfigError.
 
     >>> from torchquant import QWrapper
     >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:8"), None)
@@ -200,10 +200,12 @@ class BitSchedule(_Schedule):
             return
         self._now = n_bits
         for _, module in qmodules(self.model):
-            if isinstance(module, QWrapper) and module.weight_quantizer is not None:
-                module.weight_quantizer = self._made(self.weight, "weight", module.weight_quantizer)
-                module.weight_quantizer.allocate(module.float_weight().shape[0])
-                module.observe_weight()
+            for slot in module.weight_slots():
+                if slot.quantizer is not None:
+                    new = self._made(self.weight, "weight", slot.quantizer)
+                    new.allocate(slot.seen().shape[0])
+                    slot.replace_quantizer(new)
+            module.observe_weight()
             for site in ("input_quantizer", "acts_quantizer") if self.acts is not None else ():
                 known = getattr(module, site, None)
                 if known is not None:

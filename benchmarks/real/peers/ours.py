@@ -12,9 +12,10 @@ from torch import nn
 from benchmarks.real.networks import Batches, Real
 from benchmarks.real.peers._base import TRANSFORMERS, Peer, Quantized
 from benchmarks.real.peers.onnx_files import integer_weights, session_call
-from torchquant import QModule, QModuleState, qmodule_state, quantize, set_qmodule_state
+from torchquant import QModuleState, qmodule_state, quantize, set_qmodule_state
 from torchquant.deploy import export_onnx
 from torchquant.plan.rules import Rules
+from torchquant.utils import weight_slots
 
 
 @torch.no_grad()
@@ -31,12 +32,10 @@ def calibrated(network: Real, rules: Rules, batches: Batches | None = None) -> n
 def quantized_weights(model: nn.Module) -> list[int]:
     """How many numbers each weight holds that passes a quantizer."""
     found: dict[Any, int] = {}
-    for module in model.modules():
-        if isinstance(module, QModule):
-            for name, weight, quantizer in module.weights():
-                if quantizer is not None:
-                    key = weight if isinstance(weight, nn.Parameter) else (module, name)  # a tied one counts once
-                    found[key] = weight.numel()
+    for slot in weight_slots(model):
+        if slot.quantizer is not None:
+            key = (slot.module, slot.name) if slot.is_computed else slot.weight  # a tied one counts once
+            found[key] = slot.weight.numel()
     return list(found.values())
 
 

@@ -14,8 +14,7 @@ from torchquant._files import write_whole
 from torchquant.errors import ConfigError, MissingDependencyError, require
 from torchquant.graph.trace import NotTraceable, traced_graph
 from torchquant.plan import QuantPlan
-from torchquant.qmodule import QWrapper
-from torchquant.utils import qmodules
+from torchquant.utils import weight_slots
 
 devices: dict[str, tuple[float, float, float]] = {
     "QS-855+": (1.032e12, 34.1 * 2**30, 10.0),
@@ -234,9 +233,7 @@ def stats_sparsity(
 def stats_quantized_sparsity(model: nn.Module) -> dict[str, float]:
     """Share of weights that quantize to 0, of every quantized layer that has seen its weight."""
     found = {}
-    for path, module in qmodules(model):
-        for name, weight, quantizer in module.weights():
-            if quantizer is not None and quantizer.is_ready:
-                real = module.float_weight() if isinstance(module, QWrapper) else weight
-                found[f"{path}.{name}".strip(".")] = count_zero(quantizer(real)) / weight.numel()
+    for slot in weight_slots(model):
+        if (quantizer := slot.quantizer) is not None and quantizer.is_ready:
+            found[slot.key] = count_zero(quantizer(slot.seen())) / slot.weight.numel()
     return found

@@ -21,8 +21,9 @@ from torchquant.compat._modes import FollowMode, state_for
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
 from torchquant.compat.nni.config import LayerConfig, Target, compile_config
 from torchquant.errors import ConfigError
-from torchquant.qmodule import QModule, QModuleState, QWrapper
-from torchquant.utils import observe_any_weights, qmodules, quantizer_parameters, set_qmodule_state
+from torchquant.qmodule import QModule, QModuleState
+from torchquant.qmodule.weight_slots import parameter_of
+from torchquant.utils import observe_any_weights, qmodules, quantizer_parameters, set_qmodule_state, weight_slots
 
 
 @dataclass
@@ -156,11 +157,10 @@ class Quantizer(nn.Module):
         observe_any_weights(self.bound_model)
         exported = self.float_model()
         if self.exports == "quantized":
-            for path, module in qmodules(self.bound_model):
-                if isinstance(module, QWrapper) and module.weight_quantizer is not None:
-                    weight = module.weight_quantizer(module.float_weight())
-                    target: Any = exported.get_submodule(path)
-                    target.weight.copy_(module.row.channels_first(module.layer, weight))
+            for slot in weight_slots(self.bound_model):
+                if (quantizer := slot.quantizer) is not None:
+                    quantized = slot.channels_first(quantizer(slot.seen()))
+                    parameter_of(exported.get_submodule(slot.path), slot.name).copy_(quantized)
         state = exported.state_dict()
         write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
         config = calibration_config(self.bound_model, self.layers)
@@ -248,9 +248,9 @@ class BNNQuantizer(Quantizer):
         if not model.training:
             return
         with torch.no_grad():
-            for _, module in qmodules(model):
-                if isinstance(module, QWrapper) and module.weight_quantizer is not None:
-                    module.layer.weight.clamp_(-1.0, 1.0)
+            for slot in weight_slots(model):
+                if slot.quantizer is not None:
+                    parameter_of(slot.module.layer, slot.name).clamp_(-1.0, 1.0)
 
 
 class LsqQuantizer(Quantizer):
