@@ -81,14 +81,14 @@ must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keywo
         ) from error
 
 
-def some(words: Sequence[str]) -> str:
-    """Words with commas between them; of many the first ones, and how many there are more.
+def some(words: Sequence[str], most: int = MANY, separator: str = ", ") -> str:
+    """Words with a separator between them: the first `most` of them, and how many there are more.
 
-    >>> some(["a", "b"]), some(list("abcdefghijklmn"))
-    ('a, b', 'a, b, c, d, e, f, g, h, i, j, k, l, and 2 more')
+    >>> some(["a", "b"]), some(list("abcdefghijklmn")), some(["a", "b", "c"], 1, "; ")
+    ('a, b', 'a, b, c, d, e, f, g, h, i, j, k, l, and 2 more', 'a; and 2 more')
     """
-    more = f", and {len(words) - MANY} more" if len(words) > MANY else ""
-    return ", ".join(words[:MANY]) + more
+    more = [f"and {len(words) - most} more"] if len(words) > most else []
+    return separator.join([*words[:most], *more])
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
+from torchquant._shown import some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
 from torchquant.deploy.stored_files import read_checkpoint
@@ -215,16 +216,12 @@ def _check_complete(
     problems = []
     if unknown:
         hint = did_you_mean(unknown[0], own)
-        problems.append(f"it has {_some(unknown)} too much{hint and f';{hint}'}")
+        problems.append(f"it has {some(unknown, 3)} too much{hint and f';{hint}'}")
     if missing:
-        problems.append(f"it lacks {_some(missing)}")
+        problems.append(f"it lacks {some(missing, 3)}")
     wrong = [k for k, v in loaded.items() if v.shape != own[k].shape and not _QUANTIZER_KEY.search(k)]
     if wrong:
         key = wrong[0]
         problems.append(f"{key} has shape {tuple(loaded[key].shape)} there and {tuple(own[key].shape)} here")
     if problems:
         raise ConfigError(f"the checkpoint is not one of this {type(model).__name__}: {'; '.join(problems)}")
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

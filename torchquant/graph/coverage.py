@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant._shown import shown
+from torchquant._shown import shown, some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError
 from torchquant.graph.cost import samples_in
@@ -87,10 +87,8 @@ class Coverage(ShownAsTables):
             f"{100 * share:.1f} % of the {name}" for name, share in shares.items() if share > 1 - ENOUGH
         )
         unwanted = [part for part in unwanted if part.weights or part.macs]
-        named = "; ".join(
-            f"{part.path or '(root)'} ({part.what}{self._of(part)}): {part.why}" for part in unwanted[:SHOWN]
-        )
-        return f"{said}: {named}" + (f"; and {len(unwanted) - SHOWN} more" if len(unwanted) > SHOWN else "")
+        named = [f"{part.path or '(root)'} ({part.what}{self._of(part)}): {part.why}" for part in unwanted]
+        return f"{said}: {some(named, SHOWN, '; ')}"
 
     def _of(self, part: FloatPart) -> str:
         weights = f", {100 * part.weights / self.weights:.1f} % of the weights" if part.weights else ""
