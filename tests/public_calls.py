@@ -428,6 +428,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "export_qonnx": on_model(path="b.onnx", example_inputs=X, dynamic_batch=False),
         "file_sizes": lambda: {"paths": [file("packed")]},
         "load_packed": lambda: {"path": file("packed"), "model": net()},
+        "lower": on_model(example_inputs=X, keep_signed=False, as_exported=True),
         "run_onnx": lambda: {"path": file("onnx"), "x": X, "batch_size": 4, "optimize": False},
         "runtime_exact": on_model(example_inputs=X, rounding="ort"),
         "save_packed": packed_arguments,
@@ -482,7 +483,7 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     "torchquant.deploy": {
         RECORD: (
             *("Certificate", "Comparison", "FileSize", "FileSizes", "FirstDifference", "FloatOperator"),
-            *("IntegerModel", "OutputRow", "SiteParity"),
+            *("IntegerModel", "Lowered", "OutputRow", "SiteParity"),
         )
     },
     "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},

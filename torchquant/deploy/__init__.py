@@ -4,9 +4,11 @@ from torchquant.deploy.certificate import Certificate as Certificate
 from torchquant.deploy.certificate import Comparison as Comparison
 from torchquant.deploy.certificate import OutputRow as OutputRow
 from torchquant.deploy.certify import certify as certify
-from torchquant.deploy.integer import FloatOperator as FloatOperator
 from torchquant.deploy.integer import IntegerModel as IntegerModel
 from torchquant.deploy.integer import to_integer as to_integer
+from torchquant.deploy.lowering import FloatOperator as FloatOperator
+from torchquant.deploy.lowering import Lowered as Lowered
+from torchquant.deploy.lowering import lower as lower
 from torchquant.deploy.onnx_export import export_onnx as export_onnx
 from torchquant.deploy.onnx_run import run_onnx as run_onnx
 from torchquant.deploy.packed import load_packed as load_packed
@@ -27,6 +29,7 @@ __all__ = [
     "FirstDifference",
     "FloatOperator",
     "IntegerModel",
+    "Lowered",
     "OutputRow",
     "SiteParity",
     "certify",
@@ -34,6 +37,7 @@ __all__ = [
     "export_qonnx",
     "file_sizes",
     "load_packed",
+    "lower",
     "run_onnx",
     "runtime_exact",
     "save_packed",

@@ -20,6 +20,7 @@ from torchquant._modes import in_mode
 from torchquant._shown import shown
 from torchquant.deploy.certificate import REFERENCE, Certificate, Comparison, FinalOutputs, largest_apart
 from torchquant.deploy.integer import IntegerModel, to_integer
+from torchquant.deploy.lowering import Lowered
 from torchquant.deploy.onnx_graph import code_name
 from torchquant.deploy.onnx_run import CodeReader, feeds_of, open_session
 from torchquant.deploy.parity import FirstDifference, Follower, Probe, SiteParity, simulated_codes
@@ -40,7 +41,7 @@ Batch = tuple[tuple[Tensor, ...], Tensor | None]
 @checked
 @torch.no_grad()
 def certify(
-    model: nn.Module,
+    model: nn.Module | Lowered,
     path: str | os.PathLike[str],
     data: Any,
     bound: int = 0,
@@ -50,10 +51,10 @@ def certify(
 ) -> Certificate:
     """Run the simulation, the integer reference and ONNX Runtime on the same batches and compare every code.
 
-    model: the calibrated model that `path` was exported from by `export_onnx`. data: a tensor, a tuple of tensors for
-    a model with several inputs, a list of such batches, or of (inputs, labels); a DataLoader. Labels, the number of a
-    class of the first output for each sample or place, give accuracies. One batch is held at a time. NaN in the inputs
-    is refused; in the outputs of any engine it is a failure.
+    model: the calibrated model that `path` was exported from by `export_onnx`, or what `lower` made of it. data: a
+    tensor, a tuple of tensors for a model with several inputs, a list of such batches, or of (inputs, labels); a
+    DataLoader. Labels, the number of a class of the first output for each sample or place, give accuracies. One batch
+    is held at a time. NaN in the inputs is refused; in the outputs of any engine it is a failure.
 
     Where ONNX Runtime computes a site by an integer kernel at most `bound` codes may differ from the reference; where
     it rounds a float32 result (its graph run node by node; operators without integer kernel), codes may differ by one
@@ -86,10 +87,10 @@ def certify(
     if unknown or not ways:
         raise ConfigError(f"ways must be of {', '.join(WAYS)}, got {', '.join(ways) or 'none'}")
     keep_signed = metadata_of(path).get("torchquant_keep_signed") == "1"
-    engines = _Engines(model, path, ways, bound, tie_bound)
+    engines = _Engines(model, keep_signed, path, ways, bound, tie_bound)
     batches = samples = 0
     for inputs, labels in _batches(data, engines.session):
-        engines.run(inputs, labels, keep_signed)
+        engines.run(inputs, labels)
         batches, samples = batches + 1, samples + len(inputs[0])
     if engines.integer is None:
         raise ConfigError("data holds no batch")
@@ -117,9 +118,18 @@ class _Engines:
     """All that compute the same, and how they compared so far. Holds one batch at a time."""
 
     def __init__(
-        self, model: nn.Module, path: str | os.PathLike[str], ways: Sequence[str], bound: int, tie_bound: float
+        self,
+        model: nn.Module | Lowered,
+        keep_signed: bool,
+        path: str | os.PathLike[str],
+        ways: Sequence[str],
+        bound: int,
+        tie_bound: float,
     ) -> None:
-        self.model = model
+        if isinstance(model, Lowered) and model.keep_signed != keep_signed:
+            raise ExportError(f"{path} was written with keep_signed={keep_signed}, the model was lowered otherwise")
+        self.given, self.keep_signed = model, keep_signed
+        self.model = model.model if isinstance(model, Lowered) else model
         self.integer: IntegerModel | None = None
         self.readers = {way: CodeReader(path, way) for way in ways}
         self.followers = {way: Follower(self.readers[way].makers, bound, tie_bound) for way in ways}
@@ -130,10 +140,11 @@ class _Engines:
         self.firsts: dict[str, FirstDifference] = {}
         self.apart = dict.fromkeys(ways, 0.0)
 
-    def run(self, inputs: tuple[Tensor, ...], labels: Tensor | None, keep_signed: bool) -> None:
+    def run(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> None:
         """Compare them all on one batch."""
         if self.integer is None:
-            self.integer = to_integer(self.model, inputs, "ort", keep_signed, as_exported=True)
+            example = None if isinstance(self.given, Lowered) else inputs
+            self.integer = to_integer(self.given, example, "ort", self.keep_signed, as_exported=True)
         found = _reference(self.model, self.integer, inputs, self.simulation)
         for way, reader in self.readers.items():
             outputs, codes = reader.run(inputs)

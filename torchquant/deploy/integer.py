@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant._arguments import checked
-from torchquant.deploy.form import deploy_form, settle
 from torchquant.deploy.integer_run import Follow, IntegerRun, integer_run
+from torchquant.deploy.lowering import Lowered, lowered_as
 from torchquant.deploy.values import IntegerTensor
 from torchquant.quantizers_functional.requantize import check_rounding
-
-
-@dataclass(frozen=True)
-class FloatOperator:
-    """An operator on real numbers, between an explicit dequantize and quantize; `after`: the site reached before it."""
-
-    name: str
-    after: str
 
 
 class IntegerModel(nn.Module):
@@ -32,14 +23,14 @@ class IntegerModel(nn.Module):
     later only to raise ExportError.
     """
 
-    def __init__(self, form: nn.Module, met: IntegerRun) -> None:
+    def __init__(self, lowered: Lowered, rounding: str) -> None:
         super().__init__()
-        self.form = form
-        self.rounding = met.rounding
-        self.tables = met.tables
-        self.float_operators = tuple(FloatOperator(name, after) for name, after in met.floats)
-        self.accumulators = dict(met.largest)
-        self.not_run = met.not_run
+        self.form = lowered.form
+        self.rounding = rounding
+        self.tables = not lowered.as_exported
+        self.float_operators = lowered.float_operators
+        self.accumulators = lowered.accumulators
+        self.not_run = lowered.not_run
 
     def train(self, mode: bool = True) -> IntegerModel:
         """Stays in evaluation mode: integers are not trained."""
@@ -69,13 +60,13 @@ class IntegerModel(nn.Module):
 
 @checked
 def to_integer(
-    model: nn.Module,
-    example_inputs: Any,
+    model: nn.Module | Lowered,
+    example_inputs: Any = None,
     rounding: str = "ort",
     keep_signed: bool = False,
     as_exported: bool = False,
 ) -> IntegerModel:
-    """The calibrated model as it runs on integers, on the CPU. The model itself is not changed.
+    """The calibrated model, or what `lower` made of it, as it runs on integers, on the CPU. The model is not changed.
 
     Sites with a quantizer exchange codes; convolutions (also transposed), linear layers and matrix products take
     32-bit sums of products of codes, biases in steps of input scale times weight scale, batch norms folded; additions,
@@ -104,5 +95,4 @@ def to_integer(
     ['0.output', '2.output', 'quantize_input_1.output']
     """
     check_rounding(rounding)
-    form = deploy_form(model, keep_signed)
-    return IntegerModel(form, settle(form, example_inputs, rounding, tables=not as_exported))
+    return IntegerModel(lowered_as(model, example_inputs, keep_signed, as_exported or None), rounding)

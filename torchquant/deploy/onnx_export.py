@@ -16,7 +16,7 @@ from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant._shown import shown, some
 from torchquant.deploy.certify import certify
-from torchquant.deploy.form import deploy_form, settle
+from torchquant.deploy.lowering import Lowered, lowered_as
 from torchquant.deploy.onnx_graph import PACKED_OPSET, finish_graph
 from torchquant.deploy.qdq import onnx_nodes
 from torchquant.errors import ConfigError, ExportError, require
@@ -30,9 +30,9 @@ MAX_BYTES = 2**31 - 1
 
 @checked
 def export_onnx(
-    model: nn.Module,
+    model: nn.Module | Lowered,
     path: str | os.PathLike[str],
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
     keep_signed: bool = False,
@@ -46,10 +46,11 @@ def export_onnx(
     quantizer are float32. The tensor of codes of a site is called "SITE.codes". Operator set 20, with weights of 4 bits
     21, of 2 bits 25. docs/deploy.md tells what runtimes make of it.
 
-    `example_inputs`: what `model(*example_inputs)` takes, tensors on any device. `dynamic_batch`
-    leaves the size of axis 0 of every input open. `dynamic_shapes` leaves others open: for each input a mapping of axes
-    to names, as `({2: "height", 3: "width"},)`, of any sizes from those of the example on; axes of one name have one
-    size. In place of a name a `torch.export.Dim`, such as `32 * Dim("rows", min=2)` where only multiples will do.
+    `model`: the model, with `example_inputs`, what `model(*example_inputs)` takes, tensors on any device; or what
+    `lower` made of both, which serves `certify` and `to_integer` too. `dynamic_batch` leaves the size of axis 0 of
+    every input open. `dynamic_shapes` leaves others open: for each input a mapping of axes to names, as
+    `({2: "height", 3: "width"},)`, of any sizes from those of the example on; axes of one name have one size. In place
+    of a name a `torch.export.Dim`, such as `32 * Dim("rows", min=2)` where only multiples will do.
     `verify` runs the file on the example, and on one twice as large along the axes of `dynamic_shapes`, and compares
     all codes (see `certify`).
 
@@ -77,15 +78,17 @@ def export_onnx(
     """
     for package in ("onnx", "onnxscript", *(("onnxruntime",) if verify else ())):
         require(package, "deploy")
-    inputs = checked_inputs(example_inputs)
-    form = deploy_form(model, keep_signed)
-    tell_of_left_out(settle(form, inputs, tables=False).not_run)
+    if example_inputs is not None:
+        example_inputs = checked_inputs(example_inputs)
+    lowered = lowered_as(model, example_inputs, keep_signed, as_exported=True)
+    form, inputs = lowered.form, checked_inputs(lowered.example_inputs)
+    tell_of_left_out(lowered.not_run)
     n_bytes = sum(t.untyped_storage().nbytes() for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
         raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
     proto = exported(form, inputs, dynamic_batch, dynamic_shapes)
     finish_graph(proto, form)
-    describe(proto, model, {"torchquant_keep_signed": "1"} if keep_signed else {})
+    describe(proto, lowered.model, {"torchquant_keep_signed": "1"} if lowered.keep_signed else {})
     require("onnx", "deploy").checker.check_model(proto, full_check=True)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def export_onnx(
     def write(temporary: Path) -> None:
         temporary.write_bytes(proto.SerializeToString())
         if verify:
-            _verify(model, temporary, inputs, dynamic_shapes)
+            _verify(lowered, temporary, inputs, dynamic_shapes)
 
     return write_whole(target, write)
 
@@ -124,12 +127,12 @@ def describe(proto: Any, model: nn.Module, notes: dict[str, str]) -> None:
         proto.metadata_props.add(key=key, value=value)
 
 
-def _verify(model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes | None) -> None:
+def _verify(lowered: Lowered, path: Path, inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes | None) -> None:
     batches = [inputs]
     if dynamic_shapes is not None:
         batches.append(tuple(_twice(x, axes) for x, axes in zip(inputs, dynamic_shapes, strict=True)))
     try:
-        certificate = certify(model, path, batches, ways=("none",))
+        certificate = certify(lowered, path, batches, ways=("none",))
     except (RuntimeError, ConfigError) as error:
         if dynamic_shapes is None:
             raise
