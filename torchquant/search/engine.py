@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torchquant.search.space import search_rules
 from torchquant.search.supernet import build_supernet
 from torchquant.training import Loss, OnEpoch, calibrate, fit_quantized
 from torchquant.training.batches import is_first_rank
-from torchquant.training.loop import across_ranks, epochs_done
+from torchquant.training.loop import across_ranks, epochs_done, random_state, set_random_state
 from torchquant.utils import set_qmodule_state
 
 SCOPES = ("layer", "model")
@@ -203,17 +205,53 @@ class Search:
         """
         folder = None if out is None else Path(out)
         if folder is not None:
-            resume_search(self, folder)
+            resume_search(folder, self._identity(), self.load_state_dict)
         while self.epoch < self.settings.epochs and not self._is_settled():
             self.epoch += 1
             record = self._epoch(batches, arch_batches)
             self.history.append(record)
             if folder is not None and is_first_rank():
-                keep_search(self, folder)
+                keep_search(folder, self.state_dict(), [record.to_dict() for record in self.history])
             if on_epoch is not None:
                 on_epoch(record)
         self.model.eval()
         return self.history
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a search of the same settings needs to go on from here, and what tells that it is the same."""
+        return {
+            **self._identity(),
+            "model": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
+            "prices": self.prices.values,
+            "slopes": self.slopes,
+            "epoch": self.epoch,
+            "history": json.dumps([record.to_dict() for record in self.history]),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was made."""
+        self.model.load_state_dict(saved["model"])
+        for name, optimizer in self.optimizers().items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        for mixture in self.every_mixture:
+            mixture.refresh()
+        self.prices.values, self.slopes, self.epoch = saved["prices"], saved["slopes"], int(saved["epoch"])
+        self.history = [EpochRecord(**entry) for entry in json.loads(saved["history"])]
+        set_random_state(saved["random"])
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a search to go on."""
+        places = {name_of(place): mixtures[0].specs for place, mixtures in self.mixtures.items()}
+        return {
+            "settings": json.dumps(asdict(self.settings)),
+            "candidates": json.dumps(places),
+            "budgets": ", ".join(map(str, self.prices.budgets)),
+            "forms": json.dumps([mixture.form for mixture in self.every_mixture]),
+            "groups": json.dumps([[name_of(place) for place in group] for group in self.groups()]),
+            "latency": str(sorted((self.costs.latency or {}).items())),
+        }
 
     def _is_settled(self) -> bool:
         patience = self.settings.patience
@@ -315,8 +353,6 @@ class Search:
         Raises ConfigError if no choice keeps several of them together.
         """
         return self.costs.plan_of(self.plan, self.choice_within_budget())
-
-    finish = derive
 
     def float_model(self) -> nn.Module:
         """The float model with the weights as they are now."""
