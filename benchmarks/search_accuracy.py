@@ -28,9 +28,9 @@ from torchquant.demo.files import keep_settings, output_folder, write_checkpoint
 from torchquant.demo.training import BATCH_SIZE, accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.plan import QuantPlan
 from torchquant.search import PrecisionLearning, SchemeSearch, SearchSettings, default_candidates
-from torchquant.search.allocate import allocate
+from torchquant.search.allocation import allocate
 from torchquant.search.engine import Search
-from torchquant.search.sensitivity import sensitivity
+from torchquant.search.sensitivities import sensitivity
 
 NETS = ("demo", "small_mobilenet")
 ACTS = {"input": "affine:8", "output": "affine:8"}

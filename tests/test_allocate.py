@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torchquant import QuantPlan
 from torchquant.errors import ConfigError
 from torchquant.search import Budget, CostModel, search_rules
-from torchquant.search.allocate import Allocator, allocate, plain_problem
+from torchquant.search.allocation import Allocator, allocate, plain_problem
 from torchquant.search.dynamic import solve_dp
+from torchquant.search.fronts import pareto
 from torchquant.search.latency import measure_latency, read_latency, write_latency
-from torchquant.search.pareto import pareto
 from torchquant.search.repair import keep_budgets
-from torchquant.search.sensitivity import Sensitivity, sensitivity
+from torchquant.search.sensitivities import Sensitivity, sensitivity
 from torchquant.search.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
 from torchquant.search.space import searched_fields
 

@@ -12,7 +12,7 @@ from torch import nn
 import torchquant as tq
 from tests.test_onnx_export import small_net
 from torchquant.deploy import certify, export_onnx, export_qonnx, runtime_exact, to_integer
-from torchquant.deploy.certify import graph_hash, metadata_of
+from torchquant.deploy.certification import graph_hash, metadata_of
 from torchquant.deploy.onnx_run import CodeReader, open_session
 from torchquant.errors import ConfigError, ExportError, UnobservedRangeError
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from torchquant import cli
 from torchquant.demo.training import accuracy
 from torchquant.deploy import load_packed
-from torchquant.deploy.certify import metadata_of
+from torchquant.deploy.certification import metadata_of
 from torchquant.errors import ConfigError
 from torchquant.export_run import certify_run, export_run, load_run
 from torchquant.job import JobConfig, run_job

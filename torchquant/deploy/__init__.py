@@ -3,7 +3,7 @@
 from torchquant.deploy.certificate import Certificate as Certificate
 from torchquant.deploy.certificate import Comparison as Comparison
 from torchquant.deploy.certificate import OutputRow as OutputRow
-from torchquant.deploy.certify import certify as certify
+from torchquant.deploy.certification import certify as certify
 from torchquant.deploy.integer import IntegerModel as IntegerModel
 from torchquant.deploy.integer import to_integer as to_integer
 from torchquant.deploy.lowering import FloatOperator as FloatOperator

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant._shown import shown, some
-from torchquant.deploy.certify import certify
+from torchquant.deploy.certification import certify
 from torchquant.deploy.lowering import Lowered, lowered_as
 from torchquant.deploy.onnx_graph import PACKED_OPSET, finish_graph
 from torchquant.deploy.qdq import onnx_nodes

@@ -20,9 +20,9 @@ from torchquant.search import (
     SearchSettings,
     search_rules,
 )
-from torchquant.search.allocate import SOLVERS
+from torchquant.search.allocation import SOLVERS
 from torchquant.search.engine import SCOPES, Search
-from torchquant.search.sensitivity import METHODS
+from torchquant.search.sensitivities import METHODS
 from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_fields
 from torchquant.search.width_gradient import FORMS
 

@@ -35,13 +35,13 @@ from torchquant.job import build_model, files_of, tried
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QModuleState
 from torchquant.search import Budget, CostModel, EpochRecord
-from torchquant.search.allocate import allocate
+from torchquant.search.allocation import allocate
 from torchquant.search.cost import LatencyTable
+from torchquant.search.fronts import pareto
 from torchquant.search.latency import read_latency
-from torchquant.search.pareto import pareto
 from torchquant.search.progress import PROGRESS
-from torchquant.search.sensitivity import FILE as SENSITIVITY
-from torchquant.search.sensitivity import Sensitivity, sensitivity
+from torchquant.search.sensitivities import FILE as SENSITIVITY
+from torchquant.search.sensitivities import Sensitivity, sensitivity
 from torchquant.search_run.ranks import Ranks, process_group
 from torchquant.search_run.results import (
     FRONT,

@@ -18,10 +18,10 @@ from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, require
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
-from torchquant.search.allocate import Allocation, Allocator, Harms
+from torchquant.search.allocation import Allocation, Allocator, Harms
 from torchquant.search.budget import MEASURES, Budget
 from torchquant.search.cost import LatencyTable
-from torchquant.search.sensitivity import Sensitivity
+from torchquant.search.sensitivities import Sensitivity
 
 LABELS = {
     "bytes": "weights, bytes",

@@ -18,7 +18,7 @@ from torchquant.search.budget import Budget
 from torchquant.search.cost import CostModel, LatencyTable, Place, Variable
 from torchquant.search.dynamic import solve_dp
 from torchquant.search.probe import searched_plan
-from torchquant.search.sensitivity import Sensitivity
+from torchquant.search.sensitivities import Sensitivity
 from torchquant.search.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
 
 SOLVERS = {
