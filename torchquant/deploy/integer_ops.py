@@ -1,8 +1,8 @@
-"""What operators make of integers: one function an operator, keyed by its name.
+"""What operators make of integers: one handler an operator, by its name in the table of operators.
 
-A function gets the operator's own arguments and returns an `IntegerTensor`, or `NotImplemented` for arguments that
-have no integer form. Sums of products are taken in float64, where whole numbers are exact up to 2**53; what they may
-reach is checked against 32 bits.
+A handler gets the function that was called and its arguments, and returns an `IntegerTensor`, or `NotImplemented` for
+arguments that have no integer form. Sums of products are taken in float64, where whole numbers are exact up to 2**53;
+what they may reach is checked against 32 bits. What passes values on needs no handler: it is run on the integers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,38 +21,43 @@ from torch.utils._pytree import tree_map_only
 from torchquant.deploy.codes import bias_codes
 from torchquant.deploy.integer_run import current_run
 from torchquant.deploy.values import Addition, Average, Clamp, Codes, Concat, IntegerTensor, Product, Sum, Sums, Weight
-from torchquant.errors import ExportError
+from torchquant.errors import ConfigError, ExportError, NameClashError
+from torchquant.graph.operators import OPERATORS, Operator, writes_by_name
+from torchquant.qmodule.own_forward import PRODUCTS
 from torchquant.quantizers_functional.bn_fold import channel_view
 
 Handler = Callable[..., Any]
-OPS: dict[str, Handler] = {}
-
-# Values move or stay; none is computed. Names of functions and methods.
-MOVING = {
-    *("view", "view_as", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "contiguous", "movedim"),
-    *("squeeze", "unsqueeze", "expand", "expand_as", "repeat", "__getitem__", "select", "narrow", "roll", "flip"),
-    *("chunk", "split", "unbind", "tensor_split", "detach", "clone", "pixel_shuffle", "pixel_unshuffle"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    *("channel_shuffle", "native_channel_shuffle", "amax"),
-}
-KEEPING = {"dropout", "dropout1d", "dropout2d", "dropout3d", "float"}
-ABOUT = {
-    *("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_complex", "get_device", "__len__"),
-    *("is_contiguous", "element_size", "storage_offset", "is_signed", "__hash__", "nelement"),
-}
+HANDLERS: dict[str, Handler] = {}
+"""Name of an operator -> its handler."""
 ALIASES = {"axis": "dim", "keepdims": "keepdim"}
-PROPERTIES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse"}
+
+
+def register_integer(*names: str) -> Callable[[Handler], Handler]:
+    """Let a function be the handler of operators. Raises ConfigError for a name that is not in the table."""
+
+    def enter(handler: Handler) -> Handler:
+        for name in names:
+            if name not in OPERATORS:
+                raise ConfigError(f"there is no operator '{name}'; add it with torchquant.graph.register_operator")
+            if HANDLERS.setdefault(name, handler) is not handler:
+                raise NameClashError(f"the operator '{name}' has a handler of integers already")
+        return handler
+
+    return enter
+
+
+def handler_of(operator: Operator) -> Handler | None:
+    """The handler of an operator, None for one that integers do not compute."""
+    return HANDLERS.get(operator.name, _moved if operator.role == "passes" else None)
 
 
 def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The result of a torch function whose arguments hold an `IntegerTensor`; in real numbers where it must be."""
     name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = func.__self__.__name__
-        if name in PROPERTIES:
-            with _plainly():
-                return func(*args, **kwargs)
-    if name in ABOUT:
+    is_property = name == "__get__"
+    name = func.__self__.__name__ if is_property else name
+    operator = OPERATORS.of(name if is_property else func)
+    if name == "__hash__" or (operator is not None and operator.role == "shape"):
         with _plainly():
             return func(*args, **kwargs)
     kwargs = {ALIASES.get(key, key): value for key, value in kwargs.items()}
@@ -63,13 +67,12 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             f"{current_run().site}: the model writes into a quantized tensor behind it ({name}), which integers do not "
             "follow. Use the operator that returns a new tensor"
         )
-    handler = OPS.get(name)
-    found = NotImplemented if handler is None else handler(*args, **kwargs)
-    if found is NotImplemented and name in MOVING:
-        found = _moved(func, *args, **kwargs)
+    handler = None if operator is None or is_property else handler_of(operator)
+    is_reflected = name.startswith("__r") and handler is not None  # x.__rsub__(y) is y - x
+    found = NotImplemented if handler is None else handler(func, *(args[::-1] if is_reflected else args), **kwargs)
     if found is not NotImplemented:
         return found
-    if name not in MOVING:
+    if handler is not _moved:
         current_run().note_float(name)
     real_args, real_kwargs = tree_map_only(IntegerTensor, IntegerTensor.real, (tuple(args), kwargs))
     return func(*real_args, **real_kwargs)
@@ -77,20 +80,12 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def writes_into(name: str) -> bool:
     """Whether an operator of that name changes its first argument and nobody takes up the result."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    return name == "__setitem__" or writes_by_name(name)
 
 
 def _plainly() -> AbstractContextManager[Any]:
     """Without `__torch_function__`."""
     return torch._C.DisableTorchFunctionSubclass()
-
-
-def _op(*names: str) -> Callable[[Handler], Handler]:
-    def enter(handler: Handler) -> Handler:
-        OPS.update(dict.fromkeys(names, handler))
-        return handler
-
-    return enter
 
 
 def _codes(x: Any) -> Codes | None:
@@ -118,49 +113,64 @@ def _moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return _on_codes(x, lambda ints: func(ints, *args, **kwargs))
 
 
-@_op(*KEEPING)
-def _kept(x: Any, *args: Any, **kwargs: Any) -> Any:
+@register_integer("dropout")
+def _kept(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     training = kwargs.get("training", args[1] if len(args) > 1 else False)
     return NotImplemented if training else x
 
 
-@_op("to")
-def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
-    wanted = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), torch.float32))
+@register_integer("to")
+def _to(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """`x.to(...)`, `x.type_as(y)`, `x.float()`."""
+    given = (kwargs.get("dtype"), *(a.dtype if isinstance(a, Tensor) else a for a in (*args, kwargs.get("other"))))
+    wanted = next((a for a in given if isinstance(a, torch.dtype)), torch.float32)
     return x if wanted == torch.float32 else NotImplemented
 
 
-@_op("pad")
-def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+@register_integer("max")
+def _max(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The largest value of all, or along an axis, then with where it is; not the larger of two tensors."""
+    if _codes(x) is None or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        return NotImplemented
+    if func in (torch.amax, Tensor.amax) or not (args or kwargs):
+        return _moved(func, x, *args, **kwargs)
+    found = func(x.codes.ints, *args, **kwargs)
+    return type(found)((_made(replace(x.codes, ints=found.values), found.values), found.indices))
+
+
+@register_integer("pad")
+def _pad(func: Any, x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
     if not isinstance(x, IntegerTensor) or (mode == "constant" and value):
         return NotImplemented
-    return _on_codes(x, lambda ints: torch.nn.functional.pad(ints, pad, mode))
+    return _on_codes(x, lambda ints: func(ints, pad, mode))
 
 
-@_op("interpolate")
-def _interpolate(x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **kwargs: Any) -> Any:
+@register_integer("interpolate")
+def _interpolate(
+    func: Any, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **kwargs: Any
+) -> Any:
     if not isinstance(x, IntegerTensor) or not mode.startswith("nearest"):
         return NotImplemented
-    return _on_codes(x, lambda ints: torch.nn.functional.interpolate(ints, size, scale_factor, mode))
+    return _on_codes(x, lambda ints: func(ints, size, scale_factor, mode))
 
 
-@_op("relu")
-def _relu(x: Any, inplace: bool = False) -> Any:
+@register_integer("relu")
+def _relu(func: Any, x: Any, inplace: bool = False) -> Any:
     return _clamped(x, (0.0, None))
 
 
-@_op("relu6")
-def _relu6(x: Any, inplace: bool = False) -> Any:
+@register_integer("relu6")
+def _relu6(func: Any, x: Any, inplace: bool = False) -> Any:
     return _clamped(x, (0.0, 6.0))
 
 
-@_op("hardtanh")
-def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+@register_integer("hardtanh")
+def _hardtanh(func: Any, x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
     return _clamped(x, (min_val, max_val))
 
 
-@_op("clamp", "clip")
-def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+@register_integer("clamp")
+def _clamp(func: Any, x: Any, min: Any = None, max: Any = None) -> Any:
     if isinstance(min, Tensor) or isinstance(max, Tensor):
         return NotImplemented
     return _clamped(x, (min, max))
@@ -177,17 +187,10 @@ def _clamped(x: IntegerTensor, clamp: Clamp) -> Any:
     return IntegerTensor(x.value, x.shape, (low, high))
 
 
-def _convolution(function: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    return _weighted(lambda a, w: function(a, w, None, *args, **kwargs), x, weight, bias, 1 - weight.dim())
-
-
-for _name in (f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)):
-    OPS[_name] = partial(_convolution, getattr(torch, _name))
-
-
-@_op("linear")
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    return _weighted(lambda a, w: torch.nn.functional.linear(a, w), x, weight, bias, -1)
+@register_integer(*(f.__name__ for f in PRODUCTS.values()))
+def _layer(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+    channel_axis = -1 if weight.dim() <= 2 else 1 - weight.dim()
+    return _weighted(lambda a, w: func(a, w, None, *args, **kwargs), x, weight, bias, channel_axis)
 
 
 def _weighted(
@@ -225,8 +228,8 @@ def _bias_on_grid(bias: Tensor, scale: Tensor, ndim: int, channel_axis: int) -> 
     return bias_codes(channel_view(bias.detach(), ndim, channel_axis), scale, current_run().site)
 
 
-@_op("matmul", "__matmul__", "bmm", "mm")
-def _matmul(input: Any, other: Any) -> Any:
+@register_integer("matmul")
+def _matmul(func: Any, input: Any, other: Any) -> Any:
     left, right = _codes(input), _codes(other)
     if left is None or right is None:
         return NotImplemented
@@ -237,8 +240,8 @@ def _matmul(input: Any, other: Any) -> Any:
     return _made(Sum(acc.to(torch.int64), left.scale * right.scale), acc)
 
 
-@_op("mul", "__mul__", "__rmul__", "multiply", "__imul__")
-def _mul(input: Any, other: Any) -> Any:
+@register_integer("mul")
+def _mul(func: Any, input: Any, other: Any) -> Any:
     left, right = _codes(input), _codes(other)
     if left is None or right is None:
         return NotImplemented
@@ -246,13 +249,13 @@ def _mul(input: Any, other: Any) -> Any:
     return _made(Product(ints, left.scale * right.scale), ints)
 
 
-@_op("add", "__add__", "__radd__", "__iadd__")
-def _add(input: Any, other: Any, alpha: float = 1) -> Any:
+@register_integer("add")
+def _add(func: Any, input: Any, other: Any, alpha: float = 1) -> Any:
     return _sum_of(input, other, alpha, minus=False)
 
 
-@_op("sub", "__sub__", "__isub__", "subtract")
-def _sub(input: Any, other: Any, alpha: float = 1) -> Any:
+@register_integer("sub")
+def _sub(func: Any, input: Any, other: Any, alpha: float = 1) -> Any:
     return _sum_of(input, other, alpha, minus=True)
 
 
@@ -264,8 +267,8 @@ def _sum_of(a: Any, b: Any, alpha: float, minus: bool) -> Any:
     return IntegerTensor(Addition(left, right, minus), shape)
 
 
-@_op("cat", "concat", "concatenate")
-def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
+@register_integer("cat")
+def _cat(func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
     values = [_codes(x) for x in tensors]
     parts = [value for value in values if value is not None]
     if len(parts) < len(values):
@@ -277,8 +280,13 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     return _made(Concat(tuple(parts), dim), joined)
 
 
-@_op("mean")
-def _mean(x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+@register_integer("stack")
+def _stack(func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
+    return _cat(func, [x.unsqueeze(dim) for x in tensors], dim)
+
+
+@register_integer("mean")
+def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     value = _codes(x)
     if value is None or kwargs:
         return NotImplemented
@@ -287,21 +295,17 @@ def _mean(x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     return _made(Sum(sums, value.scale, value.ints.numel() // max(1, sums.numel())), sums)
 
 
-def _of_each_rank(name: str, handler: Handler) -> None:
-    """Enter a pool for 1, 2 and 3 axes; its handler gets their number first. Inputs without a batch run in float."""
-    for n in (1, 2, 3):
-
-        def handle(x: Any, *args: Any, n: int = n, **kwargs: Any) -> Any:
-            return handler(n, x, *args, **kwargs) if x.dim() == n + 2 else NotImplemented
-
-        OPS[f"{name}{n}d"] = handle
+def _lacks_batch(func: Any, x: Any) -> bool:
+    """Whether x has one dimension less than a pool takes of a batch; its name ends with the number of axes, as "2d"."""
+    return bool(x.dim() != int(func.__name__[-2]) + 2)
 
 
-def _adaptive_average(n: int, x: Any, output_size: Any) -> Any:
+@register_integer("adaptive_avg_pool")
+def _adaptive_average(func: Any, x: Any, output_size: Any) -> Any:
     value = _codes(x)
-    if value is None:
+    if value is None or _lacks_batch(func, x):
         return NotImplemented
-    given = output_size if isinstance(output_size, tuple | list) else (output_size,) * n
+    given = output_size if isinstance(output_size, tuple | list) else (output_size,) * (x.dim() - 2)
     spatial = x.shape[x.dim() - len(given) :]
     wanted = [s if g is None else g for g, s in zip(given, spatial, strict=True)]
     if all(w == 1 for w in wanted):
@@ -314,8 +318,9 @@ def _adaptive_average(n: int, x: Any, output_size: Any) -> Any:
     return _window_average(value, kernel, kernel)
 
 
+@register_integer("avg_pool")
 def _average(
-    n: int,
+    func: Any,
     x: Any,
     kernel_size: Any,
     stride: Any = None,
@@ -325,9 +330,9 @@ def _average(
     divisor_override: int | None = None,
 ) -> Any:
     value = _codes(x)
-    if value is None or ceil_mode or divisor_override is not None:
+    if value is None or ceil_mode or divisor_override is not None or _lacks_batch(func, x):
         return NotImplemented
-    kernel, steps, pads = (_each(v, n) for v in (kernel_size, stride or kernel_size, padding))
+    kernel, steps, pads = (_each(v, x.dim() - 2) for v in (kernel_size, stride or kernel_size, padding))
     if any(pads) and not count_include_pad:
         return NotImplemented
     padded = torch.nn.functional.pad(value.ints, [p for pad in reversed(pads) for p in (pad, pad)])
@@ -361,7 +366,3 @@ def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
-
-
-_of_each_rank("adaptive_avg_pool", _adaptive_average)
-_of_each_rank("avg_pool", _average)

@@ -14,7 +14,7 @@ from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model
 from torchquant.graph.graph_sites import GraphSites
-from torchquant.graph.ops import computing_module_type
+from torchquant.graph.ops import is_norm, operator_of_module
 from torchquant.graph.sites import (
     NORM_WHY,
     Captured,
@@ -155,16 +155,17 @@ class Finder:
         has_sites = len(self.sites)
         for name, child in module.named_children():
             below = joined(path, name)
-            kind = computing_module_type(child)
+            operator = operator_of_module(child)
+            types = operator.types if operator is not None and operator.role == "computes" else ()
             is_leaf = self.trace == "modules" and next(child.children(), None) is None and not layer_fields(child)
-            if (kind is not None or is_leaf) and child not in self.seen:
+            if (types or is_leaf) and child not in self.seen:
                 self.seen.add(child)
-                types = (*([] if kind is None else [kind]), plain_type(child).__name__)
                 if below not in {taken for taken, _ in self.norms.values()}:
+                    types = (*types, plain_type(child).__name__)
                     self.sites[below] = Site(below, types, ("input", "output"), child, region=path)
             elif has_layers(child):
                 self.look_into(below, child, is_read=not layer_fields(child))  # layers quantize what they read
-            elif "Norm" in type(child).__name__ and child not in self.seen:
+            elif is_norm(child) and child not in self.seen:
                 self.seen.add(child)
                 self.floats.append(LeftFloat(below, type(child).__name__, NORM_WHY))
         is_container = type(module).forward is nn.Module.forward

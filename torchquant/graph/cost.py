@@ -121,7 +121,7 @@ def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
     sizes = []
     for site in captured.sites:
         calls = values.get(site.path, [])
-        macs = Macs.of_one(samples, (site_macs(site, inputs, output) for inputs, output in calls))
+        macs = Macs.of_one(samples, (site_macs(site, arguments, output) for arguments, output in calls))
         elements = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
         weights = _weights(site.module) if site.is_layer and site.module is not None else []
         seen, behind = (tuple(part) for part in zip(*weights, strict=True)) if weights else ((), ())
@@ -140,7 +140,7 @@ def tied_weights(
     groups: dict[Any, tuple[Tensor, list[tuple[str, int]]]] = {}
     for size in sizes:
         plan = chosen.get(size.site.path)
-        if plan is not None and plan.fold_bn and any("BatchNorm" in kind for _, kind in size.site.fused):
+        if plan is not None and plan.fold_bn and size.site.batch_norm is not None:
             continue
         for i, (weight, parameter) in enumerate(zip(size.weights, size.parameters, strict=True)):
             key = (id(parameter), weight.shape, weight.stride())

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchquant._shown import shown, some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError
 from torchquant.graph.cost import samples_in
-from torchquant.graph.macs import function_macs, kind_of, site_macs
-from torchquant.graph.ops import MULTIPLYING
+from torchquant.graph.macs import function_macs, site_macs
+from torchquant.graph.operators import OPERATORS
 from torchquant.graph.sites import Captured, LeftFloat, Site, SitePlan, joined
 from torchquant.graph.watch import watch_products
 
@@ -184,17 +183,20 @@ def _float_macs(captured: Captured, chosen: Mapping[str, SitePlan], example_inpu
     found, total = Counter[Place](), 0
     operators = _operators(captured, chosen)
 
-    def of_layer(site: Site, inputs: list[Tensor], output: Any) -> None:
+    def of_layer(site: Site, arguments: Sequence[Any], output: Any) -> None:
         nonlocal total
-        macs = site_macs(site, inputs, output)
+        macs = site_macs(site, arguments, output)
         total += macs.total
         found[site.path, site.types[-1]] += macs.floats if _has_weight(site, chosen) else macs.total
 
-    def of_function(path: str, function: Any, inputs: Any, output: Any) -> None:
+    def of_function(path: str, function: Any, arguments: Sequence[Any], output: Any) -> None:
         nonlocal total
-        macs = function_macs(function, inputs, output)
+        operator = OPERATORS.of(function)
+        if operator is None or operator.macs is None:
+            return
+        macs = function_macs(function, arguments, output)
         total += macs
-        quantized, place = operators.get((path, kind_of(function)), (0.0, (path, function.__name__ if macs else "")))
+        quantized, place = operators.get((path, operator.family), (0.0, (path, function.__name__)))
         found[place] += round(macs * (1 - quantized))
 
     watch_products(captured, example_inputs, of_layer, of_function)
@@ -203,17 +205,18 @@ def _float_macs(captured: Captured, chosen: Mapping[str, SitePlan], example_inpu
 
 
 def _operators(captured: Captured, chosen: Mapping[str, SitePlan]) -> dict[tuple[str, str], tuple[float, Place]]:
-    """(path of a module, kind of product) -> the share of its sites that is quantized, and the first that is not."""
+    """(path of a module, family of products) -> the share of its sites that is quantized, the first that is not."""
     outputs = {path for path, plan in chosen.items() if plan.output is not None}
     groups: dict[tuple[str, str], list[tuple[bool, Place]]] = {}
     for site in captured.sites:
-        if site.types[0] in MULTIPLYING:
+        operator = OPERATORS.get(site.types[0])
+        if operator is not None and operator.macs is not None:
             plan = chosen.get(site.path)
             reads = [
                 bool(outputs & {*read.sources}) or (plan is not None and plan.input is not None) for read in site.reads
             ]
             owner = site.path.rpartition(".")[0]
-            groups.setdefault((owner, site.types[0]), []).append((all(reads), (site.path, site.types[-1])))
+            groups.setdefault((owner, operator.family), []).append((all(reads), (site.path, site.types[-1])))
     return {
         key: (sum(q for q, _ in group) / len(group), next((place for q, place in group if not q), group[0][1]))
         for key, group in groups.items()

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from torchquant.graph.hooks import has_hooks
-from torchquant.graph.ops import MULTIPLYING, about_tensors, activation_of, computing_type, name_of, passes_values
+from torchquant.graph.ops import (
+    about_tensors,
+    activation_of,
+    computing_operator,
+    is_norm,
+    name_of,
+    operator_at,
+    passes_values,
+)
 from torchquant.graph.sites import (
     NORM_WHY,
     ONLY_FLOAT,
@@ -34,8 +42,6 @@ if TYPE_CHECKING:
 
 NO_FORM = "it has no quantized form"
 TAKES_WEIGHTS = ", nor have the weights it is given"
-ONE_READ = {"mean", "avg_pool", "batch_norm", "interpolate"}
-"""Operators that carry the values of their first argument only."""
 
 
 class GraphSites:
@@ -76,7 +82,7 @@ class GraphSites:
                 continue
             if node.op == "call_module" and layer_fields(self.module_of(node)):
                 self._layer(node)
-            elif computing_type(node, self.root) is not None:
+            elif computing_operator(node, self.root) is not None:
                 self._operator(node)
             elif not passes_values(node, self.root):
                 self._other(node)
@@ -102,7 +108,7 @@ class GraphSites:
         if known is not None:
             site = self.sites[known]
             self.site_of[node] = site.path
-            reads = site.reads + self._reads(node, n_reads_of(kind, 1))
+            reads = site.reads + self._reads(node, n_reads_of(kind))
             is_read = site.is_read or self.needed[node]
             self._put(replace(site, reads=reads, nodes=(*site.nodes, node.name), is_read=is_read))
             return
@@ -118,19 +124,19 @@ class GraphSites:
             self._leave(path, types[-1], "it is called with more than its input")
             return
         self.layers[id(module)] = path
-        fields = layer_fields(module)
-        if self._fuses_beyond_clamps(fused, nodes[-1]):
-            fields = (*fields, "preactivation")
-        self._add(Site(path, types, fields, module, tuple(fused)), nodes, n_reads_of(kind, 1))
+        site = Site(path, types, layer_fields(module), module, tuple(fused))
+        if self._fuses_beyond_clamps(site, nodes[-1]):
+            site = replace(site, fields=(*site.fields, "preactivation"))
+        self._add(site, nodes, n_reads_of(kind))
 
     def fusable(self, node: fx.Node) -> bool:
         return bool(self.finder.fuse) and self.n_calls[id(self.module_of(node))] == 1
 
-    def _fuses_beyond_clamps(self, fused: list[tuple[str, str]], last: fx.Node) -> bool:
+    def _fuses_beyond_clamps(self, site: Site, last: fx.Node) -> bool:
         """Whether an activation is taken in that a quantizer does not do by itself."""
-        if not fused or "BatchNorm" in fused[-1][1]:
+        if site.activation is None:
             return False
-        path = fused[-1][0]
+        path = site.activation[0]
         activation = self.finder.model.get_submodule(path) if path else activation_of(last, self.root)
         return activation_clamp(activation) is None
 
@@ -174,10 +180,11 @@ class GraphSites:
         return users[0] if users[0].all_input_nodes == [node] else None
 
     def _operator(self, node: fx.Node) -> None:
-        kind = computing_type(node, self.root)
-        assert kind is not None
+        operator = computing_operator(node, self.root)
+        assert operator is not None
+        kind = operator.family
         module = self.module_of(node) if node.op == "call_module" else None
-        types: tuple[str, ...] = (kind,) if module is None else (kind, plain_type(module).__name__)
+        types = operator.types if module is None else (*operator.types, plain_type(module).__name__)
         written = written_by(node, self.root)
         if written is not None and lies_in_input(written, self.root):
             self._leave(joined(self.path, module_path(node)), kind, "it writes to its input, which others hold too")
@@ -190,14 +197,13 @@ class GraphSites:
                 self._leave(path, types[-1], "it is called more than once")
                 return
             self.finder.seen.add(module)
-        if not self.needed[node] and kind not in MULTIPLYING:
+        if not self.needed[node] and operator.macs is None:
             self._leave(path, types[-1], ONLY_FLOAT)
             return
         nodes = [node]
         fused = self._limited(self._fuse(nodes, None) if self.finder.fuse and self.needed[node] else [], path, nodes)
-        n_reads = 1 if kind in ONE_READ else n_reads_of(kind)
         fields = ("input", "output") if self.needed[node] else ("input",)
-        self._add(Site(path, types, fields, module, tuple(fused)), nodes, n_reads)
+        self._add(Site(path, types, fields, module, tuple(fused)), nodes, operator.n_reads)
 
     def _add(self, site: Site, nodes: list[fx.Node], n_reads: int | None) -> None:
         reads = self._reads(nodes[0], n_reads)
@@ -229,14 +235,16 @@ class GraphSites:
                 self.finder.look_into(joined(self.path, str(node.target)), module, is_read)
             else:
                 path, kind = joined(self.path, str(node.target)), type(module).__name__
-                self._leave(path, kind, NORM_WHY if "Norm" in kind else why_other(module) or NO_FORM)
+                self._leave(path, kind, NORM_WHY if is_norm(module) else why_other(module) or NO_FORM)
             return
         name = name_of(node)
         is_no_operator = name.startswith("_assert") or name == "getattr" or isinstance(node.target, type)
         if self._takes_values(node) and not is_no_operator:
             path = joined(self.path, module_path(node))
             takes_weights = any(value.op == "get_attr" for value in node.all_input_nodes)
-            why = NORM_WHY if "norm" in name else NO_FORM + (TAKES_WEIGHTS if takes_weights else "")
+            operator = operator_at(node, self.root)
+            is_known_norm = operator is not None and operator.role == "normalizes"
+            why = NORM_WHY if is_known_norm else NO_FORM + (TAKES_WEIGHTS if takes_weights else "")
             self._leave(path, name, why)
 
     def _takes_values(self, node: fx.Node) -> bool:
@@ -266,8 +274,8 @@ class GraphSites:
             module = self.module_of(user)
             if has_layers(module):
                 return True
-        kind = computing_type(user, self.root)
-        if kind in MULTIPLYING:
+        operator = computing_operator(user, self.root)
+        if operator is not None and operator.macs is not None:
             return True
-        is_open = kind is not None or passes_values(user, self.root)
+        is_open = operator is not None or passes_values(user, self.root)
         return (is_open or activation_of(user, self.root) is not None) and needed[user]

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from torchquant.graph.operators import OPERATORS
 from torchquant.graph.sites import Site
 from torchquant.graph.watch import tensors_in
-from torchquant.qmodule.own_forward import PRODUCTS
 from torchquant.qmodule.patterns import LayerRow, read_quietly, row_of, stock_type
 from torchquant.qmodule.weights import weight_names
-
-_KINDS = {
-    **{f.__name__: "transposed" if "transpose" in f.__name__ else "weighted" for f in PRODUCTS.values()},
-    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"), "matmul"),
-    "scaled_dot_product_attention": "attention",
-}
-"""Name of a function or method -> how its multiply-adds are counted."""
 
 
 @dataclass(frozen=True)
@@ -46,38 +39,28 @@ class Macs:
         return cls(*(-(-sum(getattr(macs, f.name) for macs in every) // samples) for f in fields(cls)))
 
 
-def site_macs(site: Site, inputs: list[Tensor], output: Any) -> Macs:
-    """Multiply-adds of one call; elementwise operators, pooling and joining count none."""
-    results = list(tensors_in(output))
+def site_macs(site: Site, arguments: Sequence[Any], output: Any) -> Macs:
+    """Multiply-adds of one call; elementwise operators, pooling and joining count none.
+
+    arguments: positional, then keyword.
+    """
+    results, inputs = list(tensors_in(output)), list(tensors_in(arguments))
     if not results or not inputs:
         return Macs()
     out, module = results[0], site.module
     if module is not None and site.is_layer:
         with read_quietly(module):
             return layer_macs(module, inputs, out)
-    kind = next((kind for kind in ("matmul", "attention") if kind in site.types), "")
-    return Macs(_product_macs(kind, inputs, out))
+    operator = OPERATORS.get(site.types[0])
+    return Macs(operator.macs(arguments, out) if operator is not None and operator.macs is not None else 0)
 
 
-def kind_of(function: Any) -> str:
-    """How the multiply-adds of a function are counted: "weighted", "transposed", "matmul", "attention"; "" for none."""
-    return _KINDS.get(getattr(function, "__name__", ""), "")
-
-
-def function_macs(function: Any, inputs: Any, output: Any) -> int:
+def function_macs(function: Any, arguments: Sequence[Any], output: Any) -> int:
     """Multiply-adds of a call of a function of torch, whoever calls it; 0 for one that multiplies no matrices."""
-    kind = kind_of(function)
-    return _product_macs(kind, list(tensors_in(inputs)), output) if kind and isinstance(output, Tensor) else 0
-
-
-def _product_macs(kind: str, inputs: list[Tensor], out: Tensor) -> int:
-    if kind in ("weighted", "transposed") and len(inputs) > 1 and len(inputs[1]):
-        return (inputs[0] if kind == "transposed" else out).numel() * inputs[1][0].numel()
-    if kind == "matmul" and len(inputs) > 1 and inputs[-2].ndim:
-        return out.numel() * inputs[-2].shape[-1]
-    if kind == "attention" and len(inputs) > 2:
-        return (inputs[0].numel() + out.numel()) * inputs[1].shape[-2]
-    return 0
+    operator = OPERATORS.of(function)
+    if operator is None or operator.macs is None or not isinstance(output, Tensor):
+        return 0
+    return operator.macs(arguments, output)
 
 
 def layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:

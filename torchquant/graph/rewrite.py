@@ -13,7 +13,7 @@ from torchquant.errors import ConfigError
 from torchquant.graph.calls import Signature
 from torchquant.graph.edit import GraphEditor
 from torchquant.graph.guards import Guard
-from torchquant.graph.ops import OUT_OF_PLACE, activation_of
+from torchquant.graph.ops import activation_of, out_of_place
 from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
@@ -212,17 +212,17 @@ class _Writer:
             return QWeights(module, given, plan.make("output", module), reads_here)
         layers = [module]
         activation = self._activation(site)
-        if site.fused and "BatchNorm" in site.fused[0][1]:
-            norm = self.model.get_submodule(site.fused[0][0])
+        if site.batch_norm is not None:
+            norm = self.model.get_submodule(site.batch_norm[0])
             layers.append(norm if norm_of(norm) is None else split_norm(norm))
         layers += [] if activation is None else [activation]
         weight, acts, bias, before = (plan.make(n, module) for n in ("weight", "output", "bias", "preactivation"))
         return QWrapper(layers, weight, acts, plan.fold_bn, reads_here, bias, before)
 
     def _activation(self, site: Site) -> nn.Module | None:
-        if not site.fused or "BatchNorm" in site.fused[-1][1]:
+        if site.activation is None:
             return None
-        path = site.fused[-1][0]
+        path = site.activation[0]
         if path:
             return self.model.get_submodule(path)
         region = self.captured.regions[site.region]
@@ -338,7 +338,7 @@ def _function(region: Region | None, site: Site) -> Any:
     node = _node(region, site, 0)
     if node.op == "call_module":
         return region.module.get_submodule(str(node.target))
-    target = OUT_OF_PLACE.get(node.target, node.target)
+    target = out_of_place(node)
     return getattr(torch.Tensor, target) if isinstance(target, str) else target
 
 

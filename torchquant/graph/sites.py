@@ -15,8 +15,8 @@ from torchquant.qmodule.patterns import InputFirstRow, LayerRow, plain_type, row
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
 
-N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention": 3, "attention": 3}
-"""Inputs that carry values, where these are not the first only (layers) or all (operators)."""
+N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention": 3}
+"""Inputs of a layer that carry values, where these are not the first only."""
 NORM_WHY = "a normalization stays float"
 ONLY_FLOAT = "only float operators read its result"
 FIELDS = ("weight", "input", "output", "bias", "preactivation")
@@ -60,6 +60,18 @@ class Site:
     def is_layer(self) -> bool:
         """Whether it has weights."""
         return "weight" in self.fields
+
+    @property
+    def batch_norm(self) -> tuple[str, str] | None:
+        """(path, type) of the batch norm that is fused in."""
+        row = None if self.module is None else row_of(self.module)
+        norm = row.batch_norm if isinstance(row, LayerRow) else None
+        return self.fused[0] if self.fused and norm is not None and self.fused[0][1] == norm.__name__ else None
+
+    @property
+    def activation(self) -> tuple[str, str] | None:
+        """(path, type) of the activation that is fused in."""
+        return self.fused[-1] if self.fused and self.fused[-1] != self.batch_norm else None
 
 
 @dataclass(frozen=True)
@@ -181,7 +193,7 @@ def layer_fields(module: nn.Module) -> tuple[str, ...]:
         return ("weight", "input", "output", *(("bias",) if has_bias else ()))
     if not weight_names(module):
         return ()
-    return ("weight", "output") if N_READS.get(stock_type(module).__name__) == 0 else ("weight", "input", "output")
+    return ("weight", "output") if n_reads_of(stock_type(module).__name__) == 0 else ("weight", "input", "output")
 
 
 def layer_types(module: nn.Module) -> tuple[str, ...]:
@@ -207,6 +219,6 @@ def has_layers(module: nn.Module) -> bool:
     return any(layer_fields(m) for m in module.modules())
 
 
-def n_reads_of(kind: str, default: int | None = None) -> int | None:
-    """How many of the inputs of a layer or operator carry values; None: all."""
-    return N_READS.get(kind, default)
+def n_reads_of(kind: str) -> int:
+    """How many of the inputs of a layer carry values. kind: the first of its types."""
+    return N_READS.get(kind, 1)

@@ -20,7 +20,8 @@ from torchquant.graph.copies import copy_model
 from torchquant.graph.flat import FunctionRef as _FunctionRef  # noqa: F401 - old pickles look here
 from torchquant.graph.flat import NodeRef as _NodeRef  # noqa: F401
 from torchquant.graph.hooks import has_hooks
-from torchquant.graph.ops import name_of
+from torchquant.graph.operators import OPERATORS
+from torchquant.graph.ops import is_norm, name_of
 from torchquant.graph.traced import TracedModule as TracedModule
 from torchquant.graph.traced import TrainingFlag as TrainingFlag
 from torchquant.graph.traced import empty_traced as _empty_traced  # noqa: F401
@@ -31,7 +32,7 @@ from torchquant.qmodule.patterns import LayerRow, row_of
 from torchquant.qmodule.weights import weight_names
 
 MAX_RETRIES = 50
-_ONE_THING = re.compile("Norm|Activation|GELU|Swish|Softmax|Rotary")
+_ONE_THING = re.compile("Activation|GELU|Swish|Softmax|Rotary")
 """Classes of other packages that compute one function, though they may write it with several operators."""
 
 
@@ -40,9 +41,9 @@ def stays_whole(module: nn.Module, through_hooks: bool = False) -> bool:
     if row_of(module) is not None or weight_names(module) or (has_hooks(module) and not through_hooks):
         return True
     kind = type(module)
-    if kind.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential):
+    if kind.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential) or OPERATORS.has_target(kind):
         return True
-    is_one_thing = _ONE_THING.search(kind.__name__) is not None
+    is_one_thing = is_norm(module) or _ONE_THING.search(kind.__name__) is not None
     return is_one_thing and not any(isinstance(row_of(m), LayerRow) for m in module.modules())
 
 
@@ -108,7 +109,8 @@ def _traced_once(
     def is_leaf(m: nn.Module) -> bool:
         return type(m) in whole or tracer.paths[id(m)] in whole or stays_whole(m, through_hooks)
 
-    tracer = Tracer(is_leaf, Signature.of(type(module).forward), pattern, _functions_of_timm())
+    untouched = (*_functions_of_timm(), *OPERATORS.own_functions())
+    tracer = Tracer(is_leaf, Signature.of(type(module).forward), pattern, untouched)
     culprit: nn.Module | None = None
     try:
         with in_mode(bool(mode), *([] if mode is None else [module])):

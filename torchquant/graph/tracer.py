@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torchquant.graph.calls import Signature, filled, names_of
 from torchquant.graph.guards import STORES, Guard, read_global, read_now
 from torchquant.graph.hooks import has_hooks, run_hooks, run_pre_hooks
-from torchquant.graph.ops import about_tensors, is_of_torch, name_of
+from torchquant.graph.ops import about_tensors, is_of_torch, name_of, tells_of_tensors
 from torchquant.graph.outside import globals_kept, globals_of, random_states, random_states_kept
 
 _FACTORIES = (
@@ -33,12 +33,10 @@ _FACTORIES = (
     *("randperm", "tensor", "as_tensor", "normal", "tril_indices", "triu_indices", "hann_window"),
 )
 """Functions of torch that cannot see a traced size among their arguments."""
-_HARMLESS = {"__get__", "size", "dim", "numel", "nelement", "stride", "element_size", "ndimension", "__len__"}
-_HARMLESS |= {"is_floating_point", "is_complex", "get_device", "is_contiguous"}
 _OF_MODULE = frozenset(dir(nn.Module())) - {"training", "forward"}
 _CHILDREN = {"_modules", "children", "named_children", "modules", "named_modules"}
 _TORCH = os.path.dirname(torch.__file__)
-_NO_TENSORS = {"size", "dim", "numel", "ndimension", "stride", "get_device", "tolist", "item"}
+_NUMBERS = {"tolist", "item"}
 _SEVERAL = {"chunk", "split", "unbind", "topk", "max", "min", "sort", "tensor_split", "meshgrid", "where", "nonzero"}
 
 
@@ -94,7 +92,7 @@ def _is_tensor(node: fx.Node) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op == "call_method":
-        return name not in _NO_TENSORS | _SEVERAL
+        return name not in _NUMBERS | _SEVERAL and not tells_of_tensors(name)
     if node.op == "call_function" and is_of_torch(node) and name not in _SEVERAL | {"getattr", "getitem"}:
         return any(_is_tensor(source) for source in node.all_input_nodes)
     return False
@@ -366,7 +364,7 @@ class Tracer(fx.Tracer):
         """A function of torch that is given nothing of the graph: run if it tells of something, else recorded."""
         name = getattr(function, "__name__", "")
         if any(isinstance(a, Tensor) for a in tree_leaves((args, kwargs))):
-            if name not in _HARMLESS:
+            if name != "__get__" and not tells_of_tensors(name):
                 self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
             result = function(*args, **kwargs)
             if isinstance(result, Tensor):

@@ -111,9 +111,9 @@ def real_values(twin: nn.Module, regions: Mapping[str, Region], example_inputs: 
     return found
 
 
-def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tuple[list[Tensor], Any]]]:
-    """Site -> (the tensors it takes in, what it gives) for each of its calls on the example."""
-    found: dict[str, list[tuple[list[Tensor], Any]]] = {}
+def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tuple[tuple[Any, ...], Any]]]:
+    """Site -> (its arguments, what it gives) for each of its calls on the example."""
+    found: dict[str, list[tuple[tuple[Any, ...], Any]]] = {}
     operators = {
         (site.region, site.nodes[0]): site.path for site in captured.sites if site.module is None and site.nodes
     }
@@ -124,10 +124,10 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
     def note(region: Region, node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
         path = operators.get((region.path, node.name))
         if path is not None:
-            found.setdefault(path, []).append((list(tensors_in(args)), value))
+            found.setdefault(path, []).append((args, value))
 
     def note_module(path: str, args: tuple[Any, ...], value: Any) -> None:
-        found.setdefault(path, []).append((list(tensors_in(args)), value))
+        found.setdefault(path, []).append((args, value))
 
     _run_watched(twin, captured.regions, example_inputs, modules, note, note_module)
     return found
@@ -136,12 +136,12 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
 def watch_products(
     captured: Captured,
     example_inputs: Any,
-    of_layer: Callable[[Site, list[Tensor], Any], None],
-    of_function: Callable[[str, Any, Any, Any], None],
+    of_layer: Callable[[Site, tuple[Any, ...], Any], None],
+    of_function: Callable[[str, Any, tuple[Any, ...], Any], None],
 ) -> None:
     """Run a copy on the example and tell of its products, as they are computed.
 
-    `of_layer`: of each call of a layer that is a site, what it takes in and gives. `of_function`: of each call of a
+    `of_layer`: of each call of a layer that is a site, its arguments and its result. `of_function`: of each call of a
     function of torch elsewhere, the path of the module that makes it, the function, its arguments and its result.
     """
     twin = copy_model(captured.model)
@@ -160,16 +160,17 @@ def watch_products(
             running.pop()
             if path in layers:
                 inside.pop()
-                of_layer(layers[path], list(tensors_in((args, kwargs))), value)
+                of_layer(layers[path], (*args, *kwargs.values()), value)
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
 
     class Functions(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            value = func(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            value = func(*args, **kwargs)
             if running and not inside:
-                of_function(running[-1], func, (args, kwargs), value)
+                of_function(running[-1], func, (*args, *kwargs.values()), value)
             return value
 
     with undisturbed(twin, training=False), Functions():

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant.graph.operators import OPERATORS, writes_by_name
 from torchquant.graph.ops import is_of_torch, name_of
 from torchquant.qmodule.patterns import norm_of, row_of
 
@@ -24,19 +25,19 @@ _IN_PLACE: set[Any] = {
     operator.imod,
 }
 _IN_PLACE |= {operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem}
-_VIEWS = {
-    *("view", "view_as", "reshape", "reshape_as", "permute", "transpose", "swapaxes", "swapdims", "t", "adjoint"),
-    *("contiguous", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "flatten", "unflatten", "ravel"),
-    *("narrow", "select", "chunk", "split", "unbind", "tensor_split", "hsplit", "vsplit", "detach", "to", "type"),
-    *("float", "double", "half", "bfloat16", "cpu", "cuda", "getitem", "getattr", "movedim", "moveaxis", "real"),
-    *("imag", "diagonal", "unfold", "as_strided", "alias", "dropout", "dropout1d", "dropout2d", "dropout3d"),
-    *("feature_dropout", "alpha_dropout", "type_as", "requires_grad_", "identity", "view_as_real", "positive"),
+_MORE_VIEWS = {
+    *("double", "half", "bfloat16", "cpu", "cuda", "type", "getattr", "real", "imag", "diagonal", "unfold", "positive"),
+    *("as_strided", "alias", "feature_dropout", "alpha_dropout", "requires_grad_", "identity", "view_as_real"),
     *("as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "data", "T", "mT", "H"),
 }
-_VIEW_MODULES = (
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+"""What may give a view of its input, beside what the table of operators says so of."""
+_MORE_VIEW_MODULES = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def _is_view(target: Any) -> bool:
+    """Whether the table says of a function, method or class that its result can lie in the memory of its input."""
+    found = OPERATORS.of(target)
+    return found is not None and found.may_be_view
 
 
 def written_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -50,7 +51,7 @@ def written_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
     if node.op == "call_function" and isinstance(node.kwargs.get("out"), fx.Node):
         return node.kwargs["out"]  # type: ignore[return-value]
     name = name_of(node)
-    is_named_so = name.endswith("_") and not name.endswith("__") and name not in _VIEWS
+    is_named_so = writes_by_name(name)
     is_asked_to = node.kwargs.get("inplace") is True or (
         node.op == "call_function" and "inplace" in _arguments(node.target) and _positional(node, "inplace") is True
     )
@@ -75,11 +76,12 @@ def _may_be_view(node: fx.Node, root: nn.Module) -> bool:
         if getattr(module, "inplace", False) is True:
             return True
         is_layer = row_of(module) is not None or norm_of(module) is not None
-        is_stock = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _VIEW_MODULES)
+        is_view = isinstance(module, _MORE_VIEW_MODULES) or any(_is_view(kind) for kind in type(module).__mro__)
+        is_stock = type(module).__module__.startswith("torch.nn.modules") and not is_view
         return not (is_layer or is_stock) or isinstance(module, nn.Sequential)
     if not node.op.startswith("call"):
         return False
-    if written_by(node, root) is not None or name_of(node) in _VIEWS:
+    if written_by(node, root) is not None or name_of(node) in _MORE_VIEWS or _is_view(node.target):
         return True
     return node.op == "call_function" and not is_of_torch(node) and not _is_built_in(node.target)
 

@@ -305,8 +305,8 @@ def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tu
     """Sites whose batch norm has no running statistics keep it as a layer of its own; those batch norms, told of."""
     kept, told = [], []
     for plan, site in zip(plans, captured.sites, strict=True):
-        norm = next((path for path, kind in site.fused if "BatchNorm" in kind), None)
-        if plan.fold_bn and norm is not None:
+        if plan.fold_bn and site.batch_norm is not None:
+            norm, _ = site.batch_norm
             module = captured.model.get_submodule(norm)
             if getattr(module, "running_mean", None) is None:
                 plan = replace(plan, fold_bn=False)

@@ -13,7 +13,7 @@ from torch import nn
 from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
-from torchquant.graph.ops import COMPUTING
+from torchquant.graph.operators import OPERATORS
 from torchquant.graph.rewrite import SHARE
 from torchquant.graph.sites import FIELDS, Captured, Site, make_field
 from torchquant.qmodule.patterns import PATTERNS
@@ -232,7 +232,8 @@ def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | No
 def _known_types(captured: Captured) -> set[str]:
     own = {kind for site in captured.sites for kind in (*site.types, *(k for _, k in site.fused))}
     rows = {kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in PATTERNS}
-    return own | rows | set(COMPUTING) | {kind.__name__ for kind in WEIGHTED}
+    operators = {name for row in OPERATORS.values() if row.role == "computes" for name in row.types}
+    return own | rows | operators | {kind.__name__ for kind in WEIGHTED}
 
 
 def choice(value: Any, where: str, name: str) -> Any:

@@ -1,0 +1,389 @@
+"""The one table of operators: what each means to quantization. `register_operator` adds to it.
+
+`graph/` asks it which operators are sites and which pass a grid on, `plan/` what rules can name, `graph/macs.py` how
+multiply-adds are counted. The integer simulation and the ONNX export register what they know under its names.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchquant._arguments import checked
+from torchquant._shown import shown
+from torchquant.errors import ConfigError, NameClashError
+from torchquant.graph.products import attention_macs, einsum_macs, matrix_macs, transposed_macs, weighted_macs
+from torchquant.qmodule.own_forward import PRODUCTS
+
+Target = Callable[..., Any] | str
+CountMacs = Callable[[Sequence[Any], Tensor], int]
+ROLES = {
+    "computes": "new values: a site, whose inputs and output can have quantizers",
+    "passes": "values of its first input, zero, or the end of a range: its result lies on the same grid",
+    "activates": "fused into the site before it; float elsewhere",
+    "layer": "the product inside of a layer; float where a forward calls it with weights of its own",
+    "normalizes": "a normalization stays float",
+    "shape": "tells a size or a kind, no real numbers",
+}
+"""What an operator gives, in words."""
+WHY_FLOAT = {
+    "activates": "runtimes compute it in float32, or look it up in a table",
+    "normalizes": "runtimes compute it in float32",
+    "shape": "it computes no real numbers",
+}
+"""Why operators of these roles have no form in integers."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of torch, or of a user.
+
+    `targets`: its functions and module classes; as strings the names of functions of torch, of Python's `operator` and
+    of methods of Tensor. `names`: what other packages call it, whichever they are. `role`: one of `ROLES`.
+
+    `family`: what rules call it, and what the modules that quantize it are called: its name, unless it is a variant
+    of another operator. `n_reads`: how many of its first inputs carry values; None: all of them.
+    `out_of_place`: name of a variant that writes to its input -> what computes the same and leaves its input as it is.
+    `activation`: the arguments behind the input -> the module that computes the same. `macs`: all arguments and the
+    result -> multiply-adds; None: it multiplies no matrices. `may_be_view`: whether the result can lie in the memory of
+    the first input. `why_float`: why integers cannot compute it; "" if they can.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    role: str
+    family: str = ""
+    n_reads: int | None = None
+    out_of_place: Mapping[str, Target] = field(default_factory=dict)
+    activation: Callable[..., nn.Module] | None = None
+    macs: CountMacs | None = None
+    may_be_view: bool = False
+    names: tuple[str, ...] = ()
+    why_float: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "family", self.family or self.name)
+        object.__setattr__(self, "why_float", self.why_float or WHY_FLOAT.get(self.role, ""))
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """What rules can call it, its own name first."""
+        return tuple(dict.fromkeys((self.name, self.family)))
+
+
+class OperatorTable(Mapping[str, Operator]):
+    """Operators by name, and by what a graph or a forward calls."""
+
+    def __init__(self, rows: Sequence[Operator]) -> None:
+        self._rows: dict[str, Operator] = {}
+        self._name_of: dict[Target, str] = {}
+        self._elsewhere: dict[str, str] = {}
+        for row in rows:
+            self.put(row)
+
+    def __getitem__(self, name: str) -> Operator:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def put(self, row: Operator) -> None:
+        """Add a row, or put it in place of that of its name. Raises NameClashError for a target of another row."""
+        for target in (*row.targets, *row.out_of_place):
+            known = self._name_of.get(target, row.name)
+            if known != row.name:
+                raise NameClashError(
+                    f"{shown(target)} is a target of the operator '{known}' already, not of '{row.name}'"
+                )
+        self._rows[row.name] = row
+        self._name_of.update(dict.fromkeys((*row.targets, *row.out_of_place), row.name))
+        self._elsewhere.update(dict.fromkeys(row.names, row.name))
+
+    def of(self, target: Any) -> Operator | None:
+        """The operator that a target is: a function, the name of a method, a class of modules; None for others.
+
+        >>> import torch
+        >>> OPERATORS.of(torch.cat).name, OPERATORS.of("add_").name, OPERATORS.of(torch.tan)
+        ('cat', 'add', None)
+        """
+        name = self._name_of.get(target)
+        if name is None and not isinstance(target, str):
+            called = getattr(target, "__name__", "")
+            if not isinstance(target, type) and _is_of_torch(target):
+                name = self._name_of.get(called)
+            name = name or self._elsewhere.get(called)
+        return None if name is None else self._rows[name]
+
+    def has_target(self, target: Any) -> bool:
+        """Whether a row lists the function or class itself."""
+        return target in self._name_of
+
+    def own_functions(self) -> tuple[Callable[..., Any], ...]:
+        """Functions outside of torch that rows list: a graph calls them and does not look into them."""
+        listed = (t for t in self._name_of if not isinstance(t, str | type))
+        return tuple(t for t in listed if not _is_of_torch(t))
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether a function is torch's, a method of Tensor, or one of Python's `operator`."""
+    owners = (function, getattr(function, "__objclass__", None), getattr(function, "__self__", None))
+    home = next((str(owner.__module__) for owner in owners if getattr(owner, "__module__", None)), "")
+    return home.partition(".")[0] in ("torch", "_operator")
+
+
+def writes_by_name(name: str) -> bool:
+    """Whether a function or method is called as those that write to their first input are.
+
+    >>> writes_by_name("add_"), writes_by_name("add"), writes_by_name("__add__"), writes_by_name("requires_grad_")
+    (True, False, False, False)
+    """
+    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+def _made(kind: type[nn.Module], *names: str) -> Callable[..., nn.Module]:
+    """Arguments of a functional activation after its input -> the module."""
+
+    def make(*args: Any, **kwargs: Any) -> nn.Module:
+        return kind(**dict(zip(names, args, strict=False)), **kwargs)
+
+    return make
+
+
+def _passing(name: str, *targets: Target, **more: Any) -> Operator:
+    """An operator that passes values of its first input on; what else it takes are sizes, indices and the like."""
+    return Operator(name, targets, "passes", n_reads=1, **more)
+
+
+def _activation(kind: type[nn.Module], *names: str) -> Operator:
+    """names: of the arguments of the function after its input."""
+    name = {nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}.get(kind, kind.__name__.lower())
+    return Operator(name, (name, kind), "activates", n_reads=1, activation=_made(kind, *names))
+
+
+def _each_rank(*names: str) -> tuple[Target, ...]:
+    """Functions and modules of torch for 1, 2 and 3 axes. names: of the function and of the module, without a rank."""
+    function, module = names
+    return (*(f"{function}{n}d" for n in (1, 2, 3)), *(getattr(nn, f"{module}{n}d") for n in (1, 2, 3)))
+
+
+_COMPUTING = (
+    Operator(
+        "add",
+        ("add", "__add__", "__radd__", "__iadd__"),
+        "computes",
+        out_of_place={"iadd": operator.add, "add_": "add"},
+    ),
+    Operator(
+        "sub",
+        ("sub", "subtract", "__sub__", "__rsub__", "__isub__"),
+        "computes",
+        out_of_place={"isub": operator.sub, "sub_": "sub"},
+    ),
+    Operator(
+        "mul",
+        ("mul", "multiply", "__mul__", "__rmul__", "__imul__"),
+        "computes",
+        out_of_place={"imul": operator.mul, "mul_": "mul"},
+    ),
+    Operator(
+        "div",
+        ("div", "divide", "truediv", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__"),
+        "computes",
+        out_of_place={"itruediv": operator.truediv, "div_": "div"},
+        why_float="no runtime divides whole numbers by whole numbers",
+    ),
+    Operator("matmul", ("matmul", "bmm", "mm", "__matmul__", "__rmatmul__"), "computes", macs=matrix_macs),
+    Operator(
+        "addmm",
+        ("addmm", "baddbmm"),
+        "computes",
+        "matmul",
+        macs=matrix_macs,
+        why_float="what is added to the product is on a grid of its own, and no runtime has a kernel for all three",
+    ),
+    Operator(
+        "einsum",
+        ("einsum",),
+        "computes",
+        "matmul",
+        macs=einsum_macs,
+        why_float="runtimes compute any sum of products in float32",
+    ),
+    Operator(
+        "attention",
+        ("scaled_dot_product_attention",),
+        "computes",
+        n_reads=3,
+        macs=attention_macs,
+        why_float="the softmax between its two products is float32",
+    ),
+    Operator("cat", ("cat", "concat", "concatenate"), "computes"),
+    Operator("stack", ("stack",), "computes", "cat"),
+    Operator("mean", ("mean",), "computes", n_reads=1),
+    Operator("avg_pool", _each_rank("avg_pool", "AvgPool"), "computes", n_reads=1),
+    Operator(
+        "adaptive_avg_pool", _each_rank("adaptive_avg_pool", "AdaptiveAvgPool"), "computes", "avg_pool", n_reads=1
+    ),
+    Operator(
+        "batch_norm",
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        "computes",
+        n_reads=1,
+        why_float="behind a layer it is folded into it; elsewhere runtimes compute it in float32",
+    ),
+    Operator("interpolate", ("interpolate", nn.Upsample), "computes", n_reads=1),
+)
+_PASSING = (
+    _passing("relu", "relu", nn.ReLU, out_of_place={"relu_": "relu"}, activation=_made(nn.ReLU, "inplace")),
+    _passing("relu6", "relu6", nn.ReLU6, activation=_made(nn.ReLU6, "inplace")),
+    _passing(
+        "hardtanh",
+        *("hardtanh", nn.Hardtanh),
+        out_of_place={"hardtanh_": F.hardtanh},
+        activation=_made(nn.Hardtanh, "min_val", "max_val", "inplace"),
+    ),
+    Operator("clamp", ("clamp", "clip"), "passes", out_of_place={"clamp_": "clamp", "clip_": "clip"}),
+    Operator("max", ("max", "amax"), "passes"),
+    _passing("max_pool", *_each_rank("max_pool", "MaxPool")),
+    _passing("adaptive_max_pool", *_each_rank("adaptive_max_pool", "AdaptiveMaxPool")),
+    _passing(
+        "reshape",
+        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "contiguous"),
+        *(nn.Flatten, nn.Unflatten),
+        may_be_view=True,
+    ),
+    _passing(
+        "transpose",
+        *("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"),
+        may_be_view=True,
+        names=("Permute",),
+    ),
+    _passing("squeeze", "squeeze", "unsqueeze", may_be_view=True),
+    _passing("expand", "expand", "expand_as", "broadcast_to", may_be_view=True),
+    _passing("repeat", "repeat", "tile", "repeat_interleave"),
+    _passing("slice", "getitem", "__getitem__", "select", "narrow", may_be_view=True),
+    _passing("gather", "gather", "index_select"),
+    _passing("roll", "roll", "flip"),
+    _passing("split", "split", "chunk", "unbind", "tensor_split", "hsplit", "vsplit", may_be_view=True),
+    _passing(
+        "dropout",
+        *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        may_be_view=True,
+        names=("StochasticDepth", "stochastic_depth", "DropPath", "drop_path"),
+    ),
+    _passing("identity", nn.Identity, "detach", may_be_view=True, names=("run_hooks",)),
+    _passing("clone", "clone"),
+    _passing("to", "to", "type_as", "float", may_be_view=True),
+    _passing(
+        "pad",
+        *("pad", nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+        *(getattr(nn, f"{kind}Pad{n}d") for kind in ("Reflection", "Replication", "Circular") for n in (1, 2, 3)),
+    ),
+    _passing(
+        "pixel_shuffle",
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+        *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    ),
+)
+_ACTIVATIONS = (
+    _activation(nn.SiLU, "inplace"),
+    _activation(nn.GELU, "approximate"),
+    _activation(nn.Hardswish, "inplace"),
+    _activation(nn.Hardsigmoid, "inplace"),
+    _activation(nn.LeakyReLU, "negative_slope", "inplace"),
+    _activation(nn.ELU, "alpha", "inplace"),
+    _activation(nn.Mish, "inplace"),
+    _activation(nn.Sigmoid),
+    _activation(nn.Tanh),
+)
+_NORMS = Operator(
+    "norm",
+    (
+        *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "batch_norm", "normalize"),
+        *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.SyncBatchNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    ),
+    "normalizes",
+)
+_LAYERS = tuple(
+    Operator(f.__name__, (f.__name__,), "layer", macs=transposed_macs if "transpose" in f.__name__ else weighted_macs)
+    for f in PRODUCTS.values()
+)
+_SHAPES = Operator(
+    "size",
+    (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
+        *("get_device", "is_floating_point", "is_complex", "is_signed", "is_contiguous"),
+        *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse"),
+    ),
+    "shape",
+)
+
+OPERATORS = OperatorTable((*_COMPUTING, *_PASSING, *_ACTIVATIONS, _NORMS, *_LAYERS, _SHAPES))
+"""Every operator that is known."""
+
+
+@checked
+def register_operator(
+    name: str,
+    targets: Target | Sequence[Target],
+    role: str = "",
+    n_reads: int | None = None,
+    macs: CountMacs | None = None,
+    out_of_place: Mapping[str, Target] | None = None,
+) -> Operator:
+    """Add an operator to the table, or further targets to one that is there; the row it then has.
+
+    `targets`: functions and module classes; strings for names of functions of torch and methods of Tensor. A function
+    outside of torch, or a class, is then one node of a graph: the name of the function must be a global of the file
+    whose forward calls it. `role` of a new operator: "computes" for new values, which makes it a site that rules reach
+    by `name`; "passes" for values of its first input, which stay on their grid. `n_reads`: how many of its first inputs
+    carry values; None: all. `macs(arguments, result)` counts multiply-adds; None: none. `out_of_place`: name of a
+    variant that writes to its input -> what computes the same and does not.
+
+    The integer simulation runs an operator that passes on the codes, and one that computes in float32 between codes,
+    as its own functions of torch do, unless it has a handler (`torchquant.deploy.integer_ops.register_integer`). Raises
+    ConfigError, NameClashError.
+
+    >>> import torch
+    >>> from torchquant import quantize
+    >>> row = register_operator("maximum", ["maximum"], "computes")
+    >>> class Larger(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+    ...     def forward(self, x):
+    ...         return torch.maximum(self.a(x), self.b(x))
+    >>> rules = [{"types": ["maximum"], "output": "affine:8"}]
+    >>> quantize(Larger(), rules, torch.ones(1, 4)).maximum.acts_quantizer.n_bits
+    8
+    """
+    listed = (targets,) if isinstance(targets, str) or callable(targets) else tuple(targets)
+    if not listed or not all(isinstance(target, str) or callable(target) for target in listed):
+        raise ConfigError(f"targets must be functions, module classes or names of them, got {shown(targets)}")
+    known = OPERATORS.get(name)
+    if known is None and role not in ROLES:
+        raise ConfigError(f"the new operator '{name}' needs a role, one of {', '.join(ROLES)}; got {shown(role)}")
+    row = known or Operator(name, (), role, n_reads=n_reads, macs=macs)
+    given = {"role": role or row.role, "n_reads": n_reads or row.n_reads, "macs": macs or row.macs}
+    if changed := [key for key, value in given.items() if value != getattr(row, key)]:
+        raise NameClashError(
+            f"the operator '{name}' is there with another {changed[0]}: {shown(getattr(row, changed[0]))}"
+        )
+    row = replace(
+        row,
+        targets=tuple(dict.fromkeys((*row.targets, *listed))),
+        out_of_place={**row.out_of_place, **(out_of_place or {})},
+        why_float=row.why_float or ("" if row.role == "passes" else "no handler of integers is registered for it"),
+    )
+    OPERATORS.put(row)
+    return row
