@@ -69,7 +69,8 @@ PUBLIC = {
         "markdown", "read_leaderboard", "write_leaderboard",
     ],
     "torchquant.graph": [
-        "Captured", "LeftFloat", "PlanCost", "Read", "Site", "SiteCost", "SitePlan", "capture",
+        "Captured", "LeftFloat", "OPERATORS", "Operator", "PlanCost", "Read", "Site", "SiteCost", "SitePlan", "capture",
+        "register_operator",
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant.deploy.onnx_forms import RUNTIME_MOVES
+
 WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
 """Operators whose constant weight ONNX Runtime quantizes -> the axis of the weight that counts their outputs."""
-FOLLOWING = {
-    *("Relu", "Clip", "BatchNormalization", "Add", "Mul", "Identity", "Dropout"),
-    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Slice"),
-}
+FOLLOWING = RUNTIME_MOVES | {"Flatten", "Identity", "Dropout", "Relu", "Clip", "BatchNormalization", "Add", "Mul"}
 """What may stand between such an operator and the codes of its result: ONNX Runtime fuses it or moves it behind."""
 MANTISSA_BITS, LEAST_EXPONENT = 24, -126
 

@@ -10,7 +10,6 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,6 +31,8 @@ from torchquant.deploy.values import Codes, IntegerTensor
 from torchquant.deploy.weights_form import DeployWeights
 from torchquant.errors import ExportError
 from torchquant.graph.hooks import has_hooks
+from torchquant.graph.operators import OPERATORS
+from torchquant.graph.ops import operator_of_module
 from torchquant.graph.traced import reseal
 from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
@@ -157,14 +158,14 @@ class DeployOp(StandIn):
 
 def _global_average(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The ONNX operator that runtimes have an integer kernel for, where the operator is one; else None."""
-    pools = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-    functions = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.ndim < 3:
+    operator = operator_of_module(op) if isinstance(op, nn.Module) else OPERATORS.of(op)
+    if not isinstance(x, Tensor) or x.ndim < 3 or operator is None:
         return None
-    size = op.output_size if isinstance(op, pools) else (*args[1:], *kwargs.values())[0] if op in functions else None
-    keep = True
-    if op in (torch.mean, Tensor.mean):
+    size, keep = None, True
+    if operator.name == "adaptive_avg_pool":
+        size = op.output_size if isinstance(op, nn.Module) else (*args[1:], *kwargs.values())[0]
+    elif operator.name == "mean":
         dims, keep = (*args[1:], kwargs.get("dim"))[0], bool((*args[2:], kwargs.get("keepdim", False))[0])
         spatial = list(range(2, x.ndim))
         size = 1 if isinstance(dims, list | tuple) and sorted(d % x.ndim for d in dims) == spatial else None

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 
-from torchquant.deploy.kernels import MOVERS
+from torchquant.deploy.onnx_forms import LOOKED_THROUGH
 from torchquant.errors import require
 
-LOOKED_THROUGH = (MOVERS - {"Concat"}) | {"Relu"}
-"""What ONNX Runtime moves codes through, or drops where the codes behind it clamp as well."""
 LOWEST = "lowest_float"
 
 

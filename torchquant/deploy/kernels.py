@@ -6,25 +6,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from torchquant.deploy.onnx_forms import EXACT_KERNELS, MOVERS, REORDERING
 from torchquant.errors import require
-
-EXACT_KERNELS = {
-    *("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger"),
-    *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"),
-}
-"""Operators of ONNX Runtime that the integer reference reproduces: any difference counts."""
-
-TABLE_KERNELS = {"QLinearSoftmax", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearReduceMean", "QLinearWhere"}
-"""Operators that look float32 results of their own up in tables: one step is allowed."""
-
-MOVERS = {
-    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split", "Concat", "Gather"),
-    *("Expand", "Tile", "Pad", "MaxPool", "ReduceMax", "Resize", "DepthToSpace", "SpaceToDepth", "Clip"),
-}
-"""Operators that move codes, or pick some of them: as exact as what they read."""
-
-REORDERING = MOVERS - {"Concat", "Pad", "Resize", "Clip"}
-"""Those that give the same whether they come before or behind a DequantizeLinear, whatever their settings."""
 
 SMALL = 8
 """Elements up to which constants are told by what they hold. ONNX Runtime shares equal ones of this size."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchquant.deploy.float_weights import keep_float_weights
 from torchquant.deploy.keep_apart import keep_apart
+from torchquant.deploy.onnx_forms import RUNTIME_MOVES
 from torchquant.deploy.onnx_tokens import multiply_tokens_in_integers
 from torchquant.deploy.qdq import LOOK_UP, SITE, UINT8, StoredTable, StoredWeight
 from torchquant.deploy.stored_weights import stored_bits
@@ -19,7 +20,6 @@ MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"
 PACKED_OPSET = {2: 25, 4: 21, 8: 20}
 """ONNX operator set that brought the type of so many bits. 20 where 8 suffice: older runtimes read it."""
 
-MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice")
 IR_VERSION = {20: 10, 21: 10, 25: 13}
 
 
@@ -132,7 +132,7 @@ def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
     for node in proto.graph.node:
         nodes.append(node)
         source = made_by.get(node.input[0]) if node.op_type in ("Split", "Pad") else None
-        while source is not None and source.op_type in MOVING:
+        while source is not None and source.op_type in RUNTIME_MOVES:
             source = made_by.get(source.input[0])
         if source is None or source.op_type != "DequantizeLinear" or any(a.name == "axis" for a in source.attribute):
             continue

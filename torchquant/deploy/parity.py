@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.deploy.kernels import EXACT_KERNELS, MOVERS, TABLE_KERNELS
+from torchquant.deploy.onnx_forms import EXACT_KERNELS, MOVERS, TABLE_KERNELS
 from torchquant.deploy.onnx_graph import IS_CODES, code_name
 from torchquant.deploy.qdq import QuantizeDequantize, QuantizeTokens
 from torchquant.errors import ConfigError, ExportError

@@ -10,10 +10,25 @@ one graph) and takes them out, `traced.py` runs the graphs, `again.py` follows a
 from torchquant.graph.capture import capture as capture
 from torchquant.graph.cost import PlanCost as PlanCost
 from torchquant.graph.cost import SiteCost as SiteCost
+from torchquant.graph.operators import OPERATORS as OPERATORS
+from torchquant.graph.operators import Operator as Operator
+from torchquant.graph.operators import register_operator as register_operator
 from torchquant.graph.sites import Captured as Captured
 from torchquant.graph.sites import LeftFloat as LeftFloat
 from torchquant.graph.sites import Read as Read
 from torchquant.graph.sites import Site as Site
 from torchquant.graph.sites import SitePlan as SitePlan
 
-__all__ = ["Captured", "LeftFloat", "PlanCost", "Read", "Site", "SiteCost", "SitePlan", "capture"]
+__all__ = [
+    "OPERATORS",
+    "Captured",
+    "LeftFloat",
+    "Operator",
+    "PlanCost",
+    "Read",
+    "Site",
+    "SiteCost",
+    "SitePlan",
+    "capture",
+    "register_operator",
+]

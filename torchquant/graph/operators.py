@@ -7,7 +7,7 @@ multiply-adds are counted. The integer simulation and the ONNX export register w
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,7 +81,7 @@ class OperatorTable(Mapping[str, Operator]):
 
     def __init__(self, rows: Sequence[Operator]) -> None:
         self._rows: dict[str, Operator] = {}
-        self._name_of: dict[Target, str] = {}
+        self._name_of: dict[Any, str] = {}
         self._elsewhere: dict[str, str] = {}
         for row in rows:
             self.put(row)
@@ -114,7 +114,7 @@ class OperatorTable(Mapping[str, Operator]):
         >>> OPERATORS.of(torch.cat).name, OPERATORS.of("add_").name, OPERATORS.of(torch.tan)
         ('cat', 'add', None)
         """
-        name = self._name_of.get(target)
+        name = self._name_of.get(target) if isinstance(target, Hashable) else None
         if name is None and not isinstance(target, str):
             called = getattr(target, "__name__", "")
             if not isinstance(target, type) and _is_of_torch(target):
