@@ -354,6 +354,16 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "float_state_dict": on_model(),
         "speak_float": spoken,
     },
+    "torchquant.graph": {
+        "register_operator": lambda: {
+            "name": "relu",
+            "targets": ["relu", nn.ReLU],
+            "role": "passes",
+            "n_reads": 1,
+            "macs": None,
+            "out_of_place": {"relu_": "relu"},
+        },
+    },
     "torchquant.utils": {"qmodules": on_model()},
     "torchquant.training": {
         "BitSchedule": on_model(bits={0: 8, 3: 4}, weight="affine:{n}", acts="affine:{n}"),
@@ -476,7 +486,9 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
             "write_leaderboard",
         ),
     },
-    "torchquant.graph": {RECORD: ("Captured", "LeftFloat", "PlanCost", "Read", "Site", "SiteCost", "SitePlan")},
+    "torchquant.graph": {
+        RECORD: ("Captured", "LeftFloat", "Operator", "PlanCost", "Read", "Site", "SiteCost", "SitePlan")
+    },
     "torchquant.errors": {
         "an error": tuple(importlib.import_module("torchquant.errors").__all__),
     },

@@ -15,6 +15,7 @@ import torchquant
 from torchquant import cli, demo
 from torchquant.demo import DemoConfig, Silent, Terminal
 from torchquant.demo import job as demo_job
+from torchquant.graph import OPERATORS
 from torchquant.quantizers import QUANTIZERS, catalogue
 
 
@@ -134,3 +135,19 @@ def test_every_scheme_says_what_it_is() -> None:
         assert entry.formula, entry.name
         assert entry.paper, entry.name
         assert entry.bits, entry.name
+
+
+def test_operators_are_shown_in_a_table_and_one_by_one(runner: CliRunner) -> None:
+    wide = {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+    table = runner.invoke(cli.build_app(), ["operators"], env=wide)
+    assert table.exit_code == 0, table.output
+    assert all(name in table.output for name in OPERATORS)
+    line = next(line for line in table.output.splitlines() if " div " in line)
+    assert "no runtime divides whole numbers" in line
+    one = runner.invoke(cli.build_app(), ["operators", "channel_shuffle"], env=wide)
+    assert one.exit_code == 0, one.output
+    assert "pixel_unshuffle" in one.output
+    assert "codes move" in one.output
+    unknown = runner.invoke(cli.build_app(), ["operators", "matmull"])
+    assert unknown.exit_code == 1
+    assert "no operator 'matmull'; did you mean 'matmul'?" in " ".join(unknown.output.split())

@@ -273,11 +273,13 @@ def test_further_targets_of_a_row() -> None:
     [
         (("new", torch.tan), ConfigError, "the new operator 'new' needs a role, one of computes, passes"),
         (("new", torch.tan, "moves"), ConfigError, "needs a role, one of computes, .* got 'moves'"),
+        (("new one", torch.tan, "passes"), ConfigError, "name must be a word"),
+        (("new", torch.tan, "passes", 0), ConfigError, "n_reads must be at least 1"),
         (("new", [], "passes"), ConfigError, "targets must be functions"),
         (("new", [3], "passes"), ConfigError, "targets"),
         (("new", "add", "computes"), NameClashError, "'add' is a target of the operator 'add' already, not of 'new'"),
         (("new", nn.ReLU, "computes"), NameClashError, "ReLU.* is a target of the operator 'relu' already"),
-        (("add", torch.tan, "passes"), NameClashError, "the operator 'add' is there with another role: 'computes'"),
+        (("add", torch.tan, "passes"), NameClashError, "the operator 'add' is there with role = 'computes'; got 'passes'"),
     ],
 )
 def test_what_cannot_be_registered(arguments: Any, error: type[Exception], message: str) -> None:

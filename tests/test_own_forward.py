@@ -18,7 +18,7 @@ import torchquant as tq
 from torchquant import QModuleState as S
 from torchquant.deploy import certify, export_onnx, load_packed, save_packed
 from torchquant.errors import ConfigError
-from torchquant.graph.capture import capture
+from torchquant.graph import capture
 from torchquant.qmodule import QWrapper
 from torchquant.qmodule.patterns import row_of, why_no_layer
 from torchquant.training import OscillationTracker

@@ -76,6 +76,15 @@ def build_app() -> Any:
         with explained():
             typer.echo(_schemes.markdown(), nl=False) if markdown else _schemes.show(name)
 
+    def operators(
+        name: Annotated[str | None, typer.Argument(help="One operator, or a function or method that it is.")] = None,
+    ) -> None:
+        """Show the operators that quantization knows: in plans, in integers, in ONNX files."""
+        from torchquant.cli import _operators
+
+        with explained():
+            _operators.show(name)
+
     def compare(
         schemes: Annotated[str, typer.Option(help="Schemes by name, with commas, or all.")] = "all",
         bits: Annotated[str, typer.Option(help="Weight bits, with commas.")] = "2,3,4,8",
@@ -169,6 +178,7 @@ def build_app() -> Any:
     app.callback()(root)
     app.command()(demo)
     app.command()(schemes)
+    app.command()(operators)
     app.command()(compare)
     app.command()(quantize)
     app.command()(export)

@@ -1,15 +1,20 @@
 """Whole models: finding the sites of any model, and putting quantizers there.
 
 `tracer.py` follows one forward and notices what a graph of it would lose (`guards.py`, `outside.py`), `trace.py`
-follows all its ways, `writes.py` orders what it writes in place, `calls.py` knows how it is called. `ops.py` knows
-the operators, `capture.py` and `graph_sites.py` find the sites. `rewrite.py` puts quantizers in (`edit.py`: into
-one graph) and takes them out, `traced.py` runs the graphs, `again.py` follows a forward that goes another way.
-`watch.py` runs examples, `cost.py` counts. `torchquant.plan` is what people use.
+follows all its ways, `writes.py` orders what it writes in place, `calls.py` knows how it is called. `operators.py` is
+the table of operators, `ops.py` asks it of the nodes of a graph, `finder.py` and `graph_sites.py` find the sites.
+`rewrite.py` puts quantizers in (`edit.py`: into one graph) and takes them out, `traced.py` runs the graphs, `again.py`
+follows a forward that goes another way. `watch.py` runs examples, `cost.py` counts. `torchquant.plan` is what people
+use.
 """
 
-from torchquant.graph.capture import capture as capture
+import sys
+
+from torchquant.graph import again as again
+from torchquant.graph import finder
 from torchquant.graph.cost import PlanCost as PlanCost
 from torchquant.graph.cost import SiteCost as SiteCost
+from torchquant.graph.finder import capture as capture
 from torchquant.graph.operators import OPERATORS as OPERATORS
 from torchquant.graph.operators import Operator as Operator
 from torchquant.graph.operators import register_operator as register_operator
@@ -18,6 +23,8 @@ from torchquant.graph.sites import LeftFloat as LeftFloat
 from torchquant.graph.sites import Read as Read
 from torchquant.graph.sites import Site as Site
 from torchquant.graph.sites import SitePlan as SitePlan
+
+sys.modules[f"{__name__}.capture"] = finder  # where `capture` was, published as an address to import it from
 
 __all__ = [
     "OPERATORS",

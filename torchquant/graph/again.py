@@ -10,13 +10,13 @@ from torch import fx, nn
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.calls import pattern_of
-from torchquant.graph.capture import Finder
 from torchquant.graph.copies import copy_model
 from torchquant.graph.edit import GraphEditor
+from torchquant.graph.finder import Finder
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.sites import Region, Site, Way
 from torchquant.graph.trace import renamed, traced_variants
-from torchquant.graph.traced import Followed, Held, TracedModule, Variant, remove
+from torchquant.graph.traced import Followed, Held, TracedModule, Variant, follows_again, remove
 from torchquant.graph.tracer import NotTraceable
 from torchquant.qmodule import QModule
 from torchquant.qmodule.holder import Holder
@@ -24,6 +24,7 @@ from torchquant.qmodule.holder import Holder
 REMEDY = "Quantize the float model as it is now: quantize(plan.revert(model), rules, example_inputs)"
 
 
+@follows_again
 def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ...]) -> Variant:
     """One more variant of the forward, for this call and for what modules hold now, with the quantizers there are.
 
@@ -79,7 +80,7 @@ def _why(followed: Followed, values: tuple[Any, ...]) -> str:
 def _fused_alike(finder: Finder, region: Region, graph: fx.Graph, followed: Followed) -> tuple[Site, ...]:
     """The sites of the graph, with no more fused into each than its QModule has."""
     limits = {path: len(fused) for path, fused in followed.fused.items()}
-    return GraphSites(finder, region, graph, frozenset(), limits).find()
+    return GraphSites(finder, region, graph, finder.look_into, limits=limits).find()
 
 
 def _check(module: nn.Module, site: Site, followed: Followed, why: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 from torch import fx, nn
 
@@ -22,7 +23,9 @@ from torchquant.graph.ops import (
 from torchquant.graph.sites import (
     NORM_WHY,
     ONLY_FLOAT,
+    Found,
     LeftFloat,
+    LookInto,
     Read,
     Region,
     Site,
@@ -37,9 +40,6 @@ from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerRow, activation_clamp, norm_of, plain_type, row_of
 
-if TYPE_CHECKING:
-    from torchquant.graph.capture import Finder
-
 NO_FORM = "it has no quantized form"
 TAKES_WEIGHTS = ", nor have the weights it is given"
 
@@ -47,21 +47,25 @@ TAKES_WEIGHTS = ", nor have the weights it is given"
 class GraphSites:
     """The sites of one graph of a region.
 
-    `elsewhere`: modules that are no business of the region. `limits`: path of a layer -> how much may be fused into it.
+    They are noted in `found`; `look_into` goes on where the graph calls a module as a whole. `elsewhere`: modules that
+    are no business of the region. `limits`: path of a layer -> how much may be fused into it. `fuse` as in `capture`.
     `is_read`: whether something that can compute with integers reads what the region gives.
     """
 
     def __init__(
         self,
-        finder: Finder,
+        found: Found,
         region: Region,
         graph: fx.Graph,
-        elsewhere: frozenset[nn.Module],
-        limits: Mapping[str, int],
+        look_into: LookInto,
+        elsewhere: frozenset[nn.Module] = frozenset(),
+        limits: Mapping[str, int] = MappingProxyType({}),
+        fuse: bool | str = True,
         is_read: bool = True,
     ) -> None:
-        self.finder, self.path, self.root, self.graph = finder, region.path, region.module, graph
-        self.elsewhere, self.limits, self.op_paths, self.is_read = elsewhere, limits, region.op_paths, is_read
+        self.found, self.path, self.root, self.graph = found, region.path, region.module, graph
+        self.look_into, self.elsewhere, self.limits = look_into, elsewhere, limits
+        self.op_paths, self.fuse, self.is_read = region.op_paths, fuse, is_read
         self.sites: dict[str, Site] = {}
         self.new: set[str] = set()
         self.about = about_tensors(graph)
@@ -90,14 +94,14 @@ class GraphSites:
 
     def _put(self, site: Site) -> None:
         self.sites[site.path] = site
-        if site.path not in self.finder.sites or site.path in self.new:
-            self.finder.sites[site.path] = site
+        if site.path not in self.found.sites or site.path in self.new:
+            self.found.sites[site.path] = site
             self.new.add(site.path)
 
     def _leave(self, path: str, kind: str, why: str) -> None:
         left = LeftFloat(path, kind, why)
-        if left not in self.finder.floats:
-            self.finder.floats.append(left)
+        if left not in self.found.floats:
+            self.found.floats.append(left)
 
     def _layer(self, node: fx.Node) -> None:
         module = self.module_of(node)
@@ -114,7 +118,7 @@ class GraphSites:
             return
         if module in self.elsewhere:
             return
-        self.finder.seen.add(module)
+        self.found.seen.add(module)
         nodes: list[fx.Node] = [node]
         fused: list[tuple[str, str]] = []
         is_plain = isinstance(row_of(module), LayerRow) and not has_hooks(module)
@@ -130,14 +134,16 @@ class GraphSites:
         self._add(site, nodes, n_reads_of(kind))
 
     def fusable(self, node: fx.Node) -> bool:
-        return bool(self.finder.fuse) and self.n_calls[id(self.module_of(node))] == 1
+        return bool(self.fuse) and self.n_calls[id(self.module_of(node))] == 1
 
     def _fuses_beyond_clamps(self, site: Site, last: fx.Node) -> bool:
         """Whether an activation is taken in that a quantizer does not do by itself."""
         if site.activation is None:
             return False
         path = site.activation[0]
-        activation = self.finder.model.get_submodule(path) if path else activation_of(last, self.root)
+        activation = (
+            self.root.get_submodule(path.removeprefix(f"{self.path}.")) if path else activation_of(last, self.root)
+        )
         return activation_clamp(activation) is None
 
     def _limited(self, fused: list[tuple[str, str]], path: str, nodes: list[fx.Node]) -> list[tuple[str, str]]:
@@ -163,7 +169,7 @@ class GraphSites:
                     act = norm.get_submodule("act")
                     return fused if type(act) is nn.Identity else [*fused, (f"{path}.act", plain_type(act).__name__)]
                 after = self._only_user(after)
-        activation = None if after is None or self.finder.fuse == "bn" else activation_of(after, self.root)
+        activation = None if after is None or self.fuse == "bn" else activation_of(after, self.root)
         if after is not None and activation is not None and not has_hooks(activation):
             has_state = next(activation.parameters(), None) is not None
             if not has_state or self.fusable(after):
@@ -196,12 +202,12 @@ class GraphSites:
             if module in self.elsewhere or path in self.sites:
                 self._leave(path, types[-1], "it is called more than once")
                 return
-            self.finder.seen.add(module)
+            self.found.seen.add(module)
         if not self.needed[node] and operator.macs is None:
             self._leave(path, types[-1], ONLY_FLOAT)
             return
         nodes = [node]
-        fused = self._limited(self._fuse(nodes, None) if self.finder.fuse and self.needed[node] else [], path, nodes)
+        fused = self._limited(self._fuse(nodes, None) if self.fuse and self.needed[node] else [], path, nodes)
         fields = ("input", "output") if self.needed[node] else ("input",)
         self._add(Site(path, types, fields, module, tuple(fused)), nodes, operator.n_reads)
 
@@ -232,7 +238,7 @@ class GraphSites:
             if has_layers(module):
                 calls = [n for n in self.graph.nodes if n.op == "call_module" and self.module_of(n) is module]
                 is_read = any(self.needed[call] for call in calls)
-                self.finder.look_into(joined(self.path, str(node.target)), module, is_read)
+                self.look_into(joined(self.path, str(node.target)), module, is_read)
             else:
                 path, kind = joined(self.path, str(node.target)), type(module).__name__
                 self._leave(path, kind, NORM_WHY if is_norm(module) else why_other(module) or NO_FORM)

@@ -370,15 +370,18 @@ def register_operator(
     listed = (targets,) if isinstance(targets, str) or callable(targets) else tuple(targets)
     if not listed or not all(isinstance(target, str) or callable(target) for target in listed):
         raise ConfigError(f"targets must be functions, module classes or names of them, got {shown(targets)}")
+    if not name.isidentifier():
+        raise ConfigError(f"name must be a word of letters, digits and _, got {shown(name)}")
+    if n_reads is not None and n_reads < 1:
+        raise ConfigError(f"n_reads must be at least 1, or None for all inputs; got {n_reads}")
     known = OPERATORS.get(name)
     if known is None and role not in ROLES:
         raise ConfigError(f"the new operator '{name}' needs a role, one of {', '.join(ROLES)}; got {shown(role)}")
     row = known or Operator(name, (), role, n_reads=n_reads, macs=macs)
     given = {"role": role or row.role, "n_reads": n_reads or row.n_reads, "macs": macs or row.macs}
-    if changed := [key for key, value in given.items() if value != getattr(row, key)]:
-        raise NameClashError(
-            f"the operator '{name}' is there with another {changed[0]}: {shown(getattr(row, changed[0]))}"
-        )
+    for key, value in given.items():
+        if value != (there := getattr(row, key)):
+            raise NameClashError(f"the operator '{name}' is there with {key} = {shown(there)}; got {shown(value)}")
     row = replace(
         row,
         targets=tuple(dict.fromkeys((*row.targets, *listed))),

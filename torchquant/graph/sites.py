@@ -112,6 +112,20 @@ class Region:
     op_paths: dict[str, str] = field(default_factory=dict, repr=False)
 
 
+@dataclass
+class Found:
+    """What was found in a model so far. `seen`: modules that are sites, or that were looked into."""
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    floats: list[LeftFloat] = field(default_factory=list)
+    regions: dict[str, Region] = field(default_factory=dict)
+    seen: set[nn.Module] = field(default_factory=set)
+
+
+LookInto = Callable[[str, nn.Module, bool], None]
+"""Finds the sites of a module that a graph calls as a whole: its path, itself, whether its result is read."""
+
+
 @dataclass(frozen=True)
 class Captured:
     """The sites of a model in the order they run, what stays float, and the graphs behind them."""

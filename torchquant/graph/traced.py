@@ -221,13 +221,21 @@ class TracedModule(nn.Module):
                 f"{type(self).__name__} is called in a way it was not traced for: another mode, argument or attribute. "
                 "Call it once so, uncompiled, in the state it shall have, and compile then"
             )
-        from torchquant.graph.again import follow_again
-
-        variant = follow_again(self, followed, values)
+        variant = _followers[-1](self, followed, values)
         return variant.run(self, *leaves(variant.pattern, values))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return empty_traced, (type(self).__mro__[2], None), self.__dict__
+
+
+FollowAgain = Callable[[TracedModule, Followed, tuple[Any, ...]], Variant]
+_followers: list[FollowAgain] = []
+
+
+def follows_again(function: FollowAgain) -> FollowAgain:
+    """Let a function follow the forwards of traced modules that go another way than they went."""
+    _followers.append(function)
+    return function
 
 
 def install(module: nn.Module, followed: Followed) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, StaysFloatWarning
-from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
+from torchquant.graph.finder import capture
 from torchquant.graph.sites import LeftFloat
 from torchquant.graph.traced import graphs_running
 from torchquant.graph.watch import call_with_copies, tensors_in, undisturbed

@@ -17,10 +17,10 @@ from torchquant._shown import shown
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, one_line, require
 from torchquant.graph.calls import calls_from_data, calls_to_data, is_default_call
-from torchquant.graph.capture import capture
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
 from torchquant.graph.coverage import Coverage, coverage_of
+from torchquant.graph.finder import capture
 from torchquant.graph.rewrite import SHARE, revert, rewrite
 from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
-from torchquant.graph.capture import capture
 from torchquant.graph.cost import FLOAT_BITS, SiteSize, observed, reads_of, site_sizes, stored_bytes, tied_weights
+from torchquant.graph.finder import capture
 from torchquant.graph.sites import SitePlan, make_field
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.search.budget import Budget

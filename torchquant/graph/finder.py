@@ -18,6 +18,7 @@ from torchquant.graph.ops import is_norm, operator_of_module
 from torchquant.graph.sites import (
     NORM_WHY,
     Captured,
+    Found,
     LeftFloat,
     Region,
     Site,
@@ -79,16 +80,13 @@ def capture(
     return replace(finder.captured(model), counts=counts)
 
 
-class Finder:
+class Finder(Found):
     """Goes through a model, a copy that nobody needs, and notes sites, what stays float, and regions."""
 
     def __init__(self, model: nn.Module, trace: bool | str, fuse: bool | str, patterns: Patterns) -> None:
+        super().__init__()
         self.model, self.trace, self.fuse, self.patterns = model, trace, fuse, patterns
         self.norms = _norms_after(model, patterns) if trace is not True and fuse == "bn" else {}
-        self.sites: dict[str, Site] = {}
-        self.floats: list[LeftFloat] = []
-        self.regions: dict[str, Region] = {}
-        self.seen: set[nn.Module] = set()
 
     def captured(self, model: nn.Module) -> Captured:
         """What was found, told of `model` instead of the copy."""
@@ -140,7 +138,10 @@ class Finder:
         while True:
             start = dict(self.sites), list(self.floats), dict(self.regions), set(self.seen)
             elsewhere = frozenset(self.seen)
-            found = [GraphSites(self, region, way.graph, elsewhere, limits, is_read).find() for way in region.ways]
+            found = [
+                GraphSites(self, region, way.graph, self.look_into, elsewhere, limits, self.fuse, is_read).find()
+                for way in region.ways
+            ]
             clash = _differently_fused(found)
             if clash is None:
                 break
