@@ -279,7 +279,11 @@ def test_further_targets_of_a_row() -> None:
         (("new", [3], "passes"), ConfigError, "targets"),
         (("new", "add", "computes"), NameClashError, "'add' is a target of the operator 'add' already, not of 'new'"),
         (("new", nn.ReLU, "computes"), NameClashError, "ReLU.* is a target of the operator 'relu' already"),
-        (("add", torch.tan, "passes"), NameClashError, "the operator 'add' is there with role = 'computes'; got 'passes'"),
+        (
+            ("add", torch.tan, "passes"),
+            NameClashError,
+            "the operator 'add' is there with role = 'computes'; got 'passes'",
+        ),
     ],
 )
 def test_what_cannot_be_registered(arguments: Any, error: type[Exception], message: str) -> None:
