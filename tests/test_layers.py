@@ -16,7 +16,7 @@ PACKAGE = Path(torchquant.__file__).parent
 
 # A file imports only from rows above its own, and from its own unit.
 ROWS = (
-    ("_arguments", "_shown", "errors", "_figures", "_files", "_locks", "_modes", "_registry", "_tables"),
+    ("_arguments", "_shown", "errors", "_figures", "_files", "_locks", "_modes", "_registry", "_tables", "_tensors"),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),
@@ -61,7 +61,11 @@ ROW_MATES = {
     ("cli", "search_run"),
 }
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
-PLUG_INS = {"quantizers_functional": {"uniform", "affine", "minifloat"}, "range_observers": set(), "quantizers": set()}
+PLUG_INS = {
+    "quantizers_functional": {"formats", "kernels", "uniform", "affine", "minifloat"},
+    "range_observers": set(),
+    "quantizers": set(),
+}
 # What a file may import as it is loaded; everything else waits for the function that needs it.
 EAGER = {"torch", "torchquant", *sys.stdlib_module_names}
 EAGER_OUTSIDE_CORE = {"numpy"}

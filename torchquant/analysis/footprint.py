@@ -14,7 +14,7 @@ from torchquant.qmodule import LayerRow, QModule
 from torchquant.qmodule.patterns import row_of
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
-from torchquant.quantizers._base import FLOAT_BYTES
+from torchquant.quantizers_functional.formats import FLOAT_BYTES
 from torchquant.utils import qmodules
 
 

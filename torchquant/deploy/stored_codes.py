@@ -15,10 +15,9 @@ from torchquant.graph.cost import agree
 from torchquant.qmodule import QModule
 from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
-from torchquant.quantizers._integer_terms import IntegerTerms
 from torchquant.quantizers_functional._levels import in_layout_of
-from torchquant.quantizers_functional.affine import AffineParams
 from torchquant.quantizers_functional.bit_packing import MAX_WIDTH, pack_bits, unpack_bits
+from torchquant.quantizers_functional.formats import Format
 from torchquant.utils import weight_slots
 
 
@@ -68,14 +67,8 @@ class CodesQuantizer(Quantizer):
     def code_range(self) -> tuple[int, int]:
         return self.quantizer.code_range
 
-    def levels(self) -> Tensor:
-        return self.quantizer.levels()
-
-    def affine_params(self) -> AffineParams:
-        return self.quantizer.affine_params()
-
-    def integer_terms(self) -> IntegerTerms:
-        return self.quantizer.integer_terms()
+    def format(self) -> Format:
+        return self.quantizer.format()
 
     def side_bytes(self, x: Tensor) -> int:
         return self.quantizer.side_bytes(x)

@@ -19,7 +19,7 @@ from torchquant.qmodule.patterns import LayerRow, row_of
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer
-from torchquant.quantizers._base import FLOAT_BYTES
+from torchquant.quantizers_functional.formats import FLOAT_BYTES
 
 FLOAT_BITS = 32
 

@@ -5,32 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchquant._arguments import check_constructor
 from torchquant._registry import Registry
+from torchquant._tensors import per_channel_view
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
-from torchquant.quantizers._integer_terms import IntegerTerms, linear_terms
-from torchquant.quantizers_functional._gradient import (
-    GRADIENTS,
-    Clamp,
-    Gradient,
-    apply_projection,
-    cast_back,
-    compute_dtype,
-    make_gradient,
-)
-from torchquant.quantizers_functional.affine import AffineParams, code_bounds, quantize_uniform
-from torchquant.quantizers_functional.uniform import like, uniform_codes
+from torchquant.quantizers_functional._formula import Formula
+from torchquant.quantizers_functional._gradient import GRADIENTS, Clamp, Gradient, make_gradient
+from torchquant.quantizers_functional.formats import AffineParams, Format, IntegerTerms, UniformGrid
 from torchquant.range_observers import RangeObserver
-from torchquant.range_observers._statistics import StatisticTracker, per_channel_view
+from torchquant.range_observers._statistics import StatisticTracker
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
-FLOAT_BYTES = 4
 SITES = ("weight", "input", "output")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,8 @@ class Quantizer(nn.Module, ABC):
     """Turns real tensors into real tensors that lie on a grid.
 
     Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it
-    can be exported, packed and analysed. The state of the QModule decides which method is called:
+    can be exported, packed and analysed. Levels, thresholds and integers are views of `format()`.
+    The state of the QModule decides which method is called:
 
     * `pre_observe(x)`: the real tensor, in states that observe.
     * `quantize(x)`: real to real on the grid, differentiable, in states that quantize.
@@ -64,6 +57,8 @@ class Quantizer(nn.Module, ABC):
     """Where in a layer the scheme is meant to sit."""
     made_by: ClassVar[str] = "make_quantizer('affine:8') makes one"
     """What messages advise where something else is given for a quantizer."""
+    is_uniform: ClassVar[bool] = False
+    """Whether the format has one step and a zero point, an affine view; the ONNX operators for codes want one."""
     keeps_units: bool = True
     """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
     about: ClassVar[About] = About()
@@ -142,14 +137,26 @@ class Quantizer(nn.Module, ABC):
         """Smallest and largest code."""
         raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
 
+    def format(self) -> Format:
+        """The format with the numbers that it has now: a value, which later batches and steps do not change.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(4, 1)
+        >>> quantizer.force(0.5)
+        >>> quantizer.format().project(torch.tensor([0.3, -9.0]))[0]
+        tensor([ 0.2500, -3.0000])
+        """
+        return Formula(self.encode, self.decode, self.code_range, axis=self.axis)
+
+    @torch.no_grad()
     def levels(self) -> Tensor:
         """The representable values, sorted: (L,), or (C, L) per channel."""
-        return self.code_values().sort(-1).values
+        return self.format().levels()
 
+    @torch.no_grad()
     def code_values(self) -> Tensor:
         """The value of every code, in the order of the codes: (L,), or (C, L) per channel."""
-        low, high = self.code_range
-        return self._decode(torch.arange(low, high + 1), torch.float32, axis=0)
+        return self.format().code_values()
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
@@ -172,19 +179,13 @@ class Quantizer(nn.Module, ABC):
                 else "its levels are not in the units of x"
             )
             raise NoCodesError(f"{type(self).__name__} has no thresholds between its levels: {why}")
-        levels = self.levels()
-        return (levels[..., 1:] + levels[..., :-1]) / 2
-
-    def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
-        """`decode` for codes whose channel axis is `axis`."""
-        return self.decode(codes, dtype)
+        return self.format().thresholds()
 
     def affine_params(self) -> AffineParams:
         """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
-        raise NoAffineViewError(
-            f"{type(self).__name__} is not a uniform grid: it has levels() and codes, but no step and zero point"
-        )
+        return self._view(lambda format: format.affine_params())
 
+    @torch.no_grad()
     def integer_terms(self) -> IntegerTerms:
         """The levels as sums of whole numbers times scales: [(scale, table)], so that sums of products stay integer.
 
@@ -198,18 +199,21 @@ class Quantizer(nn.Module, ABC):
         >>> [(float(scale), table.tolist()) for scale, table in quantizer.integer_terms()]
         [(0.5, [-4, -2, -1, 0, 1, 2, 4])]
         """
-        params = self.affine_params()
-        codes = torch.arange(params.qmin, params.qmax + 1)
-        zero_point = torch.as_tensor(params.zero_point).detach().to(torch.int64).cpu()
-        return [(torch.as_tensor(params.delta).detach().to(torch.float64).cpu(), codes - zero_point[..., None])]
+        return self._view(lambda format: format.integer_terms())
+
+    def _view(self, view: Callable[[Format], T]) -> T:
+        try:
+            return view(self.format())
+        except NoAffineViewError as error:
+            raise NoAffineViewError(f"{type(self).__name__}: {error}") from None
 
 
 class GridQuantizer(Quantizer):
-    """A quantizer whose grid is given by a few numbers, fixed while it quantizes.
+    """A quantizer whose format is given by a few numbers, fixed while it quantizes.
 
-    A subclass says which numbers (`grid`) and what they mean (`codes`, `values`, `code_range`); all in
-    terms of tensors already shaped to broadcast against x. Gradient, clamp, half types, channels,
-    NaN and the level list are done here.
+    A subclass says which numbers (`grid`) and what they mean, in one of two ways: `format()`, a value of a class in
+    `quantizers_functional`; or `codes`, `values` and `code_range`, in terms of tensors already shaped to broadcast
+    against x. Gradient, clamp, half types, channels, NaN and the level list are done here.
     """
 
     fuses_clamp = True
@@ -220,26 +224,42 @@ class GridQuantizer(Quantizer):
         super().__init__()
         self.gradient = make_gradient("clipped" if gradient_clip else "ste")
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {"codes", "values", "project"} & cls.__dict__.keys()
+        if not own or "format" in cls.__dict__ or cls.format is GridQuantizer.format:
+            return
+        if not {"codes", "values"} <= own:
+            raise ConfigError(
+                f"{cls.__name__} writes {' and '.join(sorted(own))}, which the format() that it inherits does not ask; "
+                "write codes and values and both count, or write format()"
+            )
+        cls.format = GridQuantizer.format  # type: ignore[method-assign]
+
     @abstractmethod
     def grid(self) -> tuple[Tensor | int, ...]:
         """The numbers of the grid: tensors () or (C,), or plain integers."""
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
+    def format(self) -> Format:
+        is_own = type(self).project is not GridQuantizer.project
+        project = self.project if is_own else None
+        return Formula(self.codes, self.values, self.code_range, self.grid(), project, axis=self.axis)
+
+    def codes(self, x: Tensor, *numbers: Any) -> Tensor:
+        """Whole-number codes of the nearest grid values, in any type; NaN may stay NaN."""
+        raise NoCodesError(f"{type(self).__name__} has neither codes and values nor a format(); write one of the two")
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *numbers: Any) -> Tensor:
+        """Grid values of codes, in `dtype` (float32 or float64)."""
+        raise NoCodesError(f"{type(self).__name__} has neither codes and values nor a format(); write one of the two")
+
+    def project(self, x: Tensor, want_inside: bool, *numbers: Any) -> tuple[Tensor, Tensor | None]:
         """Nearest grid value, and 1 where x was not clipped (None unless asked for), in x's type.
 
         This one takes what lies between the lowest and the highest level for not clipped. Override it
         where the value can be had faster than through codes, or where another rule is wanted.
         """
-        value = self.values(self.codes(x, *grid), x.dtype, *grid)
-        if not want_inside:
-            return value, None
-        low, high = self._ends(x, *grid)
-        return value, torch.minimum(torch.maximum(x, low), high).eq_(x)
-
-    def _ends(self, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest level, in x's type."""
-        ends = [self.values(torch.as_tensor(code, device=x.device), x.dtype, *grid) for code in self.code_range]
-        return torch.minimum(*ends), torch.maximum(*ends)
+        return Formula(self.codes, self.values, self.code_range, numbers).nearest(x, want_inside)
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
@@ -256,104 +276,41 @@ class GridQuantizer(Quantizer):
             raise ConfigError(f"{type(self).__name__} takes the gradients {allowed}, got {made.name!r}")
         self.gradient = made
 
-    @abstractmethod
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        """Whole-number codes of the nearest grid values, in any type; NaN may stay NaN."""
-
-    @abstractmethod
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        """Grid values of codes, in `dtype` (float32 or float64)."""
-
-    def _grid_for(self, ndim: int, axis: int | None) -> tuple[Any, ...]:
-        return tuple(per_channel_view(p, ndim, axis) if isinstance(p, Tensor) else p for p in self.grid())
-
     def grid_for(self, x: Tensor) -> tuple[Any, ...]:
         """The numbers of the grid in shapes that broadcast against x."""
-        return self._grid_for(x.ndim, self.axis)
+        return tuple(per_channel_view(n, x.ndim, self.axis) if isinstance(n, Tensor) else n for n in self.grid())
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
-        grid = self.grid_for(x)
-
-        def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-            return self.project(real, want_inside, *grid)
-
-        def ends() -> tuple[Tensor, Tensor]:
-            return self._ends(x.to(compute_dtype(x)), *grid)
-
-        return apply_projection(x, project, self.gradient, clamp, training=self.training, ends=ends)
+        return self.format().quantize(x, self.gradient, clamp, self.training)
 
     @torch.no_grad()
     def side_bytes(self, x: Tensor) -> int:
-        """4 bytes a scale, or a number that the values depend on; `ceil(n_bits / 8)` a zero point if one is not 0."""
-        try:
-            params = self.affine_params()
-        except NoAffineViewError:
-            return FLOAT_BYTES * sum(number.numel() for number in self.decoding_numbers())
-        zero_point_bytes = -(-self.n_bits // 8) if bool(torch.as_tensor(params.zero_point).any()) else 0
-        return params.delta.numel() * (FLOAT_BYTES + zero_point_bytes)
-
-    def decoding_numbers(self) -> list[Tensor]:
-        """The numbers of the grid that its values depend on; a threshold, say, is only needed to encode."""
-        low, high = self.code_range
-        grid = [number[..., None] if isinstance(number, Tensor) else number for number in self.grid()]
-        codes = torch.arange(low, high + 1)
-
-        def matters(i: int, number: Tensor) -> bool:
-            changed = [*grid[:i], number * 2 + 1, *grid[i + 1 :]]
-            values = [self.values(codes.to(number.device), torch.float32, *g) for g in (grid, changed)]
-            return not torch.equal(*values)
-
-        return [number for i, number in enumerate(grid) if isinstance(number, Tensor) and matters(i, number)]
-
-    @torch.no_grad()
-    def integer_terms(self) -> IntegerTerms:
-        try:
-            return super().integer_terms()
-        except NoAffineViewError:
-            terms = linear_terms(self.values, self.grid(), self.code_range)
-        if terms is None:
-            raise NoAffineViewError(f"the levels of {type(self).__name__} are not whole numbers times a few scales")
-        return terms
+        """4 bytes a scale, or a number that the values depend on; as many as a code for a zero point that is not 0."""
+        return self.format().side_bytes()
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Real to integer codes (int32). Raises NonFiniteError for NaN; Inf saturates."""
         if bool(torch.isnan(x).any()):
             raise NonFiniteError(f"{type(self).__name__} cannot encode NaN; x has {int(torch.isnan(x).sum())} of them")
-        return self.codes(x.to(compute_dtype(x)), *self.grid_for(x)).to(torch.int32)
+        return self.format().encode(x)
 
+    @torch.no_grad()
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes to real values of type `dtype`. Raises ConfigError for a code outside of `code_range`."""
         if codes.numel():
             (low, high), (least, most) = self.code_range, (int(end) for end in torch.aminmax(codes))
             if least < low or most > high:
                 raise ConfigError(f"codes of {type(self).__name__} are {low}..{high}, got {least}..{most}")
-        return self._decode(codes, dtype, self.axis)
-
-    @torch.no_grad()
-    def code_values(self) -> Tensor:
-        low, high = self.code_range
-        codes = torch.arange(low, high + 1)
-        n_channels = self._n_channels()
-        return self._decode(codes if n_channels is None else codes.expand(n_channels, -1), torch.float32, axis=0)
-
-    def _n_channels(self) -> int | None:
-        """How many channels have numbers of their own; None per tensor."""
-        return next((len(p) for p in self.grid() if isinstance(p, Tensor) and p.ndim == 1), None)
-
-    @torch.no_grad()
-    def _decode(self, codes: Tensor, dtype: torch.dtype, axis: int | None) -> Tensor:
-        tensors = [p for p in self.grid() if isinstance(p, Tensor)]
-        codes = codes.to(tensors[0].device) if tensors else codes
-        working = torch.float64 if dtype == torch.float64 else torch.float32
-        return cast_back(self.values(codes, working, *self._grid_for(codes.ndim, axis)), dtype)
+        return self.format().decode(codes, dtype)
 
 
 class UniformQuantizer(GridQuantizer):
     """A uniform grid over the range of an observer. A subclass turns the range into `affine_params`."""
 
     fuses_clamp = True
+    is_uniform = True
     traits = frozenset({"step"})
 
     def __init__(self, n_bits: int, range_observer: RangeObserver, gradient_clip: bool = False) -> None:
@@ -395,29 +352,11 @@ class UniformQuantizer(GridQuantizer):
         params = self.affine_params()
         return params.qmin, params.qmax
 
-    @torch.no_grad()
-    def thresholds(self) -> Tensor:
-        delta, zero_point, qmin, qmax = self.affine_params()
-        codes = torch.arange(qmin, qmax, device=delta.device) + 0.5
-        return (codes - torch.as_tensor(zero_point, device=delta.device)[..., None]) * delta[..., None]
-
     def grid(self) -> tuple[Tensor | int, ...]:
-        delta, zero_point, qmin, qmax = self.affine_params()
-        return delta, zero_point, qmin, qmax
+        return self.affine_params()
 
-    def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
-        """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
-        params = AffineParams(*self.grid_for(x))
-        return quantize_uniform(x, params, self.gradient, clamp, self.training)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        params = AffineParams(*grid)
-        return uniform_codes(x, params.delta, *code_bounds(params)) + params.zero_point
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        params = AffineParams(*grid)
-        steps = (codes - params.zero_point).to(dtype)
-        return steps * like(params.delta, steps)
+    def format(self) -> Format:
+        return UniformGrid(*self.affine_params(), axis=self.axis)
 
 
 class FittedQuantizer(StatisticTracker, GridQuantizer):

@@ -90,7 +90,7 @@ def _entry(name: str, cls: type[Quantizer]) -> SchemeEntry:
 
 def _export_forms(cls: type[Quantizer]) -> tuple[str, ...]:
     forms = []
-    if cls.affine_params is not Quantizer.affine_params:
+    if cls.is_uniform:
         forms.append("ONNX QDQ to 8 bits")
     if cls.encode is not Quantizer.encode:
         forms.append("codes")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import About, Quantizer
-from torchquant.quantizers_functional._levels import in_layout_of
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.groups import Groups, cut_groups, join_groups
 
 
 def _unused(quantizer: Quantizer, part: Tensor) -> Tensor:
@@ -49,41 +50,34 @@ class GroupQuantizer(Quantizer):
         self.whole = quantizer
         self.last = copy.deepcopy(quantizer)
 
-    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The whole groups (groups, size) and the shorter last ones (rows, rest); either may be empty."""
-        rows = x.reshape(x.shape[0], -1) if x.numel() else x.reshape(0, self.size)
-        end = rows.shape[1] - rows.shape[1] % self.size
-        return rows[:, :end].reshape(-1, self.size), rows[:, end:]
-
-    def _join(self, whole: Tensor, last: Tensor, x: Tensor) -> Tensor:
-        rows = len(last)
-        joined = torch.cat([whole.reshape(rows, -1), last], 1) if rows else whole
-        return in_layout_of(joined.reshape(x.shape), x)
-
     def _parts(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
-        return list(zip((self.whole, self.last), self._cut(x), strict=True))
+        return list(zip((self.whole, self.last), cut_groups(x, self.size), strict=True))
 
     def side_bytes(self, x: Tensor) -> int:
         return sum(quantizer.side_bytes(part) for quantizer, part in self._parts(x) if part.numel())
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        return [group for part in self._cut(x) for group in part]
+        return [group for part in cut_groups(x, self.size) for group in part]
 
     def pre_observe(self, x: Tensor) -> None:
         for quantizer, part in self._parts(x):
             quantizer.pre_observe(part)
 
+    def format(self) -> Format:
+        whole, last = (q.format() if q.is_ready else None for q in (self.whole, self.last))
+        return Groups(self.size, whole, last)
+
     def quantize(self, x: Tensor) -> Tensor:
         whole, last = (q.quantize(part) if part.numel() else _unused(q, part) for q, part in self._parts(x))
-        return self._join(whole, last, x)
+        return join_groups(whole, last, x)
 
     def encode(self, x: Tensor) -> Tensor:
         whole, last = (q.encode(part) if part.numel() else part.to(torch.int32) for q, part in self._parts(x))
-        return self._join(whole, last, x)
+        return join_groups(whole, last, x)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         whole, last = (q.decode(part, dtype) if part.numel() else part.to(dtype) for q, part in self._parts(codes))
-        return self._join(whole, last, codes)
+        return join_groups(whole, last, codes)
 
     @property
     def is_ready(self) -> bool:

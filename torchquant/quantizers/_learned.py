@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import FittedQuantizer
-from torchquant.quantizers_functional.affine import AffineParams
-from torchquant.quantizers_functional.uniform import integer_codes, uniform_codes
+from torchquant.quantizers_functional.formats import Format, UniformGrid
+from torchquant.quantizers_functional.uniform import integer_codes
 from torchquant.range_observers._distributed import reduce_max
 from torchquant.range_observers._statistics import ordinary_zeros
 
@@ -127,20 +127,15 @@ class LearnedQuantizer(FittedQuantizer):
 class LearnedUniform(LearnedQuantizer):
     """A uniform grid through 0 whose step is trained: `grid()` is `(step,)`, codes are n-bit integers."""
 
+    is_uniform = True
+
     @property
     def code_range(self) -> tuple[int, int]:
         return integer_codes(self.n_bits, self.is_signed)
 
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return uniform_codes(x, grid[0], *self.code_range)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return codes.to(dtype) * grid[0].to(dtype)
-
-    def affine_params(self) -> AffineParams:
+    def format(self) -> Format:
         (step,) = self.grid()
-        assert isinstance(step, Tensor)
-        return AffineParams(step.detach(), 0, *self.code_range)
+        return UniformGrid(step, 0, *self.code_range, axis=self.axis)
 
 
 def gradient_scale(x: Tensor, n_groups: int, per_sample: bool, largest_code: int) -> float:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import About, GridQuantizer
-from torchquant.quantizers_functional.tokens import (
-    check_token_bits,
-    token_codes,
-    token_project,
-    token_values,
-)
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.tokens import TokenGrid, check_token_bits
 
 
 class TokenQuantizer(GridQuantizer):
@@ -60,20 +53,14 @@ class TokenQuantizer(GridQuantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        return 0, int(2 ** (self.n_bits + 15)) - 1
+        return self.format().code_range
 
     def grid(self) -> tuple[Tensor | int, ...]:
         """Nothing: all is in the tokens."""
         return ()
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return token_project(x, self.n_bits), None
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return token_codes(x, self.n_bits)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return token_values(codes, self.n_bits, dtype)
+    def format(self) -> Format:
+        return TokenGrid(self.n_bits)
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, check_init, first, lowest_of, or_one, where_signed
 from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
-from torchquant.quantizers_functional.apot import APOT_ALPHA, apot_codes, apot_quantize, apot_values, check_apot
+from torchquant.quantizers_functional.apot import (
+    APOT_ALPHA,
+    AdditivePowers,
+    apot_code_range,
+    apot_quantize,
+    check_apot,
+)
+from torchquant.quantizers_functional.formats import Format
 from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -62,8 +66,7 @@ class APoTQuantizer(LearnedQuantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        largest = int(2 ** (self.n_bits - self.is_signed) - 1)
-        return (-largest if self.is_signed else 0), largest
+        return apot_code_range(self.n_bits, self.is_signed)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
@@ -73,19 +76,16 @@ class APoTQuantizer(LearnedQuantizer):
         scale = or_one(usable_scale(reduce_mean(row_mean_squares(x)).sqrt(), 16.0))
         return first((start.expand_as(scale), lowest, scale), self.axis)
 
-    def grid(self) -> tuple[Tensor | int, ...]:
+    def grid(self) -> tuple[Tensor]:
         """The largest level."""
         return (self.bounded("alpha") * self.get()[2],)
+
+    def format(self) -> Format:
+        return AdditivePowers(*self.grid(), self.n_bits, self.is_signed, axis=self.axis)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         (clip,) = self.grid_for(x)
         return apot_quantize(x, clip, self.n_bits, self.is_signed)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return apot_codes(x / grid[0].to(x.dtype), self.n_bits, self.is_signed)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return apot_values(codes, self.n_bits, self.is_signed, dtype) * grid[0].to(dtype)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[APoTQuantizer]:

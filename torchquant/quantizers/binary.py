@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
-from torchquant.quantizers_functional.binary import binary_codes, binary_projection
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.binary import Signs
+from torchquant.quantizers_functional.formats import Format
 from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -31,7 +29,7 @@ class BinaryQuantizer(FittedQuantizer):
     """
 
     n_bits = 1
-    code_range = (0, 1)
+    code_range = Signs.code_range
     statistics = ("alpha",)
     traits = frozenset({"sign"})
     presets = {"xnor": {"scale": "mean"}, "bnn": {"scale": "one"}}
@@ -57,15 +55,8 @@ class BinaryQuantizer(FittedQuantizer):
             alpha = torch.where(alpha.isfinite(), (alpha > 0).to(alpha.dtype), alpha)
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return binary_projection(grid[0])(x, want_inside)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return binary_codes(x)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        signs = codes.to(dtype) * 2.0 - 1.0
-        return signs * like(grid[0], signs)
+    def format(self) -> Format:
+        return Signs(self.get()[0], axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[BinaryQuantizer]:

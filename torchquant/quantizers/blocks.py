@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import FLOAT_BYTES, QUANTIZERS, About, FittedQuantizer, GridQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer, GridQuantizer
 from torchquant.quantizers_functional._gradient import make_gradient
-from torchquant.quantizers_functional.blocks import (
-    ELEMENTS,
-    MODES,
-    by_blocks,
-    mx_codes,
-    mx_project,
-    mx_values,
-    nvfp4_codes,
-    nvfp4_project,
-    nvfp4_values,
-)
+from torchquant.quantizers_functional.blocks import ELEMENTS, MODES, MXBlocks, NVFP4Blocks, by_blocks
+from torchquant.quantizers_functional.formats import FLOAT_BYTES, Format
 from torchquant.range_observers._distributed import reduce_max
 from torchquant.range_observers._statistics import rows
 
@@ -124,20 +115,14 @@ class MXQuantizer(_BlockQuantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        return 0, int(2 ** (self.n_bits + 8)) - 1
+        return self.format().code_range
 
     def grid(self) -> tuple[Tensor | int, ...]:
         """Nothing: all is in the blocks."""
         return ()
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return by_blocks(x, self.block, self.block_axis, lambda b: mx_project(b, self.element, self.mode)), None
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return by_blocks(x, self.block, self.block_axis, lambda b: mx_codes(b, self.element, self.mode))
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return mx_values(codes, self.element, dtype)
+    def format(self) -> Format:
+        return MXBlocks(self.element, self.mode, self.block, self.block_axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MXQuantizer]:
@@ -165,7 +150,7 @@ class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
     """
 
     n_bits = 4
-    code_range = (0, 127 * 16 + 15)
+    code_range = NVFP4Blocks.code_range
     statistics = ("tensor_scale",)
     joined_by = {"tensor_scale": "max"}
     typical = "{name}:{n}"
@@ -193,16 +178,8 @@ class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
         usable = torch.where(absmax > 0, scale, torch.ones_like(scale))
         return (torch.where(absmax.isfinite(), usable, absmax),)
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        scale = grid[0].to(x.dtype)
-        return by_blocks(x, self.block, self.block_axis, lambda b: nvfp4_project(b, scale)), None
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        scale = grid[0].to(x.dtype)
-        return by_blocks(x, self.block, self.block_axis, lambda b: nvfp4_codes(b, scale))
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return nvfp4_values(codes, grid[0], dtype)
+    def format(self) -> Format:
+        return NVFP4Blocks(self.get()[0], self.block, self.block_axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NVFP4Quantizer]:

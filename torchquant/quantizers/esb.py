@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._sums import row_mean_squares, row_moments
-from torchquant.quantizers_functional.esb import (
-    ESB_ALPHA,
-    check_esb,
-    esb_decode,
-    esb_encode,
-    esb_max,
-    esb_projection,
-    esb_significands,
-)
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.esb import ESB_ALPHA, ESB_FORMS, check_esb
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.minifloat import FloatFormat, ScaledFloat
 from torchquant.range_observers._distributed import ranks, reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -77,9 +68,12 @@ class ESBQuantizer(FittedQuantizer):
         self.significant_bits = significant_bits
 
     @property
+    def _float_format(self) -> FloatFormat:
+        return ESB_FORMS[self.n_bits, self.significant_bits]
+
+    @property
     def code_range(self) -> tuple[int, int]:
-        largest = 2 ** (self.n_bits - 1) - 1
-        return -largest, largest
+        return self._float_format.code_range
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
@@ -87,30 +81,16 @@ class ESBQuantizer(FittedQuantizer):
             shift, size = row_moments(x, ranks())
         else:
             shift, size = None, reduce_mean(row_mean_squares(x)).sqrt()
-        largest = torch.finfo(torch.float32).max / 2 / esb_max(self.n_bits, self.significant_bits)
+        largest = torch.finfo(torch.float32).max / 2 / self._float_format.largest
         alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * size).clamp(2.0**-126, largest)
         # NaN and Inf go on as they are, for the tracker to refuse.
         alpha = torch.where(size.isfinite(), torch.where(size > 0, alpha, 1.0), size)
         found = (alpha,) if shift is None else (alpha, shift)
         return found if self.axis is not None else tuple(number.squeeze(0) for number in found)
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        on_grid = esb_projection(grid[0], self.n_bits, self.significant_bits)
-        if not self.center:
-            return on_grid(x, want_inside)
-        shift = like(grid[1], x)
-        value, inside = on_grid(x - shift, want_inside)
-        return value.add_(shift), inside
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        x = x - like(grid[1], x) if self.center else x
-        significands = esb_significands(x, grid[0], self.n_bits, self.significant_bits)
-        return esb_encode(significands, self.n_bits, self.significant_bits)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        significands = esb_decode(codes, self.n_bits, self.significant_bits, dtype)
-        values = significands * like(grid[0], significands)
-        return values + like(grid[1], values) if self.center else values
+    def format(self) -> Format:
+        alpha, *shift = self.grid()
+        return ScaledFloat(alpha, self._float_format, shift=shift[0] if shift else None, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ESBQuantizer]:

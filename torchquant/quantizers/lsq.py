@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torchquant.errors import ConfigError, NoAffineViewError
+from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import (
     LearnedQuantizer,
@@ -22,9 +20,9 @@ from torchquant.quantizers._learned import (
 )
 from torchquant.quantizers_functional._range_search import best_range, refitted_step
 from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, row_sums, unit_rows, usable_scale
-from torchquant.quantizers_functional.affine import AffineParams
+from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes, lsq_quantize
-from torchquant.quantizers_functional.uniform import integer_codes, uniform_codes
+from torchquant.quantizers_functional.uniform import integer_codes
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -192,6 +190,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
     """
 
     joined_by = {"initial_step": "max", "initial_offset": "min"}
+    is_uniform = True
     typical_acts = "lsqplus:{n}"
     about = About(
         "step * RHE(clamp((x - offset) / step)) + offset, both learned",
@@ -264,7 +263,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
         nan = torch.full_like(step, torch.nan)
         return torch.where(finite, or_one(step), nan), torch.where(finite, low, nan)
 
-    def grid(self) -> tuple[Tensor | int, ...]:
+    def grid(self) -> tuple[Tensor, Tensor]:
         """The step in use, and the offset."""
         step = self.bounded("step")
         return step, self.number("offset") if self.has_offset else torch.zeros_like(step)
@@ -276,13 +275,9 @@ class LSQPlusQuantizer(LearnedQuantizer):
             return lsq_quantize(x, step, self.n_bits, True, scale)
         return lsq_quantize(x, step, self.n_bits, False, scale, scaled_gradient(offset, scale))
 
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        step, offset = (number.to(x.dtype) for number in grid)
-        return uniform_codes(x - offset, step, *self.code_range)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        step, offset = (number.to(dtype) for number in grid)
-        return codes.to(dtype) * step + offset
+    def format(self) -> Format:
+        step, offset = self.grid()
+        return UniformGrid(step, 0, *self.code_range, offset=offset if self.has_offset else None, axis=self.axis)
 
     @torch.no_grad()
     def snap(self) -> None:
@@ -291,13 +286,6 @@ class LSQPlusQuantizer(LearnedQuantizer):
             step = self.bounded("step")
             offset = self.number("offset")
             offset.copy_((offset / step).round() * step)
-
-    def affine_params(self) -> AffineParams:
-        step, offset = (number.detach() for number in self.grid() if isinstance(number, Tensor))
-        zero_point = (-offset.to(torch.float64) / step).round()
-        if not torch.allclose(-zero_point * step, offset.to(torch.float64), rtol=1e-5, atol=0.0):
-            raise NoAffineViewError("the offset of LSQ+ is between two levels; call snap() and train a little on")
-        return AffineParams(step, zero_point, *self.code_range)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[LSQPlusQuantizer]:

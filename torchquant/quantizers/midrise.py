@@ -17,7 +17,9 @@ from torchquant.quantizers_functional._sums import (
     shared_unit_rows,
     usable_scale,
 )
-from torchquant.quantizers_functional.midrise import MIDRISE_STEP, check_midrise, midrise_codes, midrise_values
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.midrise import MIDRISE_STEP, MidriseGrid, check_midrise
+from torchquant.quantizers_functional.uniform import integer_codes
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean, reduce_sum
 from torchquant.range_observers._statistics import rows
 
@@ -46,8 +48,7 @@ class MidriseQuantizer(FittedQuantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        half = int(2 ** (self.n_bits - 1))
-        return -half, half - 1
+        return integer_codes(self.n_bits, True)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(s if self.axis is not None else s.squeeze(0) for s in self.fit(rows(x, self.axis)))
@@ -56,27 +57,9 @@ class MidriseQuantizer(FittedQuantizer):
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         """The statistics of each row, over all ranks. x: (C, n). (C,) each."""
 
-    def thresholds(self) -> Tensor:
-        step, shift = (torch.as_tensor(number) for number in self.grid())
-        return self._edges(step, shift)
-
-    def _edges(self, step: Tensor, shift: Tensor) -> Tensor:
-        """Of the cells, without the outer two: (2**n_bits - 1,) or (C, 2**n_bits - 1)."""
-        low, high = self.code_range
-        return torch.arange(low + 1, high + 1, device=step.device) * step[..., None] + shift[..., None]
-
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        value = self.values(self.codes(x, *grid), x.dtype, *grid)
-        if not want_inside:
-            return value, None
-        half_width = grid[0].to(x.dtype) * 2 ** (self.n_bits - 1)
-        return value, (x - grid[1].to(x.dtype)).abs_().le_(half_width)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return midrise_codes(x, grid[0], grid[1], self.n_bits)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return midrise_values(codes.to(dtype), grid[0], grid[1])
+    def format(self) -> Format:
+        step, shift = self.grid()
+        return MidriseGrid(step, self.n_bits, shift=shift, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[Any]:
@@ -143,7 +126,7 @@ class VecQQuantizer(MidriseQuantizer):
         scaled = (threshold_step / unit).to(units.dtype)[:, None]
 
         def products(units: Tensor) -> tuple[Tensor, Tensor]:
-            points = midrise_codes(units, scaled, 0.0, self.n_bits).add_(0.5)
+            points = MidriseGrid(scaled, self.n_bits).codes(units).add_(0.5)
             return units * points, points.square_()
 
         along, square = row_sums_of(products, units)
@@ -163,20 +146,9 @@ class VecQQuantizer(MidriseQuantizer):
         held = torch.minimum(torch.maximum(step, least * threshold_step), most * threshold_step)
         return torch.where((step > 0) & (threshold_step > 0), held, step)
 
-    def thresholds(self) -> Tensor:
-        threshold_step, _ = self.get()
-        return self._edges(threshold_step, torch.zeros_like(threshold_step))
-
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        value = self.values(self.codes(x, *grid), x.dtype, *grid)
-        half_width = grid[0].to(x.dtype) * 2 ** (self.n_bits - 1)
-        return value, x.abs().le_(half_width) if want_inside else None
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return midrise_codes(x, grid[0], 0.0, self.n_bits)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return midrise_values(codes.to(dtype), grid[1], 0.0)
+    def format(self) -> Format:
+        threshold_step, step = self.get()
+        return MidriseGrid(step, self.n_bits, threshold_step, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[VecQQuantizer]:
@@ -219,8 +191,8 @@ class ClipQQuantizer(MidriseQuantizer):
         (step,) = self.get()
         return step, torch.zeros_like(step)
 
-    def decoding_numbers(self) -> list[Tensor]:
-        return list(self.get())
+    def format(self) -> Format:
+        return MidriseGrid(self.get()[0], self.n_bits, axis=self.axis)
 
 
 @QUANTIZERS.register("zoomq")

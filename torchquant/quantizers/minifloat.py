@@ -11,15 +11,13 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
 from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional.formats import Format
 from torchquant.quantizers_functional.minifloat import (
     FORMATS,
     FloatFormat,
-    minifloat_decode,
-    minifloat_encode,
-    minifloat_projection,
-    nearest_floats,
+    ScaledFloat,
+    nearest_floats_,
 )
-from torchquant.quantizers_functional.uniform import like
 from torchquant.range_observers._distributed import reduce_max, reduce_sum
 from torchquant.range_observers._statistics import rows
 
@@ -80,7 +78,7 @@ class MinifloatQuantizer(FittedQuantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        return -self.form.largest_code, self.form.largest_code
+        return self.form.code_range
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         absmax = reduce_max(rows(x, self.axis).abs().amax(1))
@@ -101,22 +99,15 @@ class MinifloatQuantizer(FittedQuantizer):
         errors, scales = [], [largest * 2.0 ** (-i / 8) for i in range(MSE_STEPS + 1)]
         for scale in scales:
             relative = (scale / unit).to(units.dtype)[:, None]
-            error = nearest_floats(units / relative, self.form).mul_(relative).sub_(units)
+            error = nearest_floats_(units / relative, self.form).mul_(relative).sub_(units)
             errors.append(row_sums(error.square_()) * unit.to(torch.float64).square())
         best_error, best = torch.full_like(largest, torch.inf), largest
         for scale, error in zip(scales, reduce_sum(torch.stack(errors)), strict=True):
             best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
         return best
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return minifloat_projection(grid[0], self.form)(x, want_inside)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return minifloat_encode(nearest_floats(x / like(grid[0], x), self.form), self.form)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        numbers = minifloat_decode(codes, self.form, dtype)
-        return numbers * like(grid[0], numbers)
+    def format(self) -> Format:
+        return ScaledFloat(self.get()[0], self.form, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MinifloatQuantizer]:

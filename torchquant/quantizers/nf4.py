@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._sums import usable_scale
-from torchquant.quantizers_functional.nf4 import nf4_codes, nf4_projection, nf4_values
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.nf4 import NormalFloat
 from torchquant.range_observers._distributed import reduce_max
 from torchquant.range_observers._statistics import rows
 
@@ -28,7 +27,7 @@ class NF4Quantizer(FittedQuantizer):
     """
 
     n_bits = 4
-    code_range = (0, 15)
+    code_range = NormalFloat.code_range
     statistics = ("absmax",)
     joined_by = {"absmax": "max"}
     about = About("absmax * nearest of 16 Gaussian quantiles", "Dettmers et al. 2023, QLoRA, arXiv:2305.14314", "4")
@@ -47,14 +46,8 @@ class NF4Quantizer(FittedQuantizer):
         absmax = torch.where(absmax == 0, torch.ones_like(absmax), absmax)
         return (absmax if self.axis is not None else absmax.squeeze(0),)
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return nf4_projection(grid[0])(x, want_inside)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return nf4_codes(x, grid[0])
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return nf4_values(codes, grid[0], dtype)
+    def format(self) -> Format:
+        return NormalFloat(self.get()[0], axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NF4Quantizer]:

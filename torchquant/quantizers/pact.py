@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +10,9 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
 from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
-from torchquant.quantizers_functional.affine import AffineParams
+from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.quantizers_functional.lsq import NARROW_STEP, lsq_codes
 from torchquant.quantizers_functional.pact import pact_quantize
-from torchquant.quantizers_functional.uniform import uniform_codes
 from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import per_channel_view, rows
 
@@ -40,6 +37,7 @@ class PACTQuantizer(LearnedQuantizer):
     statistics = ("initial_alpha",)
     joined_by = {"initial_alpha": "rms"}
     signed = False
+    is_uniform = True
     typical = "affine:{n},symmetric=narrow/channel"  # weights to compare its activations with
     typical_acts = "pact:{n}"
     about = About(
@@ -77,14 +75,9 @@ class PACTQuantizer(LearnedQuantizer):
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return pact_quantize(x, per_channel_view(self.bounded("alpha"), x.ndim, self.axis), self.n_bits)
 
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return uniform_codes(x, grid[0].to(x.dtype) / self.code_range[1], *self.code_range)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return codes.to(dtype) * (grid[0].to(dtype) / self.code_range[1])
-
-    def affine_params(self) -> AffineParams:
-        return AffineParams(self.bounded("alpha").detach() / self.code_range[1], 0, *self.code_range)
+    def format(self) -> Format:
+        low, high = self.code_range
+        return UniformGrid(self.bounded("alpha"), 0, low, high, divisor=high, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[PACTQuantizer]:

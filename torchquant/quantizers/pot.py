@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
-from torchquant.quantizers_functional.pot import (
-    POT_ALPHA,
-    check_pot,
-    pot_decode,
-    pot_encode,
-    pot_magnitudes,
-    pot_max,
-    pot_projection,
-)
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.pot import POT_ALPHA, PowersOfTwo, check_pot, pot_max
+from torchquant.quantizers_functional.uniform import integer_codes
 from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import rows
 
@@ -54,23 +44,15 @@ class PotQuantizer(FittedQuantizer):
 
     @property
     def code_range(self) -> tuple[int, int]:
-        half = int(2 ** (self.n_bits - 1))
-        return -half, half - 1
+        return integer_codes(self.n_bits, True)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         rms = reduce_mean(row_mean_squares(rows(x, self.axis))).sqrt()
         alpha = usable_scale(POT_ALPHA[self.n_bits] * rms, pot_max(self.n_bits))
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return pot_projection(grid[0], self.n_bits)(x, want_inside)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return pot_encode(pot_magnitudes(x, grid[0], self.n_bits), x < 0)
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        values = pot_decode(codes.to(torch.int32), dtype)
-        return values * like(grid[0], values)
+    def format(self) -> Format:
+        return PowersOfTwo(self.get()[0], self.n_bits, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[PotQuantizer]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers._integer_terms import IntegerTerms
 from torchquant.quantizers._level_list import LevelList
 from torchquant.quantizers_functional._gradient import compute_dtype
-from torchquant.quantizers_functional.residual import check_residual, residual_alphas, residual_levels, sign_patterns
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.residual import SignSums, check_residual, residual_alphas, residual_levels
 from torchquant.range_observers._distributed import ranks, reduce_max
 from torchquant.range_observers._statistics import rows
 
@@ -65,16 +65,8 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
     def level_list(self) -> Tensor:
         return residual_levels(self.get()[0])
 
-    def decoding_numbers(self) -> list[Tensor]:
-        return [self.get()[0]]
-
-    @torch.no_grad()
-    def integer_terms(self) -> IntegerTerms:
-        """One sign tensor a scale."""
-        alphas = self.get()[0].to(torch.float64).cpu()
-        signs = sign_patterns(self.n_bits, alphas)
-        order = (alphas @ signs.T).argsort(-1)
-        return [(alphas[..., i], signs[:, i][order].to(torch.int64)) for i in range(self.n_bits)]
+    def format(self) -> Format:
+        return SignSums.of(self.get()[0], self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ResidualQuantizer]:

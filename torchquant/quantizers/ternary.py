@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers_functional.ternary import METHODS, ternary_codes, ternary_params, ternary_projection
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.ternary import METHODS, Ternary, ternary_params
 from torchquant.range_observers._distributed import gather_rows, ranks
 from torchquant.range_observers._statistics import rows
 
@@ -37,7 +34,7 @@ class TernaryQuantizer(FittedQuantizer):
     n_bits = 2
     presets = {"twn": {"method": "twn"}}
     statistics = ("threshold", "alpha")
-    code_range = (-1, 1)
+    code_range = Ternary.code_range
 
     def __init__(
         self,
@@ -57,19 +54,9 @@ class TernaryQuantizer(FittedQuantizer):
         params = ternary_params(x, "twn", ranks()) if self.method == "twn" else ternary_params(gather_rows(x), "exact")
         return tuple(p if self.axis is not None else p.squeeze(0) for p in params)
 
-    def thresholds(self) -> Tensor:
-        threshold, _ = self.get()
-        return torch.stack([-threshold, threshold], -1)
-
-    def project(self, x: Tensor, want_inside: bool, *grid: Any) -> tuple[Tensor, Tensor | None]:
-        return ternary_projection(*grid)(x, want_inside)
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return ternary_codes(x, grid[0])
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        signs = codes.to(dtype)
-        return signs * like(grid[1], signs)
+    def format(self) -> Format:
+        threshold, alpha = self.get()
+        return Ternary(alpha, threshold, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[TernaryQuantizer]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
+from torchquant.quantizers_functional.formats import Format
 from torchquant.quantizers_functional.ternary import ternary_params
-from torchquant.quantizers_functional.ttq import ttq_codes, ttq_quantize, ttq_values
+from torchquant.quantizers_functional.ttq import TernaryPair, ttq_quantize
 from torchquant.range_observers._distributed import ranks, reduce_max
 from torchquant.range_observers._statistics import rows
 
@@ -30,7 +29,7 @@ class TTQQuantizer(LearnedQuantizer):
     """
 
     n_bits = 2
-    code_range = (-1, 1)
+    code_range = TernaryPair.code_range
     sites = ("weight",)
     learned = ("positive", "negative")
     statistics = ("initial_positive", "initial_negative", "threshold")
@@ -51,22 +50,16 @@ class TTQQuantizer(LearnedQuantizer):
         alpha = or_one(ternary_params(x, "twn", ranks())[1])
         return first((alpha, alpha, self.t * absmax), self.axis)
 
-    def grid(self) -> tuple[Tensor | int, ...]:
+    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Threshold, positive and negative scale in use."""
         return self.get()[2], self.bounded("positive"), self.bounded("negative")
 
-    def thresholds(self) -> Tensor:
-        threshold = self.get()[2]
-        return torch.stack([-threshold, threshold], -1)
+    def format(self) -> Format:
+        threshold, positive, negative = self.grid()
+        return TernaryPair(threshold, positive, negative, axis=self.axis)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return ttq_quantize(x, *self.grid_for(x))
-
-    def codes(self, x: Tensor, *grid: Any) -> Tensor:
-        return ttq_codes(x, grid[0].to(x.dtype))
-
-    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
-        return ttq_values(codes.to(dtype), grid[1].to(dtype), grid[2].to(dtype))
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[TTQQuantizer]:

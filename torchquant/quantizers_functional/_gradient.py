@@ -1,8 +1,8 @@
 """How a gradient passes a quantizer: the part every format shares.
 
-A format is a *projection*: `project(x, want_inside) -> (value, inside)`, plain tensor maths without
-autograd, where `inside` is 1 for elements the format did not clip and 0 for the others. This file
-attaches a gradient to it. The value is returned as computed, so it is on the grid bit for bit; the
+A format is a *projection*: `project(x, want_inside, clamp) -> (value, inside)`, plain tensor maths without
+autograd on x, or on `x.clamp(*clamp)`, where `inside` is 1 for elements the format did not clip and 0 for the others.
+This file attaches a gradient to it. The value is returned as computed, so it is on the grid bit for bit; the
 popular `x + (q - x).detach()` is not (docs/decisions/0001).
 
 Masks are built as floats and kept as bits, because on a CPU what touches bool is not vectorised:
@@ -24,7 +24,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, unpack_mask
 
 Clamp = tuple[float | None, float | None]
-Projection = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+Projection = Callable[[Tensor, bool, Clamp | None], tuple[Tensor, Tensor | None]]
 Ends = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -153,7 +153,6 @@ def apply_projection(
     project: Projection,
     gradient: str | Gradient = "ste",
     clamp: Clamp | None = None,
-    project_clamps: bool = False,
     training: bool = True,
     ends: Ends | None = None,
     step: Callable[[], Tensor] | None = None,
@@ -162,9 +161,8 @@ def apply_projection(
 
     `gradient`: one of `GRADIENTS`, by name or made. `clamp=(low, high)` quantizes
     `torch.clamp(x, low, high)` in the same pass; the gradient is then that of the clamp followed by the
-    quantizer, strict at both ends as in `torch.relu` and `torch.nn.functional.hardtanh`.
-    `project_clamps` says that `project` does the clamp itself. Half types are computed in float32 and
-    cast back. `training`, `ends` and `step` go on to the estimator, see `Projected`.
+    quantizer, strict at both ends as in `torch.relu` and `torch.nn.functional.hardtanh`. Half types are
+    computed in float32 and cast back. `training`, `ends` and `step` go on to the estimator, see `Projected`.
     """
     gradient = make_gradient(gradient)
     if not x.is_floating_point():
@@ -174,8 +172,7 @@ def apply_projection(
         x = x.clamp(*clamp)
     with torch.no_grad():
         real = x.detach().to(compute_dtype(x))
-        clamped = real if clamp is None or project_clamps else real.clamp(*clamp)
-        value, inside = project(clamped, needs_grad and gradient.wants_inside)
+        value, inside = project(real, needs_grad and gradient.wants_inside, clamp)
         value = cast_back(value, x.dtype)
         if not needs_grad:
             return value

@@ -6,13 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchquant._tensors import in_layout_of as in_layout_of
+
 SMALL = 2**14  # elements below which a binary search of each is as fast as anything else
 LARGEST_EXACT = 2**24  # whole numbers up to here are exact in float32
-
-
-def in_layout_of(value: Tensor, x: Tensor) -> Tensor:
-    """`value`, stored in memory as x is."""
-    return value if value.stride() == x.stride() else torch.empty_like(x, dtype=value.dtype).copy_(value)
 
 
 def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:

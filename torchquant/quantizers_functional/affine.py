@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient
-from torchquant.quantizers_functional.uniform import Bound, uniform_quantize
+from torchquant.quantizers_functional.formats import AffineParams as AffineParams
+from torchquant.quantizers_functional.formats import UniformGrid
 
 SYMMETRIES = (False, True, "narrow", "full", "torch", "asymmetric-narrow")
 MAX_BITS = 24
-
-
-class AffineParams(NamedTuple):
-    """The numbers of a uniform grid: real = (code - zero_point) * delta, qmin <= code <= qmax."""
-
-    delta: Tensor
-    zero_point: Tensor | int
-    qmin: int
-    qmax: int
 
 
 def check_affine(n_bits: int, symmetric: bool | str) -> None:
@@ -120,16 +110,7 @@ def affine_quantize(
     if is_known and not bool((torch.as_tensor(delta) > 0).all()):
         least = float(torch.as_tensor(delta).min())
         raise ConfigError(f"delta must be above 0, got {least!r}; a constant tensor takes any delta, such as 1")
-    return uniform_quantize(x, delta, -zero_point, n_levels - 1 - zero_point, gradient, clamp)
-
-
-def code_bounds(params: AffineParams) -> tuple[Bound, Bound]:
-    """The code range counted from real 0: [qmin - zero_point, qmax - zero_point].
-
-    Rounding, adding the zero point, clamping and taking it off again is the same as clamping to
-    these bounds, for whole numbers exactly, and two passes cheaper.
-    """
-    return params.qmin - params.zero_point, params.qmax - params.zero_point
+    return UniformGrid(delta, zero_point, 0, n_levels - 1).quantize(x, gradient, clamp)
 
 
 def quantize_uniform(
@@ -140,4 +121,4 @@ def quantize_uniform(
     training: bool = True,
 ) -> Tensor:
     """Quantize x on the grid of `params`; shapes as in `affine_quantize`."""
-    return uniform_quantize(x, params.delta, *code_bounds(params), gradient, clamp, training)
+    return UniformGrid(*params).quantize(x, gradient, clamp, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
+from torchquant._tensors import like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._levels import level_values, nearest_level
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import ScaledFormat
 
 # n_bits, with sign -> clip in rms that minimises the squared error on N(0, 1); docs/algorithms.md H3.
 APOT_ALPHA = {2: 1.224006362, 3: 2.072508852, 4: 2.627913393, 5: 3.357734171, 6: 6.910640403, 7: 4.193584941}
@@ -48,6 +50,12 @@ def apot_magnitudes(bits: int) -> tuple[float, ...]:
 APOT_MAGNITUDES = {bits: apot_magnitudes(bits) for bits in range(1, 7)}
 
 
+def apot_code_range(n_bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest code."""
+    largest = int(2 ** (n_bits - signed) - 1)
+    return (-largest if signed else 0), largest
+
+
 def _magnitudes(n_bits: int, signed: bool, like: Tensor) -> Tensor:
     return torch.tensor(APOT_MAGNITUDES[n_bits - 1 if signed else n_bits], dtype=like.dtype, device=like.device)
 
@@ -64,6 +72,24 @@ def apot_values(codes: Tensor, n_bits: int, signed: bool, dtype: torch.dtype) ->
     real = codes.to(dtype)
     values = level_values(real.nan_to_num(0.0).abs().to(torch.int64), _magnitudes(n_bits, signed, real)) * real.sign()
     return values + real.clamp(0.0, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class AdditivePowers(ScaledFormat):
+    """Sums of powers of two, the largest 1, times a scale. A code is the index of a magnitude, with its sign."""
+
+    n_bits: int
+    signed: bool
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return apot_code_range(self.n_bits, self.signed)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return apot_codes(x / self.shaped(self.scale, x), self.n_bits, self.signed)
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return apot_values(codes, self.n_bits, self.signed, dtype)
 
 
 class _LearnedClip(torch.autograd.Function):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
-from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
+from torchquant.quantizers_functional.formats import ScaledFormat
 
 
 def binary_codes(x: Tensor) -> Tensor:
@@ -14,15 +17,23 @@ def binary_codes(x: Tensor) -> Tensor:
     return x.clamp(0.0, 0.0).add_(x.ge(0.0).to(x.dtype))
 
 
-def binary_projection(alpha: Tensor | float) -> Projection:
-    """Projection on {-alpha, alpha}; `inside` is 1 where |x| <= 1.5 alpha, half a level beyond the last."""
+@dataclass(frozen=True, eq=False)
+class Signs(ScaledFormat):
+    """{-scale, scale} by the sign. Codes 0 and 1."""
 
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        scale = like(alpha, real)
-        value = binary_codes(real).mul_(2.0).sub_(1.0).mul_(scale)
-        return value, real.abs().le_(1.5 * scale) if want_inside else None
+    code_range = (0, 1)
 
-    return project
+    def codes(self, x: Tensor) -> Tensor:
+        return binary_codes(x)
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(dtype) * 2.0 - 1.0
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Clipped is what is half a level beyond the last one, |x| > 1.5 scale."""
+        scale = self.shaped(self.scale, x)
+        value = binary_codes(x).mul_(2.0).sub_(1.0).mul_(scale)
+        return value, x.abs().le_(1.5 * scale) if want_inside else None
 
 
 @explained
@@ -34,8 +45,7 @@ def binary_quantize(
     x: (*) float. alpha: () or broadcastable to x, >= 0, same unit as x. Returns (*).
     Source: Courbariaux et al. 2016, arXiv:1602.02830 (alpha 1); Rastegari et al. 2016, arXiv:1603.05279 (alpha E|x|).
 
-    >>> import torch
     >>> binary_quantize(torch.tensor([-0.3, 0.0, 2.0]), 0.5)
     tensor([-0.5000,  0.5000,  0.5000])
     """
-    return apply_projection(x, binary_projection(alpha), gradient, clamp)
+    return apply_projection(x, Signs(alpha).project, gradient, clamp)

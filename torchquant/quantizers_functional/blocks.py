@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,13 +12,14 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import in_layout_of
 from torchquant.quantizers_functional._powers import ceil_log2, floor_pow2, pow2
+from torchquant.quantizers_functional.formats import IntegerTerms, OwnLevels, scaled_terms
 from torchquant.quantizers_functional.minifloat import (
     FORMATS,
     FloatFormat,
     minifloat_bits,
     minifloat_decode,
     minifloat_encode,
-    nearest_floats,
+    nearest_floats_,
 )
 
 MODES = ("floor", "rceil", "ceil", "even")
@@ -48,11 +50,11 @@ class BlockElement:
         """Exponent of the largest power of two among the elements."""
         return int(torch.tensor(self.largest).log2().floor())
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """Nearest element, ties to even, saturating; NaN stays NaN."""
+    def nearest_(self, x: Tensor) -> Tensor:
+        """Nearest element, in place; ties to even, saturating; NaN stays NaN."""
         if self.form:
-            return nearest_floats(x, self.form)
-        return (x * 64).round_().clamp_(-127, 127).div_(64)
+            return nearest_floats_(x, self.form)
+        return x.mul_(64).round_().clamp_(-127, 127).div_(64)
 
     def bits(self, values: Tensor) -> Tensor:
         """Stored bits of elements, the sign on top. int32."""
@@ -128,7 +130,7 @@ def _mx_scale(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 def mx_codes(blocks: Tensor, element: BlockElement, mode: str) -> Tensor:
     """Codes `(p + 127) << bits | element bits`, int32. blocks: (*, blocks, size) without NaN."""
     exponent = mx_exponents(finite_absmax(blocks), element, mode)
-    bits = element.bits(element.nearest(blocks / _mx_scale(exponent, blocks.dtype)))
+    bits = element.bits(element.nearest_(blocks / _mx_scale(exponent, blocks.dtype)))
     return (exponent + SCALE_BIAS).to(torch.int32) * 2**element.n_bits + bits
 
 
@@ -142,7 +144,7 @@ def mx_values(codes: Tensor, element: BlockElement, dtype: torch.dtype) -> Tenso
 def mx_project(blocks: Tensor, element: BlockElement, mode: str) -> Tensor:
     """Values on the grid of each block; NaN stays where it is, Inf saturates."""
     scale = _mx_scale(mx_exponents(finite_absmax(blocks), element, mode), blocks.dtype)
-    return _saturated(element.nearest(blocks / scale).mul_(scale))
+    return _saturated(element.nearest_(blocks / scale).mul_(scale))
 
 
 def _saturated(x: Tensor) -> Tensor:
@@ -157,19 +159,19 @@ FP4, E4M3 = FORMATS["fp4_e2m1"], FORMATS["fp8_e4m3"]
 def nvfp4_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
     """E4M3 scale of each block, in units of `tensor_scale`: `E4M3(clamp(absmax / (6 tensor_scale), 2**-6, 448))`."""
     wanted = finite_absmax(blocks) / (FP4.largest * tensor_scale)
-    return nearest_floats(wanted.clamp(2.0**-6, E4M3.largest), E4M3)
+    return nearest_floats_(wanted.clamp(2.0**-6, E4M3.largest), E4M3)
 
 
 def nvfp4_project(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
     """Values on the grid of each block; NaN stays where it is, Inf saturates."""
     scale = nvfp4_scales(blocks, tensor_scale) * tensor_scale
-    return nearest_floats(blocks / scale, FP4).mul_(scale)
+    return nearest_floats_(blocks / scale, FP4).mul_(scale)
 
 
 def nvfp4_codes(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
     """Codes `scale bits << 4 | element bits`, int32. blocks: (*, blocks, size) without NaN."""
     scales = nvfp4_scales(blocks, tensor_scale)
-    elements = minifloat_encode(nearest_floats(blocks / (scales * tensor_scale), FP4), FP4)
+    elements = minifloat_encode(nearest_floats_(blocks / (scales * tensor_scale), FP4), FP4)
     return minifloat_encode(scales, E4M3) * 16 + minifloat_bits(elements, FP4)
 
 
@@ -178,3 +180,74 @@ def nvfp4_values(codes: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> Ten
     whole = codes.to(torch.int64)
     scales = minifloat_decode(torch.div(whole, 16, rounding_mode="floor"), E4M3, dtype)
     return BlockElement(FP4).values(whole % 16, dtype) * (scales * tensor_scale.to(dtype))
+
+
+class BlockFormat(OwnLevels):
+    """Blocks along an axis whose scales come from themselves; `axis` None cuts each row, everything after axis 0."""
+
+    block: int
+    block_axis: int | None
+
+    @abstractmethod
+    def block_codes(self, blocks: Tensor) -> Tensor:
+        """Codes of blocks, (*, blocks, size)."""
+
+    @abstractmethod
+    def block_values(self, blocks: Tensor) -> Tensor:
+        """The nearest values of blocks, (*, blocks, size)."""
+
+    def codes(self, x: Tensor) -> Tensor:
+        return by_blocks(x, self.block, self.block_axis, self.block_codes)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """A scale that covers the block clips nothing."""
+        return by_blocks(x, self.block, self.block_axis, self.block_values), None
+
+
+@dataclass(frozen=True, eq=False)
+class MXBlocks(BlockFormat):
+    """Blocks that share a power of two. Codes: see `mx_codes`."""
+
+    element: BlockElement
+    mode: str
+    block: int
+    block_axis: int | None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, int(2 ** (self.element.n_bits + 8)) - 1
+
+    def block_codes(self, blocks: Tensor) -> Tensor:
+        return mx_codes(blocks, self.element, self.mode)
+
+    def block_values(self, blocks: Tensor) -> Tensor:
+        return mx_project(blocks, self.element, self.mode)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return mx_values(codes, self.element, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class NVFP4Blocks(BlockFormat):
+    """Blocks of FP4 with an E4M3 scale each, and one scale for the tensor. Codes: see `nvfp4_codes`."""
+
+    tensor_scale: Tensor
+    block: int
+    block_axis: int | None
+
+    code_range = (0, 127 * 16 + 15)
+
+    def block_codes(self, blocks: Tensor) -> Tensor:
+        return nvfp4_codes(blocks, self.tensor_scale.to(blocks.dtype))
+
+    def block_values(self, blocks: Tensor) -> Tensor:
+        return nvfp4_project(blocks, self.tensor_scale.to(blocks.dtype))
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return nvfp4_values(codes, self.tensor_scale, dtype)
+
+    def integer_terms(self) -> IntegerTerms:
+        """The products of element and block scale, times the scale of the tensor."""
+        return scaled_terms(
+            nvfp4_values(torch.arange(self.code_range[1] + 1), torch.ones(()), torch.float64), self.tensor_scale
+        )

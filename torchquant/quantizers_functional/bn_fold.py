@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant._tensors import channel_view as channel_view
+
 
 def bn_sigma(var: Tensor, eps: float) -> Tensor:
     """Standard deviation as batch norm uses it, `sqrt(var + eps)`."""
@@ -25,10 +27,3 @@ def fold_bias(bias: Tensor | None, mean: Tensor, factor: Tensor, beta: Tensor | 
     shifted = -mean if bias is None else bias - mean
     folded = shifted * factor
     return folded if beta is None else folded + beta
-
-
-def channel_view(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
-    """(C,) as a tensor of `ndim` dimensions with C at `axis` and 1 elsewhere."""
-    shape = [1] * ndim
-    shape[axis] = -1
-    return vector.view(shape)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
-from torchquant.quantizers_functional._powers import floor_pow2, pow2
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional._gradient import Clamp, apply_projection
+from torchquant.quantizers_functional.minifloat import FloatFormat, ScaledFloat, minifloat_decode, minifloat_encode
 
 # (n_bits, significant_bits) -> alpha that minimises the squared error on N(0, 1); docs/algorithms.md H2.
 # fmt: off
@@ -41,6 +40,19 @@ def check_esb(n_bits: int, significant_bits: int) -> None:
         )
 
 
+class _ESBForm(FloatFormat):
+    """A mini-float of up to 14 fraction bits; `check_esb` says which there are."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+ESB_FORMS: dict[tuple[int, int], FloatFormat] = {
+    (e + k + 1, k): _ESBForm(e, k, bias=1) for e in range(1, 5) for k in range(16 - e)
+}
+"""(n_bits, significant_bits) -> the mini-float that the format is."""
+
+
 def esb_max_exponent(n_bits: int, significant_bits: int) -> int:
     """Largest exponent N of the grid before scaling."""
     return int(2 ** (n_bits - 1 - significant_bits) - 2)
@@ -48,30 +60,7 @@ def esb_max_exponent(n_bits: int, significant_bits: int) -> int:
 
 def esb_max(n_bits: int, significant_bits: int) -> float:
     """Largest value of the grid before scaling, `2**(N+1) - 2**(N-k)`."""
-    top = esb_max_exponent(n_bits, significant_bits)
-    return 2.0 ** (top + 1) - 2.0 ** (top - significant_bits)
-
-
-def esb_significands(x: Tensor, alpha: Tensor | float, n_bits: int, significant_bits: int) -> Tensor:
-    """Nearest value of the unscaled grid to x / alpha (ties as in IEEE floats), in x's type."""
-    scaled = torch.div(x, like(alpha, x))
-    top = esb_max_exponent(n_bits, significant_bits)
-    # The step is the power of two below |x / alpha|, held to the binades of the grid, over 2**k.
-    spacing = floor_pow2(scaled).clamp_(1.0, 2.0**top).mul_(2.0**-significant_bits)
-    bound = esb_max(n_bits, significant_bits)
-    return scaled.div_(spacing).round_().mul_(spacing).clamp_(-bound, bound)
-
-
-def esb_projection(alpha: Tensor | float, n_bits: int, significant_bits: int) -> Projection:
-    """Projection on alpha times the ESB grid; `inside` is 1 where |x| <= alpha * max."""
-
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        scale = like(alpha, real)
-        value = esb_significands(real, scale, n_bits, significant_bits).mul_(scale)
-        inside = real.abs().le_(scale * esb_max(n_bits, significant_bits)) if want_inside else None
-        return value, inside
-
-    return project
+    return ESB_FORMS[n_bits, significant_bits].largest
 
 
 @explained
@@ -93,8 +82,7 @@ def esb_quantize(
     tensor([ 0.5000, -1.0000,  2.0000,  6.0000])
     """
     check_esb(n_bits, significant_bits)
-
-    return apply_projection(x, esb_projection(alpha, n_bits, significant_bits), gradient, clamp)
+    return apply_projection(x, ScaledFloat(alpha, ESB_FORMS[n_bits, significant_bits]).project, gradient, clamp)
 
 
 def esb_encode(significands: Tensor, n_bits: int, significant_bits: int) -> Tensor:
@@ -103,23 +91,9 @@ def esb_encode(significands: Tensor, n_bits: int, significant_bits: int) -> Tens
     >>> esb_encode(torch.tensor([0.0, 0.5, 1.0, -6.0]), 4, 1)
     tensor([ 0,  1,  2, -7], dtype=torch.int32)
     """
-    magnitude = significands.abs()
-    binade = floor_pow2(magnitude).clamp(min=1.0)
-    fraction_steps = 2**significant_bits
-    # Normal numbers: (E << k) + F with E = log2(binade) + 1; subnormals have E = 0 and no hidden bit.
-    exponents = torch.zeros_like(magnitude)
-    for exponent in range(1, esb_max_exponent(n_bits, significant_bits) + 1):
-        exponents += magnitude.ge(2.0**exponent)
-    code = exponents * fraction_steps + magnitude / binade * fraction_steps
-    return (code * significands.sign()).to(torch.int32)
+    return minifloat_encode(significands, ESB_FORMS[n_bits, significant_bits])
 
 
 def esb_decode(codes: Tensor, n_bits: int, significant_bits: int, dtype: torch.dtype) -> Tensor:
     """Unscaled grid values of `codes`; the inverse of `esb_encode`."""
-    magnitude = codes.abs()
-    fraction_steps = 2**significant_bits
-    stored = torch.div(magnitude, fraction_steps, rounding_mode="floor")
-    exponent = (stored - 1).clamp_min(0)
-    significand = magnitude - exponent * fraction_steps
-    value = significand.to(dtype) * 2.0**-significant_bits * pow2(exponent, dtype)
-    return value * codes.sign().to(dtype)
+    return minifloat_decode(codes, ESB_FORMS[n_bits, significant_bits], dtype)

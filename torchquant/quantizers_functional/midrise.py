@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import Number, ScaledFormat
+from torchquant.quantizers_functional.uniform import integer_codes
 
 # n_bits -> step that minimises the squared error on N(0, 1); docs/algorithms.md H1.
 MIDRISE_STEP = {
@@ -33,17 +36,46 @@ def check_midrise(n_bits: int) -> None:
         raise ConfigError(f"n_bits must be a whole number from 1 to {max(MIDRISE_STEP)}, got {n_bits!r}")
 
 
-def midrise_codes(x: Tensor, step: Tensor | float, shift: Tensor | float, n_bits: int) -> Tensor:
-    """`floor((x - shift) / step)`, held to -2**(n-1) .. 2**(n-1) - 1, in x's type. A step of 0 counts as 1."""
-    safe = like(step, x)
-    safe = torch.where(safe > 0, safe, torch.ones_like(safe))
-    half = 2 ** (n_bits - 1)
-    return torch.sub(x, like(shift, x)).div_(safe).floor_().clamp_(-half, half - 1)
+@dataclass(frozen=True, eq=False)
+class MidriseGrid(ScaledFormat):
+    """The middles `(k + 1/2) * scale + shift` of 2**n_bits equal cells around `shift`.
 
+    `cell`: the width of the cells, where the middles are fitted to it and not its own. Codes -2**(n-1) .. 2**(n-1) - 1.
+    """
 
-def midrise_values(codes: Tensor, step: Tensor | float, shift: Tensor | float) -> Tensor:
-    """`(codes + 1/2) * step + shift`. codes: (*) float."""
-    return (codes + 0.5) * like(step, codes) + like(shift, codes)
+    n_bits: int
+    cell: Number | None = None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return integer_codes(self.n_bits, True)
+
+    @property
+    def _cell(self) -> Number:
+        return self.scale if self.cell is None else self.cell
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x if self.shift is None else x - self.shaped(self.shift, x)
+
+    def codes(self, x: Tensor) -> Tensor:
+        cell = self.shaped(self._cell, x)
+        safe = torch.where(cell > 0, cell, torch.ones_like(cell))
+        return torch.div(self._centred(x), safe).floor_().clamp_(*self.code_range)
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(dtype) + 0.5
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Clipped is what is beyond the outermost cells."""
+        value = self.values(self.codes(x), x.dtype)
+        reach = self.shaped(self._cell, x) * 2 ** (self.n_bits - 1)
+        return value, self._centred(x).abs().le_(reach) if want_inside else None
+
+    def thresholds(self) -> Tensor:
+        """The edges of the cells, without the outer two."""
+        cell, (low, high) = torch.as_tensor(self._cell), self.code_range
+        edges = torch.arange(low + 1, high + 1, device=cell.device) * cell[..., None]
+        return edges if self.shift is None else edges + torch.as_tensor(self.shift)[..., None]
 
 
 @explained
@@ -64,10 +96,4 @@ def midrise_quantize(
     tensor([-1.5000, -0.5000,  0.5000,  1.5000])
     """
     check_midrise(n_bits)
-
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        value = midrise_values(midrise_codes(real, step, shift, n_bits), step, shift)
-        reach = like(step, real) * 2 ** (n_bits - 1)
-        return value, (real - like(shift, real)).abs_().le_(reach) if want_inside else None
-
-    return apply_projection(x, project, gradient, clamp)
+    return apply_projection(x, MidriseGrid(step, n_bits, shift=shift).project, gradient, clamp)

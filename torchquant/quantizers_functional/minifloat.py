@@ -9,9 +9,9 @@ from torch import Tensor
 
 from torchquant._arguments import checked, explained
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import ScaledFormat
 
 SPECIAL = ("none", "fn", "ieee", "fnuz")
 
@@ -59,12 +59,25 @@ class FloatFormat:
         return n_codes - 1 - {"none": 0, "fnuz": 0, "fn": 1, "ieee": int(2**self.mantissa_bits)}[self.special]
 
     @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code: sign times the bits `exponent . fraction`."""
+        return -self.largest_code, self.largest_code
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest number with a hidden bit; below it the numbers are equally spaced."""
+        return float(2.0 ** (1 - self.offset))
+
+    @property
+    def largest_power(self) -> float:
+        """Largest power of two among the numbers, of the binade that the largest number is in."""
+        return float(2.0 ** (max(self.largest_code // 2**self.mantissa_bits, 1) - self.offset))
+
+    @property
     def largest(self) -> float:
         """Largest number."""
-        code, fractions = self.largest_code, 2**self.mantissa_bits
-        exponent, fraction = divmod(code, fractions)
-        significand = fraction / fractions + (exponent > 0)
-        return float(significand * 2.0 ** (max(exponent, 1) - self.offset))
+        exponent, fraction = divmod(self.largest_code, 2**self.mantissa_bits)
+        return float((fraction / 2**self.mantissa_bits + (exponent > 0)) * self.largest_power)
 
 
 FORMATS = {
@@ -81,21 +94,13 @@ FORMATS = {
 
 def nearest_floats(x: Tensor, form: FloatFormat) -> Tensor:
     """Nearest number of the format, ties to even, saturating; NaN stays NaN. x: (*) float32 or float64."""
-    smallest_normal = 2.0 ** (1 - form.offset)
-    spacing = floor_pow2(x).clamp_(smallest_normal, form.largest).mul_(2.0**-form.mantissa_bits)
-    spacing = torch.where(spacing.isfinite(), spacing, torch.ones_like(spacing))
-    return torch.div(x, spacing).round_().mul_(spacing).clamp_(-form.largest, form.largest)
+    return nearest_floats_(x.clone(), form)
 
 
-def minifloat_projection(scale: Tensor | float, form: FloatFormat) -> Projection:
-    """Projection on `scale` times the format; `inside` is 1 where |x| <= scale * largest."""
-
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        unit = like(scale, real)
-        value = nearest_floats(real / unit, form).mul_(unit)
-        return value, real.abs().le_(unit * form.largest) if want_inside else None
-
-    return project
+def nearest_floats_(x: Tensor, form: FloatFormat) -> Tensor:
+    """`nearest_floats`, in place."""
+    spacing = floor_pow2(x).clamp_(form.smallest_normal, form.largest_power).mul_(2.0**-form.mantissa_bits)
+    return x.div_(spacing).round_().mul_(spacing).clamp_(-form.largest, form.largest)
 
 
 @explained
@@ -113,15 +118,14 @@ def minifloat_quantize(
     >>> minifloat_quantize(torch.tensor([0.75, 1.25, 2.5, 99.0]), 1.0, FORMATS["fp4_e2m1"])
     tensor([1., 1., 2., 6.])
     """
-    return apply_projection(x, minifloat_projection(scale, form), gradient, clamp)
+    return apply_projection(x, ScaledFloat(scale, form).project, gradient, clamp)
 
 
 def minifloat_encode(values: Tensor, form: FloatFormat) -> Tensor:
     """Codes of unscaled numbers of the format: sign times the bits `exponent . fraction`. int32, monotone."""
     magnitude = values.abs()
     fractions = 2**form.mantissa_bits
-    smallest_normal = 2.0 ** (1 - form.offset)
-    binade = floor_pow2(magnitude).clamp_min(smallest_normal)
+    binade = floor_pow2(magnitude).clamp_min(form.smallest_normal)
     # Normal numbers: (E << m) + F; below the smallest one E is 0 and there is no hidden bit.
     exponent = (binade.log2().round() + (form.offset - 1)).to(torch.int32)
     significand = (magnitude / binade * fractions).to(torch.int32)
@@ -146,3 +150,34 @@ def minifloat_bits(codes: Tensor, form: FloatFormat) -> Tensor:
     tensor([9, 0, 7])
     """
     return codes.abs() + (codes < 0).to(codes.dtype) * 2 ** (form.n_bits - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledFloat(ScaledFormat):
+    """Floating-point numbers of few bits times a scale: FP8, FP4, ESB, powers of two with zero.
+
+    >>> ScaledFloat(0.5, FORMATS["fp4_e2m1"]).levels()[7:]
+    tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000, 1.5000, 2.0000, 3.0000])
+    """
+
+    form: FloatFormat
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.form.code_range
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return minifloat_decode(codes, self.form, dtype)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x if self.shift is None else x - self.shaped(self.shift, x)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return minifloat_encode(nearest_floats_(self._centred(x) / self.shaped(self.scale, x), self.form), self.form)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Clipped is what is beyond the largest number."""
+        centred, scale = self._centred(x), self.shaped(self.scale, x)
+        value = nearest_floats_(centred / scale, self.form).mul_(scale)
+        value = value if self.shift is None else value.add_(self.shaped(self.shift, x))
+        return value, centred.abs().le_(scale * self.form.largest) if want_inside else None

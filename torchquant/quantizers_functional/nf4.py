@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
-from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
+from torchquant.quantizers_functional.formats import ScaledFormat
 
 # The published constants (Dettmers et al. 2023, QLoRA, arXiv:2305.14314).
 NF4_LEVELS = (
@@ -32,36 +33,29 @@ NF4_LEVELS = (
 )
 
 
-def nf4_codes(x: Tensor, absmax: Tensor | float) -> Tensor:
-    """Index 0..15 of the level nearest to x / absmax, in x's type; NaN stays NaN.
+@dataclass(frozen=True, eq=False)
+class NormalFloat(ScaledFormat):
+    """The sixteen levels times a scale. A code is the index of a level."""
 
-    Fifteen comparisons: counting the middles below x is exact and needs no search.
-    """
-    scaled = x / like(absmax, x)
-    codes = scaled.clamp(0.0, 0.0)
-    for low, high in pairwise(NF4_LEVELS):
-        codes += scaled.gt((low + high) / 2).to(x.dtype)
-    return codes
+    code_range = (0, 15)
 
+    def codes(self, x: Tensor) -> Tensor:
+        """Fifteen comparisons: counting the middles below x is exact and needs no search. NaN stays NaN."""
+        scaled = x / self.shaped(self.scale, x)
+        codes = scaled.clamp(0.0, 0.0)
+        for low, high in pairwise(NF4_LEVELS):
+            codes += scaled.gt((low + high) / 2).to(x.dtype)
+        return codes
 
-def nf4_values(codes: Tensor, absmax: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """`absmax * level`. codes: (*) whole numbers of any type; NaN stays NaN."""
-    levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
-    values = levels[codes.nan_to_num(0.0).to(torch.int64)]
-    if codes.is_floating_point():
-        values = values + codes.to(dtype).clamp(0.0, 0.0)
-    return values * like(absmax, values)
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
+        values = levels[codes.nan_to_num(0.0).to(torch.int64)]
+        return values + codes.to(dtype).clamp(0.0, 0.0) if codes.is_floating_point() else values
 
-
-def nf4_projection(absmax: Tensor | float) -> Projection:
-    """Projection on the levels; `inside` is 1 where |x| <= absmax."""
-
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        scale = like(absmax, real)
-        value = nf4_values(nf4_codes(real, scale), scale, real.dtype)
-        return value, real.abs().le_(scale) if want_inside else None
-
-    return project
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Clipped is what is beyond the largest level, |x| > scale."""
+        value = self.values(self.codes(x), x.dtype)
+        return value, x.abs().le_(self.shaped(self.scale, x)) if want_inside else None
 
 
 @explained
@@ -75,4 +69,4 @@ def nf4_quantize(
     >>> nf4_quantize(torch.tensor([-2.0, 0.01, 0.5]), 1.0)
     tensor([-1.0000,  0.0000,  0.4407])
     """
-    return apply_projection(x, nf4_projection(absmax), gradient, clamp)
+    return apply_projection(x, NormalFloat(absmax).project, gradient, clamp)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
+from torchquant._tensors import like
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projection, apply_projection
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import ScaledFormat
+from torchquant.quantizers_functional.uniform import integer_codes
 
 # n_bits -> alpha that minimises the squared error on N(0, 1); docs/algorithms.md H3.
 POT_ALPHA = {1: 0.7978845608, 2: 0.6510138149, 3: 0.2690296406, 4: 0.03278027138, 5: 0.0002562737992}
@@ -41,17 +45,6 @@ def signs(x: Tensor) -> Tensor:
     return x.ge(0.0).to(x.dtype).mul_(2.0).sub_(1.0)
 
 
-def pot_projection(alpha: Tensor | float, n_bits: int) -> Projection:
-    """Projection on the grid; `inside` is 1 where |x| <= alpha * largest."""
-
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        scale = like(alpha, real)
-        value = pot_magnitudes(real, scale, n_bits).mul_(signs(real)).mul_(scale)
-        return value, real.abs().le_(scale * pot_max(n_bits)) if want_inside else None
-
-    return project
-
-
 @explained
 def pot_quantize(
     x: Tensor,
@@ -69,7 +62,7 @@ def pot_quantize(
     tensor([-1.,  1.,  2.,  8.])
     """
     check_pot(n_bits)
-    return apply_projection(x, pot_projection(alpha, n_bits), gradient, clamp)
+    return apply_projection(x, PowersOfTwo(alpha, n_bits).project, gradient, clamp)
 
 
 def pot_encode(magnitudes: Tensor, negative: Tensor) -> Tensor:
@@ -83,3 +76,26 @@ def pot_decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     is_negative = codes < 0
     magnitude = pow2(torch.where(is_negative, -1 - codes, codes), dtype)
     return torch.where(is_negative, -magnitude, magnitude)
+
+
+@dataclass(frozen=True, eq=False)
+class PowersOfTwo(ScaledFormat):
+    """{+-scale 2**i}, i = 0 .. 2**(n_bits - 1) - 1. Codes: see `pot_encode`."""
+
+    n_bits: int
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return integer_codes(self.n_bits, True)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return pot_encode(pot_magnitudes(x, self.shaped(self.scale, x), self.n_bits), x < 0)
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return pot_decode(codes.to(torch.int32), dtype)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Clipped is what is beyond the largest level."""
+        scale = self.shaped(self.scale, x)
+        value = pot_magnitudes(x, scale, self.n_bits).mul_(signs(x)).mul_(scale)
+        return value, x.abs().le_(scale * pot_max(self.n_bits)) if want_inside else None

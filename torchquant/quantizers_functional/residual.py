@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import nearest_of
 from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
+from torchquant.quantizers_functional.formats import IntegerTerms, Levels
 
 METHODS = ("alternating", "refined", "greedy")
 
@@ -39,6 +42,29 @@ def residual_levels(alphas: Tensor) -> Tensor:
     sums = sum(alphas[..., i : i + 1] * patterns[:, i] for i in range(alphas.shape[-1]))
     assert isinstance(sums, Tensor)
     return sums.sort(-1).values
+
+
+@dataclass(frozen=True, eq=False)
+class SignSums(Levels):
+    """The sums `+-a_1 +-a_2 ...` of scales, (n,) or (C, n); codes count them from the lowest. Make one with `of`."""
+
+    alphas: Tensor
+
+    @classmethod
+    def of(cls, alphas: Tensor, axis: int | None = None) -> SignSums:
+        """The format with these scales."""
+        return cls(residual_levels(alphas), alphas, axis=axis)
+
+    def decoding_numbers(self) -> list[Tensor]:
+        return [self.alphas]
+
+    def integer_terms(self) -> IntegerTerms:
+        """One sign tensor a scale."""
+        alphas = self.alphas.to(torch.float64).cpu()
+        n = alphas.shape[-1]
+        signs = sign_patterns(n, alphas)
+        order = (alphas @ signs.T).argsort(-1)
+        return [(alphas[..., i], signs[:, i][order].to(torch.int64)) for i in range(n)]
 
 
 @explained

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
+from torchquant._tensors import like
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._gradient import Clamp, Projection, apply_projection
+from torchquant.quantizers_functional._gradient import Clamp, apply_projection
 from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import Number, ScaledFormat
 
 METHODS = ("twn", "exact")
 
@@ -20,16 +23,28 @@ def ternary_codes(x: Tensor, threshold: Tensor | float) -> Tensor:
     return x.abs().gt_(like(threshold, x)).mul_(x.sign()).add_(zero_or_nan)
 
 
-def ternary_projection(threshold: Tensor | float, alpha: Tensor | float) -> Projection:
-    """Projection on {-alpha, 0, alpha}; `inside` is 1 where |x| <= 1.5 alpha."""
+@dataclass(frozen=True, eq=False)
+class Ternary(ScaledFormat):
+    """{-scale, 0, scale}: the sign where |x| > threshold. Codes -1, 0, 1."""
 
-    def project(real: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        scale = like(alpha, real)
-        value = ternary_codes(real, threshold).mul_(scale)
-        inside = real.abs().le_(1.5 * scale) if want_inside else None
-        return value, inside
+    threshold: Number
 
-    return project
+    code_range = (-1, 1)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return ternary_codes(x, self.shaped(self.threshold, x))
+
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(dtype)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Clipped is what is half a level beyond the last one, |x| > 1.5 scale."""
+        scale = self.shaped(self.scale, x)
+        return self.codes(x).mul_(scale), x.abs().le_(1.5 * scale) if want_inside else None
+
+    def thresholds(self) -> Tensor:
+        threshold = torch.as_tensor(self.threshold)
+        return torch.stack([-threshold, threshold], -1)
 
 
 @explained
@@ -50,8 +65,7 @@ def ternary_quantize(
     >>> ternary_quantize(torch.tensor([-1.2, 0.2, 0.6]), 0.4, 0.9)
     tensor([-0.9000,  0.0000,  0.9000])
     """
-
-    return apply_projection(x, ternary_projection(threshold, alpha), gradient, clamp)
+    return apply_projection(x, Ternary(alpha, threshold).project, gradient, clamp)
 
 
 @explained

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
+from torchquant.quantizers_functional.formats import OwnLevels
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, torch.finfo(torch.bfloat16).max
 
@@ -54,7 +57,23 @@ def token_values(codes: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
     return ((codes & (2**n_bits - 1)) - largest_code(n_bits)).to(dtype) * scale
 
 
-def token_project(x: Tensor, n_bits: int) -> Tensor:
-    """The nearest grid value of each element."""
-    scale = token_scales(x, n_bits)
-    return token_steps(x, scale, n_bits) * scale
+@dataclass(frozen=True, eq=False)
+class TokenGrid(OwnLevels):
+    """A symmetric grid for each row of the last axis, over the largest magnitude in it. Codes: see `token_codes`."""
+
+    n_bits: int
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, int(2 ** (self.n_bits + 15)) - 1
+
+    def codes(self, x: Tensor) -> Tensor:
+        return token_codes(x, self.n_bits)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return token_values(codes, self.n_bits, dtype)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """A scale that covers the token clips nothing."""
+        scale = token_scales(x, self.n_bits)
+        return token_steps(x, scale, self.n_bits) * scale, None

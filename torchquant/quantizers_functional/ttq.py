@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
+from torchquant._tensors import like
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
-from torchquant.quantizers_functional.uniform import like
+from torchquant.quantizers_functional.formats import Format, IntegerTerms
 
 
 def ttq_codes(x: Tensor, threshold: Tensor) -> Tensor:
@@ -20,6 +22,34 @@ def ttq_codes(x: Tensor, threshold: Tensor) -> Tensor:
 def ttq_values(codes: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """`positive` for 1, `-negative` for -1. codes: (*) float."""
     return codes.clamp_min(0.0) * positive + codes.clamp_max(0.0) * negative
+
+
+@dataclass(frozen=True, eq=False)
+class TernaryPair(Format):
+    """{-negative, 0, positive} with one threshold for both signs. Codes -1, 0, 1."""
+
+    threshold: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    code_range = (-1, 1)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return ttq_codes(x, self.shaped(self.threshold, x))
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        codes = codes.to(dtype)
+        return ttq_values(codes, self.shaped(self.positive, codes), self.shaped(self.negative, codes))
+
+    def decoding_numbers(self) -> list[Tensor]:
+        return [self.positive, self.negative]
+
+    def thresholds(self) -> Tensor:
+        return torch.stack([-self.threshold, self.threshold], -1)
+
+    def integer_terms(self) -> IntegerTerms:
+        scales = (scale.detach().to(torch.float64).cpu() for scale in (self.positive, self.negative))
+        return list(zip(scales, torch.tensor([[0, 0, 1], [-1, 0, 0]]), strict=True))
 
 
 class _Trained(torch.autograd.Function):

@@ -18,8 +18,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from torchquant._arguments import check_constructor, checked
+from torchquant._tensors import per_channel_view as per_channel_view
+from torchquant._tensors import rows as rows
 from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
-from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.range_observers._calls import CallsOfABatch, widest
 from torchquant.range_observers._distributed import observing, reduce_max, reduce_sum, world_size
 
@@ -29,11 +30,6 @@ UNSEEN = -1e6
 that saw none is below a millionth, so no average passes off numbers that are half nothing as observed."""
 
 
-def rows(x: Tensor, axis: int | None) -> Tensor:
-    """x as (C, n): one row per slice of `axis`, or a single row."""
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
-
-
 def ends_of(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest element of each row of (C, n), (C,) each."""
     if len(rows) == 1:
@@ -41,11 +37,6 @@ def ends_of(rows: Tensor) -> tuple[Tensor, Tensor]:
         return low.view(1), high.view(1)
     # Two native reductions: aminmax along a dimension costs twenty times as much.
     return rows.amin(1), rows.amax(1)
-
-
-def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """A statistic, () or (C,), in a shape that broadcasts against `ndim` dimensions."""
-    return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)
 
 
 def ordinary_zeros(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def dampening_loss(model: nn.Module, weight: float = 1e-3) -> Tensor:
         w = slot.seen()
         with torch.no_grad():
             level = quantizer.quantize(w)
-            low, high = quantizer._ends(w, *quantizer.grid_for(w))
+            low, high = quantizer.format().ends(w)
             bounded = torch.minimum(torch.maximum(w, low), high).eq(w).to(w.dtype)
         total = total.to(w.device) + ((level - w) * bounded).square().sum()
     return total * weight

@@ -1,0 +1,33 @@
+"""Tensors in the shape, the type and the layout of others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def like(value: Tensor | float, x: Tensor) -> Tensor:
+    """`value` as a tensor of x's type on x's device."""
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device)
+
+
+def rows(x: Tensor, axis: int | None) -> Tensor:
+    """x as (C, n): one row per slice of `axis`, or a single row."""
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
+
+
+def channel_view(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
+    """(C,) as a tensor of `ndim` dimensions with C at `axis` and 1 elsewhere."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return vector.view(shape)
+
+
+def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """A number for the whole tensor or one a slice of `axis`, () or (C,), broadcasting against `ndim` dimensions."""
+    return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)
+
+
+def in_layout_of(value: Tensor, x: Tensor) -> Tensor:
+    """`value`, stored in memory as x is."""
+    return value if value.stride() == x.stride() else torch.empty_like(x, dtype=value.dtype).copy_(value)

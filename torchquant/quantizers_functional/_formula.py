@@ -1,0 +1,108 @@
+"""A format of which two functions are known, as a scheme of one's own writes them; what else there is to know is tried.
+
+The formats that come with torchquant say all of this themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant._tensors import per_channel_view
+from torchquant.errors import NoAffineViewError
+from torchquant.quantizers_functional.formats import NO_TERMS, Format, IntegerTerms, common_denominator
+
+Values = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Formula(Format):
+    """`encoder(x, *parameters)` and `decoder(codes, dtype, *parameters)`, the parameters in shapes that broadcast.
+
+    `projector(x, want_inside, *parameters)`: the nearest value, where it is not found by way of the codes.
+    """
+
+    encoder: Callable[..., Tensor]
+    decoder: Callable[..., Tensor]
+    first_and_last: tuple[int, int]
+    parameters: tuple[Tensor | int, ...] = ()
+    projector: Callable[..., Values] | None = None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.first_and_last
+
+    def _shaped(self, ndim: int) -> list[Any]:
+        return [per_channel_view(p, ndim, self.axis) if isinstance(p, Tensor) else p for p in self.parameters]
+
+    def codes(self, x: Tensor) -> Tensor:
+        return self.encoder(x, *self._shaped(x.ndim))
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.decoder(codes, dtype, *self._shaped(codes.ndim))
+
+    def nearest(self, x: Tensor, want_inside: bool) -> Values:
+        if self.projector is None:
+            return super().nearest(x, want_inside)
+        return self.projector(x, want_inside, *self._shaped(x.ndim))
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (torch.as_tensor(code, device=x.device) for code in self.code_range)
+        low, high = (self.decoder(code, x.dtype, *self._shaped(x.ndim)) for code in codes)
+        return torch.minimum(low, high), torch.maximum(low, high)
+
+    def numbers(self) -> list[Tensor]:
+        return [p for p in self.parameters if isinstance(p, Tensor)]
+
+    def _all_codes(self) -> Tensor:
+        low, high = self.code_range
+        return torch.arange(low, high + 1)
+
+    def decoding_numbers(self) -> list[Tensor]:
+        parameters = [p[..., None] if isinstance(p, Tensor) else p for p in self.parameters]
+
+        def matters(i: int, number: Tensor) -> bool:
+            changed = [*parameters[:i], number * 2 + 1, *parameters[i + 1 :]]
+            codes = self._all_codes().to(number.device)
+            return not torch.equal(*(self.decoder(codes, torch.float32, *p) for p in (parameters, changed)))
+
+        return [p for i, p in enumerate(parameters) if isinstance(p, Tensor) and matters(i, p)]
+
+    def integer_terms(self) -> IntegerTerms:
+        """The terms of levels that are linear in the parameters, or are rational as they are.
+
+        With one parameter 1 and the others 0 the decoder gives the table of that parameter, up to a common denominator
+        that goes into the scale.
+        """
+        codes = self._all_codes()
+        numbers = [
+            p.detach().to(torch.float64).cpu()[..., None] if isinstance(p, Tensor) else p for p in self.parameters
+        ]
+        tensors = [i for i, n in enumerate(numbers) if isinstance(n, Tensor)]
+        zeroed = [torch.zeros(1, dtype=torch.float64) if i in tensors else n for i, n in enumerate(numbers)]
+
+        def table(parameters: list[Any]) -> Tensor:
+            return self.decoder(codes, torch.float64, *parameters).expand(len(codes))
+
+        parts: list[tuple[Tensor, Tensor]] = [(torch.ones((), dtype=torch.float64), table(zeroed))]
+        for i in tensors:
+            unit: list[Any] = [*zeroed[:i], torch.ones(1, dtype=torch.float64), *zeroed[i + 1 :]]
+            number: Any = numbers[i]
+            parts.append((number[..., 0], table(unit) - parts[0][1]))
+        expected = self.decoder(codes, torch.float64, *numbers)
+        found = sum((scale[..., None] * ints for scale, ints in parts), torch.zeros_like(expected))
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-12, atol=0.0):
+            parts = [(torch.ones((), dtype=torch.float64), expected)]
+        terms: IntegerTerms = []
+        for scale, values in parts:
+            if not bool(values.any()) or not bool(scale.any()):
+                continue
+            denominator = common_denominator(values)
+            if denominator is None:
+                raise NoAffineViewError(NO_TERMS)
+            terms.append((scale / denominator, torch.round(values * denominator).to(torch.int64)))
+        return terms or [(torch.ones((), dtype=torch.float64), torch.zeros(len(codes), dtype=torch.int64))]

@@ -1,0 +1,410 @@
+"""Formats as values: which real numbers exist, and which code stands for each. docs/algorithms.md A.
+
+`Format` is the contract; here are the formats of no one family: uniform grids, lists of levels, and what those share
+that are fixed numbers times a scale. The others stand beside the maths of their family: `ScaledFloat` in minifloat.py,
+`Signs` in binary.py, and so on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import lcm
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchquant._tensors import like, per_channel_view
+from torchquant.errors import NoAffineViewError, NoCodesError
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection, cast_back, compute_dtype
+from torchquant.quantizers_functional._levels import level_values, nearest_level
+from torchquant.quantizers_functional.kernels import KERNELS
+
+Number = Tensor | float
+Bound = Tensor | int
+IntegerTerms = list[tuple[Tensor, Tensor]]
+"""(scale, table) of each term: scale () or (C,) float64; table (L,) or (C, L) int64, one entry a code."""
+FLOAT_BYTES = 4
+LARGEST_DENOMINATOR = 2**20
+SMALLEST_ERROR = 2.0**-48
+NO_TERMS = "its levels are not whole numbers times a few scales"
+
+
+class AffineParams(NamedTuple):
+    """The numbers of a uniform grid: real = (code - zero_point) * delta, qmin <= code <= qmax."""
+
+    delta: Tensor
+    zero_point: Tensor | int
+    qmin: int
+    qmax: int
+
+
+@dataclass(frozen=True, eq=False)
+class Format(ABC):
+    """A set of real numbers, each with a whole number for its code: a frozen value of pure maths, without a gradient.
+
+    Its own numbers (scales, offsets, thresholds) are () for a whole tensor or, with `axis`, (C,): one for each slice of
+    that axis. With no axis they may have any shape that broadcasts. A format of one's own says `code_range`, `codes`
+    and `values`; `nearest` where the value can be had faster than through codes, or where another rule says what is
+    clipped. Codes rise with the values.
+    """
+
+    axis: int | None = field(default=None, kw_only=True)
+    levels_vary: ClassVar[bool] = False
+    """Whether a tensor has no one list of levels, nor one a channel."""
+
+    @property
+    @abstractmethod
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+
+    @abstractmethod
+    def codes(self, x: Tensor) -> Tensor:
+        """Whole-number codes of the nearest values, of any type; NaN may stay NaN. x: (*) float32 or float64."""
+
+    @abstractmethod
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of codes, in `dtype` (float32 or float64)."""
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """The nearest value, and 1 where x was not clipped (None unless asked for), in x's type.
+
+        This one takes what lies between the lowest and the highest level for not clipped.
+        """
+        value = self.values(self.codes(x), x.dtype)
+        if not want_inside:
+            return value, None
+        low, high = self.ends(x)
+        return value, torch.minimum(torch.maximum(x, low), high).eq_(x)
+
+    def project(self, x: Tensor, want_inside: bool = False, clamp: Clamp | None = None) -> tuple[Tensor, Tensor | None]:
+        """`nearest` of x, or of `x.clamp(*clamp)`. x: (*) float32 or float64, without history."""
+        return self.nearest(x if clamp is None else x.clamp(*clamp), want_inside)
+
+    def quantize(
+        self, x: Tensor, gradient: str | Gradient = "ste", clamp: Clamp | None = None, training: bool = True
+    ) -> Tensor:
+        """x, or `x.clamp(*clamp)`, on the format, in x's type, with a gradient for x; see `apply_projection`."""
+        kernel = KERNELS.find(type(self), x.device.type)
+
+        def ends() -> tuple[Tensor, Tensor]:
+            return self.ends(x.to(compute_dtype(x)))
+
+        def step() -> Tensor:
+            return self.step(x.to(compute_dtype(x)))
+
+        project = self.project if kernel is None else partial(kernel, self)
+        return apply_projection(x, project, gradient, clamp, training, ends, step)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Real to codes, int32. x: (*) of any float type, without NaN."""
+        return self.codes(x.to(compute_dtype(x))).to(torch.int32)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes within `code_range` to real values of any float type, where the numbers of the format are."""
+        numbers = self.numbers()
+        codes = codes.to(numbers[0].device) if numbers else codes
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        return cast_back(self.values(codes, working), dtype)
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level, in x's type and in shapes that broadcast against x."""
+        places = [torch.full([1] * x.ndim, code, device=x.device) for code in self.code_range]
+        low, high = (self.values(code, x.dtype) for code in places)
+        return torch.minimum(low, high), torch.maximum(low, high)
+
+    def step(self, x: Tensor) -> Tensor:
+        """The distance of neighbouring levels, in x's type; for uniform formats only."""
+        raise NoAffineViewError(f"{self} has no one step between its levels")
+
+    def numbers(self) -> list[Tensor]:
+        """Every tensor that the format is made of."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def decoding_numbers(self) -> list[Tensor]:
+        """Those that its values depend on; a threshold, say, is only needed to encode."""
+        return self.numbers()
+
+    def side_bytes(self) -> int:
+        """Bytes that decoding needs beside the codes: 4 for each of the `decoding_numbers`."""
+        return FLOAT_BYTES * sum(number.numel() for number in self.decoding_numbers())
+
+    @property
+    def n_channels(self) -> int | None:
+        """How many channels have numbers of their own; None per tensor."""
+        return None if self.axis is None else next((len(n) for n in self.numbers() if n.ndim), None)
+
+    def code_values(self) -> Tensor:
+        """The value of every code, in the order of the codes: (L,), or (C, L) per channel; float32."""
+        low, high = self.code_range
+        codes, n_channels = torch.arange(low, high + 1), self.n_channels
+        along = replace(self, axis=None if n_channels is None else 0)
+        return along.decode(codes if n_channels is None else codes.expand(n_channels, -1))
+
+    def levels(self) -> Tensor:
+        """The values, sorted: (L,), or (C, L) per channel; float32."""
+        return self.code_values().sort(-1).values
+
+    def thresholds(self) -> Tensor:
+        """Where the value goes from each of `levels()` to the next: the middles. (L - 1,), (C, L - 1) per channel."""
+        levels = self.levels()
+        return (levels[..., 1:] + levels[..., :-1]) / 2
+
+    def affine_params(self) -> AffineParams:
+        """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
+        raise NoAffineViewError("it is not a uniform grid: it has levels() and codes, but no step and zero point")
+
+    def integer_terms(self) -> IntegerTerms:
+        """The levels as sums of whole numbers times scales. Raises NoAffineViewError where there is no such form."""
+        raise NoAffineViewError(NO_TERMS)
+
+    def shaped(self, number: Number, x: Tensor) -> Tensor:
+        """A number of the format in x's type, in a shape that broadcasts against x."""
+        return like(per_channel_view(number, x.ndim, self.axis) if isinstance(number, Tensor) else number, x)
+
+
+def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
+    """A new tensor. Two binary passes for tensor bounds: `torch.clamp` with two tensors is not vectorised."""
+    if isinstance(code_min, int) and isinstance(code_max, int):
+        return codes.clamp(code_min, code_max)
+    return codes.clamp_min(like(code_min, codes)).clamp_max_(like(code_max, codes))
+
+
+def uniform_codes(x: Tensor, delta: Tensor | float, code_min: Bound, code_max: Bound) -> Tensor:
+    """`clamp(round_half_even(x / delta), code_min, code_max)` in x's type: codes counted from real 0.
+
+    x: (*). delta: () or broadcastable, > 0. code_min, code_max: whole numbers, () or broadcastable.
+    """
+    return _clamp(torch.div(x, like(delta, x)).round_(), code_min, code_max)
+
+
+def _absorb(clamp: Clamp, x: Tensor, delta: Tensor, code_min: Bound, code_max: Bound) -> tuple[Bound, Bound]:
+    """Code bounds that clamp x as well: rounding and dividing keep order, so bounds go through them exactly."""
+    low, high = clamp
+    if low is not None:
+        lowest = 0 if low == 0.0 else torch.round(like(low, x) / delta)
+        both_whole = isinstance(lowest, int) and isinstance(code_min, int)
+        code_min = max(lowest, code_min) if both_whole else torch.maximum(like(code_min, x), like(lowest, x))
+    if high is not None:
+        highest = torch.minimum(like(code_max, x), torch.round(like(high, x) / delta))
+        code_max = torch.maximum(highest, like(code_min, x))
+    return code_min, code_max
+
+
+@dataclass(frozen=True, eq=False)
+class UniformGrid(Format):
+    """`(code - zero_point) * scale / divisor + offset`, qmin <= code <= qmax, rounded half to even.
+
+    `offset` is for grids that real 0 need not be on; `divisor` for a scale that is known as a multiple of the step.
+
+    >>> grid = UniformGrid(torch.tensor(0.5), 1, 0, 3)
+    >>> grid.levels(), grid.encode(torch.tensor([-9.0, 0.2, 0.6]))
+    (tensor([-0.5000,  0.0000,  0.5000,  1.0000]), tensor([0, 1, 2], dtype=torch.int32))
+    """
+
+    scale: Number
+    zero_point: Bound
+    qmin: Bound
+    qmax: Bound
+    offset: Number | None = None
+    divisor: int = 1
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return int(self.qmin), int(self.qmax)
+
+    def step(self, x: Tensor) -> Tensor:
+        scale = self.shaped(self.scale, x)
+        return scale if self.divisor == 1 else scale / self.divisor
+
+    def _zero_point(self, ndim: int) -> Bound:
+        zero_point = self.zero_point
+        return per_channel_view(zero_point, ndim, self.axis) if isinstance(zero_point, Tensor) else zero_point
+
+    def _bounds(self, ndim: int) -> tuple[Bound, Bound]:
+        """The code range counted from real 0: [qmin - zero_point, qmax - zero_point].
+
+        Rounding, adding the zero point, clamping and taking it off again is the same as clamping to
+        these bounds, for whole numbers exactly, and two passes cheaper.
+        """
+        zero_point = self._zero_point(ndim)
+        return self.qmin - zero_point, self.qmax - zero_point
+
+    def project(self, x: Tensor, want_inside: bool = False, clamp: Clamp | None = None) -> tuple[Tensor, Tensor | None]:
+        """As `Format.project`; clipped is what the rounded code is, and a clamp moves the bounds of the codes."""
+        if self.offset is not None:
+            return super().project(x, want_inside, clamp)
+        step, bounds = self.step(x), self._bounds(x.ndim)
+        bounds = bounds if clamp is None else _absorb(clamp, x, step, *bounds)
+        rounded = torch.div(x, step).round_()
+        value = _clamp(rounded, *bounds)
+        inside = rounded.eq_(value) if want_inside else None
+        return value.mul_(step), inside
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        return self.project(x, want_inside) if self.offset is None else super().nearest(x, want_inside)
+
+    def codes(self, x: Tensor) -> Tensor:
+        centred = x if self.offset is None else x - self.shaped(self.offset, x)
+        return uniform_codes(centred, self.step(x), *self._bounds(x.ndim)) + self._zero_point(x.ndim)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        steps = (codes - self._zero_point(codes.ndim)).to(dtype)
+        values = steps * self.step(steps)
+        return values if self.offset is None else values + self.shaped(self.offset, steps)
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.offset is not None:
+            return super().ends(x)
+        step = self.step(x)
+        low, high = self._bounds(x.ndim)
+        return like(low, step) * step, like(high, step) * step
+
+    def _own_step(self) -> Tensor:
+        """The step in the type it is kept in, () or (C,)."""
+        step = torch.as_tensor(self.scale).detach()
+        return step if self.divisor == 1 else step / self.divisor
+
+    def thresholds(self) -> Tensor:
+        step = self._own_step()[..., None]
+        codes = torch.arange(int(self.qmin), int(self.qmax), device=step.device) + 0.5
+        edges = (codes - torch.as_tensor(self.zero_point, device=step.device)[..., None]) * step
+        return edges if self.offset is None else edges + torch.as_tensor(self.offset).detach()[..., None]
+
+    def affine_params(self) -> AffineParams:
+        """Raises NoAffineViewError for an offset that is no whole number of steps."""
+        step, zero_point = self._own_step(), self.zero_point
+        if self.offset is not None:
+            offset = torch.as_tensor(self.offset).detach().to(torch.float64)
+            zero_point = (-offset / step).round()
+            if not torch.allclose(-zero_point * step, offset, rtol=1e-5, atol=0.0):
+                raise NoAffineViewError("its offset is between two levels; call snap() and train a little on")
+        return AffineParams(step, zero_point, *self.code_range)
+
+    def side_bytes(self) -> int:
+        """4 bytes a step; as many as a code has for a zero point, if one is not 0."""
+        try:
+            step, zero_point, qmin, qmax = self.affine_params()
+        except NoAffineViewError:
+            return super().side_bytes()
+        code_bytes = -(-(qmax - qmin).bit_length() // 8) if bool(torch.as_tensor(zero_point).any()) else 0
+        return step.numel() * (FLOAT_BYTES + code_bytes)
+
+    def integer_terms(self) -> IntegerTerms:
+        codes = torch.arange(int(self.qmin), int(self.qmax) + 1)
+        try:
+            params = self.affine_params()
+        except NoAffineViewError:
+            return [(_wide(self._own_step()), codes), _ones(self.offset, len(codes))]
+        zero_point = torch.as_tensor(params.zero_point).detach().to(torch.int64).cpu()
+        return [(_wide(params.delta), codes - zero_point[..., None])]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledFormat(Format):
+    """Fixed numbers times a scale, plus a shift where there is one: `unit_value(code) * scale + shift`."""
+
+    scale: Number
+    shift: Number | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The fixed numbers behind codes."""
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        unit = self.unit_values(codes, dtype)
+        values = unit * self.shaped(self.scale, unit)
+        return values if self.shift is None else values + self.shaped(self.shift, values)
+
+    def decoding_numbers(self) -> list[Tensor]:
+        return [torch.as_tensor(number) for number in (self.scale, self.shift) if number is not None]
+
+    def integer_terms(self) -> IntegerTerms:
+        """The fixed numbers up to a common denominator, which goes into the scale; one more term for a shift."""
+        low, high = self.code_range
+        return scaled_terms(self.unit_values(torch.arange(low, high + 1), torch.float64), self.scale, self.shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Levels(Format):
+    """A sorted list of levels without a rule, (L,) or (C, L); a code is an index into it.
+
+    >>> levels = Levels(torch.tensor([-1.0, 0.0, 3.0]))
+    >>> levels.project(torch.tensor([-9.0, 1.4, 1.6]))[0]
+    tensor([-1.,  0.,  3.])
+    """
+
+    table: Tensor
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return 0, self.table.shape[-1] - 1
+
+    @property
+    def n_channels(self) -> int | None:
+        return len(self.table) if self.table.ndim == 2 else None
+
+    def codes(self, x: Tensor) -> Tensor:
+        return nearest_level(x, self.table.to(x.dtype), self.axis)
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return level_values(codes.to(torch.int64), self.table.to(dtype), self.axis)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        value, inside = super().nearest(x, want_inside)
+        return value.add_(x.clamp(0.0, 0.0)), inside
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (self.shaped(self.table[..., i], x) for i in (0, -1))
+        return low, high
+
+    def integer_terms(self) -> IntegerTerms:
+        raise NoAffineViewError("its levels are any numbers, not whole ones times a scale")
+
+
+class OwnLevels(Format):
+    """What formats share whose blocks or tokens have levels of their own, found in the elements each time."""
+
+    levels_vary = True
+
+    def code_values(self) -> Tensor:
+        raise NoCodesError("it has no one list of levels; each of its parts has its own")
+
+
+def _wide(number: Number) -> Tensor:
+    return torch.as_tensor(number).detach().to(torch.float64).cpu()
+
+
+def _ones(number: Number | None, n_codes: int) -> tuple[Tensor, Tensor]:
+    """The term of a number that is in every level."""
+    return _wide(0.0 if number is None else number), torch.ones(n_codes, dtype=torch.int64)
+
+
+def scaled_terms(table: Tensor, scale: Number, shift: Number | None = None) -> IntegerTerms:
+    """The integer terms of `scale * table + shift`. table: (L,) float64. Raises NoAffineViewError if there are none."""
+    denominator = common_denominator(table)
+    if denominator is None:
+        raise NoAffineViewError(NO_TERMS)
+    whole = torch.round(table * denominator).to(torch.int64)
+    terms = [(_wide(scale) / denominator, whole), _ones(shift, len(whole))]
+    used = [(number, ints) for number, ints in terms if bool(number.any())]
+    return used or [(torch.ones((), dtype=torch.float64), torch.zeros_like(whole))]
+
+
+def common_denominator(table: Tensor) -> int | None:
+    """The least D for which `table * D` is whole, to within rounding; None if it is above `LARGEST_DENOMINATOR`.
+
+    >>> common_denominator(torch.tensor([0.5, 0.75, 2.0], dtype=torch.float64))
+    4
+    """
+    from fractions import Fraction  # needed seldom, and it would slow the import of torchquant down
+
+    result = 1
+    for value in table.unique().tolist():
+        fraction = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
+        if abs(float(fraction) - value) > SMALLEST_ERROR * abs(value):
+            return None
+        result = lcm(result, fraction.denominator)
+    return result if result <= LARGEST_DENOMINATOR else None

@@ -1,0 +1,55 @@
+"""The seam for fused kernels: what projects on a format, by the format's class and the kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from torchquant.errors import NameClashError
+from torchquant.quantizers_functional._gradient import Clamp
+
+Kernel = Callable[[Any, Tensor, bool, Clamp | None], tuple[Tensor, Tensor | None]]
+"""`kernel(format, x, want_inside, clamp)`: what `format.project(x, want_inside, clamp)` gives, bit for bit."""
+
+
+class KernelTable:
+    """Which kernel stands for the projection of a format on a device; without one, pure PyTorch runs, the reference.
+
+    A kernel gets float32 or float64 tensors outside of autograd and must not change them. What a format gives to
+    codes, levels and gradients is not its affair, nor are the schemes that train their own numbers.
+
+    >>> from torchquant.quantizers_functional.formats import UniformGrid
+    >>> @KERNELS.register(UniformGrid, "cpu")
+    ... def reference(grid, x, want_inside, clamp):
+    ...     return grid.project(x, want_inside, clamp)
+    >>> KERNELS.find(UniformGrid, "cpu") is reference
+    True
+    >>> KERNELS.unregister(UniformGrid, "cpu")
+    """
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[type, str], Kernel] = {}
+
+    def register(self, format: type, device: str) -> Callable[[Kernel], Kernel]:
+        """Return a decorator that enters a kernel for a class of formats on a kind of device, such as "cuda"."""
+
+        def enter(kernel: Kernel) -> Kernel:
+            known = self._kernels.setdefault((format, device), kernel)
+            if known is not kernel:
+                raise NameClashError(f"{format.__name__} has a kernel for {device!r} already: {known!r}")
+            return kernel
+
+        return enter
+
+    def unregister(self, format: type, device: str) -> None:
+        """Forget the kernel; for plug-ins and tests that come and go."""
+        del self._kernels[format, device]
+
+    def find(self, format: type, device: str) -> Kernel | None:
+        """The kernel, None where there is none."""
+        return self._kernels.get((format, device)) if self._kernels else None
+
+
+KERNELS = KernelTable()
