@@ -46,9 +46,9 @@ class Groups(OwnLevels):
         return one.code_range
 
     def _by_parts(self, x: Tensor, work: Callable[[Format, Tensor], Tensor]) -> Tensor:
-        formats = (self.whole, self.last)
-        parts = zip(formats, cut_groups(x, self.size), strict=True)
-        return join_groups(*(part if format is None else work(format, part) for format, part in parts), x)
+        parts = zip((self.whole, self.last), cut_groups(x, self.size), strict=True)
+        whole, last = (part if format is None else work(format, part) for format, part in parts)
+        return join_groups(whole, last, x)
 
     def codes(self, x: Tensor) -> Tensor:
         return self._by_parts(x, lambda format, part: format.codes(part))
