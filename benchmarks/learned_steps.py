@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from torchquant.compare import Case, Recipe, compare, leaderboard, write_leaderboard
+from torchquant.runs.compare import Case, Recipe, compare, leaderboard, write_leaderboard
 
 PLUGIN = Path(__file__).with_name("brevitas_plugin.py")
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import write_json, write_whole
-from torchquant.compare.run import in_processes
-from torchquant.compare.tasks import NETWORKS
-from torchquant.demo.data import Digits, load_digits
-from torchquant.demo.files import keep_settings, output_folder, write_checkpoint
-from torchquant.demo.training import BATCH_SIZE, accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.plan import QuantPlan
+from torchquant.runs.compare.run import in_processes
+from torchquant.runs.data import Digits, load_digits
+from torchquant.runs.folder import keep_settings, output_folder, write_checkpoint
+from torchquant.runs.loop import BATCH_SIZE, accuracy_on, calibrate, train
+from torchquant.runs.networks import NETWORKS
 from torchquant.search import PrecisionLearning, SchemeSearch, SearchSettings, default_candidates
 from torchquant.search.allocation import allocate
 from torchquant.search.engine import Search
@@ -122,7 +122,7 @@ def perform(run: Run, recipe: Recipe, folder: str) -> str:
     data = load_digits(run.seed, recipe.test_copies)
     net = NETWORKS[run.net].build(data)
     net.load_state_dict(torch.load(float_path(Path(folder), run.net, run.seed), weights_only=True))
-    float_accuracy = accuracy(predict(net.eval(), data.test_images), data.test_labels)
+    float_accuracy = accuracy_on(net.eval(), data)
     example = data.test_images[:2]
     search = search_of(run, net, data, recipe) if run.kind in SEARCHES else None
     if search is not None:
@@ -144,12 +144,12 @@ def perform(run: Run, recipe: Recipe, folder: str) -> str:
         torch.manual_seed(run.seed)
         model = plan.apply(net)
         calibrate(model, data, 8, run.seed)
-        quantization_aware_train(model, data, recipe.epochs, recipe.rate, run.seed)
+        train(model, data, recipe.epochs, recipe.rate, run.seed, quantized=True)
     elements = {site.path: net.get_parameter(f"{site.path}.weight").numel() for site in cost if site.weight_bits}
     bits = sum(elements[site.path] * site.weight_bits for site in cost if site.weight_bits)
     result = {
         **asdict(run),
-        "accuracy": accuracy(predict(model, data.test_images), data.test_labels),
+        "accuracy": accuracy_on(model, data),
         "float_accuracy": float_accuracy,
         "weight_bytes": cost.weight_bytes,
         "mean_bits": bits / sum(elements.values()),

@@ -18,10 +18,10 @@ import typer
 from torch import Tensor, nn
 
 from torchquant._files import write_json, write_whole
-from torchquant.compare.tasks import load_data
 from torchquant.compat.nni import BNNQuantizer
-from torchquant.demo import Terminal
-from torchquant.demo.files import output_folder
+from torchquant.runs.console import Terminal
+from torchquant.runs.folder import output_folder
+from torchquant.runs.networks import load_data
 
 SIDE = 32
 

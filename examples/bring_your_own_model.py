@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant as tq
-from torchquant.demo import load_digits
-from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.runs.data import load_digits
+from torchquant.runs.loop import accuracy, calibrate, predict, quantization_aware_train, train
 
 
 class Mine(nn.Module):

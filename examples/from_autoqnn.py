@@ -9,7 +9,7 @@ from torch import nn
 
 import torchquant.compat.autoqnn as autoqnn
 from torchquant.compat.autoqnn.utils import ModuleIOs, view_module
-from torchquant.demo import load_digits
+from torchquant.runs.data import load_digits
 
 torch.manual_seed(0)
 data = load_digits(test_copies=1)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchquant.compat.nni import QAT_Quantizer
-from torchquant.demo import load_digits
-from torchquant.demo.training import accuracy, predict
+from torchquant.runs.data import load_digits
+from torchquant.runs.loop import accuracy, predict
 
 
 class Mnist(nn.Module):

@@ -7,8 +7,8 @@ folder with a report: `torchquant search qpl MODEL --budget 'bits<=3'` and `torc
 import torch
 from torch import Tensor, nn
 
-from torchquant.demo import load_digits
-from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.runs.data import load_digits
+from torchquant.runs.loop import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.search import PrecisionLearning, PrecisionSettings, allocate, sensitivity
 
 torch.manual_seed(0)

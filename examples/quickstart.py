@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 import torchquant as tq
-from torchquant.demo import QuantSmallResNet, SmallResNet, load_digits
-from torchquant.demo.training import accuracy, predict, train
 from torchquant.deploy import export_onnx, run_onnx
+from torchquant.runs.demo import QuantSmallResNet, SmallResNet, load_digits
+from torchquant.runs.loop import accuracy, predict, train
 
 torch.manual_seed(0)
 data = load_digits(test_copies=2)

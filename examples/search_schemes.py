@@ -6,9 +6,9 @@ The same for any model, into a folder with a report: `torchquant search qss MODE
 import torch
 from torch import Tensor, nn
 
-from torchquant.demo import load_digits
-from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.plan import quantize
+from torchquant.runs.data import load_digits
+from torchquant.runs.loop import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.search import SchemeSearch, SearchSettings
 
 torch.manual_seed(0)

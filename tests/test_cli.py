@@ -12,11 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 import torchquant
-from torchquant import cli, demo
-from torchquant.demo import DemoConfig, Silent, Terminal
-from torchquant.demo import job as demo_job
+from torchquant import cli
 from torchquant.graph import OPERATORS
 from torchquant.quantizers import QUANTIZERS, catalogue
+from torchquant.runs import demo
+from torchquant.runs.console import NullProgress, Terminal
+from torchquant.runs.demo import DemoConfig
+from torchquant.runs.demo import run as demo_run
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_demo_passes_its_options_on(runner: CliRunner, monkeypatch: pytest.Monke
         def table(self) -> tuple[list[str], list[list[str]], str]:
             return ["scheme", "accuracy"], [["W8A8", "97.00%"]], "a note"
 
-    def run(config: DemoConfig, out: Path, show: Silent) -> Result:
+    def run(config: DemoConfig, out: Path, show: NullProgress) -> Result:
         calls.append((config, out, type(show)))
         return Result()
 
@@ -81,7 +83,7 @@ def test_missing_package_is_named_before_any_work(
     def never(*args: Any) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(demo_job, "load_digits", never)
+    monkeypatch.setattr(demo_run, "load_digits", never)
     for package in ("sklearn", "matplotlib", "jinja2", "onnx", "onnxruntime"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from torchquant import cli
-from torchquant.compare import Recipe, compare, leaderboard, make_cases
-from torchquant.compare import run as compare_run
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers import QUANTIZERS
+from torchquant.runs.compare import Recipe, compare, leaderboard, make_cases
+from torchquant.runs.compare import run as compare_run
 
 TINY = Recipe(float_epochs=1, epochs=1, calibration_batches=1, test_copies=1)
 PLUGIN = """

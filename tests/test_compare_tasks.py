@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from torchquant.compare import Recipe, compare, make_cases
-from torchquant.compare.tasks import NETWORKS, load_data, make_pictures
 from torchquant.errors import ConfigError
+from torchquant.runs.compare import Recipe, compare, make_cases
+from torchquant.runs.data import load_data, make_pictures
+from torchquant.runs.networks import NETWORKS
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from torchquant import QModuleState
 from torchquant._files import write_json, write_whole
-from torchquant.demo import SCHEMES, DemoConfig, DemoResult, Silent, SmallResNet, Terminal, load_digits, run_demo
-from torchquant.demo import job as demo_job
-from torchquant.demo.data import distort
-from torchquant.demo.training import accuracy, predict
 from torchquant.deploy import run_onnx
 from torchquant.errors import ConfigError
+from torchquant.runs.console import NullProgress, Terminal
+from torchquant.runs.data import distort, load_digits
+from torchquant.runs.demo import SCHEMES, DemoConfig, DemoResult, run_demo
+from torchquant.runs.demo import run as demo_run
+from torchquant.runs.loop import accuracy, predict
+from torchquant.runs.small_resnet import SmallResNet
 
 TINY = DemoConfig(seed=3, float_epochs=1, long_epochs=1, short_epochs=1, test_copies=1, calibration_batches=2)
 
 
-class Recorder(Silent):
+class Recorder(NullProgress):
     def __init__(self) -> None:
         self.total = self.done = 0.0
         self.messages: list[str] = []
@@ -180,7 +182,7 @@ def test_callers_random_state_is_left_alone(quick: Run) -> None:
 
 @pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_job, "render_report", lambda result: "pictures take time")
+    monkeypatch.setattr(demo_run, "render_report", lambda result: "pictures take time")
     torch.manual_seed(1)
     first = run_demo(TINY, tmp_path / "a").to_dict()
     torch.manual_seed(2)

@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from torchquant import cli
-from torchquant.demo.training import accuracy
 from torchquant.deploy import load_packed
 from torchquant.deploy.certification import metadata_of
 from torchquant.errors import ConfigError
-from torchquant.export_run import certify_run, export_run, load_run
-from torchquant.job import JobConfig, run_job
+from torchquant.runs.export import certify_run, export_run, load_run
+from torchquant.runs.loop import accuracy
+from torchquant.runs.quantize import JobConfig, run_job
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -29,10 +29,10 @@ from torchquant._files import (
 )
 from torchquant._locks import hold
 from torchquant._shown import shown
-from torchquant.compare import load_plugin
 from torchquant.deploy.references import model_of
 from torchquant.errors import ConfigError, one_line
 from torchquant.plan import QuantPlan, read_yaml
+from torchquant.runs.compare import load_plugin
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes, links and flock are of POSIX")
 ROOT = Path(__file__).parent.parent

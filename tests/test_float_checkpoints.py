@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from torchquant import AffineQuantizer, BatchMinMax, ExpAvgMinMax, QModuleState, set_qmodule_state, state_report
-from torchquant.demo.network import QuantSmallResNet, SmallResNet
 from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedMobileNetV2, FusedResNet
 from torchquant.models._base import FusedModel
 from torchquant.qmodule import FloatCheckpoints, QWrapper
+from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 NAMES = ["resnet", "mobilenet", "efficientnet"]
 

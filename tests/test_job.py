@@ -11,10 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from torchquant import cli
-from torchquant.demo.data import load_digits
 from torchquant.errors import ConfigError
-from torchquant.job import JobConfig, build_model, read_rules, run_job
 from torchquant.plan import QuantPlan
+from torchquant.runs.data import load_digits
+from torchquant.runs.networks import build_model
+from torchquant.runs.quantize import JobConfig, run_job
+from torchquant.runs.settings import read_rules
 
 OWN_MODEL = """
 from torch import nn
@@ -73,9 +75,9 @@ def test_a_stopped_job_goes_on_and_ends_the_same(own_model: str, tmp_path: Path)
     class Stopped(Exception):  # noqa: N818
         pass
 
-    from torchquant.demo.progress import Silent
+    from torchquant.runs.console import NullProgress
 
-    class StopsAt(Silent):
+    class StopsAt(NullProgress):
         def __init__(self, n: int) -> None:
             self.left = n
 

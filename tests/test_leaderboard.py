@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchquant.compare import Row, markdown, read_leaderboard
+from torchquant.runs.compare import Row, markdown, read_leaderboard
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from torchquant import QModuleState, make_quantizer, qmodule_state
-from torchquant.compare.tasks import load_data, make_pictures
 from torchquant.qmodule import QWrapper
 from torchquant.qmodule.patterns import _run_conv
+from torchquant.runs.data import load_data, make_pictures
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 

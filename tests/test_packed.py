@@ -19,8 +19,6 @@ from typer.testing import CliRunner
 import torchquant as tq
 from torchquant import cli
 from torchquant.analysis import layer_errors, weight_bytes
-from torchquant.demo.files import write_checkpoint
-from torchquant.demo.network import QuantSmallResNet, SmallResNet
 from torchquant.deploy import file_sizes, load_packed, packed, packed_head, save_packed
 from torchquant.deploy.form import deploy_form
 from torchquant.deploy.references import model_of
@@ -29,6 +27,8 @@ from torchquant.plan import QuantPlan
 from torchquant.qmodule import QWeights
 from torchquant.quantizers import QUANTIZERS, Quantizer
 from torchquant.quantizers_functional.bit_packing import pack_bits, unpack_bits
+from torchquant.runs.folder import write_checkpoint
+from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 safetensors = pytest.importorskip("safetensors.torch")
 

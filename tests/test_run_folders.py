@@ -18,18 +18,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from torchquant import cli, export_run
-from torchquant import job as job_file
-from torchquant.compare import Recipe, read_leaderboard, write_leaderboard
-from torchquant.compare import run as compare_run
+from torchquant import cli
 from torchquant.compat.nni.config import compile_config
-from torchquant.demo.data import Digits, load_digits
-from torchquant.demo.files import claimed
 from torchquant.errors import ConfigError
-from torchquant.job import JobConfig, run_job
 from torchquant.plan import quantize
 from torchquant.quantizers import QUANTIZERS
-from torchquant.search_run import SearchConfig, results, run_search, stages, write_report
+from torchquant.runs import export as export_file
+from torchquant.runs import quantize as quantize_file
+from torchquant.runs import stages
+from torchquant.runs.compare import Recipe, read_leaderboard, write_leaderboard
+from torchquant.runs.compare import run as compare_run
+from torchquant.runs.data import Digits, load_digits
+from torchquant.runs.folder import claimed
+from torchquant.runs.quantize import JobConfig, run_job
+from torchquant.runs.search import SearchConfig, results, run_search, write_report
+from torchquant.runs.search import run as search_file
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -72,7 +75,7 @@ def tiny_data() -> Iterator[None]:
         all_of_them.test_labels[:64],
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (job_file, export_run, stages, compare_run):
+        for module in (quantize_file, export_file, search_file, compare_run):
             original = module.load_data
             patch.setattr(module, "load_data", lambda name, *r, o=original: few if name == "digits" else o(name, *r))
         compare_run._data.cache_clear()
@@ -294,7 +297,7 @@ def test_a_folder_of_a_version_that_kept_no_contents_goes_on(kind: str, finished
 CLAIMS = """
 import os, sys, time
 from pathlib import Path
-from torchquant.demo.files import claimed
+from torchquant.runs.folder import claimed
 from torchquant.errors import ConfigError
 
 def claim(out, who, told):
@@ -412,7 +415,7 @@ def test_what_is_asked_wrongly_is_refused_before_the_folder_is_touched(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("something was trained")
 
-    for module in (job_file, stages, compare_run):
+    for module in (stages, quantize_file, search_file, compare_run):
         monkeypatch.setattr(module, "train", never)
     bad = tmp_path / "bad.yaml"
     bad.write_text("- {types: [Conv9d], weight: 'affine:8'}\n")

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from torchquant import cli
-from torchquant.demo.data import load_digits
-from torchquant.demo.progress import Silent, Terminal
-from torchquant.demo.training import accuracy, predict
 from torchquant.errors import ConfigError, MissingDependencyError
-from torchquant.export_run import export_run, load_run
 from torchquant.plan import QuantPlan
+from torchquant.runs.console import NullProgress, Terminal
+from torchquant.runs.data import load_digits
+from torchquant.runs.export import export_run, load_run
+from torchquant.runs.loop import accuracy, predict
+from torchquant.runs.ranks import Ranks, Share
+from torchquant.runs.search import SearchConfig, SearchRunResult, run_search, run_study, write_report
+from torchquant.runs.search.results import command_of
 from torchquant.search import EpochRecord, PrecisionLearning, SchemeSearch
 from torchquant.search.engine import Search
 from torchquant.search.report import render_report
-from torchquant.search_run import SearchConfig, SearchRunResult, run_search, run_study, write_report
-from torchquant.search_run.ranks import Ranks, Share
-from torchquant.search_run.results import command_of
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -161,7 +161,7 @@ class Stopped(Exception):  # noqa: N818
     pass
 
 
-class StopsAt(Silent):
+class StopsAt(NullProgress):
     """Raises when the n-th row or advance comes."""
 
     def __init__(self, n: int) -> None:
@@ -420,7 +420,7 @@ def test_a_study_is_shared_and_goes_on(own_model: str, tmp_path: Path, monkeypat
     asked = config("qpl", own_model, epochs=1, retrain_epochs=0)
     storage = str(tmp_path / "study.log")
 
-    class StopsInSearch(Silent):
+    class StopsInSearch(NullProgress):
         def row(self, title: str, cells: Mapping[str, str]) -> None:
             raise Stopped
 
@@ -449,7 +449,7 @@ def test_a_study_is_shared_and_goes_on(own_model: str, tmp_path: Path, monkeypat
 
 
 def test_the_batches_of_an_epoch_are_always_the_same() -> None:
-    from torchquant.search_run.stages import _Epochs
+    from torchquant.runs.search.run import _Epochs
 
     data = load_digits(0, 1)
     first, again, other = (list(itertools.islice(_Epochs(data, 0, n), 2)) for n in (1, 1, 2))

@@ -189,7 +189,8 @@ def build_app() -> Any:
 
 
 def _demo(out: Path, seed: int, quick: bool) -> None:
-    from torchquant.demo import DemoConfig, Terminal, run_demo
+    from torchquant.runs.console import Terminal
+    from torchquant.runs.demo import DemoConfig, run_demo
 
     terminal = Terminal()
     result = run_demo(DemoConfig.preset(seed, quick), out, terminal)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchquant.compare import Recipe, compare, leaderboard, load_plugin, make_cases, write_leaderboard
-from torchquant.compare.leaderboard import HEADER, cells
-from torchquant.demo import Terminal
 from torchquant.errors import ConfigError
+from torchquant.runs.compare import Recipe, compare, leaderboard, load_plugin, make_cases, write_leaderboard
+from torchquant.runs.compare.board import HEADER, cells
+from torchquant.runs.console import Terminal
 
 TERMINAL_COLUMNS = 7
 """Those that fit on a terminal; the files have all."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchquant.demo import Terminal
 from torchquant.deploy import Certificate
-from torchquant.export_run import certify_run, export_run
+from torchquant.runs.console import Terminal
+from torchquant.runs.export import certify_run, export_run
 
 
 def export(folder: Path, form: str, certified: bool, samples: int, out: Path | None) -> bool:

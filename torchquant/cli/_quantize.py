@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchquant.demo import Terminal
-from torchquant.job import JobConfig, run_job
+from torchquant.runs.console import Terminal
+from torchquant.runs.quantize import JobConfig, run_job
 
 
 def run(model: str, options: dict[str, Any], out: Path, strict: bool = False) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchquant.demo import Silent, Terminal
-from torchquant.search_run import SearchConfig, run_search, run_study
-from torchquant.search_run.ranks import is_first_of_environment
+from torchquant.runs.console import NullProgress, Terminal
+from torchquant.runs.ranks import is_first_of_environment
+from torchquant.runs.search import SearchConfig, run_search, run_study
 
 
 def run(kind: str, model: str, options: dict[str, Any], out: Path, device: str | None, distributed: bool) -> None:
     """Run, and print the summary. Raises ConfigError, MissingDependencyError."""
-    terminal = Terminal() if is_first_of_environment() or not distributed else Silent()
+    terminal = Terminal() if is_first_of_environment() or not distributed else NullProgress()
     result = run_search(SearchConfig(kind, model, **options), out, terminal, distributed, device)
     header, rows, note = result.table()
     terminal.table(f"torchquant search {kind} {model}", header, rows, "")

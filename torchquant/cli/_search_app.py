@@ -104,7 +104,7 @@ def _sign(
     first: Sequence[inspect.Parameter] = (),
 ) -> None:
     """Give the command a signature: the model, these settings of a search, and more."""
-    from torchquant.search_run.settings import SearchConfig
+    from torchquant.runs.search.settings import SearchConfig
 
     types, fields = get_type_hints(SearchConfig), SearchConfig.__dataclass_fields__
     parameters = [*first, _parameter("model", Annotated[str, typer.Argument(help=MODEL)])]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchquant._files import write_csv, write_json
-from torchquant.demo import Terminal
 from torchquant.deploy import FileSize, file_sizes
+from torchquant.runs.console import Terminal
 
 
 def run(paths: list[Path], json: Path | None, csv: Path | None) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from torchquant.errors import require
+from torchquant.training.batches import make_bar
 
 MOST_ROWS = 12
 """Of a table that grows, the last ones are seen."""
 
 
-class Silent:
+class NullProgress:
     """Says nothing. Also the interface: a context manager with `start`, `message`, `advance`, `row`, `table`."""
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> NullProgress:
         return self
 
     def __exit__(
@@ -39,7 +40,7 @@ class Silent:
         """Show the result."""
 
 
-class Terminal(Silent):
+class Terminal(NullProgress):
     """rich on a terminal: a bar with a live message, growing tables and finished lines above it. Elsewhere lines only.
 
     `console`: a rich Console, by default one on standard output. Raises MissingDependencyError.
@@ -47,26 +48,8 @@ class Terminal(Silent):
 
     def __init__(self, console: Any = None) -> None:
         self._console = console or require("rich.console", "cli").Console()
-        rich = require("rich.progress", "cli")
-        columns = ("[progress.description]{task.description}", "[progress.percentage]{task.percentage:>3.0f}%")
         self._rows: dict[str, list[Mapping[str, str]]] = {}
-        rows, grown = self._rows, self._grown
-
-        class Bar(rich.Progress):  # type: ignore[misc, name-defined]
-            def get_renderables(self) -> Iterator[Any]:
-                yield from (grown(title) for title in rows)
-                yield self.make_tasks_table(self.tasks)
-
-        self._bar = Bar(
-            rich.SpinnerColumn(),
-            rich.TextColumn(columns[0]),
-            rich.BarColumn(),
-            rich.TextColumn(columns[1]),
-            rich.TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = make_bar(self._console, lambda: map(self._grown, self._rows))
         self._task: Any = None
 
     def __enter__(self) -> Terminal:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import reading, write_json
-from torchquant.compare.tasks import load_data
-from torchquant.demo.contents import changed_contents, contents_of
-from torchquant.demo.data import TrainingData
-from torchquant.demo.files import CONTENTS, ELSEWHERE, read_as, read_checkpoint_into, read_settings
-from torchquant.demo.training import accuracy
 from torchquant.deploy import Certificate, certify, export_onnx, save_packed, to_integer
 from torchquant.errors import ConfigError
-from torchquant.job import JobConfig, build_model, files_of
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
+from torchquant.runs.contents import changed_contents, contents_of
+from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.folder import CONTENTS, ELSEWHERE, read_as, read_checkpoint_into, read_settings
+from torchquant.runs.loop import accuracy
+from torchquant.runs.networks import build_model
+from torchquant.runs.quantize import JobConfig
+from torchquant.runs.settings import files_of
 from torchquant.utils import set_qmodule_state
 
 __all__ = ["Exported", "certify_run", "export_run", "float_model", "load_run"]
@@ -116,7 +117,7 @@ def export_run(
             certificate = _certified(model, path, images, labels)
     elif form == "packed":
         shape = {"model": config.model, "n_classes": data.n_classes, "n_channels": data.n_channels}
-        save_packed(model, path, ("torchquant.export_run:float_model", shape))
+        save_packed(model, path, ("torchquant.runs.export:float_model", shape))
     else:
         integer = to_integer(model, images[:2])
         scores = torch.cat([integer(x) for x in images.split(BATCH)])

@@ -15,9 +15,9 @@ from torch import nn
 from torchquant._files import read_json, read_saved, reading, write_json, write_whole
 from torchquant._locks import hold
 from torchquant._shown import shown
-from torchquant.demo.checks import check_types
-from torchquant.demo.contents import changed_contents
 from torchquant.errors import ConfigError
+from torchquant.runs.contents import changed_contents
+from torchquant.runs.settings import check_types
 
 T = TypeVar("T")
 

@@ -1,19 +1,21 @@
-"""Training, calibration and evaluation: the few steps around the state machine."""
+"""Training, calibration and evaluation of a model on the data of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from torchquant.demo.data import TrainingData
-from torchquant.qmodule import QModuleState
-from torchquant.training import OnEpoch, fit, fit_quantized
-from torchquant.utils import qmodule_state, set_qmodule_state
+from torchquant import training
+from torchquant._modes import in_mode
+from torchquant.runs.data import TrainingData
+from torchquant.training import OnEpoch
+from torchquant.training.evaluation import top1
 
 BATCH_SIZE = 64
+TEST_BATCH = 512
 
 
 def train(
@@ -24,32 +26,20 @@ def train(
     seed: int,
     on_epoch: OnEpoch | None = None,
     progress: Path | None = None,
+    quantized: bool = False,
 ) -> None:
-    """Train on cross entropy with AdamW and a one-cycle learning rate; leaves the model in eval mode.
+    """`training.fit` on the training batches that `seed` draws; leaves the model in eval mode.
 
-    `progress`: a file that keeps where the training is after each epoch; if it is there already, training goes on
-    from it and ends with the same numbers, bit for bit.
+    `quantized`: with quantizers on; the model ends in QUANT_EVAL.
     """
-    _run(fit, model, data, epochs, learning_rate, seed, on_epoch, progress)
-
-
-def _run(
-    loop: Callable[..., None],
-    model: nn.Module,
-    data: TrainingData,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    on_epoch: OnEpoch | None,
-    progress: Path | None,
-) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         return data.train_batches(generator, BATCH_SIZE)
 
-    n_steps = steps_per_epoch(data)
-    loop(model, batches, epochs, learning_rate, n_steps, on_epoch=on_epoch, progress=progress, generator=generator)
+    loop = training.fit_quantized if quantized else training.fit
+    options = {"on_epoch": on_epoch, "progress": progress, "generator": generator, "show_progress": False}
+    loop(model, batches, epochs, learning_rate, steps_per_epoch(data), **options)
 
 
 def steps_per_epoch(data: TrainingData) -> int:
@@ -57,37 +47,23 @@ def steps_per_epoch(data: TrainingData) -> int:
     return -(-data.n_train // BATCH_SIZE)
 
 
-@torch.no_grad()
 def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int) -> None:
-    """Show `n_batches` distorted training batches to every observer; then the model is in QUANT_EVAL."""
+    """`training.calibrate` on training batches that `seed` draws."""
     batches = data.train_batches(torch.Generator().manual_seed(seed), BATCH_SIZE)
-    with qmodule_state(model.eval(), QModuleState.CALIBRATION):
-        for (x, _), _ in zip(batches, range(n_batches), strict=False):
-            model(x)
-    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    training.calibrate(model, batches, n_batches, with_targets=True, show_progress=False)
 
 
-def quantization_aware_train(
-    model: nn.Module,
-    data: TrainingData,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    on_epoch: OnEpoch | None = None,
-    progress: Path | None = None,
-) -> None:
-    """`train` with quantizers on, then bring the weight ranges up to date; the model ends in QUANT_EVAL."""
-    _run(fit_quantized, model, data, epochs, learning_rate, seed, on_epoch, progress)
+def accuracy_on(model: nn.Module, data: TrainingData) -> float:
+    """The accuracy on the test images, 0..1, in the state the model is in."""
+    parts = (data.test_images.split(TEST_BATCH), data.test_labels.split(TEST_BATCH))
+    return training.evaluate(model, zip(*parts, strict=True), show_progress=False)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
-    """Class scores (N, 10) of (N, 1, 16, 16) images, in eval mode and in the state the model is in."""
-    was_training = model.training
-    model.eval()
-    scores = torch.cat([model(part) for part in x.split(batch_size)])
-    model.train(was_training)
-    return scores
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Class scores (N, classes) of images (N, channels, H, W), in eval mode and in the state the model is in."""
+    with in_mode(False, model):
+        return torch.cat([model(part) for part in x.split(TEST_BATCH)])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -96,4 +72,4 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     0.5
     """
-    return float((scores.argmax(1) == labels).double().mean())
+    return float(top1(scores, labels).mean())

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchquant.demo.data import TrainingData
-from torchquant.demo.training import BATCH_SIZE, steps_per_epoch
 from torchquant.errors import ConfigError
+from torchquant.runs.data import TrainingData
+from torchquant.runs.loop import BATCH_SIZE, steps_per_epoch
+from torchquant.training.batches import usable_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
@@ -112,7 +113,7 @@ def process_group(distributed: bool, device: str | None = None) -> Iterator[Rank
     the CPU, NCCL on GPUs. A group that is there already is used. Raises ConfigError without torchrun.
     """
     if not distributed:
-        yield Ranks(device=_known(device or "cpu"))
+        yield Ranks(device=str(usable_device(device or "cpu")))
         return
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing and not dist.is_initialized():
@@ -122,7 +123,7 @@ def process_group(distributed: bool, device: str | None = None) -> Iterator[Rank
         )
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if _known(device) != "cpu":
+    if usable_device(device).type != "cpu":
         torch.cuda.set_device(device)
     made = not dist.is_initialized()
     if made:
@@ -137,11 +138,3 @@ def process_group(distributed: bool, device: str | None = None) -> Iterator[Rank
 def is_first_of_environment() -> bool:
     """Whether torchrun, if it started this process, made it the first one."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _known(device: str) -> str:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device

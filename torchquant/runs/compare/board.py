@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from torchquant._files import read_json, reading, write_json, write_whole
-from torchquant.compare.run import CaseResult
-from torchquant.compare.settings import Recipe
-from torchquant.demo.checks import check_types
-from torchquant.demo.figures import accuracy_over_bits
 from torchquant.errors import require
+from torchquant.runs.compare.figures import accuracy_over_bits
+from torchquant.runs.compare.run import CaseResult
+from torchquant.runs.compare.settings import Recipe
+from torchquant.runs.settings import check_types
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def read_leaderboard(path: str | os.PathLike[str]) -> tuple[list[Row], Recipe, s
 def _html(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("torchquant.compare", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("torchquant.runs.compare", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     pictures = {}
     for width in sorted({row.acts_bits for row in rows}):

@@ -19,13 +19,14 @@ from torch import nn
 from torchquant._files import run_python_file, write_json
 from torchquant._shown import shown
 from torchquant.analysis import layer_errors, weight_bytes
-from torchquant.compare.settings import Case, Recipe
-from torchquant.compare.tasks import DATA, NETWORKS, load_data
 from torchquant.compat.checkpoints import load_checkpoint
-from torchquant.demo.checks import check_seed
-from torchquant.demo.contents import changed_contents, contents_of, pinned
-from torchquant.demo.data import TrainingData
-from torchquant.demo.files import (
+from torchquant.errors import ConfigError, require
+from torchquant.quantizers import make_quantizer
+from torchquant.runs.compare.settings import Case, Recipe
+from torchquant.runs.console import NullProgress
+from torchquant.runs.contents import changed_contents, contents_of, pinned
+from torchquant.runs.data import DATA, TrainingData, load_data
+from torchquant.runs.folder import (
     CONTENTS,
     REMAKE,
     claimed,
@@ -34,10 +35,9 @@ from torchquant.demo.files import (
     read_settings,
     write_checkpoint,
 )
-from torchquant.demo.progress import Silent
-from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, steps_per_epoch, train
-from torchquant.errors import ConfigError, require
-from torchquant.quantizers import make_quantizer
+from torchquant.runs.loop import accuracy_on, calibrate, steps_per_epoch, train
+from torchquant.runs.networks import NETWORKS
+from torchquant.runs.settings import check_seed
 
 MADE = ("float-seed*.pt", "runs/*.json")
 """Files that a later comparison of the same recipe goes on from."""
@@ -67,7 +67,7 @@ def compare(
     out: str | os.PathLike[str],
     jobs: int = 1,
     plugins: Sequence[str | os.PathLike[str]] = (),
-    show: Silent | None = None,
+    show: NullProgress | None = None,
 ) -> list[CaseResult]:
     """Run the cases that `out` does not hold yet; all results, in the order of `cases`.
 
@@ -87,7 +87,7 @@ def compare(
     found = pinned(recipe.contents, contents_of([recipe.checkpoint, *([] if recipe.data in DATA else [recipe.data])]))
     settings = asdict(recipe) | {CONTENTS: found}
     with (
-        show or Silent() as screen,
+        show or NullProgress() as screen,
         claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, screen.message),
     ):
         screen.start(len(cases))
@@ -124,7 +124,7 @@ def _path(case: Case, folder: Path) -> Path:
     return folder / "runs" / f"{case.name}.json"
 
 
-def _is_missing(case: Case, folder: Path, shown: Silent) -> bool:
+def _is_missing(case: Case, folder: Path, shown: NullProgress) -> bool:
     """Whether there is no result of the case yet, or one of a quantizer that was written differently then."""
     path = _path(case, folder)
     if not path.exists():
@@ -213,9 +213,9 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
     kind, data = NETWORKS[recipe.model], _data(recipe, case.seed)
     network = kind.build(data)
     read_checkpoint_into(network, Path(folder) / f"float-seed{case.seed}.pt")
-    float_accuracy = accuracy(predict(network.eval(), data.test_images), data.test_labels)
+    float_accuracy = accuracy_on(network, data)
     model = kind.quantize(
-        network,
+        network.eval(),
         lambda module: make_quantizer(case.weight),
         lambda module: make_quantizer(case.acts, site="output"),
         # A folded batch norm would undo the scale that weights in other units rely on it for.
@@ -224,13 +224,14 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
     calibrate(model, data, recipe.calibration_batches, case.seed)
     started = time.perf_counter()
     if recipe.epochs:
-        quantization_aware_train(model, data, recipe.epochs, recipe.learning_rate or kind.rate, case.seed)
+        rate = recipe.learning_rate or kind.rate
+        train(model, data, recipe.epochs, rate, case.seed, quantized=True)
     seconds = (time.perf_counter() - started) / recipe.epochs if recipe.epochs else None
     found = layer_errors(model, data.test_images[:64])
     errors = [min(e.weight.sqnr_db, LOSSLESS_DB) for e in found if e.weight is not None]
     result = CaseResult(
         case,
-        accuracy(predict(model, data.test_images), data.test_labels),
+        accuracy_on(model, data),
         float_accuracy,
         sum(site.total for site in weight_bytes(model)),
         sum(errors) / len(errors),

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchquant._shown import shown
-from torchquant.compare.tasks import DATA, NETWORKS
-from torchquant.demo.checks import check_above_zero, check_at_least, check_types
 from torchquant.errors import ConfigError
 from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
+from torchquant.runs.data import DATA
+from torchquant.runs.networks import NETWORKS
+from torchquant.runs.settings import check_above_zero, check_at_least, check_types
 
 
 @dataclass(frozen=True)

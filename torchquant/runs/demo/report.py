@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from torchquant.analysis import LayerError, SiteError
-from torchquant.demo.figures import histograms, sqnr_bars
-from torchquant.demo.results import DemoResult
 from torchquant.errors import require
+from torchquant.runs.demo.figures import histograms, sqnr_bars
+from torchquant.runs.demo.results import DemoResult
 
 HISTOGRAMS = (
     ("w8a8-ptq", "weight"),
@@ -25,7 +25,7 @@ def render_report(result: DemoResult) -> str:
     """The HTML of the report; needs no network and no other file. Raises MissingDependencyError."""
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("torchquant.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("torchquant.runs.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     titles = {row.name: row.title for row in result.rows}
     header, rows, note = result.table()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from torchquant.analysis import LayerError
 from torchquant.deploy import Certificate
-
-if TYPE_CHECKING:
-    from torchquant.demo.job import DemoConfig
+from torchquant.runs.demo.settings import DemoConfig
 
 LIBRARIES = ("torchquant", "numpy", "scikit-learn", "onnx", "onnxruntime")
 

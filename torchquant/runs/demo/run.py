@@ -6,24 +6,23 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from torchquant._files import write_json, write_whole
 from torchquant.analysis import layer_errors, weight_bytes
-from torchquant.demo.checks import check_at_least, check_seed, check_types
-from torchquant.demo.data import Digits, load_digits
-from torchquant.demo.files import output_folder, write_checkpoint
-from torchquant.demo.network import QuantSmallResNet, SmallResNet
-from torchquant.demo.progress import Silent
-from torchquant.demo.report import render_report
-from torchquant.demo.results import DemoResult, OnnxResult, SchemeResult, versions
-from torchquant.demo.schemes import SCHEMES, Scheme
-from torchquant.demo.training import accuracy, calibrate, predict, quantization_aware_train, train
 from torchquant.deploy import certify, export_onnx, run_onnx
 from torchquant.errors import require
+from torchquant.runs.console import NullProgress
+from torchquant.runs.data import Digits, load_digits
+from torchquant.runs.demo.report import render_report
+from torchquant.runs.demo.results import DemoResult, OnnxResult, SchemeResult, versions
+from torchquant.runs.demo.schemes import SCHEMES, Scheme
+from torchquant.runs.demo.settings import DemoConfig
+from torchquant.runs.folder import output_folder, write_checkpoint
+from torchquant.runs.loop import accuracy, accuracy_on, calibrate, predict, train
+from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 FLOAT_RATE = 8e-3
 QAT_RATE = 3e-3
@@ -33,41 +32,8 @@ CERTIFIED = 450
 PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """How long the demo trains. `long_epochs`, `short_epochs`: of the training lengths that schemes name.
-
-    `test_copies`: distorted versions of each of the 450 test images. `command`: what the report says
-    the run was started with. Raises ConfigError.
-    """
-
-    seed: int = 0
-    float_epochs: int = 30
-    long_epochs: int = 10
-    short_epochs: int = 4
-    test_copies: int = 4
-    calibration_batches: int = 8
-    command: str = "torchquant demo"
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_seed(self.seed)
-        names = ("float_epochs", "long_epochs", "short_epochs", "test_copies", "calibration_batches")
-        check_at_least(self, **dict.fromkeys(names, 1))
-
-    @classmethod
-    def preset(cls, seed: int = 0, quick: bool = False) -> DemoConfig:
-        """The lengths behind `torchquant demo` and `torchquant demo --quick`."""
-        config = cls(seed=seed, command=f"torchquant demo --seed {seed}{' --quick' if quick else ''}")
-        return replace(config, float_epochs=8, long_epochs=4, short_epochs=1) if quick else config
-
-    def qat_epochs(self, scheme: Scheme) -> int:
-        """Epochs of quantization-aware training of a scheme, 0 for calibration only."""
-        return {"": 0, "short": self.short_epochs, "long": self.long_epochs}[scheme.qat]
-
-
 def run_demo(
-    config: DemoConfig | None = None, out: str | os.PathLike[str] = "demo_out", show: Silent | None = None
+    config: DemoConfig | None = None, out: str | os.PathLike[str] = "demo_out", show: NullProgress | None = None
 ) -> DemoResult:
     """Run the main job and write report.html, results.json, checkpoints and w8a8.onnx into the folder `out`.
 
@@ -78,7 +44,7 @@ def run_demo(
     for package in PACKAGES:
         require(package, "demo")
     folder = output_folder(out)
-    with torch.random.fork_rng(devices=[]), _one_thread(), show or Silent() as shown:
+    with torch.random.fork_rng(devices=[]), _one_thread(), show or NullProgress() as shown:
         return _Job(config or DemoConfig.preset(), folder, shown).run()
 
 
@@ -96,7 +62,7 @@ def _one_thread() -> Iterator[None]:
 class _Job:
     """One run: the steps share the data, the float network and the clock."""
 
-    def __init__(self, config: DemoConfig, folder: Path, show: Silent) -> None:
+    def __init__(self, config: DemoConfig, folder: Path, show: NullProgress) -> None:
         self.config = config
         self.folder = folder
         self.show = show
@@ -138,10 +104,10 @@ class _Job:
                 config.seed,
                 lambda epoch, loss: self.show.advance(1, f"float: epoch {epoch}, loss {loss:.3f}"),
             )
-            scores = predict(self.network, self.data.test_images)
+            found = accuracy_on(self.network, self.data)
         write_checkpoint(self.folder / "float.pt", self.network)
         bytes_ = sum(site.total for site in weight_bytes(self.network))
-        return self._finished(SchemeResult("float", "float32", accuracy(scores, self.data.test_labels), bytes_))
+        return self._finished(SchemeResult("float", "float32", found, bytes_))
 
     def _scheme(self, scheme: Scheme, model: QuantSmallResNet) -> SchemeResult:
         config = self.config
@@ -149,18 +115,19 @@ class _Job:
             calibrate(model, self.data, config.calibration_batches, config.seed)
             self.show.advance(1, f"{scheme.title}: calibrated")
             if scheme.qat:
-                quantization_aware_train(
+                train(
                     model,
                     self.data,
                     config.qat_epochs(scheme),
                     QAT_RATE,
                     config.seed,
                     lambda epoch, loss: self.show.advance(2, f"{scheme.title}: epoch {epoch}, loss {loss:.3f}"),
+                    quantized=True,
                 )
-            scores = predict(model, self.data.test_images)
+            found = accuracy_on(model, self.data)
         write_checkpoint(self.folder / f"{scheme.name}.pt", model)
         bytes_ = sum(site.total for site in weight_bytes(model))
-        return self._finished(SchemeResult(scheme.name, scheme.title, accuracy(scores, self.data.test_labels), bytes_))
+        return self._finished(SchemeResult(scheme.name, scheme.title, found, bytes_))
 
     def _onnx(self, model: QuantSmallResNet) -> OnnxResult:
         x, labels = self.data.test_images, self.data.test_labels

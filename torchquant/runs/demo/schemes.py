@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchquant.demo.network import QuantSmallResNet, SmallResNet
 from torchquant.quantizers import AffineQuantizer, ESBQuantizer, QfmtQuantizer, QuantizerFactory, TernaryQuantizer
 from torchquant.range_observers import BatchMinMax, ExpAvgMinMax
+from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from torchquant._files import read_json, read_text, reading, write_csv, write_json, write_whole
-from torchquant.demo.files import CONTENTS, ELSEWHERE, PROCESSES, read_as, read_settings
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
+from torchquant.runs.folder import CONTENTS, ELSEWHERE, PROCESSES, read_as, read_settings
+from torchquant.runs.search.settings import SearchConfig
 from torchquant.search import Budget, CostModel, EpochRecord
 from torchquant.search.cost import Choice, name_of
 from torchquant.search.progress import HISTORY
 from torchquant.search.report import CHOICE, render_report
 from torchquant.search.space import searched_fields
-from torchquant.search_run.settings import SearchConfig
 
 FRONT = "pareto.json"
 AGAIN = "run the search again, which writes it anew"

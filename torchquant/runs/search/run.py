@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchquant._files import reading, write_json, write_whole
 from torchquant.analysis import weight_bytes
-from torchquant.compare.tasks import load_data
-from torchquant.compat.checkpoints import load_checkpoint
-from torchquant.demo.contents import contents_of, pinned
-from torchquant.demo.data import TrainingData
-from torchquant.demo.files import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
-from torchquant.demo.progress import Silent
-from torchquant.demo.training import (
-    BATCH_SIZE,
-    accuracy,
-    calibrate,
-    predict,
-    quantization_aware_train,
-    steps_per_epoch,
-    train,
-)
 from torchquant.errors import ConfigError, require
-from torchquant.job import build_model, files_of, tried
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QModuleState
-from torchquant.search import Budget, CostModel, EpochRecord
-from torchquant.search.allocation import allocate
-from torchquant.search.cost import LatencyTable
-from torchquant.search.fronts import pareto
-from torchquant.search.latency import read_latency
-from torchquant.search.progress import PROGRESS
-from torchquant.search.sensitivities import FILE as SENSITIVITY
-from torchquant.search.sensitivities import Sensitivity, sensitivity
-from torchquant.search_run.ranks import Ranks, process_group
-from torchquant.search_run.results import (
+from torchquant.runs.console import NullProgress
+from torchquant.runs.contents import contents_of, pinned
+from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.folder import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
+from torchquant.runs.loop import BATCH_SIZE, accuracy_on, calibrate, steps_per_epoch, train
+from torchquant.runs.networks import build_model, tried
+from torchquant.runs.ranks import Ranks, process_group
+from torchquant.runs.search.results import (
     FRONT,
     SearchRunResult,
     amount,
@@ -53,7 +35,17 @@ from torchquant.search_run.results import (
     write_history,
     write_report,
 )
-from torchquant.search_run.settings import KINDS, SearchConfig
+from torchquant.runs.search.settings import KINDS, SearchConfig
+from torchquant.runs.settings import files_of
+from torchquant.runs.stages import Stages
+from torchquant.search import Budget, CostModel, EpochRecord
+from torchquant.search.allocation import allocate
+from torchquant.search.cost import LatencyTable
+from torchquant.search.latency import read_latency
+from torchquant.search.fronts import pareto
+from torchquant.search.progress import PROGRESS
+from torchquant.search.sensitivities import FILE as SENSITIVITY
+from torchquant.search.sensitivities import Sensitivity, sensitivity
 from torchquant.utils import set_qmodule_state
 
 PLAN = "plan.yaml"
@@ -67,7 +59,7 @@ POINTS = 8
 def run_search(
     config: SearchConfig,
     out: str | os.PathLike[str],
-    show: Silent | None = None,
+    show: NullProgress | None = None,
     distributed: bool = False,
     device: str | None = None,
 ) -> SearchRunResult:
@@ -83,19 +75,19 @@ def run_search(
         raise ConfigError("allocate measures in one process; distributed is for qss and qpl")
     for package, extra in (("yaml", "cli"), ("jinja2", "report"), ("matplotlib", "report")):
         require(package, extra)
-    return search_from(config, out, show or Silent(), distributed, device)
+    return search_from(config, out, show or NullProgress(), distributed, device)
 
 
 def search_from(
     config: SearchConfig,
     out: str | os.PathLike[str],
-    show: Silent,
+    show: NullProgress,
     distributed: bool = False,
     device: str | None = None,
     float_file: Path | None = None,
 ) -> SearchRunResult:
     """`run_search`; with `float_file`, the float.pt of a run that is the same so far."""
-    with process_group(distributed, device) as ranks, show if ranks.is_first else Silent() as shown:
+    with process_group(distributed, device) as ranks, show if ranks.is_first else NullProgress() as shown:
         shown.start(4.0)
         run = _Run(config, Path(out), shown, ranks)
         with ExitStack() as stack:
@@ -111,7 +103,7 @@ def search_from(
 
 def checked_settings(config: SearchConfig) -> dict[str, Any]:
     """What `run_search` keeps in config.json. Raises ConfigError for what it would refuse; writes nothing."""
-    return _Run(config, Path(), Silent(), Ranks()).settings()
+    return _Run(config, Path(), NullProgress(), Ranks()).settings()
 
 
 @dataclass(frozen=True)
@@ -133,8 +125,9 @@ class _Epochs:
 class _Run:
     """One run: what its stages share. The candidates, and whether a budget can be kept, are known from the start."""
 
-    def __init__(self, config: SearchConfig, folder: Path, shown: Silent, ranks: Ranks) -> None:
+    def __init__(self, config: SearchConfig, folder: Path, shown: NullProgress, ranks: Ranks) -> None:
         self.config, self.folder, self.shown, self.ranks = config, folder, shown, ranks
+        self.stages = Stages(folder, shown, ranks)
         torch.manual_seed(config.seed)
         self.data = ranks.share(load_data(config.data, config.seed))
         self.net = build_model(config.model, self.data).to(ranks.device).eval()
@@ -162,18 +155,9 @@ class _Run:
         if float_file is not None and not (self.folder / "float.pt").exists():
             copied = float_file.read_bytes()
             write_whole(self.folder / "float.pt", lambda path: path.write_bytes(copied))
-        config, progress = self.config, self.folder / "float.progress.pt"
-
-        def work() -> None:
-            if config.checkpoint is not None:
-                load_checkpoint(self.net, config.checkpoint)
-            elif config.float_epochs:
-                tell = self._tell("float", config.float_epochs)
-                train(self.net, self.data, config.float_epochs, config.learning_rate, config.seed, tell, progress)
-
-        self._stage("float.pt", self.net, work, progress)
+        self.stages.float_model(self.net, self.config, self.data)
         self.costs = self._costs()
-        self.float_accuracy = self._accuracy(self.net)
+        self.float_accuracy = accuracy_on(self.net, self.data)
         self.shown.message(f"float: accuracy {self.float_accuracy:.2%}")
 
     def plan_stage(self) -> None:
@@ -246,15 +230,13 @@ class _Run:
         def work() -> None:
             calibrate(self.model, self.data, config.calibration_batches, config.seed)
             if config.retrain_epochs:
-                tell = self._tell("retraining", config.retrain_epochs)
-                rate = config.learning_rate / 3.0
-                quantization_aware_train(
-                    self.model, self.data, config.retrain_epochs, rate, config.seed, tell, progress
-                )
+                tell, rate = self.stages.tell("retraining", config.retrain_epochs), config.learning_rate / 3.0
+                epochs = config.retrain_epochs
+                train(self.model, self.data, epochs, rate, config.seed, tell, progress, quantized=True)
 
-        self._stage("quantized.pt", self.model, work, progress)
-        set_qmodule_state(self.model.eval(), QModuleState.QUANT_EVAL)
-        self.accuracy = self._accuracy(self.model)
+        self.stages.run("quantized.pt", self.model, work, progress.name)
+        set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
+        self.accuracy = accuracy_on(self.model, self.data)
         self.shown.message(f"retrained: accuracy {self.accuracy:.2%}")
 
     def finish(self, result: SearchRunResult) -> None:
@@ -284,28 +266,6 @@ class _Run:
 
     def _costs(self) -> CostModel:
         return CostModel(self.net, self.space, self.example, self.latency)
-
-    def _stage(self, name: str, model: nn.Module, work: Callable[[], object], progress: Path) -> None:
-        """Do the work and keep the model; or take it from the file, if the work was done before."""
-        path = self.folder / name
-        done = self.ranks.of_first(path.exists())
-        if not done:
-            work()
-            self.ranks.at_first(lambda: write_checkpoint(path, model))
-        if done or not self.ranks.is_first:
-            read_checkpoint_into(model, path)
-        if self.ranks.is_first:
-            progress.unlink(missing_ok=True)
-        model.eval()
-
-    def _accuracy(self, model: nn.Module) -> float:
-        return accuracy(predict(model, self.data.test_images), self.data.test_labels)
-
-    def _tell(self, what: str, epochs: int) -> Callable[[int, float], None]:
-        def tell(epoch: int, loss: float) -> None:
-            self.shown.advance(1.0 / epochs, f"{what}: epoch {epoch} of {epochs}, loss {loss:.3f}")
-
-        return tell
 
 
 def epoch_words(record: EpochRecord, epochs: int, budgets: Sequence[Budget]) -> dict[str, str]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchquant._shown import shown
-from torchquant.demo.checks import check_above_zero, check_at_least, check_seed, check_types
 from torchquant.errors import ConfigError
-from torchquant.job import read_rules
 from torchquant.plan import QuantPlan
 from torchquant.quantizers import QUANTIZERS, catalogue, find_scheme, weight_spec
+from torchquant.runs.settings import check_above_zero, check_at_least, check_seed, check_types, read_rules
 from torchquant.search import (
     Budget,
     Candidates,

@@ -13,12 +13,12 @@ from typing import Any
 
 from torchquant._files import read_saved, reading, write_json, write_whole
 from torchquant._locks import hold
-from torchquant.demo.files import ELSEWHERE, LOCK, REMAKE, keep_settings, output_folder
-from torchquant.demo.progress import Silent
 from torchquant.errors import ConfigError, require
-from torchquant.search_run.results import amount
-from torchquant.search_run.settings import SearchConfig
-from torchquant.search_run.stages import checked_settings, search_from
+from torchquant.runs.console import NullProgress
+from torchquant.runs.folder import ELSEWHERE, LOCK, REMAKE, keep_settings, output_folder
+from torchquant.runs.search.results import amount
+from torchquant.runs.search.run import checked_settings, search_from
+from torchquant.runs.search.settings import SearchConfig
 
 SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "qss": {"arch_rate": (5e-3, 3e-1), "temperature": (1.0, 10.0), "penalty": (0.1, 30.0)},
@@ -69,7 +69,7 @@ def run_study(
     trials: int = 20,
     storage: str | None = None,
     name: str = "search",
-    show: Silent | None = None,
+    show: NullProgress | None = None,
 ) -> StudyResult:
     """Searches that differ in what `SPACES` names, each in `out/trial-N`, until the study has `trials` finished ones.
 
@@ -87,7 +87,7 @@ def run_study(
         raise ConfigError(f"trials must be at least 1, got {trials}")
     optuna = require("optuna", "search")
     settings = checked_settings(config)
-    folder, shown = output_folder(out), show or Silent()
+    folder, shown = output_folder(out), show or NullProgress()
     with _quiet(optuna), _opened(optuna, storage, folder) as opened:
         _claim(settings, folder, shown)
         with reading(Path(storage or folder / "study.db"), ELSEWHERE):
@@ -105,7 +105,7 @@ def run_study(
     return result
 
 
-def _claim(settings: dict[str, Any], folder: Path, shown: Silent) -> None:
+def _claim(settings: dict[str, Any], folder: Path, shown: NullProgress) -> None:
     """Keep the settings of the study in its folder, which several processes may share. Raises ConfigError."""
     for _ in range(PATIENCE):
         with hold(folder / LOCK) as other:
@@ -118,7 +118,7 @@ def _claim(settings: dict[str, Any], folder: Path, shown: Silent) -> None:
     raise ConfigError(f"{folder} is in use by {other}; wait for it, or choose another folder")
 
 
-def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: Silent) -> None:
+def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: NullProgress) -> None:
     """One trial, unless another process is at it, or it was stopped before its settings were known."""
     own = output_folder(folder / f"trial-{trial.number}")
     with hold(folder / f".trial-{trial.number}.lock") as other:
