@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import torchquant
 from torchquant import cli
+from torchquant.cli import demo as demo_command
 from torchquant.graph import OPERATORS
 from torchquant.quantizers import QUANTIZERS, catalogue
-from torchquant.runs import demo
 from torchquant.runs.console import NullProgress, Terminal
 from torchquant.runs.demo import DemoConfig
 from torchquant.runs.demo import run as demo_run
@@ -49,7 +49,7 @@ def test_demo_passes_its_options_on(runner: CliRunner, monkeypatch: pytest.Monke
         calls.append((config, out, type(show)))
         return Result()
 
-    monkeypatch.setattr(demo, "run_demo", run)
+    monkeypatch.setattr(demo_command, "run_demo", run)
     result = runner.invoke(cli.build_app(), ["demo", "--out", str(tmp_path), "--seed", "7", "--quick"])
     assert result.exit_code == 0, result.output
     assert calls == [(DemoConfig.preset(7, quick=True), tmp_path, Terminal)]

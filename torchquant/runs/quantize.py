@@ -30,8 +30,13 @@ from torchquant.runs.settings import (
     check_at_least,
     check_seed,
     check_types,
+    checkpoint_option,
+    data_option,
     files_of,
+    model_argument,
+    option,
     read_rules,
+    seed_option,
 )
 from torchquant.runs.stages import Stages
 from torchquant.utils import SiteReport, set_qmodule_state, state_report
@@ -55,16 +60,16 @@ class JobConfig:
     as they are now. Raises ConfigError.
     """
 
-    model: str
-    rules: str = "w8a8"
-    data: str = "digits"
-    mode: str = "ptq"
-    checkpoint: str | None = None
-    float_epochs: int = 30
-    epochs: int = 10
-    learning_rate: float = 1e-3
-    calibration_batches: int = 8
-    seed: int = 0
+    model: str = model_argument()
+    rules: str = option("w8a8", "A ready set (w8a8, w4a4-lsq, ...), or a YAML file.")
+    data: str = data_option()
+    mode: str = option("ptq", "ptq: calibrate; qat: train too.")
+    checkpoint: str | None = checkpoint_option()
+    float_epochs: int = option(30, "Epochs of float training; 0: none.")
+    epochs: int = option(10, "Epochs of quantization-aware training.")
+    learning_rate: float = option(1e-3, "Of float training; a third of it for qat.")
+    calibration_batches: int = option(8, "Batches that ranges are measured on.")
+    seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,6 +16,58 @@ from torchquant.plan import RULE_SETS, QuantPlan, read_yaml
 from torchquant.runs.data import DATA
 
 MAX_SEED = 2**32 - 1
+HELP = "help"
+"""In the metadata of a field: what the command line says of it."""
+
+
+def argument(words: str) -> Any:
+    """A setting without a default: on the command line an argument, of which `words` is the help."""
+    return field(metadata={HELP: words})
+
+
+def option(default: Any, words: str, **more: Any) -> Any:
+    """A setting that is an option of the command line, of which `words` is the help. `more`: further metadata."""
+    return field(default=default, metadata={HELP: words, **more})
+
+
+def model_argument() -> Any:
+    """The setting `model`, for `build_model`."""
+    return argument("A name of torchvision or timm, demo, or path/to/file.py:function.")
+
+
+def data_option() -> Any:
+    """The setting `data`, for `load_data`."""
+    return option("digits", "digits, cifar10, or a folder with train/ and test/.")
+
+
+def checkpoint_option() -> Any:
+    """The setting `checkpoint`, from which float training is left out."""
+    return option(None, "A float state_dict to start from, instead of float training.")
+
+
+def seed_option() -> Any:
+    """The setting `seed`."""
+    return option(0, "Same seed, same numbers.")
+
+
+def words_of(config: Any) -> list[str]:
+    """The options of the command line that ask for the settings which are not the defaults.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Config:
+    ...     budget: str = option("", "What the plan may cost.")
+    ...     fold_bn: bool = option(False, "Fold.")
+    >>> words_of(Config("bits<=3", True))
+    ["--budget 'bits<=3'", '--fold-bn']
+    """
+    words = []
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if HELP in entry.metadata and entry.default is not MISSING and value != entry.default:
+            flag = f"--{entry.name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return words
 
 
 def check_types(instance: Any) -> None:

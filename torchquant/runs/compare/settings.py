@@ -11,7 +11,14 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
 from torchquant.runs.data import DATA
 from torchquant.runs.networks import NETWORKS
-from torchquant.runs.settings import check_above_zero, check_at_least, check_types
+from torchquant.runs.settings import (
+    check_above_zero,
+    check_at_least,
+    check_types,
+    checkpoint_option,
+    data_option,
+    option,
+)
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,14 @@ class Recipe:
     of the files that take part, as a comparison wrote them down. Raises ConfigError.
     """
 
-    model: str = "demo"
-    data: str = "digits"
-    float_epochs: int = 30
-    epochs: int = 10
-    learning_rate: float | None = None
-    calibration_batches: int = 8
-    test_copies: int = 4
-    checkpoint: str | None = None
+    model: str = option("demo", "demo, resnet18, mobilenet_v2, efficientnet_b0, ...")
+    data: str = data_option()
+    float_epochs: int = option(30, "Epochs of float training.")
+    epochs: int = option(10, "Epochs of quantization-aware training; 0: calibrate only.")
+    learning_rate: float | None = option(None, "Of quantization-aware training; otherwise the network's own.")
+    calibration_batches: int = option(8, "Batches that ranges are measured on.")
+    test_copies: int = option(4, "Distorted versions of each test image, of digits.")
+    checkpoint: str | None = checkpoint_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -6,17 +6,17 @@ import csv
 import io
 import math
 import os
-import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchquant._files import read_json, read_text, reading, write_csv, write_json, write_whole
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
-from torchquant.runs.folder import CONTENTS, ELSEWHERE, PROCESSES, read_as, read_settings
+from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_settings
 from torchquant.runs.search.settings import SearchConfig
+from torchquant.runs.settings import words_of
 from torchquant.search import Budget, CostModel, EpochRecord
 from torchquant.search.cost import Choice, name_of
 from torchquant.search.progress import HISTORY
@@ -162,15 +162,10 @@ def command_of(config: SearchConfig, processes: int = 1) -> str:
     >>> command_of(SearchConfig("qpl", "demo", "bits<=3", epochs=4))
     "torchquant search qpl demo --budget 'bits<=3' --epochs 4"
     """
-    defaults = {name: entry.default for name, entry in SearchConfig.__dataclass_fields__.items()}
     words = ["torchquant", "search", config.kind, config.model]
     if processes > 1:
         words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words, "--distributed"]
-    for name, value in asdict(config).items():
-        if value != defaults[name] and name not in ("kind", "model", CONTENTS):
-            given = [] if value is True else [shlex.quote(str(value))]
-            words += [f"--{name.replace('_', '-')}", *given]
-    return " ".join(words)
+    return " ".join([*words, *words_of(config)])
 
 
 def _front(path: Path) -> dict[str, Any]:

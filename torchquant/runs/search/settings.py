@@ -10,7 +10,19 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
 from torchquant.quantizers import QUANTIZERS, catalogue, find_scheme, weight_spec
-from torchquant.runs.settings import check_above_zero, check_at_least, check_seed, check_types, read_rules
+from torchquant.runs.settings import (
+    argument,
+    check_above_zero,
+    check_at_least,
+    check_seed,
+    check_types,
+    checkpoint_option,
+    data_option,
+    model_argument,
+    option,
+    read_rules,
+    seed_option,
+)
 from torchquant.search import (
     Budget,
     Candidates,
@@ -26,6 +38,9 @@ from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_fields
 from torchquant.search.width_gradient import FORMS
 
 KINDS: dict[str, type[Search] | None] = {"qss": SchemeSearch, "qpl": PrecisionLearning, "allocate": None}
+KINDS_OF = "kinds"
+"""In the metadata of a setting: the kinds of search that have it, if not all."""
+LEARNED, MEASURED = ("qss", "qpl"), ("allocate",)
 BITS = {"qss": "4", "qpl": "2-8", "allocate": "2-8"}
 DEFAULT = {"qss": (*DEFAULT_SCHEMES, "ternary", "binary"), "qpl": ("clipq",), "allocate": ("clipq",)}
 """Schemes, where none are named; those that have the width."""
@@ -52,31 +67,35 @@ class SearchConfig:
     Raises ConfigError.
     """
 
-    kind: str
-    model: str
-    budget: str = ""
-    data: str = "digits"
-    schemes: str | None = None
-    bits: str | None = None
-    acts: str = "affine:8"
-    act_bits: str = "2-8"
-    fold_bn: bool = False
-    rules: str | None = None
-    per: str = "layer"
-    form: str = "interp"
-    method: str = "kl"
-    solver: str = "ilp"
-    latency: str | None = None
-    checkpoint: str | None = None
-    float_epochs: int = 30
-    epochs: int = 10
-    retrain_epochs: int = 10
-    learning_rate: float = 1e-3
-    arch_rate: float | None = None
-    temperature: float | None = None
-    penalty: float | None = None
-    calibration_batches: int = 8
-    seed: int = 0
+    kind: str = argument("qss or qpl.")
+    model: str = model_argument()
+    budget: str = option("", "What the plan may cost, in quotes: 'bytes<=40kB', 'bits<=4,bitops<=2G'.")
+    data: str = data_option()
+    schemes: str | None = option(
+        None, "Weight schemes by name, with commas, or whole specs. qss: AutoQNN's; otherwise clipq."
+    )
+    bits: str | None = option(None, "Weight bits: 4 or 2,3,4 or 2-8. qss: 4; otherwise 2-8.")
+    acts: str = option("affine:8", "A spec for activations; several, or one with {n}, to search them too.")
+    act_bits: str = option("2-8", "Bits that {n} in --acts stands for.")
+    fold_bn: bool = option(False, "Quantize weights with their batch norm folded in.")
+    rules: str | None = option(None, "A YAML file with rules whose fields may be lists, instead of schemes and acts.")
+    per: str = option("layer", "layer: a choice for each; model: one for all.", kinds=LEARNED)
+    form: str = option("interp", "The gradient of a width: interp, secant, step or stat.", kinds=LEARNED)
+    method: str = option("kl", "How harm is measured: mse, kl, loss, hessian or fisher.", kinds=MEASURED)
+    solver: str = option("ilp", "ilp, dp or greedy.", kinds=MEASURED)
+    latency: str | None = option(None, "A latency table in JSON, for a budget of latency.")
+    checkpoint: str | None = checkpoint_option()
+    float_epochs: int = option(30, "Epochs of float training; 0: none.")
+    epochs: int = option(10, "Epochs of the search.", kinds=LEARNED)
+    retrain_epochs: int = option(10, "Epochs of training under the plan; 0: calibrate only.")
+    learning_rate: float = option(1e-3, "Of float training; a third of it in the search and after it.")
+    arch_rate: float | None = option(
+        None, "Learning rate of shares and widths; otherwise by the number of steps.", kinds=LEARNED
+    )
+    temperature: float | None = option(None, "Of the Gumbel softmax at first; a tenth of it at the end.", kinds=LEARNED)
+    penalty: float | None = option(None, "Weight of going over a budget while searching.", kinds=LEARNED)
+    calibration_batches: int = option(8, "Batches that ranges, and sensitivities, are measured on.")
+    seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torchquant._registry import did_you_mean
+from torchquant.cli._options import Argument
+from torchquant.cli._tables import show_all, show_one
 from torchquant.deploy.integer_ops import HANDLERS
 from torchquant.deploy.onnx_forms import ONNX_FORMS
-from torchquant.errors import UnknownNameError, require
+from torchquant.errors import UnknownNameError
 from torchquant.graph import OPERATORS, Operator
 from torchquant.graph.operators import ROLES
 
@@ -45,21 +49,14 @@ def details(row: Operator) -> dict[str, str]:
     }
 
 
-def show(name: str | None) -> None:
-    """Print the table, or all that is known of one operator. Raises UnknownNameError."""
-    console = require("rich.console", "cli").Console()
-    table = require("rich.table", "cli").Table
+def command(
+    name: Annotated[str | None, Argument("One operator, or a function or method that it is.")] = None,
+) -> None:
+    """Show the operators that quantization knows: in plans, in integers, in ONNX files."""
     if name is None:
-        rows = [columns(row) for row in OPERATORS.values()]
-        whole = table(*rows[0], title="operators")
-        for row in rows:
-            whole.add_row(*row.values())
-        console.print(whole)
+        show_all("operators", [columns(row) for row in OPERATORS.values()])
         return
     found = OPERATORS.get(name) or OPERATORS.of(name)
     if found is None:
         raise UnknownNameError(f"no operator '{name}';{did_you_mean(name, OPERATORS)} known: {', '.join(OPERATORS)}")
-    single = table("", found.name)
-    for key, text in list(details(found).items())[1:]:
-        single.add_row(key, text)
-    console.print(single)
+    show_one(details(found))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from torchquant._files import write_csv, write_json
 from torchquant.deploy import FileSize, file_sizes
 from torchquant.runs.console import Terminal
 
 
-def run(paths: list[Path], json: Path | None, csv: Path | None) -> None:
-    """Print the table, and write it where asked. Raises ConfigError, MissingDependencyError."""
+def command(
+    paths: Annotated[list[Path], "Checkpoints, packed models, ONNX files; folders of them."],
+    json: Annotated[Path | None, "Also write the table to this JSON file."] = None,
+    csv: Annotated[Path | None, "Also write the table to this CSV file."] = None,
+) -> None:
+    """Compare the bytes of model files with the float one's."""
     sizes = file_sizes(paths)
     Terminal().table("torchquant size", *sizes.table(), "")
     if json is not None:

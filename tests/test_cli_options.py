@@ -1,0 +1,56 @@
+"""The options of a command are the fields of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+
+from torchquant import cli
+from torchquant.runs.compare import Recipe
+from torchquant.runs.quantize import JobConfig
+from torchquant.runs.search import SearchConfig
+
+typer = pytest.importorskip("typer")
+
+NOT_ASKED = {"contents"}
+LEARNED_ONLY = {"per", "form", "epochs", "arch_rate", "temperature", "penalty"}
+MEASURED_ONLY = {"method", "solver"}
+
+
+def parameters(*words: str) -> dict[str, Any]:
+    found = typer.main.get_command(cli.build_app())
+    for word in words:
+        found = found.commands[word]
+    return {parameter.name: parameter for parameter in found.params}
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "left_out", "own"),
+    [
+        (["quantize"], JobConfig, set(), {"out", "strict"}),
+        (["compare"], Recipe, set(), {"out", "schemes", "bits", "acts", "seeds", "jobs", "plugin"}),
+        (["search", "qss"], SearchConfig, {"kind"} | MEASURED_ONLY, {"out", "device", "distributed"}),
+        (["search", "qpl"], SearchConfig, {"kind"} | MEASURED_ONLY, {"out", "device", "distributed"}),
+        (["search", "allocate"], SearchConfig, {"kind"} | LEARNED_ONLY, {"out", "device"}),
+        (
+            ["search", "study"],
+            SearchConfig,
+            {"arch_rate", "temperature", "penalty"} | MEASURED_ONLY,
+            {"out", "trials", "storage", "name"},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_field_is_an_option(words: list[str], settings: Any, left_out: set[str], own: set[str]) -> None:
+    asked = {entry.name: entry for entry in fields(settings) if entry.name not in NOT_ASKED | left_out}
+    found = parameters(*words)
+    assert found.keys() == asked.keys() | own
+    for name, entry in asked.items():
+        assert found[name].help, name
+        if entry.default is MISSING:
+            assert found[name].param_type_name == "argument"
+        else:
+            assert found[name].opts == [f"--{name.replace('_', '-')}"]
+            assert found[name].default == entry.default, name

@@ -1,0 +1,89 @@
+"""Commands from plain functions: a parameter is an argument or an option, a settings class one for each field."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from torchquant.runs.settings import HELP
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Note on a parameter that stands in its place on the command line, though it has a default."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """Note on an option that is a number from 1."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Only:
+    """Note on settings: which of their fields are asked for, and those that are known."""
+
+    wanted: Callable[[Field[Any]], bool] = lambda entry: True
+    known: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def typed(function: Callable[..., object], typer: Any, explained: Callable[[], AbstractContextManager[None]]) -> Any:
+    """The function as typer takes it. Each parameter is annotated with its type and its help, or is a settings class.
+
+    A parameter without a default is an argument, another one is an option. `explained`: a context that turns errors
+    raised on purpose into messages. Exit status 1 for a function that returns False.
+    """
+    settings: dict[str, tuple[type, Mapping[str, Any], list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, *notes = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            only = notes[0] if notes else Only()
+            found = [_parameter(typer, *asked) for asked in _asked(kind, only)]
+            settings[name] = (kind, only.known, [p.name for p in found])
+            parameters += found
+        else:
+            parameters.append(_parameter(typer, name, kind, parameter.default, notes[0]))
+
+    def command(**given: Any) -> None:
+        with explained():
+            for name, (kind, known, names) in settings.items():
+                given[name] = kind(**known, **{key: given.pop(key) for key in names})
+            result = function(**given)
+        if result is False:
+            raise typer.Exit(1)
+
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _asked(kind: type, only: Only) -> list[tuple[str, Any, Any, object]]:
+    """Name, type, default and help of the fields of a settings class that are asked for."""
+    hints = get_type_hints(kind)
+    return [
+        (entry.name, hints[entry.name], inspect.Parameter.empty if entry.default is MISSING else entry.default, words)
+        for entry in fields(kind)
+        if (words := entry.metadata.get(HELP)) and entry.name not in only.known and only.wanted(entry)
+    ]
+
+
+def _parameter(typer: Any, name: str, kind: Any, default: Any, note: object) -> inspect.Parameter:
+    if isinstance(note, Argument) or default is inspect.Parameter.empty:
+        made = typer.Argument(help=getattr(note, "words", note))
+    elif isinstance(note, Count):
+        made = typer.Option(help=note.words, min=1)
+    else:
+        flag = (f"--{name.replace('_', '-')}",) if kind is bool else ()
+        made = typer.Option(*flag, help=note)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])

@@ -1,0 +1,50 @@
+"""`torchquant compare`: every scheme in the same recipe, and the leaderboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from torchquant.errors import ConfigError
+from torchquant.runs.compare import Recipe, compare, leaderboard, load_plugin, make_cases, write_leaderboard
+from torchquant.runs.compare.board import HEADER, cells
+from torchquant.runs.console import Terminal
+from torchquant.runs.settings import words_of
+
+TERMINAL_COLUMNS = 7
+"""Those that fit on a terminal; the files have all."""
+
+
+def command(
+    recipe: Recipe,
+    schemes: Annotated[str, "Schemes by name, with commas, or all."] = "all",
+    bits: Annotated[str, "Weight bits, with commas."] = "2,3,4,8",
+    acts: Annotated[str, "Activation bits, with commas."] = "8",
+    seeds: Annotated[int, "Runs of each case, with seeds 0, 1, ..."] = 3,
+    jobs: Annotated[int, "Processes at a time."] = 1,
+    plugin: Annotated[list[Path] | None, "A Python file with quantizers of yours."] = None,
+    out: Annotated[Path, "Folder for runs and leaderboard; a stopped run goes on."] = Path("compare_out"),
+) -> None:
+    """Train every scheme in the same recipe and write a leaderboard."""
+    plugins = plugin or []
+    for file in plugins:
+        load_plugin(file)
+    names = [name for name in schemes.split(",") if name]
+    cases = make_cases(names, whole_numbers("bits", bits), whole_numbers("acts", acts), seeds)
+    terminal = Terminal()
+    rows = leaderboard(compare(cases, recipe, out, jobs, plugins, terminal))
+    words = ["torchquant compare", f"--schemes {','.join(names)}", f"--bits {bits}", f"--acts {acts}"]
+    words += [f"--seeds {seeds}", *words_of(recipe), *(f"--plugin {file}" for file in plugins)]
+    write_leaderboard(rows, recipe, " ".join(words), out)
+    narrow = slice(0, TERMINAL_COLUMNS)
+    shown = [cells(row)[narrow] for row in rows]
+    terminal.table("leaderboard", list(HEADER[narrow]), shown, "mean over the seeds, +- standard deviation")
+    terminal.message(f"leaderboard: {out / 'leaderboard.html'}")
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Whole numbers with commas between them. Raises ConfigError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name} takes whole numbers with commas, such as 2,4,8; got {text!r}") from None

@@ -1,0 +1,22 @@
+"""`torchquant quantize`: any model into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from torchquant.runs.console import Terminal
+from torchquant.runs.quantize import JobConfig, run_job
+
+
+def command(
+    config: JobConfig,
+    out: Annotated[Path, "Folder for plan, checkpoints, results; a stopped run goes on."] = Path("quantize_out"),
+    strict: Annotated[bool, "Fail if more stays float than the rules ask."] = False,
+) -> None:
+    """Quantize any model: plan, calibrate, train, evaluate."""
+    terminal = Terminal()
+    result = run_job(config, out, terminal, strict)
+    note = f"{result.n_sites} sites quantized, {result.n_left_float} places left float"
+    terminal.table(f"torchquant quantize {config.model}", *result.table(), note)
+    terminal.message(f"plan: {out / 'plan.yaml'}; results: {out / 'result.json'}")

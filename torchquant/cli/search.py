@@ -1,0 +1,71 @@
+"""`torchquant search`: a search of schemes or widths, or a study of searches."""
+
+from dataclasses import Field
+from pathlib import Path
+from typing import Annotated, Any
+
+from torchquant.cli._options import Only
+from torchquant.runs.console import NullProgress, Terminal
+from torchquant.runs.ranks import is_first_of_environment
+from torchquant.runs.search import SearchConfig, run_search, run_study
+from torchquant.runs.search.settings import KINDS_OF
+from torchquant.runs.search.study import SPACES
+
+ABOUT = "Choose quantizers layer by layer, within a budget of bytes, bits or bit operations."
+Out = Annotated[Path, "Folder for plan, checkpoints, report; a stopped run goes on."]
+Device = Annotated[str | None, "cpu, cuda, ..."]
+Distributed = Annotated[bool, "This is one of several processes; start them with torchrun."]
+OUT = Path("search_out")
+
+
+def _of(kind: str) -> Only:
+    """The settings of one kind of search."""
+    return Only(lambda entry: kind in entry.metadata.get(KINDS_OF, (kind,)), {"kind": kind})
+
+
+def qss(
+    config: Annotated[SearchConfig, _of("qss")], out: Out = OUT, device: Device = None, distributed: Distributed = False
+) -> None:
+    """Search a scheme for each layer, by gradient."""
+    _run(config, out, device, distributed)
+
+
+def qpl(
+    config: Annotated[SearchConfig, _of("qpl")], out: Out = OUT, device: Device = None, distributed: Distributed = False
+) -> None:
+    """Learn a bit width for each layer, by gradient."""
+    _run(config, out, device, distributed)
+
+
+def allocate(config: Annotated[SearchConfig, _of("allocate")], out: Out = OUT, device: Device = None) -> None:
+    """Give each layer the bits that harm least, by sensitivity."""
+    _run(config, out, device, distributed=False)
+
+
+def _run(config: SearchConfig, out: Path, device: str | None, distributed: bool) -> None:
+    terminal = Terminal() if is_first_of_environment() or not distributed else NullProgress()
+    header, rows, note = run_search(config, out, terminal, distributed, device).table()
+    terminal.table(f"torchquant search {config.kind} {config.model}", header, rows, "")
+    terminal.message(note)
+    terminal.message(f"plan: {out / 'plan.yaml'}; report: {out / 'report.html'}")
+
+
+def _is_studied(entry: Field[Any]) -> bool:
+    """Whether it is a setting that all trials of a study have in common."""
+    return set(SPACES) <= set(entry.metadata.get(KINDS_OF, SPACES)) and not any(
+        entry.name in s for s in SPACES.values()
+    )
+
+
+def study(
+    config: Annotated[SearchConfig, Only(_is_studied)],
+    trials: Annotated[int, "Finished trials that the study shall have, those of all machines together."] = 20,
+    storage: Annotated[str | None, "A URL, or a journal file; otherwise study.db in the folder."] = None,
+    name: Annotated[str, "Of the study in the storage."] = "search",
+    out: Out = OUT,
+) -> None:
+    """Search again and again with other settings, which Optuna proposes; several machines can join."""
+    terminal = Terminal()
+    result = run_study(config, out, trials, storage, name, terminal)
+    terminal.table(f"study {name}", *result.table())
+    terminal.message(f"the best run: {result.best.folder}; all: {out / 'study.json'}")
