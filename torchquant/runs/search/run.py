@@ -41,8 +41,8 @@ from torchquant.runs.stages import Stages
 from torchquant.search import Budget, CostModel, EpochRecord
 from torchquant.search.allocation import allocate
 from torchquant.search.cost import LatencyTable
-from torchquant.search.latency import read_latency
 from torchquant.search.fronts import pareto
+from torchquant.search.latency import read_latency
 from torchquant.search.progress import PROGRESS
 from torchquant.search.sensitivities import FILE as SENSITIVITY
 from torchquant.search.sensitivities import Sensitivity, sensitivity
