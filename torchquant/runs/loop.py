@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ def train(
         return data.train_batches(generator, BATCH_SIZE)
 
     loop = training.fit_quantized if quantized else training.fit
-    options = {"on_epoch": on_epoch, "progress": progress, "generator": generator, "show_progress": False}
-    loop(model, batches, epochs, learning_rate, steps_per_epoch(data), **options)
+    options: dict[str, Any] = {"on_epoch": on_epoch, "progress": progress, "generator": generator}
+    loop(model, batches, epochs, learning_rate, steps_per_epoch(data), show_progress=False, **options)
 
 
 def steps_per_epoch(data: TrainingData) -> int:
