@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
@@ -168,7 +169,14 @@ def test_no_import_cycle() -> None:
     assert order.index(("errors",)) < order.index(("quantizers", "affine")) < order.index(("__init__",))
 
 
-@pytest.mark.parametrize("folder", ["graph", "plan"])
+@pytest.mark.parametrize("folder", ["analysis", "deploy", "graph", "search", "training"])
+def test_no_module_has_the_name_of_a_function_of_its_package(folder: str) -> None:
+    package = importlib.import_module(f"torchquant.{folder}")
+    stems = {path.stem for path in source_files() if path.parent == Path(folder) and path.stem != "__init__"}
+    assert [name for name in stems if callable(getattr(package, name, None))] == []
+
+
+@pytest.mark.parametrize("folder", ["deploy", "graph", "plan", "search"])
 def test_no_circle_is_hidden_in_functions_or_annotations(folder: str) -> None:
     files = [path for path in source_files() if path.parts[0] == folder]
     inside = {parts_of(path): ast.parse((PACKAGE / path).read_text(encoding="utf-8")) for path in files}

@@ -187,3 +187,15 @@ def test_a_file_has_every_weight(tmp_path: Path) -> None:
     path = export_onnx(model, tmp_path / "model.onnx", TOKENS)
     found = run_onnx(path, TOKENS)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+def test_weights_that_hooks_compute_are_counted_too() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        net = nn.Sequential(nn.utils.weight_norm(nn.GRU(4, 3), "weight_hh_l0"))
+    x = torch.randn(5, 2, 4)
+    sizes = {site.path: site.total for site in weight_bytes(net)}
+    assert sizes == {"0.weight_ih_l0": 4 * 9 * 4, "0.weight_hh_l0": 4 * 9 * 3}
+    assert [site.total for site in weight_bytes(layer)] == [4 * 16]
+    model = tq.quantize(net, [{"weight": "affine:4/channel"}], x)
+    assert sum(site.weight_bytes for site in model.plan.cost(net, x)) == 9 * 4 // 2 + 14 + 2 * 9 * (4 + 1)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.graph.cost import agree, stored_bytes
-from torchquant.qmodule import LayerRow, QModule
-from torchquant.qmodule.patterns import row_of
-from torchquant.qmodule.weights import weight_names
+from torchquant.qmodule import QModule
+from torchquant.qmodule.weights import float_weights
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.formats import FLOAT_BYTES
 from torchquant.utils import qmodules
@@ -68,14 +67,10 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Quantizer | None]]
             wrapped |= {id(part) for part in module.modules()} if slots[module] else set()
             for slot in slots[module]:
                 yield slot.label, slot.weight, slot.quantizer
-        elif id(module) in wrapped:
-            continue
-        elif isinstance(row := row_of(module), LayerRow):
-            yield path or "(root)", row.weight_and_bias(module)[0], None
-        else:
-            names = weight_names(module)
-            for name in names:
-                yield path + ("" if len(names) == 1 else f".{name}") or "(root)", module.get_parameter(name), None
+        elif id(module) not in wrapped:
+            found = float_weights(module)
+            for name, (weight, _) in found.items():
+                yield (path if len(found) == 1 else f"{path}.{name}".strip(".")) or "(root)", weight, None
 
 
 def _site_bytes(path: str, weight: Tensor, quantizer: Quantizer | None, again: bool) -> WeightBytes:

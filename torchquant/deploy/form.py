@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchquant._shown import running
 from torchquant.deploy.hooks import refuse_hooks
+from torchquant.deploy.integer_ops import IntegerTensor  # which registers what operators make of it
 from torchquant.deploy.integer_run import IntegerRun, active_run, integer_run
 from torchquant.deploy.qdq import (
     QuantizeDequantize,
@@ -27,7 +28,7 @@ from torchquant.deploy.qdq import (
 )
 from torchquant.deploy.stand_in import LeftOut, PassedOn, StandIn, leave_out
 from torchquant.deploy.stored_weights import stored_weight, without_weight
-from torchquant.deploy.values import Codes, IntegerTensor
+from torchquant.deploy.values import Codes
 from torchquant.deploy.weights_form import DeployWeights
 from torchquant.errors import ExportError
 from torchquant.graph.hooks import has_hooks

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map_only
 
 from torchquant._arguments import checked
 from torchquant.deploy.integer_run import Follow, IntegerRun, integer_run
+from torchquant.deploy.integer_tensor import IntegerTensor
 from torchquant.deploy.lowering import Lowered, lowered_as
-from torchquant.deploy.values import IntegerTensor
 from torchquant.quantizers_functional.requantize import check_rounding
 
 

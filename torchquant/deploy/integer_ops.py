@@ -9,108 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from torchquant.deploy.codes import bias_codes
 from torchquant.deploy.integer_run import current_run
-from torchquant.deploy.values import Addition, Average, Clamp, Codes, Concat, IntegerTensor, Product, Sum, Sums, Weight
-from torchquant.errors import ConfigError, ExportError, NameClashError
-from torchquant.graph.operators import OPERATORS, Operator, writes_by_name
+from torchquant.deploy.integer_tensor import HANDLERS as HANDLERS
+from torchquant.deploy.integer_tensor import IntegerTensor as IntegerTensor
+from torchquant.deploy.integer_tensor import codes_of, made, moved, on_codes
+from torchquant.deploy.integer_tensor import handler_of as handler_of
+from torchquant.deploy.integer_tensor import register_integer as register_integer
+from torchquant.deploy.values import Addition, Average, Clamp, Codes, Concat, Product, Sum, Sums, Weight
 from torchquant.qmodule.own_forward import PRODUCTS
 from torchquant.quantizers_functional.bn_fold import channel_view
-
-Handler = Callable[..., Any]
-HANDLERS: dict[str, Handler] = {}
-"""Name of an operator -> its handler."""
-ALIASES = {"axis": "dim", "keepdims": "keepdim"}
-
-
-def register_integer(*names: str) -> Callable[[Handler], Handler]:
-    """Let a function be the handler of operators. Raises ConfigError for a name that is not in the table."""
-
-    def enter(handler: Handler) -> Handler:
-        for name in names:
-            if name not in OPERATORS:
-                raise ConfigError(f"there is no operator '{name}'; add it with torchquant.graph.register_operator")
-            if HANDLERS.setdefault(name, handler) is not handler:
-                raise NameClashError(f"the operator '{name}' has a handler of integers already")
-        return handler
-
-    return enter
-
-
-def handler_of(operator: Operator) -> Handler | None:
-    """The handler of an operator, None for one that integers do not compute."""
-    return HANDLERS.get(operator.name, _moved if operator.role == "passes" else None)
-
-
-def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function whose arguments hold an `IntegerTensor`; in real numbers where it must be."""
-    name = getattr(func, "__name__", "")
-    is_property = name == "__get__"
-    name = func.__self__.__name__ if is_property else name
-    operator = OPERATORS.of(name if is_property else func)
-    if name == "__hash__" or (operator is not None and operator.role == "shape"):
-        with _plainly():
-            return func(*args, **kwargs)
-    kwargs = {ALIASES.get(key, key): value for key, value in kwargs.items()}
-    args = (*(kwargs.pop(key) for key in ("input", "tensors") if key in kwargs), *args)
-    if writes_into(name) and isinstance(args[0], IntegerTensor):
-        raise ExportError(
-            f"{current_run().site}: the model writes into a quantized tensor behind it ({name}), which integers do not "
-            "follow. Use the operator that returns a new tensor"
-        )
-    handler = None if operator is None or is_property else handler_of(operator)
-    is_reflected = name.startswith("__r") and handler is not None  # x.__rsub__(y) is y - x
-    found = NotImplemented if handler is None else handler(func, *(args[::-1] if is_reflected else args), **kwargs)
-    if found is not NotImplemented:
-        return found
-    if handler is not _moved:
-        current_run().note_float(name)
-    real_args, real_kwargs = tree_map_only(IntegerTensor, IntegerTensor.real, (tuple(args), kwargs))
-    return func(*real_args, **real_kwargs)
-
-
-def writes_into(name: str) -> bool:
-    """Whether an operator of that name changes its first argument and nobody takes up the result."""
-    return name == "__setitem__" or writes_by_name(name)
-
-
-def _plainly() -> AbstractContextManager[Any]:
-    """Without `__torch_function__`."""
-    return torch._C.DisableTorchFunctionSubclass()
-
-
-def _codes(x: Any) -> Codes | None:
-    return x.codes if isinstance(x, IntegerTensor) else None
-
-
-def _made(value: Any, like: Tensor) -> IntegerTensor:
-    return IntegerTensor(value, like.shape)
-
-
-def _on_codes(x: IntegerTensor, f: Callable[[Tensor], Any]) -> Any:
-    """`f` of the integers, as values on the same grid; f may return a tuple of tensors."""
-    value = _codes(x)
-    if value is None:
-        return NotImplemented
-    found = f(value.ints.to(torch.float64))
-    if isinstance(found, Tensor):
-        return _made(replace(value, ints=found.to(torch.int64)), found)
-    return type(found)(_made(replace(value, ints=part.to(torch.int64)), part) for part in found)
-
-
-def _moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, IntegerTensor) or kwargs.get("return_indices"):
-        return NotImplemented
-    return _on_codes(x, lambda ints: func(ints, *args, **kwargs))
 
 
 @register_integer("dropout")
@@ -130,19 +45,19 @@ def _to(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 @register_integer("max")
 def _max(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The largest value of all, or along an axis, then with where it is; not the larger of two tensors."""
-    if _codes(x) is None or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+    if codes_of(x) is None or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
         return NotImplemented
     if func in (torch.amax, Tensor.amax) or not (args or kwargs):
-        return _moved(func, x, *args, **kwargs)
+        return moved(func, x, *args, **kwargs)
     found = func(x.codes.ints, *args, **kwargs)
-    return type(found)((_made(replace(x.codes, ints=found.values), found.values), found.indices))
+    return type(found)((made(replace(x.codes, ints=found.values), found.values), found.indices))
 
 
 @register_integer("pad")
 def _pad(func: Any, x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
     if not isinstance(x, IntegerTensor) or (mode == "constant" and value):
         return NotImplemented
-    return _on_codes(x, lambda ints: func(ints, pad, mode))
+    return on_codes(x, lambda ints: func(ints, pad, mode))
 
 
 @register_integer("interpolate")
@@ -151,7 +66,7 @@ def _interpolate(
 ) -> Any:
     if not isinstance(x, IntegerTensor) or not mode.startswith("nearest"):
         return NotImplemented
-    return _on_codes(x, lambda ints: func(ints, size, scale_factor, mode))
+    return on_codes(x, lambda ints: func(ints, size, scale_factor, mode))
 
 
 @register_integer("relu")
@@ -177,8 +92,8 @@ def _clamp(func: Any, x: Any, min: Any = None, max: Any = None) -> Any:
 
 
 def _clamped(x: IntegerTensor, clamp: Clamp) -> Any:
-    if clamp == (0.0, None) and _codes(x) is not None:
-        return _on_codes(x, lambda ints: ints.clamp_min(0.0))
+    if clamp == (0.0, None) and codes_of(x) is not None:
+        return on_codes(x, lambda ints: ints.clamp_min(0.0))
     if isinstance(x.value, Weight):
         return NotImplemented
     (low, high), (former_low, former_high) = clamp, x.clamp_to or (None, None)
@@ -197,7 +112,7 @@ def _weighted(
     function: Callable[[Tensor, Tensor], Tensor], x: Any, weight: Any, bias: Tensor | None, channel_axis: int
 ) -> Any:
     """A layer in integers: a product with each integer term of the weight, the bias on the grid of the products."""
-    value = _codes(x)
+    value = codes_of(x)
     if value is None or not isinstance(weight, IntegerTensor) or not isinstance(weight.value, Weight):
         return NotImplemented
     parts = []
@@ -217,7 +132,7 @@ def _weighted(
         for _, ints in weight.value.terms:
             full = function(torch.full_like(value.ints, value.limit).double(), ints.abs().double())
             run.check_accumulator(float((full + on_grid.abs()).max()))
-    return _made(parts[0] if len(parts) == 1 else Sums(tuple(parts)), acc)
+    return made(parts[0] if len(parts) == 1 else Sums(tuple(parts)), acc)
 
 
 def _bias_on_grid(bias: Tensor, scale: Tensor, ndim: int, channel_axis: int) -> Tensor:
@@ -230,23 +145,23 @@ def _bias_on_grid(bias: Tensor, scale: Tensor, ndim: int, channel_axis: int) -> 
 
 @register_integer("matmul")
 def _matmul(func: Any, input: Any, other: Any) -> Any:
-    left, right = _codes(input), _codes(other)
+    left, right = codes_of(input), codes_of(other)
     if left is None or right is None:
         return NotImplemented
     run = current_run()
     if run.checking:
         run.check_accumulator(float(left.limit) * right.limit * left.ints.shape[-1])
     acc = torch.matmul(left.ints.to(torch.float64), right.ints.to(torch.float64))
-    return _made(Sum(acc.to(torch.int64), left.scale * right.scale), acc)
+    return made(Sum(acc.to(torch.int64), left.scale * right.scale), acc)
 
 
 @register_integer("mul")
 def _mul(func: Any, input: Any, other: Any) -> Any:
-    left, right = _codes(input), _codes(other)
+    left, right = codes_of(input), codes_of(other)
     if left is None or right is None:
         return NotImplemented
     ints = left.ints * right.ints
-    return _made(Product(ints, left.scale * right.scale), ints)
+    return made(Product(ints, left.scale * right.scale), ints)
 
 
 @register_integer("add")
@@ -260,7 +175,7 @@ def _sub(func: Any, input: Any, other: Any, alpha: float = 1) -> Any:
 
 
 def _sum_of(a: Any, b: Any, alpha: float, minus: bool) -> Any:
-    left, right = _codes(a), _codes(b)
+    left, right = codes_of(a), codes_of(b)
     if left is None or right is None or alpha != 1:
         return NotImplemented
     shape = torch.broadcast_shapes(left.ints.shape, right.ints.shape)
@@ -269,15 +184,15 @@ def _sum_of(a: Any, b: Any, alpha: float, minus: bool) -> Any:
 
 @register_integer("cat")
 def _cat(func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
-    values = [_codes(x) for x in tensors]
+    values = [codes_of(x) for x in tensors]
     parts = [value for value in values if value is not None]
     if len(parts) < len(values):
         return NotImplemented
     joined = torch.cat([part.ints for part in parts], dim)
     first = parts[0]
     if all(torch.equal(p.scale, first.scale) and torch.equal(p.zero_point, first.zero_point) for p in parts):
-        return _made(replace(first, ints=joined, limit=max(p.limit for p in parts)), joined)
-    return _made(Concat(tuple(parts), dim), joined)
+        return made(replace(first, ints=joined, limit=max(p.limit for p in parts)), joined)
+    return made(Concat(tuple(parts), dim), joined)
 
 
 @register_integer("stack")
@@ -287,12 +202,12 @@ def _stack(func: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
 
 @register_integer("mean")
 def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    value = _codes(x)
+    value = codes_of(x)
     if value is None or kwargs:
         return NotImplemented
     dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     sums = value.ints.sum(dims, keepdim)
-    return _made(Sum(sums, value.scale, value.ints.numel() // max(1, sums.numel())), sums)
+    return made(Sum(sums, value.scale, value.ints.numel() // max(1, sums.numel())), sums)
 
 
 def _lacks_batch(func: Any, x: Any) -> bool:
@@ -302,7 +217,7 @@ def _lacks_batch(func: Any, x: Any) -> bool:
 
 @register_integer("adaptive_avg_pool")
 def _adaptive_average(func: Any, x: Any, output_size: Any) -> Any:
-    value = _codes(x)
+    value = codes_of(x)
     if value is None or _lacks_batch(func, x):
         return NotImplemented
     given = output_size if isinstance(output_size, tuple | list) else (output_size,) * (x.dim() - 2)
@@ -311,7 +226,7 @@ def _adaptive_average(func: Any, x: Any, output_size: Any) -> Any:
     if all(w == 1 for w in wanted):
         dims = tuple(range(-len(wanted), 0))
         sums = value.ints.sum(dims, keepdim=True)
-        return _made(Sum(sums, value.scale, math.prod(spatial)), sums)
+        return made(Sum(sums, value.scale, math.prod(spatial)), sums)
     if any(s % w for s, w in zip(spatial, wanted, strict=True)):
         return NotImplemented
     kernel = [s // w for s, w in zip(spatial, wanted, strict=True)]
@@ -329,7 +244,7 @@ def _average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    value = _codes(x)
+    value = codes_of(x)
     if value is None or ceil_mode or divisor_override is not None or _lacks_batch(func, x):
         return NotImplemented
     kernel, steps, pads = (_each(v, x.dim() - 2) for v in (kernel_size, stride or kernel_size, padding))
@@ -351,7 +266,7 @@ def _window_average(value: Codes, kernel: Sequence[int], stride: Sequence[int]) 
     def in_float() -> Tensor:
         return _windows(value.real(), kernel, stride) / size
 
-    return _made(Average(sums, value.scale, size, in_float), sums)
+    return made(Average(sums, value.scale, size, in_float), sums)
 
 
 def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:

@@ -6,17 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from torchquant.deploy.values import Codes, IntegerTensor
 from torchquant.errors import ExportError
 from torchquant.quantizers_functional.requantize import INT32_MAX
-
-LARGEST_STEP = 2.0**24
-"""Steps from 0 beyond which real numbers are saturated before they become integers."""
 
 
 class Follow(Protocol):
@@ -57,47 +52,12 @@ class IntegerRun:
                 "fewer bits for its weight or its input, or give this site None to keep it float"
             )
 
-    def quantized(self, site: str, grid: Any, x: Tensor) -> IntegerTensor:
-        """x on a grid (`StoredGrid`). Plain numbers are rounded as QuantizeLinear does it."""
-        self.site = site
-        scale, zero_point = grid.shaped(x.dim())
-        low, high = torch.full_like(zero_point, grid.qmin), torch.full_like(zero_point, grid.qmax)
-        if isinstance(x, IntegerTensor):
-            if self._lies_on(x, scale, zero_point):
-                codes = x.value.codes()  # type: ignore[union-attr]
-            else:
-                codes = x.value.on_grid(scale, zero_point, self.rounding)  # type: ignore[union-attr]
-            bounds = x.clamp_to or (None, None)
-            if bounds[0] is not None:
-                low = torch.maximum(low, torch.round(bounds[0] / scale).to(torch.int64) + zero_point)
-            if bounds[1] is not None:
-                high = torch.minimum(high, torch.round(bounds[1] / scale).to(torch.int64) + zero_point)
-        else:
-            steps = torch.round(x.to(torch.float32) / scale.to(torch.float32))
-            steps = steps.clamp(-LARGEST_STEP, LARGEST_STEP)
-            codes = steps.to(torch.int64) + zero_point
-        codes = torch.minimum(torch.maximum(codes, low), high)
-
-        def steps_before() -> Tensor:
-            exact = x.value.exact() if isinstance(x, IntegerTensor) else x.to(torch.float64)
-            return torch.minimum(torch.maximum(exact / scale + zero_point, low.double()), high.double())
-
-        codes = self.noted(site, codes, steps_before)
-        limit = max(int((grid.qmax - zero_point).max()), int((zero_point - grid.qmin).max()))
-        return IntegerTensor(Codes(codes - zero_point, scale, zero_point, limit, site), x.shape)
-
     def noted(self, site: str, codes: Tensor, steps: Callable[[], Tensor]) -> Tensor:
         """The codes (int64) to go on with at a site. `steps()`: what they were before rounding, float64."""
         self.site = site
         if self.recorded is not None:
             self.recorded.setdefault(site, []).append(codes)
         return codes if self.follow is None else self.follow(site, codes, steps())
-
-    def _lies_on(self, x: IntegerTensor, scale: Tensor, zero_point: Tensor) -> bool:
-        value = x.value
-        if not isinstance(value, Codes) or value.scale.shape != scale.shape:
-            return False
-        return torch.equal(value.scale, scale) and torch.equal(value.zero_point, zero_point)
 
 
 _RUN: ContextVar[IntegerRun | None] = ContextVar("integer_run", default=None)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from torchquant.deploy.codes import Grid, Table, bias_codes, uniform_grid
 from torchquant.deploy.integer_run import active_run
+from torchquant.deploy.integer_tensor import IntegerTensor, quantized
 from torchquant.deploy.stand_in import PassesForTensor
-from torchquant.deploy.values import Clamp, IntegerTensor, Weight
+from torchquant.deploy.values import Clamp, Weight
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers._token import TokenQuantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
@@ -158,7 +159,7 @@ class QuantizeDequantize(StoredGrid):
     def forward(self, x: Tensor) -> Tensor:
         run = active_run()
         if run is not None:
-            return run.quantized(self.site, self, x)
+            return quantized(run, self.site, self, x)
         codes = self._clipped(quantize_linear(x, self.scale, self.zero_point, self.axis, self.site))
         return dequantize_linear(codes, self.scale, self.zero_point, self.axis)
 

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map_only
 from torchquant._arguments import checked
 from torchquant.deploy.form import DeployLayer, DeployOp, deploy_form, form_of, settle
 from torchquant.deploy.integer_run import IntegerRun, integer_run
+from torchquant.deploy.integer_tensor import IntegerTensor, quantized
 from torchquant.deploy.qdq import grid_site
-from torchquant.deploy.values import Codes, IntegerTensor
+from torchquant.deploy.values import Codes
 from torchquant.qmodule import QModule
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.requantize import check_rounding
@@ -170,4 +171,4 @@ class _Exactly:
         if source is None or not isinstance(x, Tensor):
             return x
         site = grid_site(self.quantizers[source], source)
-        return IntegerRun(self.rounding).quantized(source, site, x.detach())
+        return quantized(IntegerRun(self.rounding), source, site, x.detach())

@@ -1,15 +1,13 @@
-"""Integers with a scale that pass for a real tensor, so that a model's own forward runs on them.
+"""The values that an `IntegerTensor` carries: integers with a scale, and what is computed from them.
 
-An `IntegerTensor` carries one of the values below. Each gives `real()`, float32 as a DequantizeLinear would; `exact()`,
-the number in float64; and `on_grid()`, its codes on a grid, not yet clamped. `integer_ops.py` says what each operator
-makes of them; an operator it does not know gets the real numbers.
+Each gives `real()`, float32 as a DequantizeLinear would; `exact()`, the number in float64; and `on_grid()`, its codes
+on a grid, not yet clamped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,40 +174,6 @@ class Weight:
 
 Value = Codes | Sum | Sums | Addition | Concat | Weight
 Clamp = tuple[float | None, float | None]
-
-
-class IntegerTensor(Tensor):
-    """Passes for the real float32 tensor that `value` stands for, after the clamp if there is one."""
-
-    value: Value
-    clamp_to: Clamp | None
-
-    @staticmethod
-    def __new__(cls, value: Value, shape: torch.Size, clamp: Clamp | None = None) -> IntegerTensor:
-        made = torch.full((), torch.nan).expand(shape).as_subclass(cls)  # what bypasses `run_op` shows
-        made.value = value
-        made.clamp_to = clamp
-        return made
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"IntegerTensor({type(self.value).__name__}, shape={tuple(self.shape)})"
-
-    @property
-    def codes(self) -> Codes | None:
-        """The value of a tensor on a grid with one scale, None for another one."""
-        value = self.value if self.clamp_to is None else None
-        return value if isinstance(value, Codes) and value.scale.ndim == 0 else None
-
-    def real(self) -> Tensor:  # type: ignore[override]
-        """The plain float32 tensor."""
-        found = self.value.real()
-        return found if self.clamp_to is None else found.clamp(*self.clamp_to)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torchquant.deploy.integer_ops import run_op
-
-        return run_op(func, args, kwargs or {})
 
 
 def _by_float(real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

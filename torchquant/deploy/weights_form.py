@@ -13,11 +13,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from torchquant.deploy.integer_run import active_run
+from torchquant.deploy.integer_tensor import IntegerTensor
 from torchquant.deploy.qdq import StoredTable, StoredWeight, acts_site, as_nodes
 from torchquant.deploy.recurrent_nodes import gate_order, recurrent_nodes
 from torchquant.deploy.stand_in import PassesForTensor, StandIn
 from torchquant.deploy.stored_weights import AS_IT_IS, encoded_weight, from_order, picked_rows, stored
-from torchquant.deploy.values import IntegerTensor
 from torchquant.qmodule import QWeights
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weight_slots import quantizer_key

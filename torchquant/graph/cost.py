@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.graph.macs import Macs, site_macs
 from torchquant.graph.sites import Captured, Site, SitePlan
 from torchquant.graph.watch import tensors_in, watch_values
-from torchquant.qmodule.patterns import LayerRow, row_of
 from torchquant.qmodule.state import is_real
-from torchquant.qmodule.weights import weight_names
+from torchquant.qmodule.weights import float_weights
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.formats import FLOAT_BYTES
 
@@ -123,8 +122,8 @@ def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
         calls = values.get(site.path, [])
         macs = Macs.of_one(samples, (site_macs(site, arguments, output) for arguments, output in calls))
         elements = sum(t.numel() for _, output in calls for t in list(tensors_in(output))[:1])
-        weights = _weights(site.module) if site.is_layer and site.module is not None else []
-        seen, behind = (tuple(part) for part in zip(*weights, strict=True)) if weights else ((), ())
+        weights = float_weights(site.module).values() if site.is_layer and site.module is not None else ()
+        behind, seen = (tuple(part) for part in zip(*weights, strict=True)) if weights else ((), ())
         sizes.append(SiteSize(site, macs, -(-elements // samples), seen, behind))
     return sizes
 
@@ -212,15 +211,6 @@ def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list
         sources = [chosen[s] for s in read.sources if s in chosen and chosen[s].output is not None]
         found.append((sources[0], "output", site) if sources else (plan, "input", site))
     return found or [(plan, "input", site)]
-
-
-def _weights(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(as its quantizer sees it, the output channel on axis 0; as it is) of every weight."""
-    row = row_of(module)
-    if isinstance(row, LayerRow):
-        weight = row.weight_and_bias(module)[0]
-        return [(row.channels_first(module, weight), weight)]
-    return [(weight, weight) for weight in map(module.get_parameter, weight_names(module))]
 
 
 def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:

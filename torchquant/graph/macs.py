@@ -12,7 +12,7 @@ from torchquant.graph.operators import OPERATORS
 from torchquant.graph.sites import Site
 from torchquant.graph.watch import tensors_in
 from torchquant.qmodule.patterns import LayerRow, read_quietly, row_of, stock_type
-from torchquant.qmodule.weights import weight_names
+from torchquant.qmodule.weights import float_weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
         width = module.embed_dim
         projected = tokens * width * width + keys * width * (module.kdim + module.vdim)
         return Macs(projected, tokens * width * width, 2 * tokens * length * width)
-    weights = {name: module.get_parameter(name).numel() for name in weight_names(module)}
+    weights = {name: weight.numel() for name, (weight, _) in float_weights(module).items()}
     steps = x.numel() // x.shape[-1]
     first = sum(n for name, n in weights.items() if name.removesuffix("_reverse") in ("weight_ih", "weight_ih_l0"))
     return Macs(first * steps, (sum(weights.values()) - first) * steps)

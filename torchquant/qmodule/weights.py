@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
-from torchquant.qmodule.patterns import run_with, stock_type
+from torchquant.qmodule.patterns import LayerRow, row_of, run_with, stock_type
 from torchquant.qmodule.state import QModule
 from torchquant.qmodule.weight_slots import WeightSlot, parameter_of, quantizer_key
 from torchquant.quantizers import Quantizer
@@ -55,6 +55,19 @@ def _computed(module: nn.Module, name: str) -> str:
     base = next((name.removesuffix(end) for end in ("_g", "_v", "_orig") if name.endswith(end)), name)
     owner, _, last = base.rpartition(".")
     return base if last in module.get_submodule(owner).__dict__ else name
+
+
+def float_weights(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (as the layer stores it, with the output channel first) of every weight of a layer that can be wrapped.
+
+    >>> {name: tuple(weight.shape) for name, (_, weight) in float_weights(nn.ConvTranspose1d(4, 6, 3)).items()}
+    {'weight': (6, 4, 3)}
+    """
+    row = row_of(layer)
+    if isinstance(row, LayerRow):
+        weight = row.weight_and_bias(layer)[0]
+        return {"weight": (weight, row.channels_first(layer, weight))}
+    return {name: (parameter_of(layer, name),) * 2 for name in weight_names(layer)}
 
 
 @checked
