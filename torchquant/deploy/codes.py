@@ -15,6 +15,7 @@ from torchquant.errors import ExportError, NoAffineViewError, NoCodesError
 from torchquant.qmodule.patterns import InputFirstRow, LayerRow
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
+from torchquant.quantizers_functional.formats import UniformGrid
 from torchquant.quantizers_functional.requantize import INT32_MAX
 
 SMALLEST_SCALE = 2.0**-126
@@ -25,18 +26,14 @@ LARGEST_INTEGER = 2**15
 """Weights that are larger multiples of their unit, as those of 8-bit floats are, take part in sums as real numbers."""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A uniform grid: real = (code - zero_point) * scale with qmin <= code <= qmax.
-
-    scale float32 > 0 and zero_point int32: () for the whole tensor, or (C,) along `axis`.
-    """
+@dataclass(frozen=True, eq=False)
+class Grid(UniformGrid):
+    """A uniform grid as a file holds it: scale float32 > 0 and zero_point int32, both () or (C,) along `axis`."""
 
     scale: Tensor
     zero_point: Tensor
     qmin: int
     qmax: int
-    axis: int | None
 
     @property
     def storage(self) -> torch.dtype:
@@ -96,7 +93,7 @@ def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
             f"{name} uses codes {qmin}..{qmax}, which 8 bits do not hold. Use n_bits <= 8, or give this site None to "
             "keep it float"
         )
-    return Grid(scale, offset, qmin, qmax, quantizer.axis if scale.ndim else None)
+    return Grid(scale, offset, qmin, qmax, axis=quantizer.axis if scale.ndim else None)
 
 
 def bias_codes(bias: Tensor, scale: Tensor, name: str) -> Tensor:
@@ -167,7 +164,8 @@ class Table:
         view = channel_view(single, ints.ndim, 0) if single.ndim else single
         if largest > LARGEST_TABLE_ENTRY or not torch.equal(ints.to(torch.float32) * view, self.real()):
             return None
-        grid = Grid(single, torch.zeros_like(single, dtype=torch.int32), -largest, largest, 0 if single.ndim else None)
+        axis = 0 if single.ndim else None
+        grid = Grid(single, torch.zeros_like(single, dtype=torch.int32), -largest, largest, axis=axis)
         return ints.to(torch.int32), grid
 
 

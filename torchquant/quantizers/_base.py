@@ -77,6 +77,8 @@ class Quantizer(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_constructor(cls)
+        if "affine_params" in cls.__dict__:
+            cls.is_uniform = True
         overrides = "quantize" in cls.__dict__ or "pre_observe" in cls.__dict__
         if overrides and "fuses_clamp" not in cls.__dict__:
             cls.fuses_clamp = False
@@ -138,7 +140,7 @@ class Quantizer(nn.Module, ABC):
         raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
 
     def format(self) -> Format:
-        """The format with the numbers that it has now: a value, which later batches and steps do not change.
+        """The format with the numbers that it has now, which are the tensors of the quantizer itself, not copies.
 
         >>> from torchquant.quantizers import ESBQuantizer
         >>> quantizer = ESBQuantizer(4, 1)
@@ -146,7 +148,11 @@ class Quantizer(nn.Module, ABC):
         >>> quantizer.format().project(torch.tensor([0.3, -9.0]))[0]
         tensor([ 0.2500, -3.0000])
         """
-        return Formula(self.encode, self.decode, self.code_range, axis=self.axis)
+        return Formula(self.encode, self.decode, self.code_range, affine=self._own_affine(), axis=self.axis)
+
+    def _own_affine(self) -> Callable[[], AffineParams] | None:
+        """The affine view that a scheme writes itself; None where it is the one of the format."""
+        return self.affine_params if type(self).affine_params is not Quantizer.affine_params else None
 
     @torch.no_grad()
     def levels(self) -> Tensor:
@@ -243,7 +249,8 @@ class GridQuantizer(Quantizer):
     def format(self) -> Format:
         is_own = type(self).project is not GridQuantizer.project
         project = self.project if is_own else None
-        return Formula(self.codes, self.values, self.code_range, self.grid(), project, axis=self.axis)
+        affine = self._own_affine()
+        return Formula(self.codes, self.values, self.code_range, self.grid(), project, affine, axis=self.axis)
 
     def codes(self, x: Tensor, *numbers: Any) -> Tensor:
         """Whole-number codes of the nearest grid values, in any type; NaN may stay NaN."""

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from torchquant._tensors import per_channel_view
 from torchquant.errors import NoAffineViewError
-from torchquant.quantizers_functional.formats import NO_TERMS, Format, IntegerTerms, common_denominator
+from torchquant.quantizers_functional.formats import (
+    NO_TERMS,
+    AffineParams,
+    Format,
+    IntegerTerms,
+    UniformGrid,
+    common_denominator,
+)
 
 Values = tuple[Tensor, Tensor | None]
 
@@ -23,7 +30,8 @@ Values = tuple[Tensor, Tensor | None]
 class Formula(Format):
     """`encoder(x, *parameters)` and `decoder(codes, dtype, *parameters)`, the parameters in shapes that broadcast.
 
-    `projector(x, want_inside, *parameters)`: the nearest value, where it is not found by way of the codes.
+    `projector(x, want_inside, *parameters)`: the nearest value, where it is not found by way of the codes. `affine()`:
+    step, zero point and code range, where the grid is uniform.
     """
 
     encoder: Callable[..., Tensor]
@@ -31,6 +39,7 @@ class Formula(Format):
     first_and_last: tuple[int, int]
     parameters: tuple[Tensor | int, ...] = ()
     projector: Callable[..., Values] | None = None
+    affine: Callable[[], AffineParams] | None = None
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -62,6 +71,19 @@ class Formula(Format):
         low, high = self.code_range
         return torch.arange(low, high + 1)
 
+    def affine_params(self) -> AffineParams:
+        return super().affine_params() if self.affine is None else self.affine()
+
+    def _uniform(self) -> UniformGrid | None:
+        try:
+            return UniformGrid(*self.affine_params())
+        except NoAffineViewError:
+            return None
+
+    def side_bytes(self) -> int:
+        uniform = self._uniform()
+        return super().side_bytes() if uniform is None else uniform.side_bytes()
+
     def decoding_numbers(self) -> list[Tensor]:
         parameters = [p[..., None] if isinstance(p, Tensor) else p for p in self.parameters]
 
@@ -78,7 +100,9 @@ class Formula(Format):
         With one parameter 1 and the others 0 the decoder gives the table of that parameter, up to a common denominator
         that goes into the scale.
         """
-        codes = self._all_codes()
+        uniform, codes = self._uniform(), self._all_codes()
+        if uniform is not None:
+            return uniform.integer_terms()
         numbers = [
             p.detach().to(torch.float64).cpu()[..., None] if isinstance(p, Tensor) else p for p in self.parameters
         ]

@@ -176,11 +176,11 @@ def apply_projection(
         value = cast_back(value, x.dtype)
         if not needs_grad:
             return value
-        mask = inside if clamp is None or gradient.softens else _where_strictly_inside(real, clamp, inside)
+        mask = inside if clamp is None or gradient.softens else where_strictly_inside(real, clamp, inside)
     return gradient.attach(Projected(x, value, mask, training, ends, step))
 
 
-def _where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Tensor:
+def where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Tensor:
     """`inside` (or 1) where low < x < high, else 0, by native selects that stay in floats."""
     low, high = clamp
     mask = torch.ones_like(x) if inside is None else inside

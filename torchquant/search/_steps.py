@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError, NoCodesError
-from torchquant.quantizers import GridQuantizer, Quantizer, UniformQuantizer
-from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.quantizers import GridQuantizer, Quantizer
+from torchquant.quantizers_functional._gradient import Clamp, where_strictly_inside
 from torchquant.quantizers_functional.gradients import STE, ClippedSTE
 
 MOST_BINS = 4096
@@ -36,7 +36,7 @@ def is_plain(quantizer: Quantizer) -> bool:
     return (
         isinstance(quantizer, GridQuantizer)
         and type(quantizer.gradient) in (STE, ClippedSTE)
-        and type(quantizer).quantize in (GridQuantizer.quantize, UniformQuantizer.quantize)
+        and type(quantizer).quantize is GridQuantizer.quantize
         and next(quantizer.parameters(), None) is None
     )
 
@@ -69,12 +69,12 @@ def steps_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Ste
             return None
         span = (edges[-1:] - edges[:1]).clamp_min(edges.abs().amax().clamp_min(2.0**-100))
         outer = torch.cat([edges[:1] - span, edges, edges[-1:] + span])
-    width = outer.diff()
-    # The ends of a bin are rounded, so one that is very narrow is tried in its middle only.
-    margin = torch.where(width < 2.0**-14 * span, width / 2, width / 256)
-    probes = torch.stack([outer[:-1] + margin, outer[1:] - margin])
-    tried = [_try(q, probes, clamp) for q in grids]
-    values, slopes = (torch.stack(t) for t in zip(*tried, strict=True))
+        width = outer.diff()
+        # The ends of a bin are rounded, so one that is very narrow is tried in its middle only.
+        margin = torch.where(width < 2.0**-14 * span, width / 2, width / 256)
+        probes = torch.stack([outer[:-1] + margin, outer[1:] - margin])
+        found_there = [_values_and_slopes(q, probes, clamp) for q in grids]
+    values, slopes = (torch.stack(t) for t in zip(*found_there, strict=True))
     if not torch.equal(values[:, 0], values[:, 1]) or not torch.equal(slopes[:, 0], slopes[:, 1]):
         return None
     return Steps(edges, values[:, 0], None if bool((slopes == 1).all()) else slopes[:, 0])
@@ -95,21 +95,12 @@ def _edges(quantizer: GridQuantizer) -> list[Tensor]:
     return [thresholds, ends, half_a_level]
 
 
-def _try(quantizer: GridQuantizer, probes: Tensor, clamp: Clamp | None) -> tuple[Tensor, Tensor]:
+def _values_and_slopes(quantizer: GridQuantizer, probes: Tensor, clamp: Clamp | None) -> tuple[Tensor, Tensor]:
     """Value and gradient of the quantizer at each of the probes."""
-    options = {} if clamp is None else {"clamp": clamp}
-    if isinstance(quantizer.gradient, STE):
-        low, high = clamp or (None, None)
-        slope = torch.ones_like(probes)
-        slope = slope if low is None else slope * (probes > low)
-        slope = slope if high is None else slope * (probes < high)
-        with torch.no_grad():
-            return quantizer(probes, **options), slope
-    with torch.enable_grad():
-        leaf = probes.detach().requires_grad_()
-        y = quantizer(leaf, **options)
-        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-    return y.detach(), slope
+    is_clipped = not isinstance(quantizer.gradient, STE)
+    value, inside = quantizer.format().project(probes, is_clipped, clamp)
+    slope = torch.ones_like(probes) if inside is None else inside
+    return value, slope if clamp is None else where_strictly_inside(probes, clamp, slope)
 
 
 class Cells:

@@ -64,14 +64,10 @@ def delta_slope(n_bits: int, qmin: int, qmax: int) -> float:
 
 def _step_slope(x: Tensor, option: Quantizer, other: Quantizer, n_bits: int) -> Tensor:
     try:
-        delta, zero_point, qmin, qmax = option.affine_params()
+        _, _, qmin, qmax = option.affine_params()
     except NoAffineViewError as error:
         raise ConfigError(f"the form 'step' is for uniform grids with a range; {error}. Use 'interp'") from error
-    delta, zero_point = (
-        per_channel_view(torch.as_tensor(t, dtype=x.dtype, device=x.device), x.ndim, option.axis)
-        for t in (delta, zero_point)
-    )
-    low, high = (qmin - zero_point) * delta, (qmax - zero_point) * delta
+    low, high = option.format().ends(x)
     inside = (x >= low) & (x <= high)
     return torch.where(inside, (option(x) - x) * delta_slope(n_bits, qmin, qmax), torch.zeros_like(x))
 

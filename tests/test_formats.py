@@ -1,0 +1,162 @@
+"""Formats as values: what `Quantizer.format()` gives is the quantizer without memory and gradient; the kernel seam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchquant as tq
+from torchquant.errors import ConfigError, NameClashError, NoAffineViewError, NoCodesError
+from torchquant.quantizers import QUANTIZERS, FittedQuantizer, Quantizer
+from torchquant.quantizers_functional.affine import AffineParams
+from torchquant.quantizers_functional.formats import Levels, UniformGrid
+from torchquant.quantizers_functional.kernels import KERNELS
+from torchquant.quantizers_functional.minifloat import FORMATS, ScaledFloat
+
+CASES = [
+    pytest.param(name, axis, i, id=f"{name}-{axis}-{i}")
+    for name in QUANTIZERS
+    for axis in (None, 0)
+    for i in range(len(QUANTIZERS[name].examples(axis)))  # type: ignore[attr-defined]
+]
+GROUPED = ["affine:4,symmetric=narrow/group=16", "esb:4,k=1/group=7", "nf4/group=64"]
+
+
+def observed(quantizer: Quantizer) -> tuple[Quantizer, Tensor]:
+    x = torch.randn(5, 6, 40, generator=torch.Generator().manual_seed(1))
+    x = x.abs() if quantizer.signed is False else x
+    quantizer.pre_observe(x)
+    return quantizer, torch.cat([x, 8 * x, x / 64], 2)
+
+
+@pytest.mark.parametrize(("name", "axis", "i"), CASES)
+def test_a_format_is_its_quantizer_without_memory_and_gradient(name: str, axis: int | None, i: int) -> None:
+    quantizer, x = observed(QUANTIZERS[name].examples(axis)[i])  # type: ignore[attr-defined]
+    with torch.no_grad():
+        form, y = quantizer.format(), quantizer(x)
+        assert torch.equal(form.project(x)[0], y)
+        assert torch.equal(form.decode(form.encode(x)), y)
+    assert torch.equal(form.encode(x), quantizer.encode(x))
+    assert form.code_range == quantizer.code_range
+    with pytest.raises(FrozenInstanceError):
+        form.axis = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", GROUPED)
+def test_the_format_of_groups(text: str) -> None:
+    quantizer, x = observed(tq.make_quantizer(text))
+    x = x[..., :40]
+    form = quantizer.format()
+    assert torch.equal(form.project(x)[0], quantizer(x))
+    assert torch.equal(form.decode(form.encode(x)), quantizer(x))
+    with pytest.raises(NoCodesError, match="no one list of levels"):
+        quantizer.levels()
+    with pytest.raises(NoAffineViewError, match="GroupQuantizer: .* not a uniform grid"):
+        quantizer.affine_params()
+
+
+def test_numbers_may_have_any_shape_that_broadcasts() -> None:
+    x = torch.tensor([[0.3, -0.8], [2.4, 9.0]])
+    scale = torch.tensor([[1.0], [2.0]])
+    for whole, rows in (
+        (ScaledFloat(scale, FORMATS["fp4_e2m1"]), [ScaledFloat(s, FORMATS["fp4_e2m1"]) for s in (1.0, 2.0)]),
+        (UniformGrid(scale, 0, -2, 1), [UniformGrid(s, 0, -2, 1) for s in (1.0, 2.0)]),
+    ):
+        assert torch.equal(whole.project(x)[0], torch.stack([f.project(r)[0] for f, r in zip(rows, x, strict=True)]))
+    assert Levels(torch.tensor([-1.0, 0.0, 3.0])).encode(x).tolist() == [[1, 0], [2, 2]]
+
+
+@pytest.fixture
+def kernel_calls() -> Iterator[list[tuple[Any, ...]]]:
+    calls: list[tuple[Any, ...]] = []
+
+    @KERNELS.register(UniformGrid, "cpu")
+    def kernel(grid: UniformGrid, x: Tensor, want_inside: bool, clamp: Any) -> tuple[Tensor, Tensor | None]:
+        calls.append((type(grid), x.dtype, want_inside, clamp))
+        return grid.project(x, want_inside, clamp)
+
+    yield calls
+    KERNELS.unregister(UniformGrid, "cpu")
+
+
+def test_a_kernel_stands_for_the_projection(kernel_calls: list[tuple[Any, ...]]) -> None:
+    quantizer = tq.make_quantizer("affine:4@clipped", "output")
+    x = torch.randn(40)
+    quantizer.pre_observe(x)
+    leaf = x.clone().requires_grad_()
+    y = quantizer(leaf, clamp=(0.0, None))
+    assert kernel_calls == [(UniformGrid, torch.float32, True, (0.0, None))]
+    KERNELS.unregister(UniformGrid, "cpu")
+    try:
+        assert torch.equal(quantizer(x, clamp=(0.0, None)), y)
+    finally:
+        KERNELS.register(UniformGrid, "cpu")(lambda *_: (x, None))
+    y.sum().backward()
+    assert leaf.grad is not None
+    assert len(kernel_calls) == 1
+
+
+def test_a_kernel_is_for_one_format_and_device(kernel_calls: list[tuple[Any, ...]]) -> None:
+    other = tq.make_quantizer("esb:4,k=1")
+    x = torch.randn(40)
+    other.pre_observe(x)
+    other(x)
+    assert kernel_calls == []
+    assert KERNELS.find(UniformGrid, "cuda") is None
+    with pytest.raises(NameClashError, match="UniformGrid has a kernel for 'cpu' already"):
+        KERNELS.register(UniformGrid, "cpu")(lambda *_: (x, None))
+
+
+def test_what_a_format_does_not_ask_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Half writes project, which the format"):
+
+        class Half(tq.ESBQuantizer):
+            def project(self, x: Tensor, want_inside: bool, *numbers: Any) -> tuple[Tensor, Tensor | None]:
+                return x, None
+
+
+def test_codes_and_values_of_ones_own_count_also_below_a_scheme_with_a_format() -> None:
+    class Coarse(tq.ESBQuantizer):
+        code_range = (-1, 1)
+
+        def codes(self, x: Tensor, *numbers: Any) -> Tensor:
+            return (x / numbers[0]).round().clamp(-1, 1)
+
+        def values(self, codes: Tensor, dtype: torch.dtype, *numbers: Any) -> Tensor:
+            return codes.to(dtype) * numbers[0]
+
+    quantizer = Coarse(4, 1)
+    quantizer.force(0.5)
+    assert quantizer(torch.tensor([-9.0, 0.1, 0.3])).tolist() == [-0.5, 0.0, 0.5]
+    assert quantizer.levels().tolist() == [-0.5, 0.0, 0.5]
+
+
+def test_an_affine_view_of_ones_own_gives_integers_and_bytes() -> None:
+    class Third(FittedQuantizer):
+        statistics = ("alpha",)
+        n_bits = 3
+        code_range = (0, 7)
+
+        def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (x.abs().amax(),)
+
+        def codes(self, x: Tensor, *numbers: Any) -> Tensor:
+            return (x / (numbers[0] / 3)).round().add_(4).clamp_(0, 7)
+
+        def values(self, codes: Tensor, dtype: torch.dtype, *numbers: Any) -> Tensor:
+            return (codes - 4).to(dtype) * (numbers[0] / 3)
+
+        def affine_params(self) -> AffineParams:
+            return AffineParams(self.get()[0] / 3, 4, 0, 7)
+
+    quantizer, x = observed(Third())
+    ((scale, table),) = quantizer.integer_terms()
+    assert table.tolist() == list(range(-4, 4))
+    assert float(scale) == float(quantizer.affine_params().delta)
+    assert quantizer.side_bytes(x) == 5
+    assert Third.is_uniform
