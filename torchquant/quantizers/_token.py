@@ -16,6 +16,7 @@ class TokenQuantizer(GridQuantizer):
     is observed, so nothing has to be calibrated. `n_bits` 2..8. The scale is a bfloat16; a code holds its 16 bits above
     those of the element. Raises ConfigError.
 
+    >>> import torch
     >>> TokenQuantizer(3)(torch.tensor([[3.0, 0.9, -1.6], [30.0, 9.0, -16.0]]))
     tensor([[  3.,   1.,  -2.],
             [ 30.,  10., -20.]])

@@ -28,6 +28,7 @@ class APoTQuantizer(LearnedQuantizer):
     `init="mse"`: the alpha of least error on a Gaussian; "paper": 3.0 with sign, 8.0 without. Deviation from the
     paper: the weights keep their units and their mean, where it hands on normalized ones. Raises ConfigError.
 
+    >>> import torch
     >>> quantizer = APoTQuantizer(4, init="paper")
     >>> quantizer.pre_observe(torch.tensor([-1.0, 1.0]))
     >>> quantizer(torch.tensor([-0.3, 0.52, 9.0])).tolist()

@@ -20,6 +20,7 @@ class TernaryQuantizer(FittedQuantizer):
     error. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
     For "exact" ranks of torch.distributed gather what each of them sees. Stored in 2 bits. Raises ConfigError.
 
+    >>> import torch
     >>> quantizer = TernaryQuantizer()
     >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
     >>> quantizer(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
