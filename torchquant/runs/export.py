@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import reading, write_json
-from torchquant.deploy import Certificate, certify, export_onnx, save_packed, to_integer
+from torchquant.deploy import Certificate, Lowered, certify, export_onnx, lower, save_packed, to_integer
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
@@ -112,9 +112,10 @@ def export_run(
     images, labels = data.test_images[:samples], data.test_labels[:samples]
     certificate, integer_accuracy = None, None
     if form == "onnx":
-        export_onnx(model, path, images[:2])
+        lowered = lower(model, images[:2])
+        export_onnx(lowered, path)
         if with_certificate:
-            certificate = _certified(model, path, images, labels)
+            certificate = _certified(lowered, path, images, labels)
     elif form == "packed":
         shape = {"model": config.model, "n_classes": data.n_classes, "n_channels": data.n_channels}
         save_packed(model, path, ("torchquant.runs.export:float_model", shape))
@@ -144,7 +145,7 @@ def certify_run(
     return _certified(model, path, data.test_images[:samples], data.test_labels[:samples])
 
 
-def _certified(model: nn.Module, path: Path, images: Tensor, labels: Tensor) -> Certificate:
+def _certified(model: nn.Module | Lowered, path: Path, images: Tensor, labels: Tensor) -> Certificate:
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
     certificate = certify(model, path, batches, stamp=True)
     certificate.save(path.with_name("certificate.json"))

@@ -12,7 +12,7 @@ import torch
 
 from torchquant._files import write_json, write_whole
 from torchquant.analysis import layer_errors, weight_bytes
-from torchquant.deploy import certify, export_onnx, run_onnx
+from torchquant.deploy import certify, export_onnx, lower, run_onnx
 from torchquant.errors import require
 from torchquant.runs.console import NullProgress
 from torchquant.runs.data import Digits, load_digits
@@ -133,11 +133,12 @@ class _Job:
         x, labels = self.data.test_images, self.data.test_labels
         path = self.folder / "w8a8.onnx"
         with self._timed("onnx"):
-            export_onnx(model, path, x[:2], verify=False)
+            lowered = lower(model, x[:2])
+            export_onnx(lowered, path, verify=False)
             scores = run_onnx(path, x, optimize=True)
             simulated = predict(model, x)
             n = CERTIFIED
-            certificate = certify(model, path, [(x[:n], labels[:n])], stamp=True)
+            certificate = certify(lowered, path, [(x[:n], labels[:n])], stamp=True)
             certificate.save(self.folder / "certificate.json")
         result = OnnxResult(
             accuracy=accuracy(scores, labels),
