@@ -18,7 +18,8 @@ from torchquant.deploy import certify, export_onnx, to_integer
 from torchquant.deploy.integer_ops import HANDLERS, handler_of, register_integer
 from torchquant.deploy.onnx_forms import ONNX_FORMS
 from torchquant.errors import ConfigError, NameClashError
-from torchquant.graph.operators import OPERATORS, ROLES, Operator, register_operator
+from torchquant.graph.operator_table import ROLES, Operator
+from torchquant.graph.operators import OPERATORS, register_operator
 from torchquant.graph.sites import NORM_WHY
 from torchquant.plan.rules import RULE_SETS
 
@@ -254,6 +255,23 @@ def test_operators_of_a_user_are_sites_and_pass_values_on() -> None:
     assert captured.sites[-1].reads[0].sources == ("halved",)
     model = tq.quantize(WithOwn().eval(), [{"types": ["halved"], "output": "affine:8"}], x)
     assert torch.equal(model(x), copy_float(model)(x))
+
+
+@torch.library.custom_op("torchquant_tests::relu", mutates_args=())
+def soft(x: Tensor) -> Tensor:
+    """Of somebody's library: named as an operator of torch, but not it."""
+    return x.sigmoid()
+
+
+@pytest.mark.usefixtures("own_table")
+def test_an_operator_of_a_library_is_a_site_whichever_overload_is_given() -> None:
+    x, net = torch.randn(2, 4), Between(lambda y: soft(y))
+    assert [site.path for site in tq.capture(net, x).sites] == ["a", "b"]
+    for target in (soft, torch.ops.torchquant_tests.relu, torch.ops.torchquant_tests.relu.default):
+        row = register_operator("soft", target, "computes")
+        assert OPERATORS.of(soft) is OPERATORS.of(torch.ops.torchquant_tests.relu) is row
+    assert [site.path for site in tq.capture(net, x).sites] == ["a", "soft", "b"]
+    assert OPERATORS.of(torch.ops.aten.relu) is OPERATORS["relu"]
 
 
 def copy_float(model: nn.Module) -> nn.Module:

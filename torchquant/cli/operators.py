@@ -11,7 +11,7 @@ from torchquant.deploy.integer_ops import HANDLERS
 from torchquant.deploy.onnx_forms import ONNX_FORMS
 from torchquant.errors import UnknownNameError
 from torchquant.graph import OPERATORS, Operator
-from torchquant.graph.operators import ROLES
+from torchquant.graph.operator_table import ROLES
 
 
 def columns(row: Operator) -> dict[str, str]:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map_only
 from torchquant.deploy.integer_run import IntegerRun, current_run
 from torchquant.deploy.values import Clamp, Codes, Value
 from torchquant.errors import ConfigError, ExportError, NameClashError
-from torchquant.graph.operators import OPERATORS, Operator, writes_by_name
+from torchquant.graph.operator_table import Operator, writes_by_name
+from torchquant.graph.operators import OPERATORS
 
 LARGEST_STEP = 2.0**24
 """Steps from 0 beyond which real numbers are saturated before they become integers."""

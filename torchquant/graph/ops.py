@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchquant.graph.operators import OPERATORS, Operator
+from torchquant.graph.operator_table import Operator, home_of
+from torchquant.graph.operators import OPERATORS
 from torchquant.qmodule.patterns import ActivationRow, norm_of, plain_type, row_of
 
 
@@ -16,8 +17,8 @@ def name_of(node: fx.Node) -> str:
 
 
 def is_of_torch(node: fx.Node) -> bool:
-    """Whether the function that a node calls is torch's, or an operator of Python."""
-    return str(getattr(node.target, "__module__", "")).startswith(("torch", "_operator"))
+    """Whether the function that a node calls is torch's or torchvision's, ours, or an operator of Python."""
+    return home_of(node.target) in ("torch", "torchvision", "torchquant", "_operator")
 
 
 def operator_at(node: fx.Node, root: nn.Module) -> Operator | None:

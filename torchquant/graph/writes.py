@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchquant.graph.operators import OPERATORS, writes_by_name
+from torchquant.graph.operator_table import writes_by_name
+from torchquant.graph.operators import OPERATORS
 from torchquant.graph.ops import is_of_torch, name_of
 from torchquant.qmodule.patterns import norm_of, row_of
 
