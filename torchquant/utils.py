@@ -122,7 +122,7 @@ def _observe_unreached_weights(modules: Sequence[QModule], state: QModuleState) 
     """
     if not state.is_weight_quantized or state.is_weight_observed:
         return
-    ready = {module: [q.is_ready for _, _, q in module.weights() if q is not None] for module in modules}
+    ready = {m: [q.is_ready for slot in m.weight_slots() if (q := slot.quantizer) is not None] for m in modules}
     if any(any(flags) for flags in ready.values()):
         for module, flags in ready.items():
             if not all(flags):

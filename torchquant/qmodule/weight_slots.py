@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class WeightSlot:
     `module`: the QModule. `path`: where it sits in the model. `name`: what it calls the weight.
     """
 
-    module: Any
+    module: Any = field(repr=False)
     path: str
     name: str
 
