@@ -206,13 +206,13 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def settle(form: nn.Module, example_inputs: Any, rounding: str = "exact", tables: bool = True) -> IntegerRun:
+def settle(form: nn.Module, example_inputs: Any, tables: bool = True) -> IntegerRun:
     """Run the form on integers once: biases go onto the grid of their sums, accumulators are checked.
 
     `tables` as in `IntegerRun`. Returns what the run met; the sites that did not run are left out of the form. Raises
     ExportError for an accumulator beyond 32 bits, and for a site that runs and has no codes.
     """
-    run = IntegerRun(rounding, checking=True, tables=tables)
+    run = IntegerRun("exact", checking=True, tables=tables)
     with running(form, "example_inputs", example_inputs):
         example_inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
     if any(not x.numel() for x in tree_leaves(example_inputs) if isinstance(x, Tensor)):

@@ -61,7 +61,7 @@ def runtime_exact(model: nn.Module, example_inputs: Any, rounding: str = "ort") 
     True
     """
     check_rounding(rounding)
-    sources = _sources(model, example_inputs, rounding)
+    sources = _sources(model, example_inputs)
     quantizers = _quantizers(model)
     calls: Counter[str] = Counter()
     handles = [model.register_forward_pre_hook(_StartAnew(calls))]
@@ -88,7 +88,7 @@ def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {f"{path}.{kind}": q for path, module in modules for kind, q in module.quantizers().items()}
 
 
-def _sources(model: nn.Module, example_inputs: Any, rounding: str) -> dict[str, list[list[str | None]]]:
+def _sources(model: nn.Module, example_inputs: Any) -> dict[str, list[list[str | None]]]:
     """Path -> for each call the sites that its arguments come from, None for real numbers."""
     form = deploy_form(model)
     found: dict[str, list[list[str | None]]] = {}
@@ -101,7 +101,7 @@ def _sources(model: nn.Module, example_inputs: Any, rounding: str) -> dict[str, 
             isinstance(inner, DeployLayer | DeployOp) for inner in module.modules() if inner is not module
         ):
             module.register_forward_pre_hook(note)
-    settle(form, example_inputs, rounding)
+    settle(form, example_inputs)
     return found
 
 
