@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torchquant._files import write_json, write_whole
 from torchquant.plan import QuantPlan
 from torchquant.runs.compare.run import in_processes
-from torchquant.runs.data import Digits, load_digits
+from torchquant.runs.data import BATCH_SIZE, Digits, load_digits
 from torchquant.runs.folder import keep_settings, output_folder, write_checkpoint
-from torchquant.runs.loop import BATCH_SIZE, accuracy_on, calibrate, train
+from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import NETWORKS
 from torchquant.search import PrecisionLearning, SchemeSearch, SearchSettings, default_candidates
 from torchquant.search.allocation import allocate

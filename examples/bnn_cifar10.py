@@ -17,11 +17,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+import torchquant as tq
 from torchquant._files import write_json, write_whole
 from torchquant.compat.nni import BNNQuantizer
 from torchquant.runs.console import Terminal
+from torchquant.runs.data import load_data
 from torchquant.runs.folder import output_folder
-from torchquant.runs.networks import load_data
 
 SIDE = 32
 
@@ -77,16 +78,6 @@ def pictures(x: Tensor, device: torch.device) -> Tensor:
     return x if x.shape[-1] == SIDE else F.interpolate(x, size=(SIDE, SIDE), mode="nearest")
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
-    model.eval()
-    right = sum(
-        int((model(pictures(x, device)).argmax(1).cpu() == y).sum())
-        for x, y in zip(images.split(256), labels.split(256), strict=True)
-    )
-    return right / len(labels)
-
-
 def main(
     data: Annotated[str, typer.Option(help="cifar10, digits, or a folder of pictures.")] = "cifar10",
     epochs: Annotated[int, typer.Option(help="NNI trains for 400.")] = 400,
@@ -127,7 +118,8 @@ def main(
                 loss.backward()
                 optimizer.step()
             schedule.step()
-            history.append(evaluate(model, source.test_images, source.test_labels, device))
+            parts = zip(source.test_images.split(256), source.test_labels.split(256), strict=True)
+            history.append(tq.evaluate(model, ((pictures(x, device), y) for x, y in parts), show_progress=False))
             state = {"quantizer": quantizer.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
             state |= {"schedule": schedule.state_dict(), "batches": batches.get_state(), "history": history}
             write_whole(path, partial(torch.save, state | {"epochs": epochs}))

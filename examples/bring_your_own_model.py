@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant as tq
-from torchquant.runs.data import load_digits
-from torchquant.runs.loop import accuracy, calibrate, predict, quantization_aware_train, train
+from torchquant.runs.data import TrainBatches, load_digits
 
 
 class Mine(nn.Module):
@@ -36,9 +35,10 @@ class Mine(nn.Module):
 
 torch.manual_seed(0)
 data = load_digits(test_copies=2)
+train, test = TrainBatches(data), [(data.test_images, data.test_labels)]  # stand for your DataLoaders
 net = Mine()
-train(net, data, epochs=10, learning_rate=2e-2, seed=0)
-floating = accuracy(predict(net, data.test_images), data.test_labels)
+tq.fit(net, train, epochs=10, learning_rate=2e-2)
+floating = tq.evaluate(net, test)
 
 # 1. Rules say what goes where; later ones win, site by site and field by field.
 rules = [
@@ -52,10 +52,10 @@ print(model.plan)
 print(model.plan.cost(net, example))
 
 # 2. Calibrate, then train.
-calibrate(model, data, n_batches=4, seed=0)
-calibrated = accuracy(predict(model, data.test_images), data.test_labels)
-quantization_aware_train(model, data, epochs=2, learning_rate=2e-3, seed=0)
-trained = accuracy(predict(model, data.test_images), data.test_labels)
+tq.calibrate(model, train, max_batches=4)
+calibrated = tq.evaluate(model, test)
+tq.fit(model, train, epochs=2, learning_rate=2e-3, state=tq.QModuleState.QUANT_AWARE_TRAIN)
+trained = tq.evaluate(model, test)
 
 # 3. A plan is a value: saved, loaded, compared, changed, undone.
 with tempfile.TemporaryDirectory() as folder:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torchquant as tq
 from torchquant.compat.nni import QAT_Quantizer
 from torchquant.runs.data import load_digits
-from torchquant.runs.loop import accuracy, predict
 
 
 class Mnist(nn.Module):
@@ -55,8 +55,7 @@ for _ in range(4):
         optimizer.zero_grad()
         F.cross_entropy(model(x), labels).backward()
         optimizer.step()
-model.eval()
-score = accuracy(predict(model, data.test_images), data.test_labels)
+score = tq.evaluate(model, [(data.test_images, data.test_labels)])
 
 with tempfile.TemporaryDirectory() as folder:
     config = quantizer.export_model(Path(folder) / "model.pth", Path(folder) / "calibration.pth")

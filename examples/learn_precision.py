@@ -5,29 +5,21 @@ folder with a report: `torchquant search qpl MODEL --budget 'bits<=3'` and `torc
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchquant.runs.data import load_digits
-from torchquant.runs.loop import accuracy, calibrate, predict, quantization_aware_train, train
+import torchquant as tq
+from torchquant.runs.data import TrainBatches, load_digits
 from torchquant.search import PrecisionLearning, PrecisionSettings, allocate, sensitivity
 
 torch.manual_seed(0)
 data = load_digits(test_copies=1)
+train, test = TrainBatches(data), [(data.test_images, data.test_labels)]
 net = nn.Sequential(
     *(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
     *(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
 )
-train(net, data, epochs=4, learning_rate=2e-2, seed=0)
+tq.fit(net, train, epochs=4, learning_rate=2e-2)
 example, budget = data.test_images[:2], "bits<=3.5"
-
-
-def score(model: nn.Module) -> float:
-    return accuracy(predict(model, data.test_images), data.test_labels)
-
-
-def batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
-    return list(data.train_batches(torch.Generator().manual_seed(epoch), 64))
-
 
 # 1. {n} is a width to learn. Weights and widths train together; the budget holds the mean down.
 rules = [
@@ -36,22 +28,22 @@ rules = [
 ]
 settings = PrecisionSettings(epochs=5, weight_rate=5e-3)
 search = PrecisionLearning(net, rules, example, budget, settings, min_bits=2, max_bits=8)
-for record in search.run(batches):
+for record in search.run(train):
     print(record, {place: round(width, 2) for place, width in record.widths.items()})
-learned = search.retrain(batches, epochs=3, learning_rate=5e-3)
+learned = search.retrain(train, epochs=3, learning_rate=5e-3)
 
 # 2. Without a search: what each width harms by itself, and the least harm in sum.
-harms = sensitivity(net, rules, example, batches(0)[:4], method="kl")
+harms = sensitivity(net, rules, example, list(train)[:4], method="kl")
 found = allocate(net, rules, example, budget, harms, solver="dp")
 print(found)
 allocated = found.plan.apply(net)
-calibrate(allocated, data, 8, seed=0)
-quantization_aware_train(allocated, data, epochs=8, learning_rate=5e-3, seed=0)
+tq.calibrate(allocated, train, max_batches=8)
+tq.fit(allocated, train, epochs=8, learning_rate=5e-3, state=tq.QModuleState.QUANT_AWARE_TRAIN)
 
 # 3. Both keep the budget.
-print(f"\nfloat: {score(net):.2%}")
+print(f"\nfloat: {tq.evaluate(net, test):.2%}")
 for name, plan, model in (("learned", search.derive(), learned), ("allocated", found.plan, allocated)):
     widths = {site.path: site.weight for site in plan.sites if site.weight}
-    print(f"{name}: {score(model):.2%}, {plan.cost(net, example).weight_bytes} bytes, {widths}")
+    print(f"{name}: {tq.evaluate(model, test):.2%}, {plan.cost(net, example).weight_bytes} bytes, {widths}")
 assert search.costs.totals(search.choice_within_budget())["bits"] <= 3.5
 assert found.totals["bits"] <= 3.5

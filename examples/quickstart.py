@@ -7,17 +7,18 @@ import torch
 
 import torchquant as tq
 from torchquant.deploy import export_onnx, run_onnx
-from torchquant.runs.demo import QuantSmallResNet, SmallResNet, load_digits
-from torchquant.runs.loop import accuracy, predict, train
+from torchquant.runs.data import TrainBatches, load_digits
+from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 torch.manual_seed(0)
 data = load_digits(test_copies=2)
 x, labels = data.test_images, data.test_labels
+train, test = TrainBatches(data), [(x, labels)]  # any iterables of (inputs, targets): lists, DataLoaders
 
 # 1. A float network. Yours comes trained.
 network = SmallResNet()
-train(network, data, epochs=8, learning_rate=8e-3, seed=0)
-floating = accuracy(predict(network, x), labels)
+tq.fit(network, train, epochs=8, learning_rate=8e-3)
+floating = tq.evaluate(network, test)
 
 
 # 2. The same network with a quantizer at every site: a factory is called with each layer.
@@ -29,27 +30,22 @@ def quantized(n_bits: int) -> QuantSmallResNet:
     )
 
 
-# 3. Post-training quantization: show it some data, then switch the quantizers on.
+# 3. Post-training quantization: show it some data; then its quantizers are on.
 model = quantized(n_bits=8)
-with tq.qmodule_state(model, tq.QModuleState.CALIBRATION), torch.no_grad():
-    model.eval()(data.train_epoch(torch.Generator().manual_seed(0))[0][:512])
-tq.set_qmodule_state(model, tq.QModuleState.QUANT_EVAL)
-simulated = predict(model, x)
+tq.calibrate(model, train, max_batches=8)
+w8a8 = tq.evaluate(model, test)
 print(tq.state_report(model))
 
 # 4. Quantization-aware training, for few bits.
 qat_model = quantized(n_bits=4)
-tq.set_qmodule_state(qat_model, tq.QModuleState.QUANT_AWARE_TRAIN)
-train(qat_model, data, epochs=3, learning_rate=2e-3, seed=0)
-tq.observe_weights(qat_model)  # the ranges follow the last optimizer step
-tq.set_qmodule_state(qat_model, tq.QModuleState.QUANT_EVAL)
-qat = accuracy(predict(qat_model, x), labels)
+tq.fit(qat_model, train, epochs=3, learning_rate=2e-3, state=tq.QModuleState.QUANT_AWARE_TRAIN)
+qat = tq.evaluate(qat_model, test)
 
 # 5. Export, and see that the file computes the same thing.
 with tempfile.TemporaryDirectory() as folder:
     exported = run_onnx(export_onnx(model, Path(folder) / "w8a8.onnx", x[:2]), x)
-same = float((exported.argmax(1) == simulated.argmax(1)).double().mean())
-w8a8, onnx = accuracy(simulated, labels), accuracy(exported, labels)
+onnx = float((exported.argmax(1) == labels).double().mean())
+same = tq.evaluate(model, [(x, exported.argmax(1))])
 print(
     f"\nfloat {floating:.2%}, W8A8 {w8a8:.2%}, W8A8 in ONNX Runtime {onnx:.2%} (same class: {same:.2%}), W4A4 {qat:.2%}"
 )

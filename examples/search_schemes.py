@@ -4,25 +4,20 @@ The same for any model, into a folder with a report: `torchquant search qss MODE
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchquant.plan import quantize
-from torchquant.runs.data import load_digits
-from torchquant.runs.loop import accuracy, calibrate, predict, quantization_aware_train, train
+import torchquant as tq
+from torchquant.runs.data import TrainBatches, load_digits
 from torchquant.search import SchemeSearch, SearchSettings
 
 torch.manual_seed(0)
 data = load_digits(test_copies=1)
+train, test = TrainBatches(data), [(data.test_images, data.test_labels)]
 net = nn.Sequential(
     *(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
     *(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
 )
-train(net, data, epochs=4, learning_rate=2e-2, seed=0)
-
-
-def score(model: nn.Module) -> float:
-    return accuracy(predict(model, data.test_images), data.test_labels)
-
+tq.fit(net, train, epochs=4, learning_rate=2e-2)
 
 # 1. What each layer may choose from: any spec strings, of any widths. A field with a list is searched.
 specs = ["clipq:2/channel", "twn/channel", "pot:2/channel", "clipq:4/channel", "esb:4,k=1/channel"]
@@ -30,17 +25,12 @@ rules = [{"weight": specs, "input": "affine:8", "output": "affine:8"}, {"positio
 example = data.test_images[:2]
 search = SchemeSearch(net, rules, example, "bytes<=1kB", SearchSettings(epochs=5, weight_rate=5e-3, arch_rate=0.1))
 
-
 # 2. Search. Weights train on every second batch, the shares of the schemes on the others.
-def batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
-    return list(data.train_batches(torch.Generator().manual_seed(epoch), 64))
-
-
-for record in search.run(batches):
+for record in search.run(train):
     print(f"{record}, {record.costs['bytes']:.0f} bytes expected")
 
 # 3. The plan keeps the budget, whatever the shares say. Then train under it.
-model = search.retrain(batches, epochs=3, learning_rate=5e-3)
+model = search.retrain(train, epochs=3, learning_rate=5e-3)
 plan = search.derive()
 for place, shares in search.history[-1].shares.items():
     print(
@@ -50,10 +40,11 @@ for place, shares in search.history[-1].shares.items():
 print(plan)
 
 # 4. Beside the same scheme everywhere, for as many epochs.
-print(f"\nfloat: {score(net):.2%}\nsearched: {score(model):.2%}, {plan.cost(net, example).weight_bytes} bytes")
+print(f"\nfloat: {tq.evaluate(net, test):.2%}")
+print(f"searched: {tq.evaluate(model, test):.2%}, {plan.cost(net, example).weight_bytes} bytes")
 for spec in ("twn/channel", "clipq:4/channel"):
-    single = quantize(net, [{**rules[0], "weight": spec}, rules[1]], example)
-    calibrate(single, data, 8, seed=0)
-    quantization_aware_train(single, data, epochs=8, learning_rate=5e-3, seed=0)
-    print(f"{spec}: {score(single):.2%}, {single.plan.cost(net, example).weight_bytes} bytes")
+    single = tq.quantize(net, [{**rules[0], "weight": spec}, rules[1]], example)
+    tq.calibrate(single, train, max_batches=8)
+    tq.fit(single, train, epochs=8, learning_rate=5e-3, state=tq.QModuleState.QUANT_AWARE_TRAIN)
+    print(f"{spec}: {tq.evaluate(single, test):.2%}, {single.plan.cost(net, example).weight_bytes} bytes")
 assert plan.cost(net, example).weight_bytes <= 1000

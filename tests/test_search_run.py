@@ -449,11 +449,11 @@ def test_a_study_is_shared_and_goes_on(own_model: str, tmp_path: Path, monkeypat
 
 
 def test_the_batches_of_an_epoch_are_always_the_same() -> None:
-    from torchquant.runs.search.run import _Epochs
+    from torchquant.runs.search.run import _epoch
 
     data = load_digits(0, 1)
-    first, again, other = (list(itertools.islice(_Epochs(data, 0, n), 2)) for n in (1, 1, 2))
-    assert len(_Epochs(data, 0, 1)) == 22
+    first, again, other = (list(itertools.islice(_epoch(data, 0, n), 2)) for n in (1, 1, 2))
+    assert len(_epoch(data, 0, 1)) == 22
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0][0], other[0][0])
 

@@ -55,6 +55,29 @@ class TrainingData(Protocol):
         """One epoch of (images, labels), in an order and with distortions drawn from `generator`."""
 
 
+BATCH_SIZE = 64
+
+
+class TrainBatches:
+    """The training batches of an epoch, newly drawn each time they are gone through: what `torchquant.fit` takes.
+
+    >>> import torchquant
+    >>> batches = TrainBatches(load_digits(), seed=0)
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))
+    >>> torchquant.fit(net, batches, epochs=1, learning_rate=1e-2)
+    """
+
+    def __init__(self, data: TrainingData, seed: int = 0) -> None:
+        self.data = data
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-self.data.n_train // BATCH_SIZE)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.train_batches(self.generator, BATCH_SIZE)
+
+
 @dataclass(frozen=True)
 class Digits:
     """Real digits, split by image: (N, 1, 8, 8) training images, (M, 1, 16, 16) distorted test images.

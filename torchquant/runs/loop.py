@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 
 from torchquant import training
 from torchquant._modes import in_mode
-from torchquant.runs.data import TrainingData
+from torchquant.runs.data import TrainBatches, TrainingData
 from torchquant.training import OnEpoch
 from torchquant.training.evaluation import top1
 
-BATCH_SIZE = 64
 TEST_BATCH = 512
 
 
@@ -33,25 +31,15 @@ def train(
 
     `quantized`: with quantizers on; the model ends in QUANT_EVAL.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        return data.train_batches(generator, BATCH_SIZE)
-
+    batches = TrainBatches(data, seed)
     loop = training.fit_quantized if quantized else training.fit
-    options: dict[str, Any] = {"on_epoch": on_epoch, "progress": progress, "generator": generator}
-    loop(model, batches, epochs, learning_rate, steps_per_epoch(data), show_progress=False, **options)
-
-
-def steps_per_epoch(data: TrainingData) -> int:
-    """Batches in an epoch."""
-    return -(-data.n_train // BATCH_SIZE)
+    options: dict[str, Any] = {"on_epoch": on_epoch, "progress": progress, "generator": batches.generator}
+    loop(model, batches, epochs, learning_rate, show_progress=False, **options)
 
 
 def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int) -> None:
     """`training.calibrate` on training batches that `seed` draws."""
-    batches = data.train_batches(torch.Generator().manual_seed(seed), BATCH_SIZE)
-    training.calibrate(model, batches, n_batches, with_targets=True, show_progress=False)
+    training.calibrate(model, TrainBatches(data, seed), n_batches, with_targets=True, show_progress=False)
 
 
 def accuracy_on(model: nn.Module, data: TrainingData) -> float:

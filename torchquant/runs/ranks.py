@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.runs.data import TrainingData
-from torchquant.runs.loop import BATCH_SIZE, steps_per_epoch
+from torchquant.runs.data import BATCH_SIZE, TrainBatches, TrainingData
 from torchquant.training.batches import usable_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -71,15 +70,15 @@ class Share:
     device: str
 
     def __post_init__(self) -> None:
-        if steps_per_epoch(self.data) < self.world:
+        if len(TrainBatches(self.data)) < self.world:
             raise ConfigError(
-                f"{self.data.n_train} training images make {steps_per_epoch(self.data)} batches of {BATCH_SIZE}, "
+                f"{self.data.n_train} training images make {len(TrainBatches(self.data))} batches of {BATCH_SIZE}, "
                 f"too few for {self.world} processes"
             )
 
     @property
     def n_train(self) -> int:
-        return steps_per_epoch(self.data) // self.world * BATCH_SIZE
+        return len(TrainBatches(self.data)) // self.world * BATCH_SIZE
 
     @property
     def n_channels(self) -> int:

@@ -25,7 +25,7 @@ from torchquant.quantizers import make_quantizer
 from torchquant.runs.compare.settings import Case, Recipe
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import changed_contents, contents_of, pinned
-from torchquant.runs.data import DATA, TrainingData, load_data
+from torchquant.runs.data import DATA, TrainBatches, TrainingData, load_data
 from torchquant.runs.folder import (
     CONTENTS,
     REMAKE,
@@ -35,7 +35,7 @@ from torchquant.runs.folder import (
     read_settings,
     write_checkpoint,
 )
-from torchquant.runs.loop import accuracy_on, calibrate, steps_per_epoch, train
+from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import NETWORKS
 from torchquant.runs.settings import check_seed
 
@@ -236,7 +236,7 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         sum(site.total for site in weight_bytes(model)),
         sum(errors) / len(errors),
         seconds,
-        steps_per_epoch(data),
+        len(TrainBatches(data)),
     )
     write_json(_path(case, Path(folder)), asdict(result) | {CONTENTS: _quantizer_contents(case)})
     return case.name, result.accuracy

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchquant._files import reading, write_json, write_whole
 from torchquant.analysis import weight_bytes
@@ -20,9 +19,9 @@ from torchquant.plan import QuantPlan
 from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
-from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.data import TrainBatches, TrainingData, load_data
 from torchquant.runs.folder import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
-from torchquant.runs.loop import BATCH_SIZE, accuracy_on, calibrate, steps_per_epoch, train
+from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import build_model, tried
 from torchquant.runs.ranks import Ranks, process_group
 from torchquant.runs.search.results import (
@@ -106,20 +105,9 @@ def checked_settings(config: SearchConfig) -> dict[str, Any]:
     return _Run(config, Path(), NullProgress(), Ranks()).settings()
 
 
-@dataclass(frozen=True)
-class _Epochs:
+def _epoch(data: TrainingData, seed: int, number: int) -> TrainBatches:
     """The batches of an epoch, by its number: the same whenever they are asked for."""
-
-    data: TrainingData
-    seed: int
-    number: int
-
-    def __len__(self) -> int:
-        return steps_per_epoch(self.data)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + self.number)
-        return self.data.train_batches(generator, BATCH_SIZE)
+    return TrainBatches(data, 1_000_003 * (seed + 1) + number)
 
 
 class _Run:
@@ -184,7 +172,7 @@ class _Run:
         config = self.config
         kind = KINDS[config.kind]
         assert kind is not None
-        steps = config.epochs * max(steps_per_epoch(self.data) // 2, 1)
+        steps = config.epochs * max(len(TrainBatches(self.data)) // 2, 1)
         search = kind(
             self.net,
             self.space,
@@ -200,14 +188,14 @@ class _Run:
             self.shown.row("search", epoch_words(record, config.epochs, config.budgets))
             self.shown.advance(1.0 / config.epochs, f"search: epoch {record.epoch} of {config.epochs}")
 
-        history = search.run(lambda epoch: _Epochs(self.data, config.seed, epoch), out=self.folder, on_epoch=tell)
+        history = search.run(lambda epoch: _epoch(self.data, config.seed, epoch), out=self.folder, on_epoch=tell)
         self.ranks.at_first(lambda: write_checkpoint(self.folder / SEARCHED, search.float_model()))
         self.ranks.at_first(lambda: write_history(self.folder, history))
         return search.derive()
 
     def _allocate(self) -> QuantPlan:
         config = self.config
-        batches = list(itertools.islice(_Epochs(self.data, config.seed, 0), config.calibration_batches))
+        batches = list(itertools.islice(_epoch(self.data, config.seed, 0), config.calibration_batches))
 
         def tell(place: tuple[str, str], harms: tuple[float, ...]) -> None:
             self.shown.advance(1.0 / len(self.costs.places), f"sensitivity of {'.'.join(place)}")
