@@ -43,7 +43,6 @@ ROW_MATES = {
     ("qmodules", "qmodule"),
     ("utils", "qmodule"),
     ("plan", "graph"),
-    ("models", "plan"),
     ("search", "training"),
     ("compat", "deploy"),
 }
@@ -212,7 +211,7 @@ def test_checker_catches(path: str, source: str, problem: str) -> None:
     [
         ("quantizers/x.py", "from torchquant.quantizers._base import Quantizer\nfrom torch import nn"),
         ("quantizers_functional/x.py", "from torchquant.quantizers_functional.uniform import like"),
-        ("models/x.py", "from torchquant.plan import QuantPlan\nfrom torchquant.utils import qmodules\nimport numpy"),
+        ("models/x.py", "from torchquant.utils import qmodules\nimport numpy"),
         ("deploy/x.py", "def f():\n    import onnx"),
         ("deploy/x.py", "from torchquant import __version__"),
         ("deploy/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx"),

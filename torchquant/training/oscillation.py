@@ -133,7 +133,8 @@ class OscillationTracker(nn.Module):
         """Load; of a file of 0.1, which has the weights of QWrappers alone, only those."""
         theirs = [i for i, slot in enumerate(self._watched) if isinstance(slot, LayerSlot)]
         saved = {key: state_dict[key] for key in state_dict if key.startswith(f"{prefix}layers.")}
-        if len(saved) == len(theirs) * len(self.layers[0].state_dict()) and len(theirs) < len(self._watched):
+        of_each = len(self.layers[0].state_dict())
+        if saved and len(saved) == len(theirs) * of_each and len(theirs) < len(self._watched):
             for key in saved:
                 del state_dict[key]
             state_dict.update({f"{prefix}layers.{key}": value for key, value in self.layers.state_dict().items()})
