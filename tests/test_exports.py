@@ -17,8 +17,8 @@ PUBLIC = {
         "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantPlan", "QuantSpec", "Quantizer", "RangeObserver",
         "TernaryQuantizer", "calibrate", "capture", "check_quantizer", "evaluate", "fit", "freeze_bn",
         "make_quantizer", "observe_weights",
-        "qmodule_state", "quantize", "quantizer_parameters", "register_pattern", "set_qmodule_state",
-        "state_report",
+        "qmodule_state", "quantize", "quantizer_parameters", "register_operator", "register_pattern",
+        "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
         "FloatFormat", "GRADIENTS", "Gradient", "Projected", "affine_params", "affine_quantize",

@@ -1,6 +1,7 @@
 """torchquant: a quantization development kit for PyTorch researchers."""
 
 from torchquant.graph import capture as capture
+from torchquant.graph import register_operator as register_operator
 from torchquant.models import _patterns as _patterns
 from torchquant.plan import QuantPlan as QuantPlan
 from torchquant.plan import quantize as quantize
@@ -60,6 +61,7 @@ __all__ = [
     "qmodule_state",
     "quantize",
     "quantizer_parameters",
+    "register_operator",
     "register_pattern",
     "set_qmodule_state",
     "state_report",

@@ -87,8 +87,8 @@ class QuantPlan(ShownAsTables):
         """The plan that rules make for a model.
 
         `rules`: the name of a ready set (`RULE_SETS`) or a list of dictionaries. Each selects sites by `types`
-        (a class or an operator: "Conv2d", "add"), `names` (exact, a glob, or "re:" and a regular expression),
-        `position` ("first", "last" among the layers), `where` (a function of the Site); all that are given must
+        (a class, or an operator of `torchquant operators`: "Conv2d", "add"), `names` (exact, a glob, or "re:" and a
+        regular expression), `position` ("first", "last" among the layers), `where` (a function of the Site); all must
         hold, none selects all. It sets `weight`, `input`, `output`, `bias`, `preactivation` (what goes into an
         activation that is fused and no clamp), each a spec string, a dictionary with "scheme", or a function of the
         layer; None: float. Or `fold_bn`, or `skip: True`. Later rules win, site by site and field by field. A batch
