@@ -20,7 +20,9 @@ from torchquant.deploy.onnx_forms import ONNX_FORMS
 from torchquant.errors import ConfigError, NameClashError
 from torchquant.graph.operator_table import ROLES, Operator
 from torchquant.graph.operators import OPERATORS, register_operator
+from torchquant.graph.ops import activation_of, out_of_place
 from torchquant.graph.sites import NORM_WHY
+from torchquant.graph.trace import traced_graph
 from torchquant.plan.rules import RULE_SETS
 
 BUILT_IN = dict(OPERATORS)
@@ -266,6 +268,7 @@ def soft(x: Tensor) -> Tensor:
 @pytest.mark.usefixtures("own_table")
 def test_an_operator_of_a_library_is_a_site_whichever_overload_is_given() -> None:
     x, net = torch.randn(2, 4), Between(lambda y: soft(y))
+    assert OPERATORS.of(soft) is OPERATORS.of(torch.ops.torchquant_tests.relu) is None
     assert [site.path for site in tq.capture(net, x).sites] == ["a", "b"]
     for target in (soft, torch.ops.torchquant_tests.relu, torch.ops.torchquant_tests.relu.default):
         row = register_operator("soft", target, "computes")
@@ -343,6 +346,14 @@ def test_functions_fuse_as_their_modules_do(between: Callable[[Tensor], Tensor],
     assert site.fused == (("", fused),)
     assert site.batch_norm is None
     assert site.activation == ("", fused)
+
+
+@pytest.mark.parametrize(("between", "writes"), [(lambda y: y.relu_(), True), (lambda y: y.relu(), False)])
+def test_an_activation_writes_where_its_function_does(between: Callable[[Tensor], Tensor], writes: bool) -> None:
+    net = Between(between)
+    node = next(node for node in traced_graph(net).nodes if node.op == "call_method")
+    assert activation_of(node, net).inplace == writes  # type: ignore[union-attr]
+    assert out_of_place(node) == "relu"
 
 
 @pytest.mark.parametrize(
