@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import GridQuantizer, Quantizer
-from torchquant.quantizers._spec import find_scheme, make_quantizer, schemes
+from torchquant.quantizers._spec import find_scheme, make_quantizer, schemes, takes_observer
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _entry(name: str, cls: type[Quantizer]) -> SchemeEntry:
         if parameter.name not in ("n_bits", "axis", "range_observer", "gradient_clip"):
             default = "" if parameter.default is parameter.empty else f"={parameter.default}"
             arguments.append(long_names.get(parameter.name, parameter.name) + default)
-    if "range_observer" in parameters:
+    if takes_observer(cls):
         arguments.append("observer")
     per_channel = "axis" in parameters or "range_observer" in parameters
     return SchemeEntry(

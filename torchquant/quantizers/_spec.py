@@ -20,6 +20,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers._token import TokenQuantizer
 from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient
 from torchquant.range_observers import OBSERVERS, RangeObserver
@@ -184,6 +185,11 @@ def _of_tokens(spec: QuantSpec, site: str) -> Quantizer:
     return TokenQuantizer(spec.n_bits)
 
 
+def takes_observer(scheme: type[Quantizer]) -> bool:
+    """Whether the range of an observer gives the scale of a scheme, or can."""
+    return "range_observer" in inspect.signature(scheme).parameters or issubclass(scheme, ScaledQuantizer)
+
+
 class _Builder:
     """Finds a place for every word of a spec in the constructors of a scheme and its observer."""
 
@@ -205,12 +211,16 @@ class _Builder:
             self.arguments["range_observer"] = self._observer()
         else:
             self._place_axis()
+        observer = self._observer() if "observer" in self.options and issubclass(self.scheme, ScaledQuantizer) else None
         unknown = ", ".join(sorted(self.options))
         _require(not unknown, self.text, f"{self.spec.scheme} has no {unknown}; it has {self._known()}")
         self._fill_for_activations(self.parameters, self.arguments)
         missing = [name for name, p in self.parameters.items() if p.default is p.empty and name not in self.arguments]
         _require(not missing, self.text, f"{self.spec.scheme} needs {', '.join(missing)}")
         quantizer = self.scheme(**self.arguments)
+        if observer is not None:
+            assert isinstance(quantizer, ScaledQuantizer)
+            quantizer.set_observer(observer)
         if self.gradient is not None and isinstance(quantizer, GridQuantizer):
             quantizer.set_gradient(self.gradient)
         return quantizer
@@ -246,7 +256,8 @@ class _Builder:
         name = self.options.pop("observer", None) or ("minmax" if self.site == "weight" else "ema")
         kind = OBSERVERS[name]
         parameters = inspect.signature(kind).parameters
-        arguments = {key: value for key, value in self.arguments.items() if key in parameters}
+        known = {"n_bits": getattr(self.scheme, "n_bits", None), **self.arguments}
+        arguments = {key: value for key, value in known.items() if key in parameters and key != "axis"}
         self._take_options(kind, parameters, arguments)
         self._fill_for_activations(parameters, arguments)
         return kind(**arguments, axis=self.axis)
@@ -290,4 +301,4 @@ class _Builder:
         long_names = {long: short for short, long in self.scheme.short_names.items()}
         hidden = ("axis", "range_observer", "n_bits", "gradient_clip")
         names = [long_names.get(name, name) for name in self.parameters if name not in hidden]
-        return ", ".join(names + (["observer"] if "range_observer" in self.parameters else []))
+        return ", ".join(names + (["observer"] if takes_observer(self.scheme) else []))

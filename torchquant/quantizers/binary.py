@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.binary import Signs
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.range_observers._distributed import reduce_mean
 from torchquant.range_observers._statistics import rows
 
 
 @QUANTIZERS.register("binary")
-class BinaryQuantizer(FittedQuantizer):
+class BinaryQuantizer(ScaledQuantizer):
     """{-alpha, alpha} by the sign of x, sign(0) = +1. Codes 0 and 1. docs/algorithms.md A8.
 
     `scale="mean"`: alpha = E|x|, the least-squares scale (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279).
@@ -31,6 +32,7 @@ class BinaryQuantizer(FittedQuantizer):
     n_bits = 1
     code_range = Signs.code_range
     statistics = ("alpha",)
+    own_rule = ("scale", "mean")
     traits = frozenset({"sign"})
     presets = {"xnor": {"scale": "mean"}, "bnn": {"scale": "one"}}
     about = About("alpha * sign(x), alpha = E|x| or 1", "arXiv:1603.05279 (XNOR), arXiv:1602.02830 (BNN)", "1")
@@ -55,8 +57,8 @@ class BinaryQuantizer(FittedQuantizer):
             alpha = torch.where(alpha.isfinite(), (alpha > 0).to(alpha.dtype), alpha)
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 
-    def format(self) -> Format:
-        return Signs(self.get()[0], axis=self.axis)
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        return Signs(*numbers, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[BinaryQuantizer]:

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._sums import row_mean_squares, row_moments
 from torchquant.quantizers_functional.esb import ESB_ALPHA, ESB_FORMS, check_esb
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.minifloat import FloatFormat, ScaledFloat
 from torchquant.range_observers._distributed import ranks, reduce_mean
 from torchquant.range_observers._statistics import rows
 
 
 @QUANTIZERS.register("esb")
-class ESBQuantizer(FittedQuantizer):
+class ESBQuantizer(ScaledQuantizer):
     """ESB(n_bits, significant_bits) (Gong et al. 2022, arXiv:2109.03513; docs/algorithms.md A4).
 
     `alpha = ESB_ALPHA[n_bits, significant_bits] * rms(x)`, optimal for Gaussian data; 1 for a tensor
@@ -42,6 +43,7 @@ class ESBQuantizer(FittedQuantizer):
     statistics: tuple[str, ...] = ("alpha",)
     joined_by = {"alpha": "rms"}
     short_names = {"k": "significant_bits"}
+    scale_of_zeros = 1.0
 
     def __init__(
         self,
@@ -88,8 +90,15 @@ class ESBQuantizer(FittedQuantizer):
         found = (alpha,) if shift is None else (alpha, shift)
         return found if self.axis is not None else tuple(number.squeeze(0) for number in found)
 
-    def format(self) -> Format:
-        alpha, *shift = self.grid()
+    @property
+    def has_shift(self) -> bool:  # type: ignore[override]
+        return self.center
+
+    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        return (scale, shift) if self.center else (scale,)
+
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        alpha, *shift = numbers
         return ScaledFloat(alpha, self._float_format, shift=shift[0] if shift else None, axis=self.axis)
 
     @classmethod

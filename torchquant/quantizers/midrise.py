@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._sums import (
     row_mean_squares,
     row_moments,
@@ -17,14 +18,14 @@ from torchquant.quantizers_functional._sums import (
     shared_unit_rows,
     usable_scale,
 )
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.midrise import MIDRISE_STEP, MidriseGrid, check_midrise
 from torchquant.quantizers_functional.uniform import integer_codes
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean, reduce_sum
 from torchquant.range_observers._statistics import rows
 
 
-class MidriseQuantizer(FittedQuantizer):
+class MidriseQuantizer(ScaledQuantizer):
     """What the family shares: `step` and `shift` of the cells, and the middle of a cell as its value.
 
     `n_bits` 1..12; `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
@@ -57,8 +58,13 @@ class MidriseQuantizer(FittedQuantizer):
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         """The statistics of each row, over all ranks. x: (C, n). (C,) each."""
 
-    def format(self) -> Format:
-        step, shift = self.grid()
+    has_shift = True
+
+    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        return scale, shift
+
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        step, shift = numbers
         return MidriseGrid(step, self.n_bits, shift=shift, axis=self.axis)
 
     @classmethod
@@ -146,8 +152,13 @@ class VecQQuantizer(MidriseQuantizer):
         held = torch.minimum(torch.maximum(step, least * threshold_step), most * threshold_step)
         return torch.where((step > 0) & (threshold_step > 0), held, step)
 
-    def format(self) -> Format:
-        threshold_step, step = self.get()
+    has_shift = False
+
+    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        return scale, scale
+
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        threshold_step, step = numbers
         return MidriseGrid(step, self.n_bits, threshold_step, axis=self.axis)
 
     @classmethod
@@ -187,12 +198,13 @@ class ClipQQuantizer(MidriseQuantizer):
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self._step(_rms(x)),)
 
-    def grid(self) -> tuple[Tensor | int, ...]:
-        (step,) = self.get()
-        return step, torch.zeros_like(step)
+    has_shift = False
 
-    def format(self) -> Format:
-        return MidriseGrid(self.get()[0], self.n_bits, axis=self.axis)
+    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        return (scale,)
+
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        return MidriseGrid(*numbers, self.n_bits, axis=self.axis)
 
 
 @QUANTIZERS.register("zoomq")

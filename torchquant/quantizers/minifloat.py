@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
 from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.minifloat import (
     FORMATS,
     FloatFormat,
@@ -32,7 +33,7 @@ def _preset(form: FloatFormat) -> dict[str, Any]:
 
 
 @QUANTIZERS.register("minifloat")
-class MinifloatQuantizer(FittedQuantizer):
+class MinifloatQuantizer(ScaledQuantizer):
     """Floating point of few bits, with subnormals, saturating (OCP FP8 and MX, IEEE 754; docs/algorithms.md A11).
 
     `exponent_bits` 1..5, `mantissa_bits` 0..10, `n_bits` their sum and the sign; `bias`, `special`: see
@@ -48,6 +49,8 @@ class MinifloatQuantizer(FittedQuantizer):
 
     statistics = ("unit",)
     joined_by = {"unit": "max"}
+    own_rule = ("scale", "absmax")
+    scale_of_zeros = 1.0
     short_names = {"e": "exponent_bits", "m": "mantissa_bits"}
     presets = {name: _preset(form) for name, form in FORMATS.items()}
     about = About("scale * nearest of +-(1 + F 2**-m) 2**(E - bias) and subnormals", "OCP OFP8 and MX v1.0", "3..16")
@@ -106,8 +109,8 @@ class MinifloatQuantizer(FittedQuantizer):
             best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
         return best
 
-    def format(self) -> Format:
-        return ScaledFloat(self.get()[0], self.form, axis=self.axis)
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        return ScaledFloat(*numbers, self.form, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MinifloatQuantizer]:

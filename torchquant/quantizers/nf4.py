@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._sums import usable_scale
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.nf4 import NormalFloat
 from torchquant.range_observers._distributed import reduce_max
 from torchquant.range_observers._statistics import rows
 
 
 @QUANTIZERS.register("nf4")
-class NF4Quantizer(FittedQuantizer):
+class NF4Quantizer(ScaledQuantizer):
     """4-bit NormalFloat: 16 levels at the quantiles of a Gaussian, scaled by the largest magnitude.
 
     Meant for groups of 64: "nf4/group=64". Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314;
@@ -30,6 +31,7 @@ class NF4Quantizer(FittedQuantizer):
     code_range = NormalFloat.code_range
     statistics = ("absmax",)
     joined_by = {"absmax": "max"}
+    scale_of_zeros = 1.0
     about = About("absmax * nearest of 16 Gaussian quantiles", "Dettmers et al. 2023, QLoRA, arXiv:2305.14314", "4")
 
     def __init__(
@@ -46,8 +48,8 @@ class NF4Quantizer(FittedQuantizer):
         absmax = torch.where(absmax == 0, torch.ones_like(absmax), absmax)
         return (absmax if self.axis is not None else absmax.squeeze(0),)
 
-    def format(self) -> Format:
-        return NormalFloat(self.get()[0], axis=self.axis)
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        return NormalFloat(*numbers, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NF4Quantizer]:

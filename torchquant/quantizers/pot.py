@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.pot import POT_ALPHA, PowersOfTwo, check_pot, pot_max
 from torchquant.quantizers_functional.uniform import integer_codes
 from torchquant.range_observers._distributed import reduce_mean
@@ -14,7 +15,7 @@ from torchquant.range_observers._statistics import rows
 
 
 @QUANTIZERS.register("pot")
-class PotQuantizer(FittedQuantizer):
+class PotQuantizer(ScaledQuantizer):
     """{+-alpha 2**i} with the scale that is optimal for a Gaussian; 2**n_bits values, no zero. docs/algorithms.md A5.
 
     `n_bits` 1..5. Deviation from the AutoQNN code: its magnitudes lack level 1 (docs/algorithms.md I-15).
@@ -51,8 +52,8 @@ class PotQuantizer(FittedQuantizer):
         alpha = usable_scale(POT_ALPHA[self.n_bits] * rms, pot_max(self.n_bits))
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 
-    def format(self) -> Format:
-        return PowersOfTwo(self.get()[0], self.n_bits, axis=self.axis)
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        return PowersOfTwo(*numbers, self.n_bits, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[PotQuantizer]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers_functional.formats import Format
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._scaled import ScaledQuantizer
+from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.ternary import METHODS, Ternary, ternary_params
 from torchquant.range_observers._distributed import gather_rows, ranks
 from torchquant.range_observers._statistics import rows
 
 
 @QUANTIZERS.register("ternary")
-class TernaryQuantizer(FittedQuantizer):
+class TernaryQuantizer(ScaledQuantizer):
     """{-alpha, 0, alpha}: ternary weight networks (Li et al. 2016, arXiv:1605.04711; docs/algorithms.md A7).
 
     `method="twn"`: threshold 0.7 E|x|, alpha the mean above it. `"exact"`: the pair of least squared
@@ -35,6 +36,7 @@ class TernaryQuantizer(FittedQuantizer):
     n_bits = 2
     presets = {"twn": {"method": "twn"}}
     statistics = ("threshold", "alpha")
+    own_rule = ("method", "twn")
     code_range = Ternary.code_range
 
     def __init__(
@@ -55,8 +57,11 @@ class TernaryQuantizer(FittedQuantizer):
         params = ternary_params(x, "twn", ranks()) if self.method == "twn" else ternary_params(gather_rows(x), "exact")
         return tuple(p if self.axis is not None else p.squeeze(0) for p in params)
 
-    def format(self) -> Format:
-        threshold, alpha = self.get()
+    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        return scale / 2, scale
+
+    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+        threshold, alpha = numbers
         return Ternary(alpha, threshold, axis=self.axis)
 
     @classmethod

@@ -309,6 +309,11 @@ class ScaledFormat(Format):
     scale: Number
     shift: Number | None = field(default=None, kw_only=True)
 
+    @property
+    def largest(self) -> float:
+        """The largest of the fixed numbers."""
+        return 1.0
+
     @abstractmethod
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The fixed numbers behind codes."""

@@ -51,6 +51,10 @@ class MidriseGrid(ScaledFormat):
         return integer_codes(self.n_bits, True)
 
     @property
+    def largest(self) -> float:
+        return float(2 ** (self.n_bits - 1) - 0.5)
+
+    @property
     def _cell(self) -> Number:
         return self.scale if self.cell is None else self.cell
 

@@ -166,6 +166,10 @@ class ScaledFloat(ScaledFormat):
     def code_range(self) -> tuple[int, int]:
         return self.form.code_range
 
+    @property
+    def largest(self) -> float:
+        return self.form.largest
+
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return minifloat_decode(codes, self.form, dtype)
 
@@ -180,4 +184,4 @@ class ScaledFloat(ScaledFormat):
         centred, scale = self._centred(x), self.shaped(self.scale, x)
         value = nearest_floats_(centred / scale, self.form).mul_(scale)
         value = value if self.shift is None else value.add_(self.shaped(self.shift, x))
-        return value, centred.abs().le_(scale * self.form.largest) if want_inside else None
+        return value, centred.abs().le_(scale * self.largest) if want_inside else None

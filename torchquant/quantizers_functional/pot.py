@@ -88,6 +88,10 @@ class PowersOfTwo(ScaledFormat):
     def code_range(self) -> tuple[int, int]:
         return integer_codes(self.n_bits, True)
 
+    @property
+    def largest(self) -> float:
+        return pot_max(self.n_bits)
+
     def codes(self, x: Tensor) -> Tensor:
         return pot_encode(pot_magnitudes(x, self.shaped(self.scale, x), self.n_bits), x < 0)
 
@@ -98,4 +102,4 @@ class PowersOfTwo(ScaledFormat):
         """Clipped is what is beyond the largest level."""
         scale = self.shaped(self.scale, x)
         value = pot_magnitudes(x, scale, self.n_bits).mul_(signs(x)).mul_(scale)
-        return value, x.abs().le_(scale * pot_max(self.n_bits)) if want_inside else None
+        return value, x.abs().le_(scale * self.largest) if want_inside else None

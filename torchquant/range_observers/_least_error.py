@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchquant.quantizers_functional.affine import AffineParams, affine_params, quantize_uniform
+from torchquant.quantizers_functional.affine import AffineParams, affine_params
+from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.range_observers._histogram import bin_edges
 
 RATIO = 0.6  # of the first factors, one to the next
@@ -92,11 +93,21 @@ def histogram_error(
     if power == 2.0:
         squared = SquaredError(counts, low, high)
         return lambda low, high: squared(affine_params(low, high, n_bits, symmetric))
+    return format_error(
+        counts, low, high, lambda low, high: UniformGrid(*affine_params(low, high, n_bits, symmetric)), power
+    )
+
+
+def format_error(
+    counts: Tensor, low: Tensor, high: Tensor, format_over: Callable[[Tensor, Tensor], Format], power: float
+) -> ErrorOf:
+    """The errors |x - Q(x)|**power of the formats over ranges, at the middles of the bins of a histogram."""
     edges = bin_edges(low, high, counts.shape[1])
     middles = ((edges[:, 1:] + edges[:, :-1]) / 2)[:, None]
 
     def error(low: Tensor, high: Tensor) -> Tensor:
-        quantized = quantize_uniform(middles, affine_params(low[..., None], high[..., None], n_bits, symmetric))
+        form = format_over(low[..., None], high[..., None])
+        quantized, _ = form.project(middles.expand(-1, low.shape[1], -1))
         return quantized.sub_(middles).abs_().pow_(power).mul_(counts[:, None]).sum(-1)
 
     return error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional.affine import affine_params, check_affine
+from torchquant.quantizers_functional.formats import Format
 from torchquant.range_observers._base import OBSERVERS
 from torchquant.range_observers._counting import CountingObserver
 from torchquant.range_observers._histogram import clip_error, entropy_share, quantile
-from torchquant.range_observers._least_error import histogram_error, least_error_range
+from torchquant.range_observers._least_error import format_error, histogram_error, least_error_range
 
 STRIDE = 16  # from one number of bins that is tried for the least information lost to the next
 TWO_SIDED = (False, "asymmetric-narrow")  # grids whose ends are independent of one another
@@ -62,7 +65,8 @@ class MSEObserver(CountingObserver):
     of its own unless the grid is symmetric: first by the powers of 0.6 down to 1/99, then by factors nearer and nearer
     to the best, at last 1 % apart. Elements that are 0 have no error on any grid and are not counted; the mass of a bin
     counts as evenly spread inside it. `power` 2 is the squared error; 2.4 that of BRECQ, taken at the middles of
-    bins. docs/algorithms.md C5, whose factors are the same for both ends and hundredths.
+    bins, as every error is on the format of a quantizer that is not affine; its ends are shrunk alike without a shift.
+    docs/algorithms.md C5, whose factors are the same for both ends and hundredths.
 
     >>> observer = MSEObserver(4, symmetric="narrow")
     >>> observer.observe_batch(torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(1e-4, 1 - 1e-4, 5000)))
@@ -71,6 +75,10 @@ class MSEObserver(CountingObserver):
     """
 
     counts_zeros = False
+    format_over: Callable[[Tensor, Tensor], Format] | None = None
+    """(low, high) -> the format over that range; None: an affine grid. A quantizer of another format sets its own."""
+    shrinks_alike = True
+    """Whether the ends of such a range are shrunk by the same factor."""
 
     def __init__(
         self,
@@ -91,6 +99,9 @@ class MSEObserver(CountingObserver):
         self.power = power
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.format_over is not None:
+            error = format_error(counts, *self.ends_of_bins(low, high), self.format_over, self.power)
+            return least_error_range(error, low, high, self.shrinks_alike)
         error = histogram_error(counts, *self.ends_of_bins(low, high), self.n_bits, self.symmetric, self.power)
         return least_error_range(error, low, high, self.symmetric not in TWO_SIDED)
 
