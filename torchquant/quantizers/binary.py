@@ -58,7 +58,8 @@ class BinaryQuantizer(ScaledQuantizer):
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 
     def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        return Signs(*numbers, axis=self.axis)
+        (scale,) = numbers
+        return Signs(scale, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[BinaryQuantizer]:

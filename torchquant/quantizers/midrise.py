@@ -204,7 +204,8 @@ class ClipQQuantizer(MidriseQuantizer):
         return (scale,)
 
     def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        return MidriseGrid(*numbers, self.n_bits, axis=self.axis)
+        (scale,) = numbers
+        return MidriseGrid(scale, self.n_bits, axis=self.axis)
 
 
 @QUANTIZERS.register("zoomq")

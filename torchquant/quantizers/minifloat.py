@@ -110,7 +110,8 @@ class MinifloatQuantizer(ScaledQuantizer):
         return best
 
     def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        return ScaledFloat(*numbers, self.form, axis=self.axis)
+        (scale,) = numbers
+        return ScaledFloat(scale, self.form, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MinifloatQuantizer]:

@@ -49,7 +49,8 @@ class NF4Quantizer(ScaledQuantizer):
         return (absmax if self.axis is not None else absmax.squeeze(0),)
 
     def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        return NormalFloat(*numbers, axis=self.axis)
+        (scale,) = numbers
+        return NormalFloat(scale, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NF4Quantizer]:

@@ -53,7 +53,8 @@ class PotQuantizer(ScaledQuantizer):
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 
     def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        return PowersOfTwo(*numbers, self.n_bits, axis=self.axis)
+        (scale,) = numbers
+        return PowersOfTwo(scale, self.n_bits, axis=self.axis)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[PotQuantizer]:

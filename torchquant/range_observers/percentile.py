@@ -59,7 +59,7 @@ class PercentileObserver(RangeObserver):
         else:
             low, high = _percentile(x, self.low_percentile), _percentile(x, self.percentile)
         # NaN and Inf of x are to be refused, also where they are cut off.
-        refused = torch.where((highest - lowest).isfinite(), 0.0, torch.nan).to(x.dtype)
+        refused = torch.where(highest.isfinite() & lowest.isfinite(), 0.0, torch.nan).to(x.dtype)
         low, high = low + refused, high + refused
         return (low, high) if self.axis is not None else (low[0], high[0])
 
