@@ -86,6 +86,15 @@ def test_an_activation_is_averaged_by_its_observer() -> None:
     assert float(quantizer.observer.get_ranges()[1]) == pytest.approx(3.0)
 
 
+def test_a_clamp_is_observed_and_quantized_in_one_pass(x: Tensor) -> None:
+    for rule in ("", ",observer=minmax"):
+        fused, apart = (tq.make_quantizer(f"esb:4,k=1{rule}") for _ in range(2))
+        assert fused.fuses_clamp
+        fused.pre_observe(x, clamp=(0.0, 2.0))  # type: ignore[call-arg]
+        apart.pre_observe(x.clamp(0.0, 2.0))
+        assert torch.equal(fused(x, clamp=(0.0, 2.0)), apart(x.clamp(0.0, 2.0)))
+
+
 def test_the_rule_of_the_scheme_stays_the_default(x: Tensor) -> None:
     quantizer = tq.make_quantizer("esb:4,k=1")
     quantizer.pre_observe(x)

@@ -26,6 +26,7 @@ class ScaledQuantizer(FittedQuantizer):
     would measure is not looked at.
     """
 
+    fuses_clamp = True
     own_rule: ClassVar[tuple[str, str] | None] = None
     """Name of the constructor's argument for the rule of the scheme itself, and its default."""
     has_shift = False
