@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from torchquant import cli
 from torchquant.runs.compare import Recipe
@@ -54,3 +57,14 @@ def test_a_field_is_an_option(words: list[str], settings: Any, left_out: set[str
         else:
             assert found[name].opts == [f"--{name.replace('_', '-')}"]
             assert found[name].default == entry.default, name
+
+
+def test_a_file_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = re.search(r"is `torchquant greet`:\n\n```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    (tmp_path / "greet.py").write_text(code[1])
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    done = CliRunner().invoke(cli.build_app(), ["greet", "you", "--times", "2"])
+    assert (done.exit_code, done.output) == (0, "hello you\nhello you\n")
+    assert CliRunner().invoke(cli.build_app(), ["greet"]).exit_code == 2

@@ -1,5 +1,7 @@
-"""The command line: one file a command. Commands hold no logic of their own. Needs the extra `cli`."""
+"""The command line: every file here is a command, or a group of them. They hold no logic. Needs the extra `cli`."""
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,6 @@ def main() -> None:
 
 def build_app() -> Any:
     """The typer application with all commands. Raises MissingDependencyError without typer."""
-    from torchquant.cli import certify, compare, demo, export, operators, quantize, schemes, search, size
     from torchquant.cli._options import typed
 
     typer = require("typer", "cli")
@@ -52,10 +53,13 @@ def build_app() -> Any:
         """Quantization of PyTorch models."""
 
     app.callback()(root)
-    for module in (demo, schemes, operators, compare, quantize, export, certify, size):
-        app.command(module.__name__.rpartition(".")[2])(typed(module.command, typer, explained))
-    searches = typer.Typer(help=search.ABOUT, no_args_is_help=True)
-    for function in (search.qss, search.qpl, search.allocate, search.study):
-        searches.command(function.__name__)(typed(function, typer, explained))
-    app.add_typer(searches, name="search")
+    for name in sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")):
+        module = importlib.import_module(f"{__name__}.{name}")
+        if hasattr(module, "command"):
+            app.command(name)(typed(module.command, typer, explained))
+            continue
+        group = typer.Typer(help=module.ABOUT, no_args_is_help=True)
+        for function in module.COMMANDS:
+            group.command(function.__name__)(typed(function, typer, explained))
+        app.add_typer(group, name=name)
     return app

@@ -69,3 +69,6 @@ def study(
     result = run_study(config, out, trials, storage, name, terminal)
     terminal.table(f"study {name}", *result.table())
     terminal.message(f"the best run: {result.best.folder}; all: {out / 'study.json'}")
+
+
+COMMANDS = (qss, qpl, allocate, study)
