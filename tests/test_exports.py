@@ -106,6 +106,14 @@ def test_qmodules_is_qmodule() -> None:
     assert QWrapper is importlib.import_module("torchquant").QWrapper
 
 
+def test_capture_is_a_function_wherever_it_is_imported_from() -> None:
+    from torchquant.graph.capture import capture
+
+    graph = importlib.import_module("torchquant.graph")
+    importlib.import_module("torchquant.graph.capture")
+    assert graph.capture is capture is importlib.import_module("torchquant").capture
+
+
 @pytest.mark.parametrize(
     ("address", "name"),
     [

@@ -33,9 +33,13 @@ N, C, SIZE = 2, 8, 6
 # Operator -> one or more uses of it on y (N, C, SIZE, SIZE), the output of a convolution.
 SAMPLES: dict[str, dict[str, Callable[[Tensor], Any] | nn.Module]] = {
     "add": {"": lambda y: y + y.flip(2)},
-    "sub": {"": lambda y: torch.subtract(y, y.flip(2))},
-    "mul": {"": lambda y: torch.multiply(y, y.flip(2))},
+    "sub": {"": lambda y: y - y.flip(2)},
+    "mul": {"": lambda y: y * y.flip(2)},
     "div": {"": lambda y: y / y.flip(2).exp()},
+    "subtract": {"": lambda y: torch.subtract(y, y.flip(2))},
+    "multiply": {"": lambda y: torch.multiply(y, y.flip(2))},
+    "divide": {"": lambda y: torch.divide(y, y.flip(2).exp())},
+    "baddbmm": {"": lambda y: torch.baddbmm(y[0], y[0], y[1])},
     "matmul": {"": lambda y: y @ y.transpose(2, 3)},
     "addmm": {"": lambda y: torch.addmm(y[0, 0], y[0, 1], y[0, 2])},
     "einsum": {"": lambda y: torch.einsum("ncij,ncik->ncjk", y, y)},
@@ -173,7 +177,10 @@ def test_the_role_is_what_a_plan_makes_of_it(name: str, label: str, captured: di
     product = captured[[path for path in captured if path.startswith(f"{place}.mul")][-1]]
     own = {path: site for path, site in captured.items() if path.startswith(place) and path != product.path}
     if row.role == "computes":
-        assert [site for site in own.values() if name in site.types], own
+        site = next(site for site in own.values() if name in site.types)
+        assert site.types[0] == name
+        assert site.module is not None or site.path.removeprefix(f"{place}.").startswith(row.path)
+        assert site.types[-1] == row.family or site.module is not None
         assert product.reads[0].sources == (next(reversed(own)),)
     elif row.role == "passes":
         assert product.reads[0].sources == ("first",)
@@ -209,7 +216,7 @@ def test_a_file_computes_what_the_integer_reference_does(tmp_path: Path) -> None
     assert nodes - listed <= {"QuantizeLinear", "DequantizeLinear", "Exp"}
 
 
-@pytest.mark.parametrize("name", ["matmul", "addmm", "einsum", "attention"])
+@pytest.mark.parametrize("name", ["matmul", "baddbmm", "addmm", "einsum", "attention"])
 def test_multiply_adds_are_those_torch_counts(name: str) -> None:
     (use,) = SAMPLES[name].values()
     y = torch.randn(N, C, SIZE, SIZE)
@@ -361,6 +368,15 @@ def test_an_activation_writes_where_its_function_does(between: Callable[[Tensor]
 )
 def test_what_takes_values_of_two_tensors_lies_on_no_grid_of_either(between: Callable[[Tensor], Tensor]) -> None:
     assert tq.capture(Between(between), torch.randn(2, 4)).sites[-1].reads[0].sources == ()
+
+
+def test_names_of_modules_in_files_of_before_stay() -> None:
+    def forward(y: Tensor) -> Tensor:
+        y = torch.multiply(y, y.flip(1)) * torch.einsum("ij,ij->ij", y, y)
+        return torch.addmm(y, torch.stack([y, y])[0], torch.subtract(y, 1.0 - y))
+
+    paths = [site.path for site in tq.capture(Between(forward), torch.randn(4, 4)).sites]
+    assert paths == ["a", "multiply", "matmul", "mul", "cat", "sub", "subtract", "addmm", "b"]
 
 
 class PlainNorm(nn.Module):

@@ -155,7 +155,7 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
     return made(Sum(acc.to(torch.int64), left.scale * right.scale), acc)
 
 
-@register_integer("mul")
+@register_integer("mul", "multiply")
 def _mul(func: Any, input: Any, other: Any) -> Any:
     left, right = codes_of(input), codes_of(other)
     if left is None or right is None:
@@ -169,7 +169,7 @@ def _add(func: Any, input: Any, other: Any, alpha: float = 1) -> Any:
     return _sum_of(input, other, alpha, minus=False)
 
 
-@register_integer("sub")
+@register_integer("sub", "subtract")
 def _sub(func: Any, input: Any, other: Any, alpha: float = 1) -> Any:
     return _sum_of(input, other, alpha, minus=True)
 

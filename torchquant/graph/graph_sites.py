@@ -196,7 +196,7 @@ class GraphSites:
             self._leave(joined(self.path, module_path(node)), kind, "it writes to its input, which others hold too")
             return
         if module is None or (self.n_calls[id(module)] > 1 and not list(module.parameters())):
-            path, module = self._new_path(node, kind), None
+            path, module = self._new_path(node, operator.path), None
         else:
             path = joined(self.path, str(node.target))
             if module in self.elsewhere or path in self.sites:

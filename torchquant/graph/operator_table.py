@@ -37,8 +37,9 @@ class Operator:
     `targets`: its functions and module classes; as strings the names of functions of torch, of Python's `operator` and
     of methods of Tensor. `names`: what other packages call it, whichever they are. `role`: one of `ROLES`.
 
-    `family`: what rules call it, and what the modules that quantize it are called: its name, unless it is a variant
-    of another operator. `n_reads`: how many of its first inputs carry values; None: all of them.
+    `family`: what rules call it too, where it is a variant of another operator. `path`: what a module that quantizes it
+    is called; files hold these names, so what becomes a site later has one of its own. `n_reads`: how many of its first
+    inputs carry values; None: all of them.
     `out_of_place`: name of a variant that writes to its input -> what computes the same and leaves its input as it is.
     `activation`: the arguments behind the input -> the module that computes the same. `macs`: all arguments and the
     result -> multiply-adds; None: it multiplies no matrices. `may_be_view`: whether the result can lie in the memory of
@@ -49,6 +50,7 @@ class Operator:
     targets: tuple[Target, ...]
     role: str
     family: str = ""
+    path: str = ""
     n_reads: int | None = None
     out_of_place: Mapping[str, Target] = field(default_factory=dict)
     activation: Callable[..., nn.Module] | None = None
@@ -59,6 +61,7 @@ class Operator:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", self.family or self.name)
+        object.__setattr__(self, "path", self.path or self.family)
         object.__setattr__(self, "why_float", self.why_float or WHY_FLOAT.get(self.role, ""))
 
     @property

@@ -48,6 +48,8 @@ def _each_rank(*names: str) -> tuple[Target, ...]:
     return (*(f"{function}{n}d" for n in (1, 2, 3)), *(getattr(nn, f"{module}{n}d") for n in (1, 2, 3)))
 
 
+_NO_DIVISION = "no runtime divides whole numbers by whole numbers"
+_NO_SUM = "what is added to the product is on a grid of its own, and no runtime has a kernel for all three"
 _COMPUTING = (
     Operator(
         "add",
@@ -57,32 +59,29 @@ _COMPUTING = (
     ),
     Operator(
         "sub",
-        ("sub", "subtract", "__sub__", "__rsub__", "__isub__"),
+        ("sub", "__sub__", "__rsub__", "__isub__"),
         "computes",
         out_of_place={"isub": operator.sub, "sub_": "sub"},
     ),
     Operator(
         "mul",
-        ("mul", "multiply", "__mul__", "__rmul__", "__imul__"),
+        ("mul", "__mul__", "__rmul__", "__imul__"),
         "computes",
         out_of_place={"imul": operator.mul, "mul_": "mul"},
     ),
     Operator(
         "div",
-        ("div", "divide", "truediv", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__"),
+        ("div", "truediv", "__truediv__", "__rtruediv__", "__itruediv__"),
         "computes",
         out_of_place={"itruediv": operator.truediv, "div_": "div"},
-        why_float="no runtime divides whole numbers by whole numbers",
+        why_float=_NO_DIVISION,
     ),
+    Operator("subtract", ("subtract",), "computes", "sub", path="subtract"),
+    Operator("multiply", ("multiply",), "computes", "mul", path="multiply"),
+    Operator("divide", ("divide", "true_divide"), "computes", "div", path="divide", why_float=_NO_DIVISION),
     Operator("matmul", ("matmul", "bmm", "mm", "__matmul__", "__rmatmul__"), "computes", macs=matrix_macs),
-    Operator(
-        "addmm",
-        ("addmm", "baddbmm"),
-        "computes",
-        "matmul",
-        macs=matrix_macs,
-        why_float="what is added to the product is on a grid of its own, and no runtime has a kernel for all three",
-    ),
+    Operator("baddbmm", ("baddbmm",), "computes", "matmul", macs=matrix_macs, why_float=_NO_SUM),
+    Operator("addmm", ("addmm",), "computes", "matmul", path="addmm", macs=matrix_macs, why_float=_NO_SUM),
     Operator(
         "einsum",
         ("einsum",),
