@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._arguments import checked
+from torchquant._modes import in_mode
 from torchquant.errors import ConfigError
 from torchquant.graph.traced import graphs_running
 from torchquant.graph.watch import call_with, tensors_in
@@ -98,9 +99,7 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
     """
     if n_samples < 1:
         raise ConfigError(f"n_samples must be at least 1, got {n_samples}")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with in_mode(False, model):
         real: dict[str, Tensor] = {}
         with qmodule_state(model, QModuleState.BYPASSED), graphs_running(), _on_output(model, real.setdefault):
             call_with(model, (x,), "x")
@@ -114,9 +113,6 @@ def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[L
 
         with qmodule_state(model, QModuleState.QUANT_EVAL), _on_output(model, compare):
             call_with(model, (x,), "x")
-    finally:
-        for module in training:
-            module.training = True
     found = []
     for path, module in modules.items():
         weights = _weight_errors(module, n_samples)
