@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
-    """Every module in training or in evaluation, each back in its own mode after that."""
+    """Put every module in training or evaluation mode; on exit each gets its own mode back."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:

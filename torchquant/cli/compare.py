@@ -12,7 +12,7 @@ from torchquant.runs.console import Terminal
 from torchquant.runs.settings import words_of
 
 TERMINAL_COLUMNS = 7
-"""Those that fit on a terminal; the files have all."""
+"""Columns that fit on a terminal; the files have all of them."""
 
 
 def command(

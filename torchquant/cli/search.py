@@ -61,7 +61,7 @@ def study(
     config: Annotated[SearchConfig, Only(_is_studied)],
     trials: Annotated[int, "Finished trials that the study shall have, those of all machines together."] = 20,
     storage: Annotated[str | None, "A URL, or a journal file; otherwise study.db in the folder."] = None,
-    name: Annotated[str, "Of the study in the storage."] = "search",
+    name: Annotated[str, "Name of the study in the storage."] = "search",
     out: Out = OUT,
 ) -> None:
     """Search again and again with other settings, which Optuna proposes; several machines can join."""

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a bar on a terminal, plain lines elsewhere."""
+"""The output of a run while it goes on: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchquant.errors import require
 from torchquant.training.batches import make_bar
 
 MOST_ROWS = 12
-"""Of a table that grows, the last ones are seen."""
+"""Rows of a growing table that are shown: the last ones."""
 
 
 class NullProgress:

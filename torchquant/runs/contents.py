@@ -1,4 +1,4 @@
-"""What files took part in a run, by what stood in them: a file that changed under the same name is another one."""
+"""The files that took part in a run, by their contents: a file that changed under the same name is another one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def contents_of(paths: Iterable[str | None], nets: Iterable[nn.Module] = (), mod
 
 
 def pinned(wanted: dict[str, str] | None, found: dict[str, str]) -> dict[str, str]:
-    """What was found; raises ConfigError where it is not what settings ask for."""
+    """The contents that were found; raises ConfigError where settings ask for others."""
     if wanted is not None and (changed := changed_contents(wanted, found)):
         raise ConfigError(
             f"{', '.join(changed)}: not what the settings were written down with; leave out their contents"

@@ -32,7 +32,7 @@ FOLDER_SIZE = 64
 
 
 class TrainingData(Protocol):
-    """What training needs of its data."""
+    """The interface of data for training and testing."""
 
     @property
     def n_train(self) -> int:

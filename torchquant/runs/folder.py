@@ -73,7 +73,7 @@ def claimed(
 def keep_settings(
     path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
 ) -> None:
-    """What `claimed` does once it has the folder."""
+    """Keep the settings in the folder, or check those that it holds; `claimed` calls it once it has the folder."""
     found = [file.name for pattern in made for file in path.parent.glob(pattern)]
     if path.exists() and _files(path.parent) != {path}:
         _compare(path, read_settings(path), settings, holds, thing, tell)
@@ -122,7 +122,7 @@ def brief_word(value: Any) -> str:
 
 
 def read_settings(path: Path, remedy: str = ELSEWHERE) -> dict[str, Any]:
-    """What a run kept in a JSON file: settings or results, perhaps contents. Raises ConfigError that names it."""
+    """The settings or results in a JSON file of a run, perhaps with contents. Raises ConfigError that names it."""
     with reading(path, remedy):
         known = read_json(path)
         contents = known.get(CONTENTS) if isinstance(known, dict) else 0
@@ -145,7 +145,7 @@ def read_as(path: Path, kind: type[T], found: Any, remedy: str) -> T:
 
 
 def _files(folder: Path) -> set[Path]:
-    """All that is there, but for the lock and what a killed process left half-written."""
+    """The files in the folder, without the lock and what a killed process left half-written."""
     return {p for p in folder.rglob("*") if p.is_file() and p.name != LOCK and not p.name.startswith(".tmp-")}
 
 
@@ -155,6 +155,6 @@ def write_checkpoint(path: Path, model: nn.Module) -> Path:
 
 
 def read_checkpoint_into(model: nn.Module, path: Path, remedy: str = REMAKE) -> None:
-    """Load what `write_checkpoint` wrote. Raises ConfigError that names the file."""
+    """Load what `write_checkpoint` wrote. Raises ConfigError that names it."""
     with reading(path, remedy):
         model.load_state_dict(read_saved(path))

@@ -50,7 +50,7 @@ MADE = ("float.pt", "calibrated.pt", "trained.pt", "*.progress.pt")
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What `torchquant quantize` is asked for.
+    """The settings of `torchquant quantize`.
 
     `model`: a name of torchvision or timm, "demo", or "path/to/file.py:function", a function that returns a model, or
     "package.module:function" of an installed package.
@@ -67,7 +67,7 @@ class JobConfig:
     checkpoint: str | None = checkpoint_option()
     float_epochs: int = option(30, "Epochs of float training; 0: none.")
     epochs: int = option(10, "Epochs of quantization-aware training.")
-    learning_rate: float = option(1e-3, "Of float training; a third of it for qat.")
+    learning_rate: float = option(1e-3, "Learning rate of float training; qat uses a third of it.")
     calibration_batches: int = option(8, "Batches that ranges are measured on.")
     seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)

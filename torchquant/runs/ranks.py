@@ -17,7 +17,7 @@ from torchquant.runs.data import BATCH_SIZE, TrainBatches, TrainingData
 from torchquant.training.batches import usable_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets."""
+"""Environment variables that torchrun sets."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ranks:
         return self.rank == 0
 
     def of_first(self, value: Any) -> Any:
-        """What the first process has there."""
+        """The value that the first process has."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box)
@@ -53,7 +53,7 @@ class Ranks:
             raise ConfigError(error)
 
     def share(self, data: TrainingData) -> TrainingData:
-        """What this process sees of the data."""
+        """The part of the data that this process sees."""
         return data if self == Ranks() else Share(data, self.rank, self.world, self.device)
 
 

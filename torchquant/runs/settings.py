@@ -1,4 +1,4 @@
-"""What a run is asked for: settings of their type and in their range, and what their words stand for."""
+"""Settings of runs: fields that are options of the command line, checks of type and range, rules by name or file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchquant.runs.data import DATA
 
 MAX_SEED = 2**32 - 1
 HELP = "help"
-"""In the metadata of a field: what the command line says of it."""
+"""Key in the metadata of a field: its help on the command line."""
 
 
 def argument(words: str) -> Any:
@@ -117,7 +117,7 @@ def read_rules(rules: str) -> Any:
 
 
 def files_of(data: str, rules: str | None) -> Iterator[str]:
-    """Those of the two that are files or folders, not names."""
+    """The data and the rules, where they are files or folders and not names."""
     if data not in DATA:
         yield data
     if rules is not None and rules not in RULE_SETS:

@@ -71,7 +71,7 @@ class Stages:
         self.run("float.pt", net, work, "float.progress.pt")
 
     def tell(self, what: str, epochs: int) -> OnEpoch:
-        """What tells of each epoch of a training that is one unit of progress."""
+        """A callback for each epoch of a training; the whole training is one unit of progress."""
 
         def tell(epoch: int, loss: float) -> None:
             self.shown.advance(1.0 / epochs, f"{what}: epoch {epoch} of {epochs}, loss {loss:.3f}")

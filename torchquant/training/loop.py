@@ -107,7 +107,7 @@ def fit_quantized(model: nn.Module, *args: Any, **options: Any) -> None:
 
 
 class _Course:
-    """What a training changes step by step: the parameters of a model, its optimizer, the learning rate."""
+    """The parts of a training that change step by step: the model, the optimizer, the learning rate."""
 
     def __init__(
         self, model: nn.Module, learning_rate: float, n_steps: int, warm_up: float, generator: torch.Generator | None
@@ -187,7 +187,7 @@ def across_ranks(model: nn.Module) -> nn.Module:
 
 
 def random_state() -> list[Tensor]:
-    """Of torch's own generators: the CPU's, then those of the GPUs."""
+    """The states of torch's own generators: the CPU's, then those of the GPUs."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 

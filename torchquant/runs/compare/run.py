@@ -46,7 +46,7 @@ LOSSLESS_DB = 150.0  # the precision of float32; what a layer without any error 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What one case gave. `accuracy` on the test images, 0..1; `float_accuracy` of the network it started from.
+    """The result of one case. `accuracy` on the test images, 0..1; `float_accuracy` of the network it started from.
 
     `weight_sqnr_db`: mean over the layers, of the weights as they were at the end. `seconds_per_epoch`
     of quantization-aware training, None without; an epoch has `steps_per_epoch` batches.
@@ -139,7 +139,7 @@ def _is_missing(case: Case, folder: Path, shown: NullProgress) -> bool:
 
 
 def _quantizer_contents(case: Case) -> dict[str, str]:
-    """Of the plug-ins that the quantizers of a case are written in."""
+    """The contents of the plug-in files in which the quantizers of a case are written."""
     return contents_of([], [make_quantizer(case.weight), make_quantizer(case.acts, site="output")])
 
 

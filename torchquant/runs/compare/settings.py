@@ -1,4 +1,4 @@
-"""What a comparison compares: schemes, widths, seeds, and the one recipe for all of them."""
+"""The settings of a comparison: schemes, widths, seeds, and the one recipe for all of them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ class Recipe:
     data: str = data_option()
     float_epochs: int = option(30, "Epochs of float training.")
     epochs: int = option(10, "Epochs of quantization-aware training; 0: calibrate only.")
-    learning_rate: float | None = option(None, "Of quantization-aware training; otherwise the network's own.")
+    learning_rate: float | None = option(
+        None, "Learning rate of quantization-aware training; otherwise the network's own."
+    )
     calibration_batches: int = option(8, "Batches that ranges are measured on.")
-    test_copies: int = option(4, "Distorted versions of each test image, of digits.")
+    test_copies: int = option(4, "Distorted versions of each test image; digits only.")
     checkpoint: str | None = checkpoint_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 

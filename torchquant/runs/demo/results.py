@@ -1,4 +1,4 @@
-"""What a run of the demo found out."""
+"""The results of a run of the demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search run found out: numbers, tables, the report."""
+"""The results of a search run: numbers, tables, the report."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def write_history(folder: Path, history: Sequence[EpochRecord]) -> None:
 
 
 def read_history(folder: Path) -> list[EpochRecord]:
-    """What `write_history` wrote; [] if there is none."""
+    """The history that `write_history` wrote; [] if there is none."""
     path = folder / HISTORY
     if not path.exists():
         return []
@@ -169,7 +169,7 @@ def command_of(config: SearchConfig, processes: int = 1) -> str:
 
 
 def _front(path: Path) -> dict[str, Any]:
-    """What `Pareto.save` wrote, as far as the report shows it."""
+    """The part that the report shows of the front that `Pareto.save` wrote."""
     with reading(path, WITHOUT):
         front = read_json(path)
         numbers = [float(point[name]) for point in front["points"] for name in ("cost", "predicted")]

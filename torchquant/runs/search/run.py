@@ -101,7 +101,7 @@ def search_from(
 
 
 def checked_settings(config: SearchConfig) -> dict[str, Any]:
-    """What `run_search` keeps in config.json. Raises ConfigError for what it would refuse; writes nothing."""
+    """The settings that `run_search` keeps in config.json. Raises ConfigError as it would; writes nothing."""
     return _Run(config, Path(), NullProgress(), Ranks()).settings()
 
 
@@ -127,7 +127,7 @@ class _Run:
         self.float_bytes = sum(site.total for site in weight_bytes(self.net))
 
     def settings(self) -> dict[str, Any]:
-        """Those asked for, with the contents of what takes part, and the number of processes."""
+        """The settings asked for, with the contents of the files that take part and the number of processes."""
         config = self.config
         paths = [config.checkpoint, config.latency, *files_of(config.data, config.rules)]
         contents = pinned(config.contents, contents_of(paths, [self.net], config.model))

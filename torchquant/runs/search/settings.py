@@ -1,4 +1,4 @@
-"""What a search run is asked for, and the candidates that its words stand for."""
+"""The settings of a search run, and the candidates that they name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from torchquant.search.width_gradient import FORMS
 
 KINDS: dict[str, type[Search] | None] = {"qss": SchemeSearch, "qpl": PrecisionLearning, "allocate": None}
 KINDS_OF = "kinds"
-"""In the metadata of a setting: the kinds of search that have it, if not all."""
+"""Key in the metadata of a setting: the kinds of search that have it, if not all."""
 LEARNED, MEASURED = ("qss", "qpl"), ("allocate",)
 BITS = {"qss": "4", "qpl": "2-8", "allocate": "2-8"}
 DEFAULT = {"qss": (*DEFAULT_SCHEMES, "ternary", "binary"), "qpl": ("clipq",), "allocate": ("clipq",)}
@@ -52,7 +52,7 @@ REACH = 5.0
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What `torchquant search` is asked for. `model`, `data`, `checkpoint`, `float_epochs`: as in `JobConfig`.
+    """The settings of `torchquant search`. `model`, `data`, `checkpoint`, `float_epochs`: as in `JobConfig`.
 
     `kind`: "qss" chooses schemes, "qpl" learns widths, "allocate" gives widths by sensitivity. `budget`: what the plan
     may cost, "bytes<=40kB" (`Budget`). `schemes`: names with commas (at every width of `bits`), or whole specs.
@@ -81,19 +81,25 @@ class SearchConfig:
     rules: str | None = option(None, "A YAML file with rules whose fields may be lists, instead of schemes and acts.")
     per: str = option("layer", "layer: a choice for each; model: one for all.", kinds=LEARNED)
     form: str = option("interp", "The gradient of a width: interp, secant, step or stat.", kinds=LEARNED)
-    method: str = option("kl", "How harm is measured: mse, kl, loss, hessian or fisher.", kinds=MEASURED)
-    solver: str = option("ilp", "ilp, dp or greedy.", kinds=MEASURED)
+    method: str = option("kl", "Measure of sensitivity: mse, kl, loss, hessian or fisher.", kinds=MEASURED)
+    solver: str = option("ilp", "Solver: ilp, dp or greedy.", kinds=MEASURED)
     latency: str | None = option(None, "A latency table in JSON, for a budget of latency.")
     checkpoint: str | None = checkpoint_option()
     float_epochs: int = option(30, "Epochs of float training; 0: none.")
     epochs: int = option(10, "Epochs of the search.", kinds=LEARNED)
     retrain_epochs: int = option(10, "Epochs of training under the plan; 0: calibrate only.")
-    learning_rate: float = option(1e-3, "Of float training; a third of it in the search and after it.")
+    learning_rate: float = option(
+        1e-3, "Learning rate of float training; the search and the retraining use a third of it."
+    )
     arch_rate: float | None = option(
         None, "Learning rate of shares and widths; otherwise by the number of steps.", kinds=LEARNED
     )
-    temperature: float | None = option(None, "Of the Gumbel softmax at first; a tenth of it at the end.", kinds=LEARNED)
-    penalty: float | None = option(None, "Weight of going over a budget while searching.", kinds=LEARNED)
+    temperature: float | None = option(
+        None, "First temperature of the Gumbel softmax; the last is a tenth of it.", kinds=LEARNED
+    )
+    penalty: float | None = option(
+        None, "Weight of the penalty for exceeding a budget during the search.", kinds=LEARNED
+    )
     calibration_batches: int = option(8, "Batches that ranges, and sensitivities, are measured on.")
     seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
@@ -116,11 +122,11 @@ class SearchConfig:
 
     @property
     def budgets(self) -> list[Budget]:
-        """What may be spent."""
+        """The budgets that `budget` names."""
         return Budget.parse(self.budget)
 
     def settings(self, steps: int = 1000) -> SearchSettings:
-        """Of the search, which has so many steps for logits and widths."""
+        """The settings of the search engine; the search has `steps` steps for logits and widths."""
         searched = KINDS[self.kind]
         given: dict[str, Any] = {"arch_rate": self.arch_rate, "penalty": self.penalty}
         given = {name: value for name, value in given.items() if value is not None}
@@ -149,7 +155,7 @@ class SearchConfig:
         return [fields | {"fold_bn": self.fold_bn}, {"position": "last", "output": None}]
 
     def _weights(self) -> Candidates | str:
-        """What `schemes` and `bits` stand for; a spec string if that is one only."""
+        """The candidates that `schemes` and `bits` name; a spec string if there is only one."""
         bits = widths("bits", self.bits or BITS[self.kind])
         if self.kind == "qpl":
             ends("bits", self.bits or BITS[self.kind])

@@ -24,7 +24,7 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "qss": {"arch_rate": (5e-3, 3e-1), "temperature": (1.0, 10.0), "penalty": (0.1, 30.0)},
     "qpl": {"arch_rate": (3e-3, 3e-1), "penalty": (0.1, 30.0)},
 }
-"""What trials differ in: setting -> least and most, on a logarithmic scale."""
+"""The settings in which trials differ: name -> least and most value, on a logarithmic scale."""
 
 
 PATIENCE = 100
