@@ -160,3 +160,50 @@ def test_an_affine_view_of_ones_own_gives_integers_and_bytes() -> None:
     assert float(scale) == float(quantizer.affine_params().delta)
     assert quantizer.side_bytes(x) == 5
     assert Third.is_uniform
+
+
+@pytest.mark.parametrize(
+    "text", ["affine:3", "esb:4,k=1/channel", "pot:3", "twn", "nf4/channel", "residual:2", "apot:4"]
+)
+def test_neighbours_are_found_in_the_list_of_levels(text: str) -> None:
+    quantizer, x = observed(tq.make_quantizer(text))
+    below, above = quantizer.neighbours(x)
+    levels = quantizer.levels().reshape(-1, quantizer.levels().shape[-1])
+    for i, known in enumerate(levels):
+        rows = [t[i] if len(levels) > 1 else t for t in (x, below, above)]
+        bounded, low, high = rows[0].clamp(known[0], known[-1])[..., None], rows[1], rows[2]
+        beneath = torch.where(known <= bounded, known, -torch.inf).amax(-1)
+        over = torch.where(known >= bounded, known, torch.inf).amin(-1)
+        on_level = (beneath == over) | (low == high)
+        assert torch.equal(low[~on_level], beneath[~on_level])
+        assert torch.equal(high[~on_level], over[~on_level])
+
+
+@pytest.mark.parametrize("text", [*GROUPED, "affine:4,symmetric=narrow/channel", "twn"])
+def test_columns_alone_are_what_they_are_among_others(text: str) -> None:
+    quantizer = tq.make_quantizer(text)
+    weight = torch.randn(6, 43)
+    quantizer.pre_observe(weight)
+    columns = torch.tensor([0, 42, 7, 41, 16, 3])
+    assert torch.equal(quantizer.nearest(weight[:, columns], columns), quantizer(weight)[:, columns])
+
+
+def test_who_cannot_quantize_a_column_alone_says_so() -> None:
+    with pytest.raises(NoCodesError, match="each block takes its scale from all of its elements"):
+        tq.make_quantizer("mxfp4").nearest(torch.ones(2, 1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(NoCodesError, match="no neighbours: its levels are not in the units of x"):
+        tq.make_quantizer("dorefa:4").neighbours(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "text", ["affine:4", "esb:4,k=1/channel", "lsqplus:4,offset/channel", "codebook:2", GROUPED[1]]
+)
+def test_numbers_can_be_set(text: str) -> None:
+    quantizer, x = observed(tq.make_quantizer(text))
+    other = tq.make_quantizer(text)
+    other.pre_observe(3 * x[..., :40])
+    other.set_numbers(**quantizer.numbers())
+    x = x[..., :40]
+    assert torch.equal(other(x), quantizer(x))
+    with pytest.raises(ConfigError, match="the numbers of .* are: .*; got wrong"):
+        other.set_numbers(wrong=1.0)

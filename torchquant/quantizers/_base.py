@@ -15,7 +15,14 @@ from torchquant._registry import Registry
 from torchquant._tensors import per_channel_view
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
 from torchquant.quantizers_functional._formula import Formula
-from torchquant.quantizers_functional._gradient import GRADIENTS, Clamp, Gradient, make_gradient
+from torchquant.quantizers_functional._gradient import (
+    GRADIENTS,
+    Clamp,
+    Gradient,
+    cast_back,
+    compute_dtype,
+    make_gradient,
+)
 from torchquant.quantizers_functional.formats import AffineParams, Format, IntegerTerms, UniformGrid
 from torchquant.range_observers import RangeObserver
 from torchquant.range_observers._statistics import StatisticTracker
@@ -178,14 +185,58 @@ class Quantizer(nn.Module, ABC):
         >>> quantizer.thresholds()
         tensor([-1.5000, -0.7500, -0.2500,  0.2500,  0.7500,  1.5000])
         """
-        if not self.keeps_units or self.levels_vary:
-            why = (
-                f"each {self.about.granularity[0]} has levels of its own"
-                if self.keeps_units
-                else "its levels are not in the units of x"
-            )
+        self._check_units("thresholds between its levels")
+        if self.levels_vary:
+            why = f"each {self.about.granularity[0]} has levels of its own"
             raise NoCodesError(f"{type(self).__name__} has no thresholds between its levels: {why}")
         return self.format().thresholds()
+
+    def _check_units(self, what: str) -> None:
+        if not self.keeps_units:
+            raise NoCodesError(f"{type(self).__name__} has no {what}: its levels are not in the units of x")
+
+    @torch.no_grad()
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels next to x, below and above, in its type; equal where x is on a level or beyond the last.
+
+        One of the two is `quantize(x)`. Raises NoCodesError for levels in other units than those of x.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> quantizer.neighbours(torch.tensor([0.6, -9.0]))
+        (tensor([ 0.5000, -2.0000]), tensor([ 1., -2.]))
+        """
+        self._check_units("neighbours")
+        below, above = self.format().neighbours(x.detach().to(compute_dtype(x)))
+        return cast_back(below, x.dtype), cast_back(above, x.dtype)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
+        """x, (rows, k), quantized as the elements of these columns, (k,) int64, of a weight (rows, columns).
+
+        Raises NoCodesError where the levels of an element follow from the elements beside it.
+        """
+        if self.levels_vary:
+            why = f"each {self.about.granularity[0]} takes its scale from all of its elements"
+            raise NoCodesError(f"{type(self).__name__} cannot quantize columns alone: {why}")
+        return self.quantize(x)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """The numbers that say where the grid lies, () or (C,), by name; {} where there are none to set."""
+        return {}
+
+    @torch.no_grad()
+    def set_numbers(self, **numbers: Tensor | float) -> None:
+        """Set all that `numbers()` gives. Raises ConfigError for other names."""
+        known = self.numbers()
+        if numbers.keys() != known.keys():
+            names = ", ".join(known) or "none to set"
+            raise ConfigError(f"the numbers of {type(self).__name__} are: {names}; got {', '.join(numbers) or 'none'}")
+        self._set_numbers(**numbers)
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        """`set_numbers` for names that are right."""
 
     def affine_params(self) -> AffineParams:
         """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
@@ -359,6 +410,13 @@ class UniformQuantizer(GridQuantizer):
         params = self.affine_params()
         return params.qmin, params.qmax
 
+    def numbers(self) -> dict[str, Tensor]:
+        """The ends of the range."""
+        return dict(zip(("range_min", "range_max"), self.observer.get_ranges(), strict=True))
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        self.observer.force_ranges(**numbers)
+
     def grid(self) -> tuple[Tensor | int, ...]:
         return self.affine_params()
 
@@ -391,6 +449,13 @@ class FittedQuantizer(StatisticTracker, GridQuantizer):
 
     def grid(self) -> tuple[Tensor | int, ...]:
         return self.get()
+
+    def numbers(self) -> dict[str, Tensor]:
+        """The statistics."""
+        return dict(zip(self.statistics, self.get(), strict=True))
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        self.force(*(numbers[name] for name in self.statistics))
 
 
 QuantizerFactory = Callable[[nn.Module], Quantizer | None]

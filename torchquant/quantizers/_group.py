@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import About, Quantizer
+from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.formats import Format
 from torchquant.quantizers_functional.groups import Groups, cut_groups, join_groups
 
@@ -66,6 +67,23 @@ class GroupQuantizer(Quantizer):
     def format(self) -> Format:
         whole, last = (q.format() if q.is_ready else None for q in (self.whole, self.last))
         return Groups(self.size, whole, last)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Those of the whole groups and of the shorter last ones, `whole_NAME` and `last_NAME`."""
+        named = (("whole", self.whole), ("last", self.last))
+        return {f"{part}_{name}": n for part, q in named if q.is_ready for name, n in q.numbers().items()}
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        for part, quantizer in (("whole", self.whole), ("last", self.last)):
+            own = {name: numbers[f"{part}_{name}"] for name in quantizer.numbers()} if quantizer.is_ready else {}
+            if own:
+                quantizer.set_numbers(**own)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
+        form = self.format()
+        assert isinstance(form, Groups)
+        return cast_back(form.columns(x.to(compute_dtype(x)), columns), x.dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
         whole, last = (q.quantize(part) if part.numel() else _unused(q, part) for q, part in self._parts(x))

@@ -248,6 +248,40 @@ def memoryless(case: _Case) -> None:
     _require(_same(again(case.sample), case.observed(case.sample)), "the same tensor seen twice changes the output")
 
 
+def neighbours(case: _Case) -> None:
+    """`neighbours(x)` are levels, x is between them unless clipped, no level is, and `quantize(x)` is one of them."""
+    x = case.wide()
+    try:
+        below, above = case.observed.neighbours(x)
+    except NoCodesError as why:
+        raise _Skip(str(why)) from None
+    y = case.observed(x)
+    _require(bool(((y == below) | (y == above)).all()), "quantize(x) is neither of its neighbours")
+    inside = below < above
+    _require(bool(((below <= x) & (x <= above))[inside].all()), "x does not lie between its neighbours")
+    if case.observed.levels_vary:
+        return
+    _require(torch.equal(case.observed(below), below), "the level below is not its own quantized value")
+    _require(torch.equal(case.observed(above), above), "the level above is not its own quantized value")
+    levels = case.observed.levels()
+    channels = levels if case.axis is not None else [levels]
+    for low, high, known in zip(case.slices(below), case.slices(above), channels, strict=True):
+        distinct = known.unique()
+        next_up = distinct[torch.searchsorted(distinct, low.contiguous(), right=True).clamp_max(len(distinct) - 1)]
+        _require(bool((high <= torch.maximum(next_up, low)).all()), "there is a level between the neighbours of x")
+
+
+def settable(case: _Case) -> None:
+    """`set_numbers(**numbers())` changes nothing, also of a quantizer that has seen something else."""
+    numbers = case.observed.numbers()
+    if not numbers:
+        return
+    other = copy.deepcopy(case.fresh)
+    other.pre_observe(case.sample * 3.7)
+    other.set_numbers(**numbers)
+    _require(_same(other(case.sample), case.observed(case.sample)), "other output with the same numbers")
+
+
 def gradient(case: _Case) -> None:
     """A finite gradient reaches x and every learned parameter."""
     quantizer = copy.deepcopy(case.observed)
@@ -338,6 +372,8 @@ LAWS: dict[str, Callable[[_Case], None]] = {
         nonfinite,
         per_channel,
         memoryless,
+        neighbours,
+        settable,
         gradient,
         gradient_size,
         survives,

@@ -113,6 +113,18 @@ class LearnedQuantizer(FittedQuantizer):
         parameter: Tensor = getattr(self, name)
         return parameter.view_as(getattr(self, f"initial_{name}"))
 
+    def numbers(self) -> dict[str, Tensor]:
+        """The parameters, and the statistics that no parameter starts at."""
+        found = dict(zip(self.statistics, self.get(), strict=True))
+        others = {name: value for name, value in found.items() if name.removeprefix("initial_") not in self.learned}
+        return {name: self.number(name).detach() for name in self.learned} | others
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        for name, value in numbers.items():
+            held = self.number(name) if name in self.learned else getattr(self, name)
+            held.copy_(torch.as_tensor(value))
+        self._decide_sign()
+
     def bounded(self, name: str) -> Tensor:
         """A positive parameter as it is used: never below a thousandth of its first value.
 

@@ -87,6 +87,20 @@ class ScaledQuantizer(FittedQuantizer):
     def grid(self) -> tuple[Tensor | int, ...]:
         return self.get()
 
+    def numbers(self) -> dict[str, Tensor]:
+        """The statistics, or the ends of the observer's range."""
+        observer = self._range_observer
+        if observer is None:
+            return super().numbers()
+        return dict(zip(("range_min", "range_max"), observer.get_ranges(), strict=True))
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        observer = self._range_observer
+        if observer is None:
+            super()._set_numbers(**numbers)
+        else:
+            observer.force_ranges(**numbers)
+
     @property
     def is_ready(self) -> bool:
         observer = self._range_observer

@@ -55,6 +55,15 @@ class QfmtQuantizer(UniformQuantizer):
         self.allow_clip = allow_clip
         self.register_buffer("fewer_bits", torch.zeros(()))  # whole, and a float as all that models are averaged over
 
+    def numbers(self) -> dict[str, Tensor]:
+        """The ends of the range, and how many integer bits fewer than they ask for."""
+        return super().numbers() | {"fewer_bits": self.fewer_bits}
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        fewer_bits = torch.as_tensor(numbers.pop("fewer_bits"), dtype=self.fewer_bits.dtype)
+        super()._set_numbers(**numbers)
+        self.fewer_bits = ordinary_zeros(fewer_bits.shape, self.fewer_bits).copy_(fewer_bits)
+
     def affine_params(self) -> AffineParams:
         return self._params(self.fewer_bits.round().to(torch.int64))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchquant._tensors import per_channel_view
-from torchquant.errors import NoAffineViewError
+from torchquant.errors import NoAffineViewError, NoCodesError
 from torchquant.quantizers_functional.formats import (
     NO_TERMS,
     AffineParams,
@@ -58,6 +58,12 @@ class Formula(Format):
         if self.projector is None:
             return super().nearest(x, want_inside)
         return self.projector(x, want_inside, *self._shaped(x.ndim))
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises NoCodesError where codes do not rise with their values."""
+        if not bool((self.code_values().diff(dim=-1) >= 0).all()):
+            raise NoCodesError("its codes do not rise with their values, so that no code tells the level next to it")
+        return super().neighbours(x)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes = (torch.as_tensor(code, device=x.device) for code in self.code_range)

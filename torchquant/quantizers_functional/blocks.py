@@ -12,10 +12,11 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import in_layout_of
 from torchquant.quantizers_functional._powers import ceil_log2, floor_pow2, pow2
-from torchquant.quantizers_functional.formats import IntegerTerms, OwnLevels, scaled_terms
+from torchquant.quantizers_functional.formats import Format, IntegerTerms, OwnLevels, UniformGrid, scaled_terms
 from torchquant.quantizers_functional.minifloat import (
     FORMATS,
     FloatFormat,
+    ScaledFloat,
     minifloat_bits,
     minifloat_decode,
     minifloat_encode,
@@ -193,6 +194,17 @@ class BlockFormat(OwnLevels):
         """Codes of blocks, (*, blocks, size)."""
 
     @abstractmethod
+    def element_grid(self, blocks: Tensor) -> Format:
+        """The format that the elements of blocks have, (*, blocks, size)."""
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        below, above = (
+            by_blocks(x, self.block, self.block_axis, lambda b, i=i: self.element_grid(b).neighbours(b)[i])  # type: ignore[misc]
+            for i in (0, 1)
+        )
+        return below, above
+
+    @abstractmethod
     def block_values(self, blocks: Tensor) -> Tensor:
         """The nearest values of blocks, (*, blocks, size)."""
 
@@ -220,6 +232,11 @@ class MXBlocks(BlockFormat):
     def block_codes(self, blocks: Tensor) -> Tensor:
         return mx_codes(blocks, self.element, self.mode)
 
+    def element_grid(self, blocks: Tensor) -> Format:
+        scale = _mx_scale(mx_exponents(finite_absmax(blocks), self.element, self.mode), blocks.dtype)
+        form = self.element.form
+        return UniformGrid(scale / 64, 0, -127, 127) if form is None else ScaledFloat(scale, form)
+
     def block_values(self, blocks: Tensor) -> Tensor:
         return mx_project(blocks, self.element, self.mode)
 
@@ -239,6 +256,10 @@ class NVFP4Blocks(BlockFormat):
 
     def block_codes(self, blocks: Tensor) -> Tensor:
         return nvfp4_codes(blocks, self.tensor_scale.to(blocks.dtype))
+
+    def element_grid(self, blocks: Tensor) -> Format:
+        tensor_scale = self.tensor_scale.to(blocks.dtype)
+        return ScaledFloat(nvfp4_scales(blocks, tensor_scale) * tensor_scale, FP4)
 
     def block_values(self, blocks: Tensor) -> Tensor:
         return nvfp4_project(blocks, self.tensor_scale.to(blocks.dtype))

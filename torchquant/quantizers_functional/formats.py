@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,6 @@ class Format(ABC):
     """
 
     axis: int | None = field(default=None, kw_only=True)
-    levels_vary: ClassVar[bool] = False
-    """Whether a tensor has no one list of levels, nor one a channel."""
 
     @property
     @abstractmethod
@@ -118,6 +116,21 @@ class Format(ABC):
     def step(self, x: Tensor) -> Tensor:
         """The distance of neighbouring levels, in x's type; for uniform formats only."""
         raise NoAffineViewError(f"{self} has no one step between its levels")
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels next to x, below and above, in x's type; both the same where x is on a level or beyond the last.
+
+        One of the two is what x is projected on. x: (*) float32 or float64, without NaN.
+        """
+        codes = self.codes(x)
+        value = self.values(codes, x.dtype)
+        towards_x = x.gt(value).to(codes.dtype) - x.lt(value).to(codes.dtype)
+        other = self.values((codes + towards_x).clamp(*self.code_range), x.dtype)
+        return torch.minimum(value, other), torch.maximum(value, other)
+
+    def of_channels(self, index: Tensor) -> Format:
+        """The format of these channels, in this order. index: (k,) int64."""
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if _has_channels(value)})
 
     def numbers(self) -> list[Tensor]:
         """Every tensor that the format is made of."""
@@ -372,10 +385,12 @@ class Levels(Format):
 class OwnLevels(Format):
     """What formats share whose blocks or tokens have levels of their own, found in the elements each time."""
 
-    levels_vary = True
-
     def code_values(self) -> Tensor:
         raise NoCodesError("it has no one list of levels; each of its parts has its own")
+
+
+def _has_channels(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _wide(number: Number) -> Tensor:

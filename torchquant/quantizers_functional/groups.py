@@ -50,6 +50,26 @@ class Groups(OwnLevels):
         whole, last = (part if format is None else work(format, part) for format, part in parts)
         return join_groups(whole, last, x)
 
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        below = self._by_parts(x, lambda format, part: format.neighbours(part)[0])
+        return below, self._by_parts(x, lambda format, part: format.neighbours(part)[1])
+
+    def columns(self, x: Tensor, columns: Tensor) -> Tensor:
+        """x, (rows, k), on the grids that those columns, (k,) int64, of a row of the weight have."""
+        n_rows = len(x)
+        n_whole = 0 if self.whole is None else (self.whole.n_channels or 0) // n_rows
+        group = columns // self.size
+        found = torch.empty_like(x)
+        for format, of_last in ((self.whole, False), (self.last, True)):
+            here = (group >= n_whole) == of_last
+            if format is None or not bool(here.any()):
+                continue
+            row = torch.arange(n_rows, device=x.device)[:, None]
+            channel = row.expand(-1, int(here.sum())) if of_last else row * n_whole + group[here]
+            own, _ = format.of_channels(channel.flatten()).project(x[:, here].reshape(-1, 1))
+            found[:, here] = own.view(n_rows, -1)
+        return found
+
     def codes(self, x: Tensor) -> Tensor:
         return self._by_parts(x, lambda format, part: format.codes(part))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional.formats import OwnLevels
+from torchquant.quantizers_functional.formats import OwnLevels, UniformGrid
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, torch.finfo(torch.bfloat16).max
 
@@ -72,6 +72,10 @@ class TokenGrid(OwnLevels):
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return token_values(codes, self.n_bits, dtype)
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        end = largest_code(self.n_bits)
+        return UniformGrid(token_scales(x, self.n_bits), 0, -end, end).neighbours(x)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
         """A scale that covers the token clips nothing."""
