@@ -24,6 +24,7 @@ SPECS = [
     "ul2q:4,observer=percentile/channel",
     "vecq:3,observer=mse",
     "clipq:4,observer=minmax",
+    "zoomq:3,observer=mse",
 ]
 FAST = tuple(law for law in LAWS if law != "compiles")
 

@@ -233,6 +233,8 @@ class ZoomQQuantizer(MidriseQuantizer):
         return -low, high
 
     def grid(self) -> tuple[Tensor | int, ...]:
+        if self._range_observer is not None:
+            return super().grid()
         limit = torch.finfo(torch.float32).max / 4
         low, high = (statistic.clamp(-limit, limit) for statistic in self.get())
         step = (high - low) / 2**self.n_bits
