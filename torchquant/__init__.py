@@ -1,10 +1,8 @@
 """torchquant: a quantization development kit for PyTorch researchers."""
 
-from torchquant.graph import capture as capture
-from torchquant.graph import register_operator as register_operator
-from torchquant.models import _patterns as _patterns
-from torchquant.plan import QuantPlan as QuantPlan
-from torchquant.plan import quantize as quantize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from torchquant.qmodule import QModule as QModule
 from torchquant.qmodule import QModuleState as QModuleState
 from torchquant.qmodule import QOp as QOp
@@ -22,15 +20,21 @@ from torchquant.quantizers import make_quantizer as make_quantizer
 from torchquant.range_observers import BatchMinMax as BatchMinMax
 from torchquant.range_observers import ExpAvgMinMax as ExpAvgMinMax
 from torchquant.range_observers import RangeObserver as RangeObserver
-from torchquant.training import calibrate as calibrate
-from torchquant.training import evaluate as evaluate
-from torchquant.training import fit as fit
 from torchquant.utils import freeze_bn as freeze_bn
 from torchquant.utils import observe_weights as observe_weights
 from torchquant.utils import qmodule_state as qmodule_state
 from torchquant.utils import quantizer_parameters as quantizer_parameters
 from torchquant.utils import set_qmodule_state as set_qmodule_state
 from torchquant.utils import state_report as state_report
+
+if TYPE_CHECKING:
+    from torchquant.graph import capture as capture
+    from torchquant.graph import register_operator as register_operator
+    from torchquant.plan import QuantPlan as QuantPlan
+    from torchquant.plan import quantize as quantize
+    from torchquant.training import calibrate as calibrate
+    from torchquant.training import evaluate as evaluate
+    from torchquant.training import fit as fit
 
 __version__ = "0.1.0"
 
@@ -66,3 +70,26 @@ __all__ = [
     "set_qmodule_state",
     "state_report",
 ]
+
+_LATER = {
+    **dict.fromkeys(("capture", "register_operator"), "graph"),
+    **dict.fromkeys(("QuantPlan", "quantize"), "plan"),
+    **dict.fromkeys(("calibrate", "evaluate", "fit"), "training"),
+}
+_PACKAGES = ("graph", "models", "plan", "training")
+
+
+def __getattr__(name: str) -> Any:
+    """What lies above the core is loaded when it is first asked for, so that the import is quick."""
+    if name in _LATER:
+        found = getattr(import_module(f"torchquant.{_LATER[name]}"), name)
+    elif name in _PACKAGES:
+        found = import_module(f"torchquant.{name}")
+    else:
+        raise AttributeError(f"module 'torchquant' has no attribute '{name}'")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, *_PACKAGES})

@@ -1,5 +1,6 @@
 """Modules that quantize: when they observe, when they quantize, and what they can wrap."""
 
+from torchquant.qmodule import other_packages as other_packages
 from torchquant.qmodule.float_checkpoints import FloatCheckpoints as FloatCheckpoints
 from torchquant.qmodule.float_checkpoints import float_state_dict as float_state_dict
 from torchquant.qmodule.float_checkpoints import speak_float as speak_float

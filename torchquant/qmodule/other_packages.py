@@ -5,7 +5,7 @@ efficientnet_pytorch's `Swish` is `nn.SiLU`, which has a row already.
 
 from __future__ import annotations
 
-from torchquant.qmodule import ActivationRow, InputFirstRow, register_pattern
+from torchquant.qmodule.patterns import ActivationRow, InputFirstRow, register_pattern
 
 register_pattern("efficientnet_pytorch.utils.MemoryEfficientSwish", ActivationRow())
 for _name in ("GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "SiLUActivation"):
