@@ -28,9 +28,9 @@ from torchquant.runs.folder import keep_settings, output_folder, write_checkpoin
 from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import NETWORKS
 from torchquant.search import PrecisionLearning, SchemeSearch, SearchSettings, default_candidates
-from torchquant.search.allocation import allocate
-from torchquant.search.engine import Search
-from torchquant.search.sensitivities import sensitivity
+from torchquant.search.allocation.assignment import allocate
+from torchquant.search.allocation.sensitivities import sensitivity
+from torchquant.search.learning.engine import Search
 
 NETS = ("demo", "small_mobilenet")
 ACTS = {"input": "affine:8", "output": "affine:8"}

@@ -17,7 +17,7 @@ from benchmarks.qat_step import TrainingStep
 from benchmarks.results import Report
 from torchquant.qmodule import QModuleState
 from torchquant.quantizers import Quantizer, make_quantizer
-from torchquant.search.mixture import MixtureQuantizer
+from torchquant.search.learning.mixture import MixtureQuantizer
 from torchquant.search.space import default_candidates
 from torchquant.utils import set_qmodule_state
 

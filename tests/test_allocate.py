@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torchquant import QuantPlan
 from torchquant.errors import ConfigError
 from torchquant.search import Budget, CostModel, search_rules
-from torchquant.search.allocation import Allocator, allocate, plain_problem
-from torchquant.search.dynamic import solve_dp
-from torchquant.search.fronts import pareto
-from torchquant.search.latency import measure_latency, read_latency, write_latency
-from torchquant.search.repair import keep_budgets
-from torchquant.search.sensitivities import Sensitivity, sensitivity
-from torchquant.search.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
+from torchquant.search.allocation.assignment import Allocator, allocate, plain_problem
+from torchquant.search.allocation.dynamic import solve_dp
+from torchquant.search.allocation.fronts import pareto
+from torchquant.search.allocation.latency import measure_latency, read_latency, write_latency
+from torchquant.search.allocation.sensitivities import Sensitivity, sensitivity
+from torchquant.search.allocation.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
+from torchquant.search.learning.budget_repair import keep_budgets
 from torchquant.search.space import searched_fields
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))["golden"]["ilp_toy"]

@@ -11,8 +11,8 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.deploy import certify, export_onnx
-from torchquant.deploy.kernels import Contents, kernel_of
-from torchquant.deploy.onnx_run import CodeReader
+from torchquant.deploy.onnx.kernels import Contents, kernel_of
+from torchquant.deploy.onnx.run import CodeReader
 from torchquant.errors import ExportError
 from torchquant.qmodule import register_pattern
 from torchquant.qmodule.patterns import LayerRow
@@ -194,7 +194,7 @@ def test_every_site_of_a_slice_is_compared(tmp_path):
 
 
 def test_export_refuses_a_file_whose_codes_it_cannot_see(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchquant.deploy.onnx_graph.code_name", lambda site, call: f"{site}.{call}.codes.{call + 1}")
+    monkeypatch.setattr("torchquant.deploy.onnx.graph.code_name", lambda site, call: f"{site}.{call}.codes.{call + 1}")
     torch.manual_seed(0)
     model, x = nn.Sequential(layer(nn.Linear(4, 3))), torch.randn(8, 4)
     with torch.no_grad(), tq.qmodule_state(model.eval(), tq.QModuleState.CALIBRATION):

@@ -12,8 +12,8 @@ from torch import nn
 import torchquant as tq
 from tests.test_onnx_export import small_net
 from torchquant.deploy import certify, export_onnx, export_qonnx, runtime_exact, to_integer
-from torchquant.deploy.certification import graph_hash, metadata_of
-from torchquant.deploy.onnx_run import CodeReader, open_session
+from torchquant.deploy.certificate.checking import graph_hash, metadata_of
+from torchquant.deploy.onnx.run import CodeReader, open_session
 from torchquant.errors import ConfigError, ExportError, UnobservedRangeError
 
 onnx = pytest.importorskip("onnx")
@@ -104,7 +104,7 @@ def test_a_file_that_computes_something_else_fails_with_the_first_node_and_its_i
 
 def test_export_refuses_a_file_that_does_not_compute_the_model(exported, tmp_path, monkeypatch):
     model, _, x, _ = exported
-    monkeypatch.setattr("torchquant.deploy.onnx_export.describe", lambda proto, *_: spoil(proto))
+    monkeypatch.setattr("torchquant.deploy.onnx.export.describe", lambda proto, *_: spoil(proto))
 
     def spoil(proto):
         entry = next(e for e in proto.graph.initializer if e.name == "head.weight.codes")

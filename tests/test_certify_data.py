@@ -12,7 +12,7 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.deploy import certify, export_onnx
-from torchquant.deploy.certificate import FinalOutputs, largest_apart
+from torchquant.deploy.certificate.record import FinalOutputs, largest_apart
 from torchquant.errors import ConfigError, NonFiniteError
 
 pytest.importorskip("onnx")

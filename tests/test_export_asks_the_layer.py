@@ -7,7 +7,7 @@ from torch import nn
 import torchquant as tq
 from torchquant import QModuleState as S
 from torchquant.deploy import certify, export_onnx, to_integer
-from torchquant.deploy.form import deploy_form, settle
+from torchquant.deploy.lowering.deploy_form import deploy_form, settle
 from torchquant.errors import ExportError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

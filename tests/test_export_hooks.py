@@ -8,7 +8,7 @@ import torchquant as tq
 from torchquant import AffineQuantizer, BatchMinMax, QOp, QWrapper
 from torchquant import QModuleState as S
 from torchquant.deploy import runtime_exact, to_integer
-from torchquant.deploy.form import deploy_form
+from torchquant.deploy.lowering.deploy_form import deploy_form
 from torchquant.errors import ExportError
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from torchquant import cli
 from torchquant.deploy import load_packed
-from torchquant.deploy.certification import metadata_of
+from torchquant.deploy.certificate.checking import metadata_of
 from torchquant.errors import ConfigError
 from torchquant.runs.export import certify_run, export_run, load_run
 from torchquant.runs.loop import accuracy

@@ -29,7 +29,7 @@ from torchquant._files import (
 )
 from torchquant._locks import hold
 from torchquant._shown import shown
-from torchquant.deploy.references import model_of
+from torchquant.deploy.packed.references import model_of
 from torchquant.errors import ConfigError, one_line
 from torchquant.plan import QuantPlan, read_yaml
 from torchquant.runs.compare import load_plugin

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from tests.test_requantize import added, multiplied, requantized
-from torchquant.deploy.integer import to_integer
+from torchquant.deploy.integer.model import to_integer
 from torchquant.errors import ConfigError, ExportError, NoAffineViewError
 from torchquant.quantizers import QUANTIZERS, Quantizer
 from torchquant.quantizers_functional.affine import AffineParams

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from torchquant.deploy import Lowered, certify, export_onnx, form, lower, to_integer
+from torchquant.deploy import Lowered, certify, export_onnx, lower, to_integer
+from torchquant.deploy.lowering import deploy_form as form
 from torchquant.errors import ConfigError, ExportError
 
 pytest.importorskip("onnxruntime")
@@ -41,7 +42,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counted[_name] += 1
             return _plain(*args, **options)
 
-        monkeypatch.setattr("torchquant.deploy.lowering." + name, call)
+        monkeypatch.setattr("torchquant.deploy.lowering.lowered." + name, call)
     return counted
 
 

@@ -19,10 +19,10 @@ from torchquant.quantizers import QUANTIZERS, GroupQuantizer, Quantizer, make_qu
 from torchquant.quantizers_functional import residual_alphas
 from torchquant.quantizers_functional._levels import nearest_level
 from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, row_sums_of, shared_sums
-from torchquant.search import mixing
-from torchquant.search._steps import MOST_PLACES, Cells, steps_of
-from torchquant.search.mixing import mix
-from torchquant.search.mixture import MixtureQuantizer
+from torchquant.search.learning import mixing
+from torchquant.search.learning._steps import MOST_PLACES, Cells, steps_of
+from torchquant.search.learning.mixing import mix
+from torchquant.search.learning.mixture import MixtureQuantizer
 
 PLAIN = ("affine:4", "ul2q:4", "vecq:4@clipped", "clipq:4", "zoomq:4", "esb:4,k=1", "pot0:4@clipped", "residual:4")
 ANY = ("affine:4@clipped", "lsq:3", "ternary", "affine:4@ewgs", "tqt:4", "apot:4")

@@ -28,8 +28,8 @@ from torchquant import (
 )
 from torchquant._files import write_whole
 from torchquant.deploy import export_onnx, run_onnx
-from torchquant.deploy.form import DeployLayer, deploy_form
-from torchquant.deploy.integer import to_integer
+from torchquant.deploy.integer.model import to_integer
+from torchquant.deploy.lowering.deploy_form import DeployLayer, deploy_form
 from torchquant.errors import ConfigError, ExportError, MissingDependencyError
 
 onnx = pytest.importorskip("onnx")

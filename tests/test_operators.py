@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torchquant as tq
 from torchquant.deploy import certify, export_onnx, to_integer
-from torchquant.deploy.integer_ops import HANDLERS, handler_of, register_integer
-from torchquant.deploy.onnx_forms import ONNX_FORMS
+from torchquant.deploy.integer.operators import HANDLERS, handler_of, register_integer
+from torchquant.deploy.onnx.operators import ONNX_FORMS
 from torchquant.errors import ConfigError, NameClashError
 from torchquant.graph.operator_table import ROLES, Operator
 from torchquant.graph.operators import OPERATORS, register_operator

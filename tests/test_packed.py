@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 import torchquant as tq
 from torchquant import cli
 from torchquant.analysis import layer_errors, weight_bytes
-from torchquant.deploy import file_sizes, load_packed, packed, packed_head, save_packed
-from torchquant.deploy.form import deploy_form
-from torchquant.deploy.references import model_of
+from torchquant.deploy import file_sizes, load_packed, save_packed
+from torchquant.deploy.lowering.deploy_form import deploy_form
+from torchquant.deploy.packed import file as packed
+from torchquant.deploy.packed import head as packed_head
+from torchquant.deploy.packed.references import model_of
 from torchquant.errors import ConfigError, ExportError
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QWeights

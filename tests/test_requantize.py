@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracles import GOLDEN
-from torchquant.deploy.integer_tensor import IntegerTensor
-from torchquant.deploy.values import Codes
+from torchquant.deploy.integer.tensor import IntegerTensor
+from torchquant.deploy.integer.values import Codes
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional.requantize import (
     ROUNDINGS,

@@ -10,8 +10,8 @@ from torch import nn
 
 import torchquant as tq
 from torchquant.deploy import export_onnx, run_onnx
-from torchquant.deploy.form import deploy_form
-from torchquant.deploy.integer import to_integer
+from torchquant.deploy.integer.model import to_integer
+from torchquant.deploy.lowering.deploy_form import deploy_form
 from torchquant.errors import ExportError
 
 onnx = pytest.importorskip("onnx")

@@ -25,9 +25,9 @@ from torchquant.search import (
     default_candidates,
     search_rules,
 )
-from torchquant.search.engine import Search
-from torchquant.search.progress import HISTORY
-from torchquant.search.width_gradient import delta_slope
+from torchquant.search.learning.engine import Search
+from torchquant.search.learning.progress import HISTORY
+from torchquant.search.learning.width_gradient import delta_slope
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 LEARNED = "affine:{n},symmetric=narrow/channel"

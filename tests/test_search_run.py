@@ -34,7 +34,7 @@ from torchquant.runs.ranks import Ranks, Share
 from torchquant.runs.search import SearchConfig, SearchRunResult, run_search, run_study, write_report
 from torchquant.runs.search.results import command_of
 from torchquant.search import EpochRecord, PrecisionLearning, SchemeSearch
-from torchquant.search.engine import Search
+from torchquant.search.learning.engine import Search
 from torchquant.search.report import render_report
 
 pytest.importorskip("matplotlib")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchquant import QuantPlan, make_quantizer
 from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.search import search_rules
-from torchquant.search.curvature import hessian_trace
-from torchquant.search.sensitivities import METHODS, Sensitivity, sensitivity
+from torchquant.search.allocation.curvature import hessian_trace
+from torchquant.search.allocation.sensitivities import METHODS, Sensitivity, sensitivity
 
 WEIGHT = ["affine:2/channel", "affine:4/channel"]
 ACT = ["affine:3", "affine:6"]

@@ -12,7 +12,7 @@ from torch import nn
 
 import torchquant as tq
 from torchquant._tables import ShownAsTables, html_of, text_table
-from torchquant.deploy.certificate import Certificate
+from torchquant.deploy.certificate.record import Certificate
 
 
 def net() -> nn.Module:
@@ -68,7 +68,7 @@ def test_cells_come_apart_where_the_columns_are() -> None:
 
 
 def test_all_that_print_tables_show_them() -> None:
-    from torchquant.deploy.size import FileSizes
+    from torchquant.deploy.packed.size import FileSizes
     from torchquant.search import Allocation, Pareto, Sensitivity
 
     for kind in (Certificate, Allocation, Pareto, Sensitivity, FileSizes, tq.QuantPlan):

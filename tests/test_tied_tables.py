@@ -12,7 +12,7 @@ from torchquant import QModuleState as S
 from torchquant import QuantPlan
 from torchquant.analysis import weight_bytes
 from torchquant.deploy import load_packed, save_packed
-from torchquant.deploy.stored_files import read_safetensors
+from torchquant.deploy.packed.reading import read_safetensors
 from torchquant.graph.cost import samples_in
 from torchquant.search import CostModel, search_rules
 

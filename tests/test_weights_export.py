@@ -10,8 +10,8 @@ from torch import nn
 import torchquant as tq
 from torchquant import QModuleState as S
 from torchquant.deploy import certify, export_onnx, export_qonnx, runtime_exact, to_integer
-from torchquant.deploy.form import deploy_form
-from torchquant.deploy.stand_in import PassesForTensor
+from torchquant.deploy.lowering.deploy_form import deploy_form
+from torchquant.deploy.lowering.stand_in import PassesForTensor
 from torchquant.errors import ExportError
 from torchquant.qmodule import QWeights
 from torchquant.qmodule.weights import weight_names

@@ -7,8 +7,8 @@ from typing import Annotated
 from torchquant._registry import did_you_mean
 from torchquant.cli._options import Argument
 from torchquant.cli._tables import show_all, show_one
-from torchquant.deploy.integer_ops import HANDLERS
-from torchquant.deploy.onnx_forms import ONNX_FORMS
+from torchquant.deploy.integer.operators import HANDLERS
+from torchquant.deploy.onnx.operators import ONNX_FORMS
 from torchquant.errors import UnknownNameError
 from torchquant.graph import OPERATORS, Operator
 from torchquant.graph.operator_table import ROLES

@@ -21,7 +21,7 @@ from torchquant._registry import did_you_mean
 from torchquant._shown import some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
-from torchquant.deploy.stored_files import read_checkpoint
+from torchquant.deploy.packed.reading import read_checkpoint
 from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedResNet
 from torchquant.qmodule import float_state_dict

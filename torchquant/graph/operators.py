@@ -224,8 +224,8 @@ def register_operator(
     variant that writes to its input -> what computes the same and does not.
 
     The integer simulation runs an operator that passes on the codes, and one that computes in float32 between codes,
-    as its own functions of torch do, unless it has a handler (`torchquant.deploy.integer_ops.register_integer`). Raises
-    ConfigError, NameClashError.
+    as its own functions of torch do, unless it has a handler (`torchquant.deploy.integer.operators.register_integer`).
+    Raises ConfigError, NameClashError.
 
     >>> import torch
     >>> from torchquant import quantize

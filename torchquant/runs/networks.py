@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant.compat.checkpoints import load_checkpoint
-from torchquant.deploy.references import model_of
+from torchquant.deploy.packed.references import model_of
 from torchquant.errors import ConfigError, one_line, require
 from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory

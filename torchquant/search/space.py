@@ -14,7 +14,7 @@ from torchquant.graph.sites import FIELDS, make_field
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import RULE_SETS, Rules
 from torchquant.quantizers import weight_spec
-from torchquant.search.mixture import MixtureQuantizer
+from torchquant.search.learning.mixture import MixtureQuantizer
 
 WIDTH = "{n}"
 WIDEST = 32

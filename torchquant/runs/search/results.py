@@ -19,7 +19,7 @@ from torchquant.runs.search.settings import SearchConfig
 from torchquant.runs.settings import words_of
 from torchquant.search import Budget, CostModel, EpochRecord
 from torchquant.search.cost import Choice, name_of
-from torchquant.search.progress import HISTORY
+from torchquant.search.learning.progress import HISTORY
 from torchquant.search.report import CHOICE, render_report
 from torchquant.search.space import searched_fields
 

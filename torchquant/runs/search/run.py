@@ -38,13 +38,13 @@ from torchquant.runs.search.settings import KINDS, SearchConfig
 from torchquant.runs.settings import files_of
 from torchquant.runs.stages import Stages
 from torchquant.search import Budget, CostModel, EpochRecord
-from torchquant.search.allocation import allocate
+from torchquant.search.allocation.assignment import allocate
+from torchquant.search.allocation.fronts import pareto
+from torchquant.search.allocation.latency import read_latency
+from torchquant.search.allocation.sensitivities import FILE as SENSITIVITY
+from torchquant.search.allocation.sensitivities import Sensitivity, sensitivity
 from torchquant.search.cost import LatencyTable
-from torchquant.search.fronts import pareto
-from torchquant.search.latency import read_latency
-from torchquant.search.progress import PROGRESS
-from torchquant.search.sensitivities import FILE as SENSITIVITY
-from torchquant.search.sensitivities import Sensitivity, sensitivity
+from torchquant.search.learning.progress import PROGRESS
 from torchquant.utils import set_qmodule_state
 
 PLAN = "plan.yaml"

@@ -31,11 +31,11 @@ from torchquant.search import (
     SearchSettings,
     search_rules,
 )
-from torchquant.search.allocation import SOLVERS
-from torchquant.search.engine import SCOPES, Search
-from torchquant.search.sensitivities import METHODS
+from torchquant.search.allocation.assignment import SOLVERS
+from torchquant.search.allocation.sensitivities import METHODS
+from torchquant.search.learning.engine import SCOPES, Search
+from torchquant.search.learning.width_gradient import FORMS
 from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_fields
-from torchquant.search.width_gradient import FORMS
 
 KINDS: dict[str, type[Search] | None] = {"qss": SchemeSearch, "qpl": PrecisionLearning, "allocate": None}
 KINDS_OF = "kinds"

@@ -1,0 +1,1 @@
+"""The certificate that a file computes what the model was evaluated with."""

@@ -1,0 +1,1 @@
+"""The integer reference: a model's own forward on whole numbers."""

@@ -1,0 +1,282 @@
+"""The deploy form of a model: every QModule replaced by one that holds codes instead of quantizers.
+
+It is an ordinary module: run it to see in torch what the file will compute. Inside `with integer_run(...)` it computes
+on integers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torchquant._shown import running
+from torchquant.deploy.integer.context import IntegerRun, active_run, integer_run
+from torchquant.deploy.integer.operators import IntegerTensor  # which registers what operators make of it
+from torchquant.deploy.integer.values import Codes
+from torchquant.deploy.lowering.hooks import refuse_hooks
+from torchquant.deploy.lowering.qdq import (
+    QuantizeDequantize,
+    StoredBias,
+    StoredTable,
+    StoredWeight,
+    acts_site,
+    as_nodes,
+    node,
+)
+from torchquant.deploy.lowering.stand_in import LeftOut, PassedOn, StandIn, leave_out
+from torchquant.deploy.lowering.stored_weights import stored_weight, without_weight
+from torchquant.deploy.lowering.weights_form import DeployWeights
+from torchquant.errors import ExportError
+from torchquant.graph.hooks import has_hooks
+from torchquant.graph.operators import OPERATORS
+from torchquant.graph.ops import operator_of_module
+from torchquant.graph.traced import reseal
+from torchquant.graph.watch import call_with
+from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
+from torchquant.qmodule.bn_folding import running_bias
+from torchquant.qmodule.fused_part import FusedPart
+from torchquant.qmodule.patterns import activation_clamp, stock_type
+
+
+class DeployLayer(StandIn):
+    """A QWrapper as it computes in QUANT_EVAL, its weight stored as codes. `path` names it in messages.
+
+    `weight`: what is stored, or the layer's own where it stays float. `sum_bias`: the bias that the layer is run with.
+    """
+
+    runs: ClassVar[dict[str, str]] = {
+        "the wrapper": "",
+        "its layer": "layer",
+        "its batch norm": "bn",
+        "its activation": "activation",
+    }
+    weight: StoredWeight | StoredTable
+
+    def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool = False) -> None:
+        super().__init__(path, wrapper.held)
+        self.bn = wrapper.bn
+        self.activation = wrapper.activation
+        self.input = acts_site(wrapper.input_quantizer, f"{path}.input", keep_signed)
+        self.output = acts_site(wrapper.acts_quantizer, f"{path}.output", keep_signed)
+        self.activation = _left_of(self.activation, self.output)
+        self.preactivation = acts_site(wrapper.preactivation_quantizer, f"{path}.preactivation", keep_signed)
+        self.layer = wrapper.layer
+        self.row = wrapper.row
+        self.has_codes = wrapper.weight_quantizer is not None
+        self.sum_bias: nn.Parameter | None = None
+        self.stored_bias = nn.ModuleList()  # one, or one a call where the calls have inputs of other scales
+        self.calls = 0
+        self.input_scales: list[Tensor | None] = []
+        self.is_settled = False
+        if wrapper.weight_quantizer is not None:
+            self.layer = without_weight(wrapper.layer)
+            self.weight, self.bn = stored_weight(wrapper, wrapper.weight_quantizer, self.layer, path, keep_signed)
+            bias = wrapper.bias_in_use
+            if wrapper.fold_mode is not None:
+                bias = running_bias(wrapper.bn, bias)
+            if bias is not None and wrapper.bias_quantizer is not None:
+                bias = wrapper.bias_quantizer(bias)
+            if wrapper.fold_mode is None and wrapper.bn is not None and self.bn is None:
+                bias = running_bias(wrapper.bn, bias)
+            self.sum_bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor, *, fused: bool = True) -> Tensor:
+        x = self.input(x)
+        run = active_run()
+        known = x.codes if isinstance(x, IntegerTensor) else None
+        if known is not None and not self.is_settled and self._in_steps and self.sum_bias is not None:
+            self.weight.make_room(self.sum_bias, known.scale)
+        if run is not None and run.checking:
+            run.site = self.path
+            self.input_scales.append(None if known is None else known.scale)
+        y = self.row.run(self.layer, x, self.weight(), self._bias(known)) if self.has_codes else self.layer(x)
+        y = self.preactivation(y if self.bn is None else self.bn(y))
+        return self.output(y if self.activation is None else self.activation(y))
+
+    def _bias(self, known: Codes | None) -> Tensor | None:
+        """The bias as the file has it; `known`: the codes that come in, in an integer run."""
+        if known is not None and self.sum_bias is not None and self._has_one_scale:
+            return self._on_grid_of(known.scale)()  # type: ignore[no-any-return]
+        if active_run() is not None or not len(self.stored_bias):
+            return self.sum_bias
+        call, self.calls = self.calls, (self.calls + 1) % len(self.stored_bias)
+        bias: Tensor = self.stored_bias[call]()
+        return bias
+
+    @property
+    def _has_one_scale(self) -> bool:
+        """Whether the sums of products are in steps of one scale, per tensor or output channel."""
+        return self._in_steps and len(self.weight.terms) == 1
+
+    @property
+    def _in_steps(self) -> bool:
+        return self.has_codes and isinstance(self.weight, StoredWeight)
+
+    def _on_grid_of(self, input_scale: Tensor) -> StoredBias:
+        """The bias in steps of the sums that it is added to."""
+        return StoredBias(self.sum_bias, input_scale * self.weight.terms[0][0], self.path)  # type: ignore[arg-type]
+
+    def settle(self) -> None:
+        """Put the bias on the grid of the sums it is added to, where the inputs have one."""
+        scales = [s for s in self.input_scales if s is not None]
+        every_call = len(scales) == len(self.input_scales)
+        self.input_scales, self.is_settled = [], True
+        if self.sum_bias is None or not self._has_one_scale or not scales or not every_call:
+            return
+        same = all(torch.equal(scale, scales[0]) for scale in scales)
+        for scale in scales[:1] if same else scales:
+            self.stored_bias.append(self._on_grid_of(scale))
+
+
+class DeployOp(StandIn):
+    """A QOp as it computes in QUANT_EVAL."""
+
+    stands_for: ClassVar[str] = "op"
+    runs: ClassVar[dict[str, str]] = {"the operator": "", "its activation": "activation"}
+
+    def __init__(self, op: QOp, path: str, keep_signed: bool = False) -> None:
+        super().__init__(path, op.held)
+        self.op = op.op
+        self.activation = op.activation
+        self.input = acts_site(op.input_quantizer, f"{path}.input", keep_signed)
+        self.output = acts_site(op.acts_quantizer, f"{path}.output", keep_signed)
+        self.activation = _left_of(self.activation, self.output)
+
+    def forward(self, *args: Any, fused: bool = True, **kwargs: Any) -> Tensor:
+        run = active_run()
+        if run is not None and run.checking:
+            run.site = self.path
+        if args:
+            args = (self.input(args[0]), *args[1:])
+        y = _global_average(self.op, args, kwargs) if as_nodes() else None
+        y = self.op(*args, **kwargs) if y is None else y
+        return self.output(y if self.activation is None else self.activation(y))
+
+
+def _global_average(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The ONNX operator that runtimes have an integer kernel for, where the operator is one; else None."""
+    x = args[0] if args else None
+    operator = operator_of_module(op) if isinstance(op, nn.Module) else OPERATORS.of(op)
+    if not isinstance(x, Tensor) or x.ndim < 3 or operator is None:
+        return None
+    size, keep = None, True
+    if operator.name == "adaptive_avg_pool":
+        size = op.output_size if isinstance(op, nn.Module) else (*args[1:], *kwargs.values())[0]
+    elif operator.name == "mean":
+        dims, keep = (*args[1:], kwargs.get("dim"))[0], bool((*args[2:], kwargs.get("keepdim", False))[0])
+        spatial = list(range(2, x.ndim))
+        size = 1 if isinstance(dims, list | tuple) and sorted(d % x.ndim for d in dims) == spatial else None
+    if size is None or any(s != 1 for s in (size if isinstance(size, list | tuple) else (size,))):
+        return None
+    pooled = node("GlobalAveragePool", (x,), x.dtype, (*x.shape[:2], *[1] * (x.ndim - 2)))
+    return pooled if keep else pooled.flatten(1)
+
+
+@torch.no_grad()
+def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
+    """A float32 CPU copy of the model in eval mode that computes QUANT_EVAL from stored 8-bit codes.
+
+    Whatever state the QModules are in; a site without a quantizer stays float. Batch norms are folded
+    where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
+    from 0 on, which runtimes for x86 compute faster with, and those of weights that could saturate there;
+    `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform
+    ones. Raises ExportError for a model without QModules; where it is run, for a site that is not calibrated, has no
+    such codes or needs more than 8 bits, and for one that is not float32. A site that does not run may be any of these:
+    `settle` leaves it out.
+    """
+    if not any(isinstance(module, QModule) for module in model.modules()):
+        raise ExportError(
+            f"{type(model).__name__} has no QModule, so nothing in it is quantized. Wrap its layers in QWrapper and "
+            "its operators in QOp, or use torch.onnx.export for a float model"
+        )
+    try:
+        own = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ExportError(
+            f"the model cannot be copied: {str(error).splitlines()[0]} A weight that a hook computes is made a plain "
+            "one by remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+        ) from error
+    form = _converted(own.cpu().eval(), "", {}, keep_signed)
+    reseal(form)
+    return form
+
+
+@torch.no_grad()
+def settle(form: nn.Module, example_inputs: Any, tables: bool = True) -> IntegerRun:
+    """Run the form on integers once: biases go onto the grid of their sums, accumulators are checked.
+
+    `tables` as in `IntegerRun`. Returns what the run met; the sites that did not run are left out of the form. Raises
+    ExportError for an accumulator beyond 32 bits, and for a site that runs and has no codes.
+    """
+    run = IntegerRun("exact", checking=True, tables=tables)
+    with running(form, "example_inputs", example_inputs):
+        example_inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
+    if any(not x.numel() for x in tree_leaves(example_inputs) if isinstance(x, Tensor)):
+        raise ExportError("the example inputs are empty; give at least one row")
+    with integer_run(run):
+        try:
+            run.not_run = leave_out(form, lambda: call_with(form, example_inputs))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, ExportError):
+                raise
+            raise ExportError(f"the model does not run on the example inputs: {error}") from error
+    reseal(form)
+    for module in form.modules():
+        if isinstance(module, DeployLayer):
+            module.settle()
+    return run
+
+
+def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module], keep_signed: bool) -> nn.Module:
+    """`module` with every QModule below it replaced, children first; a module used twice stays one."""
+    if module not in done:
+        held = module.held if isinstance(module, QModule) else None  # has the same children, and is what is kept
+        for owner in (module, held) if held is not None else (module,):
+            for name, child in owner._modules.items():
+                if child is not None:
+                    below = f"{path}.{name}" if path else name
+                    owner._modules[name] = _converted(child, below, done, keep_signed)
+        done[module] = _replacement(module, path or type(module).__name__, keep_signed)
+    return done[module]
+
+
+def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
+    if isinstance(module, FusedPart):
+        return PassedOn(path, module.part)  # the DeployLayer runs it
+    if stock_type(module) in RECURRENT and not has_hooks(module):
+        return DeployWeights(QWeights(module, {}), path)  # torch.export would fix the number of its steps
+    if not isinstance(module, QModule):
+        return module
+    kind: Any = form_of(module)
+    if kind is None:
+        raise ExportError(
+            f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp nor a QWeights; only these can be "
+            "exported. Build the module from them"
+        )
+    refuse_hooks(path, {said: getattr(module, name) if name else module for said, name in kind.runs.items()})
+    try:
+        made: nn.Module = kind(module, path, keep_signed)
+    except ExportError as error:  # matters where the module runs
+        return LeftOut(path, module.held, error)
+    return made
+
+
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+FORMS: dict[type[QModule], type[StandIn]] = {QWrapper: DeployLayer, QOp: DeployOp, QWeights: DeployWeights}
+
+
+def form_of(module: nn.Module) -> type[StandIn] | None:
+    """What takes the place of a QModule in a deploy form; None for a module of no kind that has one."""
+    return next((form for wrapped, form in FORMS.items() if isinstance(module, wrapped)), None)
+
+
+def _left_of(activation: nn.Module | None, output: nn.Module) -> nn.Module | None:
+    """The activation, unless it is a clamp that the codes of the output can take over; then they do."""
+    clamp = activation_clamp(activation)
+    if clamp is None or not isinstance(output, QuantizeDequantize) or not output.clamp_codes(clamp):
+        return activation
+    return None

@@ -1,0 +1,163 @@
+"""From a quantized weight to what a file stores of it: codes on a grid, or codes of levels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.deploy.lowering.export_grids import (
+    Grid,
+    Table,
+    can_saturate,
+    fold_into_scale,
+    layer_grid,
+    uniform_grid,
+    weight_table,
+)
+from torchquant.deploy.lowering.qdq import StoredTable, StoredWeight, Terms
+from torchquant.errors import ExportError, NoAffineViewError
+from torchquant.qmodule import QWrapper
+from torchquant.qmodule.bn_folding import running_factor
+from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional.bn_fold import channel_view
+
+
+def stored_weight(
+    wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str, keep_signed: bool
+) -> tuple[StoredWeight | StoredTable, nn.Module | None]:
+    """The weight as the layer takes it, and the batch norm that is left to run."""
+    name = f"{path}: the weight quantizer ({type(quantizer).__name__})"
+    weight = wrapper.float_weight()
+    bn = None if wrapper.fold_mode else wrapper.bn
+    factor = running_factor(bn) if bn is not None and _can_fold(bn, layer) else None
+    kept = encoded_weight(weight, quantizer, name, path)
+    if isinstance(kept, Table):
+        if factor is not None:
+            kept, bn = kept.scaled(factor), None
+    else:
+        folded = None if factor is None else fold_into_scale(*kept, factor)
+        if folded is not None:
+            kept, bn = folded, None
+    to_layer = partial(wrapper.row.channels_first, layer)
+    layout = Layout(to_layer, partial(layer_grid, layer=wrapper.layer, row=wrapper.row))
+    return stored(kept, layout, keep_signed), bn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module lays out a weight with the output channel on axis 0.
+
+    `to_layer(weight)`: laid out so. `grid(grid)`: the grid for the weight laid out so, None where it has none.
+    """
+
+    to_layer: Callable[[Tensor], Tensor]
+    grid: Callable[[Grid], Grid | None]
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _none(grid: Grid) -> None:
+    return None
+
+
+AS_IT_IS = Layout(_as_it_is, _as_it_is)
+
+
+def from_order(order: Tensor) -> Layout:
+    """Of a module whose weight is kept with its rows in the order `order`."""
+    return Layout(partial(_rows, order.argsort()), _none)
+
+
+def _rows(order: Tensor, weight: Tensor) -> Tensor:
+    return weight[order]
+
+
+Encoded = Table | tuple[Tensor, Grid]
+
+
+def encoded_weight(weight: Tensor, quantizer: Quantizer, name: str, path: str) -> Encoded:
+    """The weight in codes of a uniform grid, or of any other scheme; channels first. Raises ExportError."""
+    if weight.dtype != torch.float32:
+        raise ExportError(f"{path}: the weight is {weight.dtype}, but files are written in float32. Call model.float()")
+    try:
+        grid = uniform_grid(quantizer, name)
+    except ExportError as error:
+        if not isinstance(error.__cause__, NoAffineViewError):
+            raise
+        return weight_table(quantizer, weight, name)
+    if grid.axis is not None:
+        grid = replace(grid, axis=grid.axis % weight.ndim)
+    return quantizer.encode(weight), grid
+
+
+def picked_rows(kept: Encoded, order: Tensor) -> Encoded:
+    """Of an encoded weight the rows of these numbers."""
+    if isinstance(kept, Table):
+        levels = kept.levels[order] if kept.levels.ndim == 2 else kept.levels
+        terms = tuple((scale[order] if scale.ndim else scale, ints[order]) for scale, ints in kept.terms)
+        return Table(kept.codes[order], levels, terms)
+    codes, grid = kept
+    if grid.axis == 0:
+        grid = replace(grid, scale=grid.scale[order], zero_point=grid.zero_point[order])
+    return codes[order], grid
+
+
+def _on_grid(codes: Tensor, grid: Grid, layout: Layout, keep_signed: bool, table: Tensor | None = None) -> StoredWeight:
+    """Codes stored as the layer has them, if their grid can be; else channels first, moved when they are real."""
+    ints = codes if table is None else table[codes.to(torch.int64)]
+    if not keep_signed and can_saturate(ints):
+        offset, grid = grid.lowest, grid.unsigned()
+        ints = ints - offset
+        codes, table = (ints, None) if table is None else (codes, table - offset)
+    scale = grid.scale.to(torch.float64)
+    terms: Terms = ()
+    if grid.axis in (None, 0):
+        zero_point = grid.zero_point if grid.axis is None else channel_view(grid.zero_point, ints.ndim, 0)
+        terms = ((scale, layout.to_layer(ints.to(torch.int32) - zero_point)),)
+    laid_out = layout.grid(grid)
+    if laid_out is None:
+        return StoredWeight(codes, grid, terms, layout.to_layer, table)
+    return StoredWeight(layout.to_layer(codes), laid_out, terms, None, table)
+
+
+def stored(kept: Encoded, layout: Layout, keep_signed: bool) -> StoredWeight | StoredTable:
+    """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
+    if not isinstance(kept, Table):
+        return _on_grid(*kept, layout, keep_signed)
+    as_grid = kept.as_grid()
+    if as_grid is None:
+        terms = tuple((scale, layout.to_layer(ints)) for scale, ints in kept.terms)
+        return StoredTable(kept, terms, layout.to_layer)
+    ints, grid = as_grid
+    if stored_bits(grid.qmin, grid.qmax) <= stored_bits(0, kept.levels.shape[-1] - 1):
+        return _on_grid(ints, grid, layout, keep_signed)
+    values, codes = torch.unique(ints, return_inverse=True)
+    return _on_grid(codes, grid, layout, keep_signed, values)
+
+
+def stored_bits(low: int, high: int) -> int:
+    """Bits of the narrowest ONNX type that holds low..high: 2, 4 or 8, signed where low is below 0.
+
+    >>> [stored_bits(*ends) for ends in ((-1, 1), (0, 3), (-7, 7), (-8, 8))]
+    [2, 2, 4, 8]
+    """
+    return next(n for n in (2, 4, 8) if low >= (-(2 ** (n - 1)) if low < 0 else 0) and high < 2 ** (n - (low < 0)))
+
+
+def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:
+    """Whether the batch norm acts on the output channels: not sure for Linear, whose input may be (N, C, L)."""
+    return bn.running_mean is not None and not isinstance(layer, nn.Linear)
+
+
+def without_weight(layer: Any) -> nn.Module:
+    """A copy that keeps the geometry of the layer, but of its float weight nothing but shape, type and device."""
+    empty = nn.Parameter(layer.weight.new_zeros(()).expand_as(layer.weight), requires_grad=False)
+    return copy.deepcopy(layer, {id(layer.weight): empty})

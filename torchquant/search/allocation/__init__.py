@@ -1,0 +1,1 @@
+"""Sensitivity, and the assignment of options within budgets."""

@@ -1,0 +1,223 @@
+"""Mixed precision by sensitivity: for each place the option that harms least in sum, within budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchquant._arguments import checked
+from torchquant._registry import did_you_mean
+from torchquant._tables import ShownAsTables, text_table
+from torchquant.errors import ConfigError
+from torchquant.plan.quant_plan import QuantPlan
+from torchquant.plan.rules import Rules
+from torchquant.search.allocation.calibrated_supernet import searched_plan
+from torchquant.search.allocation.dynamic import solve_dp
+from torchquant.search.allocation.sensitivities import Sensitivity
+from torchquant.search.allocation.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
+from torchquant.search.budget import Budget
+from torchquant.search.cost import CostModel, LatencyTable, Place, Variable
+
+SOLVERS = {
+    "ilp": "integer linear programming, exact; needs scipy",
+    "dp": "dynamic programming, exact; for costs that are sums over places",
+    "greedy": "from the best option everywhere, the step that harms least for what it saves",
+}
+Harms = Sensitivity | Mapping[Place, Sequence[float]]
+"""What `sensitivity` measured, or place -> a number for each option: larger is worse."""
+
+
+@dataclass(frozen=True)
+class Allocation(ShownAsTables):
+    """A choice for every place, within the budgets. Prints as a table.
+
+    `plan`: with spec strings, ready for `apply`, `save` and `quantize`. `choice`: place -> index of its option.
+    `totals`: every measure of `MEASURES`. `predicted`: the sum of the harms.
+    """
+
+    plan: QuantPlan
+    choice: Mapping[Place, int]
+    specs: Mapping[Place, str]
+    harms: Mapping[Place, float]
+    totals: Mapping[str, float]
+    predicted: float
+    budgets: tuple[Budget, ...]
+    solver: str
+
+    def table(self) -> str:
+        """Every place with its option and harm, then what it costs beside the budgets."""
+        rows = [[*place, spec, f"{self.harms[place]:.4g}"] for place, spec in self.specs.items()]
+        rows.append(["(all)", "", "", f"{self.predicted:.4g}"])
+        limits = {budget.measure: f"{budget.limit:g}" for budget in self.budgets}
+        costs = [[name, f"{total:g}", limits.get(name, "-")] for name, total in self.totals.items()]
+        places = text_table(["site", "field", "option", "harm"], rows)
+        return f"{places}\n\n{text_table(['measure', 'cost', 'at most'], costs)}"
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+@checked
+def allocate(
+    net: nn.Module,
+    rules: Rules | QuantPlan,
+    example_inputs: Any,
+    budget: str | Budget | Sequence[str | Budget],
+    sensitivity: Harms,
+    solver: str = "ilp",
+    latency: LatencyTable | None = None,
+    min_bits: int = 2,
+    max_bits: int = 8,
+) -> Allocation:
+    """The options whose harms have the least sum, among those that keep every budget.
+
+    `rules`: as `search_rules` reads them, or a plan with `Candidates`. `budget`: "bytes<=40kB", or several of
+    `MEASURES`, "bytes<=40kB,bitops<=2G"; "latency" needs the table that `measure_latency` makes. `solver` (`SOLVERS`):
+    "ilp" and "dp" are exact, "greedy" is not. HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680) allocates by "ilp".
+
+    The budgets hold exactly: `CostModel.excess` is 0. That harms of single places add up is an assumption; measure what
+    comes out. Raises ConfigError, with the least that can be had where a budget cannot be kept.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> harms = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
+    >>> found = allocate(net, [{"weight": ["affine:2", "affine:8"]}], torch.zeros(1, 8), "bits<=7", harms, solver="dp")
+    >>> found.specs, found.totals["bits"]
+    ({('0', 'weight'): 'affine:8', ('2', 'weight'): 'affine:2'}, 6.8)
+    """
+    allocator = Allocator(net, rules, example_inputs, sensitivity, latency, min_bits, max_bits)
+    return allocator.solve(Budget.parse(budget), solver)
+
+
+class Allocator:
+    """Costs and harms of one model, to be solved for one budget after another. Raises ConfigError.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(8, 8))
+    >>> allocator = Allocator(net, [{"weight": ["affine:2", "affine:8"]}], torch.zeros(1, 8), {("0", "weight"): [1, 0]})
+    >>> [allocator.solve(Budget.parse(text), "dp").totals["bits"] for text in ("bits<=8", "bits<=7.9")]
+    [8.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        rules: Rules | QuantPlan,
+        example_inputs: Any,
+        sensitivity: Harms,
+        latency: LatencyTable | None = None,
+        min_bits: int = 2,
+        max_bits: int = 8,
+    ) -> None:
+        self.plan = searched_plan(net, rules, example_inputs, min_bits, max_bits)
+        self.costs = CostModel(net, self.plan, example_inputs, latency)
+        self.harms = [_checked_harms(variable, sensitivity) for variable in self.costs.variables]
+
+    def best(self) -> dict[Place, int]:
+        """The least harmful option everywhere; of equal ones that with fewest bits."""
+        return {
+            v.place: min(range(len(harms)), key=lambda o: (harms[o], v.bits[o]))
+            for v, harms in zip(self.costs.variables, self.harms, strict=True)
+        }
+
+    def solve(self, budgets: Sequence[Budget], solver: str = "ilp") -> Allocation:
+        """The allocation for these budgets. Raises ConfigError."""
+        if solver not in SOLVERS:
+            raise ConfigError(
+                f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'.{did_you_mean(solver, SOLVERS)}"
+            )
+        if not budgets:
+            raise ConfigError("allocation needs a budget, such as 'bytes<=40kB'")
+        self.costs.check_feasible(budgets)
+
+        def keeps(picks: Sequence[int]) -> bool:
+            return self.costs.excess(self._choice(picks), budgets) == 0.0
+
+        try:
+            solve = {"ilp": solve_ilp, "dp": solve_dp, "greedy": solve_greedy}[solver]
+            picks = solve(plain_problem(self.costs, budgets, self.harms), keeps)
+        except NoChoiceError:
+            least = {b.measure: self.costs.totals(self.costs.cheapest(b.measure))[b.measure] for b in budgets}
+            words = ", ".join(f"{b} (least {least[b.measure]:.10g})" for b in budgets)
+            hint = " Take solver='ilp'" if solver == "greedy" else ""
+            raise ConfigError(f"{solver} finds no choice that keeps all budgets together: {words}.{hint}") from None
+        return self.allocation(self._choice(picks), budgets, solver)
+
+    def _choice(self, picks: Sequence[int]) -> dict[Place, int]:
+        return dict(zip(self.costs.places, picks, strict=True))
+
+    def allocation(self, choice: Mapping[Place, int], budgets: Sequence[Budget], solver: str) -> Allocation:
+        """What a choice is as an allocation."""
+        variables = self.costs.variables
+        harms = {v.place: h[choice[v.place]] for v, h in zip(variables, self.harms, strict=True)}
+        return Allocation(
+            self.costs.plan_of(self.plan, choice),
+            dict(choice),
+            {v.place: v.options[choice[v.place]] for v in variables},
+            harms,
+            self.costs.totals(choice),
+            sum(harms.values()),
+            tuple(budgets),
+            solver,
+        )
+
+
+def _checked_harms(variable: Variable, given: Harms) -> tuple[float, ...]:
+    """The harms of one place. Raises ConfigError if they are of something else."""
+    harms = given.harms if isinstance(given, Sensitivity) else given
+    site, name = variable.place
+    if variable.place not in harms:
+        raise ConfigError(f"the sensitivity has no entry for '{site}', {name}; it was measured for other rules")
+    found = tuple(map(float, harms[variable.place]))
+    if len(found) != len(variable.options):
+        raise ConfigError(f"'{site}', {name} has {len(variable.options)} options, the sensitivity {len(found)}")
+    if isinstance(given, Sensitivity) and given.options[variable.place] != variable.options:
+        raise ConfigError(
+            f"'{site}', {name} has the options {', '.join(variable.options)}, the sensitivity was measured for "
+            f"{', '.join(given.options[variable.place])}"
+        )
+    if not all(abs(harm) < float("inf") for harm in found):
+        raise ConfigError(f"'{site}', {name}: harms must be finite, got {found}")
+    return found
+
+
+def plain_problem(costs: CostModel, budgets: Sequence[Budget], harms: Sequence[Sequence[float]]) -> Problem:
+    """The problem in plain numbers: one constraint a budget, in whole bits, bytes and bit operations."""
+    rows, limits, products = [], [], []
+    indices = {place: index for index, place in enumerate(costs.places)}
+    for row, budget in enumerate(budgets):
+        rows.append([_numbers(variable, budget.measure) for variable in costs.variables])
+        limit = budget.limit - costs.fixed.get(budget.measure, 0.0)
+        if budget.measure in ("bits", "act_bits"):
+            counted = [v.elements for v in costs.variables if v.is_weight == (budget.measure == "bits")]
+            limit *= max(sum(counted), 1)
+        limits.append(limit)
+        if budget.measure == "bitops":
+            for product in costs.products:
+                factors = [
+                    float(source) if isinstance(source, int) else (indices[source], _bits(costs.by_place[source]))
+                    for source in (product.first, *product.reads)
+                ]
+                products.append(Product(row, float(product.macs), factors[0], tuple(factors[1:])))
+    return Problem(harms, rows, limits, products)
+
+
+def _bits(variable: Variable) -> tuple[float, ...]:
+    return tuple(map(float, variable.bits))
+
+
+def _numbers(variable: Variable, measure: str) -> tuple[float, ...]:
+    """What each option adds to a measure that is a sum over places; 0 for bit operations."""
+    counted = variable.is_weight != (measure in ("act_bytes", "act_bits"))
+    if not counted or measure == "bitops":
+        return (0.0,) * len(variable.options)
+    if measure == "latency":
+        return variable.seconds
+    return (
+        variable.bytes
+        if measure in ("bytes", "act_bytes")
+        else tuple(float(n * variable.elements) for n in variable.bits)
+    )

@@ -1,0 +1,155 @@
+"""A model whose searched places are free: each can be left as it is, or hold one of its options; for measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._arguments import one_number
+from torchquant.errors import ConfigError, NonFiniteError
+from torchquant.graph.watch import call_with, tensors_in
+from torchquant.plan.quant_plan import QuantPlan
+from torchquant.plan.rules import Rules
+from torchquant.qmodule import QModule, QModuleState
+from torchquant.qmodule.state import is_real
+from torchquant.search.cost import Place
+from torchquant.search.learning.mixture import FLOAT, MixtureQuantizer
+from torchquant.search.learning.supernet import build_supernet
+from torchquant.search.space import search_rules, searched_fields
+from torchquant.utils import qmodules, set_qmodule_state
+
+Loss = Callable[[Any, Any], Tensor]
+"""(output of the model, targets) -> mean loss of the batch, a scalar."""
+Batch = tuple[Any, Any]
+"""(inputs, targets); the inputs a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
+
+
+def searched_plan(
+    net: nn.Module, rules: Rules | QuantPlan, example_inputs: Any, min_bits: int = 2, max_bits: int = 8
+) -> QuantPlan:
+    """The plan with candidates that rules make, as `search_rules` reads them; a plan stays as it is.
+
+    Raises ConfigError if it leaves nothing to choose.
+    """
+    plan = rules
+    if not isinstance(plan, QuantPlan):
+        plan = QuantPlan.from_rules(search_rules(plan, min_bits, max_bits), net, example_inputs)
+    if not searched_fields(plan):
+        raise ConfigError("the rules leave nothing to choose: give a field a list of specs, or a spec with {n}")
+    return plan
+
+
+def checked_batches(batches: Iterable[Any]) -> list[Batch]:
+    """All batches, kept; raises ConfigError for none, or for one that is not a pair."""
+    found = list(batches)
+    if not found:
+        raise ConfigError("sensitivity needs at least one batch, got none")
+    for i, batch in enumerate(found):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ConfigError(f"batch {i} must be (inputs, targets), got {type(batch).__name__}")
+        if batch_size(batch) == 0:
+            raise ConfigError(f"batch {i} has no sample")
+    return [(inputs, targets) for inputs, targets in found]
+
+
+def batch_size(batch: Any) -> int:
+    """Samples of a batch: the first axis of the first tensor among the inputs."""
+    first = next(iter(tensors_in(batch[0])), None)
+    return len(first) if first is not None and first.ndim else 0
+
+
+def samples_of(batch: Batch) -> Iterator[Batch]:
+    """The batch in batches of one sample; what has not as many entries as the batch stays whole."""
+    size = batch_size(batch)
+
+    def cut(value: Any, i: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[i : i + 1] if value.ndim and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {name: cut(part, i) for name, part in value.items()}
+        return type(value)(cut(part, i) for part in value) if isinstance(value, tuple | list) else value
+
+    for i in range(size):
+        yield cut(batch[0], i), cut(batch[1], i)
+
+
+def scalar_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
+    """The loss, which must be one finite number. Raises ConfigError, NonFiniteError."""
+    found = one_number(loss(output, targets), "the loss")
+    if not bool(found.detach().isfinite()):
+        raise NonFiniteError(f"the loss is {float(found)}; sensitivity needs a model and data that give finite numbers")
+    return found
+
+
+class Probe:
+    """A copy of the float model under a plan, in eval mode, with its ranges measured on the batches.
+
+    Every searched place is left as it is until `using` gives it an option. Raises what `build_supernet` raises.
+    """
+
+    def __init__(self, net: nn.Module, plan: QuantPlan, batches: list[Batch]) -> None:
+        self.batches = batches
+        self.spaces = searched_fields(plan)
+        self.model, made = build_supernet(net, plan)
+        self.mixtures = {place: made.get(place, []) for place in self.spaces}  # an input that is quantized has none
+        self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for mixture in self.all_mixtures():
+            mixture.forced, mixture.narrow = FLOAT, False
+            mixture.refresh()
+        set_qmodule_state(self.model, QModuleState.CALIBRATION)
+        with torch.no_grad():
+            for inputs, _ in batches:
+                call_with(self.model, inputs, "a batch")
+        set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
+
+    def all_mixtures(self) -> Iterator[MixtureQuantizer]:
+        """Those of every place."""
+        for mixtures in self.mixtures.values():
+            yield from mixtures
+
+    def options(self, place: Place) -> list[str]:
+        """Spec strings of a place."""
+        return self.spaces[place].options(place[1])
+
+    def owners(self, place: Place) -> list[QModule]:
+        """The modules that the quantizers of a place sit in."""
+        own = {id(mixture) for mixture in self.mixtures[place]}
+        return [m for _, m in qmodules(self.model) if any(id(q) in own for q in m.quantizers().values())]
+
+    @contextmanager
+    def using(self, place: Place, option: int) -> Iterator[None]:
+        """One place with one option, as long as the context lasts."""
+        try:
+            for mixture in self.mixtures[place]:
+                mixture.forced = option
+            yield
+        finally:
+            for mixture in self.mixtures[place]:
+                mixture.forced = FLOAT
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[Any]:
+        """What the model gives for each batch, as it is now."""
+        for inputs, _ in self.batches:
+            yield call_with(self.model, inputs, "a batch")
+
+    def mean_loss(self, loss: Loss, outputs: Iterable[Any]) -> float:
+        """The mean over all samples."""
+        total = 0.0
+        for batch, output in zip(self.batches, outputs, strict=True):
+            total += batch_size(batch) * float(scalar_loss(loss, output, batch[1]))
+        return total / sum(map(batch_size, self.batches))
+
+
+def first_real(output: Any) -> Tensor:
+    """The first tensor of real numbers in what a model gives. Raises ConfigError if there is none."""
+    for tensor in tensors_in(output):
+        if is_real(tensor):
+            return tensor
+    raise ConfigError(f"the model gives {type(output).__name__} without a tensor of real numbers")

@@ -1,0 +1,95 @@
+"""Seconds of each layer with each option, from measurements of the whole model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from torchquant._arguments import checked, number
+from torchquant._files import read_json, write_json
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
+from torchquant.graph.sites import make_field
+from torchquant.plan.quant_plan import QuantPlan
+from torchquant.plan.rules import Rules
+from torchquant.search.allocation.calibrated_supernet import searched_plan
+from torchquant.search.cost import LatencyTable, Place
+from torchquant.search.space import searched_fields
+
+
+@checked
+def measure_latency(
+    net: nn.Module, plan: Rules | QuantPlan, time_plan: Callable[[QuantPlan], float]
+) -> dict[tuple[str, str], float]:
+    """The table that a budget of latency needs: (site path, weight spec) -> seconds.
+
+    `plan`: with `Candidates`, or rules. `time_plan(plan)`: seconds of the whole model under a plan without candidates,
+    measured where the model is to run. It is called once with the option of fewest bits everywhere, then once for
+    each other option of each weight, the rest as before. An entry is an equal share of the first time, plus what the
+    option adds to it: the sum of a choice is then what its differences add up to. That they add up is an assumption,
+    and an entry can be below 0. Raises ConfigError.
+
+    >>> from torchquant.search import search_rules
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> plan = QuantPlan.from_rules(search_rules([{"weight": ["affine:2", "affine:8"]}]), net)
+    >>> seconds = {"affine:2": 1.0, "affine:8": 3.0}
+    >>> table = measure_latency(net, plan, lambda plan: sum(seconds[site.weight] for site in plan.sites))
+    >>> table["0", "affine:2"], table["1", "affine:8"]
+    (1.0, 3.0)
+    """
+    searched = searched_plan(net, plan, None)
+    spaces = searched_fields(searched)
+    options = {place: space.options(place[1]) for place, space in spaces.items()}
+    bits = {place: [make_field(spec, place[1]).n_bits for spec in specs] for place, specs in options.items()}
+    base = {place: specs[bits[place].index(min(bits[place]))] for place, specs in options.items()}
+    weights = [place for place in options if place[1] == "weight"]
+    if not weights:
+        raise ConfigError("a latency table is of weights, and the plan has no candidates for any")
+    first = _seconds(time_plan, searched, base)
+    table = {}
+    for place in weights:
+        for spec in options[place]:
+            added = 0.0 if spec == base[place] else _seconds(time_plan, searched, {**base, place: spec}) - first
+            table[place[0], spec] = first / len(weights) + added
+    return table
+
+
+def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: Mapping[Place, str]) -> float:
+    fields: dict[str, dict[str, str]] = {}
+    for (path, field), spec in chosen.items():
+        fields.setdefault(path, {})[field] = spec
+    sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
+    found = number(time_plan(replace(plan, sites=sites)), "what time_plan gives")
+    if not (math.isfinite(found) and found > 0.0):
+        raise ConfigError(f"time_plan must give seconds above 0, got {found}")
+    return found
+
+
+@checked
+def write_latency(path: str | os.PathLike[str], table: LatencyTable) -> Path:
+    """Write a table as JSON: a list of {site, spec, seconds}."""
+    entries = [{"site": site, "spec": spec, "seconds": seconds} for (site, spec), seconds in table.items()]
+    return write_json(Path(path), entries)
+
+
+@checked
+def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
+    """Read a table that `write_latency` wrote, or that somebody wrote by hand. Raises ConfigError."""
+    data = read_json(path)
+    if not isinstance(data, list):
+        raise ConfigError(f"{path} is not a latency table: it must be a list of {{site, spec, seconds}}")
+    table: dict[tuple[str, str], float] = {}
+    for i, entry in enumerate(data):
+        try:
+            site, spec, seconds = entry["site"], entry["spec"], float(entry["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}, entry {i + 1}: expected site, spec and seconds, got {shown(entry)}") from error
+        if not math.isfinite(seconds) or (site, spec) in table:
+            raise ConfigError(f"{path}, entry {i + 1}: seconds must be finite, and each site and spec there once")
+        table[site, spec] = seconds
+    return table

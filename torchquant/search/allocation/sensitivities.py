@@ -1,0 +1,287 @@
+"""How much each option of each place harms the model, by itself: what mixed precision is allocated by."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchquant._arguments import checked
+from torchquant._files import check_format, read_json, write_json
+from torchquant._registry import did_you_mean
+from torchquant._tables import ShownAsTables, text_table
+from torchquant.errors import ConfigError, NonFiniteError, one_line
+from torchquant.graph.watch import tensors_in
+from torchquant.plan.quant_plan import QuantPlan
+from torchquant.plan.rules import Rules
+from torchquant.search.allocation.calibrated_supernet import Loss, Probe, checked_batches, first_real, searched_plan
+from torchquant.search.allocation.curvature import STORED, fisher_harms, hessian_harms
+from torchquant.search.cost import Place
+
+METHODS = {
+    "mse": "mean squared difference of the model's outputs",
+    "kl": "KL divergence of the class probabilities, in nats",
+    "loss": "increase of the loss",
+    "hessian": "Tr(H) / n * squared error of the weight (HAWQ-V2)",
+    "fisher": "half the squared error, weighted by squared gradients",
+}
+FORMAT = 1
+FILE = "sensitivity.json"
+OnPlace = Callable[[Place, tuple[float, ...]], object]
+
+
+@dataclass(frozen=True)
+class Sensitivity(ShownAsTables):
+    """Harm of each option of each place. Frozen; prints, is saved and loaded.
+
+    `harms`: place -> one number an option, in the unit that `METHODS` tells. `options`: their spec strings.
+    `reference_loss`: of the model with all searched places float; None without targets.
+    """
+
+    method: str
+    harms: Mapping[Place, tuple[float, ...]]
+    options: Mapping[Place, tuple[str, ...]]
+    reference_loss: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """Every place with its options, the most harmful option first on top."""
+        rows = [
+            [*place, spec, f"{harm:.4g}"]
+            for place, harms in sorted(self.harms.items(), key=lambda item: -max(item[1]))
+            for spec, harm in zip(self.options[place], harms, strict=True)
+        ]
+        return text_table(["site", "field", "option", f"harm ({self.method})"], rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, as `save` writes it."""
+        places = [
+            {"site": place[0], "field": place[1], "options": list(self.options[place]), "harm": list(harms)}
+            for place, harms in self.harms.items()
+        ]
+        head = {"torchquant_sensitivity": FORMAT, "settings": dict(self.settings), "method": self.method}
+        return {**head, "reference_loss": self.reference_loss, "places": places}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "the data") -> Sensitivity:
+        """What `to_dict` gave; `where` names it in messages. Raises ConfigError.
+
+        >>> found = Sensitivity("mse", {("0", "weight"): (0.5, 0.1)}, {("0", "weight"): ("affine:2", "affine:4")})
+        >>> Sensitivity.from_dict(found.to_dict()) == found
+        True
+        """
+        check_format(where, data, "torchquant_sensitivity", FORMAT, "a sensitivity")
+        try:
+            places = {(p["site"], p["field"]): p for p in data["places"]}
+            harms = {place: tuple(map(float, p["harm"])) for place, p in places.items()}
+            options = {place: tuple(p["options"]) for place, p in places.items()}
+            method, reference, settings = str(data["method"]), data["reference_loss"], dict(data["settings"])
+            if method not in METHODS or not all(len(harms[place]) == len(options[place]) for place in places):
+                raise ValueError("a harm for each option, by a method that is known")
+            return cls(method, harms, options, None if reference is None else float(reference), settings)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{where} is not a whole sensitivity: {one_line(repr(error))}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as JSON."""
+        return write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+        """Read what `save` or `sensitivity(out=...)` wrote. Raises ConfigError."""
+        return cls.from_dict(read_json(path), f"{path}")
+
+
+@checked
+def sensitivity(
+    net: nn.Module,
+    rules: Rules | QuantPlan,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    method: str = "mse",
+    loss: Loss | None = F.cross_entropy,
+    out: str | os.PathLike[str] | None = None,
+    on_place: OnPlace | None = None,
+    draws: int = 50,
+    seed: int = 0,
+    min_bits: int = 2,
+    max_bits: int = 8,
+) -> Sensitivity:
+    """Measure what each option harms where it alone is put into the float model `net`, which is left as it is.
+
+    `rules`: as `search_rules` reads them, or a plan with `Candidates`. `batches`: a small list of (inputs, targets);
+    all ranges are measured on them first. `method` (`METHODS`):
+
+    * "mse", "kl", "loss" compare with the model whose searched places are all float and whose other places quantize.
+      One pass over the batches an option. "kl": classes on the last axis of the output; "loss" may be below 0.
+    * "hessian" (HAWQ-V2): weights and biases, float model, `draws` Rademacher draws a batch (`hessian_trace`), the same
+      for the same `seed`. Deviation: a trace below 0 counts as 0, with a warning.
+    * "fisher": all places; the empirical Fisher matrix with targets as labels, one backward pass a sample.
+
+    `loss(output, targets)`: the mean over a batch. `out`: a folder; `sensitivity.json` in it is written whole after
+    each place, and a second call with the same settings goes on where it stopped, or returns at once.
+    `on_place(place, harms)` is called after each place. `min_bits`, `max_bits`: of specs with `{n}`. Raises
+    ConfigError, NonFiniteError.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> batches = [(torch.randn(16, 4), torch.arange(16) % 3)]
+    >>> found = sensitivity(net, [{"weight": ["affine:2", "affine:8"]}], batches[0][0], batches, "kl")
+    >>> all(two > eight for two, eight in found.harms.values())
+    True
+    """
+    given = checked_batches(batches)
+    plan = searched_plan(net, rules, example_inputs, min_bits, max_bits)
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{did_you_mean(method, METHODS)}")
+    if loss is None and method not in ("mse", "kl"):
+        raise ConfigError(f"the method '{method}' needs a loss")
+    probe = Probe(net, plan, given)
+    settings = {
+        "method": method,
+        "loss": None if loss is None else _name(loss),
+        "plan": _digest([asdict(site) for site in plan.sites], [[*p, probe.options(p)] for p in probe.mixtures]),
+        "weights": _digest(dict(net.state_dict())),
+        "batches": _digest(given),
+        **({"draws": draws, "seed": seed} if method == "hessian" else {}),
+    }
+    known = _claim(None if out is None else Path(out), settings)
+    if known is not None and set(known.harms) == set(probe.mixtures):
+        return known
+    run = _Run(probe, method, loss, draws, seed)
+    options = {place: tuple(probe.options(place)) for place in probe.mixtures}
+    reference = run.reference_loss() if known is None else known.reference_loss
+    harms = {} if known is None else dict(known.harms)
+    for place, measured in run.harms([place for place in options if place not in harms]):
+        harms[place] = measured
+        if out is not None:
+            Sensitivity(method, harms, {p: options[p] for p in harms}, reference, settings).save(Path(out) / FILE)
+        if on_place is not None:
+            on_place(place, measured)
+    return Sensitivity(method, {place: harms[place] for place in options}, options, reference, settings)
+
+
+class _Run:
+    """One method on one probe."""
+
+    def __init__(self, probe: Probe, method: str, loss: Loss | None, draws: int, seed: int) -> None:
+        self.probe, self.method, self.loss, self.draws, self.seed = probe, method, loss, draws, seed
+        self.reference = list(probe.outputs())
+        if method == "hessian":
+            for site, name in probe.mixtures:
+                if name not in STORED:
+                    raise ConfigError(
+                        f"'{site}', {name}: the method 'hessian' is for weights and biases; "
+                        "for activations take 'mse', 'kl', 'loss' or 'fisher'"
+                    )
+
+    def reference_loss(self) -> float | None:
+        """Of the reference; None without loss or targets."""
+        if self.loss is None or any(targets is None for _, targets in self.probe.batches):
+            if self.method in ("mse", "kl"):
+                return None
+            raise ConfigError(f"the method '{self.method}' needs targets, and a batch has None")
+        return self.probe.mean_loss(self.loss, self.reference)
+
+    def harms(self, places: list[Place]) -> Iterator[tuple[Place, tuple[float, ...]]]:
+        """Place by place, the harm of its options. Raises NonFiniteError."""
+        at_once = fisher_harms(self.probe, places, self.loss) if self.method == "fisher" and self.loss else {}
+        for place in places:
+            found = tuple(at_once[place] if place in at_once else self._of(place))
+            for spec, harm in zip(self.probe.options(place), found, strict=True):
+                if not math.isfinite(harm):
+                    raise NonFiniteError(f"'{place[0]}', {place[1]}: the harm of '{spec}' is {harm}; leave it out")
+            yield place, found
+
+    def _of(self, place: Place) -> list[float]:
+        if self.method == "hessian":
+            assert self.loss is not None
+            return hessian_harms(self.probe, place, self.loss, self.draws, self.seed)
+        found = []
+        for option in range(len(self.probe.options(place))):
+            with self.probe.using(place, option):
+                found.append(self._difference())
+        return found
+
+    def _difference(self) -> float:
+        """Of the model as it is now from the reference."""
+        outputs = self.probe.outputs()
+        if self.method == "loss":
+            assert self.loss is not None
+            now, before = (self.probe.mean_loss(self.loss, given) for given in (outputs, self.reference))
+            return now - before
+        measure = _squared_difference if self.method == "mse" else _divergence
+        total, count = 0.0, 0
+        for before_output, output in zip(self.reference, outputs, strict=True):
+            difference = measure(*(first_real(given).to(torch.float64) for given in (before_output, output)))
+            total, count = total + float(difference.sum()), count + difference.numel()
+        return total / count
+
+
+def _squared_difference(reference: Tensor, output: Tensor) -> Tensor:
+    return (output - reference).square()
+
+
+def _divergence(reference: Tensor, output: Tensor) -> Tensor:
+    """KL of two outputs with logits on the last axis, one number for each distribution."""
+    if reference.ndim == 0 or reference.shape[-1] < 2:
+        raise ConfigError(f"'kl' needs logits of two classes or more on the last axis, got {tuple(reference.shape)}")
+    p, q = (torch.log_softmax(logits, -1) for logits in (reference, output))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__qualname__", None) or (repr(loss) if isinstance(loss, nn.Module) else type(loss).__name__)
+
+
+def _digest(*values: Any) -> str:
+    """Short checksum of nested values; of tensors their type, shape and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors_in(values):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(repr(_without_tensors(values)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_tensors(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_tensors(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+def _claim(folder: Path | None, settings: dict[str, Any]) -> Sensitivity | None:
+    """What the folder has of these settings; raises ConfigError if it has others."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write into the output folder {folder}: {error.strerror}") from error
+    if not (folder / FILE).exists():
+        return None
+    known = Sensitivity.load(folder / FILE)
+    if known.settings != settings:
+        names = dict.fromkeys([*settings, *known.settings])
+        changed = ", ".join(
+            f"{name}: {known.settings.get(name)} there, {settings.get(name)} now"
+            for name in names
+            if known.settings.get(name) != settings.get(name)
+        )
+        raise ConfigError(
+            f"{folder} holds a sensitivity of other settings ({changed}); choose another folder, or those"
+        )
+    return known

@@ -1,0 +1,1 @@
+"""Schemes and widths that are learned beside the weights."""

@@ -1,0 +1,266 @@
+"""MixtureQuantizer: many quantizers at one place, mixed by shares that are learned; all of them in one convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError
+from torchquant.graph.sites import make_field
+from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.search.learning.mixing import mix
+from torchquant.search.learning.width_gradient import FORMS, MIXING_FORMS, attach_width_gradient
+
+FLOAT = -1
+"""As the forced option: the tensor stays as it is."""
+
+
+class MixtureQuantizer(Quantizer):
+    """`sum_o share_o Q_o(x)` over the options of one place; in eval mode the option with the largest share alone.
+
+    `rows`: one entry a scheme, width -> spec string, as `Candidates.rows` gives them, or a list of spec strings. An
+    option is a scheme at a width. `theta` (K,) are the logits of the schemes; their shares in train mode are
+    `softmax((theta + gumbel) / temperature)`, with `hard` rounded to one of them in forward only (Jang et al. 2017,
+    arXiv:1611.01144). `float_bitwidth` () is the width of all schemes that have one to learn; `form` says how its
+    gradient comes about: "interp" mixes the two widths around it as it lies between them (BitPruning, Nikolic et al.
+    2020), "secant" mixes them by chance, "step" and "stat" quantize at the rounded width and differentiate the step
+    (docs/algorithms.md F3, docs/decisions/0014).
+
+    The number of options costs time in no layer but this one. Gradients reach x, `theta`, `float_bitwidth` and what
+    the options learn themselves. Raises ConfigError.
+
+    >>> mixture = MixtureQuantizer(["clipq:2/channel", "esb:2,k=0/channel"])
+    >>> weight = torch.randn(4, 9)
+    >>> mixture.pre_observe(weight)
+    >>> torch.equal(mixture.eval()(weight), mixture.options[0](weight))
+    True
+    """
+
+    fuses_clamp = True
+    temperature: Tensor
+
+    def __init__(
+        self, rows: Sequence[str | Mapping[int | None, str]], site: str = "weight", form: str = "interp"
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ConfigError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        made: list[Mapping[int | None, str]] = [{None: row} if isinstance(row, str) else row for row in rows]
+        self.form = form
+        self.specs = [spec for row in made for spec in row.values()]
+        self.options = nn.ModuleList(make_field(spec, site) for spec in self.specs)
+        share_observers(self.options)
+        widths = sorted({n for row in made for n in row if n is not None})
+        self.widths = tuple(widths)
+        self.n_rows = len(made)
+        # option -> its scheme, and its place among the widths; what has no width to learn has the last column
+        self._rows = [i for i, row in enumerate(made) for _ in row]
+        self._columns = [len(widths) if n is None else widths.index(n) for row in made for n in row]
+        self._row_of: Tensor
+        self._column_of: Tensor
+        self.register_buffer("_row_of", torch.tensor(self._rows), persistent=False)
+        self.register_buffer("_column_of", torch.tensor(self._columns), persistent=False)
+        self.theta = nn.Parameter(torch.zeros(len(made))) if len(made) > 1 else None
+        self.float_bitwidth = nn.Parameter(torch.tensor(float(widths[-1]))) if len(widths) > 1 else None
+        self.register_buffer("temperature", torch.ones(()))
+        self.hard = False
+        self.learns = True
+        self.forced: int | None = None
+        self.narrow = True
+        self.active: tuple[int, ...] = ()
+        self.refresh()
+
+    @property
+    def n_bits(self) -> int:  # type: ignore[override]
+        """Of the option that would be chosen now."""
+        return self.option_bits[self.best_option()]
+
+    @property
+    def option_rows(self) -> list[int]:
+        """The scheme of each option."""
+        return list(self._rows)
+
+    @property
+    def option_bits(self) -> list[int]:
+        """Bits of each option."""
+        return [option.n_bits for option in self.options]  # type: ignore[misc]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.forced == FLOAT or all(self.options[i].is_ready for i in self.active)
+
+    @property
+    def is_memoryless(self) -> bool:
+        return all(option.is_memoryless for option in self.options)
+
+    def allocate(self, n_channels: int) -> None:
+        for option in self.options:
+            option.allocate(n_channels)  # type: ignore[operator]
+
+    def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
+        """Show x, or `x.clamp(*clamp)`, to the options that take part or must not miss a batch; each observer once."""
+        seen: set[int] = set()
+        shown = set(self.active)
+        if self.form == "stat" and self.float_bitwidth is not None:
+            shown |= {self._beside(i) for i in self.active}  # their steps are compared
+        clamped = x if clamp is None else x.detach().clamp(*clamp)
+        for i, option in enumerate(self.options):
+            if i in shown or not (option.is_ready and option.is_memoryless):
+                observer = id(getattr(option, "observer", option))
+                if observer not in seen:
+                    seen.add(observer)
+                    option.pre_observe(clamped)  # type: ignore[operator]
+
+    def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
+        """The mix of the options of x, or of `x.clamp(*clamp)` in the same pass."""
+        if self.forced == FLOAT:
+            return x if clamp is None else x.clamp(*clamp)
+        active, forced = list(self.active), self.forced
+        if forced is None and not self.training and not torch.compiler.is_compiling():
+            forced = self.best_option()
+        if forced is not None:
+            active = [forced]
+        chosen: list[Any] = [self.options[i] for i in active]
+        if forced is not None or (self.theta is None and self.float_bitwidth is None):
+            return mix(x, chosen, self.temperature.new_ones(1), clamp)
+        rows, columns = self._row_shares(), self._column_shares()
+        shares = rows[self._row_of[active]] * columns[self._column_of[active]]
+        y = mix(x, chosen, shares, clamp)
+        if self.float_bitwidth is None or self.form in MIXING_FORMS or not (self.training and self.learns):
+            return y
+        x = x if clamp is None else x.detach().clamp(*clamp)
+        return attach_width_gradient(y, x, self.float_bitwidth, self._neighbours(active), shares, self.form)
+
+    def _row_shares(self) -> Tensor:
+        """Shares of the schemes in this forward, (K,)."""
+        if self.theta is None:
+            return torch.ones(1, device=self.temperature.device)
+        if not self.training:
+            return nn.functional.one_hot(self.theta.argmax(), self.n_rows).to(self.theta.dtype)
+        theta = self.theta if self.learns else self.theta.detach()
+        gumbel = -torch.empty_like(theta).exponential_().log()
+        soft = torch.softmax((theta + gumbel) / self.temperature, 0)
+        if not self.hard:
+            return soft
+        return nn.functional.one_hot(soft.argmax(), self.n_rows) + (soft - soft.detach())
+
+    def _column_shares(self) -> Tensor:
+        """Shares of the widths in this forward, and 1 for what has none to learn, (W + 1,)."""
+        if self.float_bitwidth is None:
+            return torch.ones(len(self.widths) + 1, device=self.temperature.device)
+        width = self.float_bitwidth if self.learns else self.float_bitwidth.detach()
+        if self.training and self.form in MIXING_FORMS:
+            return self._hat(width, torch.rand_like(width) if self.form == "secant" else None)
+        return self._hat(torch.round(width.detach().clamp(self.widths[0], self.widths[-1])))
+
+    def _hat(self, width: Tensor, share: Tensor | None = None) -> Tensor:
+        """Two neighbours share a width that lies between them; 1 behind. The gradient passes at whole numbers too.
+
+        `share`: what the wider one gets in place of what is due to it.
+        """
+        low, high = self.widths[0], self.widths[-1]
+        bounded = width + (width.clamp(low, high) - width).detach()
+        below = bounded.detach().floor().clamp(low, high - 1)
+        part = bounded - below
+        part = part if share is None else share + (part - part.detach())
+        index = (below - low).to(torch.int64)
+        one = nn.functional.one_hot(torch.stack([index, index + 1]), len(self.widths)).to(width.dtype)
+        return torch.cat([one[0] * (1 - part) + one[1] * part, torch.ones_like(part)[None]])
+
+    def expected_shares(self) -> Tensor:
+        """Shares of all options without noise, (O,), with a gradient for `theta` and `float_bitwidth`."""
+        rows = torch.ones(1, device=self.temperature.device) if self.theta is None else torch.softmax(self.theta, 0)
+        if self.float_bitwidth is None:
+            columns = torch.ones(len(self.widths) + 1, device=self.temperature.device)
+        else:
+            columns = self._hat(self.float_bitwidth)
+        return rows[self._row_of] * columns[self._column_of]
+
+    @torch.no_grad()
+    def best_option(self) -> int:
+        """The option with the largest logit, at the rounded width."""
+        row = 0 if self.theta is None else int(self.theta.argmax())
+        columns = {c: i for i, (r, c) in enumerate(zip(self._rows, self._columns, strict=True)) if r == row}
+        if len(columns) == 1:
+            return next(iter(columns.values()))
+        return columns[self.widths.index(round(self.bitwidth()))]
+
+    @torch.no_grad()
+    def bitwidth(self) -> float:
+        """`float_bitwidth` within its bounds; of the option that would be chosen, where no width is learned."""
+        if self.float_bitwidth is None:
+            return float(self.option_bits[self.best_option()])
+        return float(self.float_bitwidth.clamp(self.widths[0], self.widths[-1]))
+
+    @torch.no_grad()
+    def entropy(self) -> float:
+        """Of the schemes' shares, over its largest value: 1 undecided, 0 decided."""
+        if self.theta is None:
+            return 0.0
+        shares = torch.softmax(self.theta, 0)
+        return float(-(shares * shares.clamp_min(1e-30).log()).sum() / torch.tensor(float(self.n_rows)).log())
+
+    @torch.no_grad()
+    def start_at(self, width: float | None) -> None:
+        """Put the width there, if one is learned; None: at the widest."""
+        if self.float_bitwidth is not None:
+            self.float_bitwidth.fill_(self.widths[-1] if width is None else width)
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Keep the width within its bounds, and quantize only at the widths around it; call it when it has changed.
+
+        With `narrow` off all widths take part, at a share of 0: compiled code then stays valid when widths move.
+        """
+        if self.float_bitwidth is None:
+            self.active = tuple(range(len(self.specs)))
+            return
+        self.float_bitwidth.clamp_(self.widths[0], self.widths[-1])
+        if not self.narrow:
+            self.active = tuple(range(len(self.specs)))
+            return
+        width = float(self.float_bitwidth)
+        below = min(int(width), self.widths[-1] - 1)
+        near = {round(width), below, below + 1} if self.form in MIXING_FORMS else {round(width)}
+        columns = {self.widths.index(n) for n in near} | {len(self.widths)}
+        self.active = tuple(i for i, column in enumerate(self._columns) if column in columns)
+
+    def _neighbours(self, active: list[int]) -> list[tuple[Quantizer, Quantizer, int]]:
+        """Each active option with the next wider (at the end: narrower) of its scheme, and its width."""
+        bits = self.option_bits
+        return [(self.options[i], self.options[self._beside(i)], bits[i]) for i in active]  # type: ignore[misc]
+
+    def _beside(self, option: int) -> int:
+        """The option of the next width of its scheme, the wider if there is one; itself without a width to learn."""
+        column = self._columns[option]
+        if column == len(self.widths) or len(self.widths) == 1:
+            return option
+        return option + 1 if column + 1 < len(self.widths) else option - 1
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        width = "" if self.float_bitwidth is None else f", bitwidth={self.bitwidth():.2f}"
+        return f"best={self.specs[self.best_option()]!r}, entropy={self.entropy():.2f}{width}"
+
+
+def share_observers(options: Sequence[Any] | nn.ModuleList) -> None:
+    """Let options whose observers do the same have one observer, so that it measures once."""
+    known: dict[tuple[Any, ...], nn.Module] = {}
+    for option in options:
+        observer = getattr(option, "observer", None)
+        if isinstance(observer, nn.Module):
+            settings = {
+                name: value
+                for name, value in vars(observer).items()
+                if not name.startswith("_") and isinstance(value, int | float | str | bool | type(None))
+            }
+            key = (type(observer), tuple(sorted(settings.items(), key=lambda item: item[0])))
+            option.observer = known.setdefault(key, observer)
