@@ -1,0 +1,6 @@
+"""Tests, in folders that mirror those of the package. What is about the package as a whole lies here."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"

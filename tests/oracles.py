@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
+from tests import DATA
+
 Array = npt.NDArray[np.float64]
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden.json").read_text())
+GOLDEN: dict[str, Any] = json.loads((DATA.parent / "golden.json").read_text())
 
 
 def affine(x: Array, delta: float, zero_point: int, n_levels: int) -> Array:

@@ -19,6 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torchquant
+from tests import ROOT
 from torchquant import (
     QUANTIZERS,
     AffineQuantizer,
@@ -36,7 +37,6 @@ from torchquant.cli import build_app
 from torchquant.deploy import export_onnx, load_packed, run_onnx, save_packed
 from torchquant.quantizers import LAWS, catalogue
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/deploy.md", "docs/search.md")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(

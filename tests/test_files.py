@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import ROOT
 from torchquant._files import (
     check_format,
     digest_of,
@@ -35,7 +36,6 @@ from torchquant.plan import QuantPlan, read_yaml
 from torchquant.runs.compare import load_plugin
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes, links and flock are of POSIX")
-ROOT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, str]:

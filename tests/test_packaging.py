@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 OPTIONAL = (
     "torchvision",

@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests import ROOT
 from torchquant import cli
 from torchquant.compat.nni.config import compile_config
 from torchquant.errors import ConfigError
@@ -37,7 +38,6 @@ from torchquant.runs.search import run as search_file
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-ROOT = Path(__file__).parent.parent
 OWN_MODEL = """
 import torch
 from torch import nn

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant as tq
+from tests import ROOT
 
 STATES = list(tq.QModuleState)
 QAT = tq.QModuleState.QUANT_AWARE_TRAIN
@@ -96,7 +97,7 @@ def test_bfloat16_autocast_trains() -> None:
 RESUMABLE = """
 import os, sys, time, torch
 sys.path.insert(0, sys.argv[1])
-from test_training import QAT, F, SmallNet, data, tq
+from tests.training.test_training import QAT, F, SmallNet, data, tq
 path, steps, pause = sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 torch.set_num_threads(1)
 torch.manual_seed(3)
@@ -123,7 +124,7 @@ for step in range(first, steps):
 
 
 def start_training(checkpoint: Path, steps: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
-    arguments = [str(Path(__file__).parent), str(checkpoint), str(steps), str(pause)]
+    arguments = [str(ROOT), str(checkpoint), str(steps), str(pause)]
     return subprocess.Popen([sys.executable, "-c", RESUMABLE, *arguments], stderr=subprocess.PIPE)
 
 

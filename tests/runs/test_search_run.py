@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from tests import ROOT
 from torchquant import cli
 from torchquant.errors import ConfigError, MissingDependencyError
 from torchquant.plan import QuantPlan
@@ -40,7 +41,6 @@ from torchquant.search.report import render_report
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-ROOT = Path(__file__).parent.parent
 OWN_MODEL = """
 from torch import nn
 

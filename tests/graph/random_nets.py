@@ -1,8 +1,8 @@
 """Random small nets: a seed gives the Python source of a module, its inputs, and what may be changed on it later.
 
-    python -m tests.random_nets --seeds 0:200           how many nets break which law, by feature
-    python -m tests.random_nets --seeds 17 --shrink     the smallest part of net 17 that still breaks its laws
-    python -m tests.random_nets --seeds 17 --source     the net as Python
+    python -m tests.graph.random_nets --seeds 0:200           how many nets break which law, by feature
+    python -m tests.graph.random_nets --seeds 17 --shrink     the smallest part of net 17 that still breaks its laws
+    python -m tests.graph.random_nets --seeds 17 --source     the net as Python
 
 The laws themselves: random_net_laws.py.
 """
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.random_net_features import ARGUMENTS, DOMAINS, FEATURES, SHARP, VALUES, Block
+from tests.graph.random_net_features import ARGUMENTS, DOMAINS, FEATURES, SHARP, VALUES, Block
 
 MAX_ATTEMPTS = 200
 HEADER = """\
@@ -364,7 +364,7 @@ def smaller(spec: Spec) -> Iterator[Spec]:
 
 
 def main() -> None:
-    from tests.random_net_laws import report
+    from tests.graph.random_net_laws import report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0:40", help="one seed, or first:last+1")

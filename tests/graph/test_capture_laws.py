@@ -7,7 +7,6 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import DATA
 from torchquant import QModuleState, QuantPlan, capture, qmodule_state, quantize, set_qmodule_state
 from torchquant.errors import ConfigError
 from torchquant.graph.traced import TracedModule, graphs_running
@@ -460,7 +460,7 @@ def test_experts_that_no_batch_reached_do_not_block_weights() -> None:
 
 
 def test_models_that_0_1_pickled_run_copy_and_revert() -> None:
-    saved = torch.load(Path(__file__).parent / "data" / "quantized_0_1.pt", weights_only=False)
+    saved = torch.load(DATA / "quantized_0_1.pt", weights_only=False)
     model, x, y = saved["model"], saved["x"], saved["y"]
     with torch.no_grad():
         for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

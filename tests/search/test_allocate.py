@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import DATA
 from torchquant import QuantPlan
 from torchquant.errors import ConfigError
 from torchquant.search import Budget, CostModel, search_rules
@@ -24,7 +25,7 @@ from torchquant.search.allocation.solvers import NoChoiceError, Problem, Product
 from torchquant.search.learning.budget_repair import keep_budgets
 from torchquant.search.space import searched_fields
 
-GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))["golden"]["ilp_toy"]
+GOLDEN = json.loads((DATA.parent / "golden.json").read_text(encoding="utf-8"))["golden"]["ilp_toy"]
 EXACT = [solve_ilp, solve_dp]
 WIDTHS = ["affine:2/channel", "affine:4/channel", "affine:8/channel"]
 

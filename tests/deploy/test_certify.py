@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from tests.test_onnx_export import small_net
+from tests.deploy.test_onnx_export import small_net
 from torchquant.deploy import certify, export_onnx, export_qonnx, runtime_exact, to_integer
 from torchquant.deploy.certificate.checking import graph_hash, metadata_of
 from torchquant.deploy.onnx.run import CodeReader, open_session

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import DATA
 from torchquant import QModuleState, QWrapper
 from torchquant.compat import autoqnn
 from torchquant.compat.autoqnn.core import clone_quantizer, convert
@@ -20,7 +21,7 @@ from torchquant.compat.autoqnn.utils import ModuleIOs, get_attainable_FLOPS, get
 from torchquant.deploy import export_onnx
 from torchquant.errors import ConfigError
 
-BLOCKS = (Path(__file__).parent / "data" / "autoqnn_blocks.txt").read_text(encoding="utf-8").split("\n----\n")
+BLOCKS = (DATA / "autoqnn_blocks.txt").read_text(encoding="utf-8").split("\n----\n")
 
 
 class Model(nn.Module):

@@ -6,11 +6,11 @@ import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 NAMED = {
     "torchquant.demo.network:Block": "torchquant.runs.small_resnet:Block",
     "torchquant.demo.network:QuantBlock": "torchquant.runs.small_resnet:QuantBlock",

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import torchquant
+from tests import ROOT
 from torchquant import cli
 from torchquant.cli import demo as demo_command
 from torchquant.graph import OPERATORS
@@ -127,7 +128,7 @@ def test_schemes_lists_every_scheme_and_explains_one(runner: CliRunner) -> None:
 
 def test_the_page_of_schemes_is_the_generated_one(runner: CliRunner) -> None:
     page = runner.invoke(cli.build_app(), ["schemes", "--markdown"]).output
-    written = (Path(__file__).parent.parent / "docs" / "schemes.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8")
     assert page == written, "run: torchquant schemes --markdown > docs/schemes.md"
 
 

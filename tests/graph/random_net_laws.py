@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.random_nets import Net, Spec, draw, fresh, loss_of, make, seed_all, set_flags, smaller, tensors_of
+from tests.graph.random_nets import Net, Spec, draw, fresh, loss_of, make, seed_all, set_flags, smaller, tensors_of
 from torchquant import QModuleState, qmodule_state, quantize, set_qmodule_state
 from torchquant.errors import ConfigError
 from torchquant.utils import qmodules
@@ -654,7 +654,7 @@ def _suspects(specs: dict[int, Spec], seeds: set[int]) -> str:
 
 def shrunk(spec: Spec, failure: Failure) -> str:
     """The source of a part of a net that breaks the same law, and none of whose parts does."""
-    from tests.random_nets import runs
+    from tests.graph.random_nets import runs
 
     smallest, is_done = (spec, failure), False
     while not is_done:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant.compat.nni as nni
+from tests import DATA
 from torchquant import QModuleState, QWrapper
 from torchquant.compat.nni import (
     BNNQuantizer,
@@ -96,7 +97,7 @@ class VGG_Cifar10(nn.Module):  # noqa: N801 - the document's name
 
 def blocks() -> list[str]:
     """The code blocks of NNI's document on quantization, its words about them left out."""
-    text = (Path(__file__).parent / "data" / "nni_blocks.txt").read_text(encoding="utf-8")
+    text = (DATA / "nni_blocks.txt").read_text(encoding="utf-8")
     return [textwrap.dedent(block).strip() for block in text.split("\n----\n")]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import DATA
 from torchquant import QModuleState, QuantPlan, quantize, set_qmodule_state
 from torchquant.errors import ConfigError
 from torchquant.quantizers import make_quantizer
@@ -29,7 +30,7 @@ from torchquant.search.learning.engine import Search
 from torchquant.search.learning.progress import HISTORY
 from torchquant.search.learning.width_gradient import delta_slope
 
-GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+GOLDEN = json.loads((DATA.parent / "golden.json").read_text())
 LEARNED = "affine:{n},symmetric=narrow/channel"
 
 

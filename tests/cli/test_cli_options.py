@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests import ROOT
 from torchquant import cli
 from torchquant.runs.compare import Recipe
 from torchquant.runs.quantize import JobConfig
@@ -60,7 +61,7 @@ def test_a_field_is_an_option(words: list[str], settings: Any, left_out: set[str
 
 
 def test_a_file_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = re.search(r"is `torchquant greet`:\n\n```python\n(.*?)```", page, re.DOTALL)
     assert code is not None
     (tmp_path / "greet.py").write_text(code[1])

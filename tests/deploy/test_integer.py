@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant as tq
-from tests.test_requantize import added, multiplied, requantized
+from tests.quantizers_functional.test_requantize import added, multiplied, requantized
 from torchquant.deploy.integer.model import to_integer
 from torchquant.errors import ConfigError, ExportError, NoAffineViewError
 from torchquant.quantizers import QUANTIZERS, Quantizer

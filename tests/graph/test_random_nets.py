@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests import random_net_laws
-from tests.random_net_features import FEATURES
-from tests.random_net_laws import check
-from tests.random_nets import draw, make
+from tests.graph import random_net_laws
+from tests.graph.random_net_features import FEATURES
+from tests.graph.random_net_laws import check
+from tests.graph.random_nets import draw, make
 
 N_SEEDS, N_MORE, AT_ONCE = 10, 2000, 20
 
