@@ -122,9 +122,9 @@ class Format(ABC):
 
         One of the two is what x is projected on. x: (*) float32 or float64, without NaN.
         """
-        codes = self.codes(x)
+        codes = self.codes(x).to(torch.int32)  # a scheme may give them as truths, or as bytes
         value = self.values(codes, x.dtype)
-        towards_x = x.gt(value).to(codes.dtype) - x.lt(value).to(codes.dtype)
+        towards_x = x.gt(value).to(torch.int32) - x.lt(value).to(torch.int32)
         other = self.values((codes + towards_x).clamp(*self.code_range), x.dtype)
         return torch.minimum(value, other), torch.maximum(value, other)
 
