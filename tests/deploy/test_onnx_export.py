@@ -506,7 +506,7 @@ def test_errors_say_what_and_where_and_the_way_out(case, tmp_path):
 
 def test_example_inputs_must_be_tensors(tmp_path):
     model = calibrated(linear(weights()), torch.randn(4, 3))
-    with pytest.raises(ConfigError, match="must be a tensor or a sequence of tensors, got .*array.*, 3"):
+    with pytest.raises(ConfigError, match="must be a tensor or a sequence of tensors or None, got .*array.*, 3"):
         export_onnx(model, tmp_path / "net.onnx", (torch.ones(1).numpy(), 3))
 
 

@@ -151,7 +151,7 @@ def test_it_exports_and_packs(name: str, tmp_path: Path) -> None:
     assert torch.equal(load_packed(save_packed(model, tmp_path / "net.safetensors"), net)(x), y)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "scaled standardised"])
+@pytest.mark.parametrize("name", ["dynamic", pytest.param("scaled standardised", marks=pytest.mark.slow)])
 def test_it_compiles_copies_and_trains(name: str) -> None:
     net, x = net_of(LAYERS[name]()), torch.randn(4, 3, 11, 11)
     model = calibrated(net, x)

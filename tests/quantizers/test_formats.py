@@ -112,12 +112,41 @@ def test_a_kernel_is_for_one_format_and_device(kernel_calls: list[tuple[Any, ...
         KERNELS.register(UniformGrid, "cpu")(lambda *_: (x, None))
 
 
-def test_what_a_format_does_not_ask_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Half writes project, which the format"):
+def test_a_function_of_ones_own_counts_below_a_scheme_with_a_format() -> None:
+    class Half(tq.ESBQuantizer):
+        def project(self, x: Tensor, want_inside: bool, *numbers: Any) -> tuple[Tensor, Tensor | None]:
+            return x / 2, None
 
-        class Half(tq.ESBQuantizer):
-            def project(self, x: Tensor, want_inside: bool, *numbers: Any) -> tuple[Tensor, Tensor | None]:
-                return x, None
+    class Floor(tq.AffineQuantizer):
+        def codes(self, x: Tensor, *numbers: Any) -> Tensor:
+            delta, zero_point, low, high = numbers
+            return torch.floor(x / delta).add(zero_point).clamp(low, high)
+
+    class Doubled(tq.ESBQuantizer):
+        def values(self, codes: Tensor, dtype: torch.dtype, *numbers: Any) -> Tensor:
+            return codes.to(dtype) * numbers[0] * 2
+
+    x = torch.randn(3, 40)
+    half, floor = Half(4, 1), Floor(4, tq.BatchMinMax(0))
+    half.pre_observe(x)
+    assert torch.equal(half(x), x / 2)
+    assert torch.equal(half.levels(), plain_levels(tq.ESBQuantizer(4, 1), x))
+    floor.pre_observe(x)
+    assert torch.equal(floor.decode(floor.encode(x)), floor(x))
+    assert torch.equal(floor.levels(), plain_levels(tq.AffineQuantizer(4, tq.BatchMinMax(0)), x))
+    delta = floor.affine_params().delta[:, None]
+    inside = (x > floor.levels()[:, :1]) & (x < floor.levels()[:, -1:])
+    assert bool(((x - floor(x))[inside] >= -1e-6).all())
+    assert bool(((x - floor(x)) <= delta * 1.001)[inside].all())
+    doubled = Doubled(4, 1)
+    doubled.force(0.5)
+    assert doubled.levels().tolist() == [float(code) for code in range(-7, 8)]
+    assert set(doubled(x).unique().tolist()) <= set(doubled.levels().tolist())
+
+
+def plain_levels(quantizer: tq.Quantizer, x: Tensor) -> Tensor:
+    quantizer.pre_observe(x)
+    return quantizer.levels()
 
 
 def test_codes_and_values_of_ones_own_count_also_below_a_scheme_with_a_format() -> None:

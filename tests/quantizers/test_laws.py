@@ -40,7 +40,6 @@ COMPILED_ALWAYS = {
     ("ternary", 0),
     ("qfmt", None),
     ("lsq", 0),
-    ("residual", None),
     ("mx", None),
 }
 

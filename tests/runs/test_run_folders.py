@@ -491,7 +491,8 @@ HARMLESS = {"without contents", "without evaluated", "wrong evaluated", "newer p
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "allocate" else []) for kind in REWRITTEN]
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("allocate", "search") else []) for kind in REWRITTEN],
 )
 def test_a_damaged_file_is_named_in_one_line_or_made_again(kind: str, finished: Any, tmp_path: Path) -> None:
     work, runs = finished

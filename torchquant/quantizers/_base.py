@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +14,7 @@ from torchquant._arguments import check_constructor
 from torchquant._registry import Registry
 from torchquant._tensors import per_channel_view
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError, NonFiniteError
-from torchquant.quantizers_functional._formula import Formula
+from torchquant.quantizers_functional._formula import Altered, Formula
 from torchquant.quantizers_functional._gradient import (
     GRADIENTS,
     Clamp,
@@ -286,12 +286,8 @@ class GridQuantizer(Quantizer):
         own = {"codes", "values", "project"} & cls.__dict__.keys()
         if not own or "format" in cls.__dict__ or cls.format is GridQuantizer.format:
             return
-        if not {"codes", "values"} <= own:
-            raise ConfigError(
-                f"{cls.__name__} writes {' and '.join(sorted(own))}, which the format() that it inherits does not ask; "
-                "write codes and values and both count, or write format()"
-            )
-        cls.format = GridQuantizer.format  # type: ignore[method-assign]
+        is_whole = {"codes", "values"} <= own
+        cls.format = GridQuantizer.format if is_whole else _altered(cls.format, own)  # type: ignore[method-assign]
 
     @abstractmethod
     def grid(self) -> tuple[Tensor | int, ...]:
@@ -362,6 +358,17 @@ class GridQuantizer(Quantizer):
             if least < low or most > high:
                 raise ConfigError(f"codes of {type(self).__name__} are {low}..{high}, got {least}..{most}")
         return self.format().decode(codes, dtype)
+
+
+def _altered(inherited: Callable[[Any], Format], own: Set[str]) -> Callable[[Any], Format]:
+    """The `format()` of a scheme that overrides some of the functions that the inherited one does not ask."""
+
+    def format(self: Any) -> Format:
+        base = inherited(self)
+        functions = (getattr(self, name) if name in own else None for name in ("codes", "values", "project"))
+        return Altered(base, self.grid(), *functions, axis=base.axis)
+
+    return format
 
 
 class UniformQuantizer(GridQuantizer):

@@ -136,3 +136,71 @@ class Formula(Format):
                 raise NoAffineViewError(NO_TERMS)
             terms.append((scale / denominator, torch.round(values * denominator).to(torch.int64)))
         return terms or [(torch.ones((), dtype=torch.float64), torch.zeros(len(codes), dtype=torch.int64))]
+
+
+@dataclass(frozen=True, eq=False)
+class Altered(Format):
+    """The format `base`, with functions of a scheme below the one it is of in the place of some of its own.
+
+    `encoder`, `decoder`, `projector`: as in `Formula`; None where the base's is meant. A projection that is not given
+    goes by way of the codes, if one of the other two is.
+    """
+
+    base: Format
+    parameters: tuple[Tensor | int, ...]
+    encoder: Callable[..., Tensor] | None = None
+    decoder: Callable[..., Tensor] | None = None
+    projector: Callable[..., Values] | None = None
+
+    @property
+    def _decoding(self) -> Format:
+        """What knows the levels."""
+        if self.decoder is None:
+            return self.base
+        return Formula(self.base.codes, self.decoder, self.code_range, self.parameters, axis=self.axis)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.base.code_range
+
+    def _shaped(self, ndim: int) -> list[Any]:
+        return [per_channel_view(p, ndim, self.axis) if isinstance(p, Tensor) else p for p in self.parameters]
+
+    def codes(self, x: Tensor) -> Tensor:
+        return self.base.codes(x) if self.encoder is None else self.encoder(x, *self._shaped(x.ndim))
+
+    def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._decoding.values(codes, dtype)
+
+    def nearest(self, x: Tensor, want_inside: bool) -> Values:
+        if self.projector is not None:
+            return self.projector(x, want_inside, *self._shaped(x.ndim))
+        is_own = self.encoder is not None or self.decoder is not None
+        return super().nearest(x, want_inside) if is_own else self.base.nearest(x, want_inside)
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._decoding.ends(x)
+
+    def step(self, x: Tensor) -> Tensor:
+        return self._decoding.step(x)
+
+    def numbers(self) -> list[Tensor]:
+        return self.base.numbers()
+
+    def decoding_numbers(self) -> list[Tensor]:
+        return self._decoding.decoding_numbers()
+
+    def side_bytes(self) -> int:
+        return self._decoding.side_bytes()
+
+    def code_values(self) -> Tensor:
+        return self._decoding.code_values()
+
+    def affine_params(self) -> AffineParams:
+        return self._decoding.affine_params()
+
+    def integer_terms(self) -> IntegerTerms:
+        return self._decoding.integer_terms()
+
+    def thresholds(self) -> Tensor:
+        return super().thresholds() if self.encoder or self.decoder or self.projector else self.base.thresholds()
