@@ -287,7 +287,7 @@ class GridQuantizer(Quantizer):
         if not own or "format" in cls.__dict__ or cls.format is GridQuantizer.format:
             return
         is_whole = {"codes", "values"} <= own
-        cls.format = GridQuantizer.format if is_whole else _altered(cls.format, own)  # type: ignore[method-assign]
+        cls.format = GridQuantizer.format if is_whole else _altered(cls.format, own)  # type: ignore[method-assign, assignment]
 
     @abstractmethod
     def grid(self) -> tuple[Tensor | int, ...]:
