@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         return enter
 
     def unregister(self, name: str) -> None:
-        """Forget `name`; for plug-ins and tests that come and go."""
+        """Remove `name`, for plug-ins and tests that are loaded and unloaded."""
         del self._entries[self._checked(name)]
 
     def _checked(self, name: str) -> str:

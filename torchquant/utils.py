@@ -319,7 +319,7 @@ _OF_CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.min, "max": 
 
 @torch.no_grad()
 def _numbers(quantizer: Quantizer) -> dict[str, float]:
-    """What a logger wants of a quantizer."""
+    """The numbers of a quantizer that a logger records."""
     n_bits = getattr(quantizer, "n_bits", None)
     found = {} if n_bits is None else {"bits": float(n_bits)}
     found["calibrated"] = float(quantizer.is_ready)

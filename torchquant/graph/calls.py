@@ -42,7 +42,7 @@ class Signature:
 
     @classmethod
     def of(cls, forward: Callable[..., Any]) -> Signature:
-        """Of the forward of a class, `self` left out."""
+        """The signature of the forward of a class, without `self`."""
         parameters = list(inspect.signature(forward).parameters.values())[1:]
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         return cls(

@@ -96,7 +96,7 @@ class Coverage(ShownAsTables):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for YAML or JSON."""
+        """The coverage as plain data, for YAML or JSON."""
         return {**asdict(self), "parts": [asdict(part) for part in self.parts]}
 
     @classmethod

@@ -89,7 +89,7 @@ class Finder(Found):
         self.norms = _norms_after(model, patterns) if trace is not True and fuse == "bn" else {}
 
     def captured(self, model: nn.Module) -> Captured:
-        """What was found, told of `model` instead of the copy."""
+        """The findings, with the modules of `model` in the place of those of the copy."""
 
         def site_of(site: Site) -> Site:
             return site if site.module is None else replace(site, module=model.get_submodule(site.path))

@@ -15,7 +15,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What the forward pre-hooks of a module make of its arguments."""
+    """Apply the forward pre-hooks of a module to its arguments."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if key in module._forward_pre_hooks_with_kwargs:
             changed = hook(module, args, kwargs)
@@ -27,7 +27,7 @@ def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def run_hooks(result: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the forward hooks of a module make of its result."""
+    """Apply the forward hooks of a module to its result."""
     for key, hook in list(module._forward_hooks.items()):
         with_kwargs = key in module._forward_hooks_with_kwargs
         changed = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)

@@ -21,7 +21,7 @@ ROLES = {
     "normalizes": "a normalization stays float",
     "shape": "tells a size or a kind, no real numbers",
 }
-"""What an operator gives, in words."""
+"""Role -> a description of what the operator gives."""
 WHY_FLOAT = {
     "activates": "runtimes compute it in float32, or look it up in a table",
     "normalizes": "runtimes compute it in float32",

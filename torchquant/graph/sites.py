@@ -76,7 +76,7 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftFloat:
-    """What no quantizer reaches, and why."""
+    """A part of the model that no quantizer reaches, and why."""
 
     path: str
     type: str

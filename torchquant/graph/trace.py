@@ -48,7 +48,7 @@ def stays_whole(module: nn.Module, through_hooks: bool = False) -> bool:
 
 
 def _functions_of_timm() -> tuple[Callable[..., Any], ...]:
-    """What timm marks as not to be traced, if timm is in use."""
+    """The functions and modules that timm marks as not to be traced, if timm is loaded."""
     features = sys.modules.get("timm.layers._fx") or sys.modules.get("timm.models._features_fx")
     listed = getattr(features, "get_notrace_functions", None)
     return tuple(listed()) if listed is not None else ()

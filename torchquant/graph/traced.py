@@ -196,7 +196,7 @@ class TracedModule(nn.Module):
     followed: Followed
 
     def run_followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `forward` does."""
+        """Run the followed graph, or the float forward where nothing quantizes."""
         followed: Followed = self.__dict__["followed"]
         if followed.runs_float():
             return self._float_forward(*args, **kwargs)  # type: ignore[operator]

@@ -391,13 +391,13 @@ class _TorchCalls(TorchFunctionMode):
 
 
 def _modes() -> tuple[Any, ...]:
-    """What a forward can switch around its operators."""
+    """The global switches of torch that a forward can change around its operators."""
     autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     return torch._C.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype()
 
 
 def _insides(root: nn.Module) -> dict[int, dict[str, dict[str, Any]]]:
-    """What hangs on every module, by identity."""
+    """The attributes, parameters, buffers and submodules of every module, by the identity of the module."""
     return {
         id(m): {"": dict(vars(m)), **{store: dict(vars(m)[store]) for store in (*STORES, "_modules")}}
         for m in root.modules()

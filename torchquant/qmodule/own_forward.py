@@ -155,7 +155,7 @@ def _computed_by_hooks(layer: nn.Module) -> list[Tensor]:
 
 
 def _insides(layer: nn.Module) -> list[dict[str, int]]:
-    """What hangs on the modules, by identity."""
+    """The identities of the parameters, buffers and attributes of the modules."""
     return [
         {name: id(value) for store in (vars(m), m._parameters, m._buffers) for name, value in store.items()}
         for m in layer.modules()

@@ -88,7 +88,7 @@ class LayerRow:
     transposed: bool = False
 
     def weight_and_bias(self, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """What the layer computes with, as it stores it."""
+        """The weight of the layer, in the layout that the layer stores."""
         return layer.weight, getattr(layer, "bias", None)
 
     def channels_first(self, layer: Any, weight: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ class QModule(Holder):
         return True
 
     def _on_new_shape(self) -> None:
-        """What was observed of weights is observed anew."""
+        """Observe the weight again after its shape has changed."""
         own = [quantizer for site, quantizer in self.quantizers().items() if site not in ACTIVATIONS]
         were_ready = any(quantizer.is_ready for quantizer in own)
         for quantizer in own:

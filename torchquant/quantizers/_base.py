@@ -275,7 +275,7 @@ class GridQuantizer(Quantizer):
 
     fuses_clamp = True
     traits: ClassVar[frozenset[str]] = frozenset()
-    """What estimators may ask of a format; see `Gradient.needs`."""
+    """Properties of the format that gradient estimators may require; see `Gradient.needs`."""
 
     def __init__(self, gradient_clip: bool = False) -> None:
         super().__init__()

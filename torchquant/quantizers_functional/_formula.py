@@ -154,7 +154,7 @@ class Altered(Format):
 
     @property
     def _decoding(self) -> Format:
-        """What knows the levels."""
+        """The format that decodes: the base, or the formula of the own decoder."""
         if self.decoder is None:
             return self.base
         return Formula(self.base.codes, self.decoder, self.code_range, self.parameters, axis=self.axis)

@@ -35,7 +35,7 @@ class Joining(NamedTuple):
 
 
 WHOLE = Joining()
-"""For rows that are all there is."""
+"""How to join statistics where no other rank has a part of the rows."""
 
 
 class _Shared(threading.local):

@@ -25,7 +25,7 @@ def cut_groups(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def join_groups(whole: Tensor, last: Tensor, x: Tensor) -> Tensor:
-    """What `cut_groups` cut, back in the shape and layout of x."""
+    """Put the groups that `cut_groups` made back into the shape and layout of x."""
     rows = len(last)
     joined = torch.cat([whole.reshape(rows, -1), last], 1) if rows else whole
     return in_layout_of(joined.reshape(x.shape), x)

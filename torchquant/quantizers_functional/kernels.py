@@ -44,7 +44,7 @@ class KernelTable:
         return enter
 
     def unregister(self, format: type, device: str) -> None:
-        """Forget the kernel; for plug-ins and tests that come and go."""
+        """Remove the kernel, for plug-ins and tests that are loaded and unloaded."""
         del self._kernels[format, device]
 
     def find(self, format: type, device: str) -> Kernel | None:

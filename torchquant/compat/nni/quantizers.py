@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
         self.steps += 1
 
     def _before_forward(self, model: nn.Module) -> None:
-        """Whatever has to happen to the weights first."""
+        """Prepare the weights before a forward of the model."""
 
     def _state_of(self, path: str, module: QModule) -> QModuleState:
         config = self.layers.get(path)

@@ -198,7 +198,7 @@ class Certificate(ShownAsTables):
 
     @property
     def incomplete(self) -> tuple[str, ...]:
-        """What was not compared, in words."""
+        """For each comparison with sites that were left out, a sentence that names them."""
         return tuple(
             f"{comparison.way}: {comparison.share} compared; not {some(comparison.hidden)}"
             for comparison in self.comparisons
@@ -207,7 +207,7 @@ class Certificate(ShownAsTables):
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What does not hold, in words."""
+        """A sentence for everything that does not hold."""
         found = []
         for comparison in self.comparisons:
             for site in comparison.compared:

@@ -127,7 +127,7 @@ class _StartAnew:
 
 
 class _Exactly:
-    """Forward hook of one QModule: its output by integers."""
+    """Forward hook that replaces the output of a QModule by its integer result."""
 
     is_simulation = True
     """A deploy form computes the same without it."""

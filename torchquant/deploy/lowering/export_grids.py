@@ -46,7 +46,7 @@ class Grid(UniformGrid):
         return min(self.qmin, int(self.zero_point.min()))
 
     def unsigned(self) -> Grid:
-        """The same grid with codes from 0 on: each less `lowest`."""
+        """The same grid with codes that start at 0: `lowest` is subtracted from each."""
         lowest = self.lowest
         return replace(self, zero_point=self.zero_point - lowest, qmin=self.qmin - lowest, qmax=self.qmax - lowest)
 

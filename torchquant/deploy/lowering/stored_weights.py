@@ -99,7 +99,7 @@ def encoded_weight(weight: Tensor, quantizer: Quantizer, name: str, path: str) -
 
 
 def picked_rows(kept: Encoded, order: Tensor) -> Encoded:
-    """Of an encoded weight the rows of these numbers."""
+    """The rows `order` of an encoded weight."""
     if isinstance(kept, Table):
         levels = kept.levels[order] if kept.levels.ndim == 2 else kept.levels
         terms = tuple((scale[order] if scale.ndim else scale, ints[order]) for scale, ints in kept.terms)

@@ -25,7 +25,7 @@ from torchquant.plan import QuantPlan
 OpenAxes = Sequence[Mapping[int, Any]]
 """For each input: axis -> the name of its size, or a torch.export.Dim."""
 MAX_BYTES = 2**31 - 1
-"""What a single ONNX file can hold."""
+"""Bytes that a single ONNX file can hold."""
 
 
 @checked

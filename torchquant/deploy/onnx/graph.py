@@ -24,7 +24,7 @@ IR_VERSION = {20: 10, 21: 10, 25: 13}
 
 
 def finish_graph(proto: Any, form: Any) -> None:
-    """All of the above, in place. form: the deploy form that was exported."""
+    """Run every step of this file on the graph, in place. form: the deploy form that was exported."""
     onnx = require("onnx", "deploy")
     tokens = _name_codes(proto)
     _write_look_ups(proto, onnx)

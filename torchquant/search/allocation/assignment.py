@@ -150,7 +150,7 @@ class Allocator:
         return dict(zip(self.costs.places, picks, strict=True))
 
     def allocation(self, choice: Mapping[Place, int], budgets: Sequence[Budget], solver: str) -> Allocation:
-        """What a choice is as an allocation."""
+        """The allocation that a choice stands for: its plan, specs, harms and costs."""
         variables = self.costs.variables
         harms = {v.place: h[choice[v.place]] for v, h in zip(variables, self.harms, strict=True)}
         return Allocation(

@@ -109,7 +109,7 @@ class Probe:
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
 
     def all_mixtures(self) -> Iterator[MixtureQuantizer]:
-        """Those of every place."""
+        """All mixtures of the model, place by place."""
         for mixtures in self.mixtures.values():
             yield from mixtures
 
@@ -135,7 +135,7 @@ class Probe:
 
     @torch.no_grad()
     def outputs(self) -> Iterator[Any]:
-        """What the model gives for each batch, as it is now."""
+        """The outputs of the model in its current setting, batch by batch."""
         for inputs, _ in self.batches:
             yield call_with(self.model, inputs, "a batch")
 

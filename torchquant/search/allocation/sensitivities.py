@@ -65,7 +65,7 @@ class Sensitivity(ShownAsTables):
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, as `save` writes it."""
+        """The sensitivity as plain data, as `save` writes it."""
         places = [
             {"site": place[0], "field": place[1], "options": list(self.options[place]), "harm": list(harms)}
             for place, harms in self.harms.items()
@@ -186,7 +186,7 @@ class _Run:
                     )
 
     def reference_loss(self) -> float | None:
-        """Of the reference; None without loss or targets."""
+        """The loss of the reference model; None without a loss or without targets."""
         if self.loss is None or any(targets is None for _, targets in self.probe.batches):
             if self.method in ("mse", "kl"):
                 return None
@@ -214,7 +214,7 @@ class _Run:
         return found
 
     def _difference(self) -> float:
-        """Of the model as it is now from the reference."""
+        """The difference between the model in its current setting and the reference, by the method."""
         outputs = self.probe.outputs()
         if self.method == "loss":
             assert self.loss is not None

@@ -40,11 +40,11 @@ class Product:
 
     @property
     def places(self) -> list[int]:
-        """Those that it depends on."""
+        """Indices of the places that the cost depends on."""
         return sorted({factor[0] for factor in (self.first, *self.reads) if isinstance(factor, tuple)})
 
     def value(self, picks: Sequence[int] | dict[int, int]) -> float:
-        """For one choice."""
+        """The cost when every place takes its option in `picks`."""
         first, *reads = (f[1][picks[f[0]]] if isinstance(f, tuple) else f for f in (self.first, *self.reads))
         return self.scale * first * max(reads)
 
@@ -64,11 +64,11 @@ class Problem:
     products: Sequence[Product] = field(default=())
 
     def harm(self, picks: Sequence[int]) -> float:
-        """Of one choice."""
+        """The summed harm when every place takes its option in `picks`."""
         return sum(harms[pick] for harms, pick in zip(self.harms, picks, strict=True))
 
     def totals(self, picks: Sequence[int]) -> list[float]:
-        """Cost of one choice, by constraint."""
+        """The cost of `picks` under each constraint."""
         totals = [float(sum(cost[pick] for cost, pick in zip(row, picks, strict=True))) for row in self.costs]
         for product in self.products:
             totals[product.row] += product.value(picks)

@@ -11,12 +11,12 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
 def batches_of(batches: Batches, epoch: int) -> Iterable[Any]:
-    """Those of one epoch."""
+    """The batches of one epoch."""
     return batches(epoch) if callable(batches) else batches
 
 
 def n_batches(stream: Iterable[Any], otherwise: int) -> int:
-    """How many there are, if they tell."""
+    """The number of batches, if the stream has a length."""
     return max(len(stream), 1) if isinstance(stream, Sized) else otherwise
 
 

@@ -242,7 +242,7 @@ class Search:
         set_random_state(saved["random"])
 
     def _identity(self) -> dict[str, str]:
-        """What must be the same for a search to go on."""
+        """The settings that a search must share with the one that it continues."""
         places = {name_of(place): mixtures[0].specs for place, mixtures in self.mixtures.items()}
         return {
             "settings": json.dumps(asdict(self.settings)),

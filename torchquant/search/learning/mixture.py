@@ -16,7 +16,7 @@ from torchquant.search.learning.mixing import mix
 from torchquant.search.learning.width_gradient import FORMS, MIXING_FORMS, attach_width_gradient
 
 FLOAT = -1
-"""As the forced option: the tensor stays as it is."""
+"""The value of `forced` that leaves the tensor unquantized."""
 
 
 class MixtureQuantizer(Quantizer):
@@ -76,7 +76,7 @@ class MixtureQuantizer(Quantizer):
 
     @property
     def n_bits(self) -> int:  # type: ignore[override]
-        """Of the option that would be chosen now."""
+        """Bits of the option that would be chosen now."""
         return self.option_bits[self.best_option()]
 
     @property

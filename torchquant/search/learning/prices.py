@@ -30,7 +30,7 @@ class Prices:
         self.values = torch.zeros(len(self.budgets), dtype=torch.float64)
 
     def loss(self, totals: Mapping[str, Tensor], epoch: int) -> Tensor:
-        """What joins the task's loss, for expected costs by measure."""
+        """The term to add to the loss of the task. totals: the expected cost of each measure."""
         value = self.settings.cost_weight * totals[self.settings.cost_measure] / self.reference
         penalty = self.settings.penalty_at(max(epoch, 1))
         for price, budget in zip(self.values, self.budgets, strict=True):
