@@ -63,7 +63,7 @@ class Coverage(ShownAsTables):
 
     @property
     def weight_share(self) -> float:
-        """Of all weights, those that are quantized; 1 where there are none."""
+        """The share of the weights that is quantized; 1 for a model without weights."""
         return self.quantized_weights / self.weights if self.weights else 1.0
 
     @property

@@ -16,7 +16,7 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def weighted_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Of a linear layer or a convolution. The second argument is its weight (out, in / groups, ...)."""
+    """Multiply-adds of a linear layer or a convolution. The second argument is its weight (out, in / groups, ...)."""
     tensors = _tensors(arguments)
     return out.numel() * tensors[1][0].numel() if len(tensors) > 1 and len(tensors[1]) else 0
 

@@ -69,7 +69,7 @@ class GroupQuantizer(Quantizer):
         return Groups(self.size, whole, last)
 
     def numbers(self) -> dict[str, Tensor]:
-        """Those of the whole groups and of the shorter last ones, `whole_NAME` and `last_NAME`."""
+        """The numbers of the whole groups and of the shorter last ones, `whole_NAME` and `last_NAME`."""
         named = (("whole", self.whole), ("last", self.last))
         return {f"{part}_{name}": n for part, q in named if q.is_ready for name, n in q.numbers().items()}
 

@@ -137,7 +137,7 @@ class Format(ABC):
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def decoding_numbers(self) -> list[Tensor]:
-        """Those that its values depend on; a threshold, say, is only needed to encode."""
+        """The numbers that its values depend on; a threshold, say, is only needed to encode."""
         return self.numbers()
 
     def side_bytes(self) -> int:

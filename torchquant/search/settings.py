@@ -14,7 +14,7 @@ from torchquant.search.budget import MEASURES
 @checked
 @dataclass(frozen=True)
 class SearchSettings:
-    """Of both searches; `PrecisionSettings` are those of `PrecisionLearning`. docs/algorithms.md F3, F4.
+    """The settings of both searches; `PrecisionSettings` are those of `PrecisionLearning`. docs/algorithms.md F3, F4.
 
     `epochs`, of which the first share `warmup` trains weights only. `weight_rate`: AdamW, for the weights.
     `arch_rate`: Adam, for logits and widths; None for widths: enough to cross their range in half the search, at

@@ -54,7 +54,7 @@ class SiteParity:
 
 @dataclass
 class FirstDifference:
-    """Of the first site that differs more than it may, the element farthest from a tie, and what it was made of.
+    """The element farthest from a tie at the first site that differs more than it may, and the inputs it came from.
 
     `steps`: the reference's value in steps before rounding. `inputs`: name -> tensor that went into the node.
     """

@@ -72,7 +72,7 @@ AS_IT_IS = Layout(_as_it_is, _as_it_is)
 
 
 def from_order(order: Tensor) -> Layout:
-    """Of a module whose weight is kept with its rows in the order `order`."""
+    """The layout of a module whose weight is kept with its rows in the order `order`."""
     return Layout(partial(_rows, order.argsort()), _none)
 
 

@@ -198,7 +198,7 @@ class MixtureQuantizer(Quantizer):
 
     @torch.no_grad()
     def entropy(self) -> float:
-        """Of the schemes' shares, over its largest value: 1 undecided, 0 decided."""
+        """The entropy of the schemes' shares over its largest value: 1 undecided, 0 decided."""
         if self.theta is None:
             return 0.0
         shares = torch.softmax(self.theta, 0)
