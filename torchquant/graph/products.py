@@ -22,7 +22,7 @@ def weighted_macs(arguments: Sequence[Any], out: Tensor) -> int:
 
 
 def transposed_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Of a transposed convolution. The second argument is its weight (in, out / groups, ...)."""
+    """Multiply-adds of a transposed convolution. The second argument is its weight (in, out / groups, ...)."""
     tensors = _tensors(arguments)
     return tensors[0].numel() * tensors[1][0].numel() if len(tensors) > 1 and len(tensors[1]) else 0
 

@@ -133,7 +133,7 @@ class ACIQObserver(RangeObserver):
         return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 
     def _best(self, wide: Tensor, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The one of several ranges, (C,) ends each, with the least modelled error on rows (C, n); the first of equals."""
+        """The range, (C,) ends each, with the least modelled error on rows (C, n); the first of equals."""
         share = _mean((wide != 0).to(torch.float64))
         errors = []
         for low, high in ranges:

@@ -108,7 +108,7 @@ MOVERS = {node for form in ONNX_FORMS.values() if form.moves for node in form.no
 """Operators that move codes, or pick some of them: as exact as what they read."""
 
 REORDERING = MOVERS - {"Concat", "Pad", "Resize", "Clip", "Relu"}
-"""Operators that give the same result whether they come before or behind a DequantizeLinear, whatever their settings."""
+"""Operators that give the same before and behind a DequantizeLinear, whatever their settings."""
 
 LOOKED_THROUGH = MOVERS - {"Concat"}
 """What ONNX Runtime moves codes through, or drops where the codes behind it clamp as well."""
