@@ -68,7 +68,7 @@ class Coverage(ShownAsTables):
 
     @property
     def mac_share(self) -> float | None:
-        """The share of the multiply-adds that is quantized; 1 for a model without any, None where they are not known."""
+        """The share of the multiply-adds that is quantized; 1 without any, None where they are not known."""
         if self.macs is None or self.quantized_macs is None:
             return None
         return self.quantized_macs / self.macs if self.macs else 1.0

@@ -28,19 +28,19 @@ def transposed_macs(arguments: Sequence[Any], out: Tensor) -> int:
 
 
 def matrix_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Of a product of the last two tensors among the arguments, (..., n, k) and (..., k, m)."""
+    """Multiply-adds of a product of the last two tensors among the arguments, (..., n, k) and (..., k, m)."""
     tensors = _tensors(arguments)
     return out.numel() * tensors[-2].shape[-1] if len(tensors) > 1 and tensors[-2].ndim else 0
 
 
 def attention_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Of an attention, whose first arguments are query (..., n, k), key (..., m, k) and value (..., m, v)."""
+    """Multiply-adds of an attention, whose first arguments are query (..., n, k), key (..., m, k) and value (..., m, v)."""
     tensors = _tensors(arguments)
     return (tensors[0].numel() + out.numel()) * tensors[1].shape[-2] if len(tensors) > 2 else 0
 
 
 def einsum_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Of a sum of products of n tensors: n - 1 for each term of each sum.
+    """Multiply-adds of a sum of products of n tensors: n - 1 for each term of each sum.
 
     >>> a, b = torch.zeros(2, 3, 5), torch.zeros(2, 3, 4)
     >>> einsum_macs(("bij,bik->bjk", a, b), torch.einsum("bij,bik->bjk", a, b))
