@@ -34,7 +34,7 @@ def matrix_macs(arguments: Sequence[Any], out: Tensor) -> int:
 
 
 def attention_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Multiply-adds of an attention, whose first arguments are query (..., n, k), key (..., m, k) and value (..., m, v)."""
+    """Multiply-adds of attention; the first arguments are query (..., n, k), key (..., m, k) and value (..., m, v)."""
     tensors = _tensors(arguments)
     return (tensors[0].numel() + out.numel()) * tensors[1].shape[-2] if len(tensors) > 2 else 0
 
