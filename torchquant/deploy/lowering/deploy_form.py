@@ -89,7 +89,7 @@ class DeployLayer(StandIn):
         run = active_run()
         known = x.codes if isinstance(x, IntegerTensor) else None
         if known is not None and not self.is_settled and self._in_steps and self.sum_bias is not None:
-            self.weight.make_room(self.sum_bias, known.scale)
+            self.weight.fit_bias_range(self.sum_bias, known.scale)
         if run is not None and run.checking:
             run.site = self.path
             self.input_scales.append(None if known is None else known.scale)

@@ -248,7 +248,7 @@ class StoredWeight(StoredGrid, PassesForTensor):
         self.to_layer = to_layer
         self.has_zero_point = bool(grid.zero_point.any())
 
-    def make_room(self, bias: Tensor, input_scale: Tensor) -> None:
+    def fit_bias_range(self, bias: Tensor, input_scale: Tensor) -> None:
         """Raise scales that are so small that the bias is beyond 32 bits in steps of them; lower those of zeros.
 
         Next to such a bias the weights of the channel hardly count; their codes are rounded to the larger steps. A

@@ -73,7 +73,7 @@ def hessian_trace(
     return mean
 
 
-class _Taps:
+class _ErrorProbes:
     """Zeros added behind mixtures that let everything pass: their gradient is that of an error made there.
 
     A weight has one tensor of zeros however often it is used; an activation has one a call. `seen`: what came, and
@@ -114,15 +114,15 @@ def hessian_harms(probe: Probe, place: Place, loss: Loss, draws: int, seed: int)
     """
     harms = [0.0] * len(probe.options(place))
     for index, mixture in enumerate(probe.mixtures[place]):
-        taps = _Taps([mixture], stored=True)
+        probes = _ErrorProbes([mixture], stored=True)
         generator = torch.Generator().manual_seed(seed + index)
         trace = 0.0
-        with taps.placed(), _float_but(probe, place), _twice_differentiable():
+        with probes.placed(), _float_but(probe, place), _twice_differentiable():
             with torch.no_grad():
                 call_with(probe.model, probe.batches[0][0], "a batch")
-            if id(mixture) not in taps.seen:
+            if id(mixture) not in probes.seen:
                 continue
-            weight, zeros = taps.seen[id(mixture)][0]
+            weight, zeros = probes.seen[id(mixture)][0]
             for batch in probe.batches:
 
                 def batch_loss(batch: Any = batch) -> Tensor:
@@ -167,15 +167,15 @@ def fisher_harms(probe: Probe, places: Sequence[Place], loss: Loss) -> dict[Plac
     harms = {place: [0.0] * len(probe.options(place)) for place in places}
     stored = [place for place in places if place[1] in STORED]
     passing = [place for place in places if place[1] not in STORED]
-    weights = _Taps([m for place in stored for m in probe.mixtures[place]], stored=True)
-    values = _Taps([m for place in passing for m in probe.mixtures[place]], stored=False)
+    weights = _ErrorProbes([m for place in stored for m in probe.mixtures[place]], stored=True)
+    values = _ErrorProbes([m for place in passing for m in probe.mixtures[place]], stored=False)
     squares: dict[int, Tensor] = {}
     n_samples = sum(map(batch_size, probe.batches))
     for sample in (sample for batch in probe.batches for sample in samples_of(batch)):
         values.seen.clear()
         with torch.enable_grad(), weights.placed(), values.placed():
             found = scalar_loss(loss, call_with(probe.model, sample[0], "a batch"), sample[1])
-            zeros = [zero for taps in (weights, values) for seen in taps.seen.values() for _, zero in seen]
+            zeros = [zero for probes in (weights, values) for seen in probes.seen.values() for _, zero in seen]
             gradients = torch.autograd.grad(found, zeros, allow_unused=True)
         square = {id(zero): g.square() for zero, g in zip(zeros, gradients, strict=True) if g is not None}
         for key, seen in weights.seen.items():
@@ -190,10 +190,10 @@ def fisher_harms(probe: Probe, places: Sequence[Place], loss: Loss) -> dict[Plac
 
 
 def _add_harms(
-    harms: list[float], probe: Probe, place: Place, taps: _Taps, squares: dict[int, Tensor], divisor: float
+    harms: list[float], probe: Probe, place: Place, probes: _ErrorProbes, squares: dict[int, Tensor], divisor: float
 ) -> None:
     for mixture in probe.mixtures[place]:
-        for x, zeros in taps.seen.get(id(mixture), []):
+        for x, zeros in probes.seen.get(id(mixture), []):
             if id(zeros) not in squares:
                 continue
             weight = squares[id(zeros)].to(torch.float64)

@@ -45,7 +45,7 @@ def keep_budgets(
     return found
 
 
-def use_room(
+def spend_slack(
     costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice, groups: Groups | None = None
 ) -> dict[Place, int]:
     """Better options, the most useful for what they cost first, as long as every budget holds."""

@@ -23,8 +23,8 @@ from torchquant.qmodule import QModuleState
 from torchquant.search.budget import Budget
 from torchquant.search.cost import CostModel, LatencyTable, Place, name_of
 from torchquant.search.learning.batches import Batches, batches_of, n_batches, pairs
-from torchquant.search.learning.budget_repair import keep_budgets, use_room
-from torchquant.search.learning.prices import Prices
+from torchquant.search.learning.budget_multipliers import BudgetMultipliers
+from torchquant.search.learning.budget_repair import keep_budgets, spend_slack
 from torchquant.search.learning.progress import keep_search, resume_search
 from torchquant.search.learning.supernet import build_supernet
 from torchquant.search.settings import EpochRecord, SearchSettings
@@ -83,7 +83,7 @@ class Search:
         widest = {v.place: v.bits.index(max(v.bits)) for v in self.costs.variables}
         if self.settings.cost_weight and not self.costs.totals(widest)[self.settings.cost_measure]:
             raise ConfigError(f"cost_measure '{self.settings.cost_measure}' is 0 for everything that is searched")
-        self.prices = Prices(budgets, self.settings, self.costs.totals(widest)[self.settings.cost_measure])
+        self.prices = BudgetMultipliers(budgets, self.settings, self.costs.totals(widest)[self.settings.cost_measure])
         self.loss = loss
         self.history: list[EpochRecord] = []
         self.epoch = 0
@@ -335,7 +335,7 @@ class Search:
             costs = CostModel(self.float_model(), self.plan, self.example_inputs, self.costs.latency)
             chosen = keep_budgets(costs, budgets, scores, chosen, groups)
             if self.widths:
-                chosen = use_room(costs, budgets, scores, chosen, groups)
+                chosen = spend_slack(costs, budgets, scores, chosen, groups)
         return chosen
 
     def groups(self) -> list[list[Place]]:

@@ -14,7 +14,7 @@ NEAR = 0.15
 """The share of a budget within which its price moves."""
 
 
-class Prices:
+class BudgetMultipliers:
     """One price a budget, moved after each step, and the penalty of going over it (docs/algorithms.md F3).
 
     A penalty alone ends where it balances the task, above the budget; the price goes on rising until the budget
