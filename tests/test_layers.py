@@ -15,37 +15,22 @@ import torchquant
 
 PACKAGE = Path(torchquant.__file__).parent
 
-# A file imports only from rows above its own, and from its own unit.
+# A file imports only from rows above its own, from its own unit, and from the units before it in its row.
 ROWS = (
-    ("_arguments", "_shown", "errors", "_figures", "_files", "_locks", "_modes", "_registry", "_tables", "_tensors"),
+    ("errors", "_shown", "_locks", "_registry", "_figures", "_modes", "_tables", "_tensors", "_arguments", "_files"),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),
     ("qmodule", "qmodules", "utils"),
-    ("plan", "graph", "models"),
-    ("ptq", "search", "analysis", "training"),
+    ("graph", "plan", "models"),
+    ("analysis", "training", "ptq", "search"),
     ("deploy", "compat"),
     ("runs",),
     ("cli", "demo", "compare", "job", "export_run", "search_run"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}
+ORDER = {unit: i for i, unit in enumerate([unit for units in ROWS for unit in units] + ["__init__", "__main__"])}
 LAST_CORE_ROW = 4
-# Within a row: (who, whom). The verbs on QModules, the one helper that swaps a module.
-ROW_MATES = {
-    ("_shown", "errors"),
-    ("_arguments", "errors"),
-    ("_arguments", "_shown"),
-    ("_registry", "errors"),
-    ("_files", "errors"),
-    ("_files", "_locks"),
-    ("_locks", "errors"),
-    ("_figures", "errors"),
-    ("qmodules", "qmodule"),
-    ("utils", "qmodule"),
-    ("plan", "graph"),
-    ("search", "training"),
-    ("compat", "deploy"),
-}
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
 PLUG_INS = {
     "quantizers_functional": {"formats", "kernels", "uniform", "affine", "minifloat"},
@@ -114,7 +99,7 @@ def layer_violations(own: tuple[str, ...], tree: ast.Module) -> list[str]:
     for other in sorted(own_imports(ast.walk(tree))):
         if ROW.get(other[0]) is None:
             problems.append(f"{'.'.join(other)} has no row in the layer table")
-        elif other[0] != unit and ROW[other[0]] >= row and (unit, other[0]) not in ROW_MATES:
+        elif other[0] != unit and ORDER[other[0]] >= ORDER[unit]:
             problems.append(f"row {row} imports {'.'.join(other)} of row {ROW[other[0]]}")
         elif other[0] == unit and unit in PLUG_INS and len(own) > 1:
             sibling = other[1] if len(other) > 1 else "__init__"
