@@ -17,6 +17,6 @@ def command(
     """Quantize any model: plan, calibrate, train, evaluate."""
     terminal = Terminal()
     result = run_job(config, out, terminal, strict)
-    note = f"{result.n_sites} sites quantized, {result.n_left_float} places left float"
+    note = f"sites quantized: {result.n_sites}; places left float: {result.n_left_float}"
     terminal.table(f"torchquant quantize {config.model}", *result.table(), note)
     terminal.message(f"plan: {out / 'plan.yaml'}; results: {out / 'result.json'}")
