@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def like(value: Tensor | float, x: Tensor) -> Tensor:
@@ -23,9 +27,14 @@ def channel_view(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
     return vector.view(shape)
 
 
-def per_channel_view(value: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """A number for the whole tensor or one a slice of `axis`, () or (C,), broadcasting against `ndim` dimensions."""
-    return value if axis is None or value.ndim == 0 else channel_view(value, ndim, axis)
+def per_channel_view(value: T, ndim: int, axis: int | None) -> T:
+    """A number for the whole tensor or one a slice of `axis`, () or (C,), broadcasting against `ndim` dimensions.
+
+    What is no tensor stays as it is.
+    """
+    if axis is None or not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    return channel_view(value, ndim, axis)  # type: ignore[return-value]
 
 
 def in_layout_of(value: Tensor, x: Tensor) -> Tensor:

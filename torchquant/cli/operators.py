@@ -15,7 +15,7 @@ from torchquant.graph.operator_table import ROLES
 
 
 def columns(row: Operator) -> dict[str, str]:
-    """What is shown of an operator, in words."""
+    """Describe an operator as one row of the table."""
     form = ONNX_FORMS.get(row.name)
     moves = "codes move" if row.role == "passes" else ""
     in_files = "as the exporter of torch has it"

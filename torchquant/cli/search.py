@@ -51,7 +51,7 @@ def _run(config: SearchConfig, out: Path, device: str | None, distributed: bool)
 
 
 def _is_studied(entry: Field[Any]) -> bool:
-    """Whether it is a setting that all trials of a study have in common."""
+    """Tell whether all trials of a study share the setting."""
     return set(SPACES) <= set(entry.metadata.get(KINDS_OF, SPACES)) and not any(
         entry.name in s for s in SPACES.values()
     )

@@ -332,7 +332,7 @@ class GridQuantizer(Quantizer):
 
     def grid_for(self, x: Tensor) -> tuple[Any, ...]:
         """The numbers of the grid in shapes that broadcast against x."""
-        return tuple(per_channel_view(n, x.ndim, self.axis) if isinstance(n, Tensor) else n for n in self.grid())
+        return tuple(per_channel_view(n, x.ndim, self.axis) for n in self.grid())
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
@@ -369,6 +369,29 @@ def _altered(inherited: Callable[[Any], Format], own: Set[str]) -> Callable[[Any
         return Altered(base, self.grid(), *functions, axis=base.axis)
 
     return format
+
+
+class OwnScaleQuantizer(GridQuantizer):
+    """A quantizer whose parts (blocks, tokens) each take their scale from their own elements, every time anew."""
+
+    fuses_clamp = False
+
+    @classmethod
+    def gradients(cls) -> tuple[str, ...]:
+        """Straight through: a scale that covers its part clips nothing."""
+        return ("ste",)
+
+    @property
+    def is_memoryless(self) -> bool:
+        return True
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return self.format().code_range
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        """Nothing: all is in the elements."""
+        return ()
 
 
 class UniformQuantizer(GridQuantizer):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchquant.quantizers._base import About, GridQuantizer
+from torchquant.quantizers._base import About, OwnScaleQuantizer
 from torchquant.quantizers_functional.formats import Format
 from torchquant.quantizers_functional.tokens import TokenGrid, check_token_bits
 
 
-class TokenQuantizer(GridQuantizer):
+class TokenQuantizer(OwnScaleQuantizer):
     """A symmetric grid for each token, a row of the last axis, over the largest magnitude in it, each time anew.
 
     For inputs of linear layers, whose sums run along that axis: a token's scale can be taken out of the sum. Nothing
@@ -23,7 +23,6 @@ class TokenQuantizer(GridQuantizer):
     """
 
     sites = ("input", "output")
-    fuses_clamp = False
     about = About(
         "clamp(RHE(x / delta)) * delta, delta = max|x| of the token / (2**(n-1) - 1)",
         "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Yao et al. 2022, ZeroQuant, arXiv:2206.01861",
@@ -42,23 +41,6 @@ class TokenQuantizer(GridQuantizer):
     def side_bytes(self, x: Tensor) -> int:
         """Two bytes a token."""
         return 2 * len(self.parts(x))
-
-    @classmethod
-    def gradients(cls) -> tuple[str, ...]:
-        """Straight through: a scale that covers the token clips nothing."""
-        return ("ste",)
-
-    @property
-    def is_memoryless(self) -> bool:
-        return True
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return self.format().code_range
-
-    def grid(self) -> tuple[Tensor | int, ...]:
-        """Nothing: all is in the tokens."""
-        return ()
 
     def format(self) -> Format:
         return TokenGrid(self.n_bits)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer, GridQuantizer
+from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer, OwnScaleQuantizer
 from torchquant.quantizers_functional._gradient import make_gradient
 from torchquant.quantizers_functional.blocks import ELEMENTS, MODES, MXBlocks, NVFP4Blocks, by_blocks
 from torchquant.quantizers_functional.formats import FLOAT_BYTES, Format
@@ -22,13 +22,12 @@ def _check_block(block: int) -> None:
         raise ConfigError(f"block must be a whole number > 0, got {block!r}")
 
 
-class _BlockQuantizer(GridQuantizer):
+class _BlockQuantizer(OwnScaleQuantizer):
     """What block formats share: the scale of a block comes from the block itself, each time."""
 
     block: int
     block_axis: int | None
     has_tensor_scale = False
-    fuses_clamp = False
 
     def parts(self, x: Tensor) -> list[Tensor]:
         cut: list[Tensor] = []
@@ -43,11 +42,6 @@ class _BlockQuantizer(GridQuantizer):
     def side_bytes(self, x: Tensor) -> int:
         """One byte a block, and 4 for a scale of the whole tensor."""
         return len(self.parts(x)) + (FLOAT_BYTES if self.has_tensor_scale else 0)
-
-    @classmethod
-    def gradients(cls) -> tuple[str, ...]:
-        """Straight through: a scale that covers the block clips nothing."""
-        return ("ste",)
 
     def levels(self) -> Tensor:
         """Raises ConfigError: every block has levels of its own."""
@@ -108,18 +102,6 @@ class MXQuantizer(_BlockQuantizer):
         self.mode = mode
         self.block = block
         self.block_axis = block_axis
-
-    @property
-    def is_memoryless(self) -> bool:
-        return True
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return self.format().code_range
-
-    def grid(self) -> tuple[Tensor | int, ...]:
-        """Nothing: all is in the blocks."""
-        return ()
 
     def format(self) -> Format:
         return MXBlocks(self.element, self.mode, self.block, self.block_axis)

@@ -46,7 +46,7 @@ class Formula(Format):
         return self.first_and_last
 
     def _shaped(self, ndim: int) -> list[Any]:
-        return [per_channel_view(p, ndim, self.axis) if isinstance(p, Tensor) else p for p in self.parameters]
+        return [per_channel_view(p, ndim, self.axis) for p in self.parameters]
 
     def codes(self, x: Tensor) -> Tensor:
         return self.encoder(x, *self._shaped(x.ndim))
@@ -164,7 +164,7 @@ class Altered(Format):
         return self.base.code_range
 
     def _shaped(self, ndim: int) -> list[Any]:
-        return [per_channel_view(p, ndim, self.axis) if isinstance(p, Tensor) else p for p in self.parameters]
+        return [per_channel_view(p, ndim, self.axis) for p in self.parameters]
 
     def codes(self, x: Tensor) -> Tensor:
         return self.base.codes(x) if self.encoder is None else self.encoder(x, *self._shaped(x.ndim))

@@ -175,7 +175,7 @@ class Format(ABC):
 
     def shaped(self, number: Number, x: Tensor) -> Tensor:
         """A number of the format in x's type, in a shape that broadcasts against x."""
-        return like(per_channel_view(number, x.ndim, self.axis) if isinstance(number, Tensor) else number, x)
+        return like(per_channel_view(number, x.ndim, self.axis), x)
 
 
 def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
@@ -233,8 +233,7 @@ class UniformGrid(Format):
         return scale if self.divisor == 1 else scale / self.divisor
 
     def _zero_point(self, ndim: int) -> Bound:
-        zero_point = self.zero_point
-        return per_channel_view(zero_point, ndim, self.axis) if isinstance(zero_point, Tensor) else zero_point
+        return per_channel_view(self.zero_point, ndim, self.axis)
 
     def _bounds(self, ndim: int) -> tuple[Bound, Bound]:
         """The code range counted from real 0: [qmin - zero_point, qmax - zero_point].

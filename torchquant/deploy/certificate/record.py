@@ -198,7 +198,7 @@ class Certificate(ShownAsTables):
 
     @property
     def incomplete(self) -> tuple[str, ...]:
-        """For each comparison with sites that were left out, a sentence that names them."""
+        """Sentences that name the sites left out, one for each comparison that left some out."""
         return tuple(
             f"{comparison.way}: {comparison.share} compared; not {some(comparison.hidden)}"
             for comparison in self.comparisons

@@ -1,4 +1,4 @@
-"""What operators make of integers: one handler an operator, by its name in the table of operators.
+"""Integer handlers of operators, one for each, by its name in the table of operators.
 
 A handler gets the function that was called and its arguments, and returns an `IntegerTensor`, or `NotImplemented` for
 arguments that have no integer form. Sums of products are taken in float64, where whole numbers are exact up to 2**53;

@@ -140,7 +140,7 @@ def on_codes(x: IntegerTensor, f: Callable[[Tensor], Any]) -> Any:
 
 
 def moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """What an operator that passes values on gives: the operator on the integers, on the same grid."""
+    """Apply an operator that passes values on to the integers; the result is on the same grid."""
     if not isinstance(x, IntegerTensor) or kwargs.get("return_indices"):
         return NotImplemented
     return on_codes(x, lambda ints: func(ints, *args, **kwargs))

@@ -270,7 +270,7 @@ FORMS: dict[type[QModule], type[StandIn]] = {QWrapper: DeployLayer, QOp: DeployO
 
 
 def form_of(module: nn.Module) -> type[StandIn] | None:
-    """What takes the place of a QModule in a deploy form; None for a module of no kind that has one."""
+    """Make the module that replaces a QModule in a deploy form; None for a kind that has no such module."""
     return next((form for wrapped, form in FORMS.items() if isinstance(module, wrapped)), None)
 
 

@@ -46,7 +46,7 @@ class Grid(UniformGrid):
         return min(self.qmin, int(self.zero_point.min()))
 
     def unsigned(self) -> Grid:
-        """The same grid with codes that start at 0: `lowest` is subtracted from each."""
+        """Shift the codes so that they start at 0: `lowest` is subtracted from each, and the values stay."""
         lowest = self.lowest
         return replace(self, zero_point=self.zero_point - lowest, qmin=self.qmin - lowest, qmax=self.qmax - lowest)
 

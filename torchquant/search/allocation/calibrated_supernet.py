@@ -20,6 +20,7 @@ from torchquant.search.cost import Place
 from torchquant.search.learning.mixture import FLOAT, MixtureQuantizer
 from torchquant.search.learning.supernet import build_supernet
 from torchquant.search.space import search_rules, searched_fields
+from torchquant.training.batches import pair_of
 from torchquant.utils import qmodules, set_qmodule_state
 
 Loss = Callable[[Any, Any], Tensor]
@@ -48,12 +49,11 @@ def checked_batches(batches: Iterable[Any]) -> list[Batch]:
     found = list(batches)
     if not found:
         raise ConfigError("sensitivity needs at least one batch, got none")
+    found = [pair_of(batch, i) for i, batch in enumerate(found)]
     for i, batch in enumerate(found):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ConfigError(f"batch {i} must be (inputs, targets), got {type(batch).__name__}")
         if batch_size(batch) == 0:
             raise ConfigError(f"batch {i} has no sample")
-    return [(inputs, targets) for inputs, targets in found]
+    return found
 
 
 def batch_size(batch: Any) -> int:
