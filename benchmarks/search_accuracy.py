@@ -130,8 +130,8 @@ def perform(run: Run, recipe: Recipe, folder: str) -> str:
     elif run.kind == "allocate":
         few = batches_of(data, run.seed, 0)[: recipe.sensitivity_batches]
         rules = [{"weight": WIDTHS, **ACTS}, LAST]
-        harms = sensitivity(net, rules, example, few, method="kl", min_bits=1)
-        plan = allocate(net, rules, example, f"bits<={run.bits}", harms, min_bits=1).plan
+        degradations = sensitivity(net, rules, example, few, method="kl", min_bits=1)
+        plan = allocate(net, rules, example, f"bits<={run.bits}", degradations, min_bits=1).plan
     else:
         spec = next(s for s in default_candidates(run.bits, SCHEMES) if s.partition(":")[0] == run.kind)
         plan = QuantPlan.from_rules([{"weight": spec, **ACTS}, LAST], net, example)

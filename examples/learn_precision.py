@@ -32,9 +32,9 @@ for record in search.run(train):
     print(record, {place: round(width, 2) for place, width in record.widths.items()})
 learned = search.retrain(train, epochs=3, learning_rate=5e-3)
 
-# 2. Without a search: what each width harms by itself, and the least harm in sum.
-harms = sensitivity(net, rules, example, list(train)[:4], method="kl")
-found = allocate(net, rules, example, budget, harms, solver="dp")
+# 2. Without a search: how much each width degrades the model by itself, and the least sum of that.
+degradations = sensitivity(net, rules, example, list(train)[:4], method="kl")
+found = allocate(net, rules, example, budget, degradations, solver="dp")
 print(found)
 allocated = found.plan.apply(net)
 tq.calibrate(allocated, train, max_batches=8)

@@ -18,9 +18,9 @@ from torch import nn
 
 import torchquant as tq
 from torchquant import deploy, search
-from torchquant.qmodule import ActivationRow, LayerRow
+from torchquant.qmodule import ActivationPattern, LayerPattern
 from torchquant.quantizers_functional import FloatFormat
-from torchquant.quantizers_functional._sums import Joining
+from torchquant.quantizers_functional._row_statistics import Joining
 from torchquant.range_observers import BatchMinMax
 
 Arguments = dict[str, Any]
@@ -29,7 +29,7 @@ TARGETS = torch.arange(8) % 2
 BATCHES = [(X, TARGETS)]
 ROWS = torch.linspace(-1.0, 1.0, 16).reshape(2, 8)
 SEARCHED = [{"weight": ["affine:2", "affine:8"]}]
-HARMS = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
+DEGRADATIONS = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
 
 
 @functools.cache
@@ -257,7 +257,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             "strict": False,
         },
         "quantizer_parameters": on_model(),
-        "register_pattern": lambda: {"kind": nn.ReLU, "row": ActivationRow(clamp=(0.0, None))},
+        "register_pattern": lambda: {"kind": nn.ReLU, "row": ActivationPattern(clamp=(0.0, None))},
         "set_qmodule_state": on_model(state=tq.QModuleState.QUANT_EVAL),
         "state_report": on_model(),
     },
@@ -344,15 +344,15 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "RunningMinMax": observer(),
     },
     "torchquant.qmodule": {
-        "ActivationRow": lambda: {"clamp": (0.0, None)},
-        "InputFirstRow": lambda: {**{"run": LayerRow().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
-        "LayerRow": lambda: {**{"run": LayerRow().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
+        "ActivationPattern": lambda: {"clamp": (0.0, None)},
+        "InputFirstPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
+        "LayerPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
         "QWeights": lambda: {
             **{"layer": nn.Embedding(4, 3), "weight_quantizers": {"weight": q()}, "acts_quantizer": q()},
             "input_quantizer": q(),
         },
         "float_state_dict": on_model(),
-        "speak_float": spoken,
+        "link_float_state": spoken,
     },
     "torchquant.graph": {
         "register_operator": lambda: {
@@ -398,14 +398,14 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "Search": searcher(search.SearchSettings(epochs=1)),
         "SearchSettings": settings(),
         "allocate": lambda: {
-            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "budget": "bits<=7", "sensitivity": HARMS},
+            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "budget": "bits<=7", "sensitivity": DEGRADATIONS},
             **{"solver": "dp", "latency": None, "min_bits": 2, "max_bits": 8},
         },
         "default_candidates": lambda: {"n_bits": 4, "schemes": ("affine", "esb")},
         "hessian_trace": curved,
         "measure_latency": lambda: {"net": net(), "plan": searched(), "time_plan": lambda plan: 1.0},
         "pareto": lambda: {
-            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "sensitivity": HARMS, "measure": "bytes"},
+            **{"net": net(), "rules": SEARCHED, "example_inputs": X, "sensitivity": DEGRADATIONS, "measure": "bytes"},
             **{"points": 2, "evaluate": lambda plan: 0.5, "evaluated": "measured", "solver": "dp"},
             **{"latency": None, "min_bits": 2, "max_bits": 8},
         },
@@ -417,7 +417,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "search_rules": lambda: {"rules": SEARCHED, "min_bits": 2, "max_bits": 8, "form": "interp"},
         "sensitivity": lambda: {
             **{"net": net(), "rules": SEARCHED, "example_inputs": X, "batches": BATCHES, "method": "mse"},
-            **{"loss": nn.functional.cross_entropy, "out": None, "on_place": lambda place, harms: None},
+            **{"loss": nn.functional.cross_entropy, "out": None, "on_place": lambda place, degradations: None},
             **{"draws": 2, "seed": 0, "min_bits": 2, "max_bits": 8},
         },
         "write_latency": lambda: {"path": "latency.json", "table": latency_table()},
@@ -487,7 +487,7 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "torchquant.graph": {
-        RECORD: ("Captured", "LeftFloat", "Operator", "PlanCost", "Read", "Site", "SiteCost", "SitePlan")
+        RECORD: ("Captured", "Unquantized", "Operator", "PlanCost", "SiteInput", "Site", "SiteCost", "SitePlan")
     },
     "torchquant.errors": {
         "an error": tuple(importlib.import_module("torchquant.errors").__all__),

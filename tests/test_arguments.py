@@ -15,7 +15,7 @@ from torchquant._arguments import checked, described, fits
 from torchquant._shown import shown
 from torchquant.deploy import export_onnx
 from torchquant.errors import LONGEST, ConfigError, TorchQuantError
-from torchquant.qmodule import LayerRow, QWeights
+from torchquant.qmodule import LayerPattern, QWeights
 from torchquant.training import fit
 
 X = torch.ones(2, 4)
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: tq.QWrapper([nn.Conv2d(3, 8, 1), nn.BatchNorm2d(4)], None, None),
         "the layer has 8 output channels, its batch norm 4",
     ),
-    "row of nothing": (lambda: tq.register_pattern("Conv2d", LayerRow()), "'package.module.Class'; got 'Conv2d'"),
+    "row of nothing": (lambda: tq.register_pattern("Conv2d", LayerPattern()), "'package.module.Class'; got 'Conv2d'"),
     "state in words": (lambda: setattr(tq.QOp(abs, None), "state", "QUANT_EVAL"), "such as QModuleState.QUANT_EVAL"),
     "digits": (
         lambda: tq.make_quantizer("affine:" + "9" * 5000),

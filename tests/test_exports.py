@@ -42,8 +42,8 @@ PUBLIC = {
         "MeanStdObserver", "OBSERVERS", "PercentileObserver", "RangeObserver", "RunningMinMax",
     ],
     "torchquant.qmodule": [
-        "ActivationRow", "FloatCheckpoints", "InputFirstRow", "LayerRow", "QModule", "QModuleState", "QOp",
-        "QWeights", "QWrapper", "float_state_dict", "register_pattern", "speak_float",
+        "ActivationPattern", "FloatCheckpoints", "InputFirstPattern", "LayerPattern", "QModule", "QModuleState", "QOp",
+        "QWeights", "QWrapper", "float_state_dict", "register_pattern", "link_float_state",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
@@ -68,8 +68,8 @@ PUBLIC = {
         "markdown", "read_leaderboard", "write_leaderboard",
     ],
     "torchquant.graph": [
-        "Captured", "LeftFloat", "OPERATORS", "Operator", "PlanCost", "Read", "Site", "SiteCost", "SitePlan", "capture",
-        "register_operator",
+        "Captured", "OPERATORS", "Operator", "PlanCost", "Site", "SiteCost", "SiteInput", "SitePlan", "Unquantized",
+        "capture", "register_operator",
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",

@@ -17,7 +17,19 @@ PACKAGE = Path(torchquant.__file__).parent
 
 # A file imports only from rows above its own, from its own unit, and from the units before it in its row.
 ROWS = (
-    ("errors", "_shown", "_locks", "_registry", "_figures", "_modes", "_tables", "_tensors", "_arguments", "_files"),
+    (
+        "errors",
+        "_shown",
+        "_locks",
+        "_registry",
+        "_renamed",
+        "_figures",
+        "_modes",
+        "_tables",
+        "_tensors",
+        "_arguments",
+        "_files",
+    ),
     ("quantizers_functional",),
     ("range_observers",),
     ("quantizers",),

@@ -15,7 +15,7 @@ from torchquant.deploy.onnx.kernels import Contents, kernel_of
 from torchquant.deploy.onnx.run import CodeReader
 from torchquant.errors import ExportError
 from torchquant.qmodule import register_pattern
-from torchquant.qmodule.patterns import LayerRow
+from torchquant.qmodule.patterns import LayerPattern
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -274,7 +274,7 @@ def test_a_bias_behind_a_layer_of_the_model_s_own_counts_as_it_is_stored(tmp_pat
     norm = nn.BatchNorm2d(8)
     norm.running_mean.normal_()
     norm.bias.data.normal_()
-    register_pattern(Padded, LayerRow(batch_norm=nn.BatchNorm2d))
+    register_pattern(Padded, LayerPattern(batch_norm=nn.BatchNorm2d))
     wrapper = layer([Padded(3, 8, 3, 2, bias=False), norm.eval()])
     model, x = nn.Sequential(wrapper, layer(nn.Conv2d(8, 4, 1), has_input=False)), torch.randn(4, 3, 32, 32)
     certificate = certify(model, exported(model, x, tmp_path / "net.onnx"), x)

@@ -7,7 +7,7 @@ from torch import nn
 import torchquant as tq
 from torchquant import QModuleState as S
 from torchquant.deploy import certify, export_onnx, to_integer
-from torchquant.deploy.lowering.deploy_form import deploy_form, settle
+from torchquant.deploy.lowering.deploy_form import deploy_form, fix_bias_scales
 from torchquant.errors import ExportError
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ class Asking(nn.Module):
 def test_a_layer_answers_reads_and_its_weight_passes_for_a_tensor():
     model = quantized(Asking(), X)
     form = deploy_form(model)
-    settle(form, (X,))
+    fix_bias_scales(form, (X,))
     assert isinstance(form.conv.weight * 2, torch.Tensor)
     assert torch.equal(2 * form.conv.weight, form.conv.weight.real() * 2)
     assert torch.equal(form.conv.weight[0], form.conv.weight.real()[0])
@@ -112,7 +112,7 @@ def test_a_part_that_only_training_runs_is_left_out_and_named(tmp_path):
     assert "did not run, not in the file: aux.1" in str(certificate)
     assert path.stat().st_size < 20_000
     form = deploy_form(model)
-    assert settle(form, (X,)).not_run == ("aux.1",)
+    assert fix_bias_scales(form, (X,)).not_run == ("aux.1",)
     with pytest.raises(ExportError, match=r"aux\.1: .*has seen no data"):
         form.aux(torch.zeros(1, 4, 6, 6))
 

@@ -33,9 +33,9 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a deploy form is made, and settled, from here on."""
+    """How often a deploy form is made, and with fixed bias scales, from here on."""
     counted: Counter[str] = Counter()
-    for name in ("deploy_form", "settle"):
+    for name in ("deploy_form", "fix_bias_scales"):
         plain = getattr(form, name)
 
         def call(*args: Any, _name: str = name, _plain: Any = plain, **options: Any) -> Any:
@@ -48,7 +48,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_an_export_lowers_once(model: nn.Module, steps: Counter[str], tmp_path: Path) -> None:
     export_onnx(model, tmp_path / "model.onnx", X[:2])
-    assert steps == {"deploy_form": 1, "settle": 1}
+    assert steps == {"deploy_form": 1, "fix_bias_scales": 1}
 
 
 def test_one_lowered_serves_all(model: nn.Module, steps: Counter[str], tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_one_lowered_serves_all(model: nn.Module, steps: Counter[str], tmp_path:
     path = export_onnx(lowered, tmp_path / "model.onnx")
     certificate = certify(lowered, path, X)
     integer = to_integer(lowered)
-    assert steps == {"deploy_form": 1, "settle": 1}
+    assert steps == {"deploy_form": 1, "fix_bias_scales": 1}
     assert certificate.passed
     alone = export_onnx(model, tmp_path / "alone.onnx", X[:2], keep_signed=True)
     assert path.read_bytes() == alone.read_bytes()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from torchquant.plan import one_call, quant_plan
+from torchquant.plan import quant_plan, quantize_model
 
 X = torch.randn(2, 4)
 
@@ -18,7 +18,7 @@ X = torch.randn(2, 4)
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The options of every capture from here on."""
     found: list[dict[str, Any]] = []
-    for module in (one_call, quant_plan):
+    for module in (quantize_model, quant_plan):
         plain = module.capture
 
         def call(*args: Any, _plain: Any = plain, **options: Any) -> Any:

@@ -122,7 +122,7 @@ def test_layers_left_out_are_named() -> None:
         def __init__(self, net: nn.Sequential) -> None:
             super().__init__()
             self.first = QWrapper(net[0], None, None)
-            self.share_keys(net)
+            self.link_float_state(net)
 
     with pytest.raises(ConfigError, match=r"Half was built without 1.bias, 1.weight of the float model"):
         Half(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from torchquant.errors import ConfigError, NameClashError, UnobservedRangeError, UnsupportedPatternError
-from torchquant.qmodule import ActivationRow, LayerRow
+from torchquant.qmodule import ActivationPattern, LayerPattern
 from torchquant.quantizers import Quantizer
 
 S = tq.QModuleState
@@ -264,15 +264,15 @@ def test_patterns_are_extended_with_one_call() -> None:
         UnsupportedPatternError, match=r"cannot wrap \[Scaled, Sine\].*Layers: Linear \[\+ BatchNorm1d\]"
     ):
         tq.QWrapper([Scaled(), Sine()], None, None)
-    tq.register_pattern(Scaled, LayerRow())
-    tq.register_pattern(Sine, ActivationRow())
+    tq.register_pattern(Scaled, LayerPattern())
+    tq.register_pattern(Sine, ActivationPattern())
     layers = nn.Sequential(Scaled(), Sine())
     wrapper = tq.QWrapper(copy.deepcopy(layers), Same(), None)
     x = torch.randn(2, 3)
     with tq.qmodule_state(wrapper, S.QUANT_EVAL):
         assert torch.equal(wrapper(x), layers(x))
     with pytest.raises(NameClashError, match="already has the row"):
-        tq.register_pattern(Scaled, ActivationRow())
+        tq.register_pattern(Scaled, ActivationPattern())
 
 
 @pytest.mark.parametrize(

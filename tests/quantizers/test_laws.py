@@ -29,8 +29,8 @@ def test_every_scheme_keeps_the_laws(name: str, axis: int | None, i: int) -> Non
     report = tq.check_quantizer(QUANTIZERS[name].examples(axis)[i], laws=FAST)
     assert set(report.passed) | set(report.skipped) == set(FAST)
     quantizer = QUANTIZERS[name].examples(axis)[i]
-    expected = {"per_channel": axis is None, "levels_used": name in BLOCKS, "idempotent": not quantizer.keeps_units}
-    expected["neighbours"] = not quantizer.keeps_units
+    expected = {"per_channel": axis is None, "levels_used": name in BLOCKS, "idempotent": not quantizer.is_idempotent}
+    expected["neighbours"] = not quantizer.is_idempotent
     assert set(report.skipped) == {law for law, is_skipped in expected.items() if is_skipped}
 
 
@@ -101,7 +101,7 @@ def test_any_tensor_at_all(name: str, array: object, dtype: torch.dtype) -> None
 def test_every_code_comes_back(name: str, axis: int | None, i: int) -> None:
     """`encode(decode(code))` is the code, for all codes of every format of up to 8 bits."""
     quantizer = QUANTIZERS[name].examples(axis)[i]
-    if name in BLOCKS or not quantizer.keeps_units or quantizer.n_bits > 8:
+    if name in BLOCKS or not quantizer.is_idempotent or quantizer.n_bits > 8:
         return
     x = torch.randn(3, 20, 20).movedim(0, axis or 0).contiguous()
     quantizer.pre_observe(x.abs() if quantizer.signed is False else x)

@@ -56,9 +56,9 @@ def test_codes_of_one_dimension_per_channel_come_back(name: str) -> None:
 
 def test_groups_have_the_units_and_the_sign_of_their_scheme() -> None:
     grouped = tq.make_quantizer("dorefa:3/group=8")
-    assert grouped.keeps_units is False
+    assert grouped.is_idempotent is False
     assert tq.check_quantizer(grouped, torch.randn(4, 40), laws=("idempotent",)).skipped
-    assert tq.make_quantizer("affine:4/group=8").keeps_units
+    assert tq.make_quantizer("affine:4/group=8").is_idempotent
     with pytest.raises(ConfigError, match="quantizer must be a Quantizer, got 'affine'; make_quantizer"):
         GroupQuantizer("affine", 8)  # type: ignore[arg-type]
 

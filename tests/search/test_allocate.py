@@ -23,7 +23,7 @@ from torchquant.search.allocation.latency import measure_latency, read_latency, 
 from torchquant.search.allocation.sensitivities import Sensitivity, sensitivity
 from torchquant.search.allocation.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
 from torchquant.search.learning.budget_repair import keep_budgets
-from torchquant.search.space import searched_fields
+from torchquant.search.space import searched_slots
 
 GOLDEN = json.loads((DATA.parent / "golden.json").read_text(encoding="utf-8"))["golden"]["ilp_toy"]
 EXACT = [solve_ilp, solve_dp]
@@ -40,19 +40,19 @@ def test_the_golden(solve: Any) -> None:
     problem = toy(GOLDEN["budget_bits"])
     picks = solve(problem)
     assert [GOLDEN["bits"][pick] for pick in picks] == GOLDEN["optimum_bits"] == [8, 2, 8]
-    assert problem.harm(picks) == pytest.approx(GOLDEN["optimum_omega"], abs=1e-12)
+    assert problem.degradation(picks) == pytest.approx(GOLDEN["optimum_omega"], abs=1e-12)
 
 
 def choices(problem: Problem) -> Any:
-    return itertools.product(*(range(len(harms)) for harms in problem.harms))
+    return itertools.product(*(range(len(degradations)) for degradations in problem.degradations))
 
 
 def brute_force(problem: Problem) -> float | None:
-    return min((problem.harm(picks) for picks in choices(problem) if problem.keeps(picks)), default=None)
+    return min((problem.degradation(picks) for picks in choices(problem) if problem.keeps(picks)), default=None)
 
 
 def random_problem(rng: random.Random, coupled: bool) -> Problem:
-    """Up to 5 places, 3 constraints; limits that some choice just meets, or just misses."""
+    """Up to 5 points, 3 constraints; limits that some choice just meets, or just misses."""
     sizes = [rng.randint(1, 4) for _ in range(rng.randint(1, 5))]
     whole = rng.random() < 0.5
 
@@ -60,7 +60,7 @@ def random_problem(rng: random.Random, coupled: bool) -> Problem:
         return float(rng.randint(0, 12)) if whole else rng.random()
 
     scale = 10.0 ** rng.uniform(-6, 6)
-    harms = [[scale * (number() - 0.2) for _ in range(n)] for n in sizes]
+    degradations = [[scale * (number() - 0.2) for _ in range(n)] for n in sizes]
     costs = [[[number() for _ in range(n)] for n in sizes] for _ in range(rng.randint(1, 3))]
     factors = [(i, tuple(float(rng.randint(1, 5)) for _ in range(n))) for i, n in enumerate(sizes)]
 
@@ -71,9 +71,9 @@ def random_problem(rng: random.Random, coupled: bool) -> Problem:
         Product(rng.randrange(len(costs)), rng.random(), factor(), tuple(factor() for _ in range(rng.randint(1, 3))))
         for _ in range(rng.randint(1, 3) if coupled else 0)
     ]
-    problem = Problem(harms, costs, [0.0] * len(costs), products)
+    problem = Problem(degradations, costs, [0.0] * len(costs), products)
     totals = problem.totals([rng.randrange(n) for n in sizes])
-    return Problem(harms, costs, [total * rng.choice([1, 1, 0.8, 1.2]) for total in totals], products)
+    return Problem(degradations, costs, [total * rng.choice([1, 1, 0.8, 1.2]) for total in totals], products)
 
 
 @pytest.mark.parametrize(("solve", "coupled"), [(solve_ilp, True), (solve_ilp, False), (solve_dp, False)])
@@ -97,36 +97,36 @@ def test_exact_solvers_are_brute_force(solve: Any, coupled: bool) -> None:
         picks = solve(problem, keeps)
         n_proposed, n_solved = n_proposed + len(proposed), n_solved + 1
         assert problem.keeps(picks)
-        assert problem.harm(picks) == pytest.approx(best, rel=1e-9, abs=1e-15)
+        assert problem.degradation(picks) == pytest.approx(best, rel=1e-9, abs=1e-15)
     assert outcomes == {True, False}
     assert n_proposed < 1.5 * n_solved, "what is proposed should be right at once, but for rounding"
 
 
-@pytest.mark.parametrize("n_places", [30, 60])
-def test_both_exact_solvers_find_the_same_for_many_places(n_places: int) -> None:
-    rng = random.Random(n_places)
-    costs = [[[float(bits * n) for bits in (2, 3, 4, 6, 8)] for n in (rng.randint(10, 999) for _ in range(n_places))]]
-    harms = [[rng.lognormvariate(0, 2) * 4.0**-bits for bits in (2, 3, 4, 6, 8)] for _ in range(n_places)]
-    problem = Problem(harms, costs, [1.6 * sum(cost[0] for cost in costs[0])])
-    found = [problem.harm(solve(problem)) for solve in EXACT]
+@pytest.mark.parametrize("n_points", [30, 60])
+def test_both_exact_solvers_find_the_same_for_many_places(n_points: int) -> None:
+    rng = random.Random(n_points)
+    costs = [[[float(bits * n) for bits in (2, 3, 4, 6, 8)] for n in (rng.randint(10, 999) for _ in range(n_points))]]
+    degradations = [[rng.lognormvariate(0, 2) * 4.0**-bits for bits in (2, 3, 4, 6, 8)] for _ in range(n_points)]
+    problem = Problem(degradations, costs, [1.6 * sum(cost[0] for cost in costs[0])])
+    found = [problem.degradation(solve(problem)) for solve in EXACT]
     assert found[0] == pytest.approx(found[1], rel=1e-9)
-    assert problem.harm(solve_greedy(problem)) >= found[0]
+    assert problem.degradation(solve_greedy(problem)) >= found[0]
 
 
 def test_the_largest_of_what_is_read_is_proposed_at_once() -> None:
     proposed: list[Any] = []
-    two = tuple((place, (1.0, 8.0)) for place in (0, 1))
+    two = tuple((point, (1.0, 8.0)) for point in (0, 1))
     problem = Problem([[1.0, 0.0], [1.0, 0.0]], [[[0, 0], [0, 0]]], [4.0], [Product(0, 1.0, 1.0, two)])
     assert solve_ilp(problem, lambda picks: proposed.append(picks) or problem.keeps(picks)) == [0, 0]  # type: ignore[func-returns-value]
     assert proposed[0] == [0, 0]
 
 
-def test_small_harms_beside_a_huge_one() -> None:
+def test_small_degradations_beside_a_huge_one() -> None:
     rng = random.Random(0)
-    harms = [[1e9, 0.0], *([rng.random(), 0.0] for _ in range(20))]
+    degradations = [[1e9, 0.0], *([rng.random(), 0.0] for _ in range(20))]
     costs = [[[0, 5], *([0, rng.randint(1, 9)] for _ in range(20))]]
-    problem = Problem(harms, costs, [50])
-    assert problem.harm(solve_ilp(problem)) == pytest.approx(problem.harm(solve_dp(problem)), rel=1e-9)
+    problem = Problem(degradations, costs, [50])
+    assert problem.degradation(solve_ilp(problem)) == pytest.approx(problem.degradation(solve_dp(problem)), rel=1e-9)
 
 
 def test_greedy_never_exceeds_the_limits() -> None:
@@ -142,7 +142,7 @@ def test_greedy_never_exceeds_the_limits() -> None:
         solved += 1
         assert problem.keeps(picks)
         assert best is not None
-        assert problem.harm(picks) >= best - 1e-9 * abs(best)
+        assert problem.degradation(picks) >= best - 1e-9 * abs(best)
     assert solved > 100
 
 
@@ -150,28 +150,30 @@ def test_greedy_never_exceeds_the_limits() -> None:
 def test_a_tolerance_does_not_break_a_limit(solve: Any) -> None:
     rng = random.Random(2)
     large = Problem([[rng.random(), 0.0] for _ in range(30)], [[[1e7, 1e7 + 1]] * 30], [30e7 + 15])
-    worst = sorted(harms[0] for harms in large.harms)[:15]
-    assert large.harm(solve(large)) == pytest.approx(sum(worst), rel=1e-12)
+    worst = sorted(degradations[0] for degradations in large.degradations)[:15]
+    assert large.degradation(solve(large)) == pytest.approx(sum(worst), rel=1e-12)
     hidden = Problem([[1.0, 0.0], [0.5, 0.0]], [[[0.0, 1.0], [0.0, 1e-10]]], [1.0])
     assert solve(hidden) == [1, 0]
     small = [[rng.randint(1, 50), rng.randint(50, 100)] for _ in range(20)]
     mixed = Problem([[9.0, 0.0], *([rng.random(), 0.0] for _ in range(20))], [[[0, 1e9], *small]], [1e9 + 900])
     picks = solve(mixed)
     assert mixed.keeps(picks)
-    assert mixed.harm(picks) == pytest.approx(mixed.harm(({solve_ilp, solve_dp} - {solve}).pop()(mixed)))
+    assert mixed.degradation(picks) == pytest.approx(mixed.degradation(({solve_ilp, solve_dp} - {solve}).pop()(mixed)))
 
 
 def test_dynamic_programming_says_what_it_cannot() -> None:
     coupled = Problem([[0, 1], [0, 1]], [[[0, 0], [0, 0]]], [9], [Product(0, 1.0, (0, (2.0, 1.0)), ((1, (2.0, 1.0)),))])
     with pytest.raises(ConfigError, match="costs that add up.*Take solver='ilp'"):
         solve_dp(coupled)
-    single = Problem(coupled.harms, coupled.costs, [3], [Product(0, 1.0, (0, (2.0, 1.0)), (2.0, (0, (2.0, 1.0))))])
+    single = Problem(
+        coupled.degradations, coupled.costs, [3], [Product(0, 1.0, (0, (2.0, 1.0)), (2.0, (0, (2.0, 1.0))))]
+    )
     assert solve_dp(single) == solve_ilp(single) == [1, 0]
     rng = random.Random(0)
     many = Problem(*([[[rng.random() for _ in range(4)] for _ in range(12)]]), [], [])
     costs = [[[rng.random() for _ in range(4)] for _ in range(12)] for _ in range(3)]
     with pytest.raises(ConfigError, match="more than 3 states"):
-        solve_dp(Problem(many.harms, costs, [6.0] * 3), max_states=3)
+        solve_dp(Problem(many.degradations, costs, [6.0] * 3), max_states=3)
 
 
 class Paths(nn.Module):
@@ -186,11 +188,11 @@ class Paths(nn.Module):
         return self.join(self.left(x), self.right(x))
 
 
-def random_harms(plan: QuantPlan, seed: int = 0) -> dict[tuple[str, str], list[float]]:
+def random_degradations(plan: QuantPlan, seed: int = 0) -> dict[tuple[str, str], list[float]]:
     rng = random.Random(seed)
     return {
-        place: sorted((rng.random() for _ in space.options(place[1])), reverse=True)
-        for place, space in searched_fields(plan).items()
+        point: sorted((rng.random() for _ in space.options(point[1])), reverse=True)
+        for point, space in searched_slots(plan).items()
     }
 
 
@@ -213,15 +215,15 @@ def test_bit_operations_of_two_choices_are_exact(model: Any) -> None:
     x = torch.randn(2, 6) if model is Paths else torch.randn(1, 1, 8, 8)
     rules = [{"weight": WIDTHS, "output": ["affine:2", "affine:8"]}] if model is Paths else CONV_RULES
     plan = QuantPlan.from_rules(search_rules(rules), net, x)
-    harms = random_harms(plan)
-    allocator = Allocator(net, plan, x, harms)
+    degradations = random_degradations(plan)
+    allocator = Allocator(net, plan, x, degradations)
     costs = allocator.costs
     every = [
-        dict(zip(costs.places, picks, strict=True))
+        dict(zip(costs.points, picks, strict=True))
         for picks in itertools.product(*(range(len(v.options)) for v in costs.variables))
     ]
     totals = [costs.totals(choice) for choice in every]
-    sums = [sum(harms[place][pick] for place, pick in choice.items()) for choice in every]
+    sums = [sum(degradations[point][pick] for point, pick in choice.items()) for choice in every]
     for share in (0.35, 0.6):
         limits = {
             name: share * max(t[name] for t in totals) + (1 - share) * min(t[name] for t in totals)
@@ -229,11 +231,11 @@ def test_bit_operations_of_two_choices_are_exact(model: Any) -> None:
         }
         budgets = [Budget(name, limit) for name, limit in limits.items()]
         best = min(s for s, t in zip(sums, totals, strict=True) if all(t[n] <= limit for n, limit in limits.items()))
-        problem = plain_problem(costs, budgets, allocator.harms)
-        for choice, total, harm in zip(every, totals, sums, strict=True):
+        problem = plain_problem(costs, budgets, allocator.degradations)
+        for choice, total, degradation in zip(every, totals, sums, strict=True):
             picks = list(choice.values())
             assert problem.keeps(picks) == all(total[name] <= limit for name, limit in limits.items())
-            assert problem.harm(picks) == pytest.approx(harm)
+            assert problem.degradation(picks) == pytest.approx(degradation)
         found = allocator.solve(budgets, "ilp")
         assert found.predicted == pytest.approx(best)
         for solver in ("ilp", "greedy"):
@@ -253,7 +255,7 @@ def test_the_plan_costs_what_the_budgets_allow(solver: str) -> None:
     cost = found.plan.cost(net, x[:1])
     assert cost.weight_bytes == found.totals["bytes"] <= 660
     assert cost.bit_ops == found.totals["bitops"] <= 0.6e6
-    assert found.predicted == pytest.approx(sum(measured.harms[p][o] for p, o in found.choice.items()))
+    assert found.predicted == pytest.approx(sum(measured.degradations[p][o] for p, o in found.choice.items()))
     weights = {size.path: size for size in cost}
     numel = {path: net.get_submodule(path).weight.numel() for path in ("0", "3")}
     assert sum(weights[p].weight_bits * n for p, n in numel.items()) / sum(numel.values()) <= 4.5
@@ -269,30 +271,35 @@ def test_exact_solvers_agree_and_greedy_is_the_rule_of_repair() -> None:
     x = torch.randn(1, 8)
     plan = QuantPlan.from_rules(search_rules([{"weight": "affine:{n}"}]), net, x)
     for seed in range(5):
-        allocator = Allocator(net, plan, x, random_harms(plan, seed))
+        allocator = Allocator(net, plan, x, random_degradations(plan, seed))
         for limit in (2.0, 3.3, 5.0, 7.9):
             budgets = [Budget("bits", limit)]
             ilp, dp, greedy = (allocator.solve(budgets, solver) for solver in ("ilp", "dp", "greedy"))
             assert ilp.predicted == pytest.approx(dp.predicted, rel=1e-12)
             assert greedy.predicted >= ilp.predicted - 1e-12
             assert greedy.totals["bits"] <= limit
-            scores = random_harms(plan, seed)
+            scores = random_degradations(plan, seed)
             assert greedy.choice == keep_budgets(allocator.costs, budgets, scores, allocator.best())
 
 
 def test_what_is_refused_and_how() -> None:
     net, x = nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 8)
     rules = [{"weight": WIDTHS}]
-    harms = {("0", "weight"): [3.0, 2.0, 1.0]}
+    degradations = {("0", "weight"): [3.0, 2.0, 1.0]}
     for budget, given, solver, words in [
-        ("bits<=1.9", harms, "ilp", "bits<=1.9 cannot be met: the least that these candidates allow is 2"),
-        ("", harms, "ilp", "allocation needs a budget"),
-        ("bits<=4", harms, "simplex", "solver must be one of ilp, dp, greedy, got 'simplex'"),
-        ("latency<=1ms", harms, "ilp", "needs a latency table"),
+        ("bits<=1.9", degradations, "ilp", "bits<=1.9 cannot be met: the least that these candidates allow is 2"),
+        ("", degradations, "ilp", "allocation needs a budget"),
+        ("bits<=4", degradations, "simplex", "solver must be one of ilp, dp, greedy, got 'simplex'"),
+        ("latency<=1ms", degradations, "ilp", "needs a latency table"),
         ("bits<=4", {}, "ilp", "no entry for '0', weight"),
         ("bits<=4", {("0", "weight"): [1.0]}, "ilp", "has 3 options, the sensitivity 1"),
-        ("bits<=4", {("0", "weight"): [1.0, 2.0, float("nan")]}, "ilp", "harms must be finite"),
-        ("bits<=4", Sensitivity("mse", harms, {("0", "weight"): ("a", "b", "c")}), "ilp", "was measured for a, b, c"),
+        ("bits<=4", {("0", "weight"): [1.0, 2.0, float("nan")]}, "ilp", "degradations must be finite"),
+        (
+            "bits<=4",
+            Sensitivity("mse", degradations, {("0", "weight"): ("a", "b", "c")}),
+            "ilp",
+            "was measured for a, b, c",
+        ),
     ]:
         with pytest.raises(ConfigError, match=words):
             allocate(net, rules, x, budget, given, solver)
@@ -318,14 +325,14 @@ def test_a_front_has_no_point_that_another_beats(measure: str, tmp_path: Path) -
         seen.append(plan)
         return 0.5 + len(seen) / 100
 
-    front = pareto(net, plan, x, random_harms(plan), measure, 6, evaluate, "accuracy, share")
-    costs, harms = [p.cost for p in front.points], [p.predicted for p in front.points]
+    front = pareto(net, plan, x, random_degradations(plan), measure, 6, evaluate, "accuracy, share")
+    costs, degradations = [p.cost for p in front.points], [p.predicted for p in front.points]
     assert len(costs) > 3
     assert costs == sorted(set(costs))
-    assert harms == sorted(set(harms), reverse=True)
+    assert degradations == sorted(set(degradations), reverse=True)
     model = CostModel(net, plan, x)
     assert costs[0] == model.totals(model.cheapest(measure))[measure]
-    assert harms[-1] == pytest.approx(sum(min(h) for h in random_harms(plan).values()))
+    assert degradations[-1] == pytest.approx(sum(min(h) for h in random_degradations(plan).values()))
     assert seen == [point.allocation.plan for point in front.points]
     assert [point.measured for point in front.points] == [0.5 + (i + 1) / 100 for i in range(len(seen))]
     data = json.loads(front.save(tmp_path / "front.json").read_text(encoding="utf-8"))
@@ -337,16 +344,16 @@ def test_a_front_has_no_point_that_another_beats(measure: str, tmp_path: Path) -
 
 
 def test_fronts_that_cannot_be() -> None:
-    net, x, harms = nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 8), {("0", "weight"): [3.0, 2.0, 1.0]}
+    net, x, degradations = nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 8), {("0", "weight"): [3.0, 2.0, 1.0]}
     for kwargs, words in [
         ({"measure": "watts"}, "measure must be one of bytes"),
         ({"points": 1}, "points >= 2"),
         ({"measure": "latency"}, "a front is of a measure above 0"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            pareto(net, [{"weight": WIDTHS}], x, harms, **kwargs)
+            pareto(net, [{"weight": WIDTHS}], x, degradations, **kwargs)
     with pytest.raises(ConfigError, match="png or svg, got 'gif'"):
-        pareto(net, [{"weight": WIDTHS}], x, harms).figure("gif")
+        pareto(net, [{"weight": WIDTHS}], x, degradations).figure("gif")
 
 
 def test_latency_is_measured_one_place_at_a_time(tmp_path: Path) -> None:
@@ -371,7 +378,7 @@ def test_latency_is_measured_one_place_at_a_time(tmp_path: Path) -> None:
     path = write_latency(tmp_path / "latency.json", table)
     assert set(json.loads(path.read_text(encoding="utf-8"))[0]) == {"site", "spec", "seconds"}
     assert read_latency(path) == table
-    found = allocate(net, plan, x, "latency<=3.0s", random_harms(plan), latency=read_latency(path))
+    found = allocate(net, plan, x, "latency<=3.0s", random_degradations(plan), latency=read_latency(path))
     assert found.totals["latency"] <= 3.0
 
 

@@ -18,7 +18,7 @@ from torchquant.errors import ConfigError, NoCodesError
 from torchquant.quantizers import QUANTIZERS, GroupQuantizer, Quantizer, make_quantizer
 from torchquant.quantizers_functional import residual_alphas
 from torchquant.quantizers_functional._levels import nearest_level
-from torchquant.quantizers_functional._sums import row_mean_squares, row_sums, row_sums_of, shared_sums
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, row_sums, row_sums_of, shared_sums
 from torchquant.search.learning import mixing
 from torchquant.search.learning._steps import MOST_PLACES, Cells, steps_of
 from torchquant.search.learning.mixing import mix
@@ -213,7 +213,7 @@ def test_far_out_the_table_holds_the_last_level() -> None:
     assert steps is not None
     cells = Cells.over(steps.edges)
     assert cells is not None
-    index = cells.bins[cells.place(x).long()]
+    index = cells.bins[cells.point(x).long()]
     for quantizer, values in zip(quantizers, steps.values, strict=True):
         assert torch.equal(values[index], quantizer(x))
 
@@ -233,7 +233,7 @@ def test_levels_change_at_the_thresholds(name: str, i: int, axis: int | None) ->
     x = torch.randn(6, 4000)
     quantizer.pre_observe(x.abs() if quantizer.signed is False else x)
     data = torch.cat([x, 8 * x, x / 64], 1)
-    if not quantizer.keeps_units or quantizer.about.granularity == ("block",):
+    if not quantizer.is_idempotent or quantizer.about.granularity == ("block",):
         with pytest.raises(NoCodesError, match="has no thresholds between its levels"):
             quantizer.thresholds()
         return
@@ -330,9 +330,9 @@ def test_cells_find_what_bucketize_finds(n: int) -> None:
     assert len(cells.bins) <= MOST_PLACES
     x = torch.cat([torch.randn(50_000), edges, torch.tensor([-math.inf, math.inf, 3e38, -3e38, 0.0])])
     for data in (x, x.nextafter(torch.tensor(math.inf)), x.nextafter(torch.tensor(-math.inf))):
-        place = cells.place(data)
-        assert torch.equal(place, place.to(torch.int16).to(place.dtype))
-        assert torch.equal(cells.bins[place.long()], torch.bucketize(data, edges))
+        point = cells.point(data)
+        assert torch.equal(point, point.to(torch.int16).to(point.dtype))
+        assert torch.equal(cells.bins[point.long()], torch.bucketize(data, edges))
 
 
 def test_edges_too_close_for_cells() -> None:

@@ -39,12 +39,12 @@ def quantized(x: Tensor, spec: str, site: str, *shown: Tensor) -> Tensor:
     return quantizer(x)
 
 
-def by_hand(model: nn.Sequential, x: Tensor, place: tuple[str, str], spec: str, batches: Any) -> Tensor:
-    """The model with one option at one place."""
+def by_hand(model: nn.Sequential, x: Tensor, point: tuple[str, str], spec: str, batches: Any) -> Tensor:
+    """The model with one option at one point."""
     w0, w2 = model[0].weight, model[2].weight
-    w0, w2 = (quantized(w, spec, "weight") if place == p else w for p, w in ((FIRST, w0), (SECOND, w2)))
+    w0, w2 = (quantized(w, spec, "weight") if point == p else w for p, w in ((FIRST, w0), (SECOND, w2)))
     middle = F.relu(F.linear(x, w0, model[0].bias))
-    if place == MIDDLE:
+    if point == MIDDLE:
         middle = quantized(middle, spec, "output", *(F.relu(model[0](shown)) for shown, _ in batches))
     return F.linear(middle, w2, model[2].bias)
 
@@ -61,17 +61,17 @@ def test_one_option_at_a_time_is_what_it_is_by_hand(method: str) -> None:
     found = sensitivity(model, RULES, batches[0][0], batches, method)
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     reference = model(x)
-    assert list(found.harms) == [FIRST, MIDDLE, SECOND]
+    assert list(found.degradations) == [FIRST, MIDDLE, SECOND]
     assert found.reference_loss == pytest.approx(float(F.cross_entropy(reference, y)), rel=1e-5)
-    for place, harms in found.harms.items():
-        for spec, harm in zip(found.options[place], harms, strict=True):
-            output = by_hand(model, x, place, spec, batches)
+    for point, degradations in found.degradations.items():
+        for spec, degradation in zip(found.options[point], degradations, strict=True):
+            output = by_hand(model, x, point, spec, batches)
             want = {
                 "mse": float((output - reference).double().square().mean()),
                 "kl": kl(reference, output),
                 "loss": float(F.cross_entropy(output, y) - F.cross_entropy(reference, y)),
             }[method]
-            assert harm == pytest.approx(want, rel=1e-4, abs=2e-7)
+            assert degradation == pytest.approx(want, rel=1e-4, abs=2e-7)
 
 
 def test_the_rest_of_the_plan_quantizes_in_the_reference_too() -> None:
@@ -82,8 +82,8 @@ def test_the_rest_of_the_plan_quantizes_in_the_reference_too() -> None:
         x = torch.cat([x for x, _ in batches])
         middle = F.relu(F.linear(x, quantized(model[0].weight, WEIGHT[0], "weight"), model[0].bias))
         change = F.linear(middle, quantized(model[2].weight, WEIGHT[0], "weight") - model[2].weight)
-    assert found.harms[SECOND][0] == pytest.approx(float(change.square().mean()), rel=1e-4)
-    assert found.harms[SECOND][1] < 1e-6 * found.harms[SECOND][0]
+    assert found.degradations[SECOND][0] == pytest.approx(float(change.square().mean()), rel=1e-4)
+    assert found.degradations[SECOND][1] < 1e-6 * found.degradations[SECOND][0]
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -150,16 +150,16 @@ def test_hawq_is_trace_over_n_times_squared_error() -> None:
     found = sensitivity(model, [{"weight": ["affine:2", "affine:4"]}], batches[0][0], batches, "hessian", F.mse_loss)
     mean_square = float(torch.cat([x for x, _ in batches]).square().mean())
     weight = model[0].weight.detach()
-    for spec, harm in zip(found.options[FIRST], found.harms[FIRST], strict=True):
+    for spec, degradation in zip(found.options[FIRST], found.degradations[FIRST], strict=True):
         error = float((quantized(weight, spec, "weight") - weight).square().sum())
-        assert harm == pytest.approx(mean_square / 2 * error, rel=1e-4)
+        assert degradation == pytest.approx(mean_square / 2 * error, rel=1e-4)
 
 
 def test_hawq_converges_to_the_whole_hessian() -> None:
     model, batches = net(), data()
     found = sensitivity(model, [{"weight": WEIGHT}], batches[0][0], batches, "hessian", draws=150, seed=3)
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    for place, name in ((FIRST, "0.weight"), (SECOND, "2.weight")):
+    for point, name in ((FIRST, "0.weight"), (SECOND, "2.weight")):
         weight = model.get_parameter(name).detach()
 
         def loss(flat: Tensor, name: str = name, weight: Tensor = weight) -> Tensor:
@@ -167,7 +167,7 @@ def test_hawq_converges_to_the_whole_hessian() -> None:
 
         trace = torch.autograd.functional.hessian(loss, weight.flatten()).trace()
         error = (quantized(weight, WEIGHT[0], "weight") - weight).square().mean()
-        assert found.harms[place][0] == pytest.approx(float(trace * error), rel=0.2)
+        assert found.degradations[point][0] == pytest.approx(float(trace * error), rel=0.2)
 
 
 def test_a_trace_below_zero_counts_as_zero_with_a_warning() -> None:
@@ -177,7 +177,7 @@ def test_a_trace_below_zero_counts_as_zero_with_a_warning() -> None:
         found = sensitivity(
             model, [{"weight": WEIGHT}], batches[0][0], batches, "hessian", lambda y, t: -(y - t).square().mean()
         )
-    assert found.harms[FIRST] == (0.0, 0.0)
+    assert found.degradations[FIRST] == (0.0, 0.0)
 
 
 def sample_gradients(model: nn.Module, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -192,18 +192,18 @@ def test_fisher_is_half_the_squared_gradients_times_squared_error() -> None:
     model, batches = net(), data()
     found = sensitivity(model, RULES, batches[0][0], batches, "fisher")
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    for place, name in ((FIRST, "0.weight"), (SECOND, "2.weight")):
+    for point, name in ((FIRST, "0.weight"), (SECOND, "2.weight")):
         fisher = sample_gradients(model, name, x, y).square().mean(0)
         weight = model.get_parameter(name).detach()
-        for spec, harm in zip(found.options[place], found.harms[place], strict=True):
+        for spec, degradation in zip(found.options[point], found.degradations[point], strict=True):
             error = (quantized(weight, spec, "weight") - weight).square()
-            assert harm == pytest.approx(float((fisher * error).sum() / 2), rel=1e-4)
+            assert degradation == pytest.approx(float((fisher * error).sum() / 2), rel=1e-4)
     middle = F.relu(model[0](x)).detach().requires_grad_()
     gradient = torch.autograd.grad(F.cross_entropy(model[2](middle), y, reduction="sum"), middle)[0]
     shown = [F.relu(model[0](part)).detach() for part, _ in batches]
-    for spec, harm in zip(ACT, found.harms[MIDDLE], strict=True):
+    for spec, degradation in zip(ACT, found.degradations[MIDDLE], strict=True):
         error = (quantized(middle.detach(), spec, "output", *shown) - middle.detach()).square()
-        assert harm == pytest.approx(float((gradient.square() * error).sum() / 2 / len(x)), rel=1e-4)
+        assert degradation == pytest.approx(float((gradient.square() * error).sum() / 2 / len(x)), rel=1e-4)
 
 
 def test_fisher_of_a_folded_weight_is_in_the_units_of_its_quantizer() -> None:
@@ -219,7 +219,7 @@ def test_fisher_of_a_folded_weight_is_in_the_units_of_its_quantizer() -> None:
     fisher = (sample_gradients(model, "0.weight", x, y) / factor).square().mean(0)
     folded = (model[0].weight * factor).detach()
     error = (quantized(folded, WEIGHT[0], "weight") - folded).square()
-    assert found.harms[FIRST][0] == pytest.approx(float((fisher * error).sum() / 2), rel=1e-3)
+    assert found.degradations[FIRST][0] == pytest.approx(float((fisher * error).sum() / 2), rel=1e-3)
 
 
 class Twice(nn.Module):
@@ -234,7 +234,7 @@ class Twice(nn.Module):
 def test_a_layer_that_runs_twice_has_the_gradient_of_both() -> None:
     model, x, y = Twice(), torch.randn(6, 4), torch.randint(0, 4, (6,))
     rules = [{"weight": WEIGHT}]
-    found = sensitivity(model, rules, x, [(x, y)], "fisher").harms["layer", "weight"][0]
+    found = sensitivity(model, rules, x, [(x, y)], "fisher").degradations["layer", "weight"][0]
     weight = model.layer.weight.detach()
     fisher = sample_gradients(model, "layer.weight", x, y).square().mean(0)
     error = (quantized(weight, WEIGHT[0], "weight") - weight).square()
@@ -259,9 +259,12 @@ def test_layers_with_several_weights_and_attention(method: str) -> None:
     tokens, y = torch.randint(0, 7, (3, 5)), torch.randint(0, 4, (3,))
     rules = [{"weight": ["affine:2", "affine:8"]}]
     found = sensitivity(Recurrent().eval(), rules, tokens, [(tokens, y)], method, draws=3)
-    assert [path for path, _ in found.harms] == ["embed", "lstm", "attend"]
-    assert all(harm >= 0.0 for harms in found.harms.values() for harm in harms) or method == "loss"
-    assert max(harms[0] for harms in found.harms.values()) > 0.0
+    assert [path for path, _ in found.degradations] == ["embed", "lstm", "attend"]
+    assert (
+        all(degradation >= 0.0 for degradations in found.degradations.values() for degradation in degradations)
+        or method == "loss"
+    )
+    assert max(degradations[0] for degradations in found.degradations.values()) > 0.0
 
 
 class Stop(Exception):  # noqa: N818 - not an error
@@ -272,8 +275,8 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     model, batches = net(), data()
     measured: list[tuple[str, str]] = []
 
-    def stop_after_two(place: tuple[str, str], harms: tuple[float, ...]) -> None:
-        measured.append(place)
+    def stop_after_two(point: tuple[str, str], degradations: tuple[float, ...]) -> None:
+        measured.append(point)
         if len(measured) == 2:
             raise Stop
 
@@ -283,10 +286,10 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         run(out=tmp_path, on_place=stop_after_two)
     assert len(json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8"))["places"]) == 2
-    finished = run(out=tmp_path, on_place=lambda place, harms: measured.append(place))
+    finished = run(out=tmp_path, on_place=lambda point, degradations: measured.append(point))
     assert measured == [FIRST, MIDDLE, SECOND]
-    assert finished.harms == run().harms
-    assert run(out=tmp_path, on_place=lambda place, harms: measured.append(place)) == finished
+    assert finished.degradations == run().degradations
+    assert run(out=tmp_path, on_place=lambda point, degradations: measured.append(point)) == finished
     assert len(measured) == 3
     assert Sensitivity.load(tmp_path / "sensitivity.json") == finished
     assert [path.name for path in tmp_path.iterdir()] == ["sensitivity.json"]
@@ -319,7 +322,7 @@ def test_one_seed_gives_one_result() -> None:
         for seed in (0, 0, 1)
     )
     assert first == again
-    assert first.harms != other.harms
+    assert first.degradations != other.degradations
 
 
 def test_inputs_in_dictionaries_and_a_plan_with_candidates() -> None:
@@ -344,7 +347,7 @@ def test_inputs_in_dictionaries_and_a_plan_with_candidates() -> None:
 def test_a_width_to_choose_is_the_same_as_a_list_of_widths() -> None:
     model, batches = net(), data()
     template, listed = (
-        sensitivity(model, [{"names": ["0"], "output": given}], batches[0][0], batches, max_bits=5).harms[MIDDLE]
+        sensitivity(model, [{"names": ["0"], "output": given}], batches[0][0], batches, max_bits=5).degradations[MIDDLE]
         for given in ("clipq:{n}", [f"clipq:{n}" for n in (2, 3, 4, 5)])
     )
     assert template == listed

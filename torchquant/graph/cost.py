@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.graph.macs import Macs, site_macs
+from torchquant.graph.recording import tensors_in, watch_values
 from torchquant.graph.sites import Captured, Site, SitePlan
-from torchquant.graph.watch import tensors_in, watch_values
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import float_weights
 from torchquant.quantizers import Quantizer
@@ -205,7 +205,7 @@ def _bits(plan: SitePlan, name: str, site: Site) -> int:
 
 
 def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list[tuple[SitePlan, str, Site]]:
-    """(plan, field, site) of the quantizer that each value the site reads has passed: a source's output, or its own."""
+    """(plan, slot, site) of the quantizer that each value the site reads has passed: a source's output, or its own."""
     found = []
     for read in site.reads:
         sources = [chosen[s] for s in read.sources if s in chosen and chosen[s].output is not None]

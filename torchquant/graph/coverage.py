@@ -15,8 +15,8 @@ from torchquant.errors import ConfigError
 from torchquant.graph.cost import samples_in
 from torchquant.graph.macs import function_macs, site_macs
 from torchquant.graph.operators import OPERATORS
-from torchquant.graph.sites import Captured, LeftFloat, Site, SitePlan, joined
-from torchquant.graph.watch import watch_products
+from torchquant.graph.recording import watch_products
+from torchquant.graph.sites import Captured, Site, SitePlan, Unquantized, joined
 
 ENOUGH = 0.95
 """Share of weights, and of multiply-adds, below which what stays float is told of."""
@@ -24,7 +24,7 @@ SHOWN = 5
 INSIDE = "products of what it computes inside, which no quantizer sees"
 UNSET = "no rule quantizes its weight, or what it reads"
 ELSEWHERE = "a product in a forward that could not be followed, or of values that are no site"
-Place = tuple[str, str]
+SitePart = tuple[str, str]
 """Path, and what is there."""
 
 
@@ -125,7 +125,7 @@ class Coverage(ShownAsTables):
 def coverage_of(
     captured: Captured,
     plans: Iterable[SitePlan],
-    floats: Iterable[LeftFloat],
+    floats: Iterable[Unquantized],
     wanted: Collection[str] = (),
     example_inputs: Any = None,
 ) -> Coverage:
@@ -136,11 +136,11 @@ def coverage_of(
     chosen = {plan.path: plan for plan in plans}
     known = example_inputs is not None
     weights, n_weights = _float_weights(captured, chosen)
-    macs, n_macs = _float_macs(captured, chosen, example_inputs) if known else (Counter[Place](), 0)
+    macs, n_macs = _float_macs(captured, chosen, example_inputs) if known else (Counter[SitePart](), 0)
     whys = {left.path: left.why for left in floats} | {(left.path, left.type): left.why for left in floats}
     at = {site.path: site for site in captured.sites}
 
-    def part(place: Place) -> FloatPart:
+    def part(place: SitePart) -> FloatPart:
         path, what = place
         site = at.get(path)
         otherwise = ELSEWHERE if site is None else INSIDE if _has_weight(site, chosen) else UNSET
@@ -157,15 +157,15 @@ def coverage_of(
     return Coverage(n_weights, quantized, n_macs, n_macs - macs.total(), tuple(parts))
 
 
-def _float_weights(captured: Captured, chosen: Mapping[str, SitePlan]) -> tuple[Counter[Place], int]:
+def _float_weights(captured: Captured, chosen: Mapping[str, SitePlan]) -> tuple[Counter[SitePart], int]:
     """The float weights of each place, and the number of all weights. A weight is float if anything float reads it."""
-    places: dict[int, tuple[Place, bool]] = {}
+    places: dict[int, tuple[SitePart, bool]] = {}
     for site in captured.sites:
         is_quantized = _has_weight(site, chosen)
         for weight in site.module.parameters() if site.is_layer and site.module is not None else ():
             if not is_quantized or id(weight) not in places:
                 places[id(weight)] = (site.path, site.types[-1]), is_quantized
-    found = Counter[Place]()
+    found = Counter[SitePart]()
     total, seen = 0, set[int]()
     for path, module in captured.model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -178,9 +178,11 @@ def _float_weights(captured: Captured, chosen: Mapping[str, SitePlan]) -> tuple[
     return +found, total
 
 
-def _float_macs(captured: Captured, chosen: Mapping[str, SitePlan], example_inputs: Any) -> tuple[Counter[Place], int]:
+def _float_macs(
+    captured: Captured, chosen: Mapping[str, SitePlan], example_inputs: Any
+) -> tuple[Counter[SitePart], int]:
     """The multiply-adds of one sample that are not quantized, of each place, and the number of all."""
-    found, total = Counter[Place](), 0
+    found, total = Counter[SitePart](), 0
     operators = _operators(captured, chosen)
 
     def of_layer(site: Site, arguments: Sequence[Any], output: Any) -> None:
@@ -204,10 +206,10 @@ def _float_macs(captured: Captured, chosen: Mapping[str, SitePlan], example_inpu
     return +Counter({place: -(-macs // samples) for place, macs in found.items()}), -(-total // samples)
 
 
-def _operators(captured: Captured, chosen: Mapping[str, SitePlan]) -> dict[tuple[str, str], tuple[float, Place]]:
+def _operators(captured: Captured, chosen: Mapping[str, SitePlan]) -> dict[tuple[str, str], tuple[float, SitePart]]:
     """(path of a module, family of products) -> the share of its sites that is quantized, the first that is not."""
     outputs = {path for path, plan in chosen.items() if plan.output is not None}
-    groups: dict[tuple[str, str], list[tuple[bool, Place]]] = {}
+    groups: dict[tuple[str, str], list[tuple[bool, SitePart]]] = {}
     for site in captured.sites:
         operator = OPERATORS.get(site.types[0])
         if operator is not None and operator.macs is not None:

@@ -15,22 +15,22 @@ from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model
 from torchquant.graph.graph_sites import GraphSites
 from torchquant.graph.ops import is_norm, operator_of_module
+from torchquant.graph.recording import real_values, recorded_calls
 from torchquant.graph.sites import (
     NORM_WHY,
     Captured,
     Found,
-    LeftFloat,
     Region,
     Site,
+    Unquantized,
     Way,
     has_layers,
     joined,
-    layer_fields,
+    layer_slots,
     layer_types,
     why_other,
 )
 from torchquant.graph.trace import NotTraceable, pattern_without_example, renamed, traced_variants
-from torchquant.graph.watch import real_values, recorded_calls
 from torchquant.qmodule.patterns import plain_type
 from torchquant.qmodule.state import QModule
 
@@ -110,9 +110,9 @@ class Finder(Found):
         if module in self.seen:
             return
         self.seen.add(module)
-        if layer_fields(module):
+        if layer_slots(module):
             fused = (self.norms[module],) if module in self.norms else ()
-            types, fields = layer_types(module), layer_fields(module)
+            types, fields = layer_types(module), layer_slots(module)
             self.sites[path] = Site(path, types, fields, module, fused, region=path, is_read=is_read)
             return
         try:
@@ -158,20 +158,20 @@ class Finder(Found):
             below = joined(path, name)
             operator = operator_of_module(child)
             types = operator.types if operator is not None and operator.role == "computes" else ()
-            is_leaf = self.trace == "modules" and next(child.children(), None) is None and not layer_fields(child)
+            is_leaf = self.trace == "modules" and next(child.children(), None) is None and not layer_slots(child)
             if (types or is_leaf) and child not in self.seen:
                 self.seen.add(child)
                 if below not in {taken for taken, _ in self.norms.values()}:
                     types = (*types, plain_type(child).__name__)
                     self.sites[below] = Site(below, types, ("input", "output"), child, region=path)
             elif has_layers(child):
-                self.look_into(below, child, is_read=not layer_fields(child))  # layers quantize what they read
+                self.look_into(below, child, is_read=not layer_slots(child))  # layers quantize what they read
             elif is_norm(child) and child not in self.seen:
                 self.seen.add(child)
-                self.floats.append(LeftFloat(below, type(child).__name__, NORM_WHY))
+                self.floats.append(Unquantized(below, type(child).__name__, NORM_WHY))
         is_container = type(module).forward is nn.Module.forward
         if reason and not is_container and len(self.sites) > has_sites:
-            self.floats.append(LeftFloat(path, type(module).__name__, f"operators between its layers: {reason}"))
+            self.floats.append(Unquantized(path, type(module).__name__, f"operators between its layers: {reason}"))
 
     @torch.no_grad()
     def keep_real(self, run: nn.Module, example_inputs: Any) -> None:
@@ -203,7 +203,7 @@ class Finder(Found):
                 is_told = told.get(path) == type(module).__name__
                 if weight.ndim > 1 and id(weight) not in owned and not is_told:
                     kind = f"{type(module).__name__}.{name}"
-                    self.floats.append(LeftFloat(joined(path, name), kind, why_other(module) or RAW_WHY))
+                    self.floats.append(Unquantized(joined(path, name), kind, why_other(module) or RAW_WHY))
 
 
 def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:

@@ -24,21 +24,21 @@ from torchquant.graph.sites import (
     NORM_WHY,
     ONLY_FLOAT,
     Found,
-    LeftFloat,
     LookInto,
-    Read,
     Region,
     Site,
+    SiteInput,
+    Unquantized,
     has_layers,
     joined,
-    layer_fields,
+    layer_slots,
     layer_types,
     n_reads_of,
     why_other,
 )
 from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
-from torchquant.qmodule.patterns import LayerRow, activation_clamp, norm_of, plain_type, row_of
+from torchquant.qmodule.patterns import LayerPattern, activation_clamp, norm_of, plain_type, row_of
 
 NO_FORM = "it has no quantized form"
 TAKES_WEIGHTS = ", nor have the weights it is given"
@@ -84,7 +84,7 @@ class GraphSites:
         for node in self.graph.nodes:
             if not node.op.startswith("call") or node in self.about or node in self.inside:
                 continue
-            if node.op == "call_module" and layer_fields(self.module_of(node)):
+            if node.op == "call_module" and layer_slots(self.module_of(node)):
                 self._layer(node)
             elif computing_operator(node, self.root) is not None:
                 self._operator(node)
@@ -99,7 +99,7 @@ class GraphSites:
             self.new.add(site.path)
 
     def _leave(self, path: str, kind: str, why: str) -> None:
-        left = LeftFloat(path, kind, why)
+        left = Unquantized(path, kind, why)
         if left not in self.found.floats:
             self.found.floats.append(left)
 
@@ -121,14 +121,14 @@ class GraphSites:
         self.found.seen.add(module)
         nodes: list[fx.Node] = [node]
         fused: list[tuple[str, str]] = []
-        is_plain = isinstance(row_of(module), LayerRow) and not has_hooks(module)
+        is_plain = isinstance(row_of(module), LayerPattern) and not has_hooks(module)
         if self.fusable(node) and is_plain and len(node.args) == 1 and not node.kwargs:
             fused = self._limited(self._fuse(nodes, row_of(module)), path, nodes)
-        elif isinstance(row_of(module), LayerRow) and (len(node.args) != 1 or node.kwargs):
+        elif isinstance(row_of(module), LayerPattern) and (len(node.args) != 1 or node.kwargs):
             self._leave(path, types[-1], "it is called with more than its input")
             return
         self.layers[id(module)] = path
-        site = Site(path, types, layer_fields(module), module, tuple(fused))
+        site = Site(path, types, layer_slots(module), module, tuple(fused))
         if self._fuses_beyond_clamps(site, nodes[-1]):
             site = replace(site, fields=(*site.fields, "preactivation"))
         self._add(site, nodes, n_reads_of(kind))
@@ -159,7 +159,7 @@ class GraphSites:
         """Take batch norm and activation after the last of `nodes` in; what was taken."""
         fused = []
         after = self._only_user(nodes[-1])
-        if isinstance(row, LayerRow) and row.batch_norm is not None and after is not None:
+        if isinstance(row, LayerPattern) and row.batch_norm is not None and after is not None:
             norm = self.module_of(after) if after.op == "call_module" and self.fusable(after) else None
             if norm is not None and row.batch_norm in (type(norm), norm_of(norm)) and not has_hooks(norm):
                 path = joined(self.path, str(after.target))
@@ -218,11 +218,11 @@ class GraphSites:
         names = tuple(node.name for node in nodes)
         self._put(replace(site, reads=reads, region=self.path, nodes=names, is_read=self.needed[nodes[-1]]))
 
-    def _reads(self, node: fx.Node, limit: int | None) -> tuple[Read, ...]:
+    def _reads(self, node: fx.Node, limit: int | None) -> tuple[SiteInput, ...]:
         values: list[fx.Node] = []
         taken = (node.args, node.kwargs) if limit is None else node.args[:limit]
         fx.node.map_arg(taken, values.append)
-        return tuple(Read(v.name, self._sources(v)) for v in dict.fromkeys(values) if v not in self.about)
+        return tuple(SiteInput(v.name, self._sources(v)) for v in dict.fromkeys(values) if v not in self.about)
 
     def _sources(self, node: fx.Node) -> tuple[str, ...]:
         while node not in self.site_of:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchquant.graph.operators import OPERATORS
+from torchquant.graph.recording import tensors_in
 from torchquant.graph.sites import Site
-from torchquant.graph.watch import tensors_in
-from torchquant.qmodule.patterns import LayerRow, read_quietly, row_of, stock_type
+from torchquant.qmodule.patterns import LayerPattern, read_quietly, row_of, stock_type
 from torchquant.qmodule.weights import float_weights
 
 
@@ -67,7 +67,7 @@ def layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
     """Multiply-adds of one call of a layer."""
     x, kind = inputs[0], stock_type(module)
     row = row_of(module)
-    if isinstance(row, LayerRow):
+    if isinstance(row, LayerPattern):
         return Macs((x if row.transposed else out).numel() * module.weight[0].numel())
     if kind is nn.Bilinear:
         return Macs(out.numel() * module.weight[0].numel())

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from torchquant.graph.operator_table import Operator, home_of
 from torchquant.graph.operators import OPERATORS
-from torchquant.qmodule.patterns import ActivationRow, norm_of, plain_type, row_of
+from torchquant.qmodule.patterns import ActivationPattern, norm_of, plain_type, row_of
 
 
 def name_of(node: fx.Node) -> str:
@@ -77,7 +77,7 @@ def activation_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     """The activation a node is, as a module that QWrapper knows; None where it is none."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return module if isinstance(row_of(module), ActivationRow) else None
+        return module if isinstance(row_of(module), ActivationPattern) else None
     found = operator_at(node, root)
     make = None if found is None else found.activation
     if found is None or make is None or any(isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())):

@@ -17,7 +17,7 @@ from torchquant.graph.ops import activation_of, out_of_place
 from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
-from torchquant.qmodule.float_checkpoints import forget_float, speak_float
+from torchquant.qmodule.float_checkpoints import link_float_state, unlink_float_state
 from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.patterns import norm_of, split_norm
@@ -54,7 +54,7 @@ def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
     float_state = dict(model.state_dict(keep_vars=True))
     writer = _Writer(captured, plans)
     root = writer.write()
-    speak_float(root, float_state)
+    link_float_state(root, float_state)
     watch_fused_paths(root)
     root.conversion = writer.conversion  # type: ignore[assignment]
     return root
@@ -83,7 +83,7 @@ def revert(model: nn.Module) -> nn.Module:
     float_model = conversion.root or model
     unwatch_fused_paths(float_model)
     del model.conversion
-    forget_float(model)
+    unlink_float_state(model)
     return float_model
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant._renamed import renamed_names
 from torchquant.errors import ConfigError
 from torchquant.graph.tracer import Traced
 from torchquant.qmodule.own_forward import base_of
-from torchquant.qmodule.patterns import InputFirstRow, LayerRow, plain_type, row_of, stock_type, why_no_layer
+from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern, plain_type, row_of, stock_type, why_no_layer
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
 
@@ -19,13 +20,13 @@ N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention
 """Inputs of a layer that carry values, where these are not the first only."""
 NORM_WHY = "a normalization stays float"
 ONLY_FLOAT = "only float operators read its result"
-FIELDS = ("weight", "input", "output", "bias", "preactivation")
-Choice = str | Callable[[nn.Module], Quantizer | None] | None
+SLOTS = ("weight", "input", "output", "bias", "preactivation")
+SpecChoice = str | Callable[[nn.Module], Quantizer | None] | None
 """A spec string, a function of the layer, or None: stays float."""
 
 
 @dataclass(frozen=True)
-class Read:
+class SiteInput:
     """A real value that a site takes in.
 
     `sources`: the sites whose output it is, unchanged but for operators that pass values on; () if it comes
@@ -49,7 +50,7 @@ class Site:
     fields: tuple[str, ...]
     module: nn.Module | None = field(repr=False)
     fused: tuple[tuple[str, str], ...] = ()
-    reads: tuple[Read, ...] = ()
+    reads: tuple[SiteInput, ...] = ()
     region: str = ""
     nodes: tuple[str, ...] = ()
     """Names of its nodes in the graph of its region: its own, batch norm's, activation's; () without a graph."""
@@ -65,7 +66,7 @@ class Site:
     def batch_norm(self) -> tuple[str, str] | None:
         """(path, type) of the batch norm that is fused in."""
         row = None if self.module is None else row_of(self.module)
-        norm = row.batch_norm if isinstance(row, LayerRow) else None
+        norm = row.batch_norm if isinstance(row, LayerPattern) else None
         return self.fused[0] if self.fused and norm is not None and self.fused[0][1] == norm.__name__ else None
 
     @property
@@ -75,7 +76,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class LeftFloat:
+class Unquantized:
     """A part of the model that no quantizer reaches, and why."""
 
     path: str
@@ -117,7 +118,7 @@ class Found:
     """What was found in a model so far. `seen`: modules that are sites, or that were looked into."""
 
     sites: dict[str, Site] = field(default_factory=dict)
-    floats: list[LeftFloat] = field(default_factory=list)
+    floats: list[Unquantized] = field(default_factory=list)
     regions: dict[str, Region] = field(default_factory=dict)
     seen: set[nn.Module] = field(default_factory=set)
 
@@ -132,7 +133,7 @@ class Captured:
 
     model: nn.Module = field(repr=False)
     sites: tuple[Site, ...]
-    floats: tuple[LeftFloat, ...]
+    floats: tuple[Unquantized, ...]
     regions: Mapping[str, Region] = field(repr=False)
     trace: bool | str = True
     fuse: bool | str = True
@@ -145,8 +146,8 @@ class Captured:
         return {path: region.pattern for path, region in self.regions.items() if region.ways}
 
 
-def make_field(spec: str, name: str) -> Quantizer:
-    """The quantizer a spec names for a field. Raises ConfigError.
+def make_for_slot(spec: str, name: str) -> Quantizer:
+    """The quantizer a spec names for a slot. Raises ConfigError.
 
     A bias is measured as a weight is, a preactivation as an output.
     """
@@ -158,26 +159,26 @@ class SitePlan:
     """The quantizers of one site, None where it stays float. `fold_bn`: as in QWrapper."""
 
     path: str
-    weight: Choice = None
-    input: Choice = None
-    output: Choice = None
-    bias: Choice = None
+    weight: SpecChoice = None
+    input: SpecChoice = None
+    output: SpecChoice = None
+    bias: SpecChoice = None
     fold_bn: bool | str = False
-    preactivation: Choice = None
+    preactivation: SpecChoice = None
 
     @property
     def is_float(self) -> bool:
         """Whether nothing at the site quantizes."""
-        return all(getattr(self, name) is None for name in FIELDS)
+        return all(getattr(self, name) is None for name in SLOTS)
 
     def make(self, name: str, module: nn.Module | None) -> Quantizer | None:
-        """A new quantizer for the field `name`. Raises ConfigError that names the site."""
+        """A new quantizer for the slot `name`. Raises ConfigError that names the site."""
         choice = getattr(self, name)
         if choice is None:
             return None
         try:
             if isinstance(choice, str):
-                return make_field(choice, name)
+                return make_for_slot(choice, name)
             made = choice(module if module is not None else nn.Identity())
         except ConfigError as error:
             raise ConfigError(f"site '{self.path}', {name}: {error}") from error
@@ -186,8 +187,8 @@ class SitePlan:
         return made
 
     def words(self) -> dict[str, Any]:
-        """The fields that are set, factories by their names."""
-        values = {name: getattr(self, name) for name in (*FIELDS, "fold_bn")}
+        """The slots that are set, factories by their names."""
+        values = {name: getattr(self, name) for name in (*SLOTS, "fold_bn")}
         return {
             name: value if isinstance(value, str | bool) else f"<{getattr(value, '__name__', 'factory')}>"
             for name, value in values.items()
@@ -200,9 +201,9 @@ def joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def layer_fields(module: nn.Module) -> tuple[str, ...]:
-    """The fields of a layer with weights, () for any other module."""
-    if isinstance(row_of(module), LayerRow):
+def layer_slots(module: nn.Module) -> tuple[str, ...]:
+    """The slots of a layer with weights, () for any other module."""
+    if isinstance(row_of(module), LayerPattern):
         has_bias = getattr(module, "bias", None) is not None
         return ("weight", "input", "output", *(("bias",) if has_bias else ()))
     if not weight_names(module):
@@ -214,8 +215,8 @@ def layer_types(module: nn.Module) -> tuple[str, ...]:
     """What rules can call a layer: the class of torch that it is or is below, those between, and its own last."""
     kind, row = plain_type(module), row_of(module)
     above = [k for k in kind.__mro__ if issubclass(k, nn.Module) and k is not nn.Module]
-    base = base_of(kind) if isinstance(row, LayerRow) else stock_type(module)
-    if isinstance(row, InputFirstRow):
+    base = base_of(kind) if isinstance(row, LayerPattern) else stock_type(module)
+    if isinstance(row, InputFirstPattern):
         base = nn.Linear
     between = above[: above.index(base)] if base in above else [kind]
     names = [*(k.__name__ for k in (base,) if k is not None), *(k.__name__ for k in reversed(between))]
@@ -230,9 +231,12 @@ def why_other(module: nn.Module) -> str:
 
 def has_layers(module: nn.Module) -> bool:
     """Whether the module is, or contains, a layer with weights."""
-    return any(layer_fields(m) for m in module.modules())
+    return any(layer_slots(m) for m in module.modules())
 
 
 def n_reads_of(kind: str) -> int:
     """How many of the inputs of a layer carry values. kind: the first of its types."""
     return N_READS.get(kind, 1)
+
+
+__getattr__ = renamed_names(__name__, {"LeftFloat": "Unquantized", "Read": "SiteInput"})

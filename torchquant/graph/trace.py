@@ -28,7 +28,7 @@ from torchquant.graph.traced import empty_traced as _empty_traced  # noqa: F401
 from torchquant.graph.tracer import NotTraceable as NotTraceable
 from torchquant.graph.tracer import Traced, Tracer
 from torchquant.graph.writes import order_writes
-from torchquant.qmodule.patterns import LayerRow, row_of
+from torchquant.qmodule.patterns import LayerPattern, row_of
 from torchquant.qmodule.weights import weight_names
 
 MAX_RETRIES = 50
@@ -44,7 +44,7 @@ def stays_whole(module: nn.Module, through_hooks: bool = False) -> bool:
     if kind.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential) or OPERATORS.has_target(kind):
         return True
     is_one_thing = is_norm(module) or _ONE_THING.search(kind.__name__) is not None
-    return is_one_thing and not any(isinstance(row_of(m), LayerRow) for m in module.modules())
+    return is_one_thing and not any(isinstance(row_of(m), LayerPattern) for m in module.modules())
 
 
 def _functions_of_timm() -> tuple[Callable[..., Any], ...]:

@@ -149,7 +149,7 @@ class FusedModel(FloatCheckpoints, ABC):
         self._check(net)
         net = copy.deepcopy(net)
         self._fuse(net, recipe)
-        self.share_keys(net)
+        self.link_float_state(net)
         modes = {id(module): module.training for module in net.modules()}
         for module in self.modules():
             module.training = modes.get(id(module), net.training)

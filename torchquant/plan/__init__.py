@@ -1,9 +1,9 @@
-"""Plans: rules make one (`rules.py`), it is a value (`quant_plan.py`), `quantize` carries it out (`one_call.py`)."""
+"""Plans: rules make one (`rules.py`), it is a value (`quant_plan.py`), `quantize_model.py` carries it out."""
 
-from torchquant.plan.one_call import quantize as quantize
 from torchquant.plan.quant_plan import PlanChange as PlanChange
 from torchquant.plan.quant_plan import QuantPlan as QuantPlan
 from torchquant.plan.quant_plan import read_yaml as read_yaml
+from torchquant.plan.quantize_model import quantize as quantize
 from torchquant.plan.rules import RULE_SETS as RULE_SETS
 from torchquant.plan.rules import Rules as Rules
 

@@ -22,7 +22,7 @@ from torchquant.graph.cost import PlanCost, plan_cost
 from torchquant.graph.coverage import Coverage, coverage_of
 from torchquant.graph.finder import capture
 from torchquant.graph.rewrite import SHARE, revert, rewrite
-from torchquant.graph.sites import FIELDS, Captured, LeftFloat, Site, SitePlan
+from torchquant.graph.sites import SLOTS, Captured, Site, SitePlan, Unquantized
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules
 
 FORMAT = 1
@@ -33,7 +33,7 @@ MOST_NODES, MOST_REPEATS = 10_000, 10
 
 @dataclass(frozen=True)
 class PlanChange:
-    """One field of one site that two plans see differently."""
+    """One slot of one site that two plans see differently."""
 
     path: str
     field: str
@@ -45,7 +45,7 @@ class _Changes(ShownAsTables, list[PlanChange]):
     def __str__(self) -> str:
         if not self:
             return "the plans are the same"
-        return text_table(["path", "field", "before", "after"], ([c.path, c.field, c.before, c.after] for c in self))
+        return text_table(["path", "slot", "before", "after"], ([c.path, c.field, c.before, c.after] for c in self))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class QuantPlan(ShownAsTables):
     """
 
     sites: tuple[SitePlan, ...]
-    floats: tuple[LeftFloat, ...] = ()
+    floats: tuple[Unquantized, ...] = ()
     trace: bool | str = True
     fuse: bool | str = True
     types: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -91,7 +91,7 @@ class QuantPlan(ShownAsTables):
         regular expression), `position` ("first", "last" among the layers), `where` (a function of the Site); all must
         hold, none selects all. It sets `weight`, `input`, `output`, `bias`, `preactivation` (what goes into an
         activation that is fused and no clamp), each a spec string, a dictionary with "scheme", or a function of the
-        layer; None: float. Or `fold_bn`, or `skip: True`. Later rules win, site by site and field by field. A batch
+        layer; None: float. Or `fold_bn`, or `skip: True`. Later rules win, site by site and slot by slot. A batch
         norm or activation that is fused into a layer can be selected too, and sets the layer's output. `input` counts
         where nothing has quantized the value yet; `output` where something that can compute with integers reads the
         result, unless the rule has `names`, `where` or `unread: True`.
@@ -104,19 +104,19 @@ class QuantPlan(ShownAsTables):
         skipped: dict[str, str] = {}
         unread: set[str] = set()
         for rule in read_rules(rules, captured):
-            unread |= rule.set_fields(chosen, captured, skipped)
+            unread |= rule.set_slots(chosen, captured, skipped)
         plans = [SitePlan(path, **fields) for path, fields in chosen.items()]
         plans, unfolded = _without_impossible_folding(plans, captured)
         for plan, site in zip(plans, captured.sites, strict=True):
             _check_buildable(plan, site)
         kept = tuple(plan for plan in plans if not plan.is_float)
         unset = [
-            LeftFloat(site.path, site.types[-1], skipped.get(site.path, "no rule gives it a quantizer"))
+            Unquantized(site.path, site.types[-1], skipped.get(site.path, "no rule gives it a quantizer"))
             for plan, site in zip(plans, captured.sites, strict=True)
             if plan.is_float
         ]
         unset += [
-            LeftFloat(site.path, what_is_at(site), UNREAD)
+            Unquantized(site.path, what_is_at(site), UNREAD)
             for plan, site in zip(plans, captured.sites, strict=True)
             if site.nodes and site.path in unread and plan.output is None and not plan.is_float
         ]
@@ -172,7 +172,7 @@ class QuantPlan(ShownAsTables):
 
     @checked
     def replace(self, path: str, **fields: Any) -> QuantPlan:
-        """A plan with other fields at one site. Raises ConfigError for a site it has not.
+        """A plan with other slots at one site. Raises ConfigError for a site it has not.
 
         >>> net = nn.Sequential(nn.Linear(4, 8))
         >>> plan = QuantPlan.from_rules([{"weight": "affine:8"}], net)
@@ -182,9 +182,9 @@ class QuantPlan(ShownAsTables):
         known = [site.path for site in self.sites]
         if path not in known:
             raise ConfigError(f"the plan has no site '{path}';{did_you_mean(path, known)}")
-        unknown = set(fields) - {*FIELDS, "fold_bn"}
+        unknown = set(fields) - {*SLOTS, "fold_bn"}
         if unknown:
-            raise ConfigError(f"a site has {', '.join(FIELDS)}, fold_bn; got {', '.join(sorted(unknown))}")
+            raise ConfigError(f"a site has {', '.join(SLOTS)}, fold_bn; got {', '.join(sorted(unknown))}")
         values = {name: choice(value, f"site '{path}'", name) for name, value in fields.items()}
         sites = tuple(replace(s, **values) if s.path == path else s for s in self.sites)
         return replace(self, sites=sites, coverage=None)
@@ -196,14 +196,14 @@ class QuantPlan(ShownAsTables):
         found = _Changes()
         for path in dict.fromkeys([*ours, *theirs]):
             before, after = ours.get(path, {}), theirs.get(path, {})
-            for name in (*FIELDS, "fold_bn"):
+            for name in (*SLOTS, "fold_bn"):
                 if before.get(name) != after.get(name):
                     found.append(PlanChange(path, name, str(before.get(name, "-")), str(after.get(name, "-"))))
         return found
 
     def describe(self) -> str:
         """Every site with its quantizers, then what stays float and why."""
-        fields = [name for name in FIELDS if name != "preactivation" or any(s.preactivation for s in self.sites)]
+        fields = [name for name in SLOTS if name != "preactivation" or any(s.preactivation for s in self.sites)]
         header = ["site", "what", *fields]
         rows = []
         for site in self.sites:
@@ -226,7 +226,7 @@ class QuantPlan(ShownAsTables):
         """
         sites = []
         for site in self.sites:
-            for name in FIELDS:
+            for name in SLOTS:
                 if callable(getattr(site, name)):
                     raise ConfigError(
                         f"site '{site.path}', {name}: a function cannot be saved; use a spec string such as 'affine:8'"
@@ -262,9 +262,9 @@ class QuantPlan(ShownAsTables):
             place = f"{where}, site {i + 1}"
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
                 raise ConfigError(f"{place}: expected a mapping with a path, got {shown(entry)}")
-            check_keys(place, entry, ("path", "what", *FIELDS, "fold_bn"))
+            check_keys(place, entry, ("path", "what", *SLOTS, "fold_bn"))
             place = f"{where}, site '{entry['path']}'"
-            fields = {n: choice(entry[n], place, n) for n in (*FIELDS, "fold_bn") if n in entry}
+            fields = {n: choice(entry[n], place, n) for n in (*SLOTS, "fold_bn") if n in entry}
             sites.append(SitePlan(entry["path"], **fields))
             types[entry["path"]] = entry.get("what", "")
         if any(types.values()) and "left_float" not in data:
@@ -276,7 +276,7 @@ class QuantPlan(ShownAsTables):
         for i, entry in enumerate(data.get("left_float") or []):
             if not isinstance(entry, dict) or set(entry) != {"path", "type", "why"}:
                 raise ConfigError(f"{where}, left_float {i + 1}: expected path, type and why, got {shown(entry)}")
-            floats.append(LeftFloat(**entry))
+            floats.append(Unquantized(**entry))
         patterns = calls_from_data(data.get("calls") or {}, f"{where}, calls")
         told = data.get("coverage")
         coverage = None if told is None else Coverage.from_dict(told, f"{where}, coverage")
@@ -301,7 +301,7 @@ def what_is_at(site: Site) -> str:
     return " + ".join([site.types[-1], *(kind for _, kind in site.fused)])
 
 
-def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tuple[list[SitePlan], list[LeftFloat]]:
+def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tuple[list[SitePlan], list[Unquantized]]:
     """Sites whose batch norm has no running statistics keep it as a layer of its own; those batch norms, told of."""
     kept, told = [], []
     for plan, site in zip(plans, captured.sites, strict=True):
@@ -311,7 +311,7 @@ def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tu
             if getattr(module, "running_mean", None) is None:
                 plan = replace(plan, fold_bn=False)
                 why = "it has no running statistics, so it is not folded into the layer before it and runs in float"
-                told.append(LeftFloat(norm, type(module).__name__, why))
+                told.append(Unquantized(norm, type(module).__name__, why))
         kept.append(plan)
     return kept, told
 

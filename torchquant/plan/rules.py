@@ -15,14 +15,14 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.rewrite import SHARE
-from torchquant.graph.sites import FIELDS, Captured, Site, make_field
+from torchquant.graph.sites import SLOTS, Captured, Site, make_for_slot
 from torchquant.qmodule.patterns import PATTERNS
 from torchquant.qmodule.weights import WEIGHTED
 from torchquant.quantizers import QuantSpec
 
 Rules = str | Sequence[Mapping[str, Any]]
 SELECTORS = ("types", "names", "position", "where")
-SETTINGS = (*FIELDS, "fold_bn", "skip", "unread")
+SETTINGS = (*SLOTS, "fold_bn", "skip", "unread")
 POSITIONS = ("first", "last")
 
 _INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
@@ -105,7 +105,7 @@ class Rule:
     unread: bool
     fields: Mapping[str, Any]
 
-    def set_fields(
+    def set_slots(
         self, chosen: dict[str, dict[str, Any]], captured: Captured, skipped: dict[str, str] | None = None
     ) -> set[str]:
         """Write what the rule sets into `chosen`, site by site, and into `skipped` which sites it takes out.
@@ -148,7 +148,7 @@ class Rule:
         return unread
 
     def _reach(self, site: Site) -> tuple[str, ...]:
-        """The fields of the site that the rule may set, () if it does not select it."""
+        """The slots of the site that the rule may set, () if it does not select it."""
         if self._selects(site.path, site.types):
             return (*site.fields, *(("fold_bn",) if site.is_layer else ()))
         if any(self._selects(path, (kind,)) for path, kind in site.fused) and not self.skip:
@@ -237,7 +237,7 @@ def _known_types(captured: Captured) -> set[str]:
 
 
 def choice(value: Any, where: str, name: str) -> Any:
-    """The value of a field, dictionaries as spec strings. Raises ConfigError."""
+    """The value of a slot, dictionaries as spec strings. Raises ConfigError."""
     if name == "fold_bn":
         if not isinstance(value, bool | str):
             raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {shown(value)}")
@@ -248,7 +248,7 @@ def choice(value: Any, where: str, name: str) -> Any:
         return value
     if isinstance(value, str):
         try:
-            make_field(value, name)
+            make_for_slot(value, name)
         except ConfigError as error:
             raise ConfigError(f"{where}, {name}: {error}") from error
         return value

@@ -1,13 +1,14 @@
 """Modules that quantize: when they observe, when they quantize, and what they can wrap."""
 
+from torchquant._renamed import renamed_names
 from torchquant.qmodule import other_packages as other_packages
 from torchquant.qmodule.float_checkpoints import FloatCheckpoints as FloatCheckpoints
 from torchquant.qmodule.float_checkpoints import float_state_dict as float_state_dict
-from torchquant.qmodule.float_checkpoints import speak_float as speak_float
+from torchquant.qmodule.float_checkpoints import link_float_state as link_float_state
 from torchquant.qmodule.op import QOp as QOp
-from torchquant.qmodule.patterns import ActivationRow as ActivationRow
-from torchquant.qmodule.patterns import InputFirstRow as InputFirstRow
-from torchquant.qmodule.patterns import LayerRow as LayerRow
+from torchquant.qmodule.patterns import ActivationPattern as ActivationPattern
+from torchquant.qmodule.patterns import InputFirstPattern as InputFirstPattern
+from torchquant.qmodule.patterns import LayerPattern as LayerPattern
 from torchquant.qmodule.patterns import register_pattern as register_pattern
 from torchquant.qmodule.state import QModule as QModule
 from torchquant.qmodule.state import QModuleState as QModuleState
@@ -15,16 +16,26 @@ from torchquant.qmodule.weights import QWeights as QWeights
 from torchquant.qmodule.wrapper import QWrapper as QWrapper
 
 __all__ = [
-    "ActivationRow",
+    "ActivationPattern",
     "FloatCheckpoints",
-    "InputFirstRow",
-    "LayerRow",
+    "InputFirstPattern",
+    "LayerPattern",
     "QModule",
     "QModuleState",
     "QOp",
     "QWeights",
     "QWrapper",
     "float_state_dict",
+    "link_float_state",
     "register_pattern",
-    "speak_float",
 ]
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "ActivationRow": "ActivationPattern",
+        "InputFirstRow": "InputFirstPattern",
+        "LayerRow": "LayerPattern",
+        "speak_float": "link_float_state",
+    },
+)

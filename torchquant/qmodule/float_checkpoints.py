@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchquant._arguments import checked
+from torchquant._renamed import renamed_attribute, renamed_names
 from torchquant.errors import ConfigError
 from torchquant.qmodule.fused_part import current_keys, rename_moved_keys
 
@@ -15,7 +16,7 @@ KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model
 
 
 @checked
-def speak_float(model: nn.Module, float_state: Mapping[str, Tensor]) -> None:
+def link_float_state(model: nn.Module, float_state: Mapping[str, Tensor]) -> None:
     """Let `model` load checkpoints of the float model it was made from; `float_state_dict(model)` writes them.
 
     `float_state`: `net.state_dict(keep_vars=True)` of the float model, whose tensors `model` holds under
@@ -36,8 +37,8 @@ def speak_float(model: nn.Module, float_state: Mapping[str, Tensor]) -> None:
     model.float_keys = pairs  # type: ignore[assignment]
 
 
-def forget_float(model: nn.Module) -> None:
-    """Undo `speak_float`."""
+def unlink_float_state(model: nn.Module) -> None:
+    """Undo `link_float_state`."""
     for key, hook in list(model._load_state_dict_pre_hooks.items()):
         if getattr(hook, "hook", hook) is _translate:
             del model._load_state_dict_pre_hooks[key]
@@ -83,7 +84,7 @@ def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 class FloatCheckpoints(nn.Module):
     """A module made from the layers of a float `net`, that also speaks the checkpoints of `net`.
 
-    Call `share_keys(net)` once the layers are in place; then
+    Call `link_float_state(net)` once the layers are in place; then
 
     * `self.load_state_dict(net.state_dict())` takes weights and batch norm statistics; quantizers and
       states stay as they are. Under a prefix too, such as the "module." of DistributedDataParallel;
@@ -97,7 +98,7 @@ class FloatCheckpoints(nn.Module):
     ...     def __init__(self, net):
     ...         super().__init__()
     ...         self.block = QWrapper([net[0], net[1]], None, None)
-    ...         self.share_keys(net)
+    ...         self.link_float_state(net)
     >>> net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     >>> model = Quantizable(net)
     >>> model.load_state_dict(net.state_dict())
@@ -106,13 +107,18 @@ class FloatCheckpoints(nn.Module):
     True
     """
 
-    def share_keys(self, net: nn.Module) -> None:
+    def link_float_state(self, net: nn.Module) -> None:
         """Note under which keys `net` and this module hold the same tensors.
 
         Raises ConfigError if `net` has one that this module has not.
         """
-        speak_float(self, net.state_dict(keep_vars=True))
+        link_float_state(self, net.state_dict(keep_vars=True))
+
+    share_keys = renamed_attribute("share_keys", "link_float_state")
 
     def float_state_dict(self) -> dict[str, Tensor]:
         """Weights and buffers under the keys of the float model; tensors share memory with this one."""
         return float_state_dict(self)
+
+
+__getattr__ = renamed_names(__name__, {"speak_float": "link_float_state"})

@@ -1,6 +1,6 @@
 """The one table of what QWrapper can wrap: layer [+ batch norm] [+ activation].
 
-`register_pattern(MyConv, LayerRow(...))` or `register_pattern(MyAct, ActivationRow())` adds a row.
+`register_pattern(MyConv, LayerPattern(...))` or `register_pattern(MyAct, ActivationPattern())` adds a row.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from torchquant._arguments import checked
+from torchquant._renamed import renamed_names
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, NameClashError, UnsupportedPatternError
 from torchquant.qmodule.own_forward import base_of, product_of, run_own, why_not_followed
@@ -76,7 +77,7 @@ def run_by_functional_call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor |
 
 @checked
 @dataclass(frozen=True)
-class LayerRow:
+class LayerPattern:
     """A layer with a `weight`. `run(layer, x, weight, bias)` is its forward with another weight.
 
     `batch_norm`: the batch norm that may follow, or None. `transposed`: the weight is stored as
@@ -104,7 +105,7 @@ class LayerRow:
 
 @checked
 @dataclass(frozen=True)
-class InputFirstRow(LayerRow):
+class InputFirstPattern(LayerPattern):
     """A linear layer whose weight is stored as (in, out)."""
 
     def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class InputFirstRow(LayerRow):
 
 @checked
 @dataclass(frozen=True)
-class OwnForwardRow(LayerRow):
+class OwnForwardPattern(LayerPattern):
     """A layer below one of torch with a forward of its own, around the same product."""
 
     run: RunLayer = run_own
@@ -124,7 +125,7 @@ class OwnForwardRow(LayerRow):
 
 @checked
 @dataclass(frozen=True)
-class ActivationRow:
+class ActivationPattern:
     """An activation. `clamp=(low, high)` if it is `x.clamp(low, high)`: then a quantizer absorbs it."""
 
     clamp: tuple[float | None, float | None] | None = None
@@ -171,33 +172,33 @@ def _conv_transpose_runner(conv: Callable[..., Tensor]) -> RunLayer:
     return run
 
 
-PATTERNS: dict[type[nn.Module] | str, LayerRow | ActivationRow] = {
-    nn.Linear: LayerRow(_run_linear, nn.BatchNorm1d),
-    nn.Conv1d: LayerRow(_run_conv, nn.BatchNorm1d),
-    nn.Conv2d: LayerRow(_run_conv, nn.BatchNorm2d),
-    nn.Conv3d: LayerRow(_run_conv, nn.BatchNorm3d),
-    nn.ConvTranspose1d: LayerRow(_conv_transpose_runner(F.conv_transpose1d), nn.BatchNorm1d, transposed=True),
-    nn.ConvTranspose2d: LayerRow(_conv_transpose_runner(F.conv_transpose2d), nn.BatchNorm2d, transposed=True),
-    nn.ConvTranspose3d: LayerRow(_conv_transpose_runner(F.conv_transpose3d), nn.BatchNorm3d, transposed=True),
-    nn.ReLU: ActivationRow(clamp=(0.0, None)),
-    nn.ReLU6: ActivationRow(clamp=(0.0, 6.0)),
-    nn.SiLU: ActivationRow(),
-    nn.Hardswish: ActivationRow(),
-    nn.GELU: ActivationRow(),
-    nn.Sigmoid: ActivationRow(),
-    nn.LeakyReLU: ActivationRow(),
-    nn.PReLU: ActivationRow(),
-    nn.ELU: ActivationRow(),
-    nn.Hardsigmoid: ActivationRow(),
-    nn.Hardtanh: ActivationRow(),
-    nn.Mish: ActivationRow(),
-    nn.Tanh: ActivationRow(),
+PATTERNS: dict[type[nn.Module] | str, LayerPattern | ActivationPattern] = {
+    nn.Linear: LayerPattern(_run_linear, nn.BatchNorm1d),
+    nn.Conv1d: LayerPattern(_run_conv, nn.BatchNorm1d),
+    nn.Conv2d: LayerPattern(_run_conv, nn.BatchNorm2d),
+    nn.Conv3d: LayerPattern(_run_conv, nn.BatchNorm3d),
+    nn.ConvTranspose1d: LayerPattern(_conv_transpose_runner(F.conv_transpose1d), nn.BatchNorm1d, transposed=True),
+    nn.ConvTranspose2d: LayerPattern(_conv_transpose_runner(F.conv_transpose2d), nn.BatchNorm2d, transposed=True),
+    nn.ConvTranspose3d: LayerPattern(_conv_transpose_runner(F.conv_transpose3d), nn.BatchNorm3d, transposed=True),
+    nn.ReLU: ActivationPattern(clamp=(0.0, None)),
+    nn.ReLU6: ActivationPattern(clamp=(0.0, 6.0)),
+    nn.SiLU: ActivationPattern(),
+    nn.Hardswish: ActivationPattern(),
+    nn.GELU: ActivationPattern(),
+    nn.Sigmoid: ActivationPattern(),
+    nn.LeakyReLU: ActivationPattern(),
+    nn.PReLU: ActivationPattern(),
+    nn.ELU: ActivationPattern(),
+    nn.Hardsigmoid: ActivationPattern(),
+    nn.Hardtanh: ActivationPattern(),
+    nn.Mish: ActivationPattern(),
+    nn.Tanh: ActivationPattern(),
 }
 
-OWN_FORWARD: dict[type[nn.Module], OwnForwardRow] = {
-    kind: OwnForwardRow(batch_norm=row.batch_norm, transposed=row.transposed)
+OWN_FORWARD: dict[type[nn.Module], OwnForwardPattern] = {
+    kind: OwnForwardPattern(batch_norm=row.batch_norm, transposed=row.transposed)
     for kind, row in PATTERNS.items()
-    if isinstance(row, LayerRow) and not isinstance(kind, str)
+    if isinstance(row, LayerPattern) and not isinstance(kind, str)
 }
 """Layer of torch -> the row of the classes below it."""
 
@@ -212,7 +213,7 @@ def norm_of(module: nn.Module) -> type[nn.Module] | None:
     act = getattr(module, "act", None)
     if act is None or type(getattr(module, "drop", None)) is not nn.Identity:
         return None
-    return norm if type(act) is nn.Identity or isinstance(row_of(act), ActivationRow) else None
+    return norm if type(act) is nn.Identity or isinstance(row_of(act), ActivationPattern) else None
 
 
 def split_norm(module: Any) -> nn.Module:
@@ -225,7 +226,7 @@ def split_norm(module: Any) -> nn.Module:
 
 
 @checked
-def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow) -> None:
+def register_pattern(kind: type[nn.Module] | str, row: LayerPattern | ActivationPattern) -> None:
     """Let QWrapper wrap `kind`: a class, or "module.Class" for one of a package not imported yet.
 
     Raises ConfigError, NameClashError if `kind` has another row already.
@@ -233,7 +234,7 @@ def register_pattern(kind: type[nn.Module] | str, row: LayerRow | ActivationRow)
     >>> class Double(nn.Module):
     ...     def forward(self, x):
     ...         return 2 * x
-    >>> register_pattern(Double, ActivationRow())
+    >>> register_pattern(Double, ActivationPattern())
     """
     if isinstance(kind, str) and not ("." in kind and all(map(str.isidentifier, kind.split(".")))):
         raise ConfigError(
@@ -263,23 +264,23 @@ def read_quietly(layer: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def row_of(module: nn.Module) -> LayerRow | ActivationRow | None:
+def row_of(module: nn.Module) -> LayerPattern | ActivationPattern | None:
     """The row of a module's class, or of the nearest class above it whose forward it runs unchanged.
 
-    Or an `OwnForwardRow` for a class below a layer of torch whose forward is its own and one product; else None.
+    Or an `OwnForwardPattern` for a class below a layer of torch whose forward is its own and one product; else None.
     """
     row = row_of_type(plain_type(module))
-    return None if isinstance(row, OwnForwardRow) and why_no_layer(module) else row
+    return None if isinstance(row, OwnForwardPattern) and why_no_layer(module) else row
 
 
 def why_no_layer(module: nn.Module) -> str:
     """Why a module of a class below a layer of torch is none that can be wrapped; "" for any other module."""
     kind = plain_type(module)
-    base = base_of(kind) if isinstance(row_of_type(kind), OwnForwardRow) else None
+    base = base_of(kind) if isinstance(row_of_type(kind), OwnForwardPattern) else None
     return "" if base is None else why_not_followed(module, base)
 
 
-def row_of_type(kind: type[nn.Module]) -> LayerRow | ActivationRow | None:
+def row_of_type(kind: type[nn.Module]) -> LayerPattern | ActivationPattern | None:
     """`row_of` a module of a class, whatever the module's own forward does."""
     if kind not in PATTERNS and f"{kind.__module__}.{kind.__qualname__}" in PATTERNS:
         PATTERNS[kind] = PATTERNS[f"{kind.__module__}.{kind.__qualname__}"]
@@ -317,7 +318,7 @@ def stock_of(kind: type[nn.Module]) -> type[nn.Module]:
 def activation_clamp(activation: nn.Module | None) -> tuple[float | None, float | None] | None:
     """(low, high) of an activation that is a clamp and nothing else, else None."""
     row = None if activation is None else row_of(activation)
-    return row.clamp if isinstance(row, ActivationRow) else None
+    return row.clamp if isinstance(row, ActivationPattern) else None
 
 
 def split_pattern(
@@ -327,11 +328,11 @@ def split_pattern(
     given = [layers] if isinstance(layers, nn.Module) and not isinstance(layers, nn.Sequential) else list(layers)
     rest = list(given)
     row = row_of(rest[0]) if rest else None
-    if not isinstance(row, LayerRow):
+    if not isinstance(row, LayerPattern):
         raise _unsupported(given)
     layer = rest.pop(0)
     bn = rest.pop(0) if rest and row.batch_norm is not None and type(rest[0]) is row.batch_norm else None
-    activation = rest.pop(0) if rest and isinstance(row_of(rest[0]), ActivationRow) else None
+    activation = rest.pop(0) if rest and isinstance(row_of(rest[0]), ActivationPattern) else None
     if rest:
         raise _unsupported(given)
     # behind a Linear a batch norm may work along another axis than the features
@@ -345,11 +346,22 @@ def _unsupported(given: list[nn.Module]) -> UnsupportedPatternError:
     def name(kind: type | str | None) -> str:
         return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
 
-    layer_rows = {name(k): r for k, r in PATTERNS.items() if isinstance(r, LayerRow)}
+    layer_rows = {name(k): r for k, r in PATTERNS.items() if isinstance(r, LayerPattern)}
     layers = ", ".join(f"{k} [+ {name(r.batch_norm)}]" if r.batch_norm else k for k, r in layer_rows.items())
-    activations = sorted({name(k) for k, r in PATTERNS.items() if isinstance(r, ActivationRow)})
+    activations = sorted({name(k) for k, r in PATTERNS.items() if isinstance(r, ActivationPattern)})
     return UnsupportedPatternError(
         f"QWrapper cannot wrap [{', '.join(type(m).__name__ for m in given)}]. It takes one layer, then its batch "
         f"norm, then an activation, the last two optional. Layers: {layers}. Activations: {', '.join(activations)}. "
         "Another class is added with torchquant.qmodule.register_pattern"
     )
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "ActivationRow": "ActivationPattern",
+        "InputFirstRow": "InputFirstPattern",
+        "LayerRow": "LayerPattern",
+        "OwnForwardRow": "OwnForwardPattern",
+    },
+)

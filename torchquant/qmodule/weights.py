@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
-from torchquant.qmodule.patterns import LayerRow, row_of, run_with, stock_type
+from torchquant.qmodule.patterns import LayerPattern, row_of, run_with, stock_type
 from torchquant.qmodule.state import QModule
 from torchquant.qmodule.weight_slots import WeightSlot, parameter_of, quantizer_key
 from torchquant.quantizers import Quantizer
@@ -64,7 +64,7 @@ def float_weights(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     {'weight': (6, 4, 3)}
     """
     row = row_of(layer)
-    if isinstance(row, LayerRow):
+    if isinstance(row, LayerPattern):
         weight = row.weight_and_bias(layer)[0]
         return {"weight": (weight, row.channels_first(layer, weight))}
     return {name: (parameter_of(layer, name),) * 2 for name in weight_names(layer)}

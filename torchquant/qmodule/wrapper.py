@@ -14,8 +14,8 @@ from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
 from torchquant.qmodule.patterns import (
     PATTERNS,
-    LayerRow,
-    OwnForwardRow,
+    LayerPattern,
+    OwnForwardPattern,
     plain_type,
     read_quietly,
     row_of,
@@ -139,10 +139,10 @@ class QWrapper(QModule):
         return y if self.bn is None else self.bn(y)
 
     @property
-    def row(self) -> LayerRow:
+    def row(self) -> LayerPattern:
         """How the layer is run with another weight."""
         row = PATTERNS.get(self._layer_type) or row_of_type(self._layer_type)
-        assert isinstance(row, LayerRow)
+        assert isinstance(row, LayerPattern)
         return row
 
     @property
@@ -193,7 +193,7 @@ class QWrapper(QModule):
                 f"{self.path or 'QWrapper'}: the forward of its {type(self.layer).__name__} was replaced, as adapters "
                 "do, so that no batch norm can be folded into its weight; use fold_bn=False"
             )
-        if isinstance(self.row, OwnForwardRow):
+        if isinstance(self.row, OwnForwardPattern):
             raise ConfigError(
                 f"{self.path or 'QWrapper'}: {type(self.layer).__name__} has a forward of its own, which an "
                 "adapter cannot replace; leave the layer float with skip: True, or put the adapter around it"
@@ -239,7 +239,7 @@ class QWrapper(QModule):
         layer = copy.deepcopy(self.layer)
         if self.bn is None:
             return layer
-        if isinstance(self.row, OwnForwardRow) and self._weight is not self.layer.weight:
+        if isinstance(self.row, OwnForwardPattern) and self._weight is not self.layer.weight:
             raise ConfigError(
                 f"{self.path or type(self.layer).__name__}: its forward computes the weight, so no copy of it can hold "
                 "one that a batch norm is folded into"

@@ -47,7 +47,7 @@ class GroupQuantizer(Quantizer):
         self.size = size
         self.n_bits = quantizer.n_bits
         self.signed = quantizer.signed
-        self.keeps_units = quantizer.keeps_units
+        self.is_idempotent = quantizer.is_idempotent
         self.whole = quantizer
         self.last = copy.deepcopy(quantizer)
 

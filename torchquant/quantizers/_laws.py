@@ -130,7 +130,7 @@ def levels_used(case: _Case) -> None:
 
 def idempotent(case: _Case) -> None:
     """Quantizing what is quantized changes nothing."""
-    if not case.observed.keeps_units:
+    if not case.observed.is_idempotent:
         raise _Skip("its levels are not in the units of x")
     bits = getattr(case.observed, "n_bits", 8)
     for dtype in DTYPES if bits <= 8 else DTYPES[:2]:
@@ -301,7 +301,7 @@ def gradient_size(case: _Case) -> None:
     """On the whole the gradient of x is the slope of the staircase, neither twice nor minus that."""
     quantizer = copy.deepcopy(case.observed)
     x, middle = case.sample, torch.zeros_like(case.sample)
-    if quantizer.keeps_units:
+    if quantizer.is_idempotent:
         reach = torch.full_like(x, 40.0 * float(x.abs().max()))
         low, high = (quantizer(end).detach() for end in (-reach, reach))
         middle = (low + high) / 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import FittedQuantizer
 from torchquant.quantizers_functional._gradient import Clamp
-from torchquant.quantizers_functional._sums import usable_scale
+from torchquant.quantizers_functional._row_statistics import usable_scale
 from torchquant.quantizers_functional.formats import Format, ScaledFormat
 from torchquant.range_observers import MSEObserver, RangeObserver
 

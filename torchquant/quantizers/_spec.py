@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torchquant._arguments import checked
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
-from torchquant.quantizers._base import QUANTIZERS, SITES, GridQuantizer, Quantizer
+from torchquant.quantizers._base import QUANTIZERS, SLOTS, GridQuantizer, Quantizer
 from torchquant.quantizers._group import GroupQuantizer
 from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers._token import TokenQuantizer
@@ -159,8 +159,8 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     0.99
     """
     spec = spec if isinstance(spec, QuantSpec) else QuantSpec.parse(spec)
-    if not isinstance(site, str) or site not in SITES:
-        raise ConfigError(f"site must be one of {', '.join(SITES)}, got {shown(site)}")
+    if not isinstance(site, str) or site not in SLOTS:
+        raise ConfigError(f"site must be one of {', '.join(SLOTS)}, got {shown(site)}")
     if spec.granularity == "group" and site != "weight":
         raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
     scheme, fixed = find_scheme(spec.scheme)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, check_init, first, lowest_of, or_one, where_signed
-from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, usable_scale
 from torchquant.quantizers_functional.apot import (
     APOT_ALPHA,
     AdditivePowers,

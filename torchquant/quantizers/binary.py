@@ -8,7 +8,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
-from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.binary import Signs
 from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.range_observers._distributed import reduce_mean

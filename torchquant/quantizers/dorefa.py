@@ -10,7 +10,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers._learned import first
-from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.binary import binary_codes, binary_quantize
 from torchquant.quantizers_functional.dorefa import (
     check_dorefa,
@@ -68,7 +68,7 @@ class DoReFaQuantizer(FittedQuantizer):
         self.activation = activation
         self.gradient_bits = gradient_bits
         self.signed = not activation
-        self.keeps_units = activation
+        self.is_idempotent = activation
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
-from torchquant.quantizers_functional._sums import row_mean_squares, row_moments
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, row_moments
 from torchquant.quantizers_functional.esb import ESB_ALPHA, ESB_FORMS, check_esb
 from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.minifloat import FloatFormat, ScaledFloat

@@ -19,7 +19,13 @@ from torchquant.quantizers._learned import (
     where_signed,
 )
 from torchquant.quantizers_functional._range_search import best_range, refitted_step
-from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._row_statistics import (
+    row_mean_squares,
+    row_moments,
+    row_sums,
+    unit_rows,
+    usable_scale,
+)
 from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes, lsq_quantize
 from torchquant.quantizers_functional.uniform import integer_codes

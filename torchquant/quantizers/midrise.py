@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
-from torchquant.quantizers_functional._sums import (
+from torchquant.quantizers_functional._row_statistics import (
     row_mean_squares,
     row_moments,
     row_sums_of,

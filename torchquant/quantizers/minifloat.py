@@ -11,7 +11,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers_functional._powers import ceil_log2, pow2
-from torchquant.quantizers_functional._sums import row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_sums, unit_rows, usable_scale
 from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.minifloat import (
     FORMATS,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
-from torchquant.quantizers_functional._sums import usable_scale
+from torchquant.quantizers_functional._row_statistics import usable_scale
 from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.nf4 import NormalFloat
 from torchquant.range_observers._distributed import reduce_max

@@ -9,7 +9,7 @@ from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
-from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, usable_scale
 from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.quantizers_functional.lsq import NARROW_STEP, lsq_codes
 from torchquant.quantizers_functional.pact import pact_quantize

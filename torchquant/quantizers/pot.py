@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
-from torchquant.quantizers_functional._sums import row_mean_squares, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, usable_scale
 from torchquant.quantizers_functional.formats import ScaledFormat
 from torchquant.quantizers_functional.pot import POT_ALPHA, PowersOfTwo, check_pot, pot_max
 from torchquant.quantizers_functional.uniform import integer_codes

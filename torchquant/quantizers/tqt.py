@@ -8,7 +8,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._learned import LearnedUniform, first, lowest_of, or_one, where_signed
-from torchquant.quantizers_functional._sums import row_mean_squares, row_moments, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, row_moments, usable_scale
 from torchquant.quantizers_functional.lsq import FULL_STEP, NARROW_STEP, lsq_codes
 from torchquant.quantizers_functional.tqt import tqt_quantize, tqt_step
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean

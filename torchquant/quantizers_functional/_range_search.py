@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums
 
 AT_ONCE = 2**21  # elements of an intermediate tensor
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import nearest_of
-from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, unit_rows
 from torchquant.quantizers_functional.formats import IntegerTerms, Levels
 
 METHODS = ("alternating", "refined", "greedy")

@@ -11,7 +11,7 @@ from torchquant._arguments import explained
 from torchquant._tensors import like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, apply_projection
-from torchquant.quantizers_functional._sums import WHOLE, Joining, row_sums, unit_rows
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, unit_rows
 from torchquant.quantizers_functional.formats import Number, ScaledFormat
 
 METHODS = ("twn", "exact")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchquant.quantizers_functional._sums import WHOLE, Joining
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining
 
 _counts: list[int] = []
 """Elements a row of the share that this rank is observing; the last one counts."""

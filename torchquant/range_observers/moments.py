@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._sums import row_moments, row_sums
+from torchquant.quantizers_functional._row_statistics import row_moments, row_sums
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean
 from torchquant.range_observers._statistics import rows

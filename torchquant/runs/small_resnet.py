@@ -113,7 +113,7 @@ class QuantSmallResNet(FloatCheckpoints):
         self.pool = QOp(net.pool, acts(net.pool))
         self.flatten = net.flatten
         self.fc = QWrapper(net.fc, weight(net.fc), acts_quantizer=None)
-        self.share_keys(net)
+        self.link_float_state(net)
         self.train(network.training)
 
     def forward(self, x: Tensor) -> Tensor:

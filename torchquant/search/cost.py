@@ -15,27 +15,27 @@ from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.graph.cost import FLOAT_BITS, SiteSize, observed, reads_of, site_sizes, stored_bytes, tied_weights
 from torchquant.graph.finder import capture
-from torchquant.graph.sites import SitePlan, make_field
+from torchquant.graph.sites import SitePlan, make_for_slot
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.search.budget import Budget
-from torchquant.search.space import Candidates, searched_fields
+from torchquant.search.space import Candidates, searched_slots
 
-Place = tuple[str, str]
-"""(site path, field): where a choice is made."""
-Choice = Mapping[Place, int]
-"""Place -> index of the option chosen there."""
+SearchPoint = tuple[str, str]
+"""(site path, slot): where a choice is made."""
+Selection = Mapping[SearchPoint, int]
+"""SearchPoint -> index of the option chosen there."""
 LatencyTable = Mapping[tuple[str, str], float]
 """(site path, weight spec) -> seconds of the layer."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One choice to make: its place, the spec strings to choose from, what each would cost there.
+    """One choice to make: its point, the spec strings to choose from, what each would cost there.
 
     `bits`, `bytes`, `seconds`: one number an option; bytes of weights or of activations. `elements`: how many share it.
     """
 
-    place: Place
+    point: SearchPoint
     options: tuple[str, ...]
     bits: tuple[int, ...]
     bytes: tuple[float, ...]
@@ -45,24 +45,24 @@ class Variable:
     @property
     def is_weight(self) -> bool:
         """Whether weights are stored with it."""
-        return self.place[1] == "weight"
+        return self.point[1] == "weight"
 
 
 @dataclass(frozen=True)
 class _Tied:
-    """A weight that several places have in common: what it costs under each spec, and where each place has its spec."""
+    """A weight that several points have in common: what it costs under each spec, and where each point has its spec."""
 
     bytes: Mapping[str | None, float]
-    places: tuple[Place | str | None, ...]
+    points: tuple[SearchPoint | str | None, ...]
 
 
 @dataclass(frozen=True)
 class _Product:
-    """Multiply-adds of one site, and where the bits of its factors come from: a place, or fixed bits."""
+    """Multiply-adds of one site, and where the bits of its factors come from: a point, or fixed bits."""
 
     macs: int
-    first: Place | int
-    reads: tuple[Place | int, ...]
+    first: SearchPoint | int
+    reads: tuple[SearchPoint | int, ...]
 
 
 @checked
@@ -82,9 +82,9 @@ class CostModel:
     def __init__(
         self, net: nn.Module, plan: QuantPlan, example_inputs: Any, latency: LatencyTable | None = None
     ) -> None:
-        spaces = searched_fields(plan)
+        spaces = searched_slots(plan)
         if not spaces:
-            raise ConfigError("the rules leave nothing to choose: give a field a list of specs, or a spec with {n}")
+            raise ConfigError("the rules leave nothing to choose: give a slot a list of specs, or a spec with {n}")
         self.latency = latency
         self.variables: list[Variable] = []
         self.fixed = dict.fromkeys(("bytes", "act_bytes"), 0.0)
@@ -97,10 +97,10 @@ class CostModel:
             own = chosen.get(path, SitePlan(path))
             read = reads_of(size.site, own, chosen)
             unused = () if any(plan is own and name == "input" for plan, name, _ in read) else ("input",)
-            for field in ("weight", "input", "output", "bias"):
-                if (path, field) in spaces and field not in unused:
-                    elements = size.output_elements if field == "output" else 0
-                    self._add(spaces[path, field], path, field, size.weights, elements)
+            for slot in ("weight", "input", "output", "bias"):
+                if (path, slot) in spaces and slot not in unused:
+                    elements = size.output_elements if slot == "output" else 0
+                    self._add(spaces[path, slot], path, slot, size.weights, elements)
             if not isinstance(own.weight, Candidates):
                 quantizers = [observed(own.make("weight", size.site.module), w) for w in size.weights]
                 pairs = zip(size.weights, quantizers, strict=True)
@@ -117,27 +117,27 @@ class CostModel:
             elif size.macs.read:
                 pair = (*reads, reads[0])[:2]
                 self.products.append(_Product(size.macs.read, pair[0], pair[1:]))
-        self.places = [variable.place for variable in self.variables]
-        self.by_place = {variable.place: variable for variable in self.variables}
+        self.points = [variable.point for variable in self.variables]
+        self.by_point = {variable.point: variable for variable in self.variables}
 
-    def _add(self, space: Candidates, path: str, field: str, weights: Sequence[Tensor], elements: int) -> None:
-        options = space.options(field)
-        made = [make_field(spec, field) for spec in options]
+    def _add(self, space: Candidates, path: str, slot: str, weights: Sequence[Tensor], elements: int) -> None:
+        options = space.options(slot)
+        made = [make_for_slot(spec, slot) for spec in options]
         bits = tuple(quantizer.n_bits for quantizer in made)
-        if field == "weight":
+        if slot == "weight":
             sizes = [
-                sum(float(sum(stored_bytes(w, observed(make_field(spec, field), w)))) for w in weights)
+                sum(float(sum(stored_bytes(w, observed(make_for_slot(spec, slot), w)))) for w in weights)
                 for spec in options
             ]
             elements = sum(w.numel() for w in weights)
         else:
             sizes = [float(-(-elements * n // 8)) for n in bits]
-        seconds = tuple(self._seconds(path, spec) for spec in options) if field == "weight" else (0.0,) * len(bits)
-        self.variables.append(Variable((path, field), tuple(options), bits, tuple(sizes), seconds, elements))
+        seconds = tuple(self._seconds(path, spec) for spec in options) if slot == "weight" else (0.0,) * len(bits)
+        self.variables.append(Variable((path, slot), tuple(options), bits, tuple(sizes), seconds, elements))
 
     @staticmethod
     def _tied(
-        sizes: Sequence[SiteSize], chosen: Mapping[str, SitePlan], spaces: Mapping[Place, Candidates]
+        sizes: Sequence[SiteSize], chosen: Mapping[str, SitePlan], spaces: Mapping[SearchPoint, Candidates]
     ) -> list[_Tied]:
         found = []
         for weight, shared in tied_weights(sizes, chosen):
@@ -146,18 +146,20 @@ class CostModel:
             free = {path: spaces[path, "weight"] for path in own if (path, "weight") in spaces}
             specs = {*fixed.values(), *(spec for space in free.values() for spec in space.options("weight"))}
             costs = {
-                spec: float(sum(stored_bytes(weight, observed(make_field(spec, "weight") if spec else None, weight))))
+                spec: float(
+                    sum(stored_bytes(weight, observed(make_for_slot(spec, "weight") if spec else None, weight)))
+                )
                 for spec in specs
             }
             found.append(_Tied(costs, (*((path, "weight") for path in free), *fixed.values())))
         return found
 
-    def _shared_bytes(self, share: Callable[[Place, str | None], Any]) -> Any:
-        """Bytes that tied weights count too often; `share`: how much of a place an option has, 0 to 1."""
+    def _shared_bytes(self, share: Callable[[SearchPoint, str | None], Any]) -> Any:
+        """Bytes that tied weights count too often; `share`: how much of a point an option has, 0 to 1."""
         total: Any = 0.0
         for tied in self.tied:
             for spec, n_bytes in tied.bytes.items():
-                parts = [share(p, spec) if isinstance(p, tuple) else float(p == spec) for p in tied.places]
+                parts = [share(p, spec) if isinstance(p, tuple) else float(p == spec) for p in tied.points]
                 total = total + n_bytes * (sum(parts) - 1 + math.prod(1 - part for part in parts))
         return total
 
@@ -168,32 +170,32 @@ class CostModel:
             raise ConfigError(f"the latency table has no entry for the site '{path}' with '{spec}'")
         return float(self.latency[path, spec])
 
-    def totals(self, choice: Choice) -> dict[str, float]:
-        """Every measure of one choice: place -> index of its option."""
-        chosen = [(v, choice[v.place]) for v in self.variables]
+    def totals(self, choice: Selection) -> dict[str, float]:
+        """Every measure of one choice: point -> index of its option."""
+        chosen = [(v, choice[v.point]) for v in self.variables]
         return self._measures(
-            {v.place: float(v.bits[o]) for v, o in chosen},
-            {v.place: v.bytes[o] for v, o in chosen},
-            {v.place: v.seconds[o] for v, o in chosen},
+            {v.point: float(v.bits[o]) for v, o in chosen},
+            {v.point: v.bytes[o] for v, o in chosen},
+            {v.point: v.seconds[o] for v, o in chosen},
             max,
-            lambda place, spec: float(spec == self.by_place[place].options[choice[place]]),
+            lambda point, spec: float(spec == self.by_point[point].options[choice[point]]),
         )
 
-    def expected(self, shares: Mapping[Place, Tensor]) -> dict[str, Tensor]:
-        """Every measure for shares (O,) of the options of each place; float64, with a gradient for the shares."""
+    def expected(self, shares: Mapping[SearchPoint, Tensor]) -> dict[str, Tensor]:
+        """Every measure for shares (O,) of the options of each point; float64, with a gradient for the shares."""
 
         def mean(v: Variable, numbers: Sequence[float]) -> Tensor:
-            given = shares[v.place].to(torch.float64)
+            given = shares[v.point].to(torch.float64)
             return (given * torch.tensor(numbers, dtype=torch.float64, device=given.device)).sum()
 
-        def share(place: Place, spec: str | None) -> Any:
-            options = self.by_place[place].options
-            return shares[place].to(torch.float64)[options.index(spec)] if spec in options else 0.0
+        def share(point: SearchPoint, spec: str | None) -> Any:
+            options = self.by_point[point].options
+            return shares[point].to(torch.float64)[options.index(spec)] if spec in options else 0.0
 
         found = self._measures(
-            {v.place: mean(v, v.bits) for v in self.variables},
-            {v.place: mean(v, v.bytes) for v in self.variables},
-            {v.place: mean(v, v.seconds) for v in self.variables},
+            {v.point: mean(v, v.bits) for v in self.variables},
+            {v.point: mean(v, v.bytes) for v in self.variables},
+            {v.point: mean(v, v.seconds) for v in self.variables},
             lambda a, b: torch.maximum(*(torch.as_tensor(c, dtype=torch.float64) for c in (a, b))),
             share,
         )
@@ -201,32 +203,32 @@ class CostModel:
 
     def _measures(
         self,
-        bits: Mapping[Place, Any],
-        sizes: Mapping[Place, Any],
-        seconds: Mapping[Place, Any],
+        bits: Mapping[SearchPoint, Any],
+        sizes: Mapping[SearchPoint, Any],
+        seconds: Mapping[SearchPoint, Any],
         wider: Any,
-        share: Callable[[Place, str | None], Any],
+        share: Callable[[SearchPoint, str | None], Any],
     ) -> dict[str, Any]:
-        """The measures, from what each place has; in numbers or in tensors."""
+        """The measures, from what each point has; in numbers or in tensors."""
         weights = [v for v in self.variables if v.is_weight]
         acts = [v for v in self.variables if not v.is_weight]
 
         def mean_bits(chosen: list[Variable]) -> Any:
-            return sum(bits[v.place] * v.elements for v in chosen) / max(sum(v.elements for v in chosen), 1)
+            return sum(bits[v.point] * v.elements for v in chosen) / max(sum(v.elements for v in chosen), 1)
 
-        def of(source: Place | int) -> Any:
+        def of(source: SearchPoint | int) -> Any:
             return source if isinstance(source, int) else bits[source]
 
         return {
-            "bytes": sum(sizes[v.place] for v in weights) + self.fixed["bytes"] - self._shared_bytes(share),
+            "bytes": sum(sizes[v.point] for v in weights) + self.fixed["bytes"] - self._shared_bytes(share),
             "bits": mean_bits(weights),
-            "act_bytes": sum(sizes[v.place] for v in acts) + self.fixed["act_bytes"],
+            "act_bytes": sum(sizes[v.point] for v in acts) + self.fixed["act_bytes"],
             "act_bits": mean_bits(acts),
             "bitops": sum(p.macs * of(p.first) * functools.reduce(wider, map(of, p.reads)) for p in self.products),
-            "latency": sum(seconds[v.place] for v in weights),
+            "latency": sum(seconds[v.point] for v in weights),
         }
 
-    def excess(self, choice: Choice, budgets: Sequence[Budget]) -> float:
+    def excess(self, choice: Selection, budgets: Sequence[Budget]) -> float:
         """By what share a choice is over its budgets, added up; 0 if it keeps them all."""
         totals = self.totals(choice)
         return sum(max(totals[b.measure] / b.limit - 1.0, 0.0) for b in budgets)
@@ -246,9 +248,9 @@ class CostModel:
                     f"the budget {budget} cannot be met: the least that these candidates allow is {least:g}"
                 )
 
-    def cheapest(self, measure: str = "bytes") -> dict[Place, int]:
+    def cheapest(self, measure: str = "bytes") -> dict[SearchPoint, int]:
         """The choice that costs least of a measure."""
-        return {v.place: min(range(len(v.options)), key=lambda o: self._rank(v, o, measure)) for v in self.variables}
+        return {v.point: min(range(len(v.options)), key=lambda o: self._rank(v, o, measure)) for v in self.variables}
 
     @staticmethod
     def _rank(variable: Variable, option: int, measure: str) -> tuple[float, float]:
@@ -256,35 +258,35 @@ class CostModel:
         numbers = first.get(measure, variable.bits)
         return float(numbers[option]), float(variable.bits[option])
 
-    def plan_of(self, plan: QuantPlan, choice: Choice) -> QuantPlan:
+    def plan_of(self, plan: QuantPlan, choice: Selection) -> QuantPlan:
         """The plan with the chosen spec strings in place of its candidates; None where an input has nothing to do."""
         fields: dict[str, dict[str, str | None]] = {}
-        for path, field in searched_fields(plan):
-            fields.setdefault(path, {})[field] = None
-        for place, option in choice.items():
-            fields.setdefault(place[0], {})[place[1]] = self.by_place[place].options[option]
+        for path, slot in searched_slots(plan):
+            fields.setdefault(path, {})[slot] = None
+        for point, option in choice.items():
+            fields.setdefault(point[0], {})[point[1]] = self.by_point[point].options[option]
         sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
         return replace(plan, sites=sites)
 
 
-def name_of(place: Place) -> str:
-    """Path and field in one word.
+def name_of(point: SearchPoint) -> str:
+    """Path and slot in one word.
 
     >>> name_of(("layer1.0.conv1", "weight"))
     'layer1.0.conv1.weight'
     """
-    return ".".join(part for part in place if part)
+    return ".".join(part for part in point if part)
 
 
-def _source(plan: SitePlan, field: str, site: Any) -> Place | int:
-    """Where the bits of a field come from: a place to choose at, or fixed bits."""
-    if isinstance(getattr(plan, field), Candidates):
-        return (plan.path, field)
-    return _fixed_bits(plan, field, site.module)
+def _source(plan: SitePlan, slot: str, site: Any) -> SearchPoint | int:
+    """Where the bits of a slot come from: a point to choose at, or fixed bits."""
+    if isinstance(getattr(plan, slot), Candidates):
+        return (plan.path, slot)
+    return _fixed_bits(plan, slot, site.module)
 
 
-def _fixed_bits(plan: SitePlan, field: str, module: nn.Module | None) -> int:
-    if getattr(plan, field) == "share":
+def _fixed_bits(plan: SitePlan, slot: str, module: nn.Module | None) -> int:
+    if getattr(plan, slot) == "share":
         return FLOAT_BITS
-    quantizer = plan.make(field, module)
+    quantizer = plan.make(slot, module)
     return FLOAT_BITS if quantizer is None else quantizer.n_bits

@@ -20,14 +20,14 @@ INK, ACCENT = "#1d2733", "#d1495b"
 
 
 def heatmap(
-    places: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], numbers: bool = True
+    points: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], numbers: bool = True
 ) -> str:
-    """One row a place, one column a scheme, `values` 0..1 in shades and, where there is room, in numbers."""
-    height = 1.5 + 0.24 * len(places)
+    """One row a point, one column a scheme, `values` 0..1 in shades and, where there is room, in numbers."""
+    height = 1.5 + 0.24 * len(points)
     figure = new_figure(min(12.5, 3.6 + 0.9 * len(columns)), height)
     axes = figure.add_subplot()
     axes.imshow(np.array(values), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_yticks(range(len(places)), places, fontsize=7)
+    axes.set_yticks(range(len(points)), points, fontsize=7)
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="left", fontsize=7)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=2)
     if numbers and len(columns) <= MOST_NUMBERS:
@@ -40,7 +40,7 @@ def heatmap(
 
 
 def bit_widths(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
-    """Learned widths over the epochs, one line a place; the mean in bold, a budget of bits as a dashed line."""
+    """Learned widths over the epochs, one line a point; the mean in bold, a budget of bits as a dashed line."""
     told = {name for record in history for name, cost in record.costs.items() if cost}
     sides = [(side, what) for side, what in (("bits", "weights"), ("act_bits", "activations")) if side in told]
     figure = new_figure(12.0, 4.2)
@@ -94,7 +94,7 @@ def costs(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
 
 
 def pareto_front(front: Mapping[str, Any], chosen: tuple[float, float] | None = None) -> str:
-    """Predicted harm over cost, of what `Pareto.to_dict` gives; the (cost, harm) that was chosen in red."""
+    """Predicted degradation over cost, of what `Pareto.to_dict` gives; the chosen (cost, degradation) in red."""
     figure = new_figure(8.0, 3.8)
     axes = figure.add_subplot()
     drawn = [(point["cost"], point["predicted"]) for point in front["points"]]
@@ -102,7 +102,7 @@ def pareto_front(front: Mapping[str, Any], chosen: tuple[float, float] | None = 
     if chosen is not None:
         axes.plot(*chosen, color=ACCENT, marker="D", markersize=7)
     axes.set_xlabel(front["measure"], fontsize=9)
-    axes.set_yscale("log" if min(harm for _, harm in drawn) > 0.0 else "linear")
+    axes.set_yscale("log" if min(degradation for _, degradation in drawn) > 0.0 else "linear")
     _finish(axes, front["harm"], is_over_epochs=False)
     figure.tight_layout()
     return data_uri(figure)

@@ -32,9 +32,9 @@ def render_report(
 ) -> str:
     """The HTML of the report; needs no network and no other file. Raises MissingDependencyError.
 
-    `choices`: one row a place, with `CHOICE`. `history`: of a search, () for an allocation. `candidates`: "path.field"
+    `choices`: one row a point, with `CHOICE`. `history`: of a search, () for an allocation. `candidates`: "path.field"
     -> the schemes, in the order of `EpochRecord.shares`. `front`: what `Pareto.to_dict` gives;
-    `chosen`: (cost, predicted harm) of the plan that was taken. `command`: what it was made with.
+    `chosen`: (cost, predicted degradation) of the plan that was taken. `command`: what it was made with.
     """
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
@@ -76,8 +76,8 @@ def _heatmaps(
             groups.setdefault(tuple(specs), []).extend(drawn)
     pictures, is_learned = [], bool(history and history[-1].shares)
     for columns, rows in groups.items():
-        places, values = zip(*rows, strict=True)
+        points, values = zip(*rows, strict=True)
         pictures.append(
-            {"names": ", ".join(columns[:MOST_COLUMNS]), "picture": heatmap(places, columns, values, is_learned)}
+            {"names": ", ".join(columns[:MOST_COLUMNS]), "picture": heatmap(points, columns, values, is_learned)}
         )
     return pictures

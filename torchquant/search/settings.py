@@ -97,7 +97,7 @@ class EpochRecord:
     """One epoch of a search.
 
     `loss` of the weights' batches, `arch_loss` of those of logits and widths, None in the warm-up. `entropy`: mean over
-    the places, 0..1. `costs`: what is expected now, by measure. `choice`, `widths`, `shares`: by place, "path.field":
+    the points, 0..1. `costs`: what is expected now, by measure. `choice`, `widths`, `shares`: by point, "path.field":
     the spec that would be chosen, the real width, the schemes' shares.
     """
 

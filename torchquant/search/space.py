@@ -1,4 +1,4 @@
-"""What a search may choose from: the candidates of one place, and rules that have them."""
+"""What a search may choose from: the candidates of one point, and rules that have them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
-from torchquant.graph.sites import FIELDS, make_field
+from torchquant.graph.sites import SLOTS, make_for_slot
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import RULE_SETS, Rules
 from torchquant.quantizers import weight_spec
@@ -25,10 +25,10 @@ DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq
 @checked
 @dataclass(frozen=True)
 class Candidates:
-    """Spec strings to choose from at one place. One with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
+    """Spec strings to choose from at one point. One with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
 
     In a template `{k}` stands for n - 3, at least 0, as ESB wants it. Widths that a scheme has not are left out. It is
-    a function of the layer, as a plan takes it for a field; it gives a `MixtureQuantizer`. Raises ConfigError.
+    a function of the layer, as a plan takes it for a slot; it gives a `MixtureQuantizer`. Raises ConfigError.
 
     >>> space = Candidates(("clipq:4/channel", "esb:4,k=1/channel"))
     >>> [option for option in space.options("weight")]
@@ -67,7 +67,7 @@ class Candidates:
         rows: list[dict[int | None, str]] = []
         for spec in self.specs:
             if WIDTH not in spec:
-                make_field(spec, field)
+                make_for_slot(spec, field)
                 rows.append({None: spec})
                 continue
             found = {n: spec.format(n=n, k=max(n - 3, 0)) for n in range(self.min_bits, self.max_bits + 1)}
@@ -93,7 +93,7 @@ class Candidates:
 
 def _is_spec(text: str, field: str) -> bool:
     try:
-        make_field(text, field)
+        make_for_slot(text, field)
     except ConfigError:
         return False
     return True
@@ -118,12 +118,12 @@ def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) ->
     return specs
 
 
-def searched_fields(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
-    """(site path, field) -> candidates, for the places of a plan that have any; in the order they run."""
+def searched_slots(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
+    """(site path, slot) -> candidates, for the points of a plan that have any; in the order they run."""
     return {
         (site.path, name): choice
         for site in plan.sites
-        for name in FIELDS
+        for name in SLOTS
         if isinstance(choice := getattr(site, name), Candidates)
     }
 
@@ -132,7 +132,7 @@ def searched_fields(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
 def search_rules(
     rules: Rules, min_bits: int = 2, max_bits: int = 8, form: str = "interp"
 ) -> str | list[dict[str, Any]]:
-    """Rules of a plan in which a field is a list of specs, or a spec with `{n}`: candidates are put in their place.
+    """Rules of a plan in which a slot is a list of specs, or a spec with `{n}`: candidates are put in their place.
 
     Raises ConfigError.
 
@@ -148,7 +148,7 @@ def search_rules(
         if not isinstance(rule, Mapping):
             return list(given)  # type: ignore[arg-type]
         made = dict(rule)
-        for name in FIELDS:
+        for name in SLOTS:
             value = made.get(name)
             specs = [value] if isinstance(value, str) and WIDTH in value else value
             if isinstance(specs, list | tuple):

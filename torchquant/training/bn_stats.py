@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
 from torchquant.errors import ConfigError
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.utils import observe_weights, qmodule_state
 

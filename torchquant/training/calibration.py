@@ -13,7 +13,7 @@ from torchquant._arguments import checked
 from torchquant._modes import in_mode
 from torchquant._shown import some
 from torchquant.errors import ConfigError
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.training.batches import OnBatch, check_batches, count, inputs_of, place, progress_bar, taken
 from torchquant.utils import qmodule_state, qmodules, set_qmodule_state

@@ -13,7 +13,7 @@ from torchquant._arguments import checked, number
 from torchquant._modes import in_mode
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.training.batches import OnBatch, check_batches, count, pair_of, place, progress_bar, taken
 
 Metric = Callable[[Any, Any], Any]

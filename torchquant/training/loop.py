@@ -18,7 +18,7 @@ from torchquant._arguments import checked, one_number
 from torchquant._files import read_saved, reading, write_whole
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.training.batches import check_batches, count, is_first_rank, pair_of, place, progress_bar, taken
 from torchquant.utils import observe_weights, quantizer_parameters, set_qmodule_state

@@ -19,7 +19,7 @@ from torchquant.quantizers import Quantizer
 from torchquant.range_observers._statistics import StatisticTracker
 
 DEFAULT_QUANTIZE_MODULE_MAPPINGS: dict[type[nn.Module], type[nn.Module]] = {layer.kind: layer for layer in LAYERS}
-SITES = {"weight_quant": "weight", "bias_quant": "bias", "act_quant": "input"}
+SLOTS = {"weight_quant": "weight", "bias_quant": "bias", "act_quant": "input"}
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,8 +50,8 @@ def convert(
     mapping = DEFAULT_QUANTIZE_MODULE_MAPPINGS if mapping is None else mapping
     given = dict(quantize_config_dict or {})
     for key, quantizer in given.items():
-        if key not in SITES:
-            raise ConfigError(f"quantize_config_dict has {', '.join(SITES)}; got {key!r}")
+        if key not in SLOTS:
+            raise ConfigError(f"quantize_config_dict has {', '.join(SLOTS)}; got {key!r}")
         if quantizer is not None and not isinstance(quantizer, Quantizer):
             raise ConfigError(f"quantize_config_dict['{key}'] must be a quantizer or None, got {quantizer!r}")
     for kind, target in mapping.items():
@@ -77,9 +77,9 @@ def _plan(
         if site.module is None or not site.is_layer or plain_type(site.module) not in mapping:
             continue
         fields: dict[str, Any] = {
-            SITES[key]: _clones(quantizer)
+            SLOTS[key]: _clones(quantizer)
             for key, quantizer in given.items()
-            if quantizer is not None and SITES[key] in site.fields
+            if quantizer is not None and SLOTS[key] in site.fields
         }
         sites.append(SitePlan(site.path, **fields))
     return QuantPlan(tuple(sites), trace=False, fuse=False)

@@ -25,7 +25,7 @@ from torchquant.deploy.lowering.lowered import Lowered
 from torchquant.deploy.onnx.graph import code_name
 from torchquant.deploy.onnx.run import CodeReader, feeds_of, open_session
 from torchquant.errors import ConfigError, ExportError, NonFiniteError, require
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.utils import qmodule_state
 

@@ -16,7 +16,7 @@ from torchquant._arguments import checked
 from torchquant.deploy.integer.context import IntegerRun, integer_run
 from torchquant.deploy.integer.tensor import IntegerTensor, quantized
 from torchquant.deploy.integer.values import Codes
-from torchquant.deploy.lowering.deploy_form import DeployLayer, DeployOp, deploy_form, form_of, settle
+from torchquant.deploy.lowering.deploy_form import DeployLayer, DeployOp, deploy_form, fix_bias_scales, form_of
 from torchquant.deploy.lowering.qdq import grid_site
 from torchquant.qmodule import QModule
 from torchquant.quantizers import Quantizer
@@ -101,7 +101,7 @@ def _sources(model: nn.Module, example_inputs: Any) -> dict[str, list[list[str |
             isinstance(inner, DeployLayer | DeployOp) for inner in module.modules() if inner is not module
         ):
             module.register_forward_pre_hook(note)
-    settle(form, example_inputs)
+    fix_bias_scales(form, example_inputs)
     return found
 
 

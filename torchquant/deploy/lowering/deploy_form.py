@@ -34,8 +34,8 @@ from torchquant.errors import ExportError
 from torchquant.graph.hooks import has_hooks
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.ops import operator_of_module
+from torchquant.graph.recording import call_with
 from torchquant.graph.traced import reseal
-from torchquant.graph.watch import call_with
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.bn_folding import running_bias
 from torchquant.qmodule.fused_part import FusedPart
@@ -120,7 +120,7 @@ class DeployLayer(StandIn):
         """The bias in steps of the sums that it is added to."""
         return StoredBias(self.sum_bias, input_scale * self.weight.terms[0][0], self.path)  # type: ignore[arg-type]
 
-    def settle(self) -> None:
+    def fix_bias_scales(self) -> None:
         """Put the bias on the grid of the sums it is added to, where the inputs have one."""
         scales = [s for s in self.input_scales if s is not None]
         every_call = len(scales) == len(self.input_scales)
@@ -186,7 +186,7 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
     `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform
     ones. Raises ExportError for a model without QModules; where it is run, for a site that is not calibrated, has no
     such codes or needs more than 8 bits, and for one that is not float32. A site that does not run may be any of these:
-    `settle` leaves it out.
+    `fix_bias_scales` leaves it out.
     """
     if not any(isinstance(module, QModule) for module in model.modules()):
         raise ExportError(
@@ -206,7 +206,7 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def settle(form: nn.Module, example_inputs: Any, tables: bool = True) -> IntegerRun:
+def fix_bias_scales(form: nn.Module, example_inputs: Any, tables: bool = True) -> IntegerRun:
     """Run the form on integers once: biases go onto the grid of their sums, accumulators are checked.
 
     `tables` as in `IntegerRun`. Returns what the run met; the sites that did not run are left out of the form. Raises
@@ -227,7 +227,7 @@ def settle(form: nn.Module, example_inputs: Any, tables: bool = True) -> Integer
     reseal(form)
     for module in form.modules():
         if isinstance(module, DeployLayer):
-            module.settle()
+            module.fix_bias_scales()
     return run
 
 

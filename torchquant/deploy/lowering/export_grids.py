@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ExportError, NoAffineViewError, NoCodesError
-from torchquant.qmodule.patterns import InputFirstRow, LayerRow
+from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.quantizers_functional.formats import UniformGrid
@@ -211,13 +211,13 @@ def _without_zero_scales(scale: Tensor, ints: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(dead, stand_in, scale), ints
 
 
-def layer_grid(grid: Grid, layer: Any, row: LayerRow) -> Grid | None:
+def layer_grid(grid: Grid, layer: Any, row: LayerPattern) -> Grid | None:
     """The grid of a channels-first weight, for the weight as the layer stores it.
 
     They differ for transposed convolutions, stored as (in, out / groups, ...): there the groups share
     the numbers of a per-output-channel grid. None if the groups do not agree on them.
     """
-    if isinstance(row, InputFirstRow) and grid.axis in (0, 1):
+    if isinstance(row, InputFirstPattern) and grid.axis in (0, 1):
         return replace(grid, axis=1 - grid.axis)
     if not row.transposed or grid.axis not in (0, 1):
         return grid

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from torchquant._arguments import checked
-from torchquant.deploy.lowering.deploy_form import deploy_form, settle
+from torchquant.deploy.lowering.deploy_form import deploy_form, fix_bias_scales
 from torchquant.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ def lower(model: nn.Module, example_inputs: Any, keep_signed: bool = False, as_e
     (torch.Size([8, 2]), ())
     """
     form = deploy_form(model, keep_signed)
-    met = settle(form, example_inputs, tables=not as_exported)
+    met = fix_bias_scales(form, example_inputs, tables=not as_exported)
     operators = tuple(FloatOperator(name, after) for name, after in met.floats)
     return Lowered(model, form, example_inputs, keep_signed, as_exported, operators, dict(met.largest), met.not_run)
 

@@ -26,8 +26,8 @@ from torchquant.deploy.lowering.stand_in import PassesForTensor, leave_out
 from torchquant.deploy.lowering.weights_form import DeployWeights
 from torchquant.deploy.onnx.export import checked_inputs, describe, exported, tell_of_left_out
 from torchquant.errors import ExportError, require
+from torchquant.graph.recording import call_with
 from torchquant.graph.traced import reseal
-from torchquant.graph.watch import call_with
 
 DOMAIN = "qonnx.custom_op.general"
 

@@ -219,7 +219,7 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         lambda module: make_quantizer(case.weight),
         lambda module: make_quantizer(case.acts, site="output"),
         # A folded batch norm would undo the scale that weights in other units rely on it for.
-        "rescale" if make_quantizer(case.weight).keeps_units else False,
+        "rescale" if make_quantizer(case.weight).is_idempotent else False,
     )
     calibrate(model, data, recipe.calibration_batches, case.seed)
     started = time.perf_counter()

@@ -18,10 +18,10 @@ from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_settings
 from torchquant.runs.search.settings import SearchConfig
 from torchquant.runs.settings import words_of
 from torchquant.search import Budget, CostModel, EpochRecord
-from torchquant.search.cost import Choice, name_of
+from torchquant.search.cost import Selection, name_of
 from torchquant.search.learning.progress import HISTORY
 from torchquant.search.report import CHOICE, render_report
-from torchquant.search.space import searched_fields
+from torchquant.search.space import searched_slots
 
 FRONT = "pareto.json"
 AGAIN = "run the search again, which writes it anew"
@@ -34,7 +34,8 @@ class SearchRunResult:
     """Test accuracy, 0..1: float, and of the plan after retraining. Bytes of all layer weights, float and planned.
 
     `costs`: of the plan, every measure of a `Budget`, as `QuantPlan.cost` counts. `budgets`: measure -> limit.
-    `predicted`: the sum of the harms, of an allocation only. `candidates`: "path.field" -> what it could choose from.
+    `predicted`: the sum of the degradations, of an allocation only. `candidates`: "path.slot" -> what it could
+    choose from.
     """
 
     kind: str
@@ -77,27 +78,27 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def choice_of(plan: QuantPlan, costs: CostModel) -> Choice:
-    """Place -> option that a plan has there. Raises ConfigError for a plan with others."""
+def choice_of(plan: QuantPlan, costs: CostModel) -> Selection:
+    """SearchPoint -> option that a plan has there. Raises ConfigError for a plan with others."""
     sites = {site.path: site for site in plan.sites}
     found = {}
     for variable in costs.variables:
-        path, name = variable.place
+        path, name = variable.point
         spec = getattr(sites.get(path), name, None)
         if spec not in variable.options:
             raise ConfigError(f"plan.yaml has {spec!r} at '{path}', {name}, which is no candidate there")
-        found[variable.place] = variable.options.index(spec)
+        found[variable.point] = variable.options.index(spec)
     return found
 
 
-def write_choices(path: Path, choice: Choice, costs: CostModel) -> None:
+def write_choices(path: Path, choice: Selection, costs: CostModel) -> None:
     """choices.csv: what was chosen where, and what it costs there."""
     rows = []
     for variable in costs.variables:
-        option = choice[variable.place]
+        option = choice[variable.point]
         numbers = {"bits": variable.bits[option], "bytes": int(variable.bytes[option])}
         rows.append(
-            {"place": variable.place[0], "field": variable.place[1], "spec": variable.options[option], **numbers}
+            {"place": variable.point[0], "field": variable.point[1], "spec": variable.options[option], **numbers}
         )
     write_csv(path, CHOICE, rows)
 
@@ -121,8 +122,8 @@ def read_history(folder: Path) -> list[EpochRecord]:
 
 def candidates_of(space: QuantPlan, costs: CostModel) -> dict[str, list[str]]:
     """ "path.field" -> the specs it may choose from, with `{n}` where a width is learned."""
-    spaces = searched_fields(space)
-    return {name_of(place): list(spaces[place].specs) for place in costs.places}
+    spaces = searched_slots(space)
+    return {name_of(point): list(spaces[point].specs) for point in costs.points}
 
 
 def write_report(out: str | os.PathLike[str]) -> Path:
@@ -174,7 +175,7 @@ def _front(path: Path) -> dict[str, Any]:
         front = read_json(path)
         numbers = [float(point[name]) for point in front["points"] for name in ("cost", "predicted")]
         if not all(map(math.isfinite, numbers)) or not isinstance(front["harm"], str):
-            raise ConfigError(f"{path} has no costs and harms to draw")
+            raise ConfigError(f"{path} has no costs and degradations to draw")
     return front
 
 

@@ -66,7 +66,7 @@ def run_search(
 
     `config.json`, `float.pt`, `history.json` and `.csv` or `sensitivity.json` and `pareto.json`, `searched.pt` (float
     weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `result.json`, `report.html`. A stage whose
-    file is there is not run again, and inside a stage every epoch, or place, is kept. `distributed`: one of several
+    file is there is not run again, and inside a stage every epoch, or point, is kept. `distributed`: one of several
     processes that torchrun started; all must see `out`, the first one writes it. Raises ConfigError, also if `out`
     holds another search.
     """
@@ -197,16 +197,18 @@ class _Run:
         config = self.config
         batches = list(itertools.islice(_epoch(self.data, config.seed, 0), config.calibration_batches))
 
-        def tell(place: tuple[str, str], harms: tuple[float, ...]) -> None:
-            self.shown.advance(1.0 / len(self.costs.places), f"sensitivity of {'.'.join(place)}")
+        def tell(point: tuple[str, str], degradations: tuple[float, ...]) -> None:
+            self.shown.advance(1.0 / len(self.costs.points), f"sensitivity of {'.'.join(point)}")
 
-        harms = sensitivity(
+        degradations = sensitivity(
             self.net, self.space, self.example, batches, config.method, out=self.folder, on_place=tell, seed=config.seed
         )
         given = (self.net, self.space, self.example)
-        found = allocate(*given, config.budgets, harms, config.solver, self.latency)
+        found = allocate(*given, config.budgets, degradations, config.solver, self.latency)
         measure = config.budgets[0].measure
-        pareto(*given, harms, measure, POINTS, solver=config.solver, latency=self.latency).save(self.folder / FRONT)
+        pareto(*given, degradations, measure, POINTS, solver=config.solver, latency=self.latency).save(
+            self.folder / FRONT
+        )
         return found.plan
 
     def retrain_stage(self) -> None:
@@ -238,8 +240,8 @@ class _Run:
         predicted = None
         if self.config.kind == "allocate":
             with reading(self.folder / SENSITIVITY, ELSEWHERE):
-                harms = Sensitivity.load(self.folder / SENSITIVITY).harms
-                predicted = sum(harms[place][option] for place, option in self.choice.items())
+                degradations = Sensitivity.load(self.folder / SENSITIVITY).degradations
+                predicted = sum(degradations[point][option] for point, option in self.choice.items())
         return SearchRunResult(
             self.config.kind,
             self.float_accuracy,

@@ -35,7 +35,7 @@ from torchquant.search.allocation.assignment import SOLVERS
 from torchquant.search.allocation.sensitivities import METHODS
 from torchquant.search.learning.engine import SCOPES, Search
 from torchquant.search.learning.width_gradient import FORMS
-from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_fields
+from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_slots
 
 KINDS: dict[str, type[Search] | None] = {"qss": SchemeSearch, "qpl": PrecisionLearning, "allocate": None}
 KINDS_OF = "kinds"
@@ -176,8 +176,8 @@ class SearchConfig:
     def space(self, net: Any, example_inputs: Any) -> QuantPlan:
         """The plan with candidates. Raises ConfigError, also where there is nothing to choose."""
         plan = QuantPlan.from_rules(self.candidate_rules(), net, example_inputs)
-        if not searched_fields(plan):
-            raise ConfigError("the rules leave nothing to choose: give a field a list of specs, or a spec with {n}")
+        if not searched_slots(plan):
+            raise ConfigError("the rules leave nothing to choose: give a slot a list of specs, or a spec with {n}")
         return plan
 
 

@@ -1,4 +1,4 @@
-"""Mixed precision by sensitivity: for each place the option that harms least in sum, within budgets."""
+"""Mixed precision by sensitivity: for each point the option that harms least in sum, within budgets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
+from torchquant._renamed import renamed_attribute
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError
 from torchquant.plan.quant_plan import QuantPlan
@@ -19,42 +20,44 @@ from torchquant.search.allocation.dynamic import solve_dp
 from torchquant.search.allocation.sensitivities import Sensitivity
 from torchquant.search.allocation.solvers import NoChoiceError, Problem, Product, solve_greedy, solve_ilp
 from torchquant.search.budget import Budget
-from torchquant.search.cost import CostModel, LatencyTable, Place, Variable
+from torchquant.search.cost import CostModel, LatencyTable, SearchPoint, Variable
 
 SOLVERS = {
     "ilp": "integer linear programming, exact; needs scipy",
     "dp": "dynamic programming, exact; for costs that are sums over places",
     "greedy": "from the best option everywhere, the step that harms least for what it saves",
 }
-Harms = Sensitivity | Mapping[Place, Sequence[float]]
-"""What `sensitivity` measured, or place -> a number for each option: larger is worse."""
+Degradations = Sensitivity | Mapping[SearchPoint, Sequence[float]]
+"""What `sensitivity` measured, or point -> a number for each option: larger is worse."""
 
 
 @dataclass(frozen=True)
 class Allocation(ShownAsTables):
-    """A choice for every place, within the budgets. Prints as a table.
+    """A choice for every point, within the budgets. Prints as a table.
 
-    `plan`: with spec strings, ready for `apply`, `save` and `quantize`. `choice`: place -> index of its option.
-    `totals`: every measure of `MEASURES`. `predicted`: the sum of the harms.
+    `plan`: with spec strings, ready for `apply`, `save` and `quantize`. `choice`: point -> index of its option.
+    `totals`: every measure of `MEASURES`. `predicted`: the sum of the degradations.
     """
 
     plan: QuantPlan
-    choice: Mapping[Place, int]
-    specs: Mapping[Place, str]
-    harms: Mapping[Place, float]
+    choice: Mapping[SearchPoint, int]
+    specs: Mapping[SearchPoint, str]
+    degradations: Mapping[SearchPoint, float]
     totals: Mapping[str, float]
     predicted: float
     budgets: tuple[Budget, ...]
     solver: str
 
+    harms = renamed_attribute("harms", "degradations")
+
     def table(self) -> str:
-        """Every place with its option and harm, then what it costs beside the budgets."""
-        rows = [[*place, spec, f"{self.harms[place]:.4g}"] for place, spec in self.specs.items()]
+        """Every point with its option and degradation, then what it costs beside the budgets."""
+        rows = [[*point, spec, f"{self.degradations[point]:.4g}"] for point, spec in self.specs.items()]
         rows.append(["(all)", "", "", f"{self.predicted:.4g}"])
         limits = {budget.measure: f"{budget.limit:g}" for budget in self.budgets}
         costs = [[name, f"{total:g}", limits.get(name, "-")] for name, total in self.totals.items()]
-        places = text_table(["site", "field", "option", "harm"], rows)
-        return f"{places}\n\n{text_table(['measure', 'cost', 'at most'], costs)}"
+        points = text_table(["site", "slot", "option", "degradation"], rows)
+        return f"{points}\n\n{text_table(['measure', 'cost', 'at most'], costs)}"
 
     def __str__(self) -> str:
         return self.table()
@@ -66,25 +69,26 @@ def allocate(
     rules: Rules | QuantPlan,
     example_inputs: Any,
     budget: str | Budget | Sequence[str | Budget],
-    sensitivity: Harms,
+    sensitivity: Degradations,
     solver: str = "ilp",
     latency: LatencyTable | None = None,
     min_bits: int = 2,
     max_bits: int = 8,
 ) -> Allocation:
-    """The options whose harms have the least sum, among those that keep every budget.
+    """The options whose degradations have the least sum, among those that keep every budget.
 
     `rules`: as `search_rules` reads them, or a plan with `Candidates`. `budget`: "bytes<=40kB", or several of
     `MEASURES`, "bytes<=40kB,bitops<=2G"; "latency" needs the table that `measure_latency` makes. `solver` (`SOLVERS`):
     "ilp" and "dp" are exact, "greedy" is not. HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680) allocates by "ilp".
 
-    The budgets hold exactly: `CostModel.excess` is 0. That harms of single places add up is an assumption; measure what
-    comes out. Raises ConfigError, with the least that can be had where a budget cannot be kept.
+    The budgets hold exactly: `CostModel.excess` is 0. That the degradations of single points add up is an assumption;
+    measure what comes out. Raises ConfigError, with the least that can be had where a budget cannot be kept.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> harms = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
-    >>> found = allocate(net, [{"weight": ["affine:2", "affine:8"]}], torch.zeros(1, 8), "bits<=7", harms, solver="dp")
+    >>> degradations = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
+    >>> rules = [{"weight": ["affine:2", "affine:8"]}]
+    >>> found = allocate(net, rules, torch.zeros(1, 8), "bits<=7", degradations, solver="dp")
     >>> found.specs, found.totals["bits"]
     ({('0', 'weight'): 'affine:8', ('2', 'weight'): 'affine:2'}, 6.8)
     """
@@ -93,7 +97,7 @@ def allocate(
 
 
 class Allocator:
-    """Costs and harms of one model, to be solved for one budget after another. Raises ConfigError.
+    """Costs and degradations of one model, to be solved for one budget after another. Raises ConfigError.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8))
@@ -107,20 +111,20 @@ class Allocator:
         net: nn.Module,
         rules: Rules | QuantPlan,
         example_inputs: Any,
-        sensitivity: Harms,
+        sensitivity: Degradations,
         latency: LatencyTable | None = None,
         min_bits: int = 2,
         max_bits: int = 8,
     ) -> None:
         self.plan = searched_plan(net, rules, example_inputs, min_bits, max_bits)
         self.costs = CostModel(net, self.plan, example_inputs, latency)
-        self.harms = [_checked_harms(variable, sensitivity) for variable in self.costs.variables]
+        self.degradations = [_checked_degradations(variable, sensitivity) for variable in self.costs.variables]
 
-    def best(self) -> dict[Place, int]:
+    def best(self) -> dict[SearchPoint, int]:
         """The least harmful option everywhere; of equal ones that with fewest bits."""
         return {
-            v.place: min(range(len(harms)), key=lambda o: (harms[o], v.bits[o]))
-            for v, harms in zip(self.costs.variables, self.harms, strict=True)
+            v.point: min(range(len(degradations)), key=lambda o: (degradations[o], v.bits[o]))
+            for v, degradations in zip(self.costs.variables, self.degradations, strict=True)
         }
 
     def solve(self, budgets: Sequence[Budget], solver: str = "ilp") -> Allocation:
@@ -138,7 +142,7 @@ class Allocator:
 
         try:
             solve = {"ilp": solve_ilp, "dp": solve_dp, "greedy": solve_greedy}[solver]
-            picks = solve(plain_problem(self.costs, budgets, self.harms), keeps)
+            picks = solve(plain_problem(self.costs, budgets, self.degradations), keeps)
         except NoChoiceError:
             least = {b.measure: self.costs.totals(self.costs.cheapest(b.measure))[b.measure] for b in budgets}
             words = ", ".join(f"{b} (least {least[b.measure]:.10g})" for b in budgets)
@@ -146,48 +150,48 @@ class Allocator:
             raise ConfigError(f"{solver} finds no choice that keeps all budgets together: {words}.{hint}") from None
         return self.allocation(self._choice(picks), budgets, solver)
 
-    def _choice(self, picks: Sequence[int]) -> dict[Place, int]:
-        return dict(zip(self.costs.places, picks, strict=True))
+    def _choice(self, picks: Sequence[int]) -> dict[SearchPoint, int]:
+        return dict(zip(self.costs.points, picks, strict=True))
 
-    def allocation(self, choice: Mapping[Place, int], budgets: Sequence[Budget], solver: str) -> Allocation:
-        """The allocation that a choice stands for: its plan, specs, harms and costs."""
+    def allocation(self, choice: Mapping[SearchPoint, int], budgets: Sequence[Budget], solver: str) -> Allocation:
+        """The allocation that a choice stands for: its plan, specs, degradations and costs."""
         variables = self.costs.variables
-        harms = {v.place: h[choice[v.place]] for v, h in zip(variables, self.harms, strict=True)}
+        degradations = {v.point: h[choice[v.point]] for v, h in zip(variables, self.degradations, strict=True)}
         return Allocation(
             self.costs.plan_of(self.plan, choice),
             dict(choice),
-            {v.place: v.options[choice[v.place]] for v in variables},
-            harms,
+            {v.point: v.options[choice[v.point]] for v in variables},
+            degradations,
             self.costs.totals(choice),
-            sum(harms.values()),
+            sum(degradations.values()),
             tuple(budgets),
             solver,
         )
 
 
-def _checked_harms(variable: Variable, given: Harms) -> tuple[float, ...]:
-    """The harms of one place. Raises ConfigError if they are of something else."""
-    harms = given.harms if isinstance(given, Sensitivity) else given
-    site, name = variable.place
-    if variable.place not in harms:
+def _checked_degradations(variable: Variable, given: Degradations) -> tuple[float, ...]:
+    """The degradations of one point. Raises ConfigError if they are of something else."""
+    degradations = given.degradations if isinstance(given, Sensitivity) else given
+    site, name = variable.point
+    if variable.point not in degradations:
         raise ConfigError(f"the sensitivity has no entry for '{site}', {name}; it was measured for other rules")
-    found = tuple(map(float, harms[variable.place]))
+    found = tuple(map(float, degradations[variable.point]))
     if len(found) != len(variable.options):
         raise ConfigError(f"'{site}', {name} has {len(variable.options)} options, the sensitivity {len(found)}")
-    if isinstance(given, Sensitivity) and given.options[variable.place] != variable.options:
+    if isinstance(given, Sensitivity) and given.options[variable.point] != variable.options:
         raise ConfigError(
             f"'{site}', {name} has the options {', '.join(variable.options)}, the sensitivity was measured for "
-            f"{', '.join(given.options[variable.place])}"
+            f"{', '.join(given.options[variable.point])}"
         )
-    if not all(abs(harm) < float("inf") for harm in found):
-        raise ConfigError(f"'{site}', {name}: harms must be finite, got {found}")
+    if not all(abs(degradation) < float("inf") for degradation in found):
+        raise ConfigError(f"'{site}', {name}: degradations must be finite, got {found}")
     return found
 
 
-def plain_problem(costs: CostModel, budgets: Sequence[Budget], harms: Sequence[Sequence[float]]) -> Problem:
+def plain_problem(costs: CostModel, budgets: Sequence[Budget], degradations: Sequence[Sequence[float]]) -> Problem:
     """The problem in plain numbers: one constraint a budget, in whole bits, bytes and bit operations."""
     rows, limits, products = [], [], []
-    indices = {place: index for index, place in enumerate(costs.places)}
+    indices = {point: index for index, point in enumerate(costs.points)}
     for row, budget in enumerate(budgets):
         rows.append([_numbers(variable, budget.measure) for variable in costs.variables])
         limit = budget.limit - costs.fixed.get(budget.measure, 0.0)
@@ -198,11 +202,11 @@ def plain_problem(costs: CostModel, budgets: Sequence[Budget], harms: Sequence[S
         if budget.measure == "bitops":
             for product in costs.products:
                 factors = [
-                    float(source) if isinstance(source, int) else (indices[source], _bits(costs.by_place[source]))
+                    float(source) if isinstance(source, int) else (indices[source], _bits(costs.by_point[source]))
                     for source in (product.first, *product.reads)
                 ]
                 products.append(Product(row, float(product.macs), factors[0], tuple(factors[1:])))
-    return Problem(harms, rows, limits, products)
+    return Problem(degradations, rows, limits, products)
 
 
 def _bits(variable: Variable) -> tuple[float, ...]:
@@ -210,7 +214,7 @@ def _bits(variable: Variable) -> tuple[float, ...]:
 
 
 def _numbers(variable: Variable, measure: str) -> tuple[float, ...]:
-    """What each option adds to a measure that is a sum over places; 0 for bit operations."""
+    """What each option adds to a measure that is a sum over points; 0 for bit operations."""
     counted = variable.is_weight != (measure in ("act_bytes", "act_bits"))
     if not counted or measure == "bitops":
         return (0.0,) * len(variable.options)

@@ -1,4 +1,4 @@
-"""A model whose searched places are free: each can be left as it is, or hold one of its options; for measuring."""
+"""A model whose searched points are free: each can be left as it is, or hold one of its options; for measuring."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from torchquant._arguments import one_number
 from torchquant.errors import ConfigError, NonFiniteError
-from torchquant.graph.watch import call_with, tensors_in
+from torchquant.graph.recording import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.qmodule.state import is_real
-from torchquant.search.cost import Place
+from torchquant.search.cost import SearchPoint
 from torchquant.search.learning.mixture import FLOAT, MixtureQuantizer
 from torchquant.search.learning.supernet import build_supernet
-from torchquant.search.space import search_rules, searched_fields
+from torchquant.search.space import search_rules, searched_slots
 from torchquant.training.batches import pair_of
 from torchquant.utils import qmodules, set_qmodule_state
 
@@ -39,8 +39,8 @@ def searched_plan(
     plan = rules
     if not isinstance(plan, QuantPlan):
         plan = QuantPlan.from_rules(search_rules(plan, min_bits, max_bits), net, example_inputs)
-    if not searched_fields(plan):
-        raise ConfigError("the rules leave nothing to choose: give a field a list of specs, or a spec with {n}")
+    if not searched_slots(plan):
+        raise ConfigError("the rules leave nothing to choose: give a slot a list of specs, or a spec with {n}")
     return plan
 
 
@@ -85,17 +85,17 @@ def scalar_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
     return found
 
 
-class Probe:
+class CalibratedSupernet:
     """A copy of the float model under a plan, in eval mode, with its ranges measured on the batches.
 
-    Every searched place is left as it is until `using` gives it an option. Raises what `build_supernet` raises.
+    Every searched point is left as it is until `using` gives it an option. Raises what `build_supernet` raises.
     """
 
     def __init__(self, net: nn.Module, plan: QuantPlan, batches: list[Batch]) -> None:
         self.batches = batches
-        self.spaces = searched_fields(plan)
+        self.spaces = searched_slots(plan)
         self.model, made = build_supernet(net, plan)
-        self.mixtures = {place: made.get(place, []) for place in self.spaces}  # an input that is quantized has none
+        self.mixtures = {point: made.get(point, []) for point in self.spaces}  # an input that is quantized has none
         self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -109,28 +109,28 @@ class Probe:
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
 
     def all_mixtures(self) -> Iterator[MixtureQuantizer]:
-        """All mixtures of the model, place by place."""
+        """All mixtures of the model, point by point."""
         for mixtures in self.mixtures.values():
             yield from mixtures
 
-    def options(self, place: Place) -> list[str]:
-        """Spec strings of a place."""
-        return self.spaces[place].options(place[1])
+    def options(self, point: SearchPoint) -> list[str]:
+        """Spec strings of a point."""
+        return self.spaces[point].options(point[1])
 
-    def owners(self, place: Place) -> list[QModule]:
-        """The modules that the quantizers of a place sit in."""
-        own = {id(mixture) for mixture in self.mixtures[place]}
+    def owners(self, point: SearchPoint) -> list[QModule]:
+        """The modules that the quantizers of a point sit in."""
+        own = {id(mixture) for mixture in self.mixtures[point]}
         return [m for _, m in qmodules(self.model) if any(id(q) in own for q in m.quantizers().values())]
 
     @contextmanager
-    def using(self, place: Place, option: int) -> Iterator[None]:
-        """One place with one option, as long as the context lasts."""
+    def using(self, point: SearchPoint, option: int) -> Iterator[None]:
+        """One point with one option, as long as the context lasts."""
         try:
-            for mixture in self.mixtures[place]:
+            for mixture in self.mixtures[point]:
                 mixture.forced = option
             yield
         finally:
-            for mixture in self.mixtures[place]:
+            for mixture in self.mixtures[point]:
                 mixture.forced = FLOAT
 
     @torch.no_grad()

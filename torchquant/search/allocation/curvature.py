@@ -1,4 +1,4 @@
-"""Harm by the curvature of the loss: HAWQ-V2's Hessian trace, and the diagonal of the empirical Fisher matrix."""
+"""Degradation by the curvature of the loss: HAWQ-V2's Hessian trace, the diagonal of the empirical Fisher matrix."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchquant._arguments import checked, one_number
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
-from torchquant.search.allocation.calibrated_supernet import Loss, Probe, batch_size, samples_of, scalar_loss
-from torchquant.search.cost import Place
+from torchquant.search.allocation.calibrated_supernet import (
+    CalibratedSupernet,
+    Loss,
+    batch_size,
+    samples_of,
+    scalar_loss,
+)
+from torchquant.search.cost import SearchPoint
 from torchquant.search.learning.mixture import MixtureQuantizer
 from torchquant.utils import qmodule_state
 
@@ -100,24 +106,28 @@ class _ErrorProbes:
                 handle.remove()
 
 
-def _squared_errors(probe: Probe, place: Place, mixture: MixtureQuantizer, x: Tensor) -> Iterator[Tensor]:
-    """`(Q(x) - x)**2` for each option of a place."""
-    for option in range(len(probe.options(place))):
-        with torch.no_grad(), probe.using(place, option):
+def _squared_errors(
+    probe: CalibratedSupernet, point: SearchPoint, mixture: MixtureQuantizer, x: Tensor
+) -> Iterator[Tensor]:
+    """`(Q(x) - x)**2` for each option of a point."""
+    for option in range(len(probe.options(point))):
+        with torch.no_grad(), probe.using(point, option):
             yield (mixture(x) - x).square()
 
 
-def hessian_harms(probe: Probe, place: Place, loss: Loss, draws: int, seed: int) -> list[float]:
-    """`Tr(H) / n * ||Q(W) - W||**2` of each option of a weight, summed over the weights of the place.
+def hessian_degradations(
+    probe: CalibratedSupernet, point: SearchPoint, loss: Loss, draws: int, seed: int
+) -> list[float]:
+    """`Tr(H) / n * ||Q(W) - W||**2` of each option of a weight, summed over the weights of the point.
 
     The curvature is that of the float model's loss on the batches, for the weight as its quantizer sees it.
     """
-    harms = [0.0] * len(probe.options(place))
-    for index, mixture in enumerate(probe.mixtures[place]):
+    degradations = [0.0] * len(probe.options(point))
+    for index, mixture in enumerate(probe.mixtures[point]):
         probes = _ErrorProbes([mixture], stored=True)
         generator = torch.Generator().manual_seed(seed + index)
         trace = 0.0
-        with probes.placed(), _float_but(probe, place), _twice_differentiable():
+        with probes.placed(), _float_but(probe, point), _twice_differentiable():
             with torch.no_grad():
                 call_with(probe.model, probe.batches[0][0], "a batch")
             if id(mixture) not in probes.seen:
@@ -132,20 +142,20 @@ def hessian_harms(probe: Probe, place: Place, loss: Loss, draws: int, seed: int)
         trace /= sum(map(batch_size, probe.batches))
         if trace < 0.0:
             warnings.warn(
-                f"the Hessian of '{place[0]}' has the trace {trace:.3g}, below 0: the model is not at a minimum there, "
-                "and its harm counts as 0. More batches or draws, or the method 'mse', tell more",
+                f"the Hessian of '{point[0]}' has the trace {trace:.3g}, below 0: the model is not at a minimum there, "
+                "and its degradation counts as 0. More batches or draws, or the method 'mse', tell more",
                 stacklevel=4,
             )
-        for option, squared in enumerate(_squared_errors(probe, place, mixture, weight)):
-            harms[option] += max(trace, 0.0) / weight.numel() * float(squared.to(torch.float64).sum())
-    return harms
+        for option, squared in enumerate(_squared_errors(probe, point, mixture, weight)):
+            degradations[option] += max(trace, 0.0) / weight.numel() * float(squared.to(torch.float64).sum())
+    return degradations
 
 
 @contextmanager
-def _float_but(probe: Probe, place: Place) -> Iterator[None]:
-    """Nothing is quantized; the weight of the place passes its mixture, which leaves it as it is."""
+def _float_but(probe: CalibratedSupernet, point: SearchPoint) -> Iterator[None]:
+    """Nothing is quantized; the weight of the point passes its mixture, which leaves it as it is."""
     with qmodule_state(probe.model, QModuleState.BYPASSED), ExitStack() as stack:
-        for module in probe.owners(place):
+        for module in probe.owners(point):
             stack.enter_context(qmodule_state(module, QModuleState.QUANT_EVAL_WEIGHT_ONLY))
         yield
 
@@ -158,17 +168,19 @@ def _twice_differentiable() -> Iterator[None]:
         yield
 
 
-def fisher_harms(probe: Probe, places: Sequence[Place], loss: Loss) -> dict[Place, list[float]]:
-    """`1/2 sum g**2 (Q(x) - x)**2` of each option of each place; g: the gradient of one sample's loss, mean of squares.
+def fisher_degradations(
+    probe: CalibratedSupernet, points: Sequence[SearchPoint], loss: Loss
+) -> dict[SearchPoint, list[float]]:
+    """`1/2 sum g**2 (Q(x) - x)**2` of each option of each point; g: the gradient of one sample's loss, mean of squares.
 
-    One backward pass a sample, for all places together; the rest of the plan quantizes, its gradients pass straight
+    One backward pass a sample, for all points together; the rest of the plan quantizes, its gradients pass straight
     through. Weights: the sum over the samples of g**2 is kept, one tensor of the weight's shape.
     """
-    harms = {place: [0.0] * len(probe.options(place)) for place in places}
-    stored = [place for place in places if place[1] in STORED]
-    passing = [place for place in places if place[1] not in STORED]
-    weights = _ErrorProbes([m for place in stored for m in probe.mixtures[place]], stored=True)
-    values = _ErrorProbes([m for place in passing for m in probe.mixtures[place]], stored=False)
+    degradations = {point: [0.0] * len(probe.options(point)) for point in points}
+    stored = [point for point in points if point[1] in STORED]
+    passing = [point for point in points if point[1] not in STORED]
+    weights = _ErrorProbes([m for point in stored for m in probe.mixtures[point]], stored=True)
+    values = _ErrorProbes([m for point in passing for m in probe.mixtures[point]], stored=False)
     squares: dict[int, Tensor] = {}
     n_samples = sum(map(batch_size, probe.batches))
     for sample in (sample for batch in probe.batches for sample in samples_of(batch)):
@@ -181,21 +193,26 @@ def fisher_harms(probe: Probe, places: Sequence[Place], loss: Loss) -> dict[Plac
         for key, seen in weights.seen.items():
             if id(seen[0][1]) in square:
                 squares[key] = squares.get(key, 0.0) + square[id(seen[0][1])]
-        for place in passing:
-            _add_harms(harms[place], probe, place, values, square, 2.0 * n_samples)
+        for point in passing:
+            _add_degradations(degradations[point], probe, point, values, square, 2.0 * n_samples)
     kept = {id(weights.seen[key][0][1]): value for key, value in squares.items()}
-    for place in stored:
-        _add_harms(harms[place], probe, place, weights, kept, 2.0 * n_samples)
-    return harms
+    for point in stored:
+        _add_degradations(degradations[point], probe, point, weights, kept, 2.0 * n_samples)
+    return degradations
 
 
-def _add_harms(
-    harms: list[float], probe: Probe, place: Place, probes: _ErrorProbes, squares: dict[int, Tensor], divisor: float
+def _add_degradations(
+    degradations: list[float],
+    probe: CalibratedSupernet,
+    point: SearchPoint,
+    probes: _ErrorProbes,
+    squares: dict[int, Tensor],
+    divisor: float,
 ) -> None:
-    for mixture in probe.mixtures[place]:
+    for mixture in probe.mixtures[point]:
         for x, zeros in probes.seen.get(id(mixture), []):
             if id(zeros) not in squares:
                 continue
             weight = squares[id(zeros)].to(torch.float64)
-            for option, squared in enumerate(_squared_errors(probe, place, mixture, x)):
-                harms[option] += float((weight * squared.to(torch.float64)).sum()) / divisor
+            for option, squared in enumerate(_squared_errors(probe, point, mixture, x)):
+                degradations[option] += float((weight * squared.to(torch.float64)).sum()) / divisor

@@ -1,4 +1,4 @@
-"""The allocation problem by dynamic programming: exact where every cost is a sum over places, without scipy."""
+"""The allocation problem by dynamic programming: exact where every cost is a sum over points, without scipy."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def solve_dp(problem: Problem, keeps: Keeps | None = None, max_states: int = MAX_STATES) -> list[int]:
-    """The least harmful picks by dynamic programming over the places; exact, for any number of constraints.
+    """The least harmful picks by dynamic programming over the points; exact, for any number of constraints.
 
-    After each place a state is what has been spent and the harm so far. A state goes if another is no worse in all of
-    these, if the rest cannot be had within a limit, or if its Lagrangian bound is above a known choice. `keeps`: as
-    in `solve_ilp`. Raises ConfigError for costs with products of two places, for limits that nothing keeps, and for
-    more than `max_states` states: several constraints on many places.
+    After each point a state is what has been spent and the degradation so far. A state goes if another is no worse in
+    all of these, if the rest cannot be had within a limit, or if its Lagrangian bound is above a known choice.
+    `keeps`: as in `solve_ilp`. Raises ConfigError for costs with products of two points, for limits that nothing keeps,
+    and for more than `max_states` states: several constraints on many points.
 
     >>> solve_dp(Problem([[0.9, 0.1], [0.2, 0.0]], [[[2, 8], [2, 8]]], [10]))
     [1, 0]
@@ -44,11 +44,11 @@ def solve_dp(problem: Problem, keeps: Keeps | None = None, max_states: int = MAX
 class _Search:
     def __init__(self, problem: Problem, max_states: int) -> None:
         self.max_states = max_states
-        self.harms = [np.array(harms, dtype=np.float64) for harms in problem.harms]
-        n_places, n_rows = len(self.harms), len(problem.costs)
+        self.degradations = [np.array(degradations, dtype=np.float64) for degradations in problem.degradations]
+        n_points, n_rows = len(self.degradations), len(problem.costs)
         self.costs = [
-            np.array([row[place] for row in problem.costs], dtype=np.float64).reshape(n_rows, -1)
-            for place in range(n_places)
+            np.array([row[point] for row in problem.costs], dtype=np.float64).reshape(n_rows, -1)
+            for point in range(n_points)
         ]
         least = [cost.min(1, keepdims=True) for cost in self.costs]
         self.costs = [cost - floor for cost, floor in zip(self.costs, least, strict=True)]
@@ -56,30 +56,30 @@ class _Search:
         self.limits = given - sum(least, np.zeros((n_rows, 1)))[:, 0]
         self.loose, self.tight = (self.limits + rounding * np.abs(given) for rounding in (1e-12, -1e-12))
         spreads = [sum(float(np.ptp(cost[row])) for cost in self.costs) or 1.0 for row in range(n_rows)]
-        self.units = (sum(float(np.ptp(h)) for h in self.harms) or 1.0) / np.array(spreads)
+        self.units = (sum(float(np.ptp(h)) for h in self.degradations) or 1.0) / np.array(spreads)
         self.prices, self.bound = self._prices()
-        reduced = [float((h + self.prices @ c).min()) for h, c in zip(self.harms, self.costs, strict=True)]
-        self.rest_bound = [sum(reduced[place + 1 :]) - float(self.prices @ self.limits) for place in range(n_places)]
+        reduced = [float((h + self.prices @ c).min()) for h, c in zip(self.degradations, self.costs, strict=True)]
+        self.rest_bound = [sum(reduced[point + 1 :]) - float(self.prices @ self.limits) for point in range(n_points)]
 
     def finished(self) -> Iterator[list[int]]:
         """Picks of the states that are left at the end, the least harmful first."""
-        harm, spent = np.zeros(1), np.zeros((len(self.limits), 1))
+        degradation, spent = np.zeros(1), np.zeros((len(self.limits), 1))
         steps: list[tuple[Array, Array]] = []
-        for place in range(len(self.harms)):
-            n_options = len(self.harms[place])
-            parents = np.repeat(np.arange(len(harm)), n_options)
-            options = np.tile(np.arange(n_options), len(harm))
-            harm = harm[parents] + self.harms[place][options]
-            spent = spent[:, parents] + self.costs[place][:, options]
+        for point in range(len(self.degradations)):
+            n_options = len(self.degradations[point])
+            parents = np.repeat(np.arange(len(degradation)), n_options)
+            options = np.tile(np.arange(n_options), len(degradation))
+            degradation = degradation[parents] + self.degradations[point][options]
+            spent = spent[:, parents] + self.costs[point][:, options]
             inside = (spent <= self.loose[:, None]).all(0)
-            inside &= harm + self.prices @ spent + self.rest_bound[place] <= self.bound
+            inside &= degradation + self.prices @ spent + self.rest_bound[point] <= self.bound
             kept = np.flatnonzero(inside)
-            kept = kept[_undominated(harm[kept], spent[:, kept])]
+            kept = kept[_undominated(degradation[kept], spent[:, kept])]
             if len(kept) > self.max_states:
                 raise ConfigError(f"dynamic programming needs more than {self.max_states} states; take solver='ilp'")
-            harm, spent = harm[kept], spent[:, kept]
+            degradation, spent = degradation[kept], spent[:, kept]
             steps.append((parents[kept], options[kept]))
-        for state in np.argsort(harm, kind="stable"):
+        for state in np.argsort(degradation, kind="stable"):
             yield self._walk(steps, int(state))
 
     @staticmethod
@@ -91,7 +91,7 @@ class _Search:
         return picks[::-1]
 
     def _prices(self) -> tuple[Array, float]:
-        """Prices of the constraints that make the Lagrangian bound high, and the harm of a choice within the limits.
+        """Prices of the constraints that make the Lagrangian bound high; degradation of a choice within the limits.
 
         Each price in turn is set by bisection to where its constraint holds. Any prices give a valid bound.
         """
@@ -108,42 +108,42 @@ class _Search:
                     low, high = (prices[row], high) if self._is_over(prices, row) else (low, prices[row])
                 prices[row] = high
                 best = min(best, self._try(prices))
-        rounding = sum(float(np.abs(h).max()) for h in self.harms) + float(prices @ np.abs(self.limits))
+        rounding = sum(float(np.abs(h).max()) for h in self.degradations) + float(prices @ np.abs(self.limits))
         return prices, best + 1e-9 * rounding
 
     def _is_over(self, prices: Array, row: int) -> bool:
         return bool(self._spent(self._cheapest(prices))[row] > self.limits[row])
 
     def _cheapest(self, prices: Array) -> list[int]:
-        return [int((h + prices @ c).argmin()) for h, c in zip(self.harms, self.costs, strict=True)]
+        return [int((h + prices @ c).argmin()) for h, c in zip(self.degradations, self.costs, strict=True)]
 
     def _spent(self, picks: Sequence[int]) -> Array:
         return sum((c[:, pick] for c, pick in zip(self.costs, picks, strict=True)), np.zeros(len(self.limits)))
 
     def _try(self, prices: Array) -> float:
-        """Harm of the choice that the prices make, with better options where there is room; inf beyond the limits."""
+        """Degradation of the choice that the prices make, improved where there is room; inf beyond the limits."""
         picks = self._cheapest(prices)
         spent = self._spent(picks)
         if (spent > self.tight).any():
             return float("inf")
         while True:
             best = (0.0, -1, -1)
-            for place, (harms, costs) in enumerate(zip(self.harms, self.costs, strict=True)):
-                gains = harms[picks[place]] - harms
-                fits = np.all(spent[:, None] + costs - costs[:, [picks[place]]] <= self.tight[:, None], axis=0)
+            for point, (degradations, costs) in enumerate(zip(self.degradations, self.costs, strict=True)):
+                gains = degradations[picks[point]] - degradations
+                fits = np.all(spent[:, None] + costs - costs[:, [picks[point]]] <= self.tight[:, None], axis=0)
                 option = int(np.where(fits, gains, -1.0).argmax())
                 if fits[option] and gains[option] > best[0]:
-                    best = (float(gains[option]), place, option)
+                    best = (float(gains[option]), point, option)
             if best[1] < 0:
-                return float(sum(h[pick] for h, pick in zip(self.harms, picks, strict=True)))
-            _, place, option = best
-            spent = spent + self.costs[place][:, option] - self.costs[place][:, picks[place]]
-            picks[place] = option
+                return float(sum(h[pick] for h, pick in zip(self.degradations, picks, strict=True)))
+            _, point, option = best
+            spent = spent + self.costs[point][:, option] - self.costs[point][:, picks[point]]
+            picks[point] = option
 
 
-def _undominated(harm: Array, spent: Array) -> Array:
+def _undominated(degradation: Array, spent: Array) -> Array:
     """Indices of states that no other is as good as in everything; the first of equal ones."""
-    order = np.lexsort((*spent[::-1], harm))
+    order = np.lexsort((*spent[::-1], degradation))
     if len(spent) == 0 or len(order) == 0:
         return order[:1]
     if len(spent) == 1:

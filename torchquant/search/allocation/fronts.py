@@ -1,4 +1,4 @@
-"""The front of cost against harm: what each byte, or bit operation, buys."""
+"""The front of cost against degradation: what each byte, or bit operation, buys."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 from torchquant._arguments import checked, number
 from torchquant._figures import new_figure
 from torchquant._files import write_json
+from torchquant._renamed import renamed_attribute
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, require
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
-from torchquant.search.allocation.assignment import Allocation, Allocator, Harms
+from torchquant.search.allocation.assignment import Allocation, Allocator, Degradations
 from torchquant.search.allocation.sensitivities import Sensitivity
 from torchquant.search.budget import MEASURES, Budget
 from torchquant.search.cost import LatencyTable
@@ -31,11 +32,11 @@ LABELS = {
     "bitops": "bit operations",
     "latency": "latency, s",
 }
-HARM_LABELS = {
+DEGRADATION_LABELS = {
     "mse": "predicted mean squared error of the output",
     "kl": "predicted KL divergence, nats",
     "loss": "predicted increase of the loss",
-    "hessian": "predicted harm (Tr(H)/n times squared error)",
+    "hessian": "predicted degradation (Tr(H)/n times squared error)",
     "fisher": "predicted increase of the loss (Fisher)",
 }
 FORMATS = ("png", "svg")
@@ -53,16 +54,18 @@ class ParetoPoint:
 
 @dataclass(frozen=True)
 class Pareto(ShownAsTables):
-    """Allocations that no other one beats in both cost and predicted harm, the cheapest first. Prints as a table."""
+    """Allocations that no other one beats in both cost and predicted degradation, cheapest first. Prints as a table."""
 
     measure: str
     points: tuple[ParetoPoint, ...]
-    harm: str = "predicted harm"
+    degradation: str = "predicted degradation"
     evaluated: str = "measured"
+
+    harm = renamed_attribute("harm", "degradation")
 
     def table(self) -> str:
         """One line a point."""
-        header = [self.measure, "predicted harm", self.evaluated]
+        header = [self.measure, "predicted degradation", self.evaluated]
         rows = [
             [f"{p.cost:g}", f"{p.predicted:.4g}", "-" if p.measured is None else f"{p.measured:.4g}"]
             for p in self.points
@@ -73,7 +76,7 @@ class Pareto(ShownAsTables):
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: of each point cost, harm, what was measured, every total, and the choice."""
+        """As plain data: of each point cost, degradation, what was measured, every total, and the choice."""
         points = [
             {
                 "cost": point.cost,
@@ -86,14 +89,14 @@ class Pareto(ShownAsTables):
             }
             for point in self.points
         ]
-        return {"measure": self.measure, "harm": self.harm, "evaluated": self.evaluated, "points": points}
+        return {"measure": self.measure, "harm": self.degradation, "evaluated": self.evaluated, "points": points}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON."""
         return write_json(Path(path), self.to_dict())
 
     def figure(self, file_format: str = "png") -> bytes:
-        """The front as a picture, "png" or "svg": harm over cost, and on the right what was measured.
+        """The front as a picture, "png" or "svg": degradation over cost, and on the right what was measured.
 
         Needs matplotlib. Raises ConfigError.
         """
@@ -106,7 +109,7 @@ class Pareto(ShownAsTables):
         axes.plot(costs, [point.predicted for point in self.points], marker="o", markersize=4, color="#33658a")
         axes.set_yscale("log" if all(point.predicted > 0.0 for point in self.points) else "linear")
         axes.set_xlabel(LABELS[self.measure], fontsize=9)
-        axes.set_ylabel(self.harm, fontsize=9, color="#33658a")
+        axes.set_ylabel(self.degradation, fontsize=9, color="#33658a")
         axes.grid(linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)
         measured = [(p.cost, p.measured) for p in self.points if p.measured is not None]
@@ -127,7 +130,7 @@ def pareto(
     net: nn.Module,
     rules: Rules | QuantPlan,
     example_inputs: Any,
-    sensitivity: Harms,
+    sensitivity: Degradations,
     measure: str = "bytes",
     points: int = 10,
     evaluate: Callable[[QuantPlan], float] | None = None,
@@ -137,16 +140,17 @@ def pareto(
     min_bits: int = 2,
     max_bits: int = 8,
 ) -> Pareto:
-    """Allocations for `points` budgets of one measure, evenly from the least it can be to what the least harm costs.
+    """Allocations for `points` budgets of one measure, from the least possible to what the least degradation costs.
 
-    What another point beats in cost and harm is left out, so fewer may come out. `evaluate(plan)`: loss or accuracy of
-    the model under a plan, measured for every point; `evaluated` names it, with its unit. The rest is as in `allocate`.
-    Raises ConfigError.
+    What another point beats in cost and degradation is left out, so fewer may come out. `evaluate(plan)`: loss or
+    accuracy of the model under a plan, measured for every point; `evaluated` names it, with its unit. The rest is
+    as in `allocate`. Raises ConfigError.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> harms = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
-    >>> front = pareto(net, [{"weight": ["affine:2", "affine:8"]}], torch.zeros(1, 8), harms, "bits", solver="dp")
+    >>> degradations = {("0", "weight"): [0.9, 0.1], ("2", "weight"): [0.2, 0.0]}
+    >>> rules = [{"weight": ["affine:2", "affine:8"]}]
+    >>> front = pareto(net, rules, torch.zeros(1, 8), degradations, "bits", solver="dp")
     >>> [(point.cost, round(point.predicted, 3)) for point in front.points]
     [(2.0, 1.1), (3.2, 0.9), (6.8, 0.3), (8.0, 0.1)]
     """
@@ -166,5 +170,5 @@ def pareto(
         if not front or allocation.predicted < front[-1].predicted:
             measured = None if evaluate is None else number(evaluate(allocation.plan), "what evaluate gives")
             front.append(ParetoPoint(allocation.totals[measure], allocation.predicted, allocation, measured))
-    label = HARM_LABELS[sensitivity.method] if isinstance(sensitivity, Sensitivity) else "predicted harm"
+    label = DEGRADATION_LABELS[sensitivity.method] if isinstance(sensitivity, Sensitivity) else "predicted degradation"
     return Pareto(measure, tuple(front), label, evaluated)

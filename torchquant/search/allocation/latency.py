@@ -14,12 +14,12 @@ from torchquant._arguments import checked, number
 from torchquant._files import read_json, write_json
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
-from torchquant.graph.sites import make_field
+from torchquant.graph.sites import make_for_slot
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.search.allocation.calibrated_supernet import searched_plan
-from torchquant.search.cost import LatencyTable, Place
-from torchquant.search.space import searched_fields
+from torchquant.search.cost import LatencyTable, SearchPoint
+from torchquant.search.space import searched_slots
 
 
 @checked
@@ -43,26 +43,26 @@ def measure_latency(
     (1.0, 3.0)
     """
     searched = searched_plan(net, plan, None)
-    spaces = searched_fields(searched)
-    options = {place: space.options(place[1]) for place, space in spaces.items()}
-    bits = {place: [make_field(spec, place[1]).n_bits for spec in specs] for place, specs in options.items()}
-    base = {place: specs[bits[place].index(min(bits[place]))] for place, specs in options.items()}
-    weights = [place for place in options if place[1] == "weight"]
+    spaces = searched_slots(searched)
+    options = {point: space.options(point[1]) for point, space in spaces.items()}
+    bits = {point: [make_for_slot(spec, point[1]).n_bits for spec in specs] for point, specs in options.items()}
+    base = {point: specs[bits[point].index(min(bits[point]))] for point, specs in options.items()}
+    weights = [point for point in options if point[1] == "weight"]
     if not weights:
         raise ConfigError("a latency table is of weights, and the plan has no candidates for any")
     first = _seconds(time_plan, searched, base)
     table = {}
-    for place in weights:
-        for spec in options[place]:
-            added = 0.0 if spec == base[place] else _seconds(time_plan, searched, {**base, place: spec}) - first
-            table[place[0], spec] = first / len(weights) + added
+    for point in weights:
+        for spec in options[point]:
+            added = 0.0 if spec == base[point] else _seconds(time_plan, searched, {**base, point: spec}) - first
+            table[point[0], spec] = first / len(weights) + added
     return table
 
 
-def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: Mapping[Place, str]) -> float:
+def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: Mapping[SearchPoint, str]) -> float:
     fields: dict[str, dict[str, str]] = {}
-    for (path, field), spec in chosen.items():
-        fields.setdefault(path, {})[field] = spec
+    for (path, slot), spec in chosen.items():
+        fields.setdefault(path, {})[slot] = spec
     sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
     found = number(time_plan(replace(plan, sites=sites)), "what time_plan gives")
     if not (math.isfinite(found) and found > 0.0):

@@ -1,4 +1,4 @@
-"""How much each option of each place harms the model, by itself: what mixed precision is allocated by."""
+"""How much each option of each point degrades the model, by itself: what mixed precision is allocated by."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant._files import check_format, read_json, write_json
 from torchquant._registry import did_you_mean
+from torchquant._renamed import renamed_attribute
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, NonFiniteError, one_line
-from torchquant.graph.watch import tensors_in
+from torchquant.graph.recording import tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
-from torchquant.search.allocation.calibrated_supernet import Loss, Probe, checked_batches, first_real, searched_plan
-from torchquant.search.allocation.curvature import STORED, fisher_harms, hessian_harms
-from torchquant.search.cost import Place
+from torchquant.search.allocation.calibrated_supernet import (
+    CalibratedSupernet,
+    Loss,
+    checked_batches,
+    first_real,
+    searched_plan,
+)
+from torchquant.search.allocation.curvature import STORED, fisher_degradations, hessian_degradations
+from torchquant.search.cost import SearchPoint
 
 METHODS = {
     "mse": "mean squared difference of the model's outputs",
@@ -35,43 +42,45 @@ METHODS = {
 }
 FORMAT = 1
 FILE = "sensitivity.json"
-OnPlace = Callable[[Place, tuple[float, ...]], object]
+OnPoint = Callable[[SearchPoint, tuple[float, ...]], object]
 
 
 @dataclass(frozen=True)
 class Sensitivity(ShownAsTables):
-    """Harm of each option of each place. Frozen; prints, is saved and loaded.
+    """Degradation by each option of each point. Frozen; prints, is saved and loaded.
 
-    `harms`: place -> one number an option, in the unit that `METHODS` tells. `options`: their spec strings.
-    `reference_loss`: of the model with all searched places float; None without targets.
+    `degradations`: point -> one number an option, in the unit that `METHODS` tells. `options`: their spec strings.
+    `reference_loss`: of the model with all searched points float; None without targets.
     """
 
     method: str
-    harms: Mapping[Place, tuple[float, ...]]
-    options: Mapping[Place, tuple[str, ...]]
+    degradations: Mapping[SearchPoint, tuple[float, ...]]
+    options: Mapping[SearchPoint, tuple[str, ...]]
     reference_loss: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    harms = renamed_attribute("harms", "degradations")
+
     def table(self) -> str:
-        """Every place with its options, the most harmful option first on top."""
+        """Every point with its options, the most harmful option first on top."""
         rows = [
-            [*place, spec, f"{harm:.4g}"]
-            for place, harms in sorted(self.harms.items(), key=lambda item: -max(item[1]))
-            for spec, harm in zip(self.options[place], harms, strict=True)
+            [*point, spec, f"{degradation:.4g}"]
+            for point, degradations in sorted(self.degradations.items(), key=lambda item: -max(item[1]))
+            for spec, degradation in zip(self.options[point], degradations, strict=True)
         ]
-        return text_table(["site", "field", "option", f"harm ({self.method})"], rows)
+        return text_table(["site", "slot", "option", f"degradation ({self.method})"], rows)
 
     def __str__(self) -> str:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
         """The sensitivity as plain data, as `save` writes it."""
-        places = [
-            {"site": place[0], "field": place[1], "options": list(self.options[place]), "harm": list(harms)}
-            for place, harms in self.harms.items()
+        points = [
+            {"site": point[0], "field": point[1], "options": list(self.options[point]), "harm": list(degradations)}
+            for point, degradations in self.degradations.items()
         ]
         head = {"torchquant_sensitivity": FORMAT, "settings": dict(self.settings), "method": self.method}
-        return {**head, "reference_loss": self.reference_loss, "places": places}
+        return {**head, "reference_loss": self.reference_loss, "places": points}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "the data") -> Sensitivity:
@@ -83,13 +92,13 @@ class Sensitivity(ShownAsTables):
         """
         check_format(where, data, "torchquant_sensitivity", FORMAT, "a sensitivity")
         try:
-            places = {(p["site"], p["field"]): p for p in data["places"]}
-            harms = {place: tuple(map(float, p["harm"])) for place, p in places.items()}
-            options = {place: tuple(p["options"]) for place, p in places.items()}
+            points = {(p["site"], p["field"]): p for p in data["places"]}
+            degradations = {point: tuple(map(float, p["harm"])) for point, p in points.items()}
+            options = {point: tuple(p["options"]) for point, p in points.items()}
             method, reference, settings = str(data["method"]), data["reference_loss"], dict(data["settings"])
-            if method not in METHODS or not all(len(harms[place]) == len(options[place]) for place in places):
-                raise ValueError("a harm for each option, by a method that is known")
-            return cls(method, harms, options, None if reference is None else float(reference), settings)
+            if method not in METHODS or not all(len(degradations[point]) == len(options[point]) for point in points):
+                raise ValueError("a degradation for each option, by a method that is known")
+            return cls(method, degradations, options, None if reference is None else float(reference), settings)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{where} is not a whole sensitivity: {one_line(repr(error))}") from error
 
@@ -112,32 +121,32 @@ def sensitivity(
     method: str = "mse",
     loss: Loss | None = F.cross_entropy,
     out: str | os.PathLike[str] | None = None,
-    on_place: OnPlace | None = None,
+    on_place: OnPoint | None = None,
     draws: int = 50,
     seed: int = 0,
     min_bits: int = 2,
     max_bits: int = 8,
 ) -> Sensitivity:
-    """Measure what each option harms where it alone is put into the float model `net`, which is left as it is.
+    """Measure how much each option degrades `net` where it alone is put into it; the float model `net` is not changed.
 
     `rules`: as `search_rules` reads them, or a plan with `Candidates`. `batches`: a small list of (inputs, targets);
     all ranges are measured on them first. `method` (`METHODS`):
 
-    * "mse", "kl", "loss" compare with the model whose searched places are all float and whose other places quantize.
+    * "mse", "kl", "loss" compare with the model whose search points are all float and whose other sites quantize.
       One pass over the batches an option. "kl": classes on the last axis of the output; "loss" may be below 0.
     * "hessian" (HAWQ-V2): weights and biases, float model, `draws` Rademacher draws a batch (`hessian_trace`), the same
       for the same `seed`. Deviation: a trace below 0 counts as 0, with a warning.
-    * "fisher": all places; the empirical Fisher matrix with targets as labels, one backward pass a sample.
+    * "fisher": all points; the empirical Fisher matrix with targets as labels, one backward pass a sample.
 
     `loss(output, targets)`: the mean over a batch. `out`: a folder; `sensitivity.json` in it is written whole after
-    each place, and a second call with the same settings goes on where it stopped, or returns at once.
-    `on_place(place, harms)` is called after each place. `min_bits`, `max_bits`: of specs with `{n}`. Raises
+    each point, and a second call with the same settings goes on where it stopped, or returns at once.
+    `on_place(point, degradations)` is called after each point. `min_bits`, `max_bits`: of specs with `{n}`. Raises
     ConfigError, NonFiniteError.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> batches = [(torch.randn(16, 4), torch.arange(16) % 3)]
     >>> found = sensitivity(net, [{"weight": ["affine:2", "affine:8"]}], batches[0][0], batches, "kl")
-    >>> all(two > eight for two, eight in found.harms.values())
+    >>> all(two > eight for two, eight in found.degradations.values())
     True
     """
     given = checked_batches(batches)
@@ -146,7 +155,7 @@ def sensitivity(
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{did_you_mean(method, METHODS)}")
     if loss is None and method not in ("mse", "kl"):
         raise ConfigError(f"the method '{method}' needs a loss")
-    probe = Probe(net, plan, given)
+    probe = CalibratedSupernet(net, plan, given)
     settings = {
         "method": method,
         "loss": None if loss is None else _name(loss),
@@ -156,25 +165,27 @@ def sensitivity(
         **({"draws": draws, "seed": seed} if method == "hessian" else {}),
     }
     known = _claim(None if out is None else Path(out), settings)
-    if known is not None and set(known.harms) == set(probe.mixtures):
+    if known is not None and set(known.degradations) == set(probe.mixtures):
         return known
     run = _Run(probe, method, loss, draws, seed)
-    options = {place: tuple(probe.options(place)) for place in probe.mixtures}
+    options = {point: tuple(probe.options(point)) for point in probe.mixtures}
     reference = run.reference_loss() if known is None else known.reference_loss
-    harms = {} if known is None else dict(known.harms)
-    for place, measured in run.harms([place for place in options if place not in harms]):
-        harms[place] = measured
+    degradations = {} if known is None else dict(known.degradations)
+    for point, measured in run.degradations([point for point in options if point not in degradations]):
+        degradations[point] = measured
         if out is not None:
-            Sensitivity(method, harms, {p: options[p] for p in harms}, reference, settings).save(Path(out) / FILE)
+            Sensitivity(method, degradations, {p: options[p] for p in degradations}, reference, settings).save(
+                Path(out) / FILE
+            )
         if on_place is not None:
-            on_place(place, measured)
-    return Sensitivity(method, {place: harms[place] for place in options}, options, reference, settings)
+            on_place(point, measured)
+    return Sensitivity(method, {point: degradations[point] for point in options}, options, reference, settings)
 
 
 class _Run:
     """One method on one probe."""
 
-    def __init__(self, probe: Probe, method: str, loss: Loss | None, draws: int, seed: int) -> None:
+    def __init__(self, probe: CalibratedSupernet, method: str, loss: Loss | None, draws: int, seed: int) -> None:
         self.probe, self.method, self.loss, self.draws, self.seed = probe, method, loss, draws, seed
         self.reference = list(probe.outputs())
         if method == "hessian":
@@ -193,23 +204,25 @@ class _Run:
             raise ConfigError(f"the method '{self.method}' needs targets, and a batch has None")
         return self.probe.mean_loss(self.loss, self.reference)
 
-    def harms(self, places: list[Place]) -> Iterator[tuple[Place, tuple[float, ...]]]:
-        """Place by place, the harm of its options. Raises NonFiniteError."""
-        at_once = fisher_harms(self.probe, places, self.loss) if self.method == "fisher" and self.loss else {}
-        for place in places:
-            found = tuple(at_once[place] if place in at_once else self._of(place))
-            for spec, harm in zip(self.probe.options(place), found, strict=True):
-                if not math.isfinite(harm):
-                    raise NonFiniteError(f"'{place[0]}', {place[1]}: the harm of '{spec}' is {harm}; leave it out")
-            yield place, found
+    def degradations(self, points: list[SearchPoint]) -> Iterator[tuple[SearchPoint, tuple[float, ...]]]:
+        """Place by point, the degradation of its options. Raises NonFiniteError."""
+        at_once = fisher_degradations(self.probe, points, self.loss) if self.method == "fisher" and self.loss else {}
+        for point in points:
+            found = tuple(at_once[point] if point in at_once else self._of(point))
+            for spec, degradation in zip(self.probe.options(point), found, strict=True):
+                if not math.isfinite(degradation):
+                    raise NonFiniteError(
+                        f"'{point[0]}', {point[1]}: the degradation of '{spec}' is {degradation}; leave it out"
+                    )
+            yield point, found
 
-    def _of(self, place: Place) -> list[float]:
+    def _of(self, point: SearchPoint) -> list[float]:
         if self.method == "hessian":
             assert self.loss is not None
-            return hessian_harms(self.probe, place, self.loss, self.draws, self.seed)
+            return hessian_degradations(self.probe, point, self.loss, self.draws, self.seed)
         found = []
-        for option in range(len(self.probe.options(place))):
-            with self.probe.using(place, option):
+        for option in range(len(self.probe.options(point))):
+            with self.probe.using(point, option):
                 found.append(self._difference())
         return found
 

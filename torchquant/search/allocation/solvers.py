@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from torchquant.errors import ConfigError, require
 
 Row = Sequence[Sequence[float]]
-"""[place][option]."""
+"""[point][option]."""
 Keeps = Callable[[Sequence[int]], bool]
-"""Whether the picks, one option a place, keep the budgets."""
+"""Whether the picks, one option a point, keep the budgets."""
 N_CUTS = 20
 MARGIN = 1e-6
 """About HiGHS's tolerance."""
 SCALE = 1e3
 """Largest cost in the units the solver sees."""
 SPREAD = 1e3
-"""Largest difference of harms in the units the solver sees; its absolute gap is 1e-6."""
+"""Largest difference of degradations in the units the solver sees; its absolute gap is 1e-6."""
 
 
 class NoChoiceError(ConfigError):
@@ -29,7 +29,7 @@ class NoChoiceError(ConfigError):
 
 @dataclass(frozen=True)
 class Product:
-    """`scale * first * max(reads)`, added to the cost of constraint `row`. A factor is a number, or a place with a
+    """`scale * first * max(reads)`, added to the cost of constraint `row`. A factor is a number, or a point with a
     number for each of its options; none is below 0.
     """
 
@@ -39,33 +39,33 @@ class Product:
     reads: tuple[float | tuple[int, tuple[float, ...]], ...]
 
     @property
-    def places(self) -> list[int]:
-        """Indices of the places that the cost depends on."""
+    def points(self) -> list[int]:
+        """Indices of the points that the cost depends on."""
         return sorted({factor[0] for factor in (self.first, *self.reads) if isinstance(factor, tuple)})
 
     def value(self, picks: Sequence[int] | dict[int, int]) -> float:
-        """The cost when every place takes its option in `picks`."""
+        """The cost when every point takes its option in `picks`."""
         first, *reads = (f[1][picks[f[0]]] if isinstance(f, tuple) else f for f in (self.first, *self.reads))
         return self.scale * first * max(reads)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Least `sum harms[place][picks[place]]` with `sum costs[row][place][picks[place]] + products <= limits[row]`.
+    """Least `sum degradations[i][picks[i]]` with `sum costs[row][i][picks[i]] + products <= limits[row]`, i a point.
 
     >>> problem = Problem([[0.9, 0.1], [0.2, 0.0]], [[[2, 8], [2, 8]]], [10])
-    >>> problem.harm([1, 0]), problem.totals([1, 0]), problem.keeps([1, 1])
+    >>> problem.degradation([1, 0]), problem.totals([1, 0]), problem.keeps([1, 1])
     (0.30000000000000004, [10.0], False)
     """
 
-    harms: Row
+    degradations: Row
     costs: Sequence[Row] = ()
     limits: Sequence[float] = ()
     products: Sequence[Product] = field(default=())
 
-    def harm(self, picks: Sequence[int]) -> float:
-        """The summed harm when every place takes its option in `picks`."""
-        return sum(harms[pick] for harms, pick in zip(self.harms, picks, strict=True))
+    def degradation(self, picks: Sequence[int]) -> float:
+        """The summed degradation when every point takes its option in `picks`."""
+        return sum(degradations[pick] for degradations, pick in zip(self.degradations, picks, strict=True))
 
     def totals(self, picks: Sequence[int]) -> list[float]:
         """The cost of `picks` under each constraint."""
@@ -74,19 +74,21 @@ class Problem:
             totals[product.row] += product.value(picks)
         return totals
 
-    def changed(self, totals: Sequence[float], picks: Sequence[int], place: int, option: int) -> list[float]:
-        """What the totals of some picks become with another option at one place."""
-        pick = picks[place]
-        found = [t + row[place][option] - row[place][pick] for t, row in zip(totals, self.costs, strict=True)]
-        after = {**dict(enumerate(picks)), place: option} if self._touching[place] else {}
-        for product in self._touching[place]:
+    def changed(self, totals: Sequence[float], picks: Sequence[int], point: int, option: int) -> list[float]:
+        """What the totals of some picks become with another option at one point."""
+        pick = picks[point]
+        found = [t + row[point][option] - row[point][pick] for t, row in zip(totals, self.costs, strict=True)]
+        after = {**dict(enumerate(picks)), point: option} if self._touching[point] else {}
+        for product in self._touching[point]:
             found[product.row] += product.value(after) - product.value(picks)
         return found
 
     @functools.cached_property
     def _touching(self) -> list[list[Product]]:
-        """The products that each place is in."""
-        return [[product for product in self.products if place in product.places] for place in range(len(self.harms))]
+        """The products that each point is in."""
+        return [
+            [product for product in self.products if point in product.points] for point in range(len(self.degradations))
+        ]
 
     def keeps(self, picks: Sequence[int]) -> bool:
         """Whether one choice keeps all limits."""
@@ -101,15 +103,15 @@ class Problem:
         return found
 
     def separated(self) -> Problem:
-        """The same problem, with products of one place as costs of its options, and fixed ones in the limits."""
+        """The same problem, with products of one point as costs of its options, and fixed ones in the limits."""
         costs, limits, products = [[list(cost) for cost in row] for row in self.costs], list(self.limits), []
         for product in self.products:
-            if not product.places:
+            if not product.points:
                 limits[product.row] -= product.value({})
-            elif len(product.places) == 1:
-                (place,) = product.places
-                for option in range(len(self.harms[place])):
-                    costs[product.row][place][option] += product.value({place: option})
+            elif len(product.points) == 1:
+                (point,) = product.points
+                for option in range(len(self.degradations[point])):
+                    costs[product.row][point][option] += product.value({point: option})
             else:
                 products.append(product)
         return replace(self, costs=costs, limits=limits, products=products)
@@ -135,16 +137,16 @@ def solve_ilp(problem: Problem, keeps: Keeps | None = None) -> list[int]:
     model = _Program(problem.separated())
     keeps = keeps or problem.keeps
     found = model.solve(keeps)
-    best = problem.harm(found)
-    slack = best - sum(map(min, problem.harms))
+    best = problem.degradation(found)
+    slack = best - sum(map(min, problem.degradations))
     if 0.0 < slack < model.spread / 10:  # the gap of the solver may hide a better choice: look closer
         closer = _Program(problem.separated(), slack).solve(keeps)
-        found = min(found, closer, key=problem.harm)
+        found = min(found, closer, key=problem.degradation)
     return found
 
 
 def solve_greedy(problem: Problem, keeps: Keeps | None = None) -> list[int]:
-    """From the best option of each place, step by step the change that harms least for what it saves; ties: the first.
+    """From the best option of each point, step by step the change that harms least for what it saves; ties: the first.
 
     What a step saves is counted up to the limits only, in parts of them. The rule of `keep_budgets`, in plain numbers.
     Raises ConfigError where no step helps any more, which need not mean that there is no choice.
@@ -160,16 +162,16 @@ def solve_greedy(problem: Problem, keeps: Keeps | None = None) -> list[int]:
 
     picks = [
         min(range(len(h)), key=lambda o: (h[o], sum(row[p][o] for row in problem.costs)))
-        for p, h in enumerate(problem.harms)
+        for p, h in enumerate(problem.degradations)
     ]
     while not keeps(picks):
         totals = problem.totals(picks)
         before, best = over(totals), (math.inf, 0, 0)
-        for place, harms in enumerate(problem.harms):
-            for option in range(len(harms)):
-                saved = before - over(problem.changed(totals, picks, place, option))
+        for point, degradations in enumerate(problem.degradations):
+            for option in range(len(degradations)):
+                saved = before - over(problem.changed(totals, picks, point, option))
                 if saved > 1e-12:
-                    best = min(best, ((harms[option] - harms[picks[place]]) / saved, place, option))
+                    best = min(best, ((degradations[option] - degradations[picks[point]]) / saved, point, option))
         if best[0] == math.inf:
             raise NoChoiceError(f"no step keeps all limits together; {problem.no_choice()}. Take solver='ilp'")
         picks[best[1]] = best[2]
@@ -188,22 +190,24 @@ class _Level:
 class _Program:
     """min c x, A x <= b and A x = b, x in {0, 1} one entry an option; further entries, 0..1, for products.
 
-    `slack`: options whose harm alone is more than that above the best of their place are left out.
+    `slack`: options whose degradation alone is more than that above the best of their point are left out.
     """
 
     def __init__(self, problem: Problem, slack: float = float("inf")) -> None:
         self.problem = problem
         self.starts = [0]
-        for harms in problem.harms:
-            self.starts.append(self.starts[-1] + len(harms))
-        excess = [harm - min(harms) for harms in problem.harms for harm in harms]
-        self.banned = [i for i, harm in enumerate(excess) if harm > slack * (1 + 1e-9)]
+        for degradations in problem.degradations:
+            self.starts.append(self.starts[-1] + len(degradations))
+        excess = [
+            degradation - min(degradations) for degradations in problem.degradations for degradation in degradations
+        ]
+        self.banned = [i for i, degradation in enumerate(excess) if degradation > slack * (1 + 1e-9)]
         self.spread = max(h for h in excess if h <= slack * (1 + 1e-9))
         self.objective = [h * SPREAD / (self.spread or 1.0) if h <= slack * (1 + 1e-9) else 0.0 for h in excess]
         self.n_options = len(self.objective)
         self.rows: list[tuple[dict[int, float], float, float]] = []
-        for place, harms in enumerate(problem.harms):
-            self.rows.append(({self.starts[place] + o: 1.0 for o in range(len(harms))}, 1.0, 1.0))
+        for point, degradations in enumerate(problem.degradations):
+            self.rows.append(({self.starts[point] + o: 1.0 for o in range(len(degradations))}, 1.0, 1.0))
         self.costs: list[dict[int, float]] = [
             {self.starts[p] + o: c - min(cost) for p, cost in enumerate(row) for o, c in enumerate(cost)}
             for row in problem.costs
@@ -220,7 +224,7 @@ class _Program:
             if keeps(picks):
                 return picks
             cuts += 1
-            ones = {self.starts[place] + pick: 1.0 for place, pick in enumerate(picks)}
+            ones = {self.starts[point] + pick: 1.0 for point, pick in enumerate(picks)}
             self.rows.append((ones, 0.0, len(picks) - 1.0))
             if cuts > N_CUTS:
                 margin = max(MARGIN, 2.0 * margin)
@@ -272,8 +276,8 @@ class _Program:
     def _levels(self, factor: float | tuple[int, tuple[float, ...]]) -> list[_Level]:
         if not isinstance(factor, tuple):
             return [_Level(factor, (), 1.0)]
-        place, numbers = factor
-        start = self.starts[place]
+        point, numbers = factor
+        start = self.starts[point]
         return [
             _Level(value, tuple(start + o for o, number in enumerate(numbers) if number == value))
             for value in sorted(set(numbers))

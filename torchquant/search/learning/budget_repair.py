@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 
 from torchquant.errors import ConfigError
 from torchquant.search.budget import Budget
-from torchquant.search.cost import Choice, CostModel, Place
+from torchquant.search.cost import CostModel, SearchPoint, Selection
 
-Scores = Mapping[Place, Sequence[float]]
-"""Place -> how bad each option is thought to be for the task; lower is better."""
-Groups = Sequence[Sequence[Place]]
+Scores = Mapping[SearchPoint, Sequence[float]]
+"""SearchPoint -> how bad each option is thought to be for the task; lower is better."""
+Groups = Sequence[Sequence[SearchPoint]]
 
 
 def keep_budgets(
-    costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice, groups: Groups | None = None
-) -> dict[Place, int]:
+    costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Selection, groups: Groups | None = None
+) -> dict[SearchPoint, int]:
     """Cheaper options, the least harmful for what they save first, until every budget holds.
 
-    `groups`: places that have one option together; each alone without. Raises ConfigError with the nearest, if none is
+    `groups`: points that have one option together; each alone without. Raises ConfigError with the nearest, if none is
     found that keeps all of them together.
     """
     found = dict(choice)
-    groups = groups or [[place] for place in costs.places]
+    groups = groups or [[point] for point in costs.points]
     excess = costs.excess(found, budgets)
     while excess > 0.0:
         best: tuple[float, int, int] | None = None
@@ -30,8 +30,8 @@ def keep_budgets(
             for option in range(len(scores[group[0]])):
                 saved = excess - costs.excess(found | dict.fromkeys(group, option), budgets)
                 if saved > min(1e-12, excess / 2):
-                    harm = sum(scores[place][option] - scores[place][found[place]] for place in group)
-                    best = min(best or (float("inf"), 0, 0), (harm / saved, index, option))
+                    degradation = sum(scores[point][option] - scores[point][found[point]] for point in group)
+                    best = min(best or (float("inf"), 0, 0), (degradation / saved, index, option))
         if best is None:
             cheapest = [costs.cheapest(budget.measure) for budget in budgets]
             for choice in (found | {p: c[g[0]] for g in groups for p in g} for c in cheapest):
@@ -46,17 +46,17 @@ def keep_budgets(
 
 
 def spend_slack(
-    costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Choice, groups: Groups | None = None
-) -> dict[Place, int]:
+    costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Selection, groups: Groups | None = None
+) -> dict[SearchPoint, int]:
     """Better options, the most useful for what they cost first, as long as every budget holds."""
     found = dict(choice)
-    groups = groups or [[place] for place in costs.places]
+    groups = groups or [[point] for point in costs.points]
     while True:
         totals = costs.totals(found)
         best: tuple[float, int, int] | None = None
         for index, group in enumerate(groups):
             for option in range(len(scores[group[0]])):
-                gain = sum(scores[place][found[place]] - scores[place][option] for place in group)
+                gain = sum(scores[point][found[point]] - scores[point][option] for point in group)
                 if gain <= 0.0:
                     continue
                 after = costs.totals(found | dict.fromkeys(group, option))

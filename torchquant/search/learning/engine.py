@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
-from torchquant.graph.watch import call_with
+from torchquant.graph.recording import call_with
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.qmodule import QModuleState
 from torchquant.search.budget import Budget
-from torchquant.search.cost import CostModel, LatencyTable, Place, name_of
+from torchquant.search.cost import CostModel, LatencyTable, SearchPoint, name_of
 from torchquant.search.learning.batches import Batches, batches_of, n_batches, pairs
 from torchquant.search.learning.budget_multipliers import BudgetMultipliers
 from torchquant.search.learning.budget_repair import keep_budgets, spend_slack
@@ -43,10 +43,10 @@ MEMORY = 0.98  # how much of the mean gradient of a width a step keeps
 class Search:
     """What `SchemeSearch` and `PrecisionLearning` share: they differ in their defaults only.
 
-    `net`: the float model, which stays as it is. `rules`: as for a `QuantPlan`, where a field may be a list of specs
+    `net`: the float model, which stays as it is. `rules`: as for a `QuantPlan`, where a slot may be a list of specs
     to choose from, or specs with `{n}`, whose width is learned within `min_bits`..`max_bits`; or a plan with
     `Candidates`. `budget`: what the plan may cost at most, "bytes<=40kB,bits<=4" (`Budget`). `per`: "layer" or "model",
-    one choice for all places with the same candidates. `form`: the gradient of a width, see `MixtureQuantizer`.
+    one choice for all points with the same candidates. `form`: the gradient of a width, see `MixtureQuantizer`.
     `loss`: of (outputs, targets). `latency`: (site path, weight spec) -> seconds. Raises ConfigError, also for a budget
     that no choice can keep.
 
@@ -80,7 +80,7 @@ class Search:
         self.costs = CostModel(net, self.plan, example_inputs, latency)
         budgets = Budget.parse(budget)
         self.costs.check_feasible(budgets)
-        widest = {v.place: v.bits.index(max(v.bits)) for v in self.costs.variables}
+        widest = {v.point: v.bits.index(max(v.bits)) for v in self.costs.variables}
         if self.settings.cost_weight and not self.costs.totals(widest)[self.settings.cost_measure]:
             raise ConfigError(f"cost_measure '{self.settings.cost_measure}' is 0 for everything that is searched")
         self.prices = BudgetMultipliers(budgets, self.settings, self.costs.totals(widest)[self.settings.cost_measure])
@@ -143,7 +143,7 @@ class Search:
 
     def expected_costs(self) -> dict[str, Tensor]:
         """Every measure, expected over the shares as they are now; differentiable."""
-        return self.costs.expected({place: mixtures[0].expected_shares() for place, mixtures in self.mixtures.items()})
+        return self.costs.expected({point: mixtures[0].expected_shares() for point, mixtures in self.mixtures.items()})
 
     def step(self, batch: Any, weights: bool = True, architecture: bool = True) -> Tensor:
         """Forward and backward on one (inputs, targets), then a step of the weights, of logits and widths, or of both.
@@ -243,13 +243,13 @@ class Search:
 
     def _identity(self) -> dict[str, str]:
         """The settings that a search must share with the one that it continues."""
-        places = {name_of(place): mixtures[0].specs for place, mixtures in self.mixtures.items()}
+        points = {name_of(point): mixtures[0].specs for point, mixtures in self.mixtures.items()}
         return {
             "settings": json.dumps(asdict(self.settings)),
-            "candidates": json.dumps(places),
+            "candidates": json.dumps(points),
             "budgets": ", ".join(map(str, self.prices.budgets)),
             "forms": json.dumps([mixture.form for mixture in self.every_mixture]),
-            "groups": json.dumps([[name_of(place) for place in group] for group in self.groups()]),
+            "groups": json.dumps([[name_of(point) for point in group] for group in self.groups()]),
             "latency": str(sorted((self.costs.latency or {}).items())),
         }
 
@@ -289,7 +289,7 @@ class Search:
 
     @torch.no_grad()
     def _record(self, losses: list[Tensor], arch_losses: list[Tensor], seconds: float) -> EpochRecord:
-        firsts = {name_of(place): mixtures[0] for place, mixtures in self.mixtures.items()}
+        firsts = {name_of(point): mixtures[0] for point, mixtures in self.mixtures.items()}
         undecided = [m.entropy() for m in firsts.values() if m.theta is not None]
         return EpochRecord(
             self.epoch,
@@ -304,26 +304,29 @@ class Search:
             seconds,
         )
 
-    def choice(self) -> dict[Place, int]:
+    def choice(self) -> dict[SearchPoint, int]:
         """The options with the largest shares, at the rounded widths, as learned; budgets are not looked at."""
-        return {place: mixtures[0].best_option() for place, mixtures in self.mixtures.items()}
+        return {point: mixtures[0].best_option() for point, mixtures in self.mixtures.items()}
 
     @torch.no_grad()
-    def scores(self) -> dict[Place, list[float]]:
+    def scores(self) -> dict[SearchPoint, list[float]]:
         """How bad each option is thought to be: falling by 4 a bit from the slope of the width, and by the logits."""
         slopes = {id(width): slope for width, slope in zip(self.widths, self.slopes.tolist(), strict=True)}
         found = {}
-        for place, mixtures in self.mixtures.items():
+        for point, mixtures in self.mixtures.items():
             m = mixtures[0]
             logits = [0.0] * m.n_rows if m.theta is None else (m.theta.max() - m.theta).tolist()
-            harms = [logits[row] for row in m.option_rows]
+            degradations = [logits[row] for row in m.option_rows]
             if m.float_bitwidth is not None:
                 at_one = max(abs(slopes[id(m.float_bitwidth)]), 1e-12) * 4.0 ** (m.bitwidth() - 1.0)
-                harms = [harm + at_one * 4.0 ** (1.0 - n) for harm, n in zip(harms, m.option_bits, strict=True)]
-            found[place] = harms
+                degradations = [
+                    degradation + at_one * 4.0 ** (1.0 - n)
+                    for degradation, n in zip(degradations, m.option_bits, strict=True)
+                ]
+            found[point] = degradations
         return found
 
-    def choice_within_budget(self) -> dict[Place, int]:
+    def choice_within_budget(self) -> dict[SearchPoint, int]:
         """The choice that `derive` makes a plan of: changed as little as the budgets ask.
 
         What is left of them is used where widths are learned (docs/algorithms.md F3, greedy repair).
@@ -338,13 +341,13 @@ class Search:
                 chosen = spend_slack(costs, budgets, scores, chosen, groups)
         return chosen
 
-    def groups(self) -> list[list[Place]]:
+    def groups(self) -> list[list[SearchPoint]]:
         """Places that choose together, since they learn the same logits and width."""
-        found: dict[object, list[Place]] = {}
-        for place in self.costs.places:
-            mixture = self.mixtures[place][0]
+        found: dict[object, list[SearchPoint]] = {}
+        for point in self.costs.points:
+            mixture = self.mixtures[point][0]
             learned = [id(p) for p in (mixture.theta, mixture.float_bitwidth) if p is not None]
-            found.setdefault(tuple(learned) or place, []).append(place)
+            found.setdefault(tuple(learned) or point, []).append(point)
         return list(found.values())
 
     def derive(self) -> QuantPlan:

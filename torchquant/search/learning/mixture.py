@@ -1,4 +1,4 @@
-"""MixtureQuantizer: many quantizers at one place, mixed by shares that are learned; all of them in one convolution."""
+"""MixtureQuantizer: many quantizers at one point, mixed by shares that are learned; all of them in one convolution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
-from torchquant.graph.sites import make_field
+from torchquant.graph.sites import make_for_slot
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.search.learning.mixing import mix
@@ -20,7 +20,7 @@ FLOAT = -1
 
 
 class MixtureQuantizer(Quantizer):
-    """`sum_o share_o Q_o(x)` over the options of one place; in eval mode the option with the largest share alone.
+    """`sum_o share_o Q_o(x)` over the options of one point; in eval mode the option with the largest share alone.
 
     `rows`: one entry a scheme, width -> spec string, as `Candidates.rows` gives them, or a list of spec strings. An
     option is a scheme at a width. `theta` (K,) are the logits of the schemes; their shares in train mode are
@@ -52,12 +52,12 @@ class MixtureQuantizer(Quantizer):
         made: list[Mapping[int | None, str]] = [{None: row} if isinstance(row, str) else row for row in rows]
         self.form = form
         self.specs = [spec for row in made for spec in row.values()]
-        self.options = nn.ModuleList(make_field(spec, site) for spec in self.specs)
+        self.options = nn.ModuleList(make_for_slot(spec, site) for spec in self.specs)
         share_observers(self.options)
         widths = sorted({n for row in made for n in row if n is not None})
         self.widths = tuple(widths)
         self.n_rows = len(made)
-        # option -> its scheme, and its place among the widths; what has no width to learn has the last column
+        # option -> its scheme, and its point among the widths; what has no width to learn has the last column
         self._rows = [i for i, row in enumerate(made) for _ in row]
         self._columns = [len(widths) if n is None else widths.index(n) for row in made for n in row]
         self._row_of: Tensor

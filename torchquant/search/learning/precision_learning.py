@@ -11,7 +11,7 @@ class PrecisionLearning(Search):
 
     AutoQNN (Gong et al. 2023, arXiv:2304.03782) names it; its released code has no gradient for the width, so the form
     is ours (docs/algorithms.md F3), with its names `float_bitwidth`, `target_bitwidth` (here a `budget` of "bits" or
-    "act_bits"). Arguments: see `Search`. Rules give a field a spec with `{n}`; a list of such learns scheme and width
+    "act_bits"). Arguments: see `Search`. Rules give a slot a spec with `{n}`; a list of such learns scheme and width
     together. BitPruning (Nikolic et al. 2020) is the form "interp" with `cost_weight` in place of a budget.
 
     >>> import torch

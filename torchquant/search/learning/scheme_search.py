@@ -10,7 +10,7 @@ class SchemeSearch(Search):
     """Quantizing scheme search: candidates are mixed with Gumbel-softmax shares, and the shares are learned.
 
     AutoQNN (Gong et al. 2023, arXiv:2304.03782) names the search; its code has none, so the form is ours
-    (docs/algorithms.md F4). Arguments: see `Search`. Rules give a field a list of specs to choose from
+    (docs/algorithms.md F4). Arguments: see `Search`. Rules give a slot a list of specs to choose from
     (`default_candidates`), of any registered schemes, widths and granularities, for weights and activations.
     EdMIPS (Cai 2020) is the same with widths as candidates and `cost_weight` on "bitops".
 

@@ -1,4 +1,4 @@
-"""The model of a search: every place that is searched holds a mixture of its candidates."""
+"""The model of a search: every point that is searched holds a mixture of its candidates."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from dataclasses import replace
 from torch import nn
 
 from torchquant.plan.quant_plan import QuantPlan
-from torchquant.search.cost import Place
+from torchquant.search.cost import SearchPoint
 from torchquant.search.learning.mixture import MixtureQuantizer
-from torchquant.search.space import Candidates, searched_fields
+from torchquant.search.space import Candidates, searched_slots
 
 
 def build_supernet(
     net: nn.Module, plan: QuantPlan, share: bool = False
-) -> tuple[nn.Module, dict[Place, list[MixtureQuantizer]]]:
-    """A copy of the float model with the plan's quantizers, mixtures where it has candidates; and those, by place.
+) -> tuple[nn.Module, dict[SearchPoint, list[MixtureQuantizer]]]:
+    """A copy of the float model with the plan's quantizers, mixtures where it has candidates; and those, by point.
 
     A layer with several weights has a mixture for each of them, with the same logits and width. `share`: so have all
-    places with the same candidates, and one choice is made for the whole model.
+    points with the same candidates, and one choice is made for the whole model.
     """
-    made: dict[Place, list[MixtureQuantizer]] = {}
+    made: dict[SearchPoint, list[MixtureQuantizer]] = {}
 
-    def factory(place: Place, space: Candidates) -> Callable[[nn.Module], MixtureQuantizer]:
+    def factory(point: SearchPoint, space: Candidates) -> Callable[[nn.Module], MixtureQuantizer]:
         def make(layer: nn.Module) -> MixtureQuantizer:
             mixture = space(layer)
-            made.setdefault(place, []).append(mixture)
+            made.setdefault(point, []).append(mixture)
             return mixture
 
         return make
 
-    spaces = searched_fields(plan)
+    spaces = searched_slots(plan)
     fields: dict[str, dict[str, Callable[[nn.Module], MixtureQuantizer]]] = {}
-    for place, space in spaces.items():
-        fields.setdefault(place[0], {})[place[1]] = factory(place, space)
+    for point, space in spaces.items():
+        fields.setdefault(point[0], {})[point[1]] = factory(point, space)
     sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
     model = replace(plan, sites=sites).apply(net)
     leaders: dict[object, MixtureQuantizer] = {}
-    for place, mixtures in made.items():
-        leader = leaders.setdefault(spaces[place] if share else place, mixtures[0])
+    for point, mixtures in made.items():
+        leader = leaders.setdefault(spaces[point] if share else point, mixtures[0])
         for mixture in mixtures:
             mixture.theta, mixture.float_bitwidth = leader.theta, leader.float_bitwidth
     return model, made

@@ -13,9 +13,9 @@ from torchquant._arguments import checked
 from torchquant.errors import ConfigError, StaysFloatWarning
 from torchquant.graph.copies import copy_model
 from torchquant.graph.finder import capture
-from torchquant.graph.sites import LeftFloat
+from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
+from torchquant.graph.sites import Unquantized
 from torchquant.graph.traced import graphs_running
-from torchquant.graph.watch import call_with_copies, tensors_in, undisturbed
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 
@@ -63,7 +63,7 @@ def quantize(
         if example_inputs is not None and not _same(model if not inplace else None, quantized, example_inputs):
             float_model = plan.revert(quantized, inplace=True) if inplace else model
             plan, quantized = _planned(float_model, rules, example_inputs, inplace, trace=False)
-            plan = replace(plan, floats=(LeftFloat("", type(model).__name__, OTHER_RESULT), *plan.floats))
+            plan = replace(plan, floats=(Unquantized("", type(model).__name__, OTHER_RESULT), *plan.floats))
     if told := _left_float(plan, type(model).__name__):
         if strict:
             if inplace:
