@@ -364,7 +364,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             "out_of_place": {"relu_": "relu"},
         },
     },
-    "torchquant.utils": {"qmodules": on_model()},
+    "torchquant.utils": {"qmodules": on_model(), "weight_slots": on_model()},
     "torchquant.training": {
         "BitSchedule": on_model(bits={0: 8, 3: 4}, weight="affine:{n}", acts="affine:{n}"),
         "GradientSchedule": on_model(gradient="clipped"),
@@ -456,13 +456,24 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
 RECORD = "a record that the library fills in"
 ABSTRACT = "a base class: its subclasses are walked"
 ELSEWHERE = "commands and their folders: their arguments are checked where commands are tested"
+THEIRS = "arguments are those that AutoQNN or NNI published, and are checked as there"
 NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     "torchquant": {
         ABSTRACT: ("QModule", "Quantizer", "RangeObserver"),
         "made by from_rules, from_dict, load": ("QuantPlan",),
         "an enumeration of Python": ("QModuleState",),
     },
-    "torchquant.quantizers_functional": {RECORD: ("Projected",), ABSTRACT: ("Gradient",)},
+    "torchquant.quantizers_functional": {
+        RECORD: ("Projected",),
+        ABSTRACT: ("Format", "Gradient", "ScaledFormat"),
+        "what a scheme gives as its `format()`": (
+            "AffineParams",
+            "Levels",
+            "ScaledFloat",
+            "Signs",
+            "UniformGrid",
+        ),
+    },
     "torchquant.quantizers": {
         ABSTRACT: (
             *("FittedQuantizer", "GridQuantizer", "LearnedQuantizer", "LearnedUniform", "LevelList"),
@@ -471,7 +482,7 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
         RECORD: ("About", "LawReport", "SchemeEntry"),
         "a type alias": ("QuantizerFactory",),
     },
-    "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints",)},
+    "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints",), RECORD: ("WeightSlot",)},
     "torchquant.utils": {RECORD: ("SiteReport", "StateReport")},
     "torchquant.training": {RECORD: ("OscillationReport",), "a type alias": ("Loss", "Metric", "OnEpoch")},
     "torchquant.search": {RECORD: ("Allocation", "EpochRecord", "Pareto", "ParetoPoint", "Sensitivity")},
@@ -488,6 +499,14 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "torchquant.graph": {
         RECORD: ("Captured", "Unquantized", "Operator", "PlanCost", "SiteInput", "Site", "SiteCost", "SitePlan")
+    },
+    **{
+        address: {ELSEWHERE: tuple(importlib.import_module(address).__all__)}
+        for address in ("torchquant.cli", "torchquant.runs.demo", "torchquant.runs.export", "torchquant.runs.quantize")
+    },
+    **{
+        f"torchquant.compat.{name}": {THEIRS: tuple(importlib.import_module(f"torchquant.compat.{name}").__all__)}
+        for name in ("autoqnn", "autoqnn.core", "autoqnn.models", "autoqnn.quantizers", "checkpoints", "nni")
     },
     "torchquant.errors": {
         "an error": tuple(importlib.import_module("torchquant.errors").__all__),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 
 import pytest
 
+import torchquant
 from tests import ROOT
 
 # fmt: off
-PUBLIC = {
+PUBLIC: dict[str, list[str]] = {
     "torchquant": [
         "AffineQuantizer", "BatchMinMax", "ESBQuantizer", "ExpAvgMinMax", "QModule", "QModuleState", "QOp",
         "QUANTIZERS", "QWrapper", "QfmtQuantizer", "QuantPlan", "QuantSpec", "Quantizer", "RangeObserver",
@@ -20,12 +22,13 @@ PUBLIC = {
         "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
-        "FloatFormat", "GRADIENTS", "Gradient", "Projected", "affine_params", "affine_quantize",
+        "AffineParams", "FloatFormat", "Format", "GRADIENTS", "Gradient", "KERNELS", "Levels", "Projected",
+        "ScaledFloat", "ScaledFormat", "Signs", "UniformGrid", "affine_params", "affine_quantize",
         "apot_quantize", "binary_quantize", "codebook_quantize", "dorefa_act_quantize", "dorefa_gradient",
         "dorefa_weight_quantize", "esb_quantize", "gradient_clip", "lloyd_max", "lsq_quantize",
         "midrise_quantize", "minifloat_quantize", "nf4_quantize", "pact_quantize", "pot_quantize",
-        "qfmt_int_bits", "qfmt_params", "qfmt_quantize", "residual_alphas", "residual_levels", "ternary_params",
-        "ternary_quantize", "tqt_quantize", "ttq_quantize",
+        "qfmt_int_bits", "qfmt_params", "qfmt_quantize", "residual_alphas", "residual_levels",
+        "ternary_params", "ternary_quantize", "tqt_quantize", "ttq_quantize",
     ],
     "torchquant.quantizers": [
         "APoTQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer", "CodebookQuantizer",
@@ -42,12 +45,13 @@ PUBLIC = {
         "MeanStdObserver", "OBSERVERS", "PercentileObserver", "RangeObserver", "RunningMinMax",
     ],
     "torchquant.qmodule": [
-        "ActivationPattern", "FloatCheckpoints", "InputFirstPattern", "LayerPattern", "QModule", "QModuleState", "QOp",
-        "QWeights", "QWrapper", "float_state_dict", "register_pattern", "link_float_state",
+        "ActivationPattern", "FloatCheckpoints", "InputFirstPattern", "LayerPattern", "QModule",
+        "QModuleState", "QOp", "QWeights", "QWrapper", "WeightSlot", "float_state_dict", "link_float_state",
+        "register_pattern",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",
-        "quantizer_parameters", "set_qmodule_state", "state_report",
+        "quantizer_parameters", "set_qmodule_state", "state_report", "weight_slots",
     ],
     "torchquant.training": [
         "BitSchedule", "GradientSchedule", "Loss", "Metric", "OnEpoch", "OscillationReport", "OscillationTracker",
@@ -76,8 +80,66 @@ PUBLIC = {
         "NoAffineViewError", "NoCodesError", "NonFiniteError", "StaysFloatWarning", "TorchQuantError",
         "UnknownNameError", "UnobservedRangeError", "UnsupportedPatternError",
     ],
+    "torchquant.analysis": [
+        "LayerError", "SiteError", "WeightBytes", "layer_errors", "sqnr", "weight_bytes",
+    ],
+    "torchquant.cli": [
+        "build_app", "main",
+    ],
+    "torchquant.compat.autoqnn": [
+        "core", "models", "modules", "quantizers", "utils",
+    ],
+    "torchquant.compat.autoqnn.core": [
+        "DEFAULT_QUANTIZE_MODULE_MAPPINGS", "QuantLayer", "accuracy", "clone_quantizer", "convert", "top1",
+        "top5", "train", "train_on_batch", "validate", "validate_on_batch",
+    ],
+    "torchquant.compat.autoqnn.models": [
+        "resnet", "vgg",
+    ],
+    "torchquant.compat.autoqnn.quantizers": [
+        "Binary", "BinaryAct", "ClipQ", "ClipQAct", "ESBAct", "ESB_PerChannel", "FixedQuant", "FixedQuantAct",
+        "PotQ", "PotQAct", "Quantization", "ResQ", "ResQAct", "Ternary", "TernaryAct", "VecQ", "VecQAct",
+        "ZoomQ", "ZoomQAct", "uL2Q", "uL2QAct",
+    ],
+    "torchquant.compat.checkpoints": [
+        "KeyMap", "KeyMapRow", "load_checkpoint", "save_nni",
+    ],
+    "torchquant.compat.nni": [
+        "BNNQuantizer", "DoReFaQuantizer", "LsqPlusQuantizer", "LsqQuantizer", "NaiveQuantizer",
+        "ObserverQuantizer", "PtqQuantizer", "QATQuantizer", "QAT_Quantizer", "Quantizer", "TorchEvaluator",
+        "reset_quant_scheme_dtype", "set_quant_scheme_dtype",
+    ],
+    "torchquant.deploy": [
+        "Certificate", "Comparison", "FileSize", "FileSizes", "FirstDifference", "FloatOperator",
+        "IntegerModel", "Lowered", "OutputRow", "SiteParity", "certify", "export_onnx", "export_qonnx",
+        "file_sizes", "load_packed", "lower", "run_onnx", "runtime_exact", "save_packed", "to_integer",
+    ],
+    "torchquant.models": [
+        "FusedEfficientNet", "FusedMobileNetV2", "FusedResNet",
+    ],
+    "torchquant.plan": [
+        "PlanChange", "QuantPlan", "RULE_SETS", "Rules", "quantize", "read_yaml",
+    ],
+    "torchquant.runs.demo": [
+        "DemoConfig", "DemoResult", "OnnxResult", "SCHEMES", "Scheme", "SchemeResult", "run_demo",
+    ],
+    "torchquant.runs.export": [
+        "Exported", "certify_run", "export_run", "float_model", "load_run",
+    ],
+    "torchquant.runs.quantize": [
+        "JobConfig", "JobResult", "run_job",
+    ],
 }
 # fmt: on
+MOVED = {
+    "torchquant.compare": "torchquant.runs.compare",
+    "torchquant.demo": "torchquant.runs.demo",
+    "torchquant.export_run": "torchquant.runs.export",
+    "torchquant.job": "torchquant.runs.quantize",
+    "torchquant.qmodules": "torchquant.qmodule",
+    "torchquant.search_run": "torchquant.runs.search",
+}
+"""Address of 0.1 -> where the same names are now."""
 
 
 @pytest.mark.parametrize("address", PUBLIC)
@@ -87,7 +149,20 @@ def test_names_are_the_listed_ones(address: str) -> None:
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
-@pytest.mark.parametrize("address", PUBLIC)
+def test_every_address_with_public_names_is_listed() -> None:
+    modules = [m.name for m in pkgutil.walk_packages(torchquant.__path__, "torchquant.")]
+    found = {a for a in modules if "._" not in a and hasattr(importlib.import_module(a), "__all__")}
+    assert found | {"torchquant"} == {*PUBLIC, *MOVED, *MOVED.values()}
+
+
+@pytest.mark.parametrize("address", MOVED)
+def test_a_moved_address_has_the_same_names(address: str) -> None:
+    old, new = importlib.import_module(address), importlib.import_module(MOVED[address])
+    assert sorted(old.__all__) == sorted(new.__all__)
+    assert all(getattr(old, name) is getattr(new, name) for name in new.__all__)
+
+
+@pytest.mark.parametrize("address", [a for a in PUBLIC if "autoqnn" not in a])  # its names are AutoQNN's
 def test_names_are_in_the_changelog(address: str) -> None:
     words = set(re.findall(r"\w+", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
     assert [name for name in PUBLIC[address] if name not in words] == []

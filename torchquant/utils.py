@@ -38,6 +38,7 @@ __all__ = [
     "quantizer_parameters",
     "set_qmodule_state",
     "state_report",
+    "weight_slots",
 ]
 
 

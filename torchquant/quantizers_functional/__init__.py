@@ -8,6 +8,7 @@ from torchquant.quantizers_functional._gradient import gradient_clip as gradient
 from torchquant.quantizers_functional.affine import affine_params as affine_params
 from torchquant.quantizers_functional.affine import affine_quantize as affine_quantize
 from torchquant.quantizers_functional.apot import apot_quantize as apot_quantize
+from torchquant.quantizers_functional.binary import Signs as Signs
 from torchquant.quantizers_functional.binary import binary_quantize as binary_quantize
 from torchquant.quantizers_functional.codebook import codebook_quantize as codebook_quantize
 from torchquant.quantizers_functional.codebook import lloyd_max as lloyd_max
@@ -15,9 +16,16 @@ from torchquant.quantizers_functional.dorefa import dorefa_act_quantize as doref
 from torchquant.quantizers_functional.dorefa import dorefa_gradient as dorefa_gradient
 from torchquant.quantizers_functional.dorefa import dorefa_weight_quantize as dorefa_weight_quantize
 from torchquant.quantizers_functional.esb import esb_quantize as esb_quantize
+from torchquant.quantizers_functional.formats import AffineParams as AffineParams
+from torchquant.quantizers_functional.formats import Format as Format
+from torchquant.quantizers_functional.formats import Levels as Levels
+from torchquant.quantizers_functional.formats import ScaledFormat as ScaledFormat
+from torchquant.quantizers_functional.formats import UniformGrid as UniformGrid
+from torchquant.quantizers_functional.kernels import KERNELS as KERNELS
 from torchquant.quantizers_functional.lsq import lsq_quantize as lsq_quantize
 from torchquant.quantizers_functional.midrise import midrise_quantize as midrise_quantize
 from torchquant.quantizers_functional.minifloat import FloatFormat as FloatFormat
+from torchquant.quantizers_functional.minifloat import ScaledFloat as ScaledFloat
 from torchquant.quantizers_functional.minifloat import minifloat_quantize as minifloat_quantize
 from torchquant.quantizers_functional.nf4 import nf4_quantize as nf4_quantize
 from torchquant.quantizers_functional.pact import pact_quantize as pact_quantize
@@ -33,34 +41,42 @@ from torchquant.quantizers_functional.tqt import tqt_quantize as tqt_quantize
 from torchquant.quantizers_functional.ttq import ttq_quantize as ttq_quantize
 
 __all__ = [
-    "residual_levels",
-    "residual_alphas",
-    "lloyd_max",
-    "codebook_quantize",
-    "dorefa_weight_quantize",
-    "dorefa_gradient",
-    "dorefa_act_quantize",
-    "apot_quantize",
-    "ttq_quantize",
-    "pact_quantize",
-    "tqt_quantize",
-    "lsq_quantize",
-    "nf4_quantize",
-    "FloatFormat",
-    "minifloat_quantize",
-    "pot_quantize",
-    "midrise_quantize",
-    "binary_quantize",
     "GRADIENTS",
+    "KERNELS",
+    "AffineParams",
+    "FloatFormat",
+    "Format",
     "Gradient",
+    "Levels",
     "Projected",
+    "ScaledFloat",
+    "ScaledFormat",
+    "Signs",
+    "UniformGrid",
     "affine_params",
     "affine_quantize",
+    "apot_quantize",
+    "binary_quantize",
+    "codebook_quantize",
+    "dorefa_act_quantize",
+    "dorefa_gradient",
+    "dorefa_weight_quantize",
     "esb_quantize",
     "gradient_clip",
+    "lloyd_max",
+    "lsq_quantize",
+    "midrise_quantize",
+    "minifloat_quantize",
+    "nf4_quantize",
+    "pact_quantize",
+    "pot_quantize",
     "qfmt_int_bits",
     "qfmt_params",
     "qfmt_quantize",
+    "residual_alphas",
+    "residual_levels",
     "ternary_params",
     "ternary_quantize",
+    "tqt_quantize",
+    "ttq_quantize",
 ]

@@ -26,6 +26,11 @@ from torchquant.quantizers_functional.formats import (
 Values = tuple[Tensor, Tensor | None]
 
 
+def _shaped(format: Formula | Altered, ndim: int) -> list[Any]:
+    """The parameters of the format, in shapes that broadcast against `ndim` dimensions."""
+    return [per_channel_view(p, ndim, format.axis) for p in format.parameters]
+
+
 @dataclass(frozen=True, eq=False)
 class Formula(Format):
     """`encoder(x, *parameters)` and `decoder(codes, dtype, *parameters)`, the parameters in shapes that broadcast.
@@ -45,19 +50,16 @@ class Formula(Format):
     def code_range(self) -> tuple[int, int]:
         return self.first_and_last
 
-    def _shaped(self, ndim: int) -> list[Any]:
-        return [per_channel_view(p, ndim, self.axis) for p in self.parameters]
-
     def codes(self, x: Tensor) -> Tensor:
-        return self.encoder(x, *self._shaped(x.ndim))
+        return self.encoder(x, *_shaped(self, x.ndim))
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.decoder(codes, dtype, *self._shaped(codes.ndim))
+        return self.decoder(codes, dtype, *_shaped(self, codes.ndim))
 
     def nearest(self, x: Tensor, want_inside: bool) -> Values:
         if self.projector is None:
             return super().nearest(x, want_inside)
-        return self.projector(x, want_inside, *self._shaped(x.ndim))
+        return self.projector(x, want_inside, *_shaped(self, x.ndim))
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raises NoCodesError where codes do not rise with their values."""
@@ -67,7 +69,7 @@ class Formula(Format):
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes = (torch.as_tensor(code, device=x.device) for code in self.code_range)
-        low, high = (self.decoder(code, x.dtype, *self._shaped(x.ndim)) for code in codes)
+        low, high = (self.decoder(code, x.dtype, *_shaped(self, x.ndim)) for code in codes)
         return torch.minimum(low, high), torch.maximum(low, high)
 
     def numbers(self) -> list[Tensor]:
@@ -163,18 +165,15 @@ class Altered(Format):
     def code_range(self) -> tuple[int, int]:
         return self.base.code_range
 
-    def _shaped(self, ndim: int) -> list[Any]:
-        return [per_channel_view(p, ndim, self.axis) for p in self.parameters]
-
     def codes(self, x: Tensor) -> Tensor:
-        return self.base.codes(x) if self.encoder is None else self.encoder(x, *self._shaped(x.ndim))
+        return self.base.codes(x) if self.encoder is None else self.encoder(x, *_shaped(self, x.ndim))
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return self._decoding.values(codes, dtype)
 
     def nearest(self, x: Tensor, want_inside: bool) -> Values:
         if self.projector is not None:
-            return self.projector(x, want_inside, *self._shaped(x.ndim))
+            return self.projector(x, want_inside, *_shaped(self, x.ndim))
         is_own = self.encoder is not None or self.decoder is not None
         return super().nearest(x, want_inside) if is_own else self.base.nearest(x, want_inside)
 

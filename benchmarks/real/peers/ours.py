@@ -6,26 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.real.networks import Batches, Real
 from benchmarks.real.peers._base import TRANSFORMERS, Peer, Quantized
 from benchmarks.real.peers.onnx_files import integer_weights, session_call
-from torchquant import QModuleState, qmodule_state, quantize, set_qmodule_state
+from torchquant import calibrate, quantize
 from torchquant.deploy import export_onnx
 from torchquant.plan.rules import Rules
 from torchquant.utils import weight_slots
 
 
-@torch.no_grad()
 def calibrated(network: Real, rules: Rules, batches: Batches | None = None) -> nn.Module:
     """The network by the rules, calibrated and in QUANT_EVAL."""
     model = quantize(network.model, rules, network.calibration[0])
-    with qmodule_state(model, QModuleState.CALIBRATION):
-        for batch in network.calibration if batches is None else batches:
-            model(*batch)
-    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    calibrate(model, network.calibration if batches is None else batches, with_targets=False, show_progress=False)
     return model
 
 

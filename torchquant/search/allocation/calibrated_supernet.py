@@ -14,14 +14,15 @@ from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.graph.recording import call_with, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
-from torchquant.qmodule import QModule, QModuleState
+from torchquant.qmodule import QModule
 from torchquant.qmodule.state import is_real
 from torchquant.search.cost import SearchPoint
 from torchquant.search.learning.mixture import FLOAT, MixtureQuantizer
 from torchquant.search.learning.supernet import build_supernet
 from torchquant.search.space import search_rules, searched_slots
 from torchquant.training.batches import pair_of
-from torchquant.utils import qmodules, set_qmodule_state
+from torchquant.training.calibration import calibrate
+from torchquant.utils import qmodules
 
 Loss = Callable[[Any, Any], Tensor]
 """(output of the model, targets) -> mean loss of the batch, a scalar."""
@@ -102,11 +103,7 @@ class CalibratedSupernet:
         for mixture in self.all_mixtures():
             mixture.forced, mixture.narrow = FLOAT, False
             mixture.refresh()
-        set_qmodule_state(self.model, QModuleState.CALIBRATION)
-        with torch.no_grad():
-            for inputs, _ in batches:
-                call_with(self.model, inputs, "a batch")
-        set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
+        calibrate(self.model, batches, with_targets=True, show_progress=False)
 
     def all_mixtures(self) -> Iterator[MixtureQuantizer]:
         """All mixtures of the model, point by point."""
