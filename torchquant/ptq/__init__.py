@@ -1,0 +1,1 @@
+"""Post-training quantization: algorithms that choose weights, scales and roundings without training the model."""

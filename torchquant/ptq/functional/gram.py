@@ -1,0 +1,180 @@
+"""What a layer reads, as rows of numbers, and the Gram matrix of the rows.
+
+Rows are (g, n, K): g convolution groups (1 for a linear layer), n tokens or patches, K inputs of an output. A layer
+computes `rows @ weight.mT` of its weight (g, out / g, K), whose K inputs are in the order of the stored weight.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchquant._arguments import explained
+from torchquant.errors import ConfigError, NonFiniteError
+
+MOST_ELEMENTS = 2**25
+"""Elements of a piece of unfolded patches."""
+Sizes = int | Sequence[int]
+
+
+def linear_rows(x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The rows (1, n, K) of an input (..., K). keep: (...) truths; tokens where it is False are padding and left out.
+
+    >>> linear_rows(torch.zeros(2, 5, 3), torch.arange(5).lt(4).expand(2, 5)).shape
+    torch.Size([1, 8, 3])
+    """
+    return (x.flatten(0, -2) if keep is None else x[keep])[None]
+
+
+@explained
+def conv_rows(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    every: int = 1,
+    most_elements: int = MOST_ELEMENTS,
+) -> Iterator[Tensor]:
+    """Patches that a convolution reads, in pieces (groups, n, K) of at most about `most_elements` elements.
+
+    x: (N, C, *spatial), one to three dimensions; the other arguments are those of `torch.nn.Conv2d`. The padding is
+    among what the patches hold. K = C / groups * prod(kernel_size). Only each `every`-th patch is given.
+
+    >>> [piece.shape for piece in conv_rows(torch.ones(2, 4, 5, 5), (3, 3), groups=2)]
+    [torch.Size([2, 18, 18])]
+    """
+    n_axes = len(kernel_size)
+    strides, dilations = _each(stride, n_axes), _each(dilation, n_axes)
+    spans = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
+    if isinstance(padding, str):
+        sides = [(span // 2, span - span // 2) if padding == "same" else (0, 0) for span in spans]
+    else:
+        sides = [(side, side) for side in _each(padding, n_axes)]
+    padded = _pad(x, sides, "constant" if padding_mode == "zeros" else padding_mode)
+    return _pieces(_windows(padded, kernel_size, strides, dilations), n_axes, groups, every, most_elements)
+
+
+@explained
+def transposed_conv_rows(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    every: int = 1,
+    most_elements: int = MOST_ELEMENTS,
+) -> Iterator[Tensor]:
+    """Patches behind each output of a transposed convolution, as `conv_rows`: it is one over x spread out by zeros.
+
+    The weight that goes with them has its output channel first: (C_in, out / g, *k) as (g, out / g, C_in / g * prod k).
+
+    >>> next(transposed_conv_rows(torch.ones(1, 1, 2), [2])).tolist()
+    [[[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]]
+    """
+    n_axes = len(kernel_size)
+    strides, dilations = _each(stride, n_axes), _each(dilation, n_axes)
+    spread = x.new_zeros(*x.shape[:2], *(s * (size - 1) + 1 for s, size in zip(strides, x.shape[2:], strict=True)))
+    places: tuple[slice, ...] = (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+    spread[places] = x
+    spans = [d * (k - 1) - p for d, k, p in zip(dilations, kernel_size, _each(padding, n_axes), strict=True)]
+    sides = [(span, span + extra) for span, extra in zip(spans, _each(output_padding, n_axes), strict=True)]
+    windows = _windows(_pad(spread, sides, "constant"), kernel_size, [1] * n_axes, dilations)
+    return _pieces(windows.flip(tuple(range(-n_axes, 0))), n_axes, groups, every, most_elements)
+
+
+def _each(sizes: Sizes, n_axes: int) -> Sequence[int]:
+    return [sizes] * n_axes if isinstance(sizes, int) else sizes
+
+
+def _pad(x: Tensor, sides: Sequence[tuple[int, int]], mode: str) -> Tensor:
+    return F.pad(x, [side for pair in reversed(sides) for side in pair], mode=mode)
+
+
+def _windows(x: Tensor, kernel_size: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    """(N, C, *outputs, *kernel_size), a view of x."""
+    for axis, (size, stride, dilation) in enumerate(zip(kernel_size, strides, dilations, strict=True), 2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x
+
+
+def _pieces(windows: Tensor, n_axes: int, groups: int, every: int, most_elements: int) -> Iterator[Tensor]:
+    per_image = math.prod(windows.shape[1:])
+    per_line = max(1, per_image // windows.shape[2])
+    seen = 0
+    for images in windows.split(max(1, most_elements // max(1, per_image))):
+        lines = images.shape[2] if per_image <= most_elements else max(1, most_elements // per_line)
+        for piece in images.split(lines, 2):
+            grouped = piece.unflatten(1, (groups, -1)).movedim(2, 2 + n_axes).movedim(1, 0)
+            rows = grouped.flatten(2 + n_axes).flatten(1, 1 + n_axes)
+            first, seen = -seen % every, seen + rows.shape[1]
+            yield rows[:, first::every]
+
+
+@explained
+def gram_sum(rows: Tensor, others: Tensor | None = None) -> Tensor:
+    """`rows.mT @ rows`, or `rows.mT @ others` for the cross Gram matrix; (g, K, K) float64.
+
+    rows, others: (g, n, K) of the same n; `rows` are those of the quantized stream where both streams come. Add the
+    sums of batches and ranks and divide once by the number of rows. The products are of float32 at least: sums in
+    bfloat16 make matrices that are not positive definite.
+
+    >>> gram_sum(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    tensor([[[10., 14.],
+             [14., 20.]]], dtype=torch.float64)
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    left = rows.to(wide)
+    return (left.mT @ (left if others is None else others.to(wide))).to(torch.float64)
+
+
+@explained
+def check_gram(gram: Tensor, n: int, damp: float) -> None:
+    """Refuse a Gram matrix that says nothing of the layer, and warn where only damping makes it invertible.
+
+    gram: (..., K, K), the sum or mean over n rows. Raises NonFiniteError for NaN or Inf; ConfigError where no row came,
+    all are 0, or fewer rows than columns come without damping. Warns where n < K.
+
+    >>> check_gram(torch.zeros(1, 2, 2), 8, 0.01)
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: the Gram matrix of 8 rows of 2 inputs is all zeros: the layer has read nothing; \
+run the calibration batches through it
+    """
+    n_columns = gram.shape[-1]
+    if not bool(gram.isfinite().all()):
+        raise NonFiniteError(f"the Gram matrix of {n} rows of {n_columns} inputs has NaN or Inf; look at the inputs")
+    if n < 1 or not bool(gram.any()):
+        raise ConfigError(
+            f"the Gram matrix of {n} rows of {n_columns} inputs is all zeros: the layer has read nothing; "
+            "run the calibration batches through it"
+        )
+    if n >= n_columns:
+        return
+    few = f"{n} rows of {n_columns} inputs make a singular Gram matrix"
+    if damp <= 0:
+        raise ConfigError(f"{few}; give damp > 0, or more calibration data")
+    warnings.warn(f"{few}, which damping alone makes invertible; more calibration data is better", stacklevel=2)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """Squared error that a difference of weights makes at each output, `d H d'`: (..., rows).
+
+    difference: (..., rows, K). gram: (..., K, K), or (..., K) for its diagonal alone. In the units of the Gram matrix:
+    the mean over its rows if it is a mean.
+
+    >>> output_error(torch.tensor([[0.4, 0.4]]), torch.tensor([[2.0, 1.6], [1.6, 2.0]]))
+    tensor([1.1520])
+    """
+    difference = difference.to(gram.dtype)
+    if gram.ndim == difference.ndim:
+        return ((difference @ gram) * difference).sum(-1)
+    return (difference.square() @ gram[..., None])[..., 0]
