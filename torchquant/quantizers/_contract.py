@@ -1,0 +1,259 @@
+"""The contract of quantizers, and the registry of schemes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._arguments import check_constructor
+from torchquant._registry import Registry
+from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError
+from torchquant.quantizers_functional._formula import Formula
+from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
+from torchquant.quantizers_functional.formats import AffineParams, Format, IntegerTerms
+
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
+SITES = ("weight", "input", "output")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class About:
+    """What the catalogue says of a scheme: its rule, its source, its widths; granularity if not the usual three."""
+
+    formula: str = ""
+    paper: str = ""
+    bits: str = ""
+    granularity: tuple[str, ...] = ()
+
+
+class Quantizer(nn.Module, ABC):
+    """Turns real tensors into real tensors that lie on a grid.
+
+    Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it
+    can be exported, packed and analysed. Levels, thresholds and integers are views of `format()`.
+    The state of the QModule decides which method is called:
+
+    * `pre_observe(x)`: the real tensor, in states that observe.
+    * `quantize(x)`: real to real on the grid, differentiable, in states that quantize.
+    * `post_observe(x)`: the quantized tensor, in states that quantize.
+
+    Laws that hold for every quantizer here are in `torchquant.check_quantizer`.
+    """
+
+    n_bits: int
+    axis: int | None = None
+    signed: bool | None = True
+    """Whether there are levels below 0; None: the first tensor decides."""
+    sites: ClassVar[tuple[str, ...]] = SITES
+    """Where in a layer the scheme is meant to sit."""
+    made_by: ClassVar[str] = "make_quantizer('affine:8') makes one"
+    """What messages advise where something else is given for a quantizer."""
+    is_uniform: ClassVar[bool] = False
+    """Whether the format has one step and a zero point, an affine view; the ONNX operators for codes want one."""
+    keeps_units: bool = True
+    """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
+    about: ClassVar[About] = About()
+    typical: ClassVar[str] = "{name}:{n}/channel"
+    """Spec string that stands for the scheme on weights at `{n}` bits; `{k}` is n - 3, at least 0."""
+    typical_acts: ClassVar[str] = "affine:{n}"
+    """Spec string of the activations that the scheme's authors put beside its weights, at `{n}` bits."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Further names of the scheme, each with the constructor's arguments it stands for."""
+    short_names: ClassVar[Mapping[str, str]] = {}
+    """Short name -> argument of the constructor, for spec strings: "k" -> "significant_bits"."""
+    fuses_clamp: ClassVar[bool] = False
+    """Whether `pre_observe` and `quantize` take `clamp=(low, high)` and do `x.clamp(low, high)` in
+    the same pass. Falls back to False in a subclass that overrides either without saying so."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_constructor(cls)
+        if "affine_params" in cls.__dict__:
+            cls.is_uniform = True
+        overrides = "quantize" in cls.__dict__ or "pre_observe" in cls.__dict__
+        if overrides and "fuses_clamp" not in cls.__dict__:
+            cls.fuses_clamp = False
+
+    def pre_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
+        """See the real tensor before it is quantized."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Tensor:
+        """Real to real on the grid; same shape, dtype and memory format as x."""
+
+    def post_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
+        """See the quantized tensor."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as `quantize`."""
+        return self.quantize(*args, **kwargs)
+
+    def side_bytes(self, x: Tensor) -> int:
+        """Bytes that decoding x needs beside its codes: scales, zero points, tables. 0 where nothing is known of it."""
+        return 0
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """The parts of x whose elements share parameters, flat."""
+        return [x.flatten()] if self.axis is None else [s.flatten() for s in x.unbind(self.axis)]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `quantize` can be called: False for a quantizer that still has to see data."""
+        return True
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether `pre_observe` of the same tensor twice in a row is the same as once.
+
+        If so, a weight that has not changed is shown once in calibration, not with every batch.
+        """
+        return False
+
+    @property
+    def levels_vary(self) -> bool:
+        """Whether a tensor has no one list of levels, nor one a channel: each block or token has levels of its own."""
+        return self.about.granularity in (("block",), ("token",))
+
+    def allocate(self, n_channels: int) -> None:  # noqa: B027 - most schemes have nothing to size
+        """Size per-channel state for `n_channels` before the first batch."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Real to integer codes (int32), exactly the codes behind `quantize(x)`."""
+        raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes to real values of type `dtype`; `decode(encode(x), x.dtype)` equals `quantize(x)`."""
+        raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
+
+    def format(self) -> Format:
+        """The format with the numbers that it has now, which are the tensors of the quantizer itself, not copies.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(4, 1)
+        >>> quantizer.force(0.5)
+        >>> quantizer.format().project(torch.tensor([0.3, -9.0]))[0]
+        tensor([ 0.2500, -3.0000])
+        """
+        return Formula(self.encode, self.decode, self.code_range, affine=self._own_affine(), axis=self.axis)
+
+    def _own_affine(self) -> Callable[[], AffineParams] | None:
+        """The affine view that a scheme writes itself; None where it is the one of the format."""
+        return self.affine_params if type(self).affine_params is not Quantizer.affine_params else None
+
+    @torch.no_grad()
+    def levels(self) -> Tensor:
+        """The representable values, sorted: (L,), or (C, L) per channel."""
+        return self.format().levels()
+
+    @torch.no_grad()
+    def code_values(self) -> Tensor:
+        """The value of every code, in the order of the codes: (L,), or (C, L) per channel."""
+        return self.format().code_values()
+
+    @torch.no_grad()
+    def thresholds(self) -> Tensor:
+        """Where `quantize` goes from each of `levels()` to the next: (L - 1,) float32, sorted; (C, L - 1) per channel.
+
+        What lies on a threshold takes one of its two levels, not the same one in every scheme. Here they are the
+        middles, as in all schemes that take the nearest level; the others override it. Raises NoCodesError for formats
+        that have no one list of levels, or have levels in other units than those of x.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> quantizer.thresholds()
+        tensor([-1.5000, -0.7500, -0.2500,  0.2500,  0.7500,  1.5000])
+        """
+        self._check_units("thresholds between its levels")
+        if self.levels_vary:
+            why = f"each {self.about.granularity[0]} has levels of its own"
+            raise NoCodesError(f"{type(self).__name__} has no thresholds between its levels: {why}")
+        return self.format().thresholds()
+
+    def _check_units(self, what: str) -> None:
+        if not self.keeps_units:
+            raise NoCodesError(f"{type(self).__name__} has no {what}: its levels are not in the units of x")
+
+    @torch.no_grad()
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels next to x, below and above, in its type; equal where x is on a level or beyond the last.
+
+        One of the two is `quantize(x)`. Raises NoCodesError for levels in other units than those of x.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> quantizer.neighbours(torch.tensor([0.6, -9.0]))
+        (tensor([ 0.5000, -2.0000]), tensor([ 1., -2.]))
+        """
+        self._check_units("neighbours")
+        below, above = self.format().neighbours(x.detach().to(compute_dtype(x)))
+        return cast_back(below, x.dtype), cast_back(above, x.dtype)
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
+        """x, (rows, k), quantized as the elements of these columns, (k,) int64, of a weight (rows, columns).
+
+        Raises NoCodesError where the levels of an element follow from the elements beside it.
+        """
+        if self.levels_vary:
+            why = f"each {self.about.granularity[0]} takes its scale from all of its elements"
+            raise NoCodesError(f"{type(self).__name__} cannot quantize columns alone: {why}")
+        return self.quantize(x)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """The numbers that say where the grid lies, () or (C,), by name; {} where there are none to set."""
+        return {}
+
+    @torch.no_grad()
+    def set_numbers(self, **numbers: Tensor | float) -> None:
+        """Set all that `numbers()` gives. Raises ConfigError for other names."""
+        known = self.numbers()
+        if numbers.keys() != known.keys():
+            names = ", ".join(known) or "none to set"
+            raise ConfigError(f"the numbers of {type(self).__name__} are: {names}; got {', '.join(numbers) or 'none'}")
+        self._set_numbers(**numbers)
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        """`set_numbers` for names that are right."""
+
+    def affine_params(self) -> AffineParams:
+        """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
+        return self._view(lambda format: format.affine_params())
+
+    @torch.no_grad()
+    def integer_terms(self) -> IntegerTerms:
+        """The levels as sums of whole numbers times scales: [(scale, table)], so that sums of products stay integer.
+
+        Level of the code c: `sum(scale * table[..., c - code_range[0]])`. scale: () or (C,) float64. table: (L,) or
+        (C, L) int64. One term for ESB, powers of two, ternary, binary; n_bits for residual; one more for a shift.
+        Raises NoAffineViewError where there is no such form, as for a codebook or blocks.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> [(float(scale), table.tolist()) for scale, table in quantizer.integer_terms()]
+        [(0.5, [-4, -2, -1, 0, 1, 2, 4])]
+        """
+        return self._view(lambda format: format.integer_terms())
+
+    def _view(self, view: Callable[[Format], T]) -> T:
+        try:
+            return view(self.format())
+        except NoAffineViewError as error:
+            raise NoAffineViewError(f"{type(self).__name__}: {error}") from None
+
+
+QuantizerFactory = Callable[[nn.Module], Quantizer | None]
+"""Makes the quantizer of one site, given the layer there; None leaves the site float."""
