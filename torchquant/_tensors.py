@@ -40,3 +40,9 @@ def per_channel_view(value: T, ndim: int, axis: int | None) -> T:
 def in_layout_of(value: Tensor, x: Tensor) -> Tensor:
     """`value`, stored in memory as x is."""
     return value if value.stride() == x.stride() else torch.empty_like(x, dtype=value.dtype).copy_(value)
+
+
+def ordinary_zeros(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """Zeros in the type of `like`, that may be written and saved for backward also if made in inference mode."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -191,10 +191,11 @@ class QModule(Holder):
         return True
 
     def _on_new_shape(self) -> None:
-        """Observe the weight again after its shape has changed."""
+        """Observe the weight again after its shape has changed; what was pinned is of the former shape."""
         own = [quantizer for site, quantizer in self.quantizers().items() if site not in ACTIVATIONS]
         were_ready = any(quantizer.is_ready for quantizer in own)
         for quantizer in own:
+            quantizer.unpin()
             for tracker in quantizer.modules():
                 if isinstance(tracker, StatisticTracker):
                     tracker.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchquant._arguments import check_constructor
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError
+from torchquant.quantizers._state import CalibratedState
 from torchquant.quantizers_functional._formula import Formula
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.formats import AffineParams, Format, IntegerTerms
@@ -32,7 +34,7 @@ class About:
     granularity: tuple[str, ...] = ()
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(CalibratedState, ABC):
     """Turns real tensors into real tensors that lie on a grid.
 
     Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it
@@ -43,6 +45,7 @@ class Quantizer(nn.Module, ABC):
     * `quantize(x)`: real to real on the grid, differentiable, in states that quantize.
     * `post_observe(x)`: the quantized tensor, in states that quantize.
 
+    A quantizer that is pinned keeps its numbers: neither of the observing methods does anything then.
     Laws that hold for every quantizer here are in `torchquant.check_quantizer`.
     """
 
@@ -80,15 +83,9 @@ class Quantizer(nn.Module, ABC):
         if overrides and "fuses_clamp" not in cls.__dict__:
             cls.fuses_clamp = False
 
-    def pre_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
-        """See the real tensor before it is quantized."""
-
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
         """Real to real on the grid; same shape, dtype and memory format as x."""
-
-    def post_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
-        """See the quantized tensor."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The same as `quantize`."""
@@ -103,25 +100,9 @@ class Quantizer(nn.Module, ABC):
         return [x.flatten()] if self.axis is None else [s.flatten() for s in x.unbind(self.axis)]
 
     @property
-    def is_ready(self) -> bool:
-        """Whether `quantize` can be called: False for a quantizer that still has to see data."""
-        return True
-
-    @property
-    def is_memoryless(self) -> bool:
-        """Whether `pre_observe` of the same tensor twice in a row is the same as once.
-
-        If so, a weight that has not changed is shown once in calibration, not with every batch.
-        """
-        return False
-
-    @property
     def levels_vary(self) -> bool:
         """Whether a tensor has no one list of levels, nor one a channel: each block or token has levels of its own."""
         return self.about.granularity in (("block",), ("token",))
-
-    def allocate(self, n_channels: int) -> None:  # noqa: B027 - most schemes have nothing to size
-        """Size per-channel state for `n_channels` before the first batch."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Real to integer codes (int32), exactly the codes behind `quantize(x)`."""
@@ -205,28 +186,38 @@ class Quantizer(nn.Module, ABC):
     def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
         """x, (rows, k), quantized as the elements of these columns, (k,) int64, of a weight (rows, columns).
 
-        Raises NoCodesError where the levels of an element follow from the elements beside it.
+        The columns are those of the weight with all axes but the first made one. Raises NoCodesError where the levels
+        of an element follow from what is beside it, or from the shape of the weight, as long as no weight is pinned.
         """
-        if self.levels_vary:
-            why = f"each {self.about.granularity[0]} takes its scale from all of its elements"
-            raise NoCodesError(f"{type(self).__name__} cannot quantize columns alone: {why}")
-        return self.quantize(x)
+        if not self.is_pinned and (self.levels_vary or self.axis not in (None, 0)):
+            why = "which numbers a column has follows from the weight"
+            raise NoCodesError(
+                f"{type(self).__name__} cannot quantize columns alone, for {why}; call pin(weight) first"
+            )
+        return (
+            self.quantize(x) if self.axis in (None, 0) and not self.levels_vary else self._nearest_in_place(x, columns)
+        )
 
-    def numbers(self) -> dict[str, Tensor]:
-        """The numbers that say where the grid lies, () or (C,), by name; {} where there are none to set."""
-        return {}
+    def _nearest_in_place(self, x: Tensor, columns: Tensor) -> Tensor:
+        """`nearest` for any scheme that is pinned: x where it stands in a whole weight."""
+        columns_shape = [int(size) for size in self.pinned.tolist()[1:]]
+        whole = x.new_zeros(len(x), prod(columns_shape))
+        whole[:, columns] = x
+        return self.quantize(whole.view(len(x), *columns_shape)).flatten(1)[:, columns]
 
     @torch.no_grad()
-    def set_numbers(self, **numbers: Tensor | float) -> None:
-        """Set all that `numbers()` gives. Raises ConfigError for other names."""
-        known = self.numbers()
-        if numbers.keys() != known.keys():
-            names = ", ".join(known) or "none to set"
-            raise ConfigError(f"the numbers of {type(self).__name__} are: {names}; got {', '.join(numbers) or 'none'}")
-        self._set_numbers(**numbers)
+    def preimage(self, values: Tensor) -> Tensor:
+        """A weight that `quantize` makes these levels of: the levels themselves, unless their units are other ones."""
+        return values
 
-    def _set_numbers(self, **numbers: Tensor | float) -> None:
-        """`set_numbers` for names that are right."""
+    def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """Nothing, where a weight gives the numbers of all of its elements."""
+        if self.levels_vary:
+            raise ConfigError(
+                f"{type(self).__name__} cannot be pinned: each {self.about.granularity[0]} takes its numbers from its "
+                "own elements every time. Take a scheme whose numbers a weight gives"
+            )
+        return {}
 
     def affine_params(self) -> AffineParams:
         """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""

@@ -113,6 +113,10 @@ class GridQuantizer(Quantizer):
                 raise ConfigError(f"codes of {type(self).__name__} are {low}..{high}, got {least}..{most}")
         return self.format().decode(codes, dtype)
 
+    @torch.no_grad()
+    def preimage(self, values: Tensor) -> Tensor:
+        return self.format().preimage(values)
+
 
 def _altered(inherited: Callable[[Any], Format], own: Set[str]) -> Callable[[Any], Format]:
     """The `format()` of a scheme that overrides some of the functions that the inherited one does not ask."""

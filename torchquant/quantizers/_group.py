@@ -85,6 +85,15 @@ class GroupQuantizer(Quantizer):
         assert isinstance(form, Groups)
         return cast_back(form.columns(x.to(compute_dtype(x)), columns), x.dtype)
 
+    @torch.no_grad()
+    def preimage(self, values: Tensor) -> Tensor:
+        whole, last = (q.preimage(part) if part.numel() else part for q, part in self._parts(values))
+        return join_groups(whole, last, values)
+
+    def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """Nothing: the groups hold their numbers."""
+        return {}
+
     def quantize(self, x: Tensor) -> Tensor:
         whole, last = (q.quantize(part) if part.numel() else _unused(q, part) for q, part in self._parts(x))
         return join_groups(whole, last, x)

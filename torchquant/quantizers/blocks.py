@@ -10,8 +10,8 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer, OwnScaleQuantizer
-from torchquant.quantizers_functional._gradient import make_gradient
-from torchquant.quantizers_functional.blocks import ELEMENTS, MODES, MXBlocks, NVFP4Blocks, by_blocks
+from torchquant.quantizers_functional._gradient import cast_back, compute_dtype, make_gradient
+from torchquant.quantizers_functional.blocks import ELEMENTS, MODES, BlockFormat, MXBlocks, NVFP4Blocks, by_blocks
 from torchquant.quantizers_functional.formats import FLOAT_BYTES, Format
 from torchquant.range_observers._distributed import reduce_max
 from torchquant.range_observers._statistics import rows
@@ -23,11 +23,43 @@ def _check_block(block: int) -> None:
 
 
 class _BlockQuantizer(OwnScaleQuantizer):
-    """What block formats share: the scale of a block comes from the block itself, each time."""
+    """What block formats share: the scale of a block comes from the block itself, each time, unless it is pinned."""
 
+    kept = (*OwnScaleQuantizer.kept, "block_scales")
     block: int
     block_axis: int | None
     has_tensor_scale = False
+    block_scales: Tensor
+    """The scales of the blocks of the pinned weight, (*, blocks); of MX the exponents. There only while one is."""
+
+    @property
+    def _kept_scales(self) -> Tensor | None:
+        return self._buffers.get("block_scales")
+
+    def _block_format(self) -> BlockFormat:
+        form = self.format()
+        assert isinstance(form, BlockFormat)
+        return form
+
+    def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
+        scales = self._block_format().scales_of(weight.detach().to(compute_dtype(weight)))
+        return {"block_scales": scales.to(torch.float32)}
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
+        if not self.is_pinned or self.block_axis == 0:
+            return super().nearest(x, columns)
+        shape = [int(size) for size in self.pinned.tolist()]
+        return cast_back(self._block_format().columns(x.to(compute_dtype(x)), columns, shape), x.dtype)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What is kept of a weight: the scales of its blocks."""
+        return super().numbers() | ({"block_scales": self.block_scales} if self.is_pinned else {})
+
+    def _set_numbers(self, **numbers: Tensor | float) -> None:
+        if self.is_pinned:
+            self.block_scales.copy_(torch.as_tensor(numbers.pop("block_scales")))
+        super()._set_numbers(**numbers)
 
     def parts(self, x: Tensor) -> list[Tensor]:
         cut: list[Tensor] = []
@@ -104,7 +136,7 @@ class MXQuantizer(_BlockQuantizer):
         self.block_axis = block_axis
 
     def format(self) -> Format:
-        return MXBlocks(self.element, self.mode, self.block, self.block_axis)
+        return MXBlocks(self.block, self.block_axis, self.element, self.mode, scales=self._kept_scales)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MXQuantizer]:
@@ -161,7 +193,7 @@ class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
         return (torch.where(absmax.isfinite(), usable, absmax),)
 
     def format(self) -> Format:
-        return NVFP4Blocks(self.get()[0], self.block, self.block_axis)
+        return NVFP4Blocks(self.block, self.block_axis, self.get()[0], scales=self._kept_scales)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NVFP4Quantizer]:

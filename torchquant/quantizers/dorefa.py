@@ -16,6 +16,7 @@ from torchquant.quantizers_functional.dorefa import (
     check_dorefa,
     dorefa_act_quantize,
     dorefa_gradient,
+    dorefa_preimage,
     dorefa_weight_quantize,
     signed_values,
     squashed,
@@ -109,6 +110,13 @@ class DoReFaQuantizer(FittedQuantizer):
         if self.n_bits == 1:
             return (codes * 2.0 - 1.0) * grid[0].to(dtype)
         return signed_values(unit_values(codes, self.n_bits), grid[0].to(dtype))
+
+    @torch.no_grad()
+    def preimage(self, values: Tensor) -> Tensor:
+        if self.activation or self.n_bits == 1:
+            return values
+        (scale,) = self.grid_for(values)
+        return dorefa_preimage(values, scale).to(values.dtype)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[DoReFaQuantizer]:

@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchquant._tensors import in_layout_of as in_layout_of
+from torchquant._tensors import like
+from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 
 SMALL = 2**14  # elements below which a binary search of each is as fast as anything else
 LARGEST_EXACT = 2**24  # whole numbers up to here are exact in float32
+OUTWARD = 2.0**-20
+"""How far beyond a threshold, as a share of it, what is to be taken for beyond it lies at least."""
 
 
 def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
@@ -68,3 +72,17 @@ def level_values(index: Tensor, levels: Tensor, axis: int | None = None) -> Tens
     moved = index.movedim(axis, 0)
     values = levels.gather(1, moved.unsqueeze(-1).flatten(1)).reshape(moved.shape)
     return in_layout_of(values.movedim(0, axis), index)
+
+
+def beyond_threshold(values: Tensor, threshold: Tensor | float) -> Tensor:
+    """The values, in their type; those that are not 0 but within the threshold are moved to just beyond it.
+
+    A scale that was fitted or trained may lie below its threshold, where it would be taken for 0.
+
+    >>> beyond_threshold(torch.tensor([-0.5, 0.0, 2.0]), 1.0)
+    tensor([-1.0000,  0.0000,  2.0000])
+    """
+    wide = values.to(compute_dtype(values))
+    edge = like(threshold, wide) * (1.0 + max(OUTWARD, torch.finfo(values.dtype).eps))
+    is_within = (wide != 0) & (wide.abs() < edge)
+    return cast_back(torch.where(is_within, wide.sign() * edge, wide), values.dtype)

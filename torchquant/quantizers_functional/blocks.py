@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -128,9 +128,8 @@ def _mx_scale(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return pow2(exponent + 1, dtype) / 2  # 2**-127 is subnormal in float32
 
 
-def mx_codes(blocks: Tensor, element: BlockElement, mode: str) -> Tensor:
-    """Codes `(p + 127) << bits | element bits`, int32. blocks: (*, blocks, size) without NaN."""
-    exponent = mx_exponents(finite_absmax(blocks), element, mode)
+def mx_codes(blocks: Tensor, element: BlockElement, exponent: Tensor) -> Tensor:
+    """Codes `(p + 127) << bits | element bits`, int32. blocks: (*, blocks, size) without NaN; exponent p of each."""
     bits = element.bits(element.nearest_(blocks / _mx_scale(exponent, blocks.dtype)))
     return (exponent + SCALE_BIAS).to(torch.int32) * 2**element.n_bits + bits
 
@@ -142,9 +141,9 @@ def mx_values(codes: Tensor, element: BlockElement, dtype: torch.dtype) -> Tenso
     return _saturated(element.values(whole % 2**element.n_bits, dtype) * _mx_scale(exponent, dtype))
 
 
-def mx_project(blocks: Tensor, element: BlockElement, mode: str) -> Tensor:
+def mx_project(blocks: Tensor, element: BlockElement, exponent: Tensor) -> Tensor:
     """Values on the grid of each block; NaN stays where it is, Inf saturates."""
-    scale = _mx_scale(mx_exponents(finite_absmax(blocks), element, mode), blocks.dtype)
+    scale = _mx_scale(exponent, blocks.dtype)
     return _saturated(element.nearest_(blocks / scale).mul_(scale))
 
 
@@ -163,15 +162,14 @@ def nvfp4_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
     return nearest_floats_(wanted.clamp(2.0**-6, E4M3.largest), E4M3)
 
 
-def nvfp4_project(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Values on the grid of each block; NaN stays where it is, Inf saturates."""
-    scale = nvfp4_scales(blocks, tensor_scale) * tensor_scale
+def nvfp4_project(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Values on the grid of each block; NaN stays where it is, Inf saturates. scales: as of `nvfp4_scales`."""
+    scale = scales * tensor_scale
     return nearest_floats_(blocks / scale, FP4).mul_(scale)
 
 
-def nvfp4_codes(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Codes `scale bits << 4 | element bits`, int32. blocks: (*, blocks, size) without NaN."""
-    scales = nvfp4_scales(blocks, tensor_scale)
+def nvfp4_codes(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Codes `scale bits << 4 | element bits`, int32. blocks: (*, blocks, size), no NaN; scales by `nvfp4_scales`."""
     elements = minifloat_encode(nearest_floats_(blocks / (scales * tensor_scale), FP4), FP4)
     return minifloat_encode(scales, E4M3) * 16 + minifloat_bits(elements, FP4)
 
@@ -183,37 +181,85 @@ def nvfp4_values(codes: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> Ten
     return BlockElement(FP4).values(whole % 16, dtype) * (scales * tensor_scale.to(dtype))
 
 
+@dataclass(frozen=True, eq=False)
 class BlockFormat(OwnLevels):
-    """Blocks along an axis whose scales come from themselves; `axis` None cuts each row, everything after axis 0."""
+    """Blocks along an axis, each with a scale; `block_axis` None cuts each row, everything after axis 0.
+
+    `scales`: what the scales of the blocks of one tensor are, (*, blocks), in the form of `own_scales`; None where
+    blocks take them from their own elements.
+    """
 
     block: int
     block_axis: int | None
+    scales: Tensor | None = field(default=None, kw_only=True)
 
     @abstractmethod
-    def block_codes(self, blocks: Tensor) -> Tensor:
+    def own_scales(self, blocks: Tensor) -> Tensor:
+        """What the scales of blocks, (*, blocks, size), follow from their elements: (*, blocks, 1)."""
+
+    @abstractmethod
+    def block_codes(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """Codes of blocks, (*, blocks, size)."""
 
     @abstractmethod
-    def element_grid(self, blocks: Tensor) -> Format:
-        """The format that the elements of blocks have, (*, blocks, size)."""
-
-    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        below, above = (
-            by_blocks(x, self.block, self.block_axis, lambda b, i=i: self.element_grid(b).neighbours(b)[i])  # type: ignore[misc]
-            for i in (0, 1)
-        )
-        return below, above
-
-    @abstractmethod
-    def block_values(self, blocks: Tensor) -> Tensor:
+    def block_values(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """The nearest values of blocks, (*, blocks, size)."""
 
+    @abstractmethod
+    def element_grid(self, scales: Tensor, dtype: torch.dtype) -> Format:
+        """The format that elements have whose blocks have these scales."""
+
+    def scales_of(self, x: Tensor) -> Tensor:
+        """The scales of the blocks of x, (*, blocks)."""
+        found: list[Tensor] = []
+
+        def note(blocks: Tensor) -> Tensor:
+            found.append(self.own_scales(blocks).squeeze(-1))
+            return blocks
+
+        by_blocks(x, self.block, self.block_axis, note)
+        return found[0]
+
+    def _by_blocks(self, x: Tensor, work: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        def with_scales(blocks: Tensor) -> Tensor:
+            if self.scales is None:
+                return work(blocks, self.own_scales(blocks))
+            if self.scales.shape != blocks.shape[:-1]:
+                raise ConfigError(
+                    f"the scales of {tuple(self.scales.shape)} blocks are pinned, and a tensor of shape "
+                    f"{tuple(x.shape)} has {tuple(blocks.shape[:-1])}; call unpin() first"
+                )
+            return work(blocks, self.scales[..., None].to(blocks.device))
+
+        return by_blocks(x, self.block, self.block_axis, with_scales)
+
+    def columns(self, x: Tensor, columns: Tensor, shape: Sequence[int]) -> Tensor:
+        """x, (rows, k), on the grids of those columns, (k,) int64, of a weight of that shape whose scales are known.
+
+        Blocks along axis 0 have rows together, so that columns are not quantized alone.
+        """
+        assert self.scales is not None
+        by_row = self.scales.flatten(1)
+
+        def number(blocks: Tensor) -> Tensor:
+            return torch.arange(by_row.shape[1]).view(*blocks.shape[:-1], 1).expand_as(blocks)
+
+        block = by_blocks(torch.zeros(1, *shape[1:], dtype=torch.int64), self.block, self.block_axis, number)
+        scales = by_row[:, block.flatten().to(columns.device)[columns]]
+        return self.element_grid(scales.to(x.device), x.dtype).project(x)[0]
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def beside(i: int) -> Tensor:
+            return self._by_blocks(x, lambda blocks, s: self.element_grid(s, blocks.dtype).neighbours(blocks)[i])
+
+        return beside(0), beside(1)
+
     def codes(self, x: Tensor) -> Tensor:
-        return by_blocks(x, self.block, self.block_axis, self.block_codes)
+        return self._by_blocks(x, self.block_codes)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """A scale that covers the block clips nothing."""
-        return by_blocks(x, self.block, self.block_axis, self.block_values), None
+        """A scale that covers the block clips nothing; the gradient passes everywhere also where scales are kept."""
+        return self._by_blocks(x, self.block_values), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,23 +268,24 @@ class MXBlocks(BlockFormat):
 
     element: BlockElement
     mode: str
-    block: int
-    block_axis: int | None
 
     @property
     def code_range(self) -> tuple[int, int]:
         return 0, int(2 ** (self.element.n_bits + 8)) - 1
 
-    def block_codes(self, blocks: Tensor) -> Tensor:
-        return mx_codes(blocks, self.element, self.mode)
+    def own_scales(self, blocks: Tensor) -> Tensor:
+        """The exponents."""
+        return mx_exponents(finite_absmax(blocks), self.element, self.mode)
 
-    def element_grid(self, blocks: Tensor) -> Format:
-        scale = _mx_scale(mx_exponents(finite_absmax(blocks), self.element, self.mode), blocks.dtype)
-        form = self.element.form
+    def block_codes(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        return mx_codes(blocks, self.element, scales)
+
+    def block_values(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        return mx_project(blocks, self.element, scales)
+
+    def element_grid(self, scales: Tensor, dtype: torch.dtype) -> Format:
+        scale, form = _mx_scale(scales, dtype), self.element.form
         return UniformGrid(scale / 64, 0, -127, 127) if form is None else ScaledFloat(scale, form)
-
-    def block_values(self, blocks: Tensor) -> Tensor:
-        return mx_project(blocks, self.element, self.mode)
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return mx_values(codes, self.element, dtype)
@@ -249,20 +296,21 @@ class NVFP4Blocks(BlockFormat):
     """Blocks of FP4 with an E4M3 scale each, and one scale for the tensor. Codes: see `nvfp4_codes`."""
 
     tensor_scale: Tensor
-    block: int
-    block_axis: int | None
 
     code_range = (0, 127 * 16 + 15)
 
-    def block_codes(self, blocks: Tensor) -> Tensor:
-        return nvfp4_codes(blocks, self.tensor_scale.to(blocks.dtype))
+    def own_scales(self, blocks: Tensor) -> Tensor:
+        """The scales in units of `tensor_scale`."""
+        return nvfp4_scales(blocks, self.tensor_scale.to(blocks.dtype))
 
-    def element_grid(self, blocks: Tensor) -> Format:
-        tensor_scale = self.tensor_scale.to(blocks.dtype)
-        return ScaledFloat(nvfp4_scales(blocks, tensor_scale) * tensor_scale, FP4)
+    def block_codes(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        return nvfp4_codes(blocks, scales.to(blocks.dtype), self.tensor_scale.to(blocks.dtype))
 
-    def block_values(self, blocks: Tensor) -> Tensor:
-        return nvfp4_project(blocks, self.tensor_scale.to(blocks.dtype))
+    def block_values(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        return nvfp4_project(blocks, scales.to(blocks.dtype), self.tensor_scale.to(blocks.dtype))
+
+    def element_grid(self, scales: Tensor, dtype: torch.dtype) -> Format:
+        return ScaledFloat(scales.to(dtype) * self.tensor_scale.to(dtype), FP4)
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return nvfp4_values(codes, self.tensor_scale, dtype)

@@ -42,6 +42,12 @@ def signed_values(unit: Tensor, absmax: Tensor) -> Tensor:
     return torch.where(absmax > 0, values, values * 0.0)
 
 
+def dorefa_preimage(values: Tensor, absmax: Tensor) -> Tensor:
+    """Weights in the middle of what `dorefa_weight_quantize` makes these levels of, float64."""
+    largest = absmax.to(torch.float64)
+    return (values.to(torch.float64) * largest.tanh()).atanh().clamp(-largest, largest)
+
+
 @explained
 def dorefa_weight_quantize(w: Tensor, absmax: Tensor | float, n_bits: int) -> Tensor:
     """Quantize weights to `2 quantize(tanh(w) / (2 max|tanh w|) + 1/2) - 1`, in [-1, 1] whatever their scale.

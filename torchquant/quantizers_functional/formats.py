@@ -128,6 +128,10 @@ class Format(ABC):
         other = self.values((codes + towards_x).clamp(*self.code_range), x.dtype)
         return torch.minimum(value, other), torch.maximum(value, other)
 
+    def preimage(self, values: Tensor) -> Tensor:
+        """Numbers that are projected on these levels, in their type: the levels, where each is in its own cell."""
+        return values
+
     def of_channels(self, index: Tensor) -> Format:
         """The format of these channels, in this order. index: (k,) int64."""
         return replace(self, **{name: value[index] for name, value in vars(self).items() if _has_channels(value)})

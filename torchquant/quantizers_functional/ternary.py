@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
-from torchquant._tensors import like
+from torchquant._tensors import like, per_channel_view
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, apply_projection
-from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, unit_rows
+from torchquant.quantizers_functional._levels import beyond_threshold
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_row_statistics, unit_rows
 from torchquant.quantizers_functional.formats import Number, ScaledFormat
 
 METHODS = ("twn", "exact")
@@ -41,6 +42,9 @@ class Ternary(ScaledFormat):
         """Clipped is what is half a level beyond the last one, |x| > 1.5 scale."""
         scale = self.shaped(self.scale, x)
         return self.codes(x).mul_(scale), x.abs().le_(1.5 * scale) if want_inside else None
+
+    def preimage(self, values: Tensor) -> Tensor:
+        return beyond_threshold(values, per_channel_view(self.threshold, values.ndim, self.axis))
 
     def thresholds(self) -> Tensor:
         threshold = torch.as_tensor(self.threshold)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
-from torchquant._tensors import like
+from torchquant._tensors import like, per_channel_view
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
+from torchquant.quantizers_functional._levels import beyond_threshold
 from torchquant.quantizers_functional.formats import Format, IntegerTerms
 
 
@@ -43,6 +44,9 @@ class TernaryPair(Format):
 
     def decoding_numbers(self) -> list[Tensor]:
         return [self.positive, self.negative]
+
+    def preimage(self, values: Tensor) -> Tensor:
+        return beyond_threshold(values, per_channel_view(self.threshold, values.ndim, self.axis))
 
     def thresholds(self) -> Tensor:
         return torch.stack([-self.threshold, self.threshold], -1)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchquant.errors import ConfigError
+from torchquant.range_observers._pins import Pinnable
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -25,7 +26,7 @@ def _joined(how: str, so_far: Tensor, value: Tensor, share: Tensor) -> Tensor:
     return so_far * (1 - share) + value * share
 
 
-class CallsOfABatch(nn.Module):
+class CallsOfABatch(Pinnable):
     """What a tracker keeps while the calls of one batch come: the average before them, and their joined statistics.
 
     `n_calls` successive observations are one batch. They are joined as the ends, means or sizes that they are

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from torchquant._arguments import check_constructor, checked
+from torchquant._tensors import ordinary_zeros as ordinary_zeros
 from torchquant._tensors import per_channel_view as per_channel_view
 from torchquant._tensors import rows as rows
 from torchquant.errors import ConfigError, NonFiniteError, UnobservedRangeError
@@ -37,12 +38,6 @@ def ends_of(rows: Tensor) -> tuple[Tensor, Tensor]:
         return low.view(1), high.view(1)
     # Two native reductions: aminmax along a dimension costs twenty times as much.
     return rows.amin(1), rows.amax(1)
-
-
-def ordinary_zeros(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
-    """Zeros in the type of `like`, that may be written and saved for backward also if made in inference mode."""
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def check_saved(value: Any, key: str) -> None:
@@ -230,6 +225,8 @@ class StatisticTracker(CallsOfABatch):
     @property
     def _is_settled(self) -> bool:
         """Whether nothing that is still to come changes the statistics."""
+        if self.is_pinned:
+            return True
         return self.set_once.issuperset(self.statistics) and self.is_observed and self.is_start_complete
 
     def over_ranks(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -346,15 +343,8 @@ class StatisticTracker(CallsOfABatch):
         self.settle()
         super()._save_to_state_dict(*args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticTracker:
-        """Follow device moves and `.double()`, but stay at float32 under `.half()` and the like."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = old.to(device=new.device)
-        return self
+    def _wide_buffers(self) -> Iterable[str]:
+        return self._buffers
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in (*self.statistics, "observed_weight", *self._parameters):

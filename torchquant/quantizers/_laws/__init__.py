@@ -16,7 +16,7 @@ from torchquant.quantizers._laws.case import LawReport as LawReport
 from torchquant.quantizers._laws.form import edge_cases, keeps_form, nonfinite
 from torchquant.quantizers._laws.gradients import gradient, gradient_size
 from torchquant.quantizers._laws.grid import idempotent, levels_used, monotone, on_grid, per_channel
-from torchquant.quantizers._laws.rounding import neighbours
+from torchquant.quantizers._laws.rounding import columns, neighbours, pins, roundings
 from torchquant.quantizers._laws.state import compiles, memoryless, settable, survives
 
 LAWS: dict[str, Callable[[Case], None]] = {
@@ -32,6 +32,9 @@ LAWS: dict[str, Callable[[Case], None]] = {
         per_channel,
         memoryless,
         neighbours,
+        columns,
+        roundings,
+        pins,
         settable,
         gradient,
         gradient_size,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchquant.errors import ConfigError
 from torchquant.quantizers._base import Quantizer
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -64,6 +65,24 @@ class Case:
 
     def _free_axis(self) -> int:
         return self.sample.ndim - 1 if self.axis != self.sample.ndim - 1 else 0
+
+    @property
+    def can_be_pinned(self) -> bool:
+        """Whether a weight gives the quantizer all of its numbers."""
+        try:
+            self.pinned()
+        except Skip:
+            return False
+        return True
+
+    def pinned(self, weight: Tensor | None = None) -> Quantizer:
+        """A copy that is pinned, by default to the sample."""
+        quantizer = copy.deepcopy(self.observed)
+        try:
+            quantizer.pin(self.sample if weight is None else weight)
+        except ConfigError as why:
+            raise Skip(str(why)) from None
+        return quantizer
 
     def slices(self, x: Tensor) -> list[Tensor]:
         """The parts of x that share parameters, flat."""

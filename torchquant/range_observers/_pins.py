@@ -1,0 +1,84 @@
+"""Pins: numbers that stay as they are, whatever is observed, in memory and in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._tensors import ordinary_zeros
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+class Pinnable(nn.Module):
+    """A module that can be told to keep its numbers: observing then changes nothing, and no optimizer moves them.
+
+    The buffers in `kept` are there only while it is pinned, so that a `state_dict` without pins has the keys that it
+    always had; a checkpoint brings its pins along, and one without takes them off. `pinned` is the shape of the weight
+    whose numbers are kept, as floats, since models are averaged over all that they save.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ("pinned",)
+    """Buffers that are there while the module is pinned."""
+    _frozen: tuple[str, ...] = ()
+    """Parameters that the pin has frozen."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the numbers are kept as they are."""
+        return self._buffers.get("pinned") is not None
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be pinned, with these tensors for the buffers in `kept`."""
+        if not self.is_pinned:
+            self._frozen = tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, ordinary_zeros(tensor.shape, tensor).copy_(tensor))
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def _release(self) -> None:
+        """Be pinned no longer."""
+        for name in self.kept:
+            self._buffers.pop(name, None)
+        for name in self._frozen:
+            self.get_parameter(name).requires_grad_(True)
+        self._frozen = ()
+
+    def expect_pins(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Be pinned if this state was saved so, and unpinned if not; the numbers themselves are loaded afterwards."""
+        if prefix + "pinned" in state_dict:
+            device = next((tensor.device for tensor in (*self.buffers(), *self.parameters())), None)
+            saved = {name: state_dict.get(prefix + name, torch.zeros(0)) for name in self.kept}
+            self._hold({name: torch.zeros_like(value, device=device) for name, value in saved.items()})
+        elif self.is_pinned:
+            self._release()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if prefix + "pinned" in state_dict or self.is_pinned and self._was_saved(state_dict, prefix, local_metadata):
+            self.expect_pins(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    @staticmethod
+    def _was_saved(state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> bool:
+        """Whether the state is one of a model that has this module: a float checkpoint does not tell of pins."""
+        return bool(local_metadata) or any(key.startswith(prefix) for key in state_dict)
+
+    def _wide_buffers(self) -> Iterable[str]:
+        """Names of the buffers that are never narrower than float32."""
+        return self.kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow device moves and `.double()`, but keep `_wide_buffers` at float32 under `.half()` and the like."""
+        before = {name: self._buffers.get(name) for name in self._wide_buffers()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and new.dtype in HALF_TYPES:
+                self._buffers[name] = old.to(device=new.device)
+        return self
