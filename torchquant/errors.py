@@ -9,6 +9,7 @@ TorchQuantError
 ├── NonFiniteError           also a ValueError: NaN or Inf where only numbers make sense
 ├── NoAffineViewError        also a TypeError: a non-uniform format was asked for a scale
 ├── NoCodesError             also a TypeError: a quantizer that defines no integer codes
+├── RoundingLostError       also a ValueError: a weight that does not quantize to the levels given for it
 ├── ExportError              also a RuntimeError: a model that cannot be written in the asked form
 ├── MissingDependencyError   also an ImportError: an optional package is not installed
 └── LawViolation             also an AssertionError: `check_quantizer` found a broken law
@@ -30,6 +31,7 @@ __all__ = [
     "NoAffineViewError",
     "NoCodesError",
     "NonFiniteError",
+    "RoundingLostError",
     "StaysFloatWarning",
     "TorchQuantError",
     "UnknownNameError",
@@ -90,6 +92,10 @@ class NoAffineViewError(TorchQuantError, TypeError):
 
 class NoCodesError(TorchQuantError, TypeError):
     """A quantizer that defines no integer codes was asked for them."""
+
+
+class RoundingLostError(TorchQuantError, ValueError):
+    """Levels were given for a weight, and no weight was found that its quantizer makes them of."""
 
 
 class ExportError(TorchQuantError, RuntimeError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, NoCodesError, RoundingLostError
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -62,6 +62,11 @@ class WeightSlot:
         weight = self.weight
         return not any(weight is held for held in (*self.module.parameters(), *self.module.buffers()))
 
+    @property
+    def n_groups(self) -> int:
+        """How many parts of the output channels read inputs of their own: the groups of a convolution, else 1."""
+        return 1
+
     def seen(self) -> Tensor:
         """The weight as QUANT_EVAL quantizes it: the output channel on axis 0, a batch norm folded in where one is.
 
@@ -69,6 +74,63 @@ class WeightSlot:
         """
         self.module._recompute_weights()
         return self.weight
+
+    def rows(self) -> Tensor:
+        """What `seen` gives as matrices: (groups, output channels / groups, inputs of each of these channels)."""
+        seen = self.seen()
+        return seen.reshape(self.n_groups, len(seen) // self.n_groups, -1)
+
+    @torch.no_grad()
+    def commit(self, values: Tensor) -> None:
+        """Make levels the weight: QUANT_EVAL quantizes to exactly these from now on, and its quantizer is pinned.
+
+        The numbers of the quantizer are those it has, or what the weight gives if it has none yet; of block formats
+        pinned before, or those of the weight as it is. values: as `rows` or `seen` lay them out. Raises
+        RoundingLostError, with all as it was, for values that the quantizer does not give; ConfigError for a weight
+        that is computed or stays float.
+
+        >>> from torchquant import QWrapper, make_quantizer
+        >>> (slot,) = QWrapper(nn.Linear(8, 2), make_quantizer("affine:3/channel")).weight_slots()
+        >>> slot.quantizer.pin(slot.seen())
+        >>> below, above = slot.quantizer.neighbours(slot.rows()[0])
+        >>> slot.commit(above)
+        >>> torch.equal(slot.quantizer(slot.seen()), above)
+        True
+        """
+        quantizer, seen = self.quantizer, self.seen()
+        if quantizer is None:
+            raise ConfigError(f"{self.key} has no quantizer, so that it has no levels to commit to")
+        if values.numel() != seen.numel():
+            shapes = f"{tuple(self.rows().shape)} or {tuple(seen.shape)}"
+            raise ConfigError(f"{self.key}: values must be of shape {shapes}, got {tuple(values.shape)}")
+        values, former, was_pinned = values.reshape(seen.shape).to(seen), self.weight.clone(), quantizer.is_pinned
+        quantizer.pin(seen, observe=not quantizer.is_ready)
+        try:
+            self.set_weight(quantizer.preimage(values))
+            self._check_committed(quantizer, values)
+        except Exception:
+            if not self.is_computed:
+                self.weight.copy_(former)
+            if not was_pinned:
+                quantizer.unpin()
+            raise
+
+    def _check_committed(self, quantizer: Quantizer, values: Tensor) -> None:
+        """Raise RoundingLostError unless the codes of the weight stand for these values."""
+        seen = self.seen()
+        try:
+            found = quantizer.decode(quantizer.encode(seen), seen.dtype)
+        except NoCodesError:
+            found = quantizer.quantize(seen)
+        lost = found.ne(values)
+        n_lost = int(lost.sum())
+        if n_lost:
+            raise RoundingLostError(
+                f"{self.key}: {n_lost} of {values.numel()} values are not what {quantizer} makes of the weight that "
+                f"holds them, the first of them {float(values[lost][0])!r}, which becomes {float(found[lost][0])!r}. "
+                "Take values that neighbours, nearest or quantize give of the pinned quantizer, and fold a batch norm "
+                "for good before rounding"
+            )
 
     @torch.no_grad()
     def set_weight(self, values: Tensor, where: Tensor | None = None) -> None:
@@ -108,6 +170,10 @@ class LayerSlot(WeightSlot):
     def weight(self) -> Tensor:
         value: Tensor = self.module.row.weight_and_bias(self.module.layer)[0]
         return value
+
+    @property
+    def n_groups(self) -> int:
+        return int(getattr(self.module.layer, "groups", 1))
 
     def seen(self) -> Tensor:
         self.module._recompute_weights()

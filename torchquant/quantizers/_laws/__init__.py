@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import Tensor
@@ -67,9 +68,11 @@ def check_quantizer(
         )
     if sample is not None and not (sample.is_floating_point() and sample.numel()):
         raise ConfigError(f"the sample must be a tensor of real numbers with one at least, got {shown(sample)}")
+    case: Case | None = None
     for name in LAWS if laws is None else laws:
         try:
-            LAWS[name](Case(quantizer, sample))
+            case = Case(quantizer, sample) if case is None else case
+            LAWS[name](copy.deepcopy(case))
         except Skip as why:
             skipped[name] = str(why)
         except Exception as error:  # a law that crashes is a law that fails

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchquant.errors import NoCodesError
 from torchquant.quantizers._base import Quantizer
-from torchquant.quantizers._laws.case import DTYPES, Case, Skip, require, same
+from torchquant.quantizers._laws.case import Case, Skip, require, same
 from torchquant.range_observers._statistics import StatisticTracker
 
 
@@ -57,7 +57,7 @@ def columns(case: Case) -> None:
 def roundings(case: Case) -> None:
     """Each element up or down by chance: such levels stay through `preimage`, observing, codes and checkpoints."""
     bits = getattr(case.observed, "n_bits", 8)
-    for dtype in DTYPES if bits <= 8 else DTYPES[:2]:
+    for dtype in (torch.float32, torch.bfloat16) if bits <= 8 else (torch.float32,):
         x = case.sample.to(dtype)
         quantizer = case.pinned(x)
         values = _rounded_by_chance(quantizer, x)
@@ -65,7 +65,7 @@ def roundings(case: Case) -> None:
         require((weight.shape, weight.dtype) == (x.shape, x.dtype), f"preimage changed form in {dtype}")
         quantizer.pre_observe(weight)
         require(torch.equal(quantizer(weight), values), f"quantize(preimage(values)) differs from values in {dtype}")
-        for other in _copies(case, quantizer):
+        for other in _copies(case, quantizer) if dtype == torch.float32 else (quantizer,):
             require(torch.equal(other(weight), values), f"a copy of a pinned quantizer gives other values in {dtype}")
             try:
                 decoded = other.decode(other.encode(weight), dtype)
