@@ -1,7 +1,7 @@
 """What the file of a scheme imports: the contract of quantizers, the registry, and the bodies most schemes share."""
 
 from torchquant.quantizers._contract import QUANTIZERS as QUANTIZERS
-from torchquant.quantizers._contract import SITES as SITES
+from torchquant.quantizers._contract import SLOTS as SLOTS
 from torchquant.quantizers._contract import About as About
 from torchquant.quantizers._contract import Quantizer as Quantizer
 from torchquant.quantizers._contract import QuantizerFactory as QuantizerFactory

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import check_constructor
 from torchquant._registry import Registry
+from torchquant._renamed import renamed_attribute, warn_renamed
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError
 from torchquant.quantizers._state import CalibratedState
 from torchquant.quantizers_functional._formula import Formula
@@ -20,7 +21,7 @@ from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.formats import AffineParams, Format, IntegerTerms
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
-SITES = ("weight", "input", "output")
+SLOTS = ("weight", "input", "output")
 T = TypeVar("T")
 
 
@@ -53,13 +54,13 @@ class Quantizer(CalibratedState, ABC):
     axis: int | None = None
     signed: bool | None = True
     """Whether there are levels below 0; None: the first tensor decides."""
-    sites: ClassVar[tuple[str, ...]] = SITES
+    sites: ClassVar[tuple[str, ...]] = SLOTS
     """Where in a layer the scheme is meant to sit."""
     made_by: ClassVar[str] = "make_quantizer('affine:8') makes one"
     """What messages advise where something else is given for a quantizer."""
     is_uniform: ClassVar[bool] = False
     """Whether the format has one step and a zero point, an affine view; the ONNX operators for codes want one."""
-    keeps_units: bool = True
+    is_idempotent: bool = True
     """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
     about: ClassVar[About] = About()
     typical: ClassVar[str] = "{name}:{n}/channel"
@@ -77,11 +78,20 @@ class Quantizer(CalibratedState, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_constructor(cls)
+        if "keeps_units" in cls.__dict__:  # what a scheme of 0.1 says
+            warn_renamed(f"{cls.__name__}.keeps_units", "is_idempotent")
+            cls.is_idempotent = cls.__dict__["keeps_units"]
+            del cls.keeps_units
         if "affine_params" in cls.__dict__:
             cls.is_uniform = True
         overrides = "quantize" in cls.__dict__ or "pre_observe" in cls.__dict__
         if overrides and "fuses_clamp" not in cls.__dict__:
             cls.fuses_clamp = False
+
+    keeps_units = renamed_attribute("keeps_units", "is_idempotent")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"is_idempotent" if key == "keeps_units" else key: kept for key, kept in state.items()})
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
@@ -163,7 +173,7 @@ class Quantizer(CalibratedState, ABC):
         return self.format().thresholds()
 
     def _check_units(self, what: str) -> None:
-        if not self.keeps_units:
+        if not self.is_idempotent:
             raise NoCodesError(f"{type(self).__name__} has no {what}: its levels are not in the units of x")
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torchquant._tensors import like, per_channel_view
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, apply_projection
 from torchquant.quantizers_functional._levels import beyond_threshold
-from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_row_statistics, unit_rows
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, unit_rows
 from torchquant.quantizers_functional.formats import Number, ScaledFormat
 
 METHODS = ("twn", "exact")

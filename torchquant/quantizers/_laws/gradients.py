@@ -28,7 +28,7 @@ def gradient_size(case: Case) -> None:
     """On the whole the gradient of x is the slope of the staircase, neither twice nor minus that."""
     quantizer = copy.deepcopy(case.observed)
     x, middle = case.sample, torch.zeros_like(case.sample)
-    if quantizer.keeps_units:
+    if quantizer.is_idempotent:
         reach = torch.full_like(x, 40.0 * float(x.abs().max()))
         low, high = (quantizer(end).detach() for end in (-reach, reach))
         middle = (low + high) / 2

@@ -56,7 +56,7 @@ def levels_used(case: Case) -> None:
 
 def idempotent(case: Case) -> None:
     """Quantizing what is quantized changes nothing."""
-    if not case.observed.keeps_units:
+    if not case.observed.is_idempotent:
         raise Skip("its levels are not in the units of x")
     bits = getattr(case.observed, "n_bits", 8)
     for dtype in DTYPES if bits <= 8 else DTYPES[:2]:
