@@ -77,8 +77,8 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.errors": [
         "ConfigError", "ExportError", "LawViolation", "MissingDependencyError", "NameClashError",
-        "NoAffineViewError", "NoCodesError", "NonFiniteError", "StaysFloatWarning", "TorchQuantError",
-        "UnknownNameError", "UnobservedRangeError", "UnsupportedPatternError",
+        "NoAffineViewError", "NoCodesError", "NonFiniteError", "RoundingLostError", "StaysFloatWarning",
+        "TorchQuantError", "UnknownNameError", "UnobservedRangeError", "UnsupportedPatternError",
     ],
     "torchquant.analysis": [
         "LayerError", "SiteError", "WeightBytes", "layer_errors", "sqnr", "weight_bytes",

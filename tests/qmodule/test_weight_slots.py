@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import torchquant as tq
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, NonFiniteError, RoundingLostError
 from torchquant.qmodule import QModule, QModuleState, QOp, QWeights, QWrapper
+from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.qmodule.weights import weight_names
 from torchquant.utils import weight_slots
 
@@ -44,6 +46,7 @@ KINDS: dict[str, tuple[Callable[[], QModule], tuple[Tensor, ...]]] = {
     "transposed": (lambda: wrapped([nn.ConvTranspose2d(4, 6, 3, groups=2)]), IMAGES),
     "transposed, folded": (lambda: wrapped([nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)], True), IMAGES),
     "weight norm": (lambda: wrapped([weight_normed()]), IMAGES),
+    "depthwise": (lambda: wrapped([nn.Conv2d(4, 8, 3, groups=4)]), IMAGES),
     "linear": (lambda: wrapped([nn.Linear(4, 3)]), ROWS),
     "bilinear": (lambda: with_weights(nn.Bilinear(4, 4, 2)), ROWS * 2),
     "embedding": (lambda: with_weights(nn.Embedding(9, 4)), (torch.arange(9).view(3, 3),)),
@@ -115,6 +118,117 @@ def test_another_quantizer_takes_the_weight(quantized: tuple[QModule, tuple[Tens
         assert slot.quantizer is not None
         assert slot.quantizer.n_bits == 2
     assert seen_in_forward(module, inputs).keys() == {id(slot.quantizer) for slot in module.weight_slots()}
+
+
+def rounded_by_chance(slot: WeightSlot) -> Tensor:
+    """Each element of a weight rounded up or down, on the numbers that are pinned."""
+    assert slot.quantizer is not None
+    slot.quantizer.pin(slot.seen())
+    below, above = slot.quantizer.neighbours(slot.seen())
+    generator = torch.Generator().manual_seed(2)
+    return torch.where(torch.rand(below.shape, generator=generator) < 0.5, below, above)
+
+
+def test_rows_are_the_groups_of_output_channels(quantized: tuple[QModule, tuple[Tensor, ...]]) -> None:
+    module, _ = quantized
+    for slot in module.weight_slots():
+        seen, groups = slot.seen(), getattr(module.layer, "groups", 1)
+        assert slot.rows().shape == (groups, len(seen) // groups, seen[0].numel())
+        assert torch.equal(slot.rows().flatten(), seen.flatten())
+
+
+def test_rows_times_patches_are_the_output_of_every_group() -> None:
+    """Row r of group g is what output channel g * rows + r multiplies its inputs by, also of a transposed layer."""
+    for kind in (nn.Conv2d, nn.ConvTranspose2d):
+        layer = kind(4, 6, 1, groups=2, bias=False)
+        (slot,) = wrapped([layer]).weight_slots()
+        by_group = X.unflatten(1, (2, 2)).permute(1, 2, 0, 3, 4)
+        expected = torch.einsum("grk,knhwg->ngrhw", slot.rows(), by_group.movedim(0, -1)).flatten(1, 2)
+        torch.testing.assert_close(layer(X), expected)
+
+
+def test_what_is_committed_is_what_quant_eval_has(quantized: tuple[QModule, tuple[Tensor, ...]]) -> None:
+    module, inputs = quantized
+    for slot in module.weight_slots():
+        values = rounded_by_chance(slot)
+        if slot.is_computed:
+            with pytest.raises(ConfigError, match="weight is computed from other parameters"):
+                slot.commit(values)
+            return
+        slot.commit(values.view_as(slot.rows()))
+        assert slot.quantizer.is_pinned  # type: ignore[union-attr]
+        module.observe_weight()
+        assert torch.equal(slot.quantizer(slot.seen()), values)  # type: ignore[misc]
+        slot.commit(values)
+    other = copy.deepcopy(module)
+    fresh = {slot.name: slot for slot in other.weight_slots()}
+    other.load_state_dict(module.state_dict())
+    seen = seen_in_forward(module, inputs)
+    for slot in module.weight_slots():
+        assert slot.quantizer is not None
+        assert torch.equal(slot.quantizer(seen[id(slot.quantizer)]), fresh[slot.name].quantizer(slot.seen()))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "spec", ["mxfp4", "nvfp4", "affine:4/group=5", "ttq/channel", "esb:4,k=1", "apot:4/channel", "residual:3", "lsq:2"]
+)
+@pytest.mark.parametrize("fold_bn", [False, "running"])
+def test_any_scheme_keeps_a_rounding(spec: str, fold_bn: bool | str) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)]
+    module = wrapped(layers, fold_bn).eval()
+    module.weight_quantizer = tq.make_quantizer(spec)
+    (slot,) = module.weight_slots()
+    values = rounded_by_chance(slot)
+    slot.commit(values)
+    tq.set_qmodule_state(module.train(), QModuleState.QUANT_AWARE_TRAIN)
+    module.observe_weight()
+    assert torch.equal(module.weight_quantizer(slot.seen()), values)
+    assert torch.equal(module.weight_quantizer.decode(module.weight_quantizer.encode(slot.seen())), values)
+
+
+def test_a_commit_keeps_the_numbers_there_are() -> None:
+    """A scale that was fitted or set is not measured anew."""
+    module = wrapped([nn.Linear(4, 3)])
+    (slot,) = module.weight_slots()
+    quantizer = module.weight_quantizer
+    module.observe_weight()
+    quantizer.set_numbers(range_min=torch.full((3,), -0.25), range_max=torch.full((3,), 0.25))
+    values = quantizer(slot.seen()).detach()
+    slot.commit(values)
+    assert torch.equal(quantizer(slot.seen()), values)
+    assert quantizer.numbers()["range_max"].tolist() == [0.25] * 3
+
+
+def test_dorefa_commits_levels_in_units_of_its_own() -> None:
+    module = wrapped([nn.Linear(8, 3)])
+    module.weight_quantizer = tq.make_quantizer("dorefa:3")
+    (slot,) = module.weight_slots()
+    module.observe_weight()
+    values = module.weight_quantizer.levels()[torch.randint(8, (3, 8), generator=torch.Generator().manual_seed(0))]
+    slot.commit(values)
+    assert torch.equal(module.weight_quantizer(slot.seen()), values)
+
+
+def test_a_rounding_that_is_lost_is_said_and_undone() -> None:
+    module = wrapped([nn.Linear(4, 3)])
+    (slot,) = module.weight_slots()
+    before = slot.weight.detach().clone()
+    values = slot.seen().detach() + 0.01
+    with pytest.raises(
+        RoundingLostError, match=r"weight: 1?\d of 12 values are not what AffineQuantizer makes"
+    ) as caught:
+        slot.commit(values)
+    assert "neighbours, nearest or quantize give" in str(caught.value)
+    assert torch.equal(slot.weight, before)
+    assert not module.weight_quantizer.is_pinned
+    with pytest.raises(NonFiniteError):
+        slot.commit(torch.full_like(values, float("nan")))
+    assert torch.equal(slot.weight, before)
+    with pytest.raises(ConfigError, match=r"values must be of shape \(1, 3, 4\) or \(3, 4\), got \(3, 3\)"):
+        slot.commit(torch.zeros(3, 3))
+    with pytest.raises(ConfigError, match="weight has no quantizer, so that it has no levels"):
+        QWrapper(nn.Linear(4, 3)).weight_slots()[0].commit(values)
 
 
 def test_keys_of_a_quantizer_begin_with_its_prefix(quantized: tuple[QModule, tuple[Tensor, ...]]) -> None:

@@ -200,13 +200,13 @@ class Quantizer(CalibratedState, ABC):
         of an element follow from what is beside it, or from the shape of the weight, as long as no weight is pinned.
         """
         if not self.is_pinned and (self.levels_vary or self.axis not in (None, 0)):
-            why = "which numbers a column has follows from the weight"
             raise NoCodesError(
-                f"{type(self).__name__} cannot quantize columns alone, for {why}; call pin(weight) first"
+                f"{type(self).__name__} cannot quantize columns alone: which numbers a column has follows from the "
+                "weight. Call pin(weight) first"
             )
-        return (
-            self.quantize(x) if self.axis in (None, 0) and not self.levels_vary else self._nearest_in_place(x, columns)
-        )
+        if self.levels_vary or self.axis not in (None, 0):
+            return self._nearest_in_place(x, columns)
+        return self.quantize(x)
 
     def _nearest_in_place(self, x: Tensor, columns: Tensor) -> Tensor:
         """`nearest` for any scheme that is pinned: x where it stands in a whole weight."""

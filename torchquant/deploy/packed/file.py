@@ -31,6 +31,7 @@ from torchquant.errors import ConfigError, ExportError, require
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.qmodule.fused_part import current_keys
+from torchquant.range_observers._pins import Pinnable
 from torchquant.utils import set_qmodule_state
 
 CODES, SHARED = ".codes", ".shared"
@@ -134,7 +135,11 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         there, here = slots[other].state_prefix, slots[key].state_prefix
         tensors |= {here + k.removeprefix(there): value for k, value in tensors.items() if k.startswith(there)}
     current = current_keys(loaded, tensors)
-    _load_state(path, loaded, {current.get(key, key): value for key, value in tensors.items()})
+    tensors = {current.get(key, key): value for key, value in tensors.items()}
+    for name, module in loaded.named_modules(remove_duplicate=False):
+        if isinstance(module, Pinnable):
+            module.expect_pins(tensors, f"{name}." if name else "")
+    _load_state(path, loaded, tensors)
     coded = coded_tensors(loaded, loaded.state_dict(keep_vars=True))
     codes: dict[str, Tensor] = {}
     for key, (shape, kind, *form) in head.weights.items():

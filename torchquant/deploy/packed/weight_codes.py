@@ -55,6 +55,9 @@ class CodesQuantizer(Quantizer):
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.quantizer.decode(codes, dtype)
 
+    def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
+        raise ConfigError("a packed weight is not pinned: its codes are fixed. Pin the model that it was saved from")
+
     @property
     def is_ready(self) -> bool:
         return self.quantizer.is_ready

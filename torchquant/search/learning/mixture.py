@@ -89,6 +89,9 @@ class MixtureQuantizer(Quantizer):
         """Bits of each option."""
         return [option.n_bits for option in self.options]  # type: ignore[misc]
 
+    def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
+        raise ConfigError("a mixture cannot be pinned: it has no one grid. Let the search choose, and pin its choice")
+
     @property
     def is_ready(self) -> bool:
         return self.forced == FLOAT or all(self.options[i].is_ready for i in self.active)
