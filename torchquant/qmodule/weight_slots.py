@@ -125,9 +125,10 @@ class WeightSlot:
         lost = found.ne(values)
         n_lost = int(lost.sum())
         if n_lost:
+            wanted, became = float(values[lost][0]), float(found[lost][0])
             raise RoundingLostError(
                 f"{self.key}: {n_lost} of {values.numel()} values are not what {type(quantizer).__name__} makes of the "
-                f"weight that holds them, the first of them {float(values[lost][0])!r}, which becomes {float(found[lost][0])!r}. "
+                f"weight that holds them, the first of them {wanted!r}, which becomes {became!r}. "
                 "Take values that neighbours, nearest or quantize give of the pinned quantizer, and fold a batch norm "
                 "for good before rounding"
             )

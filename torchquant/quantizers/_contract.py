@@ -200,10 +200,13 @@ class Quantizer(CalibratedState, ABC):
         of an element follow from what is beside it, or from the shape of the weight, as long as no weight is pinned.
         """
         if not self.is_pinned and (self.levels_vary or self.axis not in (None, 0)):
-            raise NoCodesError(
-                f"{type(self).__name__} cannot quantize columns alone: which numbers a column has follows from the "
-                "weight. Call pin(weight) first"
+            part = self.about.granularity[0] if self.levels_vary else None
+            why = (
+                f"each {part} takes its scale from all of its elements"
+                if part
+                else f"its channels lie on axis {self.axis}"
             )
+            raise NoCodesError(f"{type(self).__name__} cannot quantize columns alone: {why}. Call pin(weight) first")
         if self.levels_vary or self.axis not in (None, 0):
             return self._nearest_in_place(x, columns)
         return self.quantize(x)
