@@ -213,7 +213,7 @@ def test_far_out_the_table_holds_the_last_level() -> None:
     assert steps is not None
     cells = Cells.over(steps.edges)
     assert cells is not None
-    index = cells.bins[cells.point(x).long()]
+    index = cells.bins[cells.place(x).long()]
     for quantizer, values in zip(quantizers, steps.values, strict=True):
         assert torch.equal(values[index], quantizer(x))
 
@@ -330,7 +330,7 @@ def test_cells_find_what_bucketize_finds(n: int) -> None:
     assert len(cells.bins) <= MOST_PLACES
     x = torch.cat([torch.randn(50_000), edges, torch.tensor([-math.inf, math.inf, 3e38, -3e38, 0.0])])
     for data in (x, x.nextafter(torch.tensor(math.inf)), x.nextafter(torch.tensor(-math.inf))):
-        point = cells.point(data)
+        point = cells.place(data)
         assert torch.equal(point, point.to(torch.int16).to(point.dtype))
         assert torch.equal(cells.bins[point.long()], torch.bucketize(data, edges))
 
