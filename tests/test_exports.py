@@ -46,8 +46,8 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.qmodule": [
         "ActivationPattern", "FloatCheckpoints", "InputFirstPattern", "LayerPattern", "QModule",
-        "QModuleState", "QOp", "QWeights", "QWrapper", "WeightSlot", "float_state_dict", "link_float_state",
-        "register_pattern",
+        "QModuleState", "QOp", "QWeights", "QWrapper", "WeightSlot", "WeightsPattern", "float_state_dict",
+        "link_float_state", "register_pattern",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",

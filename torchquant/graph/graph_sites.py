@@ -33,12 +33,12 @@ from torchquant.graph.sites import (
     joined,
     layer_slots,
     layer_types,
-    n_reads_of,
     why_other,
 )
 from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerPattern, activation_clamp, norm_of, plain_type, row_of
+from torchquant.qmodule.weighted import n_values
 
 NO_FORM = "it has no quantized form"
 TAKES_WEIGHTS = ", nor have the weights it is given"
@@ -112,7 +112,7 @@ class GraphSites:
         if known is not None:
             site = self.sites[known]
             self.site_of[node] = site.path
-            reads = site.reads + self._reads(node, n_reads_of(kind))
+            reads = site.reads + self._reads(node, n_values(kind))
             is_read = site.is_read or self.needed[node]
             self._put(replace(site, reads=reads, nodes=(*site.nodes, node.name), is_read=is_read))
             return
@@ -131,7 +131,7 @@ class GraphSites:
         site = Site(path, types, layer_slots(module), module, tuple(fused))
         if self._fuses_beyond_clamps(site, nodes[-1]):
             site = replace(site, fields=(*site.fields, "preactivation"))
-        self._add(site, nodes, n_reads_of(kind))
+        self._add(site, nodes, n_values(kind))
 
     def fusable(self, node: fx.Node) -> bool:
         return bool(self.fuse) and self.n_calls[id(self.module_of(node))] == 1

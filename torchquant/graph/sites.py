@@ -13,11 +13,10 @@ from torchquant.errors import ConfigError
 from torchquant.graph.tracer import Traced
 from torchquant.qmodule.own_forward import base_of
 from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern, plain_type, row_of, stock_type, why_no_layer
+from torchquant.qmodule.weighted import n_values
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, make_quantizer
 
-N_READS = {"EmbeddingBag": 0, "Embedding": 0, "Bilinear": 2, "MultiheadAttention": 3}
-"""Inputs of a layer that carry values, where these are not the first only."""
 NORM_WHY = "a normalization stays float"
 ONLY_FLOAT = "only float operators read its result"
 SLOTS = ("weight", "input", "output", "bias", "preactivation")
@@ -208,7 +207,7 @@ def layer_slots(module: nn.Module) -> tuple[str, ...]:
         return ("weight", "input", "output", *(("bias",) if has_bias else ()))
     if not weight_names(module):
         return ()
-    return ("weight", "output") if n_reads_of(stock_type(module).__name__) == 0 else ("weight", "input", "output")
+    return ("weight", "output") if n_values(stock_type(module).__name__) == 0 else ("weight", "input", "output")
 
 
 def layer_types(module: nn.Module) -> tuple[str, ...]:
@@ -232,11 +231,6 @@ def why_other(module: nn.Module) -> str:
 def has_layers(module: nn.Module) -> bool:
     """Whether the module is, or contains, a layer with weights."""
     return any(layer_slots(m) for m in module.modules())
-
-
-def n_reads_of(kind: str) -> int:
-    """How many of the inputs of a layer carry values. kind: the first of its types."""
-    return N_READS.get(kind, 1)
 
 
 __getattr__ = renamed_names(__name__, {"LeftFloat": "Unquantized", "Read": "SiteInput"})

@@ -17,7 +17,7 @@ from torchquant.graph.operators import OPERATORS
 from torchquant.graph.rewrite import SHARE
 from torchquant.graph.sites import SLOTS, Captured, Site, make_for_slot
 from torchquant.qmodule.patterns import PATTERNS
-from torchquant.qmodule.weights import WEIGHTED
+from torchquant.qmodule.weighted import WEIGHTED, class_name
 from torchquant.quantizers import QuantSpec
 
 Rules = str | Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ _TABLES = {"types": ["Embedding"], "weight": _INT8["weight"]}  # of which runtim
 _ENDS = {"position": ["first", "last"]}
 _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 _LAYERS = [*_CONVS, "Linear"]
-_TOKEN_LAYERS = ["Linear", "Conv1D", *(kind.__name__ for kind in WEIGHTED)]
+_TOKEN_LAYERS = ["Linear", "Conv1D", *map(class_name, WEIGHTED)]
 """Layers whose sums run along the last axis of their input."""
 _FLOAT_INPUTS = {"types": ["LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell"], "input": None}
 """No runtime multiplies what a recurrent layer reads in integers, so a grid there would only cost."""
@@ -231,9 +231,9 @@ def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | No
 
 def _known_types(captured: Captured) -> set[str]:
     own = {kind for site in captured.sites for kind in (*site.types, *(k for _, k in site.fused))}
-    rows = {kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in PATTERNS}
+    rows = {class_name(kind) for kind in (*PATTERNS, *WEIGHTED)}
     operators = {name for row in OPERATORS.values() if row.role == "computes" for name in row.types}
-    return own | rows | operators | {kind.__name__ for kind in WEIGHTED}
+    return own | rows | operators
 
 
 def choice(value: Any, where: str, name: str) -> Any:

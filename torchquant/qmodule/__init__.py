@@ -13,6 +13,7 @@ from torchquant.qmodule.patterns import register_pattern as register_pattern
 from torchquant.qmodule.state import QModule as QModule
 from torchquant.qmodule.state import QModuleState as QModuleState
 from torchquant.qmodule.weight_slots import WeightSlot as WeightSlot
+from torchquant.qmodule.weighted import WeightsPattern as WeightsPattern
 from torchquant.qmodule.weights import QWeights as QWeights
 from torchquant.qmodule.wrapper import QWrapper as QWrapper
 
@@ -27,6 +28,7 @@ __all__ = [
     "QWeights",
     "QWrapper",
     "WeightSlot",
+    "WeightsPattern",
     "float_state_dict",
     "link_float_state",
     "register_pattern",

@@ -1,6 +1,7 @@
 """The one table of what QWrapper can wrap: layer [+ batch norm] [+ activation].
 
 `register_pattern(MyConv, LayerPattern(...))` or `register_pattern(MyAct, ActivationPattern())` adds a row.
+Modules with several weights have a table of their own, weighted.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torchquant._renamed import renamed_names
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, NameClashError, UnsupportedPatternError
 from torchquant.qmodule.own_forward import base_of, product_of, run_own, why_not_followed
+from torchquant.qmodule.weighted import WEIGHTED, WeightsPattern, class_name
 from torchquant.quantizers_functional._gradient import pass_through
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -226,10 +228,11 @@ def split_norm(module: Any) -> nn.Module:
 
 
 @checked
-def register_pattern(kind: type[nn.Module] | str, row: LayerPattern | ActivationPattern) -> None:
-    """Let QWrapper wrap `kind`: a class, or "module.Class" for one of a package not imported yet.
+def register_pattern(kind: type[nn.Module] | str, row: LayerPattern | ActivationPattern | WeightsPattern) -> None:
+    """Let a class be quantized. kind: the class, or "module.Class" for one of a package not imported yet.
 
-    Raises ConfigError, NameClashError if `kind` has another row already.
+    `QWrapper` takes a layer with one weight and an activation, `QWeights` a module with several weights. Plans, counts,
+    files and the integer reference follow. Raises ConfigError, NameClashError if `kind` has another row already.
 
     >>> class Double(nn.Module):
     ...     def forward(self, x):
@@ -240,9 +243,15 @@ def register_pattern(kind: type[nn.Module] | str, row: LayerPattern | Activation
         raise ConfigError(
             f"kind must be a class or its name with the module's, 'package.module.Class'; got {shown(kind)}"
         )
-    known = PATTERNS.setdefault(kind, row)
+    known = PATTERNS.get(kind) or WEIGHTED.get(kind) or row
     if known != row:
         raise NameClashError(f"{kind} already has the row {known}; got {row}")
+    if not isinstance(row, WeightsPattern):
+        PATTERNS[kind] = row
+        return
+    if not isinstance(kind, str):
+        row.check(kind)
+    WEIGHTED[kind] = row
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
@@ -343,12 +352,9 @@ def split_pattern(
 
 
 def _unsupported(given: list[nn.Module]) -> UnsupportedPatternError:
-    def name(kind: type | str | None) -> str:
-        return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
-
-    layer_rows = {name(k): r for k, r in PATTERNS.items() if isinstance(r, LayerPattern)}
-    layers = ", ".join(f"{k} [+ {name(r.batch_norm)}]" if r.batch_norm else k for k, r in layer_rows.items())
-    activations = sorted({name(k) for k, r in PATTERNS.items() if isinstance(r, ActivationPattern)})
+    layer_rows = {class_name(k): r for k, r in PATTERNS.items() if isinstance(r, LayerPattern)}
+    layers = ", ".join(f"{k} [+ {class_name(r.batch_norm)}]" if r.batch_norm else k for k, r in layer_rows.items())
+    activations = sorted({class_name(k) for k, r in PATTERNS.items() if isinstance(r, ActivationPattern)})
     return UnsupportedPatternError(
         f"QWrapper cannot wrap [{', '.join(type(m).__name__ for m in given)}]. It takes one layer, then its batch "
         f"norm, then an activation, the last two optional. Layers: {layers}. Activations: {', '.join(activations)}. "

@@ -14,40 +14,37 @@ from torchquant.errors import ConfigError, UnsupportedPatternError
 from torchquant.qmodule.patterns import LayerPattern, row_of, run_with, stock_type
 from torchquant.qmodule.state import QModule
 from torchquant.qmodule.weight_slots import WeightSlot, parameter_of, quantizer_key
+from torchquant.qmodule.weighted import WEIGHTED, class_name, weights_pattern
 from torchquant.quantizers import Quantizer
-
-WEIGHTED: tuple[type[nn.Module], ...] = (
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LSTM,
-    nn.GRU,
-    nn.RNN,
-    nn.LSTMCell,
-    nn.GRUCell,
-    nn.RNNCell,
-    nn.MultiheadAttention,
-)
-"""What QWeights wraps: these classes, and those below them with the same forward."""
-VALUES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Bilinear: ("input1", "input2"),
-    nn.MultiheadAttention: ("query", "key", "value"),
-}
-"""The first inputs of a module, those that carry values, where these are not `input` alone."""
 
 
 def weight_names(module: nn.Module) -> list[str]:
-    """Names of the parameters of the module that are weights; [] for a class that is not in `WEIGHTED`.
+    """Names of the parameters of the module that are weights; [] for a class that is not in the table `WEIGHTED`.
 
     >>> weight_names(nn.GRUCell(3, 2))
     ['weight_ih', 'weight_hh']
     >>> weight_names(nn.MultiheadAttention(4, 2))
     ['in_proj_weight', 'out_proj.weight']
     """
-    if stock_type(module) not in WEIGHTED:
+    row = weights_pattern(stock_type(module))
+    if row is None:
         return []
+    if row.weights is not None:
+        return [_owned(module, name) for name in row.weights]
     names = [_computed(module, name) for name, _ in module.named_parameters() if "weight" in name.rpartition(".")[2]]
     return list(dict.fromkeys(names))
+
+
+def _owned(module: nn.Module, name: str) -> str:
+    """The name of a weight that a pattern lists. Raises ConfigError if the module has no such weight."""
+    try:
+        parameter_of(module, name)
+    except AttributeError:
+        owned = ", ".join(known for known, _ in module.named_parameters())
+        raise ConfigError(
+            f"the WeightsPattern of {type(module).__name__} lists the weight {name!r}; its parameters are {owned}"
+        ) from None
+    return name
 
 
 def _computed(module: nn.Module, name: str) -> str:
@@ -72,7 +69,8 @@ def float_weights(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 @checked
 class QWeights(QModule):
-    """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention.
+    """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention, or a class that
+    `register_pattern` gave a `WeightsPattern`.
 
     `weight_quantizers`: name of a weight (`weight_names`) -> its quantizer; a weight that is not named stays
     float. `acts_quantizer` sees the output, the first one where there are several: of a recurrent module the sequence,
@@ -103,8 +101,11 @@ class QWeights(QModule):
         super().__init__()
         names = weight_names(layer)
         if not names:
-            allowed = ", ".join(kind.__name__ for kind in WEIGHTED)
-            raise UnsupportedPatternError(f"QWeights wraps {allowed}; got {type(layer).__name__}")
+            allowed = ", ".join(map(class_name, WEIGHTED))
+            raise UnsupportedPatternError(
+                f"QWeights wraps {allowed}; got {type(layer).__name__}. Another class is added with "
+                "torchquant.register_pattern and a WeightsPattern"
+            )
         unknown = set(weight_quantizers) - set(names)
         if unknown:
             raise ConfigError(f"{type(layer).__name__} has the weights {', '.join(names)}; got {sorted(unknown)}")
@@ -166,7 +167,7 @@ class QWeights(QModule):
         quantizer = self.input_quantizer
 
         def quantized(given: list[Any]) -> list[Any]:
-            if len(given) == 1 or quantizer is None or not self.state.is_act_observed:
+            if len(given) <= 1 or quantizer is None or not self.state.is_act_observed:
                 return [self._run_acts_quantizer("input", quantizer, x) for x in given]
             quantizer.pre_observe(
                 torch.cat([x.flatten() for x in given]) if quantizer.axis is None else torch.cat(given)
@@ -200,7 +201,8 @@ def values_mapped(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[list[Any]], list[Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a module, those that carry values changed: `change` gets all of them, one given twice once."""
-    names = VALUES.get(stock_type(layer), ("input",))
+    row = weights_pattern(stock_type(layer))
+    names = () if row is None else row.values
     n = len(names)
     given: list[Any] = []
     for x in (*args[:n], *(x for name, x in kwargs.items() if name in names)):
