@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import copy
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import torchquant as tq
 from torchquant.deploy import certify, export_onnx, to_integer
 from torchquant.deploy.integer.operators import HANDLERS, handler_of, register_integer
-from torchquant.deploy.onnx.operators import ONNX_FORMS
+from torchquant.deploy.onnx import graph as onnx_graph
+from torchquant.deploy.onnx import operators as onnx_operators
+from torchquant.deploy.onnx.operators import MOVERS, ONNX_FORMS, STOPPING, OnnxForm, register_onnx
 from torchquant.errors import ConfigError, NameClashError
 from torchquant.graph.operator_table import ROLES, Operator
 from torchquant.graph.operators import OPERATORS, register_operator
@@ -234,6 +237,59 @@ def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that a test adds go when it ends."""
     for name in ("_rows", "_name_of", "_elsewhere"):
         monkeypatch.setattr(OPERATORS, name, dict(getattr(OPERATORS, name)))
+
+
+@pytest.fixture
+def own_forms() -> Iterator[None]:
+    """Forms in files that a test adds go when it ends."""
+    tables = (ONNX_FORMS, MOVERS, STOPPING, onnx_operators.EXACT_KERNELS, onnx_operators.TABLE_KERNELS)
+    kept = [copy.copy(table) for table in tables]
+    yield
+    for table, before in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(before)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("own_table", "own_forms")
+def test_what_moves_codes_in_a_file_is_quantized_on_the_same_grid_again() -> None:
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper.make_node
+    register_operator("mover", "mover", "passes", n_reads=1)
+    for moved, written in ((False, ["Mover"]), (True, ["Mover", "QuantizeLinear", "DequantizeLinear"])):
+        nodes = [make("DequantizeLinear", ["codes", "scale", "zero"], ["x"]), make("Mover", ["x"], ["y"])]
+        proto = onnx.helper.make_model(onnx.helper.make_graph(nodes, "net", [], []))
+        if moved:
+            register_onnx("mover", OnnxForm(("Mover", "Slice"), moves=True))
+        onnx_graph._quantize_behind_moves(proto, onnx)
+        assert [node.op_type for node in proto.graph.node[1:]] == written
+        assert proto.graph.node[-1].output[0] == "y"
+    assert {"Mover", "Slice"} <= MOVERS
+    assert {"Split", "Pad", "Mover"} <= STOPPING
+    assert "Slice" not in STOPPING  # codes move through a Slice by themselves
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_table", "own_forms")
+def test_behind_an_operator_of_ones_own_layers_compute_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, net = torch.randn(64, 8, 8), nn.Sequential(nn.Linear(8, 8), Use(torch.tril), nn.Linear(8, 8))
+    register_operator("tril", "tril", "passes", n_reads=1)
+    register_onnx("tril", OnnxForm(("Trilu",), moves=True))
+    model = tq.quantize(net.eval(), INT8, x)
+    tq.calibrate(model, [x])
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_EVAL)
+    certificate = certify(model, export_onnx(model, tmp_path / "net.onnx", x), x)
+    assert certificate.passed, str(certificate)
+    assert "MatMulNBits" not in certificate.comparisons[0].kernels
+
+
+@pytest.mark.usefixtures("own_table", "own_forms")
+def test_forms_are_of_operators_and_stay() -> None:
+    with pytest.raises(ConfigError, match="there is no operator 'triangle'; add it with torchquant.graph.register_op"):
+        register_onnx("triangle", OnnxForm(("Trilu",)))
+    register_onnx("add", ONNX_FORMS["add"])
+    with pytest.raises(NameClashError, match="the operator 'add' has the form .* already; got .*Trilu"):
+        register_onnx("add", OnnxForm(("Trilu",)))
 
 
 def halved(x: Tensor) -> Tensor:

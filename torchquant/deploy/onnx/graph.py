@@ -12,7 +12,7 @@ from torchquant.deploy.lowering.qdq import LOOK_UP, SITE, UINT8, StoredTable, St
 from torchquant.deploy.lowering.stored_weights import stored_bits
 from torchquant.deploy.onnx.float_weights import keep_float_weights
 from torchquant.deploy.onnx.keep_apart import keep_apart
-from torchquant.deploy.onnx.operators import RUNTIME_MOVES
+from torchquant.deploy.onnx.operators import RUNTIME_MOVES, STOPPING
 from torchquant.deploy.onnx.tokens import multiply_tokens_in_integers
 from torchquant.errors import require
 
@@ -115,10 +115,10 @@ def _write_look_ups(proto: Any, onnx: Any) -> None:
 
 
 def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
-    """Put the parts of a split activation, or a padded one, on its grid again, where they lie already.
+    """Put what a Split, a Pad or another of `STOPPING` gives on its grid again, where it lies already.
 
-    ONNX Runtime moves codes through what reorders values by itself, but through a Split or Pad only where both ends are
-    codes; without this the layers behind it compute in float32.
+    ONNX Runtime moves codes through what reorders values by itself, but through these only where both ends are codes;
+    without this the layers behind them compute in float32.
     """
 
     def pads_on_grid(node: Any, stored: dict[str, Any]) -> bool:
@@ -131,7 +131,7 @@ def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
     nodes = []
     for node in proto.graph.node:
         nodes.append(node)
-        source = made_by.get(node.input[0]) if node.op_type in ("Split", "Pad") else None
+        source = made_by.get(node.input[0]) if node.op_type in STOPPING else None
         while source is not None and source.op_type in RUNTIME_MOVES:
             source = made_by.get(source.input[0])
         if source is None or source.op_type != "DequantizeLinear" or any(a.name == "axis" for a in source.attribute):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchquant._arguments import checked
+from torchquant.errors import ConfigError, NameClashError
+from torchquant.graph import OPERATORS
 from torchquant.qmodule.own_forward import PRODUCTS
 
 
@@ -98,14 +101,26 @@ ONNX_FORMS: dict[str, OnnxForm] = {
 }
 """Name of an operator -> what it is in a file."""
 
-EXACT_KERNELS = {kernel for form in ONNX_FORMS.values() for kernel in form.kernels}
+EXACT_KERNELS: set[str] = set()
 """Operators of ONNX Runtime that the integer reference reproduces: any difference counts."""
 
-TABLE_KERNELS = {"QLinearSoftmax", "QLinearWhere", *(kernel for form in ONNX_FORMS.values() for kernel in form.tables)}
+TABLE_KERNELS = {"QLinearSoftmax", "QLinearWhere"}
 """Operators that look float32 results of their own up in tables: one step is allowed."""
 
-MOVERS = {node for form in ONNX_FORMS.values() if form.moves for node in form.nodes}
+MOVERS: set[str] = set()
 """Operators that move codes, or pick some of them: as exact as what they read."""
+
+
+def _take_in(form: OnnxForm) -> None:
+    """Sort the node types of a form by what they do to codes."""
+    EXACT_KERNELS.update(form.kernels)
+    TABLE_KERNELS.update(form.tables)
+    if form.moves:
+        MOVERS.update(form.nodes)
+
+
+for _form in ONNX_FORMS.values():
+    _take_in(_form)
 
 REORDERING = MOVERS - {"Concat", "Pad", "Resize", "Clip", "Relu"}
 """Operators that give the same before and behind a DequantizeLinear, whatever their settings."""
@@ -115,3 +130,27 @@ LOOKED_THROUGH = MOVERS - {"Concat"}
 
 RUNTIME_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice"}
 """What ONNX Runtime moves a pair of QuantizeLinear and DequantizeLinear past by itself."""
+
+STOPPING = {"Split", "Pad"}
+"""What moves codes, but ONNX Runtime moves none through: the file puts its results on the same grid again."""
+
+
+@checked
+def register_onnx(name: str, form: OnnxForm) -> None:
+    """Say what an operator of one's own is in files: `torchquant.graph.register_operator` has added it to the table.
+
+    What torch's exporter writes for it stays as it is. Behind nodes that move codes (`moves`) the file quantizes on the
+    same grid again, so that the layers behind them compute in integers, and a certificate holds them to the codes they
+    read. Raises ConfigError for a name that is not in the table, NameClashError if it has another form already.
+
+    >>> from torchquant.graph import register_operator
+    >>> row = register_operator("tril", "tril", "passes", n_reads=1)
+    >>> register_onnx("tril", OnnxForm(("Trilu",), moves=True))
+    """
+    if name not in OPERATORS:
+        raise ConfigError(f"there is no operator '{name}'; add it with torchquant.graph.register_operator")
+    known = ONNX_FORMS.setdefault(name, form)
+    if known != form:
+        raise NameClashError(f"the operator '{name}' has the form {known} already; got {form}")
+    STOPPING.update(set(form.nodes) - MOVERS if form.moves else ())
+    _take_in(form)
