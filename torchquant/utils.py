@@ -20,7 +20,7 @@ from torchquant._arguments import checked
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, NoAffineViewError
 from torchquant.qmodule.fused import watch_fused_paths
-from torchquant.qmodule.state import QModule, QModuleState
+from torchquant.qmodule.state import QModule, QModuleState, set_states
 from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.range_observers._statistics import StatisticTracker
@@ -111,8 +111,7 @@ def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
     modules = _found(model, "set_qmodule_state")
     with _holders_lock:
         _refuse_if_held(modules, "set a state")
-        for module in modules:
-            module.state = state
+        set_states([(module, state) for module in modules])
         _observe_unreached_weights(modules, state)
 
 
@@ -174,8 +173,7 @@ class qmodule_state:  # noqa: N801 - published name
                     holder = _holders[module] = _Holder.current()
                 holder.depth += 1
             self._former.append([(module, module.state) for module in modules])
-            for module in modules:
-                module.state = self.state
+            set_states([(module, self.state) for module in modules])
             _observe_unreached_weights(modules, self.state)
         return self.model
 
@@ -183,8 +181,9 @@ class qmodule_state:  # noqa: N801 - published name
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _holders_lock:
-            for module, state in self._former.pop():
-                module.state = state
+            former = self._former.pop()
+            set_states(former)
+            for module, _ in former:
                 holder = _holders.get(module)
                 if holder is not None:
                     holder.depth -= 1

@@ -38,8 +38,8 @@ def watch_fused_paths(model: nn.Module) -> None:
     """
     for module in model.modules():
         for kind, switch in _SWITCHES.items():
-            value = getattr(module, switch, None)
-            if isinstance(module, kind) and value is not None and not isinstance(value, WhileFloat):
+            value = getattr(module, switch, None) if isinstance(module, kind) else None
+            if value is not None and not isinstance(value, WhileFloat):
                 if any(isinstance(inner, QModule) for inner in module.modules()):
                     setattr(module, switch, WhileFloat(module, value))
 

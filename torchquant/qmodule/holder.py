@@ -23,7 +23,6 @@ _SHARED = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 """Hooks before a call that compute a weight from what is trained."""
 OWN_CHILDREN = frozenset(
@@ -85,7 +84,12 @@ class Holder(nn.Module):
     def _call_held(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`forward(*args, **kwargs)` as the forward of the held module: between its hooks."""
         module = self.held
-        if module is None or not any(getattr(module, hooks) for hooks in _CALL_HOOKS):
+        if module is None or not (
+            module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
             return forward(*args, **kwargs)
         attributes = module.__dict__
         former = {"forward": attributes["forward"]} if "forward" in attributes else {}
@@ -121,6 +125,9 @@ class Holder(nn.Module):
         return name in self._modules and name not in self._listed
 
     def __getattr__(self, name: str) -> Any:
+        own = self.__dict__.get("_modules")
+        if own is not None and name in own:
+            return own[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -17,6 +17,7 @@ from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._counting import settle_together
 from torchquant.range_observers._statistics import StatisticTracker
 
 
@@ -46,6 +47,14 @@ class QModuleState(Enum):
 _STATES = list(QModuleState)
 ACTIVATIONS = ("input", "preactivation", "output")
 """The sites of a QModule where activations pass; at the others it holds what is quantized."""
+_QUANTIZERS = {
+    "weight": "weight_quantizer",
+    "bias": "bias_quantizer",
+    "input": "input_quantizer",
+    "preactivation": "preactivation_quantizer",
+    "output": "acts_quantizer",
+}
+"""Site -> what the quantizer there is called in a QModule."""
 AVERAGED = 1e-3
 """How far the mean of equal flags may lie from them: the weights of an average sum to 1 only nearly."""
 
@@ -120,13 +129,14 @@ class QModule(Holder):
     def state(self, state: QModuleState) -> None:
         if not isinstance(state, QModuleState):
             raise ConfigError(f"state must be a QModuleState, such as QModuleState.QUANT_EVAL; got {shown(state)}")
-        self._state = state
-        self._seen = []
+        set_states([(self, state)])
+
+    def _trackers(self) -> Iterator[StatisticTracker]:
+        """All that has statistics in the quantizers."""
         for quantizer in self.quantizers().values():
-            for tracker in quantizer.modules():
-                if isinstance(tracker, StatisticTracker):
-                    tracker.look_again()  # compiled code will not look for statistics that others wrote
-                    tracker.settle()
+            for module in quantizer.modules():
+                if isinstance(module, StatisticTracker):
+                    yield module
 
     @property
     def mode(self) -> Any:
@@ -151,15 +161,8 @@ class QModule(Holder):
 
     def quantizers(self) -> dict[str, Quantizer]:
         """Site name ("weight", "bias", "input", "preactivation", "output") -> quantizer, for those that have one."""
-        sites = {
-            "weight": "weight_quantizer",
-            "bias": "bias_quantizer",
-            "input": "input_quantizer",
-            "preactivation": "preactivation_quantizer",
-            "output": "acts_quantizer",
-        }
-        found = {site: getattr(self, name, None) for site, name in sites.items()}
-        return {site: quantizer for site, quantizer in found.items() if quantizer is not None}
+        found = {site: self._modules.get(name) for site, name in _QUANTIZERS.items()}
+        return {site: quantizer for site, quantizer in found.items() if isinstance(quantizer, Quantizer)}
 
     def weight_slots(self) -> list[WeightSlot]:
         """Every weight the module holds itself, quantized or not; the one way to read, set and quantize it."""
@@ -175,19 +178,22 @@ class QModule(Holder):
     def observe_weight(self) -> None:
         """Show each weight quantizer its weight as it is now. Needs no data."""
 
-    def _is_new_weight(self, quantizers: Iterable[Quantizer], sources: Iterable[Tensor]) -> bool:
+    def _is_new_weight(self, quantizers: Sequence[Quantizer], sources: Sequence[Tensor]) -> bool:
         """Whether weights have to be observed, and note that they were: not those observed last in this state.
 
         `sources`: the tensors that the weights come from. Change is told by their version counters, which writing
         through `.data` does not move. A quantizer that remembers more than the last tensor sees each.
         """
-        quantizers, sources = list(quantizers), list(sources)
-        if torch.compiler.is_compiling() or not all(quantizer.is_memoryless for quantizer in quantizers):
+        if torch.compiler.is_compiling():
             return True
-        known = self._seen if all(quantizer.is_ready for quantizer in quantizers) else []
-        if [(id(t), t._version) for t in sources] == [(id(t), version) for t, version in known]:
+        is_seen = len(self._seen) == len(sources) and all(
+            source is tensor and source._version == version
+            for source, (tensor, version) in zip(sources, self._seen, strict=True)
+        )
+        if is_seen and all(quantizer.is_ready for quantizer in quantizers):
             return False
-        self._seen = [(t, t._version) for t in sources] if all(t.is_leaf for t in sources) else []
+        is_kept = all(q.is_memoryless for q in quantizers) and all(t.is_leaf for t in sources)
+        self._seen = [(t, t._version) for t in sources] if is_kept else []
         return True
 
     def _on_new_shape(self) -> None:
@@ -248,3 +254,14 @@ class QModule(Holder):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.state = saved_state(state.flatten().tolist(), self.path or type(self).__name__)
+
+
+def set_states(states: Sequence[tuple[QModule, QModuleState]]) -> None:
+    """Put each module in its state. Ranges that are still to be chosen are chosen together, which is quicker."""
+    trackers = [tracker for module, _ in states for tracker in module._trackers()]
+    for tracker in trackers:
+        tracker.look_again()  # compiled code will not look for statistics that others wrote
+    settle_together(trackers)
+    for module, state in states:
+        module._state = state
+        module._seen = []

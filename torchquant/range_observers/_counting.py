@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.range_observers._base import RangeObserver
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
 from torchquant.range_observers._histogram import Bins, histogram, rebinned, widened
-from torchquant.range_observers._statistics import ends_of, ordinary_zeros, rows
+from torchquant.range_observers._statistics import StatisticTracker, ends_of, ordinary_zeros, rows
 
 AT_ONCE = 2**18  # bins of an intermediate tensor
+FEW = 2**14  # elements of a batch that are counted together with those of the next
+MOST_KEPT = 2**17  # elements that wait to be counted
+OBSERVERS_AT_ONCE = 8  # whose ranges are chosen in one search
 
 
 def _numbers(low: Tensor, high: Tensor) -> list[float]:
@@ -43,11 +47,20 @@ class CountingObserver(RangeObserver):
     """Whether the bins count elements that are exactly 0, which every grid has a level for."""
     histogram_min: Tensor
     histogram_max: Tensor
-    counts: Tensor
     _is_range_due = False
     """Whether batches were counted since the range was chosen; until it is, the range is all that was seen."""
     _bins: Any = (None, None)
     """Ends of what was seen, as `_numbers`, with the type of its elements, and the bins over it; for the next batch."""
+    _uncounted: tuple[Tensor, ...] | list[Tensor] = ()
+    """Rows of small batches, inside what was seen, that are still to be counted: a few at once cost as much as one."""
+    chosen_by: ClassVar[tuple[str, ...]] = ()
+    """The attributes that `choose` reads: observers that are alike in them are searched as rows of one search. None:
+    each is searched by itself, as in a subclass that overrides `choose` without saying what it reads."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "choose" in cls.__dict__ and "chosen_by" not in cls.__dict__:
+            cls.chosen_by = ()
 
     def __init__(self, n_bins: int, decay: float, axis: int | None, nonfinite: str) -> None:
         if not (isinstance(n_bins, int) and n_bins >= 16):
@@ -78,6 +91,14 @@ class CountingObserver(RangeObserver):
         return not self.keeps_counts
 
     @property
+    def counts(self) -> Tensor:
+        """Elements of each bin, (n_bins,) or (C, n_bins) float64."""
+        if "counts" not in self._buffers:  # not made yet
+            raise AttributeError("counts")
+        self._count_the_rest()
+        return cast(Tensor, self._buffers["counts"])
+
+    @property
     def range_min(self) -> Tensor:  # type: ignore[override]
         """Lower end of the range, () or (C,)."""
         return self._settled("range_min")
@@ -99,15 +120,31 @@ class CountingObserver(RangeObserver):
             self._is_range_due = False
             self._choose_range()
 
-    @torch.no_grad()
     def _choose_range(self) -> None:
-        low, high, counts = (
+        self._set_range(self._chosen(*self._seen()))
+
+    @torch.no_grad()
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts (C, n_bins) of all that was seen, and its ends (C,), in float64."""
+        counts, low, high = (
             (statistic if self.axis is not None else statistic[None]).to(torch.float64)
-            for statistic in (self.histogram_min, self.histogram_max, self.counts)
+            for statistic in (self.counts, self.histogram_min, self.histogram_max)
         )
-        for name, end in zip(("range_min", "range_max"), self._chosen(counts, low, high), strict=True):
+        return counts, low, high
+
+    def _set_range(self, ends: Iterable[Tensor]) -> None:
+        for name, end in zip(("range_min", "range_max"), ends, strict=True):
             cast(Tensor, self._buffers[name]).view(-1).copy_(end)
 
+    def _alike(self) -> tuple[Any, ...] | None:
+        """What observers have in common that can be rows of one search; None for one that cannot."""
+        low, high = (cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max"))
+        if not self.chosen_by or self.axis is not None or low.device.type != "cpu":
+            return None
+        is_one_sided = low.item() >= 0.0 or high.item() <= 0.0  # then its ends are not searched each by itself
+        return type(self), self.n_bins, is_one_sided, *(getattr(self, name) for name in self.chosen_by)
+
+    @torch.no_grad()
     def _chosen(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range from counts (C, n_bins) of all that was seen from low to high, (C,); not beyond those."""
         chosen, has_mass = self.choose(counts, low, high), counts.sum(1) > 0
@@ -134,29 +171,58 @@ class CountingObserver(RangeObserver):
         if not self._adds(x):
             super()._observe(x, measure)
 
-    @torch.no_grad()
     def _adds(self, x: Tensor) -> bool:
         """Add the counts of x, if nothing else changes: the quick way for most batches, those inside what was seen."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or world_size() > 1 or x.numel() == 0:
             return False
         if self.decay != 1.0 or self.nonfinite != "raise" or not self.is_observed:
             return False
-        x = rows(x, self.axis).to(compute_dtype(x))
-        seen = [cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max")]
-        known = _numbers(*seen)
-        now = _numbers(*ends_of(x))
+        x = x.detach()
+        known = self._known()
+        now = _numbers(*(torch.aminmax(x) if self.axis is None else ends_of(rows(x, self.axis))))
         # Not so where there is NaN, or another number of channels.
         if len(now) != len(known) or not all(old <= new for old, new in zip(known, now, strict=True)):
             return False
-        if self._bins[0] != (known, x.dtype):
-            ends = self.ends_of_bins(*(end.view(-1).to(torch.float64) for end in seen))
-            self.__dict__["_bins"] = (known, x.dtype), Bins(*ends, self.n_bins, x.dtype)
-        found = self._bins[1].count(x.abs() if self.of_magnitude else x, self.counts_zeros)
-        cast(Tensor, self._buffers["counts"]).view(len(x), -1).add_(found)
+        if x.numel() > FEW:
+            self._add_counts(rows(x, self.axis))
+        else:
+            self._add_later(rows(x, self.axis))
         if not self._is_range_due:
             self._is_range_due = True
         self._next_call()
         return True
+
+    def _known(self) -> list[float]:
+        return _numbers(*(cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max")))
+
+    def _add_later(self, x: Tensor) -> None:
+        """Count the rows x, which may be written to from now on, together with others."""
+        waiting = self._uncounted
+        if waiting and (waiting[0].dtype != x.dtype or len(waiting) * x.numel() > MOST_KEPT):
+            self._count_the_rest()
+            waiting = ()
+        if waiting:
+            cast(list[Tensor], waiting).append(x.clone())
+        else:
+            self.__dict__["_uncounted"] = [x.clone()]
+
+    def _count_the_rest(self) -> None:
+        """Count the batches that were put off."""
+        if self._uncounted and not torch.compiler.is_compiling():
+            waiting, self.__dict__["_uncounted"] = self._uncounted, ()
+            self._add_counts(torch.cat(list(waiting), 1))
+
+    @torch.no_grad()
+    def _add_counts(self, x: Tensor) -> None:
+        """Add the counts of rows (C, n) inside what was seen."""
+        x = x.to(compute_dtype(x))
+        known = self._known(), x.dtype
+        if self._bins[0] != known:
+            seen = (cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max"))
+            ends = self.ends_of_bins(*(end.view(-1).to(torch.float64) for end in seen))
+            self.__dict__["_bins"] = known, Bins(*ends, self.n_bins, x.dtype)
+        found = self._bins[1].count(x.abs() if self.of_magnitude else x, self.counts_zeros)
+        cast(Tensor, self._buffers["counts"]).view(len(x), -1).add_(found)
 
     def _kept(self) -> float | Tensor:
         """What the old counts are worth now: all of it where they are of the same batch."""
@@ -226,11 +292,19 @@ class CountingObserver(RangeObserver):
 
     def force(self, *values: Tensor | float) -> None:
         super().force(*values)
-        self._is_range_due = False
+        self._forget_what_is_due()
 
     def reset(self) -> None:
         super().reset()
+        self._forget_what_is_due()
+
+    def _forget_what_is_due(self) -> None:
         self._is_range_due = False
+        self.__dict__["_uncounted"] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticTracker:
+        self._count_the_rest()
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "counts")
@@ -239,8 +313,31 @@ class CountingObserver(RangeObserver):
             # One of the two keeps counts, the other does not; the range is there in both.
             state_dict[prefix + "counts"] = saved.new_zeros(*saved.shape[:-1], width)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_range_due = False
+        self._forget_what_is_due()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._count_the_rest()
+        return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._size_calls()  # a former pickle has counts also where none are kept
+
+
+def settle_together(trackers: Iterable[StatisticTracker]) -> None:
+    """Settle all of them; ranges that are chosen alike in one search, which costs little more than one of them."""
+    groups: dict[tuple[Any, ...], list[CountingObserver]] = defaultdict(list)
+    for tracker in trackers:
+        alike = tracker._alike() if isinstance(tracker, CountingObserver) and tracker._is_range_due else None
+        if alike is None:
+            tracker.settle()
+        elif tracker not in groups[alike]:
+            groups[alike].append(cast(CountingObserver, tracker))
+    for group in groups.values():
+        for start in range(0, len(group), OBSERVERS_AT_ONCE):
+            some = group[start : start + OBSERVERS_AT_ONCE]
+            seen = [torch.cat(parts) for parts in zip(*(observer._seen() for observer in some), strict=True)]
+            low, high = some[0]._chosen(*seen)
+            for row, observer in enumerate(some):
+                observer._is_range_due = False
+                observer._set_range((low[row : row + 1], high[row : row + 1]))

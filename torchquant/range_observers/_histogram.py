@@ -123,12 +123,17 @@ def entropy_share(counts: Tensor, n_levels: Tensor, most_levels: int, error: Ten
     cuts off all that is much larger than most. Every `stride`-th number of bins is tried, the largest first. (C,).
     """
     kept = torch.arange(counts.shape[1], 0, -stride, device=counts.device)
-    divergences = torch.stack(
-        [_divergences(row, kept, most_levels, levels) for row, levels in zip(counts, n_levels, strict=True)]
-    )
     is_allowed = (kept >= n_levels[:, None]) & (error[:, kept] <= error[:, -1:])
     is_allowed[:, 0] = True
-    return kept[torch.where(is_allowed, divergences, torch.inf).argmin(1)] / counts.shape[1]
+    is_eager = not torch.compiler.is_compiling() and counts.device.type == "cpu"
+    best = []
+    for row, levels, allowed in zip(counts, n_levels, is_allowed, strict=True):
+        if is_eager:  # what is not allowed need not be computed
+            tried = kept[allowed]
+            best.append(tried[_divergences(row, tried, most_levels, levels).argmin()])
+        else:
+            best.append(kept[torch.where(allowed, _divergences(row, kept, most_levels, levels), torch.inf).argmin()])
+    return torch.stack(best) / counts.shape[1]
 
 
 def clip_error(counts: Tensor, high: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ N_FACTORS = 10  # the last of them 1/99
 ROUNDS = 6  # of closer looks: the last factors are 0.8 % apart
 
 ErrorOf = Callable[[Tensor, Tensor], Tensor]
-"""Errors (C, g) of ranges with the ends (C, g) and (C, g)."""
+
+
+@dataclass(frozen=True)
+class RangeErrors:
+    """Errors (C, g) of ranges with the ends (C, g) and (C, g). `least`: what no error is below, quicker to compute."""
+
+    of: ErrorOf
+    least: ErrorOf | None = None
 
 
 class SquaredError:
@@ -46,7 +54,7 @@ class SquaredError:
     def __call__(self, params: AffineParams) -> Tensor:
         """(C, g) errors, over all of a row's mass, of the grids with delta (C, g) and zero_point (C, g) or a number."""
         delta, zero_point, qmin, qmax = params
-        highest, lowest = (qmax - zero_point) * delta, (qmin - zero_point) * delta
+        highest, lowest = _end_levels(params)
         error = self.variance + self.total * (highest - self.mean).square()
         if qmax - qmin <= self.n_bins:
             codes = torch.arange(qmin, qmax, dtype=delta.dtype, device=delta.device) + 0.5
@@ -56,6 +64,13 @@ class SquaredError:
         # Levels closer together than the bins: the sum becomes an integral, less what a step hides, d**2 / 12.
         within = self._double_integral(highest) - self._double_integral(lowest)
         return error - 2 * within + delta.square() / 12 * (self._mass(highest) - self._mass(lowest))
+
+    def clipping(self, params: AffineParams) -> Tensor:
+        """(C, g) the part of the errors that is made beyond the last levels, less what it may be wrong by."""
+        highest, lowest = _end_levels(params)
+        above, below = self._double_integral(torch.cat([highest, lowest], 1)).chunk(2, 1)
+        rounding = 1e-11 * self.total * (self.width * self.n_bins).square()
+        return self.variance + self.total * (highest - self.mean).square() - 2 * (above - below) - rounding
 
     def _place(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bin, distance from its first edge, and distance beyond the last edge, of points (C, k)."""
@@ -82,17 +97,25 @@ class SquaredError:
         return below + beyond * (self.first[:, -1:] + self.total * beyond / 2)
 
 
+def _end_levels(params: AffineParams) -> tuple[Tensor, Tensor]:
+    delta, zero_point, qmin, qmax = params
+    return (qmax - zero_point) * delta, (qmin - zero_point) * delta
+
+
 def _cumulated(parts: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(parts[:, :1]), parts.cumsum(1)], 1)
 
 
 def histogram_error(
     counts: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool | str, power: float
-) -> ErrorOf:
+) -> RangeErrors:
     """The errors |x - Q(x)|**power of affine grids on a histogram; for other powers than 2 at the middles of bins."""
     if power == 2.0:
         squared = SquaredError(counts, low, high)
-        return lambda low, high: squared(affine_params(low, high, n_bits, symmetric))
+        return RangeErrors(
+            lambda low, high: squared(affine_params(low, high, n_bits, symmetric)),
+            lambda low, high: squared.clipping(affine_params(low, high, n_bits, symmetric)),
+        )
     return format_error(
         counts, low, high, lambda low, high: UniformGrid(*affine_params(low, high, n_bits, symmetric)), power
     )
@@ -100,7 +123,7 @@ def histogram_error(
 
 def format_error(
     counts: Tensor, low: Tensor, high: Tensor, format_over: Callable[[Tensor, Tensor], Format], power: float
-) -> ErrorOf:
+) -> RangeErrors:
     """The errors |x - Q(x)|**power of the formats over ranges, at the middles of the bins of a histogram."""
     edges = bin_edges(low, high, counts.shape[1])
     middles = ((edges[:, 1:] + edges[:, :-1]) / 2)[:, None]
@@ -110,24 +133,49 @@ def format_error(
         quantized, _ = form.project(middles.expand(-1, low.shape[1], -1))
         return quantized.sub_(middles).abs_().pow_(power).mul_(counts[:, None]).sum(-1)
 
-    return error
+    return RangeErrors(error)
 
 
-def least_error_range(error: ErrorOf, low: Tensor, high: Tensor, is_symmetric: bool) -> tuple[Tensor, Tensor]:
+def least_error_range(errors: RangeErrors, low: Tensor, high: Tensor, is_symmetric: bool) -> tuple[Tensor, Tensor]:
     """The range of least error inside [low, high], (C,) each. Equal errors: the widest.
 
     The ends are shrunk by factors, both by the same where the grid is symmetric: first by the powers of `RATIO`,
     then by factors nearer and nearer to the best so far.
     """
-    if not torch.compiler.is_compiling() and low.device.type == "cpu":
+    is_eager = not torch.compiler.is_compiling() and low.device.type == "cpu"
+    if is_eager:
         is_symmetric = is_symmetric or bool(torch.logical_or(low >= 0, high <= 0).all())  # 0 is in every range
     factors = RATIO ** torch.arange(N_FACTORS, dtype=low.dtype, device=low.device)
     offsets = torch.tensor([0.0, -1.0, 1.0], dtype=low.dtype, device=low.device)
-    best = factors.new_ones(2, len(low), 1)
+    best, known = factors.new_ones(2, len(low), 1), None
     for round in range(ROUNDS + 1):
         tried = factors if round == 0 else RATIO ** (offsets / 2**round)
         pairs = torch.stack([tried, tried] if is_symmetric else torch.meshgrid(tried, tried, indexing="ij")).flatten(1)
         candidates = (best * pairs[:, None]).clamp(max=1.0)
-        errors = error(low[:, None] * candidates[0], high[:, None] * candidates[1])
-        best = candidates.gather(2, errors.argmin(1, keepdim=True).expand(2, -1, -1))
+        ends = low[:, None] * candidates[0], high[:, None] * candidates[1]
+        if is_eager:
+            is_other = ((candidates != best) | (pairs[:, None] == 1.0)).all(0)
+            found = _errors_that_matter(errors, *ends, known, is_other)
+            known = found.amin(1, keepdim=True)
+        else:
+            found = errors.of(*ends)
+        best = candidates.gather(2, found.argmin(1, keepdim=True).expand(2, -1, -1))
     return low * best[0, :, 0], high * best[1, :, 0]
+
+
+def _errors_that_matter(
+    errors: RangeErrors, low: Tensor, high: Tensor, known: Tensor | None, is_other: Tensor
+) -> Tensor:
+    """The errors (C, g) of the ranges that may be better than the first of each row; of others it may be infinite.
+
+    known: (C, 1) of the first. is_other: (C, g), whether a range is not the same as one before it.
+    """
+    if known is None:
+        known = errors.of(low[:, :1], high[:, :1])
+        if errors.least is not None:
+            is_other = is_other & (errors.least(low, high) <= known * (1 + 1e-6))
+    columns = is_other[:, 1:].any(0).nonzero().squeeze(1) + 1
+    found = torch.full_like(low, torch.inf).index_copy_(1, columns.new_zeros(1), known)
+    if len(columns):
+        found.index_copy_(1, columns, errors.of(low.index_select(1, columns), high.index_select(1, columns)))
+    return found

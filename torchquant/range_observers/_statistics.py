@@ -139,12 +139,12 @@ class StatisticTracker(CallsOfABatch):
 
     def _is_news(self) -> bool:
         """Whether the buffer may tell another thing than it did."""
-        weight = self.observed_weight
-        if weight.is_meta or isinstance(weight, FakeTensor) or is_functorch_wrapped_tensor(weight):
-            return False
-        if not self._is_observed or self._noted is None or self._noted[0] is not weight:
-            return True
-        return weight.device.type == "cpu" and _version(weight) != self._noted[1]
+        weight = cast(Tensor, self._buffers["observed_weight"])
+        noted = self._noted
+        if noted is not None and noted[0] is weight and self._is_observed:
+            if weight.device.type != "cpu" or _version(weight) == noted[1]:
+                return False
+        return not (weight.is_meta or isinstance(weight, FakeTensor) or is_functorch_wrapped_tensor(weight))
 
     def _take_note(self) -> None:
         """Take note of what the buffers say, which somebody else may have written."""
@@ -154,7 +154,7 @@ class StatisticTracker(CallsOfABatch):
         if self._is_observed is not is_observed:
             self._is_observed = is_observed
         if not torch.compiler.is_compiling():
-            weight = self.observed_weight
+            weight = cast(Tensor, self._buffers["observed_weight"])
             self.__dict__["_noted"] = weight, _version(weight)  # setting it as a module's attribute costs much more
 
     @abstractmethod
@@ -179,7 +179,7 @@ class StatisticTracker(CallsOfABatch):
         return self.n_calls == 1 and (self.momentum == 0.0 or self.set_once.issuperset(self.statistics))
 
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        if self._is_settled:
+        if self.set_once and self._is_settled:
             return
         if x.numel() == 0 and world_size() == 1:
             self._next_call()
@@ -187,12 +187,15 @@ class StatisticTracker(CallsOfABatch):
         x = x.detach()
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
-        seen = cast(Tensor, self._buffers["observed_weight"])
-        held = [cast(Tensor, self._buffers[name]) for name in self.statistics]
+        buffers: Any = self._buffers
         found = self.over_ranks(x, measure)
-        measured = [m if m.dtype == kept.dtype else m.to(kept.dtype) for m, kept in zip(found, held, strict=True)]
+        measured = [
+            m if m.dtype == buffers[name].dtype else m.to(buffers[name].dtype)
+            for name, m in zip(self.statistics, found, strict=True)
+        ]
         if self.axis is not None:
             self._expect_channels(measured[0].shape[:1])
+        seen = buffers["observed_weight"]
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             finite = [torch.isfinite(m).all() for m in measured]
             usable = torch.stack(finite).all().to(widest(x.device))
@@ -200,7 +203,7 @@ class StatisticTracker(CallsOfABatch):
         else:
             # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
             values = [m if m.ndim else m.item() for m in measured]
-            if not all(_is_finite(value) for value in values):
+            if not all(map(_is_finite, values)):
                 self._next_call()
                 # All ranks see the same numbers, so all of them come here and ask.
                 if world_size() > 1 and not reduce_max(torch.tensor(float(x.numel() > 0))):
@@ -258,13 +261,14 @@ class StatisticTracker(CallsOfABatch):
             self._average_in(values, seen, usable)
 
     def _average_in(self, values: Sequence[Tensor | float], seen: Tensor | float, usable: Tensor | float) -> None:
+        buffers: Any = self._buffers
         momentum = 0.0 if self.starts_at_first and not self.is_observed else self.momentum
         weight = seen * self.momentum + (1.0 - momentum)
         rate = (1.0 - momentum) / weight * usable
         for name, value in zip(self.statistics, values, strict=True):
             if not (name in self.set_once and self.is_observed):
-                _move_towards(cast(Tensor, self._buffers[name]), value, rate)
-        _move_towards(cast(Tensor, self._buffers["observed_weight"]), weight, usable)
+                _move_towards(buffers[name], value, rate)
+        _move_towards(buffers["observed_weight"], weight, usable)
 
     def _expect_channels(self, shape: torch.Size) -> None:
         """Size the buffers for a first batch; refuse another number of channels later."""

@@ -38,6 +38,8 @@ class HistogramObserver(CountingObserver):
     [-0.98, 0.98]
     """
 
+    chosen_by = ("percentile",)
+
     def __init__(
         self,
         percentile: float = 99.99,
@@ -75,6 +77,7 @@ class MSEObserver(CountingObserver):
     """
 
     counts_zeros = False
+    chosen_by = ("n_bits", "symmetric", "power", "format_over", "shrinks_alike")
     format_over: Callable[[Tensor, Tensor], Format] | None = None
     """(low, high) -> the format over that range; None: an affine grid. A quantizer of another format sets its own."""
     shrinks_alike = True
@@ -100,10 +103,10 @@ class MSEObserver(CountingObserver):
 
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if self.format_over is not None:
-            error = format_error(counts, *self.ends_of_bins(low, high), self.format_over, self.power)
-            return least_error_range(error, low, high, self.shrinks_alike)
-        error = histogram_error(counts, *self.ends_of_bins(low, high), self.n_bits, self.symmetric, self.power)
-        return least_error_range(error, low, high, self.symmetric not in TWO_SIDED)
+            errors = format_error(counts, *self.ends_of_bins(low, high), self.format_over, self.power)
+            return least_error_range(errors, low, high, self.shrinks_alike)
+        errors = histogram_error(counts, *self.ends_of_bins(low, high), self.n_bits, self.symmetric, self.power)
+        return least_error_range(errors, low, high, self.symmetric not in TWO_SIDED)
 
 
 @OBSERVERS.register("entropy")
@@ -125,6 +128,7 @@ class EntropyObserver(CountingObserver):
 
     of_magnitude = True
     counts_zeros = False
+    chosen_by = ("n_bits", "symmetric")
     symmetric: bool | str = False
 
     def __init__(
