@@ -54,7 +54,11 @@ class PercentileObserver(RangeObserver):
             negated, highest = reduce_max(torch.stack([-lowest, highest]))
             lowest = -negated
         if self.low_percentile is None:
-            clip = _percentile(x.abs(), self.percentile)
+            if world_size() == 1 and _place(self.percentile, x.shape[1]) == x.shape[1]:  # nothing is cut off
+                return (lowest, highest) if self.axis is not None else (lowest[0], highest[0])
+            is_eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+            is_magnitude = is_eager and bool((lowest >= 0).all())
+            clip = _percentile(x if is_magnitude else x.abs(), self.percentile)
             low, high = torch.maximum(lowest, -clip), torch.minimum(highest, clip)
         else:
             low, high = _percentile(x, self.low_percentile), _percentile(x, self.percentile)
@@ -64,12 +68,17 @@ class PercentileObserver(RangeObserver):
         return (low, high) if self.axis is not None else (low[0], high[0])
 
 
+def _place(percentile: float, n: int) -> int:
+    """ceil(p n), p in percent; at least 1."""
+    return min(max(math.ceil(percentile / 100.0 * n), 1), n)
+
+
 def _percentile(x: Tensor, percentile: float) -> Tensor:
     """The ceil(p n)-th smallest of each row, p in percent; the smallest for p = 0."""
     if world_size() > 1:
         return _percentile_of_ranks(x, percentile)
     n = x.shape[1]
-    k = min(max(math.ceil(percentile / 100.0 * n), 1), n)
+    k = _place(percentile, n)
     if len(x) == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _kth_largest(x[0], n - k + 1).view(1) if 2 * k > n else _kth_largest(-x[0], k).neg().view(1)
     return x.kthvalue(k, 1).values
@@ -88,7 +97,7 @@ def _kth_largest(x: Tensor, k: int) -> Tensor:
     blocks, rest = x[: width * n_blocks].view(width, n_blocks), x[width * n_blocks :]
     largest = blocks.amax(0)
     least = largest.kthvalue(n_blocks - k + 1).values
-    if not bool(least < x.amax()):  # as where many elements are the largest of all, or one is NaN
+    if not bool((least < largest).any()) and not bool((least < rest).any()):  # as where many elements are the largest of all, or one is NaN
         return least
     kept = torch.cat([blocks.index_select(1, (largest >= least).nonzero().squeeze(1)).flatten(), rest])
     return kept.kthvalue(len(kept) - k + 1).values
