@@ -34,7 +34,7 @@ from benchmarks.real.peers._base import shares
 from benchmarks.real.remarks import REMARKS
 from benchmarks.results import write_atomically
 
-TABLES = ("peers", "files", "defaults")
+TABLES = ("peers", "files", "calibration", "defaults")
 OUT = Path("docs/real_networks.json")
 VERSIONS = ("torch", "onnxruntime", "openvino", "nncf", "torchao", "brevitas", "transformers", "timm")
 FEWER = {"pitch": 2}
@@ -136,6 +136,9 @@ def cells_of(subject: Subject, table: str, options: argparse.Namespace) -> Itera
         for name in options.peers:
             if not PEERS[name].networks or subject.name in PEERS[name].networks:
                 yield name, lambda name=name: peer_cell(subject, name)
+    elif table == "calibration":
+        for choice in sweep.timed_observers() if options.rounds else ():
+            yield choice.value, lambda choice=choice: sweep.calibration_cost(network, choice, options.rounds)
     elif table == "defaults":
         for choice in sweep.choices(subject.name):
             yield choice.name, lambda choice=choice: choice_cell(subject, choice)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import real_networks
+from benchmarks.harness import BASELINE, CONTROL, Comparison
 from benchmarks.real import files, sweep
 from benchmarks.real.networks import NETWORKS, Real
 from benchmarks.real.page import missed, page
@@ -18,7 +19,7 @@ from benchmarks.real.peers import OTHERS, OURS, PEERS
 from benchmarks.real.peers._base import Quantized, shares
 from benchmarks.real.peers.ours import calibrated, quantized_weights
 from torchquant import QuantPlan
-from torchquant.range_observers import OBSERVERS
+from torchquant.range_observers import OBSERVERS, ExpAvgMinMax
 
 WAYS = {"w8a8": "ours", "static": "of others", "dynamic": "of each call", "partial": "linear layers only"}
 MACHINE = {"date": "2026-01-02T00:00", "cpu": "a processor", "threads": 2}
@@ -99,6 +100,48 @@ def test_missed_goals_stand_with_their_cause() -> None:
     file_cells["times"]["valid"] = False
     assert [goal for _, goal, _ in missed(given)] == ["accuracy", "certificate"]
     assert "None is missed." in page(results(), "r.json")
+
+
+def test_calibrations_stand_beside_their_goals() -> None:
+    cells = {
+        "net": {
+            "ema": {"cost": 1.154, "minima": 1.1, "valid": True},
+            "running": {"cost": 1.21, "minima": 1.18, "valid": True},
+            "mse": {"cost": 1.61, "minima": 1.5, "valid": True},
+            "entropy": {"cost": 9.0, "minima": 1.5, "valid": False},
+            "histogram": {"fails": "E: no"},
+        }
+    }
+    given = results(calibration=cells)
+    lines = page(given, "r.json").splitlines()
+    assert "| network | ema | minmax | running | histogram | mse | percentile | entropy |" in lines
+    assert "| net | 1.15 (1.10) |  | **1.21** (1.18) | fails | **1.61** (1.50) |  | void |" in lines
+    assert "| at most | 1.15 | 1.15 | 1.15 | 1.50 | 1.50 | 1.50 | 1.50 |" in lines
+    assert missed(given) == [("net", "calibration", "running 1.21, mse 1.61")]
+
+
+def test_a_calibration_is_timed_from_its_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def compare(baseline: Any, candidates: Any, rounds: int) -> Any:
+        for _ in range(rounds):
+            baseline()
+            candidates["calibration"]()
+        calls = [1.0] * rounds
+        return Comparison({BASELINE: calls, CONTROL: calls, "calibration": calls})
+
+    def observed(self: ExpAvgMinMax, x: Tensor, former: Any = ExpAvgMinMax.observe_batch) -> None:
+        seen.append(self.is_observed)
+        former(self, x)
+
+    monkeypatch.setattr(sweep, "compare", compare)
+    choice = next(sweep.timed_observers())
+    assert choice.name == "w8a8 observer=ema"
+    monkeypatch.setattr(ExpAvgMinMax, "observe_batch", observed)
+    assert sweep.calibration_cost(tiny(), choice, 2) == {"cost": 1.0, "minima": 1.0, "valid": True}
+    n_batches, n_calibrations, n_sites = 2, 3, len(seen) // 6
+    assert seen.count(False) == n_calibrations * n_sites
+    assert len(seen) == n_calibrations * n_batches * n_sites
 
 
 def test_choices_are_ranked() -> None:

@@ -85,10 +85,7 @@ class Holder(nn.Module):
         """`forward(*args, **kwargs)` as the forward of the held module: between its hooks."""
         module = self.held
         if module is None or not (
-            module._forward_pre_hooks
-            or module._forward_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
+            module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
         ):
             return forward(*args, **kwargs)
         attributes = module.__dict__

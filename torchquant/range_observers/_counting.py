@@ -19,7 +19,7 @@ from torchquant.range_observers._statistics import StatisticTracker, ends_of, or
 
 AT_ONCE = 2**18  # bins of an intermediate tensor
 FEW = 2**14  # elements of a batch that are counted together with those of the next
-MOST_KEPT = 2**17  # elements that wait to be counted
+MOST_KEPT, MOST_BATCHES = 2**17, 64  # elements, and batches, that wait to be counted
 OBSERVERS_AT_ONCE = 8  # whose ranges are chosen in one search
 
 
@@ -198,7 +198,8 @@ class CountingObserver(RangeObserver):
     def _add_later(self, x: Tensor) -> None:
         """Count the rows x, which may be written to from now on, together with others."""
         waiting = self._uncounted
-        if waiting and (waiting[0].dtype != x.dtype or len(waiting) * x.numel() > MOST_KEPT):
+        is_full = len(waiting) >= MOST_BATCHES or len(waiting) * x.numel() > MOST_KEPT
+        if waiting and (is_full or waiting[0].dtype != x.dtype):
             self._count_the_rest()
             waiting = ()
         if waiting:

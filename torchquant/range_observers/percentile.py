@@ -97,7 +97,9 @@ def _kth_largest(x: Tensor, k: int) -> Tensor:
     blocks, rest = x[: width * n_blocks].view(width, n_blocks), x[width * n_blocks :]
     largest = blocks.amax(0)
     least = largest.kthvalue(n_blocks - k + 1).values
-    if not bool((least < largest).any()) and not bool((least < rest).any()):  # as where many elements are the largest of all, or one is NaN
+    if not bool((least < largest).any()) and not bool(
+        (least < rest).any()
+    ):  # as where many elements are the largest of all, or one is NaN
         return least
     kept = torch.cat([blocks.index_select(1, (largest >= least).nonzero().squeeze(1)).flatten(), rest])
     return kept.kthvalue(len(kept) - k + 1).values
