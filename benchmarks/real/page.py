@@ -194,8 +194,8 @@ def _missed(results: Mapping[str, Any]) -> Iterator[str]:
     yield "## Goals that are missed\n"
     yield (
         f"The goals: no tool is ahead by more than {AHEAD_DB} dB at the same bits, the file takes at most {SLOWER} of "
-        f"the time of ONNX Runtime's own, its certificate passes, and a calibration takes at most {GOALS['ema']} of the "
-        f"time of the float model by minima and maxima, {GOALS['mse']} by other observers.\n"
+        f"the time of ONNX Runtime's own, its certificate passes, and a calibration takes at most {GOALS['ema']} of "
+        f"the time of the float model by minima and maxima, {GOALS['mse']} by other observers.\n"
     )
     remarks = results["remarks"]
     rows = [[net, goal, figure, remarks.get(f"{net}: {goal}", "not known")] for net, goal, figure in missed(results)]

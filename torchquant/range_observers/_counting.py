@@ -70,7 +70,7 @@ class CountingObserver(RangeObserver):
         self.n_bins = n_bins
         self.decay = decay
         super().__init__(0.0, axis, nonfinite)
-        self.counts = self.counts.to(torch.float64)
+        self._buffers["counts"] = self.counts.to(torch.float64)
 
     @abstractmethod
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class CountingObserver(RangeObserver):
         """Give the counts their width; calls are joined in them, with no buffers beside."""
         shape = self._shape_of("counts", self.counts.shape[:-1])
         if self.counts.shape != torch.Size(shape):
-            self.counts = ordinary_zeros(shape, self.counts)
+            self._buffers["counts"] = ordinary_zeros(shape, self.counts)
 
     def _take_in(
         self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
