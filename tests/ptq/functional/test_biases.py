@@ -82,6 +82,7 @@ def test_published_absorption() -> None:
     golden = GOLDENS["high_bias_absorption"]
     absorbed = absorbed_bias(real(golden["beta"]), real(golden["gamma"]))
     close(absorbed, golden["c"])
+    close(absorbed_bias(real(golden["beta"]), -real(golden["gamma"])), golden["c"])
     close(-absorbed, golden["b1_change"])
     close(absorbed_output(real(golden["W2"]), absorbed), golden["b2_change"])
     assert norm.cdf(3.0) == pytest.approx(golden["P_exact"], abs=1e-12)

@@ -93,6 +93,22 @@ def test_published_learned_clipping_with_gradients() -> None:
     close(high / (spread * weight.max()), [[golden["dsse_dh"]]])
 
 
+def test_gradient_of_learned_clipping_where_it_clips() -> None:
+    weight = real([GOLDENS["lwc"]["w"]])
+    logits = [torch.zeros(1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    rounded = clipped_quantize(weight, logits[0], logits[1], 3)
+    step = float(weight.max() - weight.min()) / 2 / 7
+    scaled, zero_point = weight / step, -round(float(weight.min()) / 2 / step)
+    is_inside = (scaled.round() >= -zero_point) & (scaled.round() <= 7 - zero_point)
+    codes = scaled.round().clamp(-zero_point, 7 - zero_point)
+    assert is_inside.tolist() == [[False, False, True, False, False, True]]
+    close(rounded.detach(), (codes * step).tolist())
+    per_step = (2 * (codes * step - weight) * torch.where(is_inside, codes - scaled, codes)).sum()
+    found = torch.autograd.grad((rounded - weight).square().sum(), logits)
+    close(found[0], [[float(per_step * weight.max() / 4 / 7)]])
+    close(found[1], [[float(-per_step * weight.min() / 4 / 7)]])
+
+
 def test_learned_clipping_of_a_row_of_zeros_is_zeros() -> None:
     logit = torch.full((1, 1), LEARNED_START, requires_grad=True)
     rounded = clipped_quantize(torch.zeros(1, 3), logit, logit, 4)

@@ -134,7 +134,7 @@ def test_a_group_sees_every_error_before_it_whatever_the_block() -> None:
             seen[block] = []
 
             def begin(current: Tensor, columns: Tensor, log: list[tuple[list[int], Tensor]] = seen[block]) -> None:
-                log.append((columns.tolist(), current.clone()))
+                log.append((columns.tolist(), current))
 
             gptq(weight, gram, INTEGERS, block=block, group=group, begin_group=begin)
         assert [columns for columns, _ in seen[1]] == [list(c) for c in torch.arange(11).split(group)]
@@ -215,14 +215,15 @@ def test_groups_of_a_convolution_in_one_batch_are_a_loop() -> None:
 
 
 def test_nearest_is_asked_for_the_columns_of_the_stored_weight() -> None:
+    """As float32 at least, whatever the weight is."""
     order, asked = torch.tensor([2, 0, 3, 1]), []
 
     def nearest(x: Tensor, columns: Tensor) -> Tensor:
-        asked.append((x.shape, columns.tolist()))
+        asked.append((x.dtype, x.shape, columns.tolist()))
         return x.round()
 
-    gptq(W.float(), GRAM, nearest, order)
-    assert asked == [(torch.Size([3, 1]), [j]) for j in order.tolist()]
+    gptq(W.bfloat16(), GRAM, nearest, order)
+    assert asked == [(torch.float32, torch.Size([3, 1]), [j]) for j in order.tolist()]
 
 
 def test_a_format_of_the_kit_is_a_grid_and_bfloat16_weights_are_rounded_in_float32() -> None:

@@ -135,6 +135,7 @@ def test_dead_columns_stand_alone() -> None:
     assert dead_columns(gram).tolist() == [False, False, True, False]
     assert float(factor[2, 2]) > 0
     assert torch.equal(factor[2, 3], torch.tensor(0.0, dtype=torch.float64))
+    close(damped_cholesky(gram * 1e6, 0.01)[1], (damped_cholesky(gram, 0.01)[1] * 1e6).tolist())
     trace = gram.diagonal().mean()
     close(factor.T @ factor[:, kept], (factor.T @ factor)[:, kept].tolist())
     close((factor.T @ factor)[kept][:, kept], (gram[kept][:, kept] + 0.01 * trace * ONE[:3, :3]).inverse().tolist())

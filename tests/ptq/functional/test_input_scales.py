@@ -54,7 +54,7 @@ def test_search_of_alpha_has_no_smoothing_among_its_candidates() -> None:
 
 
 def test_inputs_of_zeros_are_not_scaled() -> None:
-    assert smooth_scales(torch.tensor([0.0, 4.0]), torch.tensor([1e-9, 4.0]), 0.5).tolist() == [1.0, 1.0]
+    assert smooth_scales(torch.tensor([0.0, 4.0]), torch.tensor([4.0, 4.0]), 0.5).tolist() == [1.0, 1.0]
     assert bool(awq_scales(torch.tensor([0.0, 4.0]), 0.5).isfinite().all())
 
 
@@ -86,7 +86,9 @@ def test_heads_that_share_a_value_head_share_a_scale() -> None:
     size, heads, repeats = 3, 2, 2
     value = torch.randn(heads * size, 5, dtype=torch.float64)
     output = torch.randn(4, heads * repeats * size, dtype=torch.float64)
-    of_values = shared_by_heads(torch.rand(heads * repeats * size, dtype=torch.float64) + 0.5, size, repeats)
+    scales = torch.rand(heads * repeats * size, dtype=torch.float64) + 0.5
+    of_values = shared_by_heads(scales, size, repeats)
+    assert of_values[4] == max(scales[2 * size + 1], scales[3 * size + 1])
     x = torch.randn(7, 5, dtype=torch.float64)
 
     def run(value: Tensor, output: Tensor) -> Tensor:

@@ -45,6 +45,15 @@ def test_published_loftq(rounds: int) -> None:
     close((W - rounded - left @ right).square().sum(), GOLDEN["loftq_errors"][rounds - 1])
 
 
+def test_loftq_keeps_the_best_round_where_it_diverges() -> None:
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    errors = []
+    for rounds in (1, 2, 6):
+        rounded, left, right = loftq(weight, 1, ternary, rounds)
+        errors.append(float((weight - rounded - left @ right).square().sum()))
+    assert errors == [errors[0]] * 3
+
+
 def test_data_aware_terms_are_stationary_and_no_worse_in_any_group() -> None:
     generator = torch.Generator().manual_seed(0)
     gram = random_gram(30, 6, generator, groups=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,14 +68,16 @@ def test_one_term_is_the_step_refit_and_equal_terms_share() -> None:
     close(both[:, 0], both[:, 1].tolist())
 
 
-@pytest.mark.parametrize("groups", [2])
-def test_groups_in_one_batch_are_a_loop(groups: int) -> None:
+def test_groups_in_one_batch_are_a_loop_and_the_last_move_is_a_refit() -> None:
     generator = torch.Generator().manual_seed(0)
-    gram = random_gram(20, 5, generator, groups)
-    weight = torch.randn(groups, 3, 5, generator=generator, dtype=torch.float64)
+    gram = random_gram(20, 5, generator, groups=2)
+    weight = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
     steps = weight.abs().amax(-1) / 3
     together = tune_step(weight, gram, steps, -3, 3)
-    for i in range(groups):
+    found, codes = tune_step(weight, gram, steps, -3, 3, torch.zeros_like(weight), rounds=1)
+    assert not torch.equal(found, steps)
+    close(found, step_refit(weight, codes, gram, steps).tolist())
+    for i in range(2):
         alone = tune_step(weight[i], gram[i], steps[i], -3, 3)
         assert torch.equal(together[1][i], alone[1])
         close(together[0][i], alone[0].tolist())
@@ -98,6 +99,9 @@ def test_descent_is_between_its_start_and_the_optimum_on_uneven_levels(seed: int
             error = error_of((w - q)[None], gram)
             assert exhaustive(w, gram, levels, float(scale))[0] - 1e-9 <= error <= error_of((w - s)[None], gram) + 1e-12
     assert torch.equal(coordinate_descent(weight, found, gram, nearest), found)
+    for w, q, scale in zip(weight, found, scales, strict=True):  # no level of any one weight is better
+        moves = [q.index_fill(0, torch.tensor(j), level * float(scale)) for j in range(columns) for level in levels]
+        assert min(error_of((w - move)[None], gram) for move in moves) >= error_of((w - q)[None], gram) - 1e-9
 
 
 def test_descent_reaches_levels_beyond_the_neighbours_and_leaves_dead_columns() -> None:

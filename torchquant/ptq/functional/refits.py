@@ -74,7 +74,7 @@ def coordinate_descent(weight: Tensor, start: Tensor, gram: Tensor, nearest: Nea
             wanted = residual[..., now] / curve.where(curve > 0, 1.0)
             new = nearest((old + wanted).to(grid_type(weight)), columns[..., now]).to(gram.dtype)
             move = new - old
-            falls = (curve > 0) & ((move - wanted).square() < wanted.square() * (1 - 1e-12))
+            falls = (move - wanted).square() < wanted.square() * (1 - 1e-12)
             move = torch.where(falls, move, 0.0)
             rounded[..., now] = torch.where(falls, new, old)
             residual = residual - move * gram[..., now, :]
