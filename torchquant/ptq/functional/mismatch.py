@@ -90,6 +90,6 @@ def qronos(
         return first
     factor = inverse_factor(damped[..., 1:, 1:], damp=0.0)
     rest = (target[..., 1:] - first.to(wide.dtype) @ damped[..., :1, 1:]).to(factor.dtype)
-    solved = rest @ factor.mT @ factor
+    solved = (rest @ factor.mT @ factor).to(grid_type(weight))
     later = round_columns(solved, factor, nearest, columns[..., 1:], block)
     return torch.cat([first, later.to(weight.dtype)], -1)
