@@ -14,6 +14,7 @@ from torchquant.ptq.functional.input_scales import (
     best_candidate,
     scaled_error,
     shared_by_heads,
+    shifted_reader,
     smooth_candidates,
     smooth_scales,
 )
@@ -79,6 +80,14 @@ def test_published_awq() -> None:
 def test_two_sided_awq() -> None:
     scales = awq_scales(real([4.0, 1.0]), 0.5, real([0.25, 1.0]))
     close(scales, [2.0, 0.5])
+
+
+def test_a_shifted_and_scaled_input_leaves_the_function() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales, shift, bias = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.5 for n in (3, 3, 2))
+    weight, moved_bias = shifted_reader(W, bias, scales, shift)
+    found = ((X - shift) / scales) @ weight.T + moved_bias
+    torch.testing.assert_close(found, X @ W.T + bias, rtol=1e-12, atol=1e-12)
 
 
 def test_heads_that_share_a_value_head_share_a_scale() -> None:

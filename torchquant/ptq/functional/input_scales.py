@@ -114,6 +114,20 @@ def best_candidate(candidates: Iterable[tuple[float | None, Tensor]], error: Cal
 
 
 @explained
+def shifted_reader(weight: Tensor, bias: Tensor | None, scales: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that reads `(x - d) / s` in place of x: `W s` and `b + W d`. (rows, K) and (rows,).
+
+    weight: (rows, K). bias: (rows,) or None. scales, shift: (K,), s and d, which may be learned: the function stays the
+    same whatever they are. Source: Shao et al. 2023, arXiv:2308.13137 (OmniQuant), equation 3.
+
+    >>> shifted_reader(torch.tensor([[1.0, 2.0]]), None, torch.tensor([4.0, 0.5]), torch.tensor([1.0, 1.0]))
+    (tensor([[4., 1.]]), tensor([3.]))
+    """
+    moved = weight @ shift
+    return weight * scales, moved if bias is None else bias + moved
+
+
+@explained
 def shared_by_heads(scales: Tensor, head_size: int, repeats: int) -> Tensor:
     """Scales of an output projection's inputs made equal for query heads that share a value head, and the value's own.
 
