@@ -128,18 +128,25 @@ def test_a_group_sees_every_error_before_it_whatever_the_block() -> None:
     """Groups that are larger than a block, do not divide it, or leave a short one at the end."""
     generator = torch.Generator().manual_seed(3)
     gram, weight = random_gram(40, 11, generator), torch.randn(4, 11, generator=generator, dtype=torch.float64)
+
+    def seen(group: int, block: int) -> list[tuple[list[int], Tensor]]:
+        log: list[tuple[list[int], Tensor, Tensor]] = []
+        gptq(
+            weight,
+            gram,
+            INTEGERS,
+            block=block,
+            group=group,
+            begin_group=lambda w, c: log.append((c.tolist(), w, w + 0)),
+        )
+        assert all(torch.equal(kept, then) for _, kept, then in log)  # what was handed out is not written to
+        return [(columns, then) for columns, _, then in log]
+
     for group in (2, 3, 8):
-        seen: dict[int, list[tuple[list[int], Tensor]]] = {}
-        for block in (1, 4, 128):
-            seen[block] = []
-
-            def begin(current: Tensor, columns: Tensor, log: list[tuple[list[int], Tensor]] = seen[block]) -> None:
-                log.append((columns.tolist(), current))
-
-            gptq(weight, gram, INTEGERS, block=block, group=group, begin_group=begin)
-        assert [columns for columns, _ in seen[1]] == [list(c) for c in torch.arange(11).split(group)]
-        for other in (4, 128):
-            for (_, a), (_, b) in zip(seen[1], seen[other], strict=True):
+        one_by_one = seen(group, 1)
+        assert [columns for columns, _ in one_by_one] == [list(c) for c in torch.arange(11).split(group)]
+        for block in (4, 128):
+            for (_, a), (_, b) in zip(one_by_one, seen(group, block), strict=True):
                 torch.testing.assert_close(a, b)
 
 
