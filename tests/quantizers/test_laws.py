@@ -11,7 +11,7 @@ from torch import Tensor
 
 import torchquant as tq
 from torchquant.errors import LawViolation
-from torchquant.quantizers import LAWS, QUANTIZERS, Quantizer
+from torchquant.quantizers import LAWS, QUANTIZERS, LearnedQuantizer, Quantizer
 
 CASES = [
     pytest.param(name, axis, i, id=f"{name}-{i}-{'tensor' if axis is None else f'axis{axis}'}")
@@ -192,6 +192,45 @@ class Widening(tq.AffineQuantizer):
     def pre_observe(self, x: Tensor) -> None:
         low, high = self.observer.get_ranges() if self.is_ready else (-1.0, 1.0)
         self.observer.force_ranges(low * 2, high * 2)
+
+
+class Apart(LearnedQuantizer):
+    """Levels on one trained number and thresholds on another: equal at the start, and only there in the units of x."""
+
+    n_bits, code_range = 4, (-7, 7)
+    learned = ("step", "clip")
+    statistics = ("initial_step", "initial_clip")
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        largest = x.abs().amax()
+        return largest / 7, largest
+
+    def grid(self) -> tuple[Tensor | int, ...]:
+        return self.bounded("step"), self.bounded("clip")
+
+    def codes(self, x: Tensor, step: Tensor, clip: Tensor) -> Tensor:
+        return (x / clip * 7).round().clamp(-7, 7)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, step: Tensor, clip: Tensor) -> Tensor:
+        return codes.to(dtype) * step.to(dtype)
+
+
+def test_a_law_that_holds_before_training_only_is_caught() -> None:
+    assert "idempotent" in tq.check_quantizer(Apart(), laws=("idempotent", "neighbours")).passed
+    with pytest.raises(LawViolation, match="idempotent fails where training has moved the numbers: quantize"):
+        tq.check_quantizer(Apart(), laws=("trained",))
+    admitted = Apart()
+    admitted.is_idempotent = False
+    assert tq.check_quantizer(admitted, laws=("trained",)).passed
+
+
+@pytest.mark.parametrize("text", ["affine:4/channel", "lsq:4/channel", "esb:4,k=1,observer=mse/channel"])
+def test_laws_begin_with_a_quantizer_that_has_seen_nothing(text: str) -> None:
+    quantizer = tq.make_quantizer(text)
+    quantizer.pre_observe(torch.randn(7, 10))
+    before = quantizer(torch.ones(7, 10))
+    assert tq.check_quantizer(quantizer, laws=("on_grid", "settable")).passed
+    assert torch.equal(quantizer(torch.ones(7, 10)), before)
 
 
 def test_a_quantizer_of_the_published_contract_passes_what_can_be_asked() -> None:

@@ -19,6 +19,7 @@ from torchquant.quantizers._laws.gradients import gradient, gradient_size
 from torchquant.quantizers._laws.grid import idempotent, levels_used, monotone, on_grid, per_channel
 from torchquant.quantizers._laws.rounding import columns, neighbours, pins, roundings
 from torchquant.quantizers._laws.state import compiles, memoryless, settable, survives
+from torchquant.quantizers._laws.training import trained
 
 LAWS: dict[str, Callable[[Case], None]] = {
     law.__name__: law
@@ -37,6 +38,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
         roundings,
         pins,
         settable,
+        trained,
         gradient,
         gradient_size,
         survives,

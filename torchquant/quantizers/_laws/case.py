@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import Quantizer
+from torchquant.range_observers._statistics import StatisticTracker
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -44,6 +45,9 @@ class Case:
 
     def __init__(self, quantizer: Quantizer, sample: Tensor | None) -> None:
         self.fresh = copy.deepcopy(quantizer).cpu()
+        for tracker in self.fresh.modules():
+            if isinstance(tracker, StatisticTracker):
+                tracker.reset()
         self.sample = self._default_sample(quantizer) if sample is None else sample.detach().clone()
         self.axis = None if quantizer.axis is None else quantizer.axis % self.sample.ndim
         self.observed = copy.deepcopy(self.fresh)
