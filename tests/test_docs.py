@@ -36,6 +36,7 @@ from torchquant import (
 from torchquant.cli import build_app
 from torchquant.deploy import export_onnx, load_packed, run_onnx, save_packed
 from torchquant.quantizers import LAWS, catalogue
+from torchquant.range_observers import OBSERVERS
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/deploy.md", "docs/search.md")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -51,10 +52,11 @@ def runnable_blocks(text: str) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def keeps_registry() -> Iterator[None]:
-    known = set(QUANTIZERS)
+    known = [(registry, set(registry)) for registry in (QUANTIZERS, OBSERVERS)]
     yield
-    for name in set(QUANTIZERS) - known:
-        QUANTIZERS.unregister(name)
+    for registry, names in known:
+        for name in set(registry) - names:
+            registry.unregister(name)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -155,3 +155,18 @@ def test_a_group_refuses_what_it_cannot_do() -> None:
     assert not grouped.is_ready
     with pytest.raises(NoCodesError):
         tq.Quantizer.encode(grouped, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (
+            "affine:4,observer=percentile,percentil=3",
+            r"affine has no percentil \(did you mean 'percentile'\?\); .* symmetric, observer; its observer has",
+        ),
+        ("esb:4,k=1,mode=3", r"esb has no mode; it has k, momentum, nonfinite, center, observer\. A spec"),
+    ],
+)
+def test_an_option_that_nobody_takes_is_refused_beside_those_there_are(spec: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        tq.make_quantizer(spec)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torchquant._arguments import checked
+from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SLOTS, GridQuantizer, Quantizer
@@ -200,6 +201,7 @@ class _Builder:
         self.text = str(spec)
         self.parameters = inspect.signature(scheme).parameters
         self.arguments: dict[str, Any] = dict(fixed)
+        self.observer_parameters: Mapping[str, inspect.Parameter] = {}
         self.gradient: Gradient | None = None
         self.options = {scheme.short_names.get(key, key): value for key, value in spec.options}
 
@@ -212,8 +214,8 @@ class _Builder:
         else:
             self._place_axis()
         observer = self._observer() if "observer" in self.options and issubclass(self.scheme, ScaledQuantizer) else None
-        unknown = ", ".join(sorted(self.options))
-        _require(not unknown, self.text, f"{self.spec.scheme} has no {unknown}; it has {self._known()}")
+        if self.options:
+            _require(False, self.text, self._not_known())
         self._fill_for_activations(self.parameters, self.arguments)
         missing = [name for name, p in self.parameters.items() if p.default is p.empty and name not in self.arguments]
         _require(not missing, self.text, f"{self.spec.scheme} needs {', '.join(missing)}")
@@ -255,7 +257,7 @@ class _Builder:
     def _observer(self) -> RangeObserver:
         name = self.options.pop("observer", None) or ("minmax" if self.site == "weight" else "ema")
         kind = OBSERVERS[name]
-        parameters = inspect.signature(kind).parameters
+        parameters = self.observer_parameters = inspect.signature(kind).parameters
         known = {"n_bits": getattr(self.scheme, "n_bits", None), **self.arguments}
         arguments = {key: value for key, value in known.items() if key in parameters and key != "axis"}
         self._take_options(kind, parameters, arguments)
@@ -297,8 +299,16 @@ class _Builder:
         names = " or ".join(kind.__name__ for kind in kinds if kind in readers)
         raise ConfigError(f"spec {self.text!r}: {name} takes {names}, got {given!r}")
 
-    def _known(self) -> str:
+    def _not_known(self) -> str:
+        """Say which options nobody takes, and which there are."""
         long_names = {long: short for short, long in self.scheme.short_names.items()}
         hidden = ("axis", "range_observer", "n_bits", "gradient_clip")
         names = [long_names.get(name, name) for name in self.parameters if name not in hidden]
-        return ", ".join(names + (["observer"] if takes_observer(self.scheme) else []))
+        names += ["observer"] if takes_observer(self.scheme) else []
+        of_observer = [name for name in self.observer_parameters if name not in hidden]
+        unknown = sorted(self.options)
+        hint = did_you_mean(unknown[0], [*names, *of_observer])
+        said = f"{self.spec.scheme} has no {', '.join(unknown)}" + (f" ({hint[1:]})" if hint else "")
+        return f"{said}; it has {', '.join(names)}" + (
+            f"; its observer has {', '.join(of_observer)}" if of_observer else ""
+        )
