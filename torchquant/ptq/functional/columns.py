@@ -57,26 +57,27 @@ def round_columns(
     >>> round_columns(torch.tensor([[0.4, 0.4]]), factor, lambda x, columns: x.round())
     tensor([[0., 1.]])
     """
-    left = weight.to(factor.dtype, copy=True)
-    n_columns = weight.shape[-1]
+    left = factor.new_empty(weight.mT.shape).copy_(weight.mT)  # a column of the weight lies in one piece
+    n_columns, kind = weight.shape[-1], grid_type(weight)
     if columns is None:
         columns = torch.arange(n_columns, device=weight.device).expand(*weight.shape[:-2], n_columns)
-    rounded = torch.empty_like(weight)
+    rounded = torch.empty_like(left, dtype=weight.dtype)
     starts = sorted({*range(0, n_columns, block), *range(0, n_columns, group or n_columns)})
     for start, end in zip(starts, [*starts[1:], n_columns], strict=True):
         if begin_group is not None and start % (group or n_columns) == 0:
             whole = slice(start, start + (group or n_columns))
-            begin_group(left[..., whole].to(grid_type(weight), copy=True), columns[..., whole])
-        errors = left.new_empty(*left.shape[:-1], end - start)
+            begin_group(left[..., whole, :].mT.to(kind, copy=True), columns[..., whole])
+        errors = left.new_empty(*left.shape[:-2], end - start, left.shape[-1])
         for j in range(start, end):
-            real = left[..., j : j + 1]
-            grid = nearest(real.to(grid_type(weight)), columns[..., j : j + 1])
-            rounded[..., j : j + 1] = grid
-            error = (real - grid) / factor[..., j : j + 1, j : j + 1]
-            errors[..., j - start : j - start + 1] = error
-            left[..., j + 1 : end] -= error * factor[..., j : j + 1, j + 1 : end]
-        left[..., end:] -= errors @ factor[..., start:end, end:]
-    return rounded
+            now, later = slice(j, j + 1), slice(j + 1, end)
+            real = left[..., now, :]
+            grid = nearest(real.mT.to(kind), columns[..., now]).mT
+            rounded[..., now, :] = grid
+            error = (real - grid) / factor[..., now, now]
+            errors[..., j - start : j - start + 1, :] = error
+            left[..., later, :] -= factor[..., now, later].mT * error
+        left[..., end:, :] -= factor[..., start:end, end:].mT @ errors
+    return rounded.mT.contiguous()
 
 
 @checked
