@@ -450,6 +450,23 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "weight_bytes": on_model(),
     },
     "torchquant.models": {"FusedMobileNetV2": fused("FusedMobileNetV2"), "FusedResNet": fused("FusedResNet")},
+    "torchquant.ptq": {
+        "Recipe": lambda: {"stages": ("gptq",), "rules": "w4a8", "keep": "best", "names": ("*",), "skip": ()},
+        "find_recipe": lambda: {"name": "gptq"},
+        "make_stage": lambda: {"spec": "gptq"},
+        "run": lambda: {
+            **{
+                "model": quantized(),
+                "stages": ["nearest"],
+                "batches": [X],
+                "out": None,
+                "keep": "best",
+                "names": ["*"],
+            },
+            **{"skip": [], "seed": 0, "max_batches": 1, "device": None, "with_targets": False, "on_step": None},
+            "show_progress": False,
+        },
+    },
     "torchquant.plan": {"read_yaml": lambda: {"path": yaml_file()}},
 }
 
@@ -502,7 +519,13 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **{
         address: {ELSEWHERE: tuple(importlib.import_module(address).__all__)}
-        for address in ("torchquant.cli", "torchquant.runs.demo", "torchquant.runs.export", "torchquant.runs.quantize")
+        for address in (
+            "torchquant.cli",
+            "torchquant.runs.demo",
+            "torchquant.runs.export",
+            "torchquant.runs.ptq",
+            "torchquant.runs.quantize",
+        )
     },
     **{
         f"torchquant.compat.{name}": {THEIRS: tuple(importlib.import_module(f"torchquant.compat.{name}").__all__)}
@@ -519,5 +542,9 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},
     "torchquant.models": {"its package makes nets of millions of weights": ("FusedEfficientNet",)},
+    "torchquant.ptq": {
+        RECORD: ("Layer", "LayerData", "PTQReport", "StepReport"),
+        ABSTRACT: ("BiasChange", "MatchingRounding", "ModelStage", "NumberSearch", "Rounding", "WeightChange"),
+    },
     "torchquant.plan": {RECORD: ("PlanChange",), "a type alias": ("Rules",)},
 }

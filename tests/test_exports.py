@@ -120,6 +120,11 @@ PUBLIC: dict[str, list[str]] = {
     "torchquant.plan": [
         "PlanChange", "QuantPlan", "RULE_SETS", "Rules", "quantize", "read_yaml",
     ],
+    "torchquant.ptq": [
+        "BiasChange", "Layer", "LayerData", "MatchingRounding", "ModelStage", "NumberSearch", "PTQ", "PTQReport",
+        "RECIPES", "Recipe", "Rounding", "StepReport", "WeightChange", "find_recipe", "make_stage", "run",
+    ],
+    "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "run_ptq"],
     "torchquant.runs.demo": [
         "DemoConfig", "DemoResult", "OnnxResult", "SCHEMES", "Scheme", "SchemeResult", "run_demo",
     ],

@@ -76,7 +76,7 @@ _LATER = {
     **dict.fromkeys(("QuantPlan", "quantize"), "plan"),
     **dict.fromkeys(("calibrate", "evaluate", "fit"), "training"),
 }
-_PACKAGES = ("graph", "models", "plan", "training")
+_PACKAGES = ("graph", "models", "plan", "ptq", "training")
 
 
 def __getattr__(name: str) -> Any:

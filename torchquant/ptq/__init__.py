@@ -1,1 +1,43 @@
-"""Post-training quantization: algorithms that choose weights, scales and roundings without training the model."""
+"""Post-training quantization: algorithms that choose weights, scales and roundings without training the model.
+
+`run` carries stages out (`engine.py`: their order and the passes, `streams.py`: forwards that stop before each layer,
+`work.py`: what is done at one layer, `resuming.py`: its folder). A stage is a class in `PTQ` (`stage.py`), each in a
+file of `algorithms/`; the maths is in `functional/`.
+"""
+
+from torchquant.ptq import algorithms as algorithms
+from torchquant.ptq.engine import run as run
+from torchquant.ptq.layer import Layer as Layer
+from torchquant.ptq.layer import LayerData as LayerData
+from torchquant.ptq.recipe import RECIPES as RECIPES
+from torchquant.ptq.recipe import Recipe as Recipe
+from torchquant.ptq.recipe import find_recipe as find_recipe
+from torchquant.ptq.report import PTQReport as PTQReport
+from torchquant.ptq.report import StepReport as StepReport
+from torchquant.ptq.stage import PTQ as PTQ
+from torchquant.ptq.stage import BiasChange as BiasChange
+from torchquant.ptq.stage import MatchingRounding as MatchingRounding
+from torchquant.ptq.stage import ModelStage as ModelStage
+from torchquant.ptq.stage import NumberSearch as NumberSearch
+from torchquant.ptq.stage import Rounding as Rounding
+from torchquant.ptq.stage import WeightChange as WeightChange
+from torchquant.ptq.stage import make_stage as make_stage
+
+__all__ = [
+    "PTQ",
+    "RECIPES",
+    "BiasChange",
+    "Layer",
+    "LayerData",
+    "MatchingRounding",
+    "ModelStage",
+    "NumberSearch",
+    "PTQReport",
+    "Recipe",
+    "Rounding",
+    "StepReport",
+    "WeightChange",
+    "find_recipe",
+    "make_stage",
+    "run",
+]

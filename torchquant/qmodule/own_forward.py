@@ -7,6 +7,7 @@ that it is. What that product is given is what is quantized; everything else of 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -70,6 +71,46 @@ class _Taken(_AtProducts):
         x, self.weight, self.bias = given
         self.result = x.clone()
         return self.result
+
+
+class _Read(_AtProducts):
+    """Notes the product, its input and its geometry, and ends the forward there."""
+
+    def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.found = function, given[0], {**dict(zip(_GEOMETRY[function], args, strict=False)), **kwargs}
+        raise _ReadError
+
+
+class _ReadError(Exception):
+    pass
+
+
+_CONV = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+_GEOMETRY: dict[Any, tuple[str, ...]] = {
+    function: () if kind is nn.Linear else _TRANSPOSED if "Transpose" in kind.__name__ else _CONV
+    for kind, function in PRODUCTS.items()
+}
+"""Product -> the names of its arguments behind input, weight and bias, in their order."""
+
+
+def read_of_product(run: Callable[[], object]) -> tuple[Any, Tensor, dict[str, Any]]:
+    """The product that a layer's forward comes to: function, what it reads, and its geometry by name.
+
+    `run` calls the forward, which ends there.
+
+    >>> layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
+    >>> function, x, geometry = read_of_product(lambda: layer(torch.ones(1, 1, 4, 4)))
+    >>> function.__name__, x.shape, geometry["padding"]
+    ('conv2d', torch.Size([1, 1, 6, 6]), (0, 0))
+    """
+    read = _Read()
+    try:
+        with read:
+            run()
+    except _ReadError:
+        pass
+    return read.found
 
 
 def run_own(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

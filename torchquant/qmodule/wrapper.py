@@ -108,7 +108,7 @@ class QWrapper(QModule):
         state = self.state
         if self.is_split and state is QModuleState.BYPASSED and not fused:
             return self.layer(x)
-        x = self._run_acts_quantizer("input", self.input_quantizer, x)
+        x = self.quantized_input(x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self.layer(x))
         elif not state.is_weight_quantized or self.fold_mode is None:
@@ -157,6 +157,10 @@ class QWrapper(QModule):
     def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
         weight = self.row.channels_first(self.layer, self._weight)
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What the layer reads when the wrapper is called with x, as the state says."""
+        return self._run_acts_quantizer("input", self.input_quantizer, x)
 
     def fold_factor(self) -> Tensor | None:
         """What the batch norm multiplies each output channel of the weight by, (C,); None where it is not folded."""

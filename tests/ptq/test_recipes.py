@@ -1,0 +1,103 @@
+"""Recipes and the commands around them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from torchquant import cli
+from torchquant.errors import ConfigError
+from torchquant.ptq import PTQ, RECIPES, Recipe, find_recipe
+from torchquant.ptq.stage import CHANGES
+
+OWN_MODEL = """
+from torch import nn
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 10)
+    )
+"""
+
+
+def test_stages_in_one_line() -> None:
+    recipe = Recipe.parse("fold_bn, gptq:damp=0.05,act_order , bias_correction:match=layer")
+    assert recipe.stages == ("fold_bn", "gptq:damp=0.05,act_order", "bias_correction:match=layer")
+    _, gptq, bias = recipe.made
+    assert (gptq.damp, gptq.act_order, bias.match) == (0.05, True, "layer")  # type: ignore[attr-defined]
+
+
+def test_a_recipe_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "torchquant_ptq: 1\nplan: w4a8\nskip: [head]\nstages:\n  - calibrate\n  - gptq: {act_order: true}\n"
+    )
+    found = find_recipe(str(path))
+    assert (found.rules, found.skip, found.stages) == ("w4a8", ("head",), ("calibrate", {"gptq": {"act_order": True}}))
+    assert found.made[1].act_order is True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stages: [gptq]", "its first line must be 'torchquant_ptq: 1'"),
+        ("torchquant_ptq: 1\nstage: [gptq]", "no stage in a recipe; it has"),
+        ("torchquant_ptq: 1\nstages: gptq", "stages must be a list of names, got 'gptq'"),
+        ("torchquant_ptq: 1\nstages: [gptk]", "did you mean 'gptq'"),
+    ],
+)
+def test_files_that_are_no_recipes(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        find_recipe(str(path))
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(
+        ConfigError, match="a recipe is one of cnn-w8a8.*there is no 'cnn-w4a9'.*did you mean 'cnn-w4a8'"
+    ):
+        find_recipe("cnn-w4a9")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ready_recipes_can_be_made(name: str) -> None:
+    assert all(stage.changes in CHANGES for stage in RECIPES[name].made)
+
+
+@pytest.mark.parametrize("name", PTQ)
+def test_every_stage_says_when_to_use_it(name: str) -> None:
+    said = CliRunner().invoke(cli.build_app(), ["algorithms", name], env={"COLUMNS": "200"}).output
+    assert PTQ[name].when.split(",")[0] in said
+    assert f"`{name}`" in (Path(__file__).parents[2] / "docs" / "ptq.md").read_text()
+
+
+def test_the_command_goes_all_the_way_and_on(tmp_path: Path) -> None:
+    model, out = tmp_path / "own.py", tmp_path / "out"
+    model.write_text(OWN_MODEL)
+    words = [
+        "ptq",
+        f"{model}:small",
+        "--recipe",
+        "calibrate,gptq,bias_correction",
+        "--float-epochs",
+        "2",
+        "--out",
+        str(out),
+    ]
+    first = CliRunner().invoke(cli.build_app(), words)
+    assert first.exit_code == 0, first.output
+    assert "the recipe" in first.output
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "float.pt", "plan.yaml", "calibrated.pt", "quantized.pt", "result.json", "steps"} <= names
+    result = json.loads((out / "result.json").read_text())
+    (out / "quantized.pt").unlink()
+    again = CliRunner().invoke(cli.build_app(), words)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert again.exit_code == 0
+    other = CliRunner().invoke(cli.build_app(), [*words, "--seed", "1"])
+    assert other.exit_code == 1
+    assert "holds another run" in other.output

@@ -1,0 +1,23 @@
+"""`torchquant ptq`: post-training algorithms on any model, into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from torchquant.ptq import PTQReport
+from torchquant.runs.console import Terminal
+from torchquant.runs.ptq import PTQConfig, run_ptq
+
+
+def command(
+    config: PTQConfig,
+    out: Annotated[Path, "Folder for plan, steps, checkpoints, results; a stopped run goes on."] = Path("ptq_out"),
+    strict: Annotated[bool, "Fail if more stays float than the rules ask."] = False,
+) -> None:
+    """Round a model after training: GPTQ, AdaRound and others; `torchquant algorithms` lists them."""
+    terminal = Terminal()
+    result = run_ptq(config, out, terminal, strict)
+    report = PTQReport.load(out / "steps")
+    terminal.table(f"torchquant ptq {config.model}", *result.table(), f"{len(report.steps)} steps")
+    terminal.message(f"steps: {out / 'steps' / 'steps.csv'}; results: {out / 'result.json'}")

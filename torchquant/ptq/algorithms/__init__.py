@@ -1,0 +1,15 @@
+"""One file for each algorithm; importing it enters it in `PTQ`."""
+
+from torchquant.ptq.algorithms import adaround as adaround
+from torchquant.ptq.algorithms import autoround as autoround
+from torchquant.ptq.algorithms import bias_correction as bias_correction
+from torchquant.ptq.algorithms import calibrate as calibrate
+from torchquant.ptq.algorithms import clip as clip
+from torchquant.ptq.algorithms import descent as descent
+from torchquant.ptq.algorithms import fold_bn as fold_bn
+from torchquant.ptq.algorithms import gpfq as gpfq
+from torchquant.ptq.algorithms import gptq as gptq
+from torchquant.ptq.algorithms import magr as magr
+from torchquant.ptq.algorithms import nearest as nearest
+from torchquant.ptq.algorithms import qronos as qronos
+from torchquant.ptq.algorithms import refit as refit

@@ -1,0 +1,59 @@
+"""Clipped ranges by output error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from torchquant.errors import ConfigError
+from torchquant.ptq.functional.clipping import best_ratios
+from torchquant.ptq.layer import Layer, LayerData
+from torchquant.ptq.stage import PTQ, NumberSearch
+
+
+@PTQ.register("clip")
+class Clip(NumberSearch):
+    """Shrink the range of each channel to where the output error of rounding to nearest is least.
+
+    Any scheme whose numbers are in the units of the weight, of which there is one for each channel or one for all.
+    `steps` ratios from 1 down to `least`.
+    """
+
+    source = "Lin et al. 2024, arXiv:2306.00978, section 3.2"
+    when = "before gptq; large outliers in the weights"
+    needs = frozenset({"gram"})
+
+    def __init__(self, least: float = 0.5, steps: int = 20) -> None:
+        if not 0.0 < least < 1.0 or steps < 2:
+            raise ConfigError(f"clip needs 0 < least < 1 and steps >= 2, got {least} and {steps}")
+        self.ratios = [1.0 - (1.0 - least) * step / (steps - 1) for step in range(steps)]
+
+    def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
+        full = numbers_by_channel(layer)
+
+        def quantize(weight: Tensor, ratio: float) -> Tensor:
+            layer.quantizer.set_numbers(**{name: number * ratio for name, number in full.items()})
+            return layer.quantized(weight)
+
+        try:
+            best = best_ratios(layer.weight, data.gram, quantize, self.ratios)
+        finally:
+            layer.quantizer.set_numbers(**full)
+        return scaled_numbers(layer, full, best.flatten())
+
+
+def numbers_by_channel(layer: Layer) -> dict[str, Tensor]:
+    """The numbers of the quantizer. Raises ConfigError where there is not one for all or one for each channel."""
+    found = {name: number.clone() for name, number in layer.quantizer.numbers().items()}
+    if not found or layer.quantizer.levels_vary:
+        raise ConfigError(f"{type(layer.quantizer).__name__} has no numbers that can be set channel by channel")
+    return found
+
+
+def scaled_numbers(layer: Layer, numbers: Mapping[str, Tensor], ratios: Tensor) -> dict[str, Tensor]:
+    """The numbers times a ratio for each channel, (C,); where there is one number for all, times their median."""
+    one = ratios.median()
+    return {
+        n: number * (ratios.to(number) if number.numel() == len(ratios) > 1 else one) for n, number in numbers.items()
+    }

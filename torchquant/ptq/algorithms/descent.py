@@ -1,0 +1,27 @@
+"""Cyclic coordinate descent over levels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchquant.ptq.functional.refits import coordinate_descent
+from torchquant.ptq.layer import Layer, LayerData
+from torchquant.ptq.stage import PTQ, MatchingRounding
+
+
+@PTQ.register("descent")
+class Descent(MatchingRounding):
+    """Move one weight at a time to the level of least output error; each move lowers it.
+
+    Begins at what an algorithm before it has chosen, else at rounding to nearest. `sweeps`: over all columns, at most.
+    """
+
+    when = "behind gptq or another rounding; any level can be reached"
+
+    def __init__(self, match: str = "float", sweeps: int = 3) -> None:
+        super().__init__(match)
+        self.sweeps = sweeps
+
+    def round(self, layer: Layer, data: LayerData) -> Tensor:
+        start = layer.quantized() if layer.rounded is None else layer.rounded
+        return coordinate_descent(self.target(layer, data), start, data.gram, layer.nearest, self.sweeps)

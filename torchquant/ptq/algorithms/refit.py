@@ -1,0 +1,42 @@
+"""Scales by least squares, codes fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torchquant.ptq.algorithms.clip import numbers_by_channel, scaled_numbers
+from torchquant.ptq.layer import Layer, LayerData
+from torchquant.ptq.stage import PTQ, NumberSearch
+
+
+@PTQ.register("refit")
+class Refit(NumberSearch):
+    """Stretch the levels of each channel to where the output error of its codes is least.
+
+    `r = (q H w) / (q H q)` for the rounded weight q. For schemes whose numbers are in the units of the weight; where
+    they take powers of two only, what comes out may be no better, and is undone. `match` as in roundings.
+    """
+
+    source = "Hubara et al. 2020, arXiv:2006.10518, section 3.1"
+    when = "behind a rounding"
+
+    def __init__(self, match: str = "float") -> None:
+        self.match = match
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram", "cross_gram"} if self.match == "float" else {"gram"})
+
+    def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
+        full = numbers_by_channel(layer)
+        target = data.corrected(layer.weight) if self.match == "float" else layer.weight
+        q = (layer.quantized() if layer.rounded is None else layer.rounded).to(data.gram.dtype)
+        along = ((q @ data.gram) * target.to(q.dtype)).sum(-1).flatten()
+        power = ((q @ data.gram) * q).sum(-1).flatten()
+        if all(number.numel() == 1 for number in full.values()):
+            along, power = along.sum().expand(along.shape), power.sum().expand(power.shape)
+        ratios = torch.where((power > 0) & (along > 0), along / power.where(power > 0, 1.0), 1.0)
+        return scaled_numbers(layer, full, ratios)

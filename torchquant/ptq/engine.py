@@ -1,0 +1,291 @@
+"""The one engine of all post-training algorithms: stages in their order, layers in the order they run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant._arguments import checked
+from torchquant._modes import in_mode
+from torchquant.errors import ConfigError
+from torchquant.graph.recording import call_with
+from torchquant.ptq.folding import fold_for_good
+from torchquant.ptq.layer import LayerData, make_rows
+from torchquant.ptq.report import PTQReport, StepReport
+from torchquant.ptq.resuming import Steps
+from torchquant.ptq.stage import CHANGES, LayerStage, ModelStage, Stage, make_stage
+from torchquant.ptq.streams import Pass, passes
+from torchquant.ptq.work import LayerWork
+from torchquant.qmodule import QModuleState, QWrapper
+from torchquant.training.batches import check_batches, inputs_of, place, progress_bar, taken
+from torchquant.utils import qmodules, set_qmodule_state
+
+OnStep = Callable[[StepReport], object]
+KEEP = ("best", "always")
+
+
+@checked
+def run(
+    model: nn.Module,
+    stages: Sequence[str | Mapping[str, Any] | Stage],
+    batches: Iterable[Any] = (),
+    out: str | os.PathLike[str] | None = None,
+    keep: str = "best",
+    names: Sequence[str] = ("*",),
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    max_batches: int | None = None,
+    device: str | torch.device | None = None,
+    with_targets: bool | None = None,
+    on_step: OnStep | None = None,
+    show_progress: bool | None = None,
+) -> PTQReport:
+    """Run post-training algorithms on a quantized model, in place; it is in QUANT_EVAL afterwards.
+
+    `stages`: names with options, in the order they run: "fold_bn", "calibrate", "gptq:act_order", "bias_correction";
+    `torchquant ptq --list` prints all. `batches`: inputs as for `torchquant.calibrate`, kept for all stages; stages
+    that look at no inputs need none. `out`: a folder for results; a run of the same model, stages and batches that was
+    killed goes on there, and ends bit for bit as if it had not been. `keep`: "best" undoes a rounding whose error is
+    above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and not to, by path, with
+    wildcards. `seed`: of what is drawn at random. `on_step(report)` is called after each step.
+
+    Layer stages that follow each other run in one pass over all batches: each forward waits before every layer until
+    all batches are there, so each layer sees its inputs as the rounded layers before it leave them, and nothing is run
+    twice. The float outputs that algorithms match come from a second pass beside it, over a copy of the float model.
+    Memory: the model twice, what the forwards of all batches hold at one layer, and the Gram matrices of one layer.
+
+    A batch norm that is folded into a layer is folded for good first, and frozen. Raises ConfigError for stages that
+    cannot follow each other, a model without quantizers, and batches that are missing; what an algorithm cannot do at a
+    layer is said in the report, and the layer is rounded to nearest.
+
+    >>> import torchquant as tq
+    >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
+    >>> model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:3/channel"}], x)
+    >>> report = run(model, ["gptq", "bias_correction"], [x])
+    >>> [step.path for step in report.steps]
+    ['0', '2', '0', '2']
+    """
+    made = [make_stage(stage) for stage in stages]
+    _check_order(made)
+    if keep not in KEEP:
+        raise ConfigError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+    check_batches(batches, max_batches)
+    where = place(model, device)
+    inputs = [inputs_of(model, b, i, with_targets) for i, b in enumerate(taken(batches, max_batches, where))]
+    asking = [s for s in made if (s.needs_data if isinstance(s, ModelStage) else isinstance(s, LayerStage) and s.needs)]
+    if asking and not inputs:
+        raise ConfigError(f"{_name(asking[0])} looks at inputs and needs batches, got none")
+    layers = _layers(model, names, skip)
+    engine = _Engine(
+        model, layers, inputs, keep, seed, on_step, Steps.of(out, model, made, inputs, (keep, names, skip, seed))
+    )
+    with in_mode(False, model), progress_bar("post-training", engine.count(made), show_progress, on_step) as advance:
+        engine.advance = advance
+        for is_layer_stage, group in itertools.groupby(made, lambda stage: isinstance(stage, LayerStage)):
+            if is_layer_stage:
+                engine.run_layers([stage for stage in group if isinstance(stage, LayerStage)])
+            else:
+                engine.run_models([stage for stage in group if isinstance(stage, ModelStage)])
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    report = PTQReport(tuple(stage.spec or type(stage).__name__ for stage in made), tuple(engine.steps))
+    if out is not None:
+        report.save(out)
+    return report
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError where a stage would undo what one before it did."""
+    if not stages:
+        raise ConfigError("there are no stages to run; give names such as 'gptq', see PTQ")
+    done: dict[str, Stage] = {}
+    for stage in stages:
+        for later in ("roundings", "bias"):
+            if later in done and CHANGES.index(stage.changes) < CHANGES.index("numbers") and stage.changes != "ranges":
+                raise ConfigError(
+                    f"{_name(stage)} changes {stage.changes}, which {_name(done[later])} has settled before it; "
+                    f"put {_name(stage)} first"
+                )
+        if "bias" in done and stage.changes in ("numbers", "roundings"):
+            raise ConfigError(
+                f"{_name(stage)} comes after {_name(done['bias'])}, which corrects what it does; swap them"
+            )
+        done[stage.changes] = stage
+
+
+def _name(stage: Stage) -> str:
+    return stage.spec or type(stage).__name__
+
+
+def _layers(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> dict[str, QWrapper]:
+    """Path -> every wrapped layer with a weight quantizer that the names select. Raises ConfigError."""
+    from fnmatch import fnmatchcase
+
+    every = {p: m for p, m in qmodules(model) if isinstance(m, QWrapper) and m.weight_quantizer is not None}
+    if not every:
+        raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
+    chosen = {
+        path: wrapper
+        for path, wrapper in every.items()
+        if any(fnmatchcase(path, n) for n in names) and not any(fnmatchcase(path, n) for n in skip)
+    }
+    if not chosen:
+        raise ConfigError(f"names {list(names)} without {list(skip)} select none of {', '.join(list(every)[:9])}, ...")
+    return chosen
+
+
+class _Engine:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, QWrapper],
+        inputs: list[Any],
+        keep: str,
+        seed: int,
+        on_step: OnStep | None,
+        saved: Steps,
+    ) -> None:
+        self.model, self.layers, self.inputs, self.keep, self.seed = model, layers, inputs, keep, seed
+        self.on_step, self.saved = on_step, saved
+        self.steps: list[StepReport] = []
+        self.reference: nn.Module | None = None
+        self.n_passes = 0
+        self.advance: Callable[[], None] = lambda: None
+
+    def count(self, stages: Sequence[Stage]) -> int:
+        """How many steps the stages are."""
+        return sum(len(self.layers) if isinstance(stage, LayerStage) else 1 for stage in stages)
+
+    def report(self, step: StepReport) -> None:
+        self.steps.append(step)
+        if self.on_step is not None:
+            self.on_step(step)
+        self.advance()
+
+    def run_models(self, stages: Sequence[ModelStage]) -> None:
+        for stage in stages:
+            began = time.perf_counter()
+            note = stage.run(self.model, self.inputs)
+            self.report(StepReport(_name(stage), "", time.perf_counter() - began, note=note))
+
+    def run_layers(self, stages: list[LayerStage]) -> None:
+        """Run the stages of one pass at every layer."""
+        self._prepare(stages)
+        needs = frozenset().union(*(stage.needs for stage in stages))
+        set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
+        left = dict(self.layers)
+        if needs:
+            wants_float = bool(needs & {"cross_gram", "float_means"})
+            for path, data in self._inputs_of_layers(needs, wants_float):
+                self._work(path, stages, data)
+                del left[path]
+        for path in left:
+            data = LayerData(path, needs, self._generator(path))
+            self._work(path, stages, data, "no batch reached it" if needs else "")
+        self.n_passes += 1
+
+    def _prepare(self, stages: Sequence[LayerStage]) -> None:
+        """Fold batch norms for good, note the float model, and give every weight its numbers."""
+        if self.reference is not None:
+            return
+        for path, wrapper in self.layers.items():
+            slot = wrapper.weight_slots()[0]
+            if wrapper.weight_quantizer.is_pinned:  # type: ignore[union-attr]
+                raise ConfigError(
+                    f"{path}: its weight has been rounded already, so that its real weights are gone; run all stages "
+                    "in one call, or load the float weights and call unpin() of its quantizer"
+                )
+            if slot.is_computed:
+                raise ConfigError(
+                    f"{path}: its weight is computed from other parameters; make it a plain one, or skip=[{path!r}]"
+                )
+        fold_for_good(self.layers)
+        self.reference = copy.deepcopy(self.model).eval()
+        set_qmodule_state(self.reference, QModuleState.BYPASSED)
+        self.float_layers = {path: self.reference.get_submodule(path) for path in self.layers}
+        for _, module in qmodules(self.model):
+            if any(not q.is_ready for slot in module.weight_slots() if (q := slot.quantizer) is not None):
+                module.observe_weight()
+
+    def _generator(self, path: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {self.n_passes} {path}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _inputs_of_layers(self, needs: frozenset[str], wants_float: bool) -> Iterable[tuple[str, LayerData]]:
+        """Each layer, when every batch that reaches it is there, with what it reads; it may be changed then."""
+        assert self.reference is not None
+        order = list(self.layers)
+        calls = [self._call(self.model, batch) for batch in self.inputs]
+        float_calls = [self._call(self.reference, batch) for batch in self.inputs if wants_float]
+        with passes(self.layers, calls) as now, passes(self.float_layers, float_calls) as floats:
+            for one in (*now, *floats):
+                one.advance()
+            done: set[str] = set()
+            while heads := {one.at for one in now} - {None}:
+                path = next((path for path in order if path in heads and path not in done), None)
+                if path is not None:
+                    done.add(path)
+                    yield path, self._data(path, needs, now, floats)
+                for i, one in enumerate(now):
+                    if one.at in done:
+                        one.advance()
+                        if floats and floats[i].at is not None:
+                            floats[i].advance()
+
+    def _call(self, model: nn.Module, batch: Any) -> Callable[[], object]:
+        return lambda: call_with(model, batch, "a batch")
+
+    def _data(self, path: str, needs: frozenset[str], now: list[Pass], floats: list[Pass]) -> LayerData:
+        """What the layer reads in all passes that wait before it."""
+        data = LayerData(path, needs, self._generator(path))
+        if self.saved.has(self.n_passes, path):
+            return data
+        wrapper, real = self.layers[path], self.float_layers[path] if floats else None
+        for i, one in enumerate(now):
+            if one.at != path:
+                continue
+            float_x = None
+            if floats:
+                if floats[i].at != path:
+                    raise ConfigError(
+                        f"{path}: batch {i} does not reach it in the float model as it does in the quantized one, so "
+                        "there is nothing to match; use match=layer, or skip it"
+                    )
+                float_x = _first(floats[i])
+            keep = self._kept(i, _first(one))
+            for rows, float_rows in make_rows(wrapper, _first(one), real, float_x, keep):
+                data.add(rows, float_rows)
+        return data
+
+    def _kept(self, i: int, x: Any) -> Tensor | None:
+        """Which tokens of a batch are not padding, if its attention mask says so."""
+        batch = self.inputs[i]
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == mask.shape:
+            return mask.to(torch.bool)
+        return None
+
+    def _work(self, path: str, stages: Sequence[LayerStage], data: LayerData, note: str = "") -> None:
+        """Run the stages at one layer and make the result its weight."""
+        wrapper = self.layers[path]
+        if (steps := self.saved.restore(self.n_passes, path, wrapper)) is not None:
+            for step in steps:
+                self.report(step)
+            return
+        worker = LayerWork(wrapper, self.float_layers[path], data, self.keep, note)
+        steps = [worker.run(stage, _name(stage)) for stage in stages]
+        worker.commit()
+        self.saved.save(self.n_passes, path, wrapper, steps)
+        for step in steps:
+            self.report(step)
+
+
+def _first(one: Pass) -> Any:
+    return one.args[0] if one.args else next(iter(one.kwargs.values()))

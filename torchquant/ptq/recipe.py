@@ -1,0 +1,96 @@
+"""Recipes: which plan, which stages; as one line, as a YAML file, or by the name of a ready one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchquant._arguments import checked
+from torchquant._registry import did_you_mean
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
+from torchquant.plan import read_yaml
+from torchquant.ptq.stage import PTQ, Stage, make_stage
+
+FORMAT = 1
+
+
+@checked
+@dataclass(frozen=True)
+class Recipe:
+    """What to run: rules for the plan, and stages. `names`, `skip`, `keep` as in `run`. Raises ConfigError.
+
+    >>> Recipe.parse("gptq:damp=0.05,act_order,bias_correction").stages
+    ('gptq:damp=0.05,act_order', 'bias_correction')
+    """
+
+    stages: tuple[Any, ...]
+    rules: Any = None
+    keep: str = "best"
+    names: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+
+    @property
+    def made(self) -> list[Stage]:
+        """The stages."""
+        return [make_stage(stage) for stage in self.stages]
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read stages from one line: names with commas between, options behind a colon, with commas between as well."""
+        stages: list[str] = []
+        for item in (part.strip() for part in text.split(",")):
+            is_stage = item.partition(":")[0] in PTQ
+            if stages and not is_stage and ":" in stages[-1]:
+                stages[-1] += f",{item}"
+            else:
+                stages.append(item)
+        recipe = cls(tuple(stages))
+        _ = recipe.made
+        return recipe
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a YAML file: `stages`, and `plan`, `keep`, `names`, `skip` where they are not the defaults."""
+        found = read_yaml(path)
+        allowed = ("torchquant_ptq", "plan", "stages", "keep", "names", "skip")
+        if not isinstance(found, Mapping) or found.get("torchquant_ptq") != FORMAT:
+            raise ConfigError(f"{path} is not a recipe: its first line must be 'torchquant_ptq: {FORMAT}'")
+        if unknown := [str(key) for key in found if key not in allowed]:
+            raise ConfigError(f"{path}: no {', '.join(unknown)} in a recipe; it has {', '.join(allowed)}")
+        stages = found.get("stages")
+        if not isinstance(stages, list) or not stages:
+            raise ConfigError(f"{path}: stages must be a list of names, got {shown(stages)}")
+        more = {name: found[name] for name in ("keep", "names", "skip") if name in found}
+        more |= {name: tuple(more[name]) for name in ("names", "skip") if isinstance(more.get(name), list)}
+        recipe = cls(tuple(stages), found.get("plan"), **more)
+        _ = recipe.made
+        return recipe
+
+
+RECIPES: dict[str, Recipe] = {
+    "cnn-w8a8": Recipe(("calibrate", "nearest", "bias_correction"), "w8a8"),
+    "cnn-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8"),
+    "cnn-w4a4": Recipe(("calibrate", "gptq:act_order", "descent", "refit", "calibrate", "bias_correction"), "w4a4-lsq"),
+    "transformer-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
+    "llm-w4-gptq": Recipe(("gptq:act_order",), ({"types": ["Linear", "Conv1D"], "weight": "affine:4/group=128"},)),
+}
+"""Ready recipes by name."""
+
+
+def find_recipe(name: str) -> Recipe:
+    """A ready recipe by its name, a YAML file, or stages in one line. Raises ConfigError."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if Path(name).is_file():
+        return Recipe.load(name)
+    if name.partition(",")[0].partition(":")[0].strip() in PTQ:
+        return Recipe.parse(name)
+    hint = did_you_mean(name, [*RECIPES, *PTQ])
+    raise ConfigError(
+        f"a recipe is one of {', '.join(RECIPES)}, a YAML file, or stages such as 'gptq,bias_correction'; there is no "
+        f"{name!r}.{hint}"
+    )

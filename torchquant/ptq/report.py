@@ -1,0 +1,103 @@
+"""What a post-training run did: a line for each layer and stage; it prints, and is saved as JSON and CSV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torchquant._files import check_format, read_json, write_csv, write_json
+from torchquant._tables import ShownAsTables, text_table
+from torchquant.errors import ConfigError, one_line
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One stage at one layer, or at the whole model (`path` "").
+
+    `nearest_error`, `error`: mean squared error of the layer's outputs over their mean square, rounded to nearest and
+    as it is now; None where no inputs were looked at. `changed`: share of the weights that are not what rounding to
+    nearest gives. `rows`: of inputs that were seen. `note`: what is to be known, "" if nothing.
+    """
+
+    stage: str
+    path: str
+    seconds: float = 0.0
+    nearest_error: float | None = None
+    error: float | None = None
+    changed: float | None = None
+    rows: int = 0
+    note: str = ""
+
+    @property
+    def gain(self) -> float | None:
+        """By how many dB the error is below that of rounding to nearest."""
+        if not self.nearest_error or not self.error:
+            return None
+        from math import log10
+
+        return 10.0 * log10(self.nearest_error / self.error)
+
+
+@dataclass(frozen=True)
+class PTQReport(ShownAsTables):
+    """All steps of a run, in their order. Prints as a table."""
+
+    stages: tuple[str, ...]
+    steps: tuple[StepReport, ...]
+
+    def table(self) -> str:
+        """A line a step."""
+        rows = [
+            [
+                step.stage,
+                step.path or "(model)",
+                "-" if step.nearest_error is None else f"{step.nearest_error:.3g}",
+                "-" if step.error is None else f"{step.error:.3g}",
+                "-" if step.gain is None else f"{step.gain:+.1f}",
+                "-" if step.changed is None else f"{step.changed:.1%}",
+                f"{step.seconds:.2f}",
+                step.note,
+            ]
+            for step in self.steps
+        ]
+        return text_table(["stage", "layer", "nearest", "error", "dB", "changed", "seconds", "note"], rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, as `save` writes it."""
+        return {"torchquant_ptq": FORMAT, "stages": list(self.stages), "steps": [asdict(step) for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "the data") -> PTQReport:
+        """What `to_dict` gave; `where` names it in messages. Raises ConfigError."""
+        check_format(where, data, "torchquant_ptq", FORMAT, "a report of a post-training run")
+        try:
+            return cls(tuple(data["stages"]), tuple(StepReport(**step) for step in data["steps"]))
+        except (LookupError, TypeError) as error:
+            raise ConfigError(f"{where} is not a whole report: {one_line(repr(error))}") from error
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `ptq.json` and `steps.csv` into a folder. Returns the path of the first."""
+        write_csv(Path(folder) / "steps.csv", [f.name for f in fields(StepReport)], map(asdict, self.steps))
+        return write_json(Path(folder) / "ptq.json", self.to_dict())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> PTQReport:
+        """Read the `ptq.json` of a folder. Raises ConfigError."""
+        path = Path(folder) / "ptq.json"
+        return cls.from_dict(read_json(path), f"{path}")
+
+
+def by_stage(steps: Iterable[StepReport]) -> dict[str, list[StepReport]]:
+    """Stage -> its steps."""
+    found: dict[str, list[StepReport]] = {}
+    for step in steps:
+        found.setdefault(step.stage, []).append(step)
+    return found

@@ -1,0 +1,118 @@
+"""The folder of a run: each layer's result in a file of its own, so that a killed run goes on behind the last."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torchquant._files import read_json, read_saved, write_json, write_whole
+from torchquant.errors import ConfigError
+from torchquant.ptq.report import StepReport
+from torchquant.ptq.stage import Stage
+from torchquant.ptq.work import bias_of
+from torchquant.qmodule import QWrapper
+from torchquant.quantizers import Quantizer
+
+HEAD = "run.json"
+
+
+class Steps:
+    """Results by pass and layer. Without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of(
+        cls,
+        out: str | os.PathLike[str] | None,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        inputs: Sequence[Any],
+        settings: tuple[Any, ...],
+    ) -> Steps:
+        """Open the folder of a run, which must be the same run as before. Raises ConfigError."""
+        if out is None:
+            return cls()
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        head = {
+            "stages": [stage.spec or type(stage).__name__ for stage in stages],
+            "settings": repr(settings),
+            "model": digest(model.state_dict()),
+            "batches": digest(inputs),
+        }
+        path = folder / HEAD
+        if path.exists():
+            found = read_json(path)
+            other = [name for name in head if not isinstance(found, Mapping) or found.get(name) != head[name]]
+            if other:
+                raise ConfigError(
+                    f"{folder} holds a run with other {', '.join(other)}; take another folder, or the same model, "
+                    "stages and batches to go on with it"
+                )
+        else:
+            write_json(path, head)
+        return cls(folder)
+
+    def _file(self, n_pass: int, path: str) -> Path | None:
+        name = hashlib.sha256(path.encode()).hexdigest()[:16]
+        return None if self.folder is None else self.folder / f"{n_pass}-{name}.pt"
+
+    def has(self, n_pass: int, path: str) -> bool:
+        """Whether the layer was done in this pass."""
+        file = self._file(n_pass, path)
+        return file is not None and file.exists()
+
+    def save(self, n_pass: int, path: str, wrapper: QWrapper, steps: Sequence[StepReport]) -> None:
+        """Keep the layer as it is now."""
+        file = self._file(n_pass, path)
+        if file is not None:
+            quantizer, tensors = _parts(wrapper)
+            kept = {
+                "quantizer": quantizer.state_dict(),
+                "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
+                "steps": [asdict(step) for step in steps],
+            }
+            write_whole(file, lambda temporary: torch.save(kept, temporary))
+
+    def restore(self, n_pass: int, path: str, wrapper: QWrapper) -> list[StepReport] | None:
+        """Make the layer what was kept, and give its steps; None if nothing was."""
+        file = self._file(n_pass, path)
+        if file is None or not file.exists():
+            return None
+        kept = read_saved(file)
+        quantizer, tensors = _parts(wrapper)
+        quantizer.load_state_dict(kept["quantizer"])
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(kept["tensors"][name])
+        return [StepReport(**step) for step in kept["steps"]]
+
+
+def _parts(wrapper: QWrapper) -> tuple[Quantizer, dict[str, Tensor]]:
+    """The quantizer of a layer's weight, and the tensors that stages change."""
+    (slot,) = wrapper.weight_slots()
+    assert slot.quantizer is not None
+    held = bias_of(wrapper)
+    return slot.quantizer, {"weight": slot.weight} | ({} if held is None else {"bias": held[0]})
+
+
+def digest(value: Any) -> str:
+    """A fingerprint of all tensors and plain values in a structure."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(dict(value) if isinstance(value, Mapping) else value):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()

@@ -1,0 +1,167 @@
+"""What a post-training algorithm is: a class with facts and one method, in the registry `PTQ`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from torchquant._arguments import check_constructor
+from torchquant._registry import Registry
+from torchquant._shown import shown
+from torchquant.errors import ConfigError
+from torchquant.ptq.layer import Layer, LayerData
+
+PTQ: Registry[type[Stage]] = Registry("post-training stage")
+"""Every stage by its name."""
+NEEDS = ("gram", "cross_gram", "means", "float_means")
+"""What a layer's stage can ask for; see `LayerData`."""
+CHANGES = ("structure", "ranges", "weights", "numbers", "roundings", "bias")
+"""What a stage can change, in the order in which stages may follow each other."""
+
+
+class Stage(ABC):
+    """A step of a recipe. `changes`: what of a layer it changes, of `CHANGES`. `source`: paper, or "own"."""
+
+    changes: ClassVar[str]
+    source: ClassVar[str] = "own"
+    when: ClassVar[str] = ""
+    """When to use it, in a few words."""
+    spec = ""
+    """As it was written in the recipe."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_constructor(cls)
+
+
+class ModelStage(Stage):
+    """A stage that works on the whole model."""
+
+    needs_data: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, model: nn.Module, batches: list[Any]) -> str:
+        """Change the model. Returns what was done, in words for the report."""
+
+
+class LayerStage(Stage):
+    """A stage that works on one layer after the other, each as its inputs have become by then."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `LayerData` has to hold, of `NEEDS`."""
+        return frozenset()
+
+
+class Rounding(LayerStage):
+    """Chooses a level for each weight.
+
+    >>> @PTQ.register("upward")
+    ... class Upward(Rounding):
+    ...     def round(self, layer, data):
+    ...         return layer.neighbours(layer.weight)[1]
+    >>> PTQ.unregister("upward")
+    """
+
+    changes = "roundings"
+
+    @abstractmethod
+    def round(self, layer: Layer, data: LayerData) -> Tensor:
+        """The weight on its grid: (groups, rows, K), as `layer.weight`; the engine makes it the weight."""
+
+
+class MatchingRounding(Rounding):
+    """A rounding by the error of the layer's output.
+
+    `match`: "float", the outputs of the float model, so that errors of the layers before are made good; "layer", the
+    float layer on the inputs that it gets now.
+    """
+
+    def __init__(self, match: str = "float") -> None:
+        if match not in ("float", "layer"):
+            raise ConfigError(f"match must be 'float' or 'layer', got {match!r}")
+        self.match = match
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram", "cross_gram"} if self.match == "float" else {"gram"})
+
+    def target(self, layer: Layer, data: LayerData) -> Tensor:
+        """The real weight whose output on the inputs of now is nearest to what is matched: (groups, rows, K)."""
+        return data.corrected(layer.weight) if self.match == "float" else layer.weight
+
+
+class WeightChange(LayerStage):
+    """Changes the real weights before they are rounded; the quantizer takes new numbers from them."""
+
+    changes = "weights"
+
+    @abstractmethod
+    def change(self, layer: Layer, data: LayerData) -> Tensor:
+        """The new real weight, (groups, rows, K)."""
+
+
+class NumberSearch(LayerStage):
+    """Chooses the numbers of the grid: scales, ends of ranges."""
+
+    changes = "numbers"
+
+    @abstractmethod
+    def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
+        """All numbers of the quantizer, by the names of `Quantizer.numbers`."""
+
+
+class BiasChange(LayerStage):
+    """Changes the bias to make good what the weights lost."""
+
+    changes = "bias"
+
+    @abstractmethod
+    def bias(self, layer: Layer, data: LayerData) -> Tensor:
+        """What is added to the output of each channel, (C,)."""
+
+
+def make_stage(spec: str | Mapping[str, Any] | Stage) -> Stage:
+    """The stage that a spec names: "gptq", "gptq:damp=0.05,act_order", {"gptq": {"damp": 0.05}}, or a stage itself.
+
+    Raises UnknownNameError, ConfigError for an option that the stage does not have.
+
+    >>> make_stage("gptq:damp=0.05,act_order").damp
+    0.05
+    """
+    if isinstance(spec, Stage):
+        return spec
+    if isinstance(spec, Mapping):
+        if len(spec) != 1:
+            raise ConfigError(f"a stage is a name, or one name with its options, got {shown(spec)}")
+        ((name, options),) = spec.items()
+        options = dict(options or {})
+        text = f"{name}:{','.join(f'{k}={v}' for k, v in options.items())}" if options else str(name)
+    elif isinstance(spec, str):
+        text = spec.strip()
+        name, _, rest = text.partition(":")
+        pairs = [item.partition("=") for item in rest.split(",") if item]
+        options = {key.strip(): _value(value) if equals else True for key, equals, value in pairs}
+    else:
+        raise ConfigError(f"a stage is a string such as 'gptq:act_order', or a mapping, got {shown(spec)}")
+    kind = PTQ[name]
+    allowed = list(inspect.signature(kind).parameters)
+    if unknown := [key for key in options if key not in allowed]:
+        raise ConfigError(
+            f"stage {text!r}: {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}"
+        )
+    stage = kind(**options)
+    stage.spec = text
+    return stage
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)

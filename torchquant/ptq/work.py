@@ -1,0 +1,163 @@
+"""The stages of a pass at one layer, one after the other: what each changes, and what is undone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.errors import ConfigError, NoCodesError, NonFiniteError, one_line
+from torchquant.ptq.functional.gram import output_error
+from torchquant.ptq.layer import Layer, LayerData
+from torchquant.ptq.report import StepReport
+from torchquant.ptq.stage import BiasChange, LayerStage, NumberSearch, Rounding, WeightChange
+from torchquant.qmodule import QWrapper
+
+
+class LayerWork:
+    """One layer in one pass.
+
+    `keep`: "best" undoes what makes the error larger than that of rounding to nearest.
+    """
+
+    def __init__(self, wrapper: QWrapper, real: Any, data: LayerData, keep: str, note: str) -> None:
+        self.wrapper, self.data, self.keep, self.note = wrapper, data, keep, note
+        (slot,) = wrapper.weight_slots()
+        assert slot.quantizer is not None
+        self.was_pinned = slot.quantizer.is_pinned
+        rounded = slot.quantizer(slot.seen()).detach().view(slot.rows().shape) if self.was_pinned else None
+        slot.quantizer.pin(slot.seen(), observe=not slot.quantizer.is_ready)
+        self.layer = Layer(slot, real.weight_slots()[0].rows(), rounded)
+        self.real = self.layer.weight
+        self.nearest = self.layer.quantized()
+        self.numbers = {name: number.clone() for name, number in slot.quantizer.numbers().items()}
+        self.is_changed = False
+
+    def run(self, stage: LayerStage, name: str) -> StepReport:
+        """Run one stage, unless nothing is known of what the layer reads; then it is rounded to nearest."""
+        began = time.perf_counter()
+        notes = [self.note] if self.note else []
+        if stage.needs and not self.data.n:
+            if isinstance(stage, Rounding):
+                self._undo()
+                notes.append("rounded to nearest")
+            else:
+                notes.append("left as it is")
+        else:
+            notes += self._changed(stage)
+        q = self.layer.rounded if self.layer.rounded is not None else self.layer.quantized()
+        return StepReport(
+            name,
+            self.layer.path,
+            time.perf_counter() - began,
+            self._error(self.nearest),
+            self._error(q),
+            float(q.ne(self.nearest).to(torch.float32).mean()),
+            self.data.n,
+            "; ".join(notes),
+        )
+
+    def _changed(self, stage: LayerStage) -> list[str]:
+        try:
+            if isinstance(stage, Rounding):
+                return self._round(stage)
+            if isinstance(stage, WeightChange):
+                return self._change_weight(stage.change(self.layer, self.data))
+            if isinstance(stage, NumberSearch):
+                return self._set_numbers(stage)
+            assert isinstance(stage, BiasChange)
+            return self._add_bias(stage.bias(self.layer, self.data))
+        except (ConfigError, NoCodesError, NonFiniteError) as error:
+            if isinstance(stage, Rounding):
+                self._undo()
+                return [f"rounded to nearest: {one_line(error)}"]
+            return [f"left as it is: {one_line(error)}"]
+
+    def _take(self, rounded: Tensor) -> None:
+        self.layer.rounded, self.is_changed = rounded, True
+
+    def _undo(self) -> None:
+        """Round to nearest, on the numbers and from the weight that the layer came with."""
+        slot, quantizer = self.layer.slot, self.layer.quantizer
+        quantizer.unpin()
+        slot.set_weight(self.real.reshape(self.layer.shape).to(slot.weight.dtype))
+        quantizer.pin(slot.seen(), observe=False)
+        if self.numbers:
+            quantizer.set_numbers(**self.numbers)
+        self._take(self.nearest)
+
+    def _round(self, stage: Rounding) -> list[str]:
+        rounded = stage.round(self.layer, self.data).to(self.nearest.dtype)
+        before, after = self._error(self.nearest), self._error(rounded)
+        if self.keep == "best" and before is not None and after is not None and not after <= before:
+            self._undo()
+            return [f"undone: its error was {after:.3g}, rounding to nearest {before:.3g}"]
+        self._take(rounded)
+        return []
+
+    def _change_weight(self, weight: Tensor) -> list[str]:
+        slot, quantizer = self.layer.slot, self.layer.quantizer
+        quantizer.unpin()
+        slot.set_weight(weight.reshape(self.layer.shape).to(slot.weight.dtype))
+        quantizer.pin(slot.seen())
+        self.layer.weight, self.is_changed = weight, True
+        return []
+
+    def _set_numbers(self, stage: NumberSearch) -> list[str]:
+        quantizer, former = self.layer.quantizer, self.layer.rounded
+        old = {name: number.clone() for name, number in quantizer.numbers().items()}
+        before = self._error(self.layer.quantized() if former is None else former)
+        new = dict(stage.numbers(self.layer, self.data))
+        codes = None if former is None else quantizer.encode(former.reshape(self.layer.shape))
+        quantizer.set_numbers(**new)
+        if codes is not None:
+            self.layer.rounded = quantizer.decode(codes, torch.float32).view(self.real.shape).to(self.real.dtype)
+        after = self._error(self.layer.quantized() if self.layer.rounded is None else self.layer.rounded)
+        self.is_changed = True
+        if self.keep == "best" and before is not None and after is not None and not after <= before:
+            quantizer.set_numbers(**old)
+            self.layer.rounded = former
+            return [f"undone: its error was {after:.3g}, {before:.3g} without"]
+        return []
+
+    def _add_bias(self, change: Tensor) -> list[str]:
+        held = bias_of(self.wrapper)
+        if held is None:
+            return ["left as it is: the layer has no bias to correct"]
+        bias, factor = held
+        with torch.no_grad():
+            bias.add_((change if factor is None else change * factor).to(bias.dtype))
+        return []
+
+    def _error(self, rounded: Tensor) -> float | None:
+        """Mean squared error of the outputs, over their mean square; None if nothing is known of the inputs."""
+        if "gram" not in self.data.wanted or not self.data.n:
+            return None
+        gram = self.data.gram
+        if not bool(gram.isfinite().all()):
+            return None
+        target = self.data.corrected(self.real) if "cross_gram" in self.data.wanted else self.real
+        total = float(output_error(self.real.to(gram.dtype), gram).sum())
+        found = float(output_error((target - rounded).to(gram.dtype), gram).sum())
+        return found / total if total > 0 else 0.0
+
+    def commit(self) -> None:
+        """Make what was chosen the weight of the layer; what was only looked at is as before."""
+        if self.layer.rounded is not None:
+            self.layer.slot.commit(self.layer.rounded)
+        elif not self.is_changed and not self.was_pinned:
+            self.layer.quantizer.unpin()
+
+
+def bias_of(wrapper: QWrapper) -> tuple[nn.Parameter, Tensor | None] | None:
+    """The bias behind the weight, and what one unit of the layer's output is in it; None if there is none."""
+    if wrapper.bn is not None and wrapper.bn.bias is not None:
+        if wrapper.fold_mode is not None:
+            return wrapper.bn.bias, None
+        from torchquant.qmodule.bn_folding import running_factor
+
+        return wrapper.bn.bias, running_factor(wrapper.bn)
+    bias = getattr(wrapper.layer, "bias", None)
+    return None if bias is None else (bias, None)

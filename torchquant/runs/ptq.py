@@ -1,0 +1,154 @@
+"""Post-training algorithms on one model, from float to rounded, into a folder: `torchquant ptq`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchquant import ptq
+from torchquant._files import write_json
+from torchquant.plan import QuantPlan, quantize
+from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe
+from torchquant.qmodule import QModuleState
+from torchquant.runs.console import NullProgress
+from torchquant.runs.contents import contents_of, pinned
+from torchquant.runs.data import TrainBatches, TrainingData, load_data
+from torchquant.runs.folder import CONTENTS, claimed, write_checkpoint
+from torchquant.runs.loop import accuracy_on, calibrate
+from torchquant.runs.networks import build_model, tried
+from torchquant.runs.settings import (
+    check_above_zero,
+    check_at_least,
+    check_seed,
+    check_types,
+    checkpoint_option,
+    data_option,
+    files_of,
+    model_argument,
+    option,
+    read_rules,
+    seed_option,
+)
+from torchquant.runs.stages import Stages
+from torchquant.utils import set_qmodule_state
+
+__all__ = ["PTQConfig", "PTQResult", "run_ptq"]
+
+MADE = ("float.pt", "calibrated.pt", "quantized.pt", "*.progress.pt")
+"""Files that a later run of the same settings goes on from."""
+
+
+@dataclass(frozen=True)
+class PTQConfig:
+    """The settings of `torchquant ptq`.
+
+    `recipe`: a ready one, a YAML file, or stages in one line. `rules`: a plan other than that of the recipe. The others
+    as in `JobConfig`. Raises ConfigError.
+    """
+
+    model: str = model_argument()
+    recipe: str = option("cnn-w4a8", f"{', '.join(RECIPES)}, a YAML file, or stages: gptq,bias_correction.")
+    rules: str | None = option(None, "Another plan than the recipe's: a ready set, or a YAML file.")
+    data: str = data_option()
+    checkpoint: str | None = checkpoint_option()
+    float_epochs: int = option(30, "Epochs of float training; 0: none.")
+    learning_rate: float = option(1e-3, "Learning rate of float training.")
+    batches: int = option(8, "Training batches that ranges and algorithms look at.")
+    seed: int = seed_option()
+    contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_at_least(self, float_epochs=0, batches=1)
+        check_above_zero(self, "learning_rate")
+        check_seed(self.seed)
+        find_recipe(self.recipe)
+
+
+@dataclass(frozen=True)
+class PTQResult:
+    """Test accuracy, 0..1: float, with every weight rounded to nearest, and with the recipe."""
+
+    float_accuracy: float
+    nearest_accuracy: float
+    accuracy: float
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, to show."""
+        rows = [["float", self.float_accuracy], ["to nearest", self.nearest_accuracy], ["the recipe", self.accuracy]]
+        return ["model", "accuracy"], [[str(name), f"{value:.2%}"] for name, value in rows]
+
+
+def run_ptq(
+    config: PTQConfig, out: str | os.PathLike[str], show: NullProgress | None = None, strict: bool = False
+) -> PTQResult:
+    """Float model, plan, calibration, stages, evaluation; files in `out`.
+
+    `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `steps/` (`ptq.json`, `steps.csv`, a file a layer),
+    `quantized.pt`, `result.json`. What is there is not done again. Raises as `run_job`.
+    """
+    with show or NullProgress() as shown:
+        shown.start(3.0)
+        data, recipe = load_data(config.data, config.seed), find_recipe(config.recipe)
+        torch.manual_seed(config.seed)
+        net = build_model(config.model, data)
+        rules = recipe.rules if config.rules is None else config.rules
+        rules = read_rules("w4a8" if rules is None else rules) if isinstance(rules, str | None) else list(rules)
+        with torch.random.fork_rng(devices=[]):
+            quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2], strict=strict)
+        files = [config.checkpoint, *files_of(config.data, config.rules)]
+        files += [config.recipe] if Path(config.recipe).is_file() else []
+        settings = asdict(config) | {CONTENTS: pinned(config.contents, contents_of(files, [net], config.model))}
+        with claimed(Path(out) / "config.json", settings, "another run", "run", MADE, shown.message) as folder:
+            return _run(net, rules, recipe, config, data, Stages(folder, shown))
+
+
+def _run(
+    net: nn.Module, rules: Any, recipe: Recipe, config: PTQConfig, data: TrainingData, stages: Stages
+) -> PTQResult:
+    folder, shown = stages.folder, stages.shown
+    stages.float_model(net, config, data)
+    float_accuracy = accuracy_on(net, data)
+    shown.message(f"float: accuracy {float_accuracy:.2%}")
+    model = quantize(net, rules, data.test_images[:2])
+    plan: QuantPlan = model.plan  # type: ignore[assignment]
+    if all(isinstance(c, str | None) for s in plan.sites for c in (s.weight, s.input, s.output, s.bias)):
+        plan.save(folder / "plan.yaml")
+    shown.advance(0.0, "calibrating")
+    stages.run("calibrated.pt", model, lambda: calibrate(model, data, config.batches, config.seed))
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    nearest_accuracy = accuracy_on(model, data)
+    shown.message(f"rounded to nearest: accuracy {nearest_accuracy:.2%}, {len(plan.sites)} sites")
+    shown.advance(1.0, "post-training")
+    batches = list(itertools.islice(TrainBatches(data, config.seed), config.batches))
+
+    def work() -> None:
+        ptq.run(
+            model,
+            recipe.stages,
+            batches,
+            folder / "steps",
+            recipe.keep,
+            recipe.names,
+            recipe.skip,
+            config.seed,
+            with_targets=True,
+            on_step=lambda step: shown.advance(0.0, f"{step.stage} {step.path}"),
+        )
+
+    if not (folder / "quantized.pt").exists():
+        work()
+        write_checkpoint(folder / "quantized.pt", model)
+    else:
+        stages.run("quantized.pt", model, lambda: None)
+    set_qmodule_state(model, QModuleState.QUANT_EVAL)
+    result = PTQResult(float_accuracy, nearest_accuracy, accuracy_on(model, data))
+    write_json(folder / "result.json", asdict(result))
+    shown.advance(1.0, "done")
+    return result
