@@ -71,6 +71,14 @@ class Recipe:
         return recipe
 
 
+def is_file(name: str) -> bool:
+    """Whether it names a file that is there; not what no file system takes."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 RECIPES: dict[str, Recipe] = {
     "cnn-w8a8": Recipe(("calibrate", "nearest", "bias_correction"), "w8a8"),
     "cnn-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8"),
@@ -81,16 +89,17 @@ RECIPES: dict[str, Recipe] = {
 """Ready recipes by name."""
 
 
+@checked
 def find_recipe(name: str) -> Recipe:
     """A ready recipe by its name, a YAML file, or stages in one line. Raises ConfigError."""
     if name in RECIPES:
         return RECIPES[name]
-    if Path(name).is_file():
+    if is_file(name):
         return Recipe.load(name)
     if name.partition(",")[0].partition(":")[0].strip() in PTQ:
         return Recipe.parse(name)
     hint = did_you_mean(name, [*RECIPES, *PTQ])
     raise ConfigError(
         f"a recipe is one of {', '.join(RECIPES)}, a YAML file, or stages such as 'gptq,bias_correction'; there is no "
-        f"{name!r}.{hint}"
+        f"{shown(name)}.{hint}"
     )

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchquant._arguments import check_constructor
-from torchquant._registry import Registry
+from torchquant._arguments import check_constructor, checked
+from torchquant._registry import Registry, did_you_mean
 from torchquant._shown import shown
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.ptq.layer import Layer, LayerData
 
 PTQ: Registry[type[Stage]] = Registry("post-training stage")
@@ -126,6 +126,7 @@ class BiasChange(LayerStage):
         """What is added to the output of each channel, (C,)."""
 
 
+@checked
 def make_stage(spec: str | Mapping[str, Any] | Stage) -> Stage:
     """The stage that a spec names: "gptq", "gptq:damp=0.05,act_order", {"gptq": {"damp": 0.05}}, or a stage itself.
 
@@ -140,15 +141,19 @@ def make_stage(spec: str | Mapping[str, Any] | Stage) -> Stage:
         if len(spec) != 1:
             raise ConfigError(f"a stage is a name, or one name with its options, got {shown(spec)}")
         ((name, options),) = spec.items()
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(f"the options of a stage are a mapping such as {{'damp': 0.05}}, got {shown(options)}")
         options = dict(options or {})
         text = f"{name}:{','.join(f'{k}={v}' for k, v in options.items())}" if options else str(name)
-    elif isinstance(spec, str):
+    else:
         text = spec.strip()
         name, _, rest = text.partition(":")
         pairs = [item.partition("=") for item in rest.split(",") if item]
         options = {key.strip(): _value(value) if equals else True for key, equals, value in pairs}
-    else:
-        raise ConfigError(f"a stage is a string such as 'gptq:act_order', or a mapping, got {shown(spec)}")
+    if name not in PTQ:
+        raise UnknownNameError(
+            f"{shown(text)}: no post-training stage {shown(name)};{did_you_mean(str(name), PTQ)} known: {', '.join(PTQ)}"
+        )
     kind = PTQ[name]
     allowed = list(inspect.signature(kind).parameters)
     if unknown := [key for key in options if key not in allowed]:

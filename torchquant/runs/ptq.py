@@ -14,7 +14,7 @@ from torch import nn
 from torchquant import ptq
 from torchquant._files import write_json
 from torchquant.plan import QuantPlan, quantize
-from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe
+from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe, is_file
 from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
@@ -103,7 +103,7 @@ def run_ptq(
         with torch.random.fork_rng(devices=[]):
             quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2], strict=strict)
         files = [config.checkpoint, *files_of(config.data, config.rules)]
-        files += [config.recipe] if Path(config.recipe).is_file() else []
+        files += [config.recipe] if is_file(config.recipe) else []
         settings = asdict(config) | {CONTENTS: pinned(config.contents, contents_of(files, [net], config.model))}
         with claimed(Path(out) / "config.json", settings, "another run", "run", MADE, shown.message) as folder:
             return _run(net, rules, recipe, config, data, Stages(folder, shown))
