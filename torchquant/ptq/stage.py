@@ -152,7 +152,8 @@ def make_stage(spec: str | Mapping[str, Any] | Stage) -> Stage:
         options = {key.strip(): _value(value) if equals else True for key, equals, value in pairs}
     if name not in PTQ:
         raise UnknownNameError(
-            f"{shown(text)}: no post-training stage {shown(name)};{did_you_mean(str(name), PTQ)} known: {', '.join(PTQ)}"
+            f"{shown(text)}: no post-training stage {shown(name)};{did_you_mean(str(name), PTQ)} "
+            f"known: {', '.join(PTQ)}"
         )
     kind = PTQ[name]
     allowed = list(inspect.signature(kind).parameters)

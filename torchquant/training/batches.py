@@ -60,9 +60,16 @@ def taken(
 ) -> Iterator[Any]:
     """The first `max_batches` batches, their tensors on the device; `on_batch` is told when each of them is done."""
     for done, batch in enumerate(itertools.islice(batches, max_batches), 1):
-        yield batch if device is None else tree_map_only(Tensor, lambda x: x.to(device), batch)
+        yield batch if device is None else _moved(batch, device)
         if on_batch is not None:
             on_batch(done)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    try:
+        return tree_map_only(Tensor, lambda x: x.to(device), batch)
+    except RecursionError:
+        raise ConfigError(f"a batch must be tensors, in structures that end; got {shown(batch)}") from None
 
 
 def pair_of(batch: object, i: int) -> tuple[Any, Any]:
