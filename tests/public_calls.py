@@ -340,6 +340,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "HistogramObserver": observer(percentile=99.0, n_bins=64, decay=0.0),
         "MSEObserver": observer(n_bits=4, symmetric=False, power=2.0, n_bins=64, decay=0.0),
         "MeanStdObserver": observer(k=3.0, momentum=0.0),
+        "check_observer": lambda: {"observer": BatchMinMax()},
         "PercentileObserver": observer(percentile=99.0, low_percentile=1.0, momentum=0.0),
         "RunningMinMax": observer(),
     },
@@ -347,6 +348,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "ActivationPattern": lambda: {"clamp": (0.0, None)},
         "InputFirstPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
         "LayerPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
+        "WeightsPattern": lambda: {"weights": ("weight",), "values": ("input",)},
         "QWeights": lambda: {
             **{"layer": nn.Embedding(4, 3), "weight_quantizers": {"weight": q()}, "acts_quantizer": q()},
             "input_quantizer": q(),

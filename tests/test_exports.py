@@ -43,6 +43,7 @@ PUBLIC: dict[str, list[str]] = {
     "torchquant.range_observers": [
         "ACIQObserver", "BatchMinMax", "EntropyObserver", "ExpAvgMinMax", "HistogramObserver", "MSEObserver",
         "MeanStdObserver", "OBSERVERS", "PercentileObserver", "RangeObserver", "RunningMinMax",
+        "check_observer",
     ],
     "torchquant.qmodule": [
         "ActivationPattern", "FloatCheckpoints", "InputFirstPattern", "LayerPattern", "QModule",

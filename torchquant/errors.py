@@ -107,7 +107,7 @@ class MissingDependencyError(TorchQuantError, ImportError):
 
 
 class LawViolation(TorchQuantError, AssertionError):  # noqa: N818 - says what it is
-    """A quantizer breaks one of the laws that `check_quantizer` tests.
+    """A quantizer or an observer breaks one of the laws that `check_quantizer` and `check_observer` test.
 
     `law` is the name of the law, `detail` what was seen.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 import torchquant as tq
 from tests import oracles
 from tests.oracles import GOLDEN
-from torchquant.errors import ConfigError, NonFiniteError
+from torchquant.errors import ConfigError, LawViolation, NonFiniteError
 from torchquant.range_observers import (
     OBSERVERS,
     ACIQObserver,
@@ -25,6 +23,7 @@ from torchquant.range_observers import (
     PercentileObserver,
     RangeObserver,
     RunningMinMax,
+    check_observer,
 )
 from torchquant.range_observers._histogram import entropy_bins, histogram, rebinned
 from torchquant.range_observers.moments import ACIQ_GAUSS, ACIQ_LAPLACE
@@ -256,35 +255,59 @@ def test_without_decay_the_last_batch_decides() -> None:
 )
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_every_observer_keeps_what_observers_promise(name: str, axis: int | None) -> None:
+    assert "survives" in check_observer(made(name, axis))
     x = torch.randn(4, 3, 60) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1)
     observer = made(name, axis)
-    assert not observer.is_observed
-    observer.observe_batch(x[:, :, :0])
-    assert not observer.is_observed
     observer.observe_batch(x)
     low, high = observer.get_ranges()
-    assert low.shape == (() if axis is None else (x.shape[axis],))
-    assert bool((low <= high).all())
     assert float(torch.maximum(-low, high).max()) <= float(x.abs().max()) * (1 + 1e-6)
-    file = io.BytesIO()
-    torch.save(observer.state_dict(), file)
-    file.seek(0)
-    loaded = made(name, axis)
-    loaded.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    for o in (observer, loaded):
-        o.observe_batch(2 * x)
-    assert all(torch.equal(a, b) for a, b in zip(observer.get_ranges(), loaded.get_ranges(), strict=True))
-    if axis is not None:
-        for i, part in enumerate(x.unbind(axis)):
-            alone = made(name)
-            alone.observe_batch(part)
-            again = made(name, axis)
-            again.observe_batch(x)
-            assert all(torch.equal(a, b[i]) for a, b in zip(alone.get_ranges(), again.get_ranges(), strict=True))
-    observer.force_ranges(*((-1.0, 2.0) if axis is None else (torch.full_like(low, -1.0), torch.full_like(low, 2.0))))
-    assert bool((observer.get_ranges()[1] == 2.0).all())
-    observer.reset()
-    assert not observer.is_observed
+    for i, part in enumerate([] if axis is None else x.unbind(axis)):
+        alone = made(name)
+        alone.observe_batch(part)
+        assert all(torch.equal(a, b[i]) for a, b in zip(alone.get_ranges(), (low, high), strict=True))
+
+
+class Broken(tq.BatchMinMax):
+    """Breaks one law of observers."""
+
+    def __init__(self, law: str, axis: int | None = 0) -> None:
+        super().__init__(axis=axis)
+        self.law = law
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = super().measure(x)
+        if self.law == "ordered":
+            return high, low
+        if self.law == "per_channel":
+            return low.amin().expand_as(low), high
+        if self.law == "nonfinite":
+            return low.nan_to_num(), high.nan_to_num(posinf=0.0, neginf=0.0)
+        if self.law in ("memoryless", "survives", "forced"):
+            self.calls = getattr(self, "calls", 0) + 1
+            return low, high * self.calls
+        return low, high
+
+    def observe_batch(self, x: Tensor) -> None:
+        if self.law == "empty" and not x.numel():
+            self.force_ranges(torch.zeros(4), torch.ones(4))
+        super().observe_batch(x)
+
+
+@pytest.mark.parametrize("law", ["ordered", "empty", "nonfinite", "per_channel", "memoryless", "survives", "forced"])
+def test_an_observer_that_breaks_a_law_is_told_which(law: str) -> None:
+    with pytest.raises(LawViolation, match=rf"\[{law}\] ") as caught:
+        check_observer(Broken(law))
+    assert law in caught.value.law.split(", ")
+
+
+def test_laws_of_observers_begin_with_nothing_seen_and_change_nothing() -> None:
+    observer = tq.BatchMinMax(axis=0)
+    observer.observe_batch(torch.randn(7, 2))
+    before = observer.get_ranges()
+    assert len(check_observer(observer)) == 7
+    assert all(map(torch.equal, observer.get_ranges(), before))
+    with pytest.raises(ConfigError, match="axis must be from -3 to 2, or None, got 3"):
+        check_observer(tq.BatchMinMax(axis=3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

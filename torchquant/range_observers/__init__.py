@@ -2,6 +2,7 @@
 
 from torchquant.range_observers._base import OBSERVERS as OBSERVERS
 from torchquant.range_observers._base import RangeObserver as RangeObserver
+from torchquant.range_observers._laws import check_observer as check_observer
 from torchquant.range_observers.histogram import EntropyObserver as EntropyObserver
 from torchquant.range_observers.histogram import HistogramObserver as HistogramObserver
 from torchquant.range_observers.histogram import MSEObserver as MSEObserver
@@ -24,4 +25,5 @@ __all__ = [
     "PercentileObserver",
     "RangeObserver",
     "RunningMinMax",
+    "check_observer",
 ]

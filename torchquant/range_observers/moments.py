@@ -73,6 +73,7 @@ class MeanStdObserver(RangeObserver):
         x = rows(x, self.axis)
         low, high = _extremes(x)
         mean, deviation = row_moments(x, ranks())
+        mean = mean.clamp(low, high)  # sums round, so that the mean of a constant may lie beyond it
         ends = torch.maximum(low, mean - self.k * deviation), torch.minimum(high, mean + self.k * deviation)
         return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 
