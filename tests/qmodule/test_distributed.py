@@ -137,6 +137,25 @@ def searched(rank: int | None) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in named.items()} | {"prices": search.prices.values}
 
 
+def pinned(rank: int | None) -> dict[str, Tensor]:
+    """State before and after training with pinned weight quantizers, one of which learns its step."""
+    model = small_model()
+    model[1].weight_quantizer = tq.make_quantizer("lsq:4/channel").double()
+    model[3].weight_quantizer = tq.make_quantizer("nvfp4").double()
+    for place in (0, 1, 3):
+        (slot,) = model[place].weight_slots()
+        slot.quantizer.pin(slot.seen())
+    before = snapshot(model)
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_AWARE_TRAIN)
+    network = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for x, labels in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(network(part_of(x, rank)), part_of(labels, rank)).backward()
+        optimizer.step()
+    return {f"before.{key}": value for key, value in before.items()} | snapshot(model)
+
+
 def refused(rank: int) -> bool:
     """Whether a NaN that only the last rank sees is refused on this rank."""
     x = torch.ones(4)
@@ -154,7 +173,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     try:
         result = {"calibrated": calibrated(rank), "trained": trained(rank), "fitted": fitted(rank)}
-        result |= {"refused": refused(rank), "searched": searched(rank)}
+        result |= {"refused": refused(rank), "searched": searched(rank), "pinned": pinned(rank)}
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -219,6 +238,17 @@ def test_ternary_numbers_equal_one_process(ranks: list[dict[str, Any]], fitted_a
 def test_a_search_has_the_same_logits_and_widths_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(ranks[0]["searched"], ranks[1]["searched"], rtol=0, atol=0)
     assert all(float(t.abs().max()) > 0 for name, t in ranks[0]["searched"].items() if name.startswith("theta"))
+
+
+def test_pins_hold_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    alone = pinned(None)
+    for found in (rank["pinned"] for rank in ranks):
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
+        held = [key for key in found if "weight_quantizer" in key and not key.startswith("before.")]
+        assert {"0.weight_quantizer.observer.range_min", "1.weight_quantizer.step"} < set(held)
+        assert "3.weight_quantizer.block_scales" in held
+        assert all(torch.equal(found[key], found[f"before.{key}"]) for key in held)
+        assert not torch.equal(found["1.weight"], found["before.1.weight"])
 
 
 def test_nan_on_one_rank_is_refused_on_all(ranks: list[dict[str, Any]]) -> None:

@@ -292,7 +292,8 @@ def test_dorefa_has_a_weight_for_every_level(n_bits: int, size: float) -> None:
 
 
 def test_groups_and_codebooks_find_their_columns() -> None:
-    for quantizer in (GroupQuantizer(tq.make_quantizer("twn/channel"), 5), CodebookQuantizer(2, axis=1)):
+    grouped = [GroupQuantizer(tq.make_quantizer(f"{scheme}/channel"), 5) for scheme in ("twn", "dorefa:4", "dorefa:1")]
+    for quantizer in (*grouped, CodebookQuantizer(2, axis=1)):
         quantizer.pin(X)
         columns = torch.tensor([11, 0, 4, 5])
         assert torch.equal(quantizer.nearest(X[:, columns], columns), quantizer(X)[:, columns])

@@ -111,6 +111,9 @@ def test_bits_go_down_step_by_step() -> None:
         schedule.step()
     assert [w[:2] for w in widths] == [(8, 8), (8, 8), (4, 4), (2, 2), (2, 2)]
     assert widths[-1][2] <= 3
+    model[2].weight_quantizer.pin(model[2].layer.weight)
+    with pytest.raises(ConfigError, match=r"2.weight is pinned, and a quantizer of another width would lose"):
+        schedule.apply_at(0)
     with pytest.raises(ConfigError, match="the width from step 0 on"):
         BitSchedule(model, {5: 4}, "affine:{n}")
     with pytest.raises(ConfigError, match="n_bits must be"):

@@ -6,7 +6,7 @@ The formats that come with torchquant say all of this themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ from torchquant.quantizers_functional.formats import (
 )
 
 Values = tuple[Tensor, Tensor | None]
+
+
+def _of_channels(parameters: tuple[Tensor | int, ...], index: Tensor) -> tuple[Tensor | int, ...]:
+    """The numbers of these channels. index: (k,) int64."""
+    return tuple(p[index] if isinstance(p, Tensor) and p.ndim else p for p in parameters)
 
 
 def _shaped(format: Formula | Altered, ndim: int) -> list[Any]:
@@ -71,6 +76,9 @@ class Formula(Format):
         codes = (torch.as_tensor(code, device=x.device) for code in self.code_range)
         low, high = (self.decoder(code, x.dtype, *_shaped(self, x.ndim)) for code in codes)
         return torch.minimum(low, high), torch.maximum(low, high)
+
+    def of_channels(self, index: Tensor) -> Format:
+        return replace(self, parameters=_of_channels(self.parameters, index))
 
     def numbers(self) -> list[Tensor]:
         return [p for p in self.parameters if isinstance(p, Tensor)]
@@ -182,6 +190,9 @@ class Altered(Format):
 
     def step(self, x: Tensor) -> Tensor:
         return self._decoding.step(x)
+
+    def of_channels(self, index: Tensor) -> Format:
+        return replace(self, base=self.base.of_channels(index), parameters=_of_channels(self.parameters, index))
 
     def numbers(self) -> list[Tensor]:
         return self.base.numbers()

@@ -202,6 +202,11 @@ class BitSchedule(_Schedule):
         for _, module in qmodules(self.model):
             for slot in module.weight_slots():
                 if slot.quantizer is not None:
+                    if slot.quantizer.is_pinned:
+                        raise ConfigError(
+                            f"{slot.key} is pinned, and a quantizer of another width would lose what was rounded; call "
+                            "unpin() on its quantizer first, or schedule widths before rounding"
+                        )
                     new = self._made(self.weight, "weight", slot.quantizer)
                     new.allocate(slot.seen().shape[0])
                     slot.replace_quantizer(new)
