@@ -135,15 +135,17 @@ def test_what_was_frozen_before_stays_frozen() -> None:
     assert (quantizer.step.requires_grad, quantizer.offset.requires_grad) == (True, False)
 
 
+@pytest.mark.parametrize("site", ["weight", "output"])
 @pytest.mark.parametrize("name", OBSERVERS)
-def test_observers_of_what_is_pinned_see_nothing(name: str) -> None:
-    quantizer = tq.make_quantizer(f"affine:4,observer={name}")
+def test_observers_of_what_is_pinned_see_nothing(name: str, site: str) -> None:
+    quantizer = tq.make_quantizer(f"affine:4,observer={name}", site)
     quantizer.pin(X)
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
-    quantizer.pre_observe(5 * X, clamp=(0.0, None))  # type: ignore[call-arg]
-    for part in quantizer.modules():
-        if isinstance(part, StatisticTracker):
-            part.observe_batch(5 * X)
+    for factor in (5.0, 0.1):
+        quantizer.pre_observe(factor * X, clamp=(0.0, None))  # type: ignore[call-arg]
+        for part in quantizer.modules():
+            if isinstance(part, StatisticTracker):
+                part.observe_batch(factor * X)
     after = quantizer.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,28 +9,9 @@ from torchquant.errors import ConfigError, UnobservedRangeError
 from torchquant.range_observers._pins import Pinnable
 from torchquant.range_observers._statistics import StatisticTracker
 
-OBSERVING = frozenset({"pre_observe", "post_observe"})
-"""The methods of a quantizer that look at tensors."""
-
-
-def _unless_pinned(observe: Callable[..., None]) -> Callable[..., None]:
-    """A method of a quantizer that does nothing while it is pinned."""
-
-    @wraps(observe)
-    def observe_unless_pinned(self: CalibratedState, *args: Any, **kwargs: Any) -> None:
-        if not self.is_pinned:
-            observe(self, *args, **kwargs)
-
-    return observe_unless_pinned
-
 
 class CalibratedState(Pinnable):
     """The part of a quantizer that data change: its methods do nothing for a scheme that looks at nothing."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in OBSERVING & cls.__dict__.keys():
-            setattr(cls, name, _unless_pinned(cls.__dict__[name]))
 
     def pre_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
         """See the real tensor before it is quantized."""

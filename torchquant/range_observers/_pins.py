@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +14,25 @@ from torchquant._tensors import ordinary_zeros
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
+OBSERVING = frozenset({"pre_observe", "post_observe", "observe_batch", "observe_clamped"})
+"""The methods of quantizers and observers that look at tensors."""
+
+
+def _unless_pinned(observe: Callable[..., None]) -> Callable[..., None]:
+    """A method that does nothing while its module is pinned."""
+
+    @wraps(observe)
+    def observe_unless_pinned(self: Pinnable, *args: Any, **kwargs: Any) -> None:
+        if self._buffers.get("pinned") is None:
+            observe(self, *args, **kwargs)
+
+    return observe_unless_pinned
+
+
 class Pinnable(nn.Module):
     """A module that can be told to keep its numbers: observing then changes nothing, and no optimizer moves them.
 
+    The methods named in `OBSERVING` do nothing while it is pinned, also those that a subclass writes anew.
     The buffers in `kept` are there only while it is pinned, so that a `state_dict` without pins has the keys that it
     always had; a checkpoint brings its pins along, and one without takes them off. `pinned` is the shape of the weight
     whose numbers are kept, as floats, since models are averaged over all that they save.
@@ -25,6 +42,11 @@ class Pinnable(nn.Module):
     """Buffers that are there while the module is pinned."""
     _frozen: tuple[str, ...] = ()
     """Parameters that the pin has frozen."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in OBSERVING & cls.__dict__.keys():
+            setattr(cls, name, _unless_pinned(cls.__dict__[name]))
 
     @property
     def is_pinned(self) -> bool:

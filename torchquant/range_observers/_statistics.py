@@ -228,8 +228,6 @@ class StatisticTracker(CallsOfABatch):
     @property
     def _is_settled(self) -> bool:
         """Whether nothing that is still to come changes the statistics."""
-        if self.is_pinned:
-            return True
         return self.set_once.issuperset(self.statistics) and self.is_observed and self.is_start_complete
 
     def over_ranks(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -105,11 +105,12 @@ def pins(case: Case) -> None:
     quantizer, other = case.pinned(), case.sample * 3.7
     before, expected = copy.deepcopy(quantizer.state_dict()), quantizer(case.sample)
     quantizer.pin(other)
-    quantizer.pre_observe(other)
-    quantizer.post_observe(other)
-    for part in quantizer.modules():
-        if isinstance(part, StatisticTracker):
-            part.observe_batch(other)
+    for seen in (other, case.sample / 2):
+        quantizer.pre_observe(seen)
+        quantizer.post_observe(seen)
+        for part in quantizer.modules():
+            if isinstance(part, StatisticTracker):
+                part.observe_batch(seen)
     require(same(quantizer(case.sample), expected), "observing changes the output of a pinned quantizer")
     after = quantizer.state_dict()
     require(before.keys() == after.keys(), "observing changes which numbers a pinned quantizer has")
