@@ -32,37 +32,42 @@ _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "C
 _LAYERS = [*_CONVS, "Linear"]
 _TOKEN_LAYERS = ["Linear", "Conv1D", *map(class_name, WEIGHTED)]
 """Layers whose sums run along the last axis of their input."""
-_FLOAT_INPUTS = {"types": ["LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell"], "input": None}
+_RECURRENT = {"types": ["LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell"]}
+_FLOAT_INPUTS = {**_RECURRENT, "input": None}
 """No runtime multiplies what a recurrent layer reads in integers, so a grid there would only cost."""
+_GROUPED_8 = "affine:8/group=8"
+"""A row of a recurrent layer may pick few of its inputs, with weights a thousand times those of the others, and add up
+the others over many steps; one scale a row rounds these weights to 0. Every runtime multiplies them as floats."""
+_GROUPED = {**_RECURRENT, "weight": _GROUPED_8}
 
 
-def _w4a8(weight: str) -> list[dict[str, Any]]:
-    return [{**_INT8, "weight": weight, "fold_bn": True}, {**_ENDS, **_INT8}, _FLOAT_INPUTS]
+def _ends_in_8_bits(weight: str) -> list[dict[str, Any]]:
+    return [{**_INT8, "weight": weight, "fold_bn": True}, {**_ENDS, **_INT8}, {**_ENDS, **_GROUPED}, _FLOAT_INPUTS]
 
 
-def _products(weight: str, rows: str, others: str) -> list[dict[str, Any]]:
+def _products(weight: str, recurrent: str, rows: str, others: str) -> list[dict[str, Any]]:
     """What layers and matrix products multiply, and no more: all that flows between them stays float.
 
-    weight: of layers whose sums run along the last axis. rows: what those layers read. others: what convolutions and
-    matrix products read.
+    weight: of layers whose sums run along the last axis. recurrent: of those that are recurrent. rows: what the others
+    of them read. others: what convolutions and matrix products read.
     """
     return [
         {"types": _TOKEN_LAYERS, "weight": weight, "input": rows},
         {"types": ["Embedding", "EmbeddingBag"], "weight": "affine:8/channel"},
-        _FLOAT_INPUTS,
+        {**_FLOAT_INPUTS, "weight": recurrent},
         {"types": _CONVS, "weight": _INT8["weight"], "input": others, "fold_bn": True},
         {"types": ["matmul", "attention"], "input": others},
     ]
 
 
-def _transformer(weight: str) -> list[dict[str, Any]]:
-    return _products(weight, "affine:8,symmetric=narrow/token", "affine:8")
+def _transformer(weight: str, recurrent: str) -> list[dict[str, Any]]:
+    return _products(weight, recurrent, "affine:8,symmetric=narrow/token", "affine:8")
 
 
 RULE_SETS: dict[str, list[dict[str, Any]]] = {
-    "w8a8": [{**_INT8, "fold_bn": True}, _FLOAT_INPUTS],
-    "w4a8": _w4a8("affine:4,symmetric=narrow,observer=mse/channel"),
-    "w4a8-minmax": _w4a8("affine:4,symmetric=narrow/channel"),
+    "w8a8": [{**_INT8, "fold_bn": True}, _GROUPED, _FLOAT_INPUTS],
+    "w4a8": _ends_in_8_bits("affine:4,symmetric=narrow,observer=mse/channel"),
+    "w4a8-minmax": _ends_in_8_bits("affine:4,symmetric=narrow/channel"),
     "w4a4-lsq": [
         {"weight": "lsq:4/channel", "input": "lsq:4", "output": "lsq:4"},
         {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
@@ -71,10 +76,15 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         {"weight": "lsq:2/channel", "input": "lsq:2", "output": "lsq:2"},
         {**_ENDS, "weight": "lsq:8/channel", "input": "lsq:8", "output": "lsq:8"},
     ],
-    "ternary": [{**_INT8, "weight": "twn/channel"}, {**_ENDS, "weight": _INT8["weight"]}, _FLOAT_INPUTS],
-    "w8a8-products": _products(_INT8["weight"], "affine:8,observer=mse", "affine:8,observer=mse"),
-    "w8a8-transformer": _transformer(_INT8["weight"]),
-    "w4a8-transformer": _transformer("affine:4,symmetric=narrow/group=32"),
+    "ternary": [
+        {**_INT8, "weight": "twn/channel"},
+        {**_ENDS, "weight": _INT8["weight"]},
+        {**_ENDS, **_GROUPED},
+        _FLOAT_INPUTS,
+    ],
+    "w8a8-products": _products(_INT8["weight"], _GROUPED_8, "affine:8,observer=mse", "affine:8,observer=mse"),
+    "w8a8-transformer": _transformer(_INT8["weight"], _GROUPED_8),
+    "w4a8-transformer": _transformer(*["affine:4,symmetric=narrow/group=32"] * 2),
     "int8-ort": [
         {"types": _CONVS, **_INT8, "preactivation": "affine:8", "fold_bn": True, "unread": True},
         {"types": ["Linear", "add", "mul", "matmul", "avg_pool", "cat"], **_INT8, "fold_bn": True},

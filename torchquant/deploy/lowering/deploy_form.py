@@ -21,14 +21,13 @@ from torchquant.deploy.lowering.hooks import refuse_hooks
 from torchquant.deploy.lowering.qdq import (
     QuantizeDequantize,
     StoredBias,
-    StoredTable,
     StoredWeight,
     acts_site,
     as_nodes,
     node,
 )
 from torchquant.deploy.lowering.stand_in import LeftOut, PassedOn, StandIn, leave_out
-from torchquant.deploy.lowering.stored_weights import stored_weight, without_weight
+from torchquant.deploy.lowering.stored_weights import Stored, stored_weight, without_weight
 from torchquant.deploy.lowering.weights_form import DeployWeights
 from torchquant.errors import ExportError
 from torchquant.graph.hooks import has_hooks
@@ -54,7 +53,7 @@ class DeployLayer(StandIn):
         "its batch norm": "bn",
         "its activation": "activation",
     }
-    weight: StoredWeight | StoredTable
+    weight: Stored
 
     def __init__(self, wrapper: QWrapper, path: str, keep_signed: bool = False) -> None:
         super().__init__(path, wrapper.held)

@@ -15,7 +15,7 @@ from torchquant.errors import ExportError, NoAffineViewError, NoCodesError
 from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
-from torchquant.quantizers_functional.formats import UniformGrid
+from torchquant.quantizers_functional.formats import AffineParams, UniformGrid
 from torchquant.quantizers_functional.requantize import INT32_MAX
 
 SMALLEST_SCALE = 2.0**-126
@@ -74,12 +74,18 @@ def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
     """The grid of a calibrated uniform quantizer. `name` says in messages where it sits. Raises ExportError."""
     check_ready(quantizer, name)
     try:
-        delta, zero_point, qmin, qmax = quantizer.affine_params()
+        params = quantizer.affine_params()
     except NoAffineViewError as error:
         raise ExportError(
             f"{name} has no step and zero point, which ONNX QuantizeLinear needs. Use a uniform scheme here, such as "
             "AffineQuantizer or QfmtQuantizer, or give this site None to keep it float"
         ) from error
+    return grid_of(params, quantizer.axis, name)
+
+
+def grid_of(params: AffineParams, axis: int | None, name: str) -> Grid:
+    """The grid of these numbers, which lie along `axis` where they are several. Raises ExportError beyond 8 bits."""
+    delta, zero_point, qmin, qmax = params
     scale = torch.as_tensor(delta).detach().clone()
     if scale.dtype != torch.float32:
         raise ExportError(
@@ -93,7 +99,7 @@ def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
             f"{name} uses codes {qmin}..{qmax}, which 8 bits do not hold. Use n_bits <= 8, or give this site None to "
             "keep it float"
         )
-    return Grid(scale, offset, qmin, qmax, axis=quantizer.axis if scale.ndim else None)
+    return Grid(scale, offset, qmin, qmax, axis=axis if scale.ndim else None)
 
 
 def bias_codes(bias: Tensor, scale: Tensor, name: str) -> Tensor:
@@ -182,8 +188,9 @@ def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
     check_ready(quantizer, name)
     if quantizer.levels_vary:
         raise ExportError(
-            f"{name} has scales for blocks or groups of its own. Use a scheme with one scale per tensor or channel "
-            "here, write a packed file (save_packed), or give this site None to keep it float"
+            f"{name} has scales for blocks or groups of its own, and their levels are no uniform grid. Use a uniform scheme, "
+            "such as affine:4/group=32, or one scale per tensor or channel here, write a packed file (save_packed), or "
+            "give this site None to keep it float"
         )
     try:
         codes, (low, high) = quantizer.encode(weight), quantizer.code_range

@@ -64,6 +64,8 @@ def _axis(axis: int | None) -> dict[str, Any]:
     return {} if axis is None else {"axis": axis}
 
 
+BLOCK = "block_size"
+"""Attribute of a DequantizeLinear that has a scale for each block of codes."""
 SITE = "site"
 """Attribute of a QuantizeLinear until the file is finished: which site it is. Equal nodes are not merged so."""
 
@@ -84,11 +86,22 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | No
     return (steps + per_channel_view(zero_point, x.ndim, axis)).clamp(limits.min, limits.max).to(zero_point.dtype)
 
 
-def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> Tensor:
-    """`(codes - zero_point) * scale` in float32, as ONNX defines it; shapes as in `quantize_linear`."""
+def dequantize_linear(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None, block: int | None = None
+) -> Tensor:
+    """`(codes - zero_point) * scale` in float32, as ONNX defines it; shapes as in `quantize_linear`.
+
+    With `block`, codes (C, K) have a scale and a zero point, (C, ceil(K / block)), for each `block` along axis 1.
+    """
     if as_nodes():
         inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
-        return node("DequantizeLinear", inputs, torch.float32, codes.shape, **_axis(axis))
+        blocks = {} if block is None else {BLOCK: block}
+        return node("DequantizeLinear", inputs, torch.float32, codes.shape, **_axis(axis), **blocks)
+    if block is not None:
+        own = torch.arange(codes.shape[1], device=codes.device) // block
+        steps = codes.to(torch.float32)
+        steps = steps if zero_point is None else steps - zero_point[:, own]
+        return steps * scale[:, own]
     steps = codes.to(torch.float32)
     if zero_point is not None:
         steps = steps - per_channel_view(zero_point, codes.ndim, axis)

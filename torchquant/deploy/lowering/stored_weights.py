@@ -21,6 +21,7 @@ from torchquant.deploy.lowering.export_grids import (
     weight_table,
 )
 from torchquant.deploy.lowering.qdq import StoredTable, StoredWeight, Terms
+from torchquant.deploy.lowering.stored_groups import GroupCodes, StoredGroups, group_codes
 from torchquant.errors import ExportError, NoAffineViewError
 from torchquant.qmodule import QWrapper
 from torchquant.qmodule.bn_folding import running_factor
@@ -30,7 +31,7 @@ from torchquant.quantizers_functional.bn_fold import channel_view
 
 def stored_weight(
     wrapper: QWrapper, quantizer: Quantizer, layer: nn.Module, path: str, keep_signed: bool
-) -> tuple[StoredWeight | StoredTable, nn.Module | None]:
+) -> tuple[Stored, nn.Module | None]:
     """The weight as the layer takes it, and the batch norm that is left to run."""
     name = f"{path}: the weight quantizer ({type(quantizer).__name__})"
     weight = wrapper.float_weight()
@@ -40,13 +41,16 @@ def stored_weight(
     if isinstance(kept, Table):
         if factor is not None:
             kept, bn = kept.scaled(factor), None
-    else:
+    elif not isinstance(kept, GroupCodes):
         folded = None if factor is None else fold_into_scale(*kept, factor)
         if folded is not None:
             kept, bn = folded, None
     to_layer = partial(wrapper.row.channels_first, layer)
     layout = Layout(to_layer, partial(layer_grid, layer=wrapper.layer, row=wrapper.row))
     return stored(kept, layout, keep_signed), bn
+
+
+Stored = StoredWeight | StoredTable | StoredGroups
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,19 @@ def _rows(order: Tensor, weight: Tensor) -> Tensor:
     return weight[order]
 
 
-Encoded = Table | tuple[Tensor, Grid]
+Encoded = Table | GroupCodes | tuple[Tensor, Grid]
 
 
 def encoded_weight(weight: Tensor, quantizer: Quantizer, name: str, path: str) -> Encoded:
-    """The weight in codes of a uniform grid, or of any other scheme; channels first. Raises ExportError."""
+    """The weight in codes of a uniform grid, of one for each group, or of any other scheme; channels first.
+
+    Raises ExportError.
+    """
     if weight.dtype != torch.float32:
         raise ExportError(f"{path}: the weight is {weight.dtype}, but files are written in float32. Call model.float()")
+    grouped = group_codes(quantizer, weight, name)
+    if grouped is not None:
+        return grouped
     try:
         grid = uniform_grid(quantizer, name)
     except ExportError as error:
@@ -100,6 +110,8 @@ def encoded_weight(weight: Tensor, quantizer: Quantizer, name: str, path: str) -
 
 def picked_rows(kept: Encoded, order: Tensor) -> Encoded:
     """The rows `order` of an encoded weight."""
+    if isinstance(kept, GroupCodes):
+        return kept.picked(order)
     if isinstance(kept, Table):
         levels = kept.levels[order] if kept.levels.ndim == 2 else kept.levels
         terms = tuple((scale[order] if scale.ndim else scale, ints[order]) for scale, ints in kept.terms)
@@ -128,8 +140,13 @@ def _on_grid(codes: Tensor, grid: Grid, layout: Layout, keep_signed: bool, table
     return StoredWeight(layout.to_layer(codes), laid_out, terms, None, table)
 
 
-def stored(kept: Encoded, layout: Layout, keep_signed: bool) -> StoredWeight | StoredTable:
-    """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels."""
+def stored(kept: Encoded, layout: Layout, keep_signed: bool) -> Stored:
+    """In the narrowest of: whole numbers times a scale; codes that count in such; codes that count in levels.
+
+    Codes of groups stay as they are.
+    """
+    if isinstance(kept, GroupCodes):
+        return StoredGroups(kept, layout.to_layer)
     if not isinstance(kept, Table):
         return _on_grid(*kept, layout, keep_signed)
     as_grid = kept.as_grid()

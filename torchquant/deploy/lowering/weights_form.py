@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 from torchquant.deploy.integer.context import active_run
 from torchquant.deploy.integer.tensor import IntegerTensor
-from torchquant.deploy.lowering.qdq import StoredTable, StoredWeight, acts_site, as_nodes
+from torchquant.deploy.lowering.qdq import acts_site, as_nodes
 from torchquant.deploy.lowering.stand_in import PassesForTensor, StandIn
-from torchquant.deploy.lowering.stored_weights import AS_IT_IS, encoded_weight, from_order, picked_rows, stored
+from torchquant.deploy.lowering.stored_weights import AS_IT_IS, Stored, encoded_weight, from_order, picked_rows, stored
 from torchquant.deploy.onnx.recurrent import gate_order, recurrent_nodes
 from torchquant.qmodule import QWeights
 from torchquant.qmodule.state import is_real
@@ -101,7 +101,7 @@ class DeployWeights(StandIn):
 
     def _by_gates(self, name: str) -> Tensor:
         found: Any = getattr(self.layer, name)
-        if isinstance(found, StoredWeight | StoredTable):
+        if isinstance(found, Stored):
             return found.as_kept()
         tensor: Tensor = found[gate_order(self.layer, len(found))]
         return tensor

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from torchquant.deploy.lowering.qdq import LOOK_UP, SITE, UINT8, StoredTable, StoredWeight
-from torchquant.deploy.lowering.stored_weights import stored_bits
+from torchquant.deploy.lowering.qdq import BLOCK, LOOK_UP, SITE, UINT8
+from torchquant.deploy.lowering.stored_weights import Stored, stored_bits
 from torchquant.deploy.onnx.float_weights import keep_float_weights
 from torchquant.deploy.onnx.keep_apart import keep_apart
 from torchquant.deploy.onnx.operators import RUNTIME_MOVES, STOPPING
@@ -19,7 +19,8 @@ from torchquant.errors import require
 MODULE_PATH_KEY = "pkg.torch.onnx.name_scopes"
 PACKED_OPSET = {2: 25, 4: 21, 8: 20}
 """ONNX operator set that brought the type of so many bits. 20 where 8 suffice: older runtimes read it."""
-
+BLOCK_OPSET = 21
+"""ONNX operator set that brought a scale for each block of codes."""
 IR_VERSION = {20: 10, 21: 10, 25: 13}
 
 
@@ -33,7 +34,8 @@ def finish_graph(proto: Any, form: Any) -> None:
     keep_apart(proto)
     _own_weights(proto)
     keep_float_weights(proto, onnx)
-    opset = max([PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)], default=PACKED_OPSET[8])
+    opsets = [PACKED_OPSET[bits] for bits in _pack_weights(proto, form, onnx)]
+    opset = max([PACKED_OPSET[8], *opsets, *(BLOCK_OPSET for node in proto.graph.node if _has_blocks(node))])
     for entry in proto.opset_import:
         if entry.domain == "":
             entry.version = max(opset, entry.version)
@@ -47,6 +49,10 @@ def finish_graph(proto: Any, form: Any) -> None:
             node.metadata_props.add(key="site", value=path)
     for entry in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer):
         del entry.metadata_props[:]
+
+
+def _has_blocks(node: Any) -> bool:
+    return any(attribute.name == BLOCK for attribute in node.attribute)
 
 
 def module_path(node: Any) -> str:
@@ -200,7 +206,7 @@ def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
     initializers = {entry.name: entry for entry in proto.graph.initializer}
     widths, casts = [], []
     modules = form.named_modules(remove_duplicate=False)
-    weights = {name for name, module in modules if isinstance(module, StoredWeight | StoredTable)}
+    weights = {name for name, module in modules if isinstance(module, Stored)}
     for name, entry in initializers.items():
         if not IS_CODES.search(name) or IS_CODES.sub("", name) not in weights:
             continue

@@ -23,6 +23,7 @@ from torchquant.deploy.lowering.qdq import (
     node,
 )
 from torchquant.deploy.lowering.stand_in import PassesForTensor, leave_out
+from torchquant.deploy.lowering.stored_groups import StoredGroups
 from torchquant.deploy.lowering.weights_form import DeployWeights
 from torchquant.deploy.onnx.export import checked_inputs, describe, exported, tell_of_left_out
 from torchquant.errors import ExportError, require
@@ -79,6 +80,11 @@ def _quant_of(module: nn.Module, path: str) -> nn.Module:
         raise ExportError(
             f"{path}: QONNX has uniform quantizers only, and the levels of this weight are not whole numbers of 8 bits "
             "times a scale. Use another scheme here, or export_onnx, which writes them as a table"
+        )
+    if isinstance(module, StoredGroups):
+        raise ExportError(
+            f"{path}: QONNX is written with one scale per tensor or channel, and this weight has one for each group. "
+            "Use a scheme without /group here, or export_onnx"
         )
     if isinstance(module, QuantizeTokens):
         raise ExportError(
