@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from torchquant.deploy import export_onnx, run_onnx
+from torchquant.deploy import certify, export_onnx, export_qonnx, run_onnx
 from torchquant.deploy.integer.model import to_integer
 from torchquant.deploy.lowering.deploy_form import deploy_form
 from torchquant.errors import ExportError
@@ -104,9 +104,56 @@ def test_weights_of_other_schemes_are_codes_with_their_exact_levels(weight: str,
     assert float(off.max()) <= (1.01 if "nf4" in weight or "codebook" in weight else 4.0)
 
 
-@pytest.mark.parametrize("weight", ["mxfp4", "nvfp4", "affine:4/group=8"])
+@pytest.mark.parametrize("weight", ["mxfp4", "nvfp4", "pot:3/group=8"])
 def test_blocks_with_scales_of_their_own_are_refused_by_name(weight: str, tmp_path: Path) -> None:
     model, x = trained(weight, "affine:8")
     with pytest.raises(ExportError, match=r"0: the weight quantizer.*has scales for blocks"):
         export_onnx(model, tmp_path / "net.onnx", x[:1])
     assert not list(tmp_path.iterdir())
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(13, 5), (3, 13)),
+    "conv": (lambda: nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 5)),
+    "depthwise": (lambda: nn.Conv1d(4, 4, 3, groups=4), (2, 4, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("weight", ["affine:8/group=4", "affine:4,symmetric=narrow/group=64", "lsq:4/group=8"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_grid_for_each_group_gives_the_very_weights(kind: str, weight: str) -> None:
+    """Rows that are no multiple of the group, and rows shorter than one group, among them."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    wrapper = tq.QWrapper([make()], tq.make_quantizer(weight), input_quantizer=tq.make_quantizer("affine:8", "input"))
+    x = torch.randn(shape)
+    with tq.qmodule_state(wrapper, tq.QModuleState.CALIBRATION):
+        wrapper(x)
+    tq.set_qmodule_state(wrapper, tq.QModuleState.QUANT_EVAL)
+    form = deploy_form(nn.Sequential(wrapper))
+    with torch.no_grad():
+        assert torch.equal(form.get_submodule("0.weight")().contiguous(), seen_by(wrapper))
+        torch.testing.assert_close(form(x), wrapper(x))
+        torch.testing.assert_close(to_integer(nn.Sequential(wrapper), x)(x), wrapper(x))
+
+
+def seen_by(wrapper: tq.QWrapper) -> torch.Tensor:
+    """The quantized weight in the layout of the layer."""
+    assert wrapper.weight_quantizer is not None
+    quantized = wrapper.weight_quantizer(wrapper.float_weight())
+    return wrapper.row.channels_first(wrapper.layer, quantized).contiguous()
+
+
+def test_groups_run_in_onnx_runtime_between_codes_and_behind_a_batch_norm(tmp_path: Path) -> None:
+    model, x = trained("affine:4/group=8", "affine:8")
+    path = export_onnx(model, tmp_path / "net.onnx", x[:1], verify=False)
+    certificate = certify(model, path, [(x,)])
+    assert certificate.passed, certificate.failures
+    proto = onnx.load(path)
+    blocks = {a.i for n in proto.graph.node for a in n.attribute if a.name == "block_size"}
+    assert (blocks, proto.opset_import[0].version) == ({8}, 21)
+    codes = {entry.name: tuple(entry.dims) for entry in proto.graph.initializer if entry.name.endswith("weight.codes")}
+    assert codes == {"0.weight.codes": (6, 9), "2.weight.codes": (5, 96)}
+    with pytest.raises(ExportError, match="0.weight: QONNX is written with one scale per tensor or channel"):
+        export_qonnx(model, tmp_path / "q.onnx", x[:1])

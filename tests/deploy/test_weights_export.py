@@ -167,3 +167,65 @@ def test_ready_rules_for_runtimes_take_tables_and_leave_recurrent_layers_float()
         assert table.weight is not None
         assert table.output is None
         assert "recurrent" in {left.path for left in plan.floats}
+
+
+class Encoder(nn.Module):
+    """Features whose strength falls over three decades, each as important as the others -> numbers of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head = nn.LSTM(28, 16, batch_first=True), nn.Linear(16, 8)
+        with torch.no_grad():
+            self.lstm.weight_ih_l0.mul_(4 / STRENGTHS)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[1][0][-1])
+
+
+STRENGTHS = torch.logspace(0, -3, 28)
+PER_ROW = [{"types": ["LSTM"], "weight": "affine:8,symmetric=narrow/channel"}]
+
+
+def sequences(seed):
+    return torch.randn(16, 12, 28, generator=torch.Generator().manual_seed(seed)) * STRENGTHS
+
+
+def sqnr(reference, output):
+    return float(10 * torch.log10(reference.square().sum() / (reference - output).square().sum()))
+
+
+@pytest.mark.parametrize("rules", ["w8a8", "w4a8", "ternary", "w8a8-products", "w8a8-transformer"])
+def test_features_of_any_strength_count_in_a_recurrent_layer(rules):
+    x = sequences(1)
+    with torch.no_grad():
+        reference = Encoder().eval()(x)
+        model = quantized(Encoder(), [(sequences(0),)], rules)
+        assert sqnr(reference, model(x)) > 25
+        per_row = quantized(Encoder(), [(sequences(0),)], PER_ROW)
+        assert sqnr(reference, per_row(x)) < 15
+        fresh = tq.quantize(Encoder().eval(), rules, x)
+        fresh.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_a_recurrent_layer_in_groups_runs_in_onnx_runtime(tmp_path):
+    model, x = quantized(Encoder(), [(sequences(0),)]), sequences(1)
+    path = export_onnx(model, tmp_path / "m.onnx", x[:1], verify=False)
+    certificate = certify(model, path, [(x,)])
+    assert certificate.passed, certificate.failures
+    codes = {e.name: tuple(e.dims) for e in onnx.load(path).graph.initializer if e.name.endswith("ih_l0.codes")}
+    assert codes == {"lstm.weight_ih_l0.codes": (64, 28)}
+
+
+@pytest.mark.parametrize("state", [S.QUANT_AWARE_TRAIN, pytest.param(S.QUANT_EVAL, marks=pytest.mark.slow)])
+def test_a_cell_in_groups_compiles(state):  # torch compiles no LSTM, only its cell
+    batch = tuple(torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    model = quantized(Cells(), [batch])
+    assert type(model.lstm.quantizers()["weight_ih"]).__name__ == "GroupQuantizer"
+    tq.set_qmodule_state(model, state)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    for found, expected in zip(compiled(*batch), model(*batch), strict=True):
+        assert torch.equal(found, expected)

@@ -188,9 +188,9 @@ def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
     check_ready(quantizer, name)
     if quantizer.levels_vary:
         raise ExportError(
-            f"{name} has scales for blocks or groups of its own, and their levels are no uniform grid. Use a uniform scheme, "
-            "such as affine:4/group=32, or one scale per tensor or channel here, write a packed file (save_packed), or "
-            "give this site None to keep it float"
+            f"{name} has scales for blocks or groups of its own, and their levels are no uniform grid. Use a uniform "
+            "scheme, such as affine:4/group=32, or one scale per tensor or channel here, write a packed file "
+            "(save_packed), or give this site None to keep it float"
         )
     try:
         codes, (low, high) = quantizer.encode(weight), quantizer.code_range
