@@ -99,6 +99,7 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
 """Ready rules by name. The last two quantize what ONNX Runtime and OpenVINO have integer kernels for.
 
 A convolution of ONNX Runtime gives codes or computes in float32, so it has an output quantizer whoever reads it.
+In sets with 8-bit weights recurrent layers have a scale for each 8 weights (docs/decisions/0032).
 """
 
 

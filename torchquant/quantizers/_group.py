@@ -17,7 +17,9 @@ from torchquant.quantizers_functional.groups import Groups, cut_groups, join_gro
 def _unused(quantizer: Quantizer, part: Tensor) -> Tensor:
     """A part without elements, on which what the quantizer learns depends: with a gradient of 0, and not with none."""
     learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
-    return part + sum(parameter.sum() for parameter in learned).to(part.dtype) if learned else part  # type: ignore[union-attr]
+    if not learned:
+        return part.detach()  # so that nothing is joined to the others
+    return part + sum(parameter.sum() for parameter in learned).to(part.dtype)  # type: ignore[union-attr]
 
 
 class GroupQuantizer(Quantizer):

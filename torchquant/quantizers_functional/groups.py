@@ -26,7 +26,7 @@ def cut_groups(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def join_groups(whole: Tensor, last: Tensor, x: Tensor) -> Tensor:
     """Put the groups that `cut_groups` made back into the shape and layout of x."""
-    joined = torch.cat([whole.reshape(len(last), -1), last], 1) if last.numel() else whole
+    joined = torch.cat([whole.reshape(len(last), -1), last], 1) if last.numel() or last.requires_grad else whole
     return in_layout_of(joined.reshape(x.shape), x)
 
 

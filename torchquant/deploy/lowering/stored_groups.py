@@ -31,8 +31,7 @@ class GroupCodes:
 
     def picked(self, order: Tensor) -> GroupCodes:
         """The rows `order`."""
-        rows = (values[order] for values in (self.codes, self.scale, self.zero_point))
-        return GroupCodes(*rows, self.size)
+        return GroupCodes(self.codes[order], self.scale[order], self.zero_point[order], self.size)
 
 
 def group_codes(quantizer: Quantizer, weight: Tensor, name: str) -> GroupCodes | None:
