@@ -186,14 +186,19 @@ class QModule(Holder):
         """
         if torch.compiler.is_compiling():
             return True
-        is_seen = len(self._seen) == len(sources) and all(
-            source is tensor and source._version == version
-            for source, (tensor, version) in zip(sources, self._seen, strict=True)
-        )
-        if is_seen and all(quantizer.is_ready for quantizer in quantizers):
+        if self._is_as_seen(sources) and all(quantizer.is_ready for quantizer in quantizers):
             return False
         is_kept = all(q.is_memoryless for q in quantizers) and all(t.is_leaf for t in sources)
         self._seen = [(t, t._version) for t in sources] if is_kept else []
+        return True
+
+    def _is_as_seen(self, sources: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors that were noted last, unchanged."""
+        if len(self._seen) != len(sources):
+            return False
+        for source, (tensor, version) in zip(sources, self._seen, strict=True):
+            if source is not tensor or source._version != version:
+                return False
         return True
 
     def _on_new_shape(self) -> None:
@@ -227,7 +232,8 @@ class QModule(Holder):
         Of a PackedSequence its data. What is not real passes, since an operator may also work on sizes. Raises
         UnsupportedPatternError for tensors in a structure, of which a quantizer would see none.
         """
-        if quantizer is None or not (self.state.is_act_observed or self.state.is_act_quantized):
+        state = self._state
+        if quantizer is None or not (state.is_act_observed or state.is_act_quantized):
             return x if activation is None else activation(x)
         if isinstance(x, PackedSequence) and activation is None:
             return x._replace(data=self._run_acts_quantizer(site, quantizer, x.data))  # type: ignore[no-any-return]
@@ -241,13 +247,13 @@ class QModule(Holder):
             return x if activation is None else activation(x)
         clamp = None
         if activation is not None:
-            if self.state.is_act_quantized and quantizer.fuses_clamp:
+            if state.is_act_quantized and quantizer.fuses_clamp:
                 clamp = activation_clamp(activation)
             x = activation(x) if clamp is None else x
         kwargs = {} if clamp is None else {"clamp": clamp}
-        if self.state.is_act_observed:
+        if state.is_act_observed:
             quantizer.pre_observe(x, **kwargs)
-        return self._quantize_site(site, quantizer, x, **kwargs) if self.state.is_act_quantized else x
+        return self._quantize_site(site, quantizer, x, **kwargs) if state.is_act_quantized else x
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.state.value, dtype=torch.float32)

@@ -105,7 +105,7 @@ class QWrapper(QModule):
         self._hold()
 
     def forward(self, x: Tensor, *, fused: bool = False) -> Tensor:
-        state = self.state
+        state = self._state
         if self.is_split and state is QModuleState.BYPASSED and not fused:
             return self.layer(x)
         x = self.quantized_input(x)
@@ -120,7 +120,8 @@ class QWrapper(QModule):
                     f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
                 )
             y = self._call_held(self._folded, x)
-        y = self._run_acts_quantizer("preactivation", self.preactivation_quantizer, y)
+        if self.preactivation_quantizer is not None:
+            y = self._run_acts_quantizer("preactivation", self.preactivation_quantizer, y)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
     def _weighted(self, x: Tensor) -> Tensor:
@@ -168,11 +169,12 @@ class QWrapper(QModule):
 
     def _observe_new_weight(self) -> None:
         """Observe the weight unless it is the one observed last in this state, unchanged since."""
-        assert self.weight_quantizer is not None
+        quantizer = self.weight_quantizer
+        assert quantizer is not None
         sources = [self._weight]
         if self.fold_mode is not None:
             sources += [t for t in (self.bn.weight, self.bn.running_var) if t is not None]
-        if self._is_new_weight([self.weight_quantizer], sources):
+        if self._is_new_weight([quantizer], sources):
             self._observe_weight()
 
     def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:

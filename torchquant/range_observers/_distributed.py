@@ -15,13 +15,14 @@ from torch import Tensor
 
 from torchquant.quantizers_functional._row_statistics import WHOLE, Joining
 
+_IS_BUILT = dist.is_available()
 _counts: list[int] = []
 """Elements a row of the share that this rank is observing; the last one counts."""
 
 
 def world_size() -> int:
     """Number of ranks, 1 without an initialised process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _IS_BUILT and dist.is_initialized() else 1
 
 
 @contextmanager

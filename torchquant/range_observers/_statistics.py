@@ -181,14 +181,15 @@ class StatisticTracker(CallsOfABatch):
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         if self.set_once and self._is_settled:
             return
-        if x.numel() == 0 and world_size() == 1:
+        is_alone = world_size() == 1
+        if is_alone and x.numel() == 0:
             self._next_call()
             return
         x = x.detach()
         if self.nonfinite == "ignore":
             x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
         buffers: Any = self._buffers
-        found = self.over_ranks(x, measure)
+        found = measure(x) if is_alone else self.over_ranks(x, measure)
         measured = [
             m if m.dtype == buffers[name].dtype else m.to(buffers[name].dtype)
             for name, m in zip(self.statistics, found, strict=True)

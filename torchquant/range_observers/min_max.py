@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,10 @@ class RunningMinMax(_MinMax):
         low, high = super().measure(x)
         if not self.is_observed:
             return low, high
-        return torch.minimum(low, self.range_min.to(low.dtype)), torch.maximum(high, self.range_max.to(high.dtype))
+        least, most = (cast(Tensor, self._buffers[name]) for name in self.statistics)
+        if low.dtype != least.dtype:
+            least, most = least.to(low.dtype), most.to(high.dtype)
+        return torch.minimum(low, least), torch.maximum(high, most)
 
 
 @OBSERVERS.register("ema")
