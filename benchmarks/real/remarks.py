@@ -23,8 +23,8 @@ _NOISE = (
     "them at once."
 )
 _GROWS = (
-    "Of observers that count, each batch that goes beyond what was seen spreads the counts over new bins: about ninety "
-    "operators of some microseconds, which only small batches notice. Next: spread them once, when the range is asked for."
+    "Of observers that count, each batch that goes beyond what was seen spreads the counts over new bins: almost two "
+    "hundred operators of some microseconds, which only small batches notice. Next: spread them with fewer operators."
 )
 _SMALL_CALLS = (
     "A call is a millisecond of work on tensors of a thousand elements, with nine sites that observe: what Python does "
@@ -32,7 +32,7 @@ _SMALL_CALLS = (
 )
 _SMALL_SHARE = (
     "Eight batches of a few milliseconds: the weights, the searches and the changes of state, which come once, are a "
-    f"tenth of that already. {_GROWS}"
+    f"good part of the whole. {_GROWS}"
 )
 
 REMARKS: dict[str, str] = {
@@ -45,4 +45,5 @@ REMARKS: dict[str, str] = {
     "voice: calibration": _SMALL_CALLS,
     "face_small: calibration": _SMALL_SHARE,
 }
-"""'NETWORK: GOAL' -> cause and next step. Goals: accuracy; accuracy, dynamic; export; speed; certificate; calibration."""
+"""'NETWORK: GOAL' -> cause and next step. Goals: accuracy; accuracy, dynamic; export; speed; certificate; calibration.
+"""
