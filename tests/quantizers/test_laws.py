@@ -231,6 +231,9 @@ def test_laws_begin_with_a_quantizer_that_has_seen_nothing(text: str) -> None:
     before = quantizer(torch.ones(7, 10))
     assert tq.check_quantizer(quantizer, laws=("on_grid", "settable")).passed
     assert torch.equal(quantizer(torch.ones(7, 10)), before)
+    quantizer.pin(torch.randn(7, 10))
+    assert tq.check_quantizer(quantizer, laws=("on_grid", "settable")).passed
+    assert quantizer.is_pinned
 
 
 def test_a_quantizer_of_the_published_contract_passes_what_can_be_asked() -> None:

@@ -137,6 +137,7 @@ def check_observer(observer: RangeObserver) -> tuple[str, ...]:
     ('ordered', 'empty', 'nonfinite')
     """
     fresh, broken = copy.deepcopy(observer).cpu(), {}
+    fresh._release()
     fresh.reset()
     x = torch.randn(4, 3, 60, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [0.1]])
     if fresh.axis is not None and not -x.ndim <= fresh.axis < x.ndim:

@@ -45,6 +45,7 @@ class Case:
 
     def __init__(self, quantizer: Quantizer, sample: Tensor | None) -> None:
         self.fresh = copy.deepcopy(quantizer).cpu()
+        self.fresh.unpin()
         for tracker in self.fresh.modules():
             if isinstance(tracker, StatisticTracker):
                 tracker.reset()
