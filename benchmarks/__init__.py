@@ -1,1 +1,1 @@
-"""Speed and memory of quantization-aware training, as ratios against the float model in one process."""
+"""Measure speed and memory of quantization-aware training, as ratios to the float model in one process."""

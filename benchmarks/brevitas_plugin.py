@@ -10,7 +10,7 @@ import torchquant as tq
 from torchquant.quantizers import Quantizer
 
 COLLECT_STEPS = 20
-"""Training steps in which Brevitas measures before its scale is a parameter; its 300 are more than a run has here."""
+"""Training steps in which Brevitas collects before its scale is a parameter; its default 300 exceeds a run here."""
 
 
 class LearnedByBrevitas(Quantizer):
@@ -48,7 +48,7 @@ class LearnedByBrevitas(Quantizer):
 
 @tq.QUANTIZERS.register("brevitas")
 class BrevitasDefault(LearnedByBrevitas):
-    """Started at the 99.999th percentile of the magnitudes."""
+    """A learned scale that starts at the 99.999th percentile of the magnitudes."""
 
     typical = "{name}:{n}"
     typical_acts = "brevitas:{n}"
@@ -56,7 +56,7 @@ class BrevitasDefault(LearnedByBrevitas):
 
 @tq.QUANTIZERS.register("brevitas_mse")
 class BrevitasMSE(LearnedByBrevitas):
-    """Started at the least squared error."""
+    """A learned scale that starts at the least squared error."""
 
     start = "MSE"
     typical = "{name}:{n}"

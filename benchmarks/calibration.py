@@ -1,4 +1,4 @@
-"""Min-max calibration over the float model's eval forward on the same batches.
+"""Measure min-max calibration relative to the float model's eval forward on the same batches.
 
 python -m benchmarks.calibration --out calibration.json
 """
@@ -22,7 +22,7 @@ TARGET = 1.15
 
 @torch.no_grad()
 def run_float(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """The float model, in eval mode, over all batches."""
+    """Run the float model in eval mode over all batches."""
     for batch in batches:
         model(batch)
 
@@ -43,13 +43,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("Min-max calibration, as a ratio to the float model's eval forward.", threads=2, rounds=7)
     options.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet18", "mobilenet_v2"])
     options.add_argument("--batches", type=int, default=32, help="batches to calibrate on (%(default)s)")
-    options.add_argument("--batch", type=int, default=8, help="images a batch (%(default)s)")
-    options.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
+    options.add_argument("--batch", type=int, default=8, help="images per batch (%(default)s)")
+    options.add_argument("--size", type=int, default=128, help="pixels per side (%(default)s)")
     return options.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 1 if a control failed."""
+    """Run the benchmark; return 1 if a control failed."""
     options = arguments(argv)
     report = start("calibration", "time over the float eval forward", "", options)
     adapters = available(options.adapters, report)

@@ -1,4 +1,4 @@
-"""What the three commands share: options, the choice of adapters, and the end of a run."""
+"""Code that the commands share: options, the choice of adapters, and the end of a run."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from benchmarks.results import Report
 
 
 def parser(description: str, threads: int, rounds: int, adapters: bool = True) -> argparse.ArgumentParser:
-    """A parser with the options every command has; `adapters`: whether it compares those of this folder."""
+    """Make a parser with the options of every command; `adapters`: whether it compares the adapters of this folder."""
     options = argparse.ArgumentParser(description=description)
     if adapters:
         options.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS), metavar="NAME")
-    options.add_argument("--rounds", type=int, default=rounds, help="turns that every candidate gets (%(default)s)")
+    options.add_argument("--rounds", type=int, default=rounds, help="number of turns of every candidate (%(default)s)")
     options.add_argument("--threads", type=int, default=threads, help="threads of torch (%(default)s)")
     options.add_argument("--out", type=results_path, help="also write the results to this .json or .csv file")
     options.add_argument(
         "--mallopt",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let glibc keep large blocks mapped, for every side alike (%(default)s)",
+        help="let glibc keep large blocks mapped, for every candidate (%(default)s)",
     )
     return options
 
 
 def results_path(text: str) -> Path:
-    """A path that `Report.write` can write, refused before the measurement rather than after it."""
+    """Check a path for `Report.write` before the measurement rather than after it."""
     path = Path(text)
     if path.suffix not in (".json", ".csv"):
         raise argparse.ArgumentTypeError(f"must end in .json or .csv, got '{text}'")
@@ -40,14 +40,14 @@ def results_path(text: str) -> Path:
 
 
 def start(benchmark: str, ratio_unit: str, saved_unit: str, options: argparse.Namespace) -> Report:
-    """Set threads and allocator; an empty report that remembers both."""
+    """Set threads and allocator; return an empty report that records both."""
     torch.set_num_threads(options.threads)
     is_memory_kept = options.mallopt and keep_memory_mapped()
     return Report(benchmark, ratio_unit, saved_unit, machine_facts(is_memory_kept), command_line())
 
 
 def available(names: Sequence[str], report: Report) -> list[Adapter]:
-    """The adapters whose library is installed; the report says which are not."""
+    """Return the adapters whose library is installed; the report names the others."""
     adapters = [ADAPTERS[name] for name in names]
     for adapter in adapters:
         if adapter.missing is not None:
@@ -56,7 +56,7 @@ def available(names: Sequence[str], report: Report) -> list[Adapter]:
 
 
 def finish(report: Report, out: Path | None) -> int:
-    """Print the table, write the file; 1 if a control failed, else 0."""
+    """Print the table and write the file; return 1 if a control failed, else 0."""
     print(report.table())
     if out is not None:
         report.write(out)

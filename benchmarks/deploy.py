@@ -1,4 +1,4 @@
-"""Deployed int8 inference: the exported model beside the one each runtime's own post-training tool makes.
+"""Measure deployed int8 inference: our exported model and the model of each runtime's own post-training tool.
 
 python -m benchmarks.deploy --out deploy.json
 """
@@ -33,10 +33,10 @@ RUNTIMES = {"ort": ("onnxruntime",), "openvino": ("openvino", "nncf")}
 """Runtime -> the packages that its rows need."""
 
 RULES = {"ort": "int8-ort", "openvino": "int8-openvino"}
-"""Runtime -> the ready rules of the model that it gets."""
+"""Runtime -> the rule set of its model."""
 
 TARGET = 1.05
-"""What a model of ours may take, over the runtime's own."""
+"""Largest allowed time of our model over that of the runtime's own tool."""
 
 ORT_MODES = {"": "0", " precise": "1"}
 """Rows of ONNX Runtime -> session.x64quantprecision."""
@@ -48,7 +48,7 @@ Infer = Callable[[], "np.ndarray[Any, Any]"]
 
 @dataclass
 class Rows:
-    """What is timed: name -> call. `own`: row of ours -> row of the same runtime's own tool."""
+    """The timed calls by name. `own`: row of ours -> row of the same runtime's own tool."""
 
     calls: dict[str, Infer] = field(default_factory=dict)
     own: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Rows:
         self.own[f"{runtime} torchquant"] = f"{runtime} {tool}"
 
     def over_own(self, comparison: Comparison) -> dict[str, float]:
-        """Row of ours -> median over the rounds of its time over the time of the runtime's own."""
+        """Return row of ours -> median over the rounds of its time over the time of the runtime's own."""
         seconds = comparison.seconds
         return {
             ours: statistics.median(a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True))
@@ -68,12 +68,12 @@ class Rows:
 
 
 def build(name: str, size: int, seed: int = 0) -> nn.Module:
-    """A float model in eval mode: random weights, batch norm statistics of random images."""
+    """Build a float model in eval mode with random weights and batch norm statistics of random images."""
     torch.manual_seed(seed)
     net: nn.Module = getattr(require("torchvision.models", "all"), name)(weights=None)
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the plain average of what it sees
+        norm.momentum = None  # the plain average over all batches
     with torch.no_grad():
         for images in calibration_images(2, size):
             net.train()(images)
@@ -87,13 +87,13 @@ def calibration_images(batches: int, size: int) -> list[Tensor]:
 
 
 def sqnr_db(y: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """Power of the float output over the power of the difference, in dB."""
+    """Compute the power of the float output over the power of the difference, in dB."""
     noise = float(np.square(y - expected).sum())
     return float(10 * np.log10(np.square(expected).sum() / max(noise, 1e-30)))
 
 
 def export_float(net: nn.Module, images: Tensor, path: Path) -> Path:
-    """The float model, written by torch's exporter with the operator set that `export_onnx` takes."""
+    """Write the float model by torch's exporter with the operator set that `export_onnx` uses."""
     shapes = ({0: torch.export.Dim("batch")},)
     torch.onnx.export(net, (images,), path, dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False)
     return path
@@ -109,7 +109,7 @@ def export_ours(net: nn.Module, rules: str, images: Sequence[Tensor], path: Path
 
 
 class _Reader:
-    """Calibration images as ONNX Runtime's tool asks for them."""
+    """Calibration images in the interface of ONNX Runtime's tool."""
 
     def __init__(self, name: str, images: Sequence[Tensor]) -> None:
         self.feeds: Iterator[dict[str, Any]] = iter([{name: batch.numpy()} for batch in images])
@@ -119,7 +119,7 @@ class _Reader:
 
 
 def quantize_in_ort(source: Path, images: Sequence[Tensor], path: Path) -> Path:
-    """ONNX Runtime's own: QDQ, activations uint8, weights int8 per channel, min-max."""
+    """Quantize by ONNX Runtime's own tool: QDQ, activations uint8, weights int8 per channel, min-max."""
     tool = require("onnxruntime.quantization", "deploy")
     prepare = require("onnxruntime.quantization.shape_inference", "deploy")
     prepared = path.with_suffix(".prepared.onnx")
@@ -142,7 +142,7 @@ def input_name(path: Path) -> str:
 
 
 def ort_call(path: Path, images: Tensor, threads: int, precision: str) -> Infer:
-    """A session with the batch size made constant; its threads stop spinning when a call ends."""
+    """Make a session with a constant batch size; its threads stop spinning when a call ends."""
     runtime = require("onnxruntime", "deploy")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -157,7 +157,7 @@ def ort_call(path: Path, images: Tensor, threads: int, precision: str) -> Infer:
 
 
 def openvino_call(model: Any, images: Tensor, threads: int) -> Infer:
-    """A compiled model of constant batch size, for the shortest time of one request. model: path or OpenVINO model."""
+    """Compile a model of constant batch size for the lowest latency of one request. model: path or OpenVINO model."""
     openvino = require("openvino", "openvino")
     core = openvino.Core()
     loaded = core.read_model(model) if isinstance(model, Path) else model.clone()
@@ -175,7 +175,7 @@ def openvino_call(model: Any, images: Tensor, threads: int) -> Infer:
 
 
 def quantize_in_nncf(source: Path, images: Sequence[Tensor], name: str) -> Any:
-    """NNCF's own: an OpenVINO model; activations with a zero point ("mixed") for all but the plain residual nets."""
+    """Quantize by NNCF: an OpenVINO model; preset "mixed" (zero points) for all but the plain residual nets."""
     nncf, openvino = require("nncf", "bench"), require("openvino", "openvino")
     nncf.set_log_level(logging.ERROR)
     preset = nncf.QuantizationPreset.PERFORMANCE if name.startswith("resnet") else nncf.QuantizationPreset.MIXED
@@ -185,7 +185,7 @@ def quantize_in_nncf(source: Path, images: Sequence[Tensor], name: str) -> Any:
 
 @dataclass(frozen=True)
 class Models:
-    """One network in every form. Runtime -> the file of ours, and what the runtime's own tool made."""
+    """One network in every form: runtime -> our file, and the model of the runtime's own tool."""
 
     float: Path
     ours: dict[str, Path]
@@ -224,12 +224,12 @@ def measure(report: Report, net: nn.Module, group: str, rows: Rows, images: Tens
     quality = {name: sqnr_db(call(), expected) for name, call in rows.calls.items()}
     comparison = compare(lambda: net(images), rows.calls, options.rounds, sample_s=options.sample)
     notes = {name: f"{1 / comparison.ratio(name).median:.2f}x, {db:.0f} dB" for name, db in quality.items()}
-    goal = TARGET if comparison.is_valid else None  # a ratio of two times is worth no more than the times
+    goal = TARGET if comparison.is_valid else None  # a ratio of invalid times is invalid
     report.add(group, comparison, rows.over_own(comparison), saved_target=goal, notes=notes)
 
 
 def available(names: Sequence[str], report: Report) -> list[str]:
-    """The runtimes whose packages are installed; the report says which are not."""
+    """Return the runtimes whose packages are installed; the report names the others."""
     found = []
     for name in names:
         missing = [package for package in RUNTIMES[name] if importlib.util.find_spec(package) is None]
@@ -248,16 +248,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(description, threads=2, rounds=11, adapters=False)
     options.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES), metavar="NAME")
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
-    options.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images a call (%(default)s)")
-    options.add_argument("--size", type=int, default=224, help="pixels a side (%(default)s)")
+    options.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images per call (%(default)s)")
+    options.add_argument("--size", type=int, default=224, help="pixels per side (%(default)s)")
     options.add_argument("--batches", type=int, default=4, help="batches of 8 images to calibrate on (%(default)s)")
-    options.add_argument("--sample", type=float, default=0.2, help="seconds a turn lasts at least (%(default)s)")
+    options.add_argument("--sample", type=float, default=0.2, help="shortest turn in seconds (%(default)s)")
     options.add_argument("--keep", type=Path, help="keep the model files in this folder")
     return options.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 1 if a control failed."""
+    """Run the benchmark; return 1 if a control failed."""
     options = arguments(argv)
     report = start("deploy", "time of one call over torch eager float", "over the runtime's own", options)
     report.notes.append(f"{BASELINE}: torch eager float. Last column: its time over the row's, and SQNR of the output")
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in dict.fromkeys(p for name in runtimes for p in RUNTIMES[name]):
         report.machine[package] = str(require(package, "deploy").__version__)
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters and of the other tools
+        warnings.simplefilter("ignore")  # warnings of the exporters and of the other tools
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for name in options.models:

@@ -1,4 +1,4 @@
-"""Fake-quantization forward + backward, counted in passes over memory.
+"""Measure fake-quantization forward and backward, counted in passes over memory.
 
 python -m benchmarks.fake_quant --out fake_quant.json
 """
@@ -24,7 +24,7 @@ SAMPLE_S = 0.05
 
 
 def forward_backward(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    """One call is a forward and a backward of `module` at x, gradients of its parameters included."""
+    """Make a call: forward and backward of `module` at x, including gradients of its parameters."""
     inputs = list({id(t): t for t in (x, *module.parameters())}.values())
     grad = torch.randn_like(x)
 
@@ -53,7 +53,7 @@ def measure(report: Report, adapters: Sequence[Adapter], case: str, size: str, l
 
 
 def tensor_holder(case: str, numel: int) -> nn.Module:
-    """A layer whose weight is the tensor of the case: a convolution for WEIGHT, else (1, numel)."""
+    """Make a layer whose weight is the tensor of the case: a convolution for WEIGHT, else (1, numel)."""
     torch.manual_seed(0)
     if case == WEIGHT:
         return nn.Conv2d(*WEIGHT_SHAPE[1::-1], WEIGHT_SHAPE[2:], bias=False)
@@ -70,7 +70,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 1 if a control failed."""
+    """Run the benchmark; return 1 if a control failed."""
     options = arguments(argv)
     report = start("fake_quant", "memory passes for forward + backward", "saved B/el", options)
     adapters = available(options.adapters, report)

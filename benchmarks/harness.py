@@ -1,9 +1,9 @@
-"""Interleaved timing in ratios, with a control row that can fail the run.
+"""Time calls in turns and report ratios, with a control row that can fail the run.
 
 Milliseconds of two processes cannot be compared on a shared machine; ratios of calls that took turns
-in one process can. Every round calls every candidate once, the order moves on by one each round, and
-each candidate is divided by the baseline of the same round. The baseline is measured a second time
-under the name of `CONTROL`: its true ratio is 1, so what it reads is the error of the run.
+in one process can. Every round calls every candidate once, in an order that rotates by one each round,
+and each candidate is divided by the baseline of the same round. The baseline is measured a second time
+under the name of `CONTROL`: its true ratio is 1, so its deviation is the error of the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the baseline a candidate takes.
+    """The time of a candidate over the time of the baseline.
 
     `median` of the ratios of each round, `minima` the ratio of the two fastest rounds, `low` and
     `high` the 10th and 90th percentile over the rounds, `ms` the candidate's own median.
@@ -41,12 +41,12 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call: name -> one number a round, BASELINE and CONTROL among them."""
+    """Seconds per call: name -> one number per round, including BASELINE and CONTROL."""
 
     seconds: Mapping[str, list[float]]
 
     def per_round(self, name: str) -> list[float]:
-        """Ratios to the baseline of the same round."""
+        """Return the ratios to the baseline of the same round."""
         return [own / base for own, base in zip(self.seconds[name], self.seconds[BASELINE], strict=True)]
 
     def ratio(self, name: str) -> Ratio:
@@ -61,13 +61,13 @@ class Comparison:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the control read 1 within CONTROL_LIMITS. If not, no number of the run counts."""
+        """Whether the control is within CONTROL_LIMITS. If not, no number of the run counts."""
         low, high = CONTROL_LIMITS
         return low <= self.ratio(CONTROL).median <= high
 
     @property
     def noise(self) -> float:
-        """Relative difference that means nothing: the farther of the control's `low` and `high` from 1."""
+        """Relative difference that is insignificant: that of the control's `low` or `high` from 1, the larger one."""
         control = self.ratio(CONTROL)
         return max(abs(control.low - 1.0), abs(control.high - 1.0), abs(control.median - 1.0))
 
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """Value below which `share` of the sorted values lie, interpolated."""
+    """Return the value below which `share` of the sorted values lie, interpolated."""
     position = share * (len(ordered) - 1)
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
@@ -96,14 +96,14 @@ def compare(
 ) -> Comparison:
     """Time `baseline`, the control and every candidate in turns.
 
-    `control`: the baseline again, on objects of its own if it has any; default the same call. A sample
-    of a call shorter than `sample_s` seconds repeats it until it is as long. Raises ValueError.
+    `control`: the baseline again, on separate objects if it has state; by default the same call. A call
+    shorter than `sample_s` seconds is repeated until a sample is that long. Raises ValueError.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     taken = {BASELINE, CONTROL} & set(candidates)
     if taken:
-        raise ValueError(f"{sorted(taken)} name the baseline; give the candidate another name")
+        raise ValueError(f"the names {sorted(taken)} are reserved for the baseline; give the candidate another name")
     calls = {BASELINE: baseline, **candidates, CONTROL: control or baseline}
     repeats = {name: _repeats(call, sample_s) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -136,7 +136,7 @@ def _sample(call: Call, repeats: int) -> float:
 
 
 def memory_pass(numel: int) -> Call:
-    """The floor: one pass over memory, 4 bytes read and 4 written per element, into a fixed output."""
+    """Make the unit of cost: one pass over memory, 4 bytes read and 4 written per element, into a fixed output."""
     x = torch.randn(numel)
     y = torch.empty_like(x)
 

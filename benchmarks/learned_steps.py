@@ -1,10 +1,10 @@
-"""LSQ against the learned steps of Brevitas: the same network, sites, batches and recipe; only the quantizers differ.
+"""Compare LSQ with the learned scales of Brevitas: same network, sites, batches and recipe; other quantizers.
 
     python -m benchmarks.learned_steps --bits 2 --seeds 3
 
 Brevitas' closest quantizers are those with a learned scale, started by its default rule or by its search for the least
-squared error; `brevitas_plugin.py` enters them into `torchquant compare`, per tensor like ours here. All learn with the
-same optimizer. Needs `pip install -e '.[bench]'`.
+squared error; `brevitas_plugin.py` registers them for `torchquant compare`, per tensor like ours here. All learn with
+the same optimizer. Needs `pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations

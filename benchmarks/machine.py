@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and the allocator setting that keeps page faults out of them."""
+"""Describe the machine of a measurement, and set the allocator so that page faults do not count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRIM_THRESHOLD = (1 << 31) - 1  # mallopt takes a C int
 def keep_memory_mapped() -> bool:
     """Let glibc reuse large blocks instead of mapping and page-faulting each one anew.
 
-    Changes the whole process, so every side of a comparison alike. Returns whether it took effect;
+    This changes the whole process, so it affects every candidate equally. Returns whether it took effect;
     False where the C library has no `mallopt` (macOS, Windows, musl).
     """
     try:
@@ -31,7 +31,7 @@ def keep_memory_mapped() -> bool:
 
 
 def cpu_model() -> str:
-    """Name of the processor, as the system gives it."""
+    """Return the name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -41,7 +41,7 @@ def cpu_model() -> str:
 
 
 def machine_facts(is_memory_kept: bool) -> dict[str, str | int | float | bool]:
-    """Everything about the machine that a number of this run depends on."""
+    """Return all facts about the machine that a number of this run depends on."""
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count() or 0,
@@ -57,7 +57,7 @@ def machine_facts(is_memory_kept: bool) -> dict[str, str | int | float | bool]:
 
 
 def command_line() -> str:
-    """The command that repeats this run."""
+    """Return the command that repeats this run."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = f"python -m {spec.name}" if spec is not None and spec.name else f"python {sys.argv[0]}"
     return " ".join([program, *sys.argv[1:]])

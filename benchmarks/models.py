@@ -1,4 +1,4 @@
-"""The float models, how each is fused, and what the quantized ones are to reach."""
+"""The float models, how to fuse each, and the targets for the quantized ones."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ MODELS = {
 
 
 def build_float(name: str, size: int, seed: int = 0) -> nn.Module:
-    """The float model for `size` x `size` images, with random weights that depend on `seed` only."""
+    """Build the float model for `size` x `size` images, with random weights that depend on `seed` only."""
     torch.manual_seed(seed)
     return MODELS[name].build(size)
 
 
 def fuse(net: nn.Module, weight_quantizer: QuantizerFactory, acts_quantizer: QuantizerFactory) -> nn.Module:
-    """The float model with a quantizer on the weight and the output of every layer. Raises KeyError."""
+    """Fuse the float model, with a quantizer for the weight and the output of every layer. Raises KeyError."""
     by_class = {"ResNet": "resnet18", "MobileNetV2": "mobilenet_v2", "EfficientNet": "efficientnet_b0"}
     module, fused_class = MODELS[by_class[type(net).__name__]].fused
     fused = getattr(importlib.import_module(f"torchquant.models.{module}"), fused_class)
@@ -57,7 +57,7 @@ def fuse(net: nn.Module, weight_quantizer: QuantizerFactory, acts_quantizer: Qua
 
 
 def image_batch(batch: int, size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Random images (batch, 3, size, size) and labels (batch,) out of 1000."""
+    """Return random images (batch, 3, size, size) and labels (batch,) out of 1000."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, size, size, generator=generator)
     return images, torch.randint(1000, (batch,), generator=generator)

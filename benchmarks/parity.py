@@ -1,9 +1,9 @@
-"""How many codes differ between an exported file in ONNX Runtime and the integer reference, for whole networks.
+"""Count the codes that differ between an exported file in ONNX Runtime and the integer reference, for whole networks.
 
     python -m benchmarks.parity resnet18 mobilenet_v2 --size 64
     python -m benchmarks.parity vit_b_16 --size 224 --out parity.json
 
-Random weights and images; batch norms with random statistics and factors, so that nothing cancels out.
+Weights and images are random; batch norms have random statistics and factors, so that nothing cancels out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADER = ["network", "integer kernels: differ", "node by node: differ", "passed"
 
 
 def randomized(name: str) -> nn.Module:
-    """A torchvision model whose batch norms do something."""
+    """Build a torchvision model with non-trivial batch norms."""
     net: nn.Module = require("torchvision.models", "all").get_model(name).eval()
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -51,7 +51,7 @@ def parity(name: str, rules: str, size: int, images: int, seed: int = 0) -> Cert
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="+", help="names of torchvision models")
-    parser.add_argument("--rules", default="int8-ort", help="a ready set of rules")
+    parser.add_argument("--rules", default="int8-ort", help="the name of a rule set")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON file for all certificates")

@@ -1,4 +1,4 @@
-"""One step of quantization-aware training, W8A8: time, and bytes saved for backward, over the float model.
+"""Measure one step of quantization-aware training, W8A8: time and bytes saved for backward, over the float model.
 
 python -m benchmarks.qat_step --out qat_step.json
 """
@@ -39,11 +39,11 @@ class TrainingStep:
         self.optimizer.step()
 
     def saved_bytes(self) -> int:
-        """Bytes kept for backward; parameters, buffers and the batch itself do not count."""
+        """Count the bytes saved for backward; parameters, buffers and the batch itself do not count."""
         return saved_bytes(self.loss, exclude=[self.images, self.labels, *state_tensors(self.model)])
 
     def void_because(self) -> str:
-        """Why the last step trained less than the float model does; empty if it did not."""
+        """Say why the last step trained less than the float model does; empty if it trained everything."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         lost = sum(p.grad is None or not bool(torch.isfinite(p.grad).all()) for p in trained)
         return f"VOID: {lost} of {len(trained)} parameters have no finite gradient" if lost else ""
@@ -52,7 +52,7 @@ class TrainingStep:
 def measure(
     report: Report, adapters: Sequence[Adapter], name: str, batch: int, size: int, rounds: int
 ) -> dict[str, TrainingStep]:
-    """Add the rows of one model; the steps that were measured, by adapter."""
+    """Add the rows of one model; return the measured steps by adapter."""
     net = build_float(name, size)
     images, labels = image_batch(batch, size)
     base, control = (TrainingStep(copy.deepcopy(net), images, labels) for _ in range(2))
@@ -72,13 +72,13 @@ def measure(
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("Time and saved bytes of one QAT step, as ratios to the float model.", threads=2, rounds=15)
     options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    options.add_argument("--batch", type=int, default=32, help="images a step (%(default)s)")
-    options.add_argument("--size", type=int, default=128, help="pixels a side (%(default)s)")
+    options.add_argument("--batch", type=int, default=32, help="images per step (%(default)s)")
+    options.add_argument("--size", type=int, default=128, help="pixels per side (%(default)s)")
     return options.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 1 if a control failed."""
+    """Run the benchmark; return 1 if a control failed."""
     options = arguments(argv)
     report = start("qat_step", "step time over float, W8A8, every layer", "saved/float", options)
     adapters = available(options.adapters, report)

@@ -66,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The same for all. `search_epochs` of `epochs` are those of the search."""
+    """The recipe of all rows. `search_epochs` of the `epochs` are used for the search."""
 
     float_epochs: int = 30
     epochs: int = 10
@@ -97,7 +97,7 @@ def batches_of(data: Digits, seed: int, epoch: int) -> list[tuple[Tensor, Tensor
 
 
 def search_of(run: Run, net: nn.Module, data: Digits, recipe: Recipe) -> Search:
-    """The search of a row, done."""
+    """Run the search of a row and return it."""
     settings: dict[str, Any] = {"epochs": recipe.search_epochs, "weight_rate": recipe.rate, "alternate": False}
     example = data.test_images[:2]
     stream = partial(batches_of, data, run.seed)
@@ -176,7 +176,7 @@ def train_float(net: str, seed: int, recipe: Recipe, folder: str) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Markdown, a table a network: mean accuracy over the seeds, +- standard deviation, by mean weight width."""
+    """Yield Markdown, one table per network: mean accuracy over the seeds, +- standard deviation, by weight width."""
     for net in dict.fromkeys(r["net"] for r in results):
         ours = [r for r in results if r["net"] == net]
         floats = {r["seed"]: r["float_accuracy"] for r in ours}
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     options.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--kinds", nargs="+", help="some rows only")
+    options.add_argument("--kinds", nargs="+", help="only these rows")
     options.add_argument("--float-epochs", type=int, default=Recipe.float_epochs)
     options.add_argument("--epochs", type=int, default=Recipe.epochs)
     options.add_argument("--search-epochs", type=int, default=Recipe.search_epochs)

@@ -2,9 +2,9 @@
 
     python examples/bnn_cifar10.py --out bnn_out
 
-Downloads CIFAR-10 through torchvision, trains with progress, goes on where it was stopped. NNI reports 86.93 % after
-its training of 400 epochs; a GPU is advised. `--data digits --width 8 --epochs 3` goes the same way in half a minute.
-Needs torchquant[demo].
+It downloads CIFAR-10 through torchvision, shows its progress, and resumes where it was stopped. NNI reports 86.93 %
+after 400 epochs; use a GPU. `--data digits --width 8 --epochs 3` runs the same experiment in half a minute. Needs
+torchquant[demo].
 """
 
 import json
@@ -73,7 +73,7 @@ CONFIG = [
 
 
 def pictures(x: Tensor, device: torch.device) -> Tensor:
-    """As the network takes them: three channels, 32 x 32."""
+    """Convert pictures to the network's input: three channels, 32 x 32."""
     x = x.to(device).expand(-1, 3, -1, -1)
     return x if x.shape[-1] == SIDE else F.interpolate(x, size=(SIDE, SIDE), mode="nearest")
 
@@ -86,7 +86,7 @@ def main(
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for checkpoint and result.")] = Path("bnn_out"),
 ) -> None:
-    """Train the binary VGG, or go on with it."""
+    """Train the binary VGG, or resume its training."""
     folder = output_folder(out)
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +109,7 @@ def main(
         first, history = int(saved["epoch"]) + 1, list(saved["history"])
     with Terminal() as shown:
         shown.start(epochs)
-        shown.advance(first - 1, "going on" if first > 1 else "training")
+        shown.advance(first - 1, "resuming" if first > 1 else "training")
         for epoch in range(first, epochs + 1):
             model.train()
             for x, labels in source.train_batches(batches, 256):

@@ -1,4 +1,4 @@
-"""Any model in one call: `python examples/bring_your_own_model.py`; needs torchquant[demo].
+"""Quantize any model in one call: `python examples/bring_your_own_model.py`; needs torchquant[demo].
 
 The model here stands for yours: residuals, an activation used twice, functions and methods in its forward.
 """
@@ -40,7 +40,7 @@ net = Mine()
 tq.fit(net, train, epochs=10, learning_rate=2e-2)
 floating = tq.evaluate(net, test)
 
-# 1. Rules say what goes where; later ones win, site by site and field by field.
+# 1. Rules say which quantizer goes where; later rules win, site by site and slot by slot.
 rules = [
     {"weight": "affine:4,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8", "fold_bn": True},
     {"position": ["first", "last"], "weight": "affine:8,symmetric=narrow/channel"},
@@ -57,7 +57,7 @@ calibrated = tq.evaluate(model, test)
 tq.fit(model, train, epochs=2, learning_rate=2e-3, state=tq.QModuleState.QUANT_AWARE_TRAIN)
 trained = tq.evaluate(model, test)
 
-# 3. A plan is a value: saved, loaded, compared, changed, undone.
+# 3. A plan is a value: save it, load it, compare it, change it, revert it.
 with tempfile.TemporaryDirectory() as folder:
     plan = tq.QuantPlan.load(model.plan.save(Path(folder) / "plan.yaml"))
 print(plan.diff(plan.replace("conv1", weight="esb:4,k=1/channel")))

@@ -1,4 +1,4 @@
-"""AutoQNN's `convert`, with only the import changed: `python examples/from_autoqnn.py`; needs torchquant[demo].
+"""Use AutoQNN's `convert` with only the import changed: `python examples/from_autoqnn.py`; needs torchquant[demo].
 
 Before: `import autoqnn`.
 """

@@ -1,4 +1,4 @@
-"""NNI's quantizers, with only the import changed: `python examples/from_nni.py`; needs torchquant[demo].
+"""Use NNI's quantizers with only the import changed: `python examples/from_nni.py`; needs torchquant[demo].
 
 Before: `from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer`.
 """

@@ -1,7 +1,7 @@
-"""How many bits for which layer: `python examples/learn_precision.py`; needs torchquant[demo].
+"""Find the bit width of each layer: `python examples/learn_precision.py`; needs torchquant[demo].
 
-Widths are learned by gradient, then given by sensitivity, for the same mean width. The same for any model, into a
-folder with a report: `torchquant search qpl MODEL --budget 'bits<=3'` and `torchquant search allocate ...`.
+Widths are learned by gradient, then allocated by sensitivity, for the same mean width. For any model, with a report in
+a folder: `torchquant search qpl MODEL --budget 'bits<=3'` and `torchquant search allocate ...`.
 """
 
 import torch
@@ -21,7 +21,7 @@ net = nn.Sequential(
 tq.fit(net, train, epochs=4, learning_rate=2e-2)
 example, budget = data.test_images[:2], "bits<=3.5"
 
-# 1. {n} is a width to learn. Weights and widths train together; the budget holds the mean down.
+# 1. {n} is a width to learn. Weights and widths train together; the budget limits the mean width.
 rules = [
     {"weight": "affine:{n},symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"},
     {"position": "last", "output": None},
@@ -32,7 +32,7 @@ for record in search.run(train):
     print(record, {place: round(width, 2) for place, width in record.widths.items()})
 learned = search.retrain(train, epochs=3, learning_rate=5e-3)
 
-# 2. Without a search: how much each width degrades the model by itself, and the least sum of that.
+# 2. Without a search: per-layer sensitivity, then the widths with the smallest total degradation.
 degradations = sensitivity(net, rules, example, list(train)[:4], method="kl")
 found = allocate(net, rules, example, budget, degradations, solver="dp")
 print(found)

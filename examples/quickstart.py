@@ -30,18 +30,18 @@ def quantized(n_bits: int) -> QuantSmallResNet:
     )
 
 
-# 3. Post-training quantization: show it some data; then its quantizers are on.
+# 3. Post-training quantization: calibrate on some data; then the quantizers are on.
 model = quantized(n_bits=8)
 tq.calibrate(model, train, max_batches=8)
 w8a8 = tq.evaluate(model, test)
 print(tq.state_report(model))
 
-# 4. Quantization-aware training, for few bits.
+# 4. Quantization-aware training, for low bit widths.
 qat_model = quantized(n_bits=4)
 tq.fit(qat_model, train, epochs=3, learning_rate=2e-3, state=tq.QModuleState.QUANT_AWARE_TRAIN)
 qat = tq.evaluate(qat_model, test)
 
-# 5. Export, and see that the file computes the same thing.
+# 5. Export, and check that the file computes the same.
 with tempfile.TemporaryDirectory() as folder:
     exported = run_onnx(export_onnx(model, Path(folder) / "w8a8.onnx", x[:2]), x)
 onnx = float((exported.argmax(1) == labels).double().mean())

@@ -1,6 +1,6 @@
-"""Which scheme for which layer, within a budget of bytes: `python examples/search_schemes.py`; needs torchquant[demo].
+"""Search schemes for layers within a budget of bytes: `python examples/search_schemes.py`; needs torchquant[demo].
 
-The same for any model, into a folder with a report: `torchquant search qss MODEL --budget 'bytes<=1kB'`.
+For any model, with a report in a folder: `torchquant search qss MODEL --budget 'bytes<=1kB'`.
 """
 
 import torch
@@ -19,7 +19,7 @@ net = nn.Sequential(
 )
 tq.fit(net, train, epochs=4, learning_rate=2e-2)
 
-# 1. What each layer may choose from: any spec strings, of any widths. A field with a list is searched.
+# 1. The candidates of each layer: any spec strings, of any widths. A slot with a list is searched.
 specs = ["clipq:2/channel", "twn/channel", "pot:2/channel", "clipq:4/channel", "esb:4,k=1/channel"]
 rules = [{"weight": specs, "input": "affine:8", "output": "affine:8"}, {"position": "last", "output": None}]
 example = data.test_images[:2]
@@ -29,7 +29,7 @@ search = SchemeSearch(net, rules, example, "bytes<=1kB", SearchSettings(epochs=5
 for record in search.run(train):
     print(f"{record}, {record.costs['bytes']:.0f} bytes expected")
 
-# 3. The plan keeps the budget, whatever the shares say. Then train under it.
+# 3. The plan always keeps the budget. Train under it.
 model = search.retrain(train, epochs=3, learning_rate=5e-3)
 plan = search.derive()
 for place, shares in search.history[-1].shares.items():
@@ -39,7 +39,7 @@ for place, shares in search.history[-1].shares.items():
     )
 print(plan)
 
-# 4. Beside the same scheme everywhere, for as many epochs.
+# 4. Compare with one scheme everywhere, trained for as many epochs.
 print(f"\nfloat: {tq.evaluate(net, test):.2%}")
 print(f"searched: {tq.evaluate(model, test):.2%}, {plan.cost(net, example).weight_bytes} bytes")
 for spec in ("twn/channel", "clipq:4/channel"):

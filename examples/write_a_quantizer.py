@@ -1,7 +1,7 @@
-"""A quantizer of your own: a grid that is denser near zero, `alpha * sign(code) * (code / largest)**2`.
+"""Write a quantizer of your own: a grid that is denser near zero, `alpha * sign(code) * (code / largest)**2`.
 
-Run with `python examples/write_a_quantizer.py`. The base class adds the gradient, half types, channels,
-checkpoints and the refusal of NaN.
+Run it with `python examples/write_a_quantizer.py`. The base class adds the gradient, half-precision types, channels,
+checkpoints and the check for NaN.
 """
 
 import torch
@@ -22,14 +22,14 @@ class SquareQuantizer(FittedQuantizer):
     def code_range(self):
         return 1 - 2 ** (self.n_bits - 1), 2 ** (self.n_bits - 1) - 1
 
-    def measure(self, x):  # from data to the numbers: () or (C,) each
+    def measure(self, x):  # data -> the numbers, () or (C,) each
         absmax = x.abs().amax() if self.axis is None else x.abs().movedim(self.axis, 0).flatten(1).amax(1)
         return (absmax.clamp_min(2.0**-100),)
 
-    def codes(self, x, alpha):  # real to code
+    def codes(self, x, alpha):  # real -> code
         return x.sign() * ((x / alpha).abs().sqrt() * self.code_range[1]).round().clamp(*self.code_range)
 
-    def values(self, codes, dtype, alpha):  # code to real
+    def values(self, codes, dtype, alpha):  # code -> real
         return codes.sign() * (codes.to(dtype) / self.code_range[1]).square() * alpha.to(dtype)
 
 

@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a learning rate of NaN": (lambda: fit(net(), lambda: [], 1, float("nan"), 1), "learning_rate must be a number"),
     "a batch without targets": (lambda: fit(net(), lambda: [X], 1, 1e-3, 1), "batch 0 must be (inputs, targets)"),
-    "no file's name": (lambda: export_onnx(quantized(), "", X, verify=False), "names no file to write"),
+    "no file's name": (lambda: export_onnx(quantized(), "", X, verify=False), "does not name a file to write"),
     "many things": (
         lambda: tq.quantize(net(), [{"names": ["x" * 50] * 10_000, "weight": "affine:8"}]),
         "selects no site",

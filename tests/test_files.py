@@ -205,13 +205,13 @@ def bad_checkpoints() -> dict[str, tuple[bytes, str]]:
         "text": (b"hello there", "torch.save did not write it"),
         "json": (b'{"a": 1}', "torch.save did not write it"),
         "zeros": (bytes(1000), "torch.save did not write it"),
-        "cut": (good[: len(good) // 2], "it is damaged or cut short"),
-        "changed": (good[:70] + b"\xff" * 40 + good[110:], "it is damaged or cut short|Python objects"),
+        "cut": (good[: len(good) // 2], "it is damaged or truncated"),
+        "changed": (good[:70] + b"\xff" * 40 + good[110:], "it is damaged or truncated|Python objects"),
         "old, cut": (old[: len(old) // 2], "it is a pickle of something else, or damaged"),
         "pickle": (pickle.dumps({"a": [1.0]}), "it is a pickle of something else, or damaged"),
         "bomb": (pickle.dumps(Bomb()), "it is a pickle of something else, or damaged"),
-        "module": (saved(nn.Linear(2, 2)), "it has Python objects in it"),
-        "saved bomb": (saved(Bomb()), "it has Python objects in it"),
+        "module": (saved(nn.Linear(2, 2)), "it holds Python objects"),
+        "saved bomb": (saved(Bomb()), "it holds Python objects"),
     }
 
 
@@ -245,7 +245,7 @@ def test_what_is_no_json(content: bytes, message: str, tmp_path: Path) -> None:
 
 def test_a_newer_format_is_named() -> None:
     check_format("x", {"plan": 1}, "plan", 1, "a plan")
-    with pytest.raises(ConfigError, match="x is a plan of a newer version .format 2; this one reads 1"):
+    with pytest.raises(ConfigError, match="x is a plan of a newer version .format 2; this version reads 1"):
         check_format("x", {"plan": 2}, "plan", 1, "a plan")
     for wrong in ({}, [], None, {"plan": "1"}, {"plan": True}):
         with pytest.raises(ConfigError, match="x is not a plan"):
@@ -260,7 +260,7 @@ ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ALIASES, "has .* values, but .* with its aliases written out"),
+        (ALIASES, "has .* values, but .* with its aliases expanded"),
         ("&a [*a]", "nested too deeply, or holds an alias of itself"),
         ("[" * 1500, "nested too deeply"),
         ("a: [", "is not YAML"),

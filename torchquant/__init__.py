@@ -80,7 +80,7 @@ _PACKAGES = ("graph", "models", "plan", "ptq", "training")
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name from above the core when it is first asked for, so that the import is quick."""
+    """Load a name from above the core when it is first used, so that the import is quick."""
     if name in _LATER:
         found = getattr(import_module(f"torchquant.{_LATER[name]}"), name)
     elif name in _PACKAGES:

@@ -1,7 +1,7 @@
-"""Arguments of public functions checked against their annotations.
+"""Check arguments of public functions against their annotations.
 
-The annotation of a parameter is the one place that says what it takes: `checked` reads it and answers anything else
-with a ConfigError that says what came, what is allowed and, where the wanted class knows, what to do.
+The annotation of a parameter alone says which values it takes: `checked` reads it, and raises ConfigError for any other
+value, which says what came, what is allowed and, if the expected class knows it, what to do.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from torchquant.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHECKED_ELEMENTS = 1000
-"""Elements of a collection that are looked at."""
+"""Largest number of elements of a collection that are checked."""
 
 
 def checked(target: F) -> F:
     """Check the arguments of a function, or of a class's constructor, against their annotations at each call.
 
-    A whole number is not True or False, a number is not NaN, a sequence of strings is not one string. Parameters
-    without annotation, or with one that does not resolve, take anything, and so does code that is being compiled.
+    A whole number may not be True or False, a number may not be NaN, a sequence of strings may not be one string.
+    Parameters without annotation, or with one that does not resolve, take anything; so does code that is being
+    compiled.
 
     >>> @checked
     ... def wait(seconds: float, why: str | None = None) -> None: ...
@@ -47,14 +48,14 @@ def checked(target: F) -> F:
 
 
 def check_constructor(kind: type) -> None:
-    """`checked` for a class whose own constructor is not checked yet; for `__init_subclass__`."""
+    """Apply `checked` to a class whose own constructor is not checked yet; for `__init_subclass__`."""
     constructor = kind.__dict__.get("__init__")
     if inspect.isfunction(constructor) and not hasattr(constructor, "__wrapped__"):
         kind.__init__ = _checked(constructor)  # type: ignore[misc]
 
 
 def explained(function: F) -> F:
-    """`checked`, for functions that are nothing but maths: what torch raises is of arguments that do not go together.
+    """Apply `checked` to a pure maths function; errors of torch then become errors about arguments that do not fit.
 
     >>> @explained
     ... def add(x: Tensor, y: Tensor) -> Tensor:
@@ -85,18 +86,18 @@ def _checked(function: F, explains: bool = False) -> F:
             check.explain(args, kwargs, error)
             raise
 
-    # doctest looks for the examples of functions that have the globals of their module
+    # doctest only finds examples of functions that have the globals of their module
     own = types.FunctionType(call.__code__, function.__globals__, function.__name__, None, call.__closure__)
     return cast(F, functools.wraps(function)(own))
 
 
 _PLAIN = (Tensor, nn.Parameter, bool, int, str, type(None))
-"""Types all of whose values fit an annotation if one does; whole numbers, if below `SAFE`."""
+"""Types whose values all fit an annotation if one of them does; whole numbers only if below `SAFE`."""
 SAFE = 2**62
 
 
 class _Check:
-    """The arguments of one function against its annotations."""
+    """Checks the arguments of one function against its annotations."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -105,7 +106,7 @@ class _Check:
         self.in_order: list[Parameter] = []
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise ConfigError for the first argument that is of another kind than its annotation says."""
+        """Raise ConfigError for the first argument that does not fit its annotation."""
         if not self.parameters:
             self.parameters = _parameters(self.function)
             self.in_order = list(self.parameters.values())
@@ -132,7 +133,7 @@ class _Check:
         return type(args[0]).__name__ if self.name == "__init__" else self.name
 
     def explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
-        """Raise what torch or Python raised as a ConfigError that says what came."""
+        """Turn an error of torch or Python into a ConfigError that says what came."""
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if any(isinstance(value, Proxy) for value in given.values()):
             return
@@ -157,7 +158,7 @@ def number(value: object, what: str) -> float:
 
 
 class Parameter(NamedTuple):
-    """A parameter of a checked function. `plain`: the types found to fit, of those whose values are all alike."""
+    """A parameter of a checked function. `plain`: the types that fit, among those whose values are all alike."""
 
     name: str
     hint: Any
@@ -166,7 +167,7 @@ class Parameter(NamedTuple):
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
-    """Name -> parameter; what gathers `*args` and `**kwargs` ends the list."""
+    """Return name -> parameter; parameters that gather `*args` and `**kwargs` end the list."""
     try:
         hints = get_type_hints(function)
     except NameError:  # a name that only a type checker imports
@@ -184,7 +185,7 @@ def _is_open(hint: Any) -> bool:
 
 
 def fits(hint: Any, value: object) -> bool:
-    """Whether a value is of the kind that an annotation names.
+    """Tell whether a value fits an annotation.
 
     >>> fits(int, 8), fits(int, True), fits(float, 2**70), fits(Sequence[str], "abc")
     (True, False, False, False)
@@ -229,12 +230,12 @@ def _elements_fit(kind: Any, arguments: tuple[Any, ...], value: Any) -> bool:
 
 
 def _takes(function: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether a function can be called with as many arguments as its annotation says, as far as it tells."""
+    """Tell whether a function can be called with as many arguments as the annotation says, as far as is known."""
     if not arguments or arguments[0] is Ellipsis:
         return True
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):  # of C
+    except (TypeError, ValueError):  # a function written in C
         return True
     try:
         signature.bind(*arguments[0])
@@ -278,7 +279,7 @@ _SIMPLE: dict[Any, Simple] = {
 
 
 def described(hint: Any, plural: bool = False) -> str:
-    """An annotation in words.
+    """Describe an annotation in words.
 
     >>> described(int | None), described(Sequence[str]), described(Mapping[str, nn.Module])
     ('a whole number or None', 'a sequence of strings', 'a mapping from strings to Modules')
@@ -314,7 +315,7 @@ def _with_article(name: str) -> str:
 
 
 def _advice(hint: Any, value: object) -> str:
-    """Say what to do instead, where it is known: an object for its class, what the wanted class says of itself."""
+    """Say what to do instead, if it is known: an object instead of its class, or the advice of the expected class."""
     kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
     if isinstance(value, type) and any(issubclass(value, kind) for kind in kinds):
         return f"; give an object: {value.__name__}(...)"

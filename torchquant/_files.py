@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, read with an error that names them; Python files that are run."""
+"""Write files whole or not at all, read files with errors that name them, and run Python files."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from torchquant.errors import ConfigError, TorchQuantError, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PROBE = 1 << 16
-"""Bytes that a disk with room takes."""
+"""Number of bytes that are written to test whether a disk is full."""
 
 
 class UnwritableError(ConfigError, OSError):
-    """A file that could not be written: its folder is not there, not ours, or full."""
+    """A file could not be written: its folder does not exist, is not writable, or the disk is full."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then put it in its place in one step, safe from a power cut.
+    """Let `write` fill a temporary file beside `path`, then move it into place in one step, safe from a power cut.
 
-    A file that is there keeps its mode, and a link stays a link: its target is written. A temporary file that a killed
-    process left is removed by the next one that writes the same file. Raises UnwritableError.
+    An existing file keeps its mode, and a link stays a link: its target is written. A temporary file that a killed
+    process left is removed by the next process that writes the same file. Raises UnwritableError.
     """
     if not path.name:
-        raise ConfigError(f"'{path}' names no file to write; give a path that ends in a file's name")
+        raise ConfigError(f"'{path}' does not name a file to write; give a path that ends in a file name")
     target = Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_file():  # a device, a pipe; a folder cannot be written
@@ -62,18 +62,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """A new empty file beside `target`, locked as long as somebody is at it."""
+    """Make a new empty file beside `target`, locked while the context lasts."""
     path = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name}")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         if sys.platform == "win32":
-            os.close(descriptor)  # an open file cannot be renamed there
+            os.close(descriptor)  # an open file cannot be renamed on Windows
         else:
             lock(descriptor)
         yield path
     except (OSError, TorchQuantError):
         raise
-    except Exception as error:  # libraries wrap what the system says, or leave it out
+    except Exception as error:  # libraries wrap the error of the system, or leave it out
         reason = _what_disk_says(path)
         if reason is None:
             raise
@@ -100,7 +100,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _settle(temporary: Path, target: Path) -> None:
-    """Give the file the mode of the one it replaces, and bring it to the disk."""
+    """Give the file the mode of the file that it replaces, and flush it to disk."""
     with suppress(FileNotFoundError):
         os.chmod(temporary, target.stat().st_mode & 0o7777)
     with temporary.open("rb") as file:
@@ -120,7 +120,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _what_disk_says(path: Path) -> OSError | None:
-    """The error of a disk that takes no more, if that is what it is."""
+    """Return the error of a full disk, if the disk is full."""
     try:
         with path.open("ab") as file:
             file.write(bytes(PROBE))
@@ -134,7 +134,7 @@ def _what_disk_says(path: Path) -> OSError | None:
 def _unwritable(path: Path, error: OSError) -> UnwritableError:
     reason = error.strerror or str(error)
     if error.errno in FULL:
-        reason = f"the disk is full ({reason}); make room and run it again: what was finished is kept"
+        reason = f"the disk is full ({reason}); free some space and run it again: finished work is kept"
     elif isinstance(error, FileNotFoundError):
         reason = f"there is no folder {path.parent}"
     found = UnwritableError(f"cannot write {path}: {reason}")
@@ -143,7 +143,7 @@ def _unwritable(path: Path, error: OSError) -> UnwritableError:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write `value` as indented JSON; raises ValueError for NaN and infinity, which JSON has not."""
+    """Write `value` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -158,7 +158,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file. Raises ConfigError that names it."""
+    """Read the text of a file. Raises ConfigError that names the file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -182,12 +182,12 @@ def read_saved(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"there is no file {file}")
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # the unpickler fails in many ways on what is no checkpoint
+    except Exception as error:  # the unpickler raises many kinds of errors for other files
         raise ConfigError(f"{file} holds no state dict that can be read safely: {_why(file, error)}") from error
 
 
 def _why(file: Path, error: Exception) -> str:
-    """Why a file is no checkpoint, in words of ours: torch's advise to run what stands in it."""
+    """Say why a file is not a checkpoint; torch's own messages advise to run the code in it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     with file.open("rb") as opened:
@@ -195,9 +195,9 @@ def _why(file: Path, error: Exception) -> str:
     if not start:
         return "it is empty"
     if zipfile.is_zipfile(file) and "eights" in str(error):
-        return "it has Python objects in it, not tensors and plain data alone; save model.state_dict()"
+        return "it holds Python objects besides tensors and plain data; save model.state_dict() instead"
     if start == b"PK":
-        return "it is damaged or cut short"
+        return "it is damaged or truncated"
     if start[:1] == b"\x80":
         return "it is a pickle of something else, or damaged"
     return "torch.save did not write it"
@@ -205,7 +205,7 @@ def _why(file: Path, error: Exception) -> str:
 
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Errors that the contents of a file cause become one that names it. `remedy`: what to do then."""
+    """Turn errors that the contents of a file cause into a ConfigError that names the file. `remedy`: what to do."""
     try:
         yield
     except ConfigError as error:
@@ -213,22 +213,24 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
         raise ConfigError(message if message.endswith(remedy) else f"{message}; {remedy}") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{path} is damaged, or of another version: {kind}{one_line(error)}; {remedy}") from error
+        raise ConfigError(
+            f"{path} is damaged, or was written by another version: {kind}{one_line(error)}; {remedy}"
+        ) from error
 
 
 def check_format(where: str, data: Any, key: str, known: int, what: str) -> None:
-    """Raise ConfigError for data that is not `what` in the format `known`, which `key` says."""
+    """Raise ConfigError for data that is not `what` in the format version `known`, given under `key`."""
     found = data.get(key) if isinstance(data, dict) else None
     if type(found) is int and found > known:
         raise ConfigError(
-            f"{where} is {what} of a newer version (format {found}; this one reads {known}); use that one"
+            f"{where} is {what} of a newer version (format {found}; this version reads {known}); use the newer version"
         )
     if type(found) is not int or found != known:
         raise ConfigError(f"{where} is not {what}: it must begin with '{key}: {known}'")
 
 
 def digest_of(path: Path) -> str:
-    """sha256 of a file; of a folder, of the names and contents of its files, hidden ones left out; or ConfigError."""
+    """Compute the sha256 of a file, or of the names and contents of a folder's visible files. Raises ConfigError."""
     found = hashlib.sha256()
     try:
         if path.is_dir():
@@ -245,9 +247,9 @@ def digest_of(path: Path) -> str:
 
 
 def run_python_file(path: Path, kind: str) -> ModuleType:
-    """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by that name.
+    """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by this name.
 
-    Raises ConfigError, with the line for a file that fails; what the file itself asserts is raised as it is.
+    Raises ConfigError with the line of a file that fails; an AssertionError of the file passes unchanged.
     """
     name = f"torchquant_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -269,7 +271,7 @@ def run_python_file(path: Path, kind: str) -> ModuleType:
 
 
 def failure(path: Path, error: BaseException) -> str:
-    """How running a Python file failed, and in which line of it.
+    """Describe how running a Python file failed, and in which line.
 
     >>> failure(Path("net.py"), ValueError("no layers"))
     'net.py failed: ValueError: no layers'

@@ -1,4 +1,4 @@
-"""Locks on files that end with the process that holds them."""
+"""Lock files; a lock ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ else:
     import fcntl
 
 FAR = 1 << 16
-"""A byte behind all that is written, which Windows locks instead of the file."""
+"""A byte after all contents, which Windows locks instead of the file."""
 
 
 @contextmanager
 def hold(path: Path) -> Iterator[str | None]:
-    """Hold the lock file `path`; gives None, or who has it in words. It ends with the process, however that ends.
+    """Hold the lock file `path`; gives None, or a description of its holder. The lock ends with the process.
 
-    Between threads, processes, and machines whose shared file system has locks; where it has none, warns.
+    It works between threads, processes, and machines whose shared file system has locks; without locks it warns.
     """
     descriptor = _held(path)
     if descriptor is None:
@@ -38,7 +38,7 @@ def hold(path: Path) -> Iterator[str | None]:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
         yield None
     finally:
-        with suppress(OSError):  # Windows: while it is open
+        with suppress(OSError):  # Windows refuses while the file is open
             path.unlink()
         os.close(descriptor)
         if sys.platform == "win32":
@@ -46,7 +46,7 @@ def hold(path: Path) -> Iterator[str | None]:
 
 
 def _held(path: Path) -> int | None:
-    """A descriptor of the file, locked; None if somebody else has it."""
+    """Return a locked descriptor of the file; None if another holder has it."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -58,7 +58,7 @@ def _held(path: Path) -> int | None:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # its former holder removed it meanwhile
+        os.close(descriptor)  # its former holder removed it in the meantime
 
 
 def _holder(path: Path) -> str:
@@ -69,7 +69,7 @@ def _holder(path: Path) -> str:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock an open file as long as it is open; whether nobody else has."""
+    """Lock an open file until it is closed; return False if another holder has it."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, FAR, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of every module of a model, kept and given back."""
+"""Keep and restore the training or evaluation mode of every module of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
-    """Put every module in training or evaluation mode; on exit each gets its own mode back."""
+    """Put every module in training or evaluation mode; on exit restore the former modes."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:

@@ -1,4 +1,4 @@
-"""Name -> object, with a clash as an error and the known names in every message."""
+"""A registry of names, with an error for a clash and the known names in every message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the known name nearest to `name`, with a space before it; "" if none is near.
+    """Ask for the known name nearest to `name`, with a space before the question; "" if none is near.
 
     >>> did_you_mean("afine", ["affine", "esb"])
     " did you mean 'affine'?"
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters its object under `name`."""
+        """Return a decorator that registers its object under `name`."""
 
         def enter(entry: T) -> T:
             known = self._entries.setdefault(name, entry)

@@ -1,4 +1,4 @@
-"""Names that were published under another word: they go on working, and say what they are called now."""
+"""Keep renamed public names working, with a warning that says the new name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn, where the caller's caller stands, that `old` is called `new`."""
+    """Warn at the caller's caller that `old` is called `new`."""
     warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=stacklevel)
 
 
 def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a module whose names have changed; `names`: old -> new. Pickles find them too.
+    """Make the `__getattr__` of a module with renamed names; `names`: old -> new. Pickles find them too.
 
     >>> find = renamed_names("torchquant.errors", {"ConfigurationError": "ConfigError"})
     >>> find("Config")
@@ -32,7 +32,7 @@ def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]
 
 
 def renamed_attribute(old: str, new: str) -> property:
-    """Make the property that answers an attribute's old name."""
+    """Make the property for the old name of an attribute."""
 
     def get(self: Any) -> Any:
         warn_renamed(f"{type(self).__name__}.{old}", new)

@@ -1,4 +1,4 @@
-"""Values, errors and runs of models as messages show them: in brief, whatever came."""
+"""Format values and errors for messages, in brief, whatever they are."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.fx.proxy import TraceError
 from torchquant.errors import ConfigError, TorchQuantError
 
 SHOWN = 100
-"""Characters of a value that a message shows."""
+"""Largest number of characters of a value in a message."""
 MANY = 12
-"""Words of a list that a message shows."""
+"""Largest number of words of a list in a message."""
 LINE = 300
-"""Characters of another's message that a message repeats."""
+"""Largest number of characters of another message in a message."""
 UNTOUCHED = (TorchQuantError, TraceError, torch.OutOfMemoryError)
-"""Exceptions that pass through unchanged: our own, those that tracing must see, and a full memory."""
+"""Exceptions that pass through unchanged: our own, those that tracing needs, and out of memory."""
 _OF_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Brief(Repr):
-    """Short in every part. Tensors, modules, classes, functions and objects that have no text of their own by name."""
+    """Shortens every part. Tensors, modules, classes, functions and objects without a repr are shown by name."""
 
     def repr1(self, x: Any, level: int) -> str:
         if isinstance(x, Tensor):
@@ -48,7 +48,7 @@ _brief.maxlevel = 3
 
 
 def shown(value: object) -> str:
-    """A value in a message: its repr, shortened; tensors by shape, modules, functions and classes by name.
+    """Format a value for a message: its repr, shortened; tensors by shape, modules, functions and classes by name.
 
     >>> shown("affine:8"), shown(torch.zeros(2, 3)), shown([nn.ReLU, abs])
     ("'affine:8'", 'a tensor of shape [2, 3] and type float32', '[the class ReLU, the function abs]')
@@ -62,7 +62,7 @@ def shown(value: object) -> str:
 
 @contextmanager
 def running(model: object, what: str, inputs: object) -> Iterator[None]:
-    """Turn what a model raises on inputs into a ConfigError: which model, what came, and the model's own words.
+    """Turn an error of a model into a ConfigError that names the model and the inputs and repeats the error.
 
     >>> with running(nn.Linear(4, 2), "the example", 7):
     ...     nn.Linear(4, 2)(7)
@@ -82,7 +82,7 @@ must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keywo
 
 
 def some(words: Sequence[str], most: int = MANY, separator: str = ", ") -> str:
-    """Words with a separator between them: the first `most` of them, and how many there are more.
+    """Join the first `most` words with a separator, and say how many more there are.
 
     >>> some(["a", "b"]), some(list("abcdefghijklmn")), some(["a", "b", "c"], 1, "; ")
     ('a, b', 'a, b, c, d, e, f, g, h, i, j, k, l, and 2 more', 'a; and 2 more')
@@ -92,7 +92,7 @@ def some(words: Sequence[str], most: int = MANY, separator: str = ", ") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another's message, shortened; the kind of error where that is all it tells.
+    """Return the first line of an error's message, shortened; with the kind of error if the message alone is unclear.
 
     >>> first_line(ValueError("no\\nyes")), first_line(KeyError("a")), first_line(AssertionError())
     ('no', "KeyError: 'a'", 'AssertionError')

@@ -1,4 +1,4 @@
-"""Tables as plain text, and that text as HTML."""
+"""Format tables as plain text, and such text as HTML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns of even width under a line.
+    """Format rows as aligned columns under a header line.
 
     >>> print(text_table(["a", "b"], [[1, "xy"]]))
     a  b
@@ -21,14 +21,14 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 class ShownAsTables:
-    """What prints as text with tables in it; a notebook shows the same rows as HTML."""
+    """Base of classes that print as text with tables; a notebook shows the same tables as HTML."""
 
     def _repr_html_(self) -> str:
         return html_of(str(self))
 
 
 def html_of(text: str) -> str:
-    """A text whose tables, as `text_table` writes them, end with it or with an empty line; other lines are paragraphs.
+    """Convert text to HTML. A table as `text_table` writes it ends with an empty line; other lines are paragraphs.
 
     >>> html_of("of <a>" + chr(10) + text_table(["a", "b"], [[1, "x & y"]]))
     '<p>of &lt;a&gt;</p><table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>x &amp; y</td></tr></table>'

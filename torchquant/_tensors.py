@@ -1,4 +1,4 @@
-"""Tensors in the shape, the type and the layout of others."""
+"""Bring tensors into the shape, the type and the layout of others."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ T = TypeVar("T")
 
 
 def like(value: Tensor | float, x: Tensor) -> Tensor:
-    """`value` as a tensor of x's type on x's device."""
+    """Convert `value` to a tensor of x's type on x's device."""
     return torch.as_tensor(value, dtype=x.dtype, device=x.device)
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:
-    """x as (C, n): one row per slice of `axis`, or a single row."""
+    """View x as (C, n): one row per slice of `axis`, or a single row."""
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)
 
 
 def channel_view(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
-    """(C,) as a tensor of `ndim` dimensions with C at `axis` and 1 elsewhere."""
+    """View (C,) as a tensor of `ndim` dimensions with C at `axis` and 1 elsewhere."""
     shape = [1] * ndim
     shape[axis] = -1
     return vector.view(shape)
 
 
 def per_channel_view(value: T, ndim: int, axis: int | None) -> T:
-    """A number for the whole tensor or one a slice of `axis`, () or (C,), broadcasting against `ndim` dimensions.
+    """View a number per tensor, (), or per slice of `axis`, (C,), so that it broadcasts against `ndim` dimensions.
 
-    What is no tensor stays as it is.
+    A value that is not a tensor is returned unchanged.
     """
     if axis is None or not isinstance(value, Tensor) or value.ndim == 0:
         return value
@@ -38,11 +38,11 @@ def per_channel_view(value: T, ndim: int, axis: int | None) -> T:
 
 
 def in_layout_of(value: Tensor, x: Tensor) -> Tensor:
-    """`value`, stored in memory as x is."""
+    """Return `value` in the memory layout of x."""
     return value if value.stride() == x.stride() else torch.empty_like(x, dtype=value.dtype).copy_(value)
 
 
 def ordinary_zeros(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
-    """Zeros in the type of `like`, that may be written and saved for backward also if made in inference mode."""
+    """Make zeros in the type of `like` that can be written and saved for backward, even in inference mode."""
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Every error torchquant raises on purpose.
+"""Every error that torchquant raises on purpose.
 
 TorchQuantError
 ├── ConfigError              also a ValueError: an argument is out of its allowed set
@@ -41,11 +41,11 @@ __all__ = [
 
 
 LONGEST = 1000
-"""Characters of a message; the middle of a longer one is left out."""
+"""Largest number of characters of a message; the middle of a longer one is left out."""
 
 
 class TorchQuantError(Exception):
-    """Base of every error torchquant raises on purpose. What came may be of any length, its message is not.
+    """Base of every error that torchquant raises on purpose. Its message is shortened, however long the values are.
 
     >>> len(str(TorchQuantError("got " + "x" * 5000))) <= LONGEST
     True
@@ -67,19 +67,19 @@ class ConfigError(TorchQuantError, ValueError):
 
 
 class UnknownNameError(ConfigError):
-    """A name that nobody registered; the message lists the known ones."""
+    """A name is not registered; the message lists the known names."""
 
 
 class NameClashError(ConfigError):
-    """A name that is already registered for something else."""
+    """A name is already registered for something else."""
 
 
 class UnsupportedPatternError(TorchQuantError, TypeError):
-    """A sequence of layers that QWrapper does not know how to run."""
+    """A sequence of layers is not one that QWrapper can run."""
 
 
 class UnobservedRangeError(TorchQuantError, RuntimeError):
-    """Something was asked to quantize before it had seen any data."""
+    """A quantizer was asked to quantize before it had seen any data."""
 
 
 class NonFiniteError(TorchQuantError, ValueError):
@@ -99,17 +99,17 @@ class RoundingLostError(TorchQuantError, ValueError):
 
 
 class ExportError(TorchQuantError, RuntimeError):
-    """A model cannot be written in the form that was asked for."""
+    """A model cannot be written in the requested form."""
 
 
 class MissingDependencyError(TorchQuantError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class LawViolation(TorchQuantError, AssertionError):  # noqa: N818 - says what it is
     """A quantizer or an observer breaks one of the laws that `check_quantizer` and `check_observer` test.
 
-    `law` is the name of the law, `detail` what was seen.
+    `law` is the name of the law, `detail` the values that break it.
     """
 
     def __init__(self, law: str, detail: str) -> None:
@@ -140,11 +140,11 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 MOST = 300
-"""Characters of somebody else's words in a message."""
+"""Largest number of characters of another library's message in a message."""
 
 
 def one_line(error: object) -> str:
-    """The text of an error of another library, in one line of bounded length.
+    """Return the text of an error of another library, in one line of bounded length.
 
     >>> one_line(ValueError("a\\n  b"))
     'a b'

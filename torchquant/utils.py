@@ -1,4 +1,4 @@
-"""Changing and reading the state of a whole model."""
+"""Change and read the state of a whole model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 
 @checked
 def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
-    """(path, QModule) of every QModule in the model; writes each path into its module for messages."""
+    """Yield (path, QModule) of every QModule in the model; write each path into its module for messages."""
     for path, module in model.named_modules():
         if isinstance(module, QModule):
             module.path = path
@@ -52,14 +52,14 @@ def qmodules(model: nn.Module) -> Iterator[tuple[str, QModule]]:
 
 
 def weight_slots(model: nn.Module) -> Iterator[WeightSlot]:
-    """Every weight of every QModule in the model, those of a module in two places once."""
+    """Yield every weight of every QModule in the model; a module in two places counts once."""
     for _, module in qmodules(model):
         yield from module.weight_slots()
 
 
 @dataclass
 class _Holder:
-    """A thread, or a task of asyncio in it, that is inside `qmodule_state` on a module, and in how many."""
+    """A thread, or an asyncio task in it, that is inside `qmodule_state` on a module, and its nesting depth."""
 
     thread: threading.Thread
     task: asyncio.Task[Any] | None
@@ -67,10 +67,10 @@ class _Holder:
 
     @staticmethod
     def current() -> _Holder:
-        asyncio = sys.modules.get("asyncio")  # where it was not imported no task runs
+        asyncio = sys.modules.get("asyncio")  # if it is not imported, no task runs
         try:
             return _Holder(threading.current_thread(), None if asyncio is None else asyncio.current_task())
-        except RuntimeError:  # no event loop runs here
+        except RuntimeError:  # no event loop runs in this thread
             return _Holder(threading.current_thread(), None)
 
     def is_gone(self) -> bool:
@@ -82,7 +82,7 @@ _holders_lock = threading.RLock()
 
 
 def _refuse_if_held(modules: Sequence[QModule], doing: str) -> None:
-    """Raise ConfigError if somebody else is inside `qmodule_state` on one of the modules."""
+    """Raise ConfigError if another thread or task is inside `qmodule_state` on one of the modules."""
     me = _Holder.current()
     for module in modules:
         holder = _holders.get(module)
@@ -116,9 +116,9 @@ def set_qmodule_state(model: nn.Module, state: QModuleState) -> None:
 
 
 def _observe_unreached_weights(modules: Sequence[QModule], state: QModuleState) -> None:
-    """Show their weights to modules that calibration did not reach, such as experts that no batch was sent to.
+    """Let modules that calibration did not reach observe their weights, such as experts that got no batch.
 
-    A weight needs no data. In a model where no weight was observed yet nothing is done: calibration was forgotten.
+    A weight needs no data. If no weight of the model was observed yet, nothing is done: calibration was forgotten.
     """
     if not state.is_weight_quantized or state.is_weight_observed:
         return
@@ -130,23 +130,23 @@ def _observe_unreached_weights(modules: Sequence[QModule], state: QModuleState) 
 
 
 def _found(model: nn.Module, caller: str) -> list[QModule]:
-    """The QModules of the model; warns where there is none, so that nothing would happen."""
+    """Return the QModules of the model; warn if there are none, because the call then has no effect."""
     found = [module for _, module in qmodules(model)]
     if not found:
         warnings.warn(
             f"{caller} has no effect: {type(model).__name__} has no QModule, so nothing in it is quantized. Quantize "
             "it with torchquant.quantize, whose result is a copy, or wrap its layers in QWrapper",
-            stacklevel=4 if caller != "qmodule_state" else 3,  # past what checks the arguments
+            stacklevel=4 if caller != "qmodule_state" else 3,  # above the wrapper that checks the arguments
         )
     return found
 
 
 @checked
 class qmodule_state:  # noqa: N801 - published name
-    """`with qmodule_state(model, state):` sets a state and gives each module back its own on exit.
+    """`with qmodule_state(model, state):` sets a state and restores the former state of each module on exit.
 
-    Also after an exception, nested, and when the same object is used again. While one thread, or task of asyncio, is
-    inside, another that enters on the same modules is refused with ConfigError: a module has one state.
+    This also works after an exception, nested, and when the same object is used again. While one thread or asyncio task
+    is inside, another that enters on the same modules gets a ConfigError: a module has one state.
 
     >>> from torchquant.qmodule import QOp
     >>> op = QOp(abs, None)
@@ -193,23 +193,23 @@ class qmodule_state:  # noqa: N801 - published name
 
 @checked
 def observe_weights(model: nn.Module) -> None:
-    """Show every weight quantizer its weight as it is now. No data needed.
+    """Let every weight quantizer observe its current weight. No data is needed.
 
-    After the last optimizer step the weight ranges are one step old; this brings them up to date.
+    After the last optimizer step the weight ranges are one step old; this updates them.
     """
     for module in _found(model, "observe_weights"):
         module.observe_weight()
 
 
 def observe_any_weights(model: nn.Module) -> None:
-    """`observe_weights`, without a word where there are none; for dialects whose configuration may select nothing."""
+    """Do the same as `observe_weights` without a warning if there are none, for configurations that select nothing."""
     for _, module in qmodules(model):
         module.observe_weight()
 
 
 @checked
 def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
-    """What the quantizers of the model learn, as an optimizer group without weight decay.
+    """Return the learned numbers of all quantizers as an optimizer group without weight decay.
 
     >>> from torchquant.qmodule import QOp
     >>> from torchquant.quantizers import LSQQuantizer
@@ -224,14 +224,14 @@ def quantizer_parameters(model: nn.Module) -> dict[str, Any]:
 
 @checked
 def freeze_bn(model: nn.Module, frozen: bool = True) -> None:
-    """Keep the batch norms that QModules have taken in on their running statistics, also in train mode."""
+    """Let the batch norms fused into QModules use their running statistics, also in train mode."""
     for _, module in qmodules(model):
         module.freeze_bn(frozen)
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One place of a model where a quantizer sits."""
+    """The report on one quantizer of a model."""
 
     path: str
     site: str
@@ -248,11 +248,11 @@ class StateReport(ShownAsTables, list[SiteReport]):
     """A list of SiteReport that prints as a table."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Rows as plain dictionaries, for JSON or pandas."""
+        """Return rows as plain dictionaries, for JSON or pandas."""
         return [{name: getattr(row, name) for name in _COLUMNS} for row in self]
 
     def scalars(self) -> dict[str, float]:
-        """All numbers under flat keys, for loggers: "PATH/SITE/NAME", such as "layer1.0/output/range_max".
+        """Return all numbers under flat keys, for loggers: "PATH/SITE/NAME", such as "layer1.0/output/range_max".
 
         NAME: "bits"; "calibrated", 1 or 0; and from then on the statistics of the range ("range_min", "range_max", or
         the numbers of another scheme: of several channels the lowest, the highest or the mean) and "scale_min",
@@ -278,7 +278,7 @@ _COLUMNS = [name for name in SiteReport.__dataclass_fields__ if name != "numbers
 
 @checked
 def state_report(model: nn.Module) -> StateReport:
-    """For every quantizer of the model: where, in which state, which scheme, bits, calibrated, ranges."""
+    """Report on every quantizer of the model: path, slot, state, scheme, bits, whether calibrated, ranges."""
     return StateReport(
         SiteReport(
             path=path or "(root)",
@@ -296,7 +296,7 @@ def state_report(model: nn.Module) -> StateReport:
 
 
 def _statistics(tracker: StatisticTracker) -> list[tuple[str, Tensor]]:
-    """Its statistics by name, those that hold numbers: a histogram that is not kept holds none."""
+    """Return the statistics of a tracker by name, without empty ones such as a histogram that is not kept."""
     found = zip(tracker.statistics, tracker.get(), strict=True)
     return [(name, value) for name, value in found if value.numel()]
 
@@ -319,7 +319,7 @@ _OF_CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.min, "max": 
 
 @torch.no_grad()
 def _numbers(quantizer: Quantizer) -> dict[str, float]:
-    """The numbers of a quantizer that a logger records."""
+    """Return the numbers of a quantizer that a logger records."""
     n_bits = getattr(quantizer, "n_bits", None)
     found = {} if n_bits is None else {"bits": float(n_bits)}
     found["calibrated"] = float(quantizer.is_ready)

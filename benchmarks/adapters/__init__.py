@@ -1,4 +1,4 @@
-"""The libraries that are measured. A new one: one file with one class, one line here."""
+"""The measured libraries. To add a library, write one file with one class, and one line here."""
 
 from benchmarks.adapters.base import Adapter
 from benchmarks.adapters.brevitas_adapter import BrevitasAdapter

@@ -1,4 +1,4 @@
-"""Range tracking for libraries that have an operator but no observer: plain torch, a few lines."""
+"""Track ranges for libraries that have an operator but no observer, in plain torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EmaRangeQuantizer(Quantizer):
         self.has_range = True
 
     def params(self) -> tuple[Tensor, Tensor]:
-        """(delta, zero point) on codes 0..255, () each."""
+        """Return (delta, zero point) for codes 0..255, () each."""
         low, high = self.range[0].clamp_max(0.0), self.range[1].clamp_min(0.0)
         delta = ((high - low) / 255).clamp_min(_SMALLEST_STEP)
         return delta, torch.round(-low / delta)

@@ -1,4 +1,4 @@
-"""The contract of an adapter: one small class a library.
+"""The contract of an adapter: one small class per library.
 
 Write `weight_quantizer` and `acts_quantizer`, and the library is in every table: they are placed at the
 same sites of the same fused models for every library, so that only the quantizers differ. Override
@@ -29,7 +29,7 @@ CASES = (AFFINE, WEIGHT, ESB, TERNARY, QFMT)
 
 
 class ObserveAndQuantize(nn.Module):
-    """What one site of a training step does: the quantizer sees x, then quantizes it."""
+    """One site of a training step: the quantizer observes x, then quantizes it."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
@@ -47,25 +47,25 @@ class Adapter(ABC):
 
     name: ClassVar[str]
     package: ClassVar[str] = "torch"
-    """What has to be importable."""
+    """Package that must be importable."""
 
     @property
     def missing(self) -> str | None:
-        """Why the library cannot be measured here, with the remedy; None if it can."""
+        """Why the library cannot be measured here, and what to do; None if it can."""
         if importlib.util.find_spec(self.package) is not None:
             return None
         return f"{self.package} is not installed; run: pip install 'torchquant[bench]'"
 
     @abstractmethod
     def weight_quantizer(self, layer: nn.Module) -> Quantizer:
-        """Quantizer for the weight of `layer`, a convolution or Linear: one scale a channel, axis 0."""
+        """Make the quantizer for the weight of `layer`, a convolution or Linear: one scale per channel, axis 0."""
 
     @abstractmethod
     def acts_quantizer(self, layer: nn.Module) -> Quantizer:
-        """Quantizer for an activation: one scale, range tracked over batches or learned, gradient clipped."""
+        """Make the quantizer for an activation: one scale, range tracked over batches or learned, gradient clipped."""
 
     def fake_quant(self, case: str, layer: nn.Module) -> nn.Module | None:
-        """A module x -> quantized x, differentiable, for one of CASES; None if the library has no such format.
+        """Make a differentiable module x -> quantized x for one of CASES; None if the library has no such format.
 
         In the case WEIGHT, x is `layer.weight`. Parameters of the module get their gradients too.
         """
@@ -74,14 +74,14 @@ class Adapter(ABC):
         return ObserveAndQuantize(self.acts_quantizer(layer)) if case == AFFINE else None
 
     def quantize_model(self, float_model: nn.Module) -> nn.Module:
-        """A trainable copy with every layer quantized; `float_model` stays as it is."""
+        """Make a trainable copy with every layer quantized; `float_model` is not changed."""
         model = fuse(float_model, self.weight_quantizer, self.acts_quantizer)
         set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
         return model
 
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Show the batches to a model of `quantize_model`, which sets its ranges and quantizes nothing."""
+        """Let a model of `quantize_model` observe the batches, which sets its ranges and quantizes nothing."""
         with qmodule_state(model, QModuleState.CALIBRATION):
             for batch in batches:
                 model(batch)

@@ -18,7 +18,7 @@ from torchquant.utils import qmodule_state
 class _BrevitasActs(Quantizer):
     """A QuantIdentity whose scale starts at the first batch's largest magnitude, and is learned from then on.
 
-    Brevitas collects a percentile over its first 300 steps instead; a benchmark measures what comes after.
+    Brevitas collects a percentile over its first 300 steps instead; a benchmark measures the steps after these.
     """
 
     n_bits = 8
@@ -69,7 +69,7 @@ class BrevitasAdapter(Adapter):
 
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Brevitas collects inside its activation quantizers, which have to run with their output discarded."""
+        """Calibrate Brevitas, which collects inside its activation quantizers; their outputs are discarded."""
         collecting = require("brevitas.graph.calibrate", "bench").calibration_mode(model)
         with qmodule_state(model, QModuleState.QUANT_EVAL_ACT_ONLY), collecting:
             for batch in batches:

@@ -1,4 +1,4 @@
-"""The formula as most papers' code writes it: five eager operators and a bool mask. For reference.
+"""The formula as in the code of most papers: five eager operators and a bool mask. For reference.
 
 `x_hat = (clamp(round(x / delta) + z, qmin, qmax) - z) * delta`; the gradient passes where the code did
 not saturate.

@@ -146,7 +146,7 @@ def test_operators_are_shown_in_a_table_and_one_by_one(runner: CliRunner) -> Non
     assert table.exit_code == 0, table.output
     assert all(name in table.output for name in OPERATORS)
     line = next(line for line in table.output.splitlines() if " div " in line)
-    assert "no runtime divides whole numbers" in line
+    assert "no runtime divides integers" in line
     one = runner.invoke(cli.build_app(), ["operators", "channel_shuffle"], env=wide)
     assert one.exit_code == 0, one.output
     assert "pixel_unshuffle" in one.output

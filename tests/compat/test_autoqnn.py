@@ -112,7 +112,10 @@ def test_mapping_chooses_the_layers() -> None:
     assert type(model.fc) is nn.Linear
     with pytest.raises(ConfigError, match=r"of the same name, got .*Conv2d.*Linear"):
         convert(Model(), {nn.Conv2d: autoqnn.modules.Linear})
-    with pytest.raises(ConfigError, match="quantize_config_dict has weight_quant, bias_quant, act_quant; got 'weight'"):
+    with pytest.raises(
+        ConfigError,
+        match="keys of quantize_config_dict must be among weight_quant, bias_quant, act_quant; got 'weight'",
+    ):
         convert(Model(), quantize_config_dict={"weight": None})
     with pytest.raises(ConfigError, match=r"\['weight_quant'\] must be a quantizer or None, got 4"):
         convert(Model(), quantize_config_dict={"weight_quant": 4})  # type: ignore[dict-item]
@@ -175,7 +178,7 @@ def test_loops_train_and_validate(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.0 <= metrics[0] <= 100.0
     assert loss > 0
     assert again > 0
-    with pytest.raises(ConfigError, match="the loader gave no batch"):
+    with pytest.raises(ConfigError, match="the loader yielded no batch"):
         core.validate([], model, F.cross_entropy)
 
 

@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(3, 3)).state_dict()
     with pytest.raises(
         ConfigError,
-        match=r"not one of this Sequential: it has 1\.wait too much; did you mean '1\.weight'\?; it lacks 1\.num",
+        match=r"does not fit this Sequential: it has 1\.wait too much; did you mean '1\.weight'\?; it lacks 1\.num",
     ):
         load_checkpoint(model, {**other, "1.wait": torch.ones(1)})
     wide = {**net().state_dict(), "4.weight": torch.ones(3, 7)}
@@ -221,6 +221,6 @@ def test_what_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ConfigError, match="holds no state dict that can be read safely"):
         load_checkpoint(model, tmp_path / "text.pth")
-    with pytest.raises(ConfigError, match="a checkpoint must be a state dict, names and tensors; got list"):
+    with pytest.raises(ConfigError, match="a checkpoint must be a state dict of names and tensors, got list"):
         load_checkpoint(model, [1])  # type: ignore[arg-type]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -177,9 +177,7 @@ def test_block_distributed(tmp_path: Path) -> None:
 def test_data_parallel() -> None:
     quantizer = QAT_Quantizer(Mnist(), [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["default"]}])
     nn.DataParallel(quantizer)(digits()).sum().backward()
-    with pytest.raises(
-        ConfigError, match="give the quantizer the model itself, then wrap the quantizer in DataParallel"
-    ):
+    with pytest.raises(ConfigError, match="the model must not be wrapped, got a DataParallel; give the inner one"):
         QAT_Quantizer(nn.DataParallel(Mnist()), [])
 
 
@@ -323,7 +321,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "bits of one": (
         [{"quant_types": ["weight", "output"], "quant_bits": {"weight": 8}, "op_types": ["Conv2d"]}],
-        "quant_bits says nothing of 'output'",
+        "quant_bits must have a value for 'output'",
     ),
     "type": ([{"quant_types": ["wieght"], "quant_bits": 8, "op_types": ["Conv2d"]}], "did you mean 'weight'"),
     "key": ([{"quant_type": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"]}], "did you mean 'quant_types'"),
@@ -346,7 +344,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "dtype of 3.0": (
         [{**MODERN, "quant_dtype": "float8"}],
-        "quant_dtype must be such as 'int8' or 'uint4', of 1 to 31 bits, got .float8.",
+        "quant_dtype must be intN or uintN with N from 1 to 31, such as 'int8', got .float8.",
     ),
     "target of 3.0": ([{**MODERN, "target_names": ["output"]}], "did you mean '_output_'"),
     "granularity": ([{**MODERN, "granularity": [1, 2]}], r"granularity must be one of default, .*got \[1, 2\]"),
@@ -456,7 +454,7 @@ def test_naive_rounds_to_nearest_and_takes_8_bits_only() -> None:
     NaiveQuantizer(model).compress()
     step = float(weight.abs().max()) / 127
     assert float((model.fc.weight_quantizer(weight) - weight).abs().max()) <= 0.501 * step
-    with pytest.raises(ConfigError, match="NaiveQuantizer has 8 bits, got 4"):
+    with pytest.raises(ConfigError, match="quant_bits of NaiveQuantizer must be 8, got 4"):
         NaiveQuantizer(Mnist(), [{"quant_types": ["weight"], "quant_bits": 4, "op_types": ["default"]}])
 
 
@@ -498,9 +496,9 @@ def test_lsq_calibration_comes_back(tmp_path: Path) -> None:
     ours, theirs = (m.relu1.acts_quantizer.affine_params() for m in (model, other.bound_model))
     assert torch.allclose(ours.delta, theirs.delta)
     assert (ours.qmin, ours.qmax) == (theirs.qmin, theirs.qmax) == (0, 15)
-    with pytest.raises(ConfigError, match="has 'nowhere', which is not quantized here; it is of another model"):
+    with pytest.raises(ConfigError, match="has 'nowhere', which is not quantized here; it belongs to another model"):
         other.load_calibration_config({"nowhere": {}})
-    with pytest.raises(ConfigError, match="has 8 bits for the output of 'relu1', the model 4"):
+    with pytest.raises(ConfigError, match="has 8 bits for the output of 'relu1', but the model has 4"):
         other.load_calibration_config(
             {"relu1": {"output_bits": 8, "tracked_min_output": 0.0, "tracked_max_output": 1.0}}
         )
@@ -514,7 +512,7 @@ def test_names_are_at_nni_s_addresses() -> None:
 
 
 def test_bnn_wants_one_bit_and_folds_nothing() -> None:
-    with pytest.raises(ConfigError, match="BNNQuantizer has 1 bit, got 8"):
+    with pytest.raises(ConfigError, match="quant_bits of BNNQuantizer must be 1, got 8"):
         BNNQuantizer(Mnist(), [{"quant_types": ["weight"], "quant_bits": 8, "op_types": ["Conv2d"]}])
-    with pytest.raises(ConfigError, match="BNNQuantizer folds no batch norms; leave dummy_input out"):
+    with pytest.raises(ConfigError, match="BNNQuantizer cannot fold batch norms; leave dummy_input out"):
         BNNQuantizer(Mnist(), [], dummy_input=digits())

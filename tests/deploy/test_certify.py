@@ -112,7 +112,7 @@ def test_export_refuses_a_file_that_does_not_compute_the_model(exported, tmp_pat
         values[0] = 127
         entry.CopyFrom(onnx.numpy_helper.from_array(values, entry.name))
 
-    with pytest.raises(ExportError, match=r"does not compute what the model does: .*head.output.*verify=False"):
+    with pytest.raises(ExportError, match=r"computes something else than the model: .*head.output.*verify=False"):
         export_onnx(model, tmp_path / "net.onnx", x[:2])
     assert not list(tmp_path.iterdir())
     assert export_onnx(model, tmp_path / "net.onnx", x[:2], verify=False).exists()
@@ -142,12 +142,12 @@ ERRORS = {
     "another model's file": (lambda m, p, x: certify(nn.Sequential(m), p, x), ExportError, "has none of the tensors"),
     "no file": (lambda m, p, x: certify(m, p.with_name("no.onnx"), x), ConfigError, "there is no file"),
     "not onnx": (lambda m, p, x: certify(m, Path(__file__), x), ConfigError, "is not an ONNX file"),
-    "no data": (lambda m, p, x: certify(m, p, []), ConfigError, "holds no batch"),
+    "no data": (lambda m, p, x: certify(m, p, []), ConfigError, "data must hold at least one batch, got none"),
     "strings": (lambda m, p, x: certify(m, p, ["a"]), ConfigError, "a batch must be a tensor"),
     "number": (lambda m, p, x: certify(m, p, 3), ConfigError, "data must be tensors or batches"),
     "way": (lambda m, p, x: certify(m, p, x, ways=("gpu",)), ConfigError, "ways must be of integer, none, got gpu"),
     "level": (lambda m, p, x: open_session(p, "most"), ConfigError, "level must be one of none, integer, all"),
-    "shape": (lambda m, p, x: to_integer(m, x[:, :2]), ExportError, "does not run on the example inputs"),
+    "shape": (lambda m, p, x: to_integer(m, x[:, :2]), ExportError, "the model fails on the example inputs"),
 }
 
 

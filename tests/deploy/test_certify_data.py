@@ -76,10 +76,10 @@ def test_labels_are_counted_over_all_batches(exported):
         ([(X, LABELS.float())], "whole numbers as labels; got a tensor .*float32"),
         ([(X, LABELS), X], "some batches have labels and others have none"),
         ([(X, "cats")], "got a tensor of shape .*, 'cats'"),
-        ((X, LABELS), "takes 1 inputs .*got 2. Labels come in a list of"),
+        ((X, LABELS), "takes 1 inputs .*got 2. To give labels, pass a list of"),
         ([X[:, :2]], r"batch 0: input \S+ takes tensor\(float\) of shape \['batch', 4\], got .*\[16, 2\]"),
         ([X.double()], r"takes tensor\(float\) .*float64"),
-        ([X, X[:0]], "batch 1: .*no sample along axis 0"),
+        ([X, X[:0]], "batch 1: .*must have samples along axis 0"),
         ({"x": X}, "data must be tensors or batches of them.*got {'x': a tensor"),
         ("data.pt", "data must be tensors or batches of them.*got 'data.pt'"),
     ],
@@ -114,5 +114,5 @@ def test_infinities_that_are_equal_do_not_differ():
 
 
 def test_labels_of_an_output_without_classes_mean_nothing():
-    with pytest.raises(ConfigError, match="no classes on axis 1"):
+    with pytest.raises(ConfigError, match="need a first output with classes on axis 1"):
         FinalOutputs().add({"integer reference": [torch.ones(4)]}, torch.zeros(4, dtype=torch.int64))

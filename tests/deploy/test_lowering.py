@@ -79,11 +79,11 @@ def test_what_was_lowered_otherwise_is_refused(model: nn.Module, tmp_path: Path)
         export_onnx(lowered, tmp_path / "model.onnx", X)
     with pytest.raises(ConfigError, match="keep_signed=True, but the model was lowered without"):
         export_onnx(lowered, tmp_path / "model.onnx", keep_signed=True)
-    with pytest.raises(ConfigError, match="as_exported=False, which no file computes"):
+    with pytest.raises(ConfigError, match="as_exported=False, which no file can hold"):
         export_onnx(lower(model, X, as_exported=False), tmp_path / "model.onnx")
-    with pytest.raises(ConfigError, match="needs example_inputs to be lowered"):
+    with pytest.raises(ConfigError, match="to lower a model, give example_inputs"):
         to_integer(model)
     path = export_onnx(lowered, tmp_path / "model.onnx")
-    with pytest.raises(ExportError, match="was written with keep_signed=False, the model was lowered otherwise"):
+    with pytest.raises(ExportError, match="was written with keep_signed=False, but the model was lowered otherwise"):
         certify(lower(model, X, keep_signed=True), path, X)
     assert isinstance(lowered, Lowered)

@@ -457,7 +457,7 @@ def test_shared_modules_float_sites_and_two_inputs(tmp_path):
     path = export_onnx(model, tmp_path / "two.onnx", (x[:1], y[:1]))
     kinds = Counter(kind for kind, dims in stored(path).values() if len(dims) == 2)
     assert kinds == {UINT8: 2, INT4: 1, FLOAT: 1}  # a weight of its own for each call
-    with pytest.raises(ConfigError, match="run_onnx feeds one input, .* has 2: x, y"):
+    with pytest.raises(ConfigError, match="run_onnx feeds one input; .* has 2: x, y"):
         run_onnx(path, x)
 
 
@@ -478,11 +478,11 @@ ERRORS = {
     ),
     "weight in blocks": (
         lambda: calibrated(linear(make_quantizer("mxfp4")), torch.randn(4, 3)),
-        r"0: the weight quantizer \(MXQuantizer\) has scales for blocks.*give this site None",
+        r"0: the weight quantizer \(MXQuantizer\) has scales per block or group.*give this site None",
     ),
     "non-uniform output": (
         lambda: calibrated(linear(None, TernaryQuantizer()), torch.randn(4, 3)),
-        r"0: the output quantizer \(TernaryQuantizer\) has no step and zero point.*give this site None",
+        r"0: the output quantizer \(TernaryQuantizer\) has no scale and zero point.*give this site None",
     ),
     "too wide": (
         lambda: calibrated(linear(weights(9)), torch.randn(4, 3)),

@@ -206,7 +206,7 @@ def test_a_half_model_and_the_type_of_the_one_given(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(40, 6), nn.Linear(6, 3)).bfloat16()
     model = ready(tq.quantize(net, [{"weight": "affine:4/channel", "output": "affine:8"}]), x)
     through_a_file(model, net, tmp_path, x)
-    with pytest.raises(ConfigError, match=r"0.bias is bfloat16 there and float32 in the model; call model.to\("):
+    with pytest.raises(ConfigError, match=r"0.bias is bfloat16 in the file, float32 in the model; use model.to\("):
         load_packed(tmp_path / "model.safetensors", net.float())
 
 
@@ -357,7 +357,7 @@ def test_with_a_model_nothing_is_imported(tmp_path: Path) -> None:
     ("build", "message"),
     [
         ("no_colon", "expected 'package.module:function' or 'path/to/file.py:function', got 'no_colon'"),
-        (("torch.nn:Linear", {"a": object()}), "the arguments of torch.nn:Linear must be plain data that JSON has"),
+        (("torch.nn:Linear", {"a": object()}), "the arguments of torch.nn:Linear must be plain JSON data"),
     ],
 )
 def test_a_bad_build_is_refused_before_the_file_is_written(build: Any, message: str, tmp_path: Path) -> None:
@@ -371,12 +371,15 @@ def test_a_bad_build_is_refused_before_the_file_is_written(build: Any, message: 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (None, "does not say who builds its model"),
+        (None, "does not name a function that builds its model"),
         ("nowhere.py:net", "there is no file nowhere.py"),
         ("torch.nowhere:net", "No module named 'torch.nowhere'"),
         ("{own}:large", "has no function 'large'; it has net"),
         ("{own}:n", "has no function 'n'"),
-        (("torch.nn:Linear", {"in_features": 4, "out_features": 9}), "the plan has the site '0', Linear has not"),
+        (
+            ("torch.nn:Linear", {"in_features": 4, "out_features": 9}),
+            "the plan has the site '0', but Linear does not have it",
+        ),
     ],
 )
 def test_a_build_that_builds_something_else(build: Any, message: str, tmp_path: Path) -> None:
@@ -482,7 +485,7 @@ def test_a_rewritten_file_loads(file: Path) -> None:
         (lambda t, s: s["weights"].update(other=s["weights"]["0.weight"]), "only in the file: other"),
         (
             lambda t, s: s["weights"]["0.weight"].__setitem__(3, 5),
-            "0.weight: its codes have 5 bits from 0 on; those of",
+            "0.weight: its codes have 5 bits from 0 on; codes of",
         ),
         (
             lambda t, s: s.update(weights={"0.weight": "x"}),
@@ -505,7 +508,7 @@ def test_every_flipped_bit_and_every_cut_is_noticed(file: Path) -> None:
             load_packed(file, nn.Sequential(nn.Linear(4, 3)))
     for length in range(0, len(whole), 61):
         file.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match="is not a whole safetensors file"):
+        with pytest.raises(ConfigError, match="is not a complete safetensors file"):
             load_packed(file, nn.Sequential(nn.Linear(4, 3)))
 
 
@@ -518,10 +521,10 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
     files = {"empty": b"", "text": b"hello", "pickle": pickle.dumps(Bomb())}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=f"{name} is not a whole safetensors file"):
+        with pytest.raises(ConfigError, match=f"{name} is not a complete safetensors file"):
             load_packed(tmp_path / name, nn.Linear(2, 2))
     safetensors.save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"but no packed model: .*compat.checkpoints.load_checkpoint"):
+    with pytest.raises(ConfigError, match=r"but not a packed model: .*compat.checkpoints.load_checkpoint"):
         load_packed(tmp_path / "other.safetensors", nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="there is no file .*none"):
         load_packed(tmp_path / "none", nn.Linear(2, 2))
@@ -537,7 +540,7 @@ def test_foreign_files_are_refused_and_never_unpickled(tmp_path: Path) -> None:
             "0.weight is float32 of shape .3, 4. there, float32 of shape .9, 4. here|size",
         ),
         (nn.Sequential(nn.Linear(4, 3, bias=False)), "1 key only in the file: 0.bias"),
-        (nn.Linear(4, 3), "the plan has the site '0', Linear has not"),
+        (nn.Linear(4, 3), "the plan has the site '0', but Linear does not have it"),
         (
             tq.quantize(nn.Sequential(nn.Linear(4, 3)), [{"weight": "affine:2", "output": "affine:8"}]),
             "have 4 bits from 0",

@@ -539,11 +539,11 @@ def told(b: Bench) -> None:
 def _is_named(model: nn.Module, floats: Iterable[Any], owner: str, name: str) -> bool:
     """Whether one of them stands for the parameter: by its module or name, or as an operator of the owner's forward.
 
-    The line for all operators of a forward that is not followed names none of them.
+    The line for all operators of a forward that is not traced names none of them.
     """
     modules = dict(model.named_modules())
     for left in floats:
-        speaks_of_all = left.path in modules and left.why.startswith(("operators between", "as followed by"))
+        speaks_of_all = left.path in modules and left.why.startswith(("operators between", "its torch.fx graph"))
         by_name = re.search(rf"\b{re.escape(name)}\b", f"{left.path} {left.type} {left.why}") is not None
         is_operator = left.path not in modules and left.path.rpartition(".")[0] == owner
         is_around = type(modules.get(left.path)) is nn.MultiheadAttention and owner.startswith(f"{left.path}.")

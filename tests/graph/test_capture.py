@@ -224,7 +224,7 @@ def test_where_a_forward_cannot_be_followed_layers_are_wrapped_and_the_reason_to
     assert [site.path for site in model.plan.sites] == ["a.0", "a.2", "b"]
     (left,) = model.plan.floats
     assert (left.path, left.type) == ("", "Branch")
-    assert left.why.startswith("operators between its layers: torch.fx cannot follow its forward")
+    assert left.why.startswith("operators between its layers: torch.fx cannot trace its forward")
     for sign in (1, -1):
         assert torch.equal(model(sign * x), net(sign * x))
     assert isinstance(model.b.input_quantizer, nn.Module)  # nothing is known of what it reads
@@ -244,7 +244,7 @@ class Alternating(nn.Module):
 
 
 def test_a_forward_that_changes_with_the_mode_keeps_doing_so() -> None:
-    """Both ways are followed, and quantized; a layer that only training runs is a site too."""
+    """Both ways are traced, and quantized; a layer that only training runs is a site too."""
     net, x = Alternating(), torch.randn(2, 4)
     model = quantize(net, "w8a8")
     assert [site.path for site in model.plan.sites] == ["body", "extra"]
@@ -325,7 +325,10 @@ def test_weights_that_a_function_is_given_are_told_of() -> None:
             return F.linear(self.linear(x), self.weight)
 
     function, weight = capture(Functional()).floats
-    assert (function.type, function.why) == ("linear", "it has no quantized form, nor have the weights it is given")
+    assert (function.type, function.why) == (
+        "linear",
+        "it has no quantized form, nor have the weights in its arguments",
+    )
     assert (weight.path, weight.type) == ("weight", "Functional.weight")
 
 
@@ -401,7 +404,9 @@ def test_concatenated_tensors_can_share_one_quantizer() -> None:
     assert not isinstance(getattr(model, "cat", None), QOp)
     fresh = quantize(Net(), rules)
     fresh.load_state_dict(model.state_dict(), strict=True)
-    with pytest.raises(ConfigError, match="'cat', output: 'share' needs a quantizer at the output of everything"):
+    with pytest.raises(
+        ConfigError, match="'cat', output: 'share' needs a quantizer at the output of each of its operands"
+    ):
         quantize(Net(), [{"types": "cat", "output": "share"}])
     with pytest.raises(ConfigError, match="'share' is for concatenations"):
         quantize(Net(), [{"types": "Linear", "output": "share"}])

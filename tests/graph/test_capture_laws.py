@@ -200,7 +200,9 @@ def test_optional_arguments_are_those_of_each_call(example: Any) -> None:
 def test_operators_that_a_call_brings_in_are_told_of() -> None:
     model = quantize(Optional(), RULES, X)
     set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
-    with pytest.warns(UserWarning, match=r"runs otherwise than when it was quantized \(another call.*stay float: mul"):
+    with pytest.warns(
+        UserWarning, match=r"takes another path than when it was quantized \(another call.*stay float: mul"
+    ):
         model(X, X > 0)
 
 
@@ -408,7 +410,7 @@ def test_the_plan_says_what_it_leaves_and_why() -> None:
 def test_a_plan_of_another_model_is_refused() -> None:
     plan = QuantPlan.from_rules(RULES, nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
     with pytest.raises(
-        ConfigError, match=r"'Linear \+ ReLU' at the site '0', Sequential has 'Linear'. It was made for"
+        ConfigError, match=r"'Linear \+ ReLU' at the site '0', but Sequential has 'Linear'. It was made for"
     ):
         plan.apply(nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1)))
 

@@ -66,7 +66,7 @@ def test_a_saved_plan_holds_it_and_a_changed_one_does_not() -> None:
     assert str(loaded) == str(plan)
     assert plan.replace("linear", weight=None).coverage is None
     for bad in ({}, {"parts": [{}]}, {"weights": 1, "parts": []}, 3):
-        with pytest.raises(ConfigError, match="coverage must be what a plan writes there"):
+        with pytest.raises(ConfigError, match="coverage must be the coverage as a saved plan holds it"):
             tq.QuantPlan.from_dict({**plan.to_dict(), "coverage": bad})
 
 

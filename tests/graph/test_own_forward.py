@@ -262,6 +262,6 @@ def test_what_cannot_be_done_to_a_computed_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match="computes the weight"):
         wrapper.fold()
     wrapper.observe_weight()
-    with pytest.raises(ConfigError, match="watch without freeze_above"):
+    with pytest.raises(ConfigError, match="track it without freeze_above"):
         OscillationTracker(wrapper, freeze_above=0.02)
     OscillationTracker(wrapper).step()

@@ -95,7 +95,7 @@ def test_every_ready_set_makes_a_model_that_runs(name: str) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "set": ("w8a9", r"no rules are called 'w8a9'; did you mean 'w8a8'\? Known: w8a8, w4a8"),
+    "set": ("w8a9", r"there is no rule set 'w8a9'; did you mean 'w8a8'\? Known: w8a8, w4a8"),
     "not a list": ({"weight": "affine:8"}, r"rules must be a string or a sequence of mappings"),
     "not a rule": (["affine:8"], r"rules must be a string or a sequence of mappings .*, got \['affine:8'\]"),
     "key": ([{"wieght": "affine:8"}], r"rule 1: no key 'wieght'; did you mean 'weight'\? Allowed: types, names"),
@@ -108,17 +108,17 @@ BAD: dict[str, tuple[Any, str]] = {
         [{"weight": "affine:8"}, {"names": ["fc"], "weight": "affine:4"}],
         r"rule 2 selects no site; Known: 0, 1, 2, 3, 5",
     ),
-    "expression": ([{"names": ["re:("], "weight": "affine:4"}], r"rule 1: 're:\(' is no regular expression"),
+    "expression": ([{"names": ["re:("], "weight": "affine:4"}], r"rule 1: 're:\(' is not a regular expression"),
     "position": (
         [{"position": "middle", "weight": "affine:8"}],
-        r"rule 1: position must be of first, last, got 'middle'",
+        r"rule 1: position must be one of first, last, got 'middle'",
     ),
     "where": ([{"where": "conv", "weight": "affine:8"}], r"rule 1: where must be a function of a Site, got 'conv'"),
     "skip": ([{"skip": 1}], r"rule 1: skip must be True or False, got 1"),
-    "clash": ([{"skip": True, "weight": "affine:8"}], r"rule 1 clashes with itself: skip leaves .* also sets weight"),
+    "clash": ([{"skip": True, "weight": "affine:8"}], r"rule 1 contradicts itself: skip leaves .* also sets weight"),
     "nothing": (
         [{"types": ["Conv2d"]}],
-        r"rule 1 sets nothing; it may set weight, input, output, bias, preactivation, fold_bn, skip",
+        r"rule 1 sets nothing; it must set one of weight, input, output, bias, preactivation, fold_bn, skip",
     ),
     "scheme": ([{"weight": "afine:8"}], r"rule 1, weight: no quantizer scheme 'afine'; did you mean 'affine'\?"),
     "width": ([{"weight": "affine:x"}], r"rule 1, weight: spec 'affine:x': the width 'x' is not a whole number"),
@@ -146,7 +146,9 @@ def test_a_factory_must_return_a_quantizer() -> None:
 
 def test_a_plan_for_another_model_is_refused() -> None:
     plan = QuantPlan.from_rules("w8a8", net())
-    with pytest.raises(ConfigError, match="the plan has the site '3', Sequential has not;.*made for another model"):
+    with pytest.raises(
+        ConfigError, match="the plan has the site '3', but Sequential does not have it;.*made for another model"
+    ):
         plan.apply(net()[:3])
 
 
@@ -158,7 +160,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     assert str(loaded) == str(plan)
     assert [p.name for p in tmp_path.iterdir()] == ["plan.yaml"]
     path.write_text(path.read_text().partition("left_float")[0])
-    with pytest.raises(ConfigError, match=r"plan.yaml seems to be cut: it has no left_float"):
+    with pytest.raises(ConfigError, match=r"plan.yaml seems to be truncated: every saved plan ends with left_float"):
         QuantPlan.load(path)
     path.write_text("torchquant_plan: 1\nsites:\n- path: '0'\n  weight: affine:4\n")  # by hand
     assert [site.weight for site in QuantPlan.load(path).sites] == ["affine:4"]

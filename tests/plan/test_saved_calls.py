@@ -89,11 +89,11 @@ def test_an_argument_without_text_is_told_of_when_it_is_missed() -> None:
 @pytest.mark.parametrize(
     ("calls", "said"),
     [
-        ([1], r"calls must be a mapping of paths, got \[1\]"),
+        ([1], r"calls must be a mapping of paths to calls, got \[1\]"),
         ({"": {"tensor": False}}, "calls, '': expected {tensor: true}"),
         ({"": {"tuple": 3}}, "expected {tensor: true}, {tuple: "),
-        ({"head": {"tuple": [1, 2]}}, "calls, 'head': a call is a tuple of every argument"),
-        ({"head": "x"}, "calls, 'head': a call is"),
+        ({"head": {"tuple": [1, 2]}}, "calls, 'head': a call must be a tuple of every argument"),
+        ({"head": "x"}, "calls, 'head': a call must be"),
     ],
 )
 def test_wrong_calls_of_a_file_are_refused(calls: Any, said: str) -> None:

@@ -84,7 +84,7 @@ def by_forward(model: Any) -> None:
     layer.forward = lambda x: own(x) + b(a(x))
 
 
-LATER = pytest.mark.filterwarnings("ignore:.*operators that are new in it stay float. fc1.lora_a")
+LATER = pytest.mark.filterwarnings("ignore:.*operators new in it stay float. fc1.lora_a")
 """Of an adapter that comes after the quantizers it is said that it stays float."""
 
 

@@ -107,7 +107,7 @@ def test_the_command_writes_every_form_and_takes_a_plugin(tmp_path: Path) -> Non
     [
         (["--schemes", "afine"], "no quantizer scheme 'afine'; did you mean 'affine'"),
         (["--schemes", "twn", "--bits", "8"], "twn has none of the widths 8"),
-        (["--bits", "two"], "--bits takes whole numbers with commas"),
+        (["--bits", "two"], "--bits takes whole numbers separated by commas"),
         (["--model", "vgg99"], "model must be one of demo, small_mobilenet, resnet18, resnet34, resnet50"),
         (["--data", "missing"], "data must be digits, cifar10 or a folder of pictures, got 'missing'"),
         (["--checkpoint", "missing.pt"], "the checkpoint missing.pt is not a file"),

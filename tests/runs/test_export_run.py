@@ -93,7 +93,7 @@ def test_integer_is_a_report(run: Path) -> None:
     [
         (["export", "NOWHERE"], "is not the folder of a finished `torchquant quantize` run"),
         (["export", "RUN", "--to", "tflite"], "the form must be one of onnx, packed, integer, got 'tflite'"),
-        (["export", "RUN", "--to", "packed", "--certify"], "a certificate is about an ONNX file"),
+        (["export", "RUN", "--to", "packed", "--certify"], "only an ONNX file can have a certificate"),
         (["certify", "RUN", "--onnx", "missing.onnx"], "there is no file missing.onnx"),
     ],
 )
@@ -105,5 +105,5 @@ def test_what_is_asked_wrongly_is_refused_in_words(words: list[str], message: st
 
 
 def test_loading_a_folder_that_holds_something_else(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config.json, plan.yaml, quantized.pt is not there"):
+    with pytest.raises(ConfigError, match=r"does not hold config.json, plan.yaml, quantized.pt"):
         load_run(tmp_path)

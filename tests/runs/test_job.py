@@ -124,7 +124,7 @@ def test_models_by_name() -> None:
         ("resnet1812", "no model 'resnet1812' in torchvision"),
         ("nowhere.py:small", "there is no file nowhere.py; a model of your own is path/to/file.py:function"),
         ("{own}:large", "has no function 'large'; it has small, wrong"),
-        ("{own}:wrong", r"must return a model \(torch.nn.Module\), it returned int"),
+        ("{own}:wrong", r"must return a model \(torch.nn.Module\), got int"),
     ],
 )
 def test_models_that_are_not_there(name: str, message: str, own_model: str) -> None:

@@ -178,7 +178,7 @@ def test_rules_that_changed_under_the_same_name_are_another_job(work: Work, tmp_
     before = (out / "result.json").read_bytes()
     assert work.quantize(out).exit_code == 0
     (work.folder / "rules.yaml").write_text(RULES.replace("BITS", "2"))
-    refused(work.quantize(out), "holds another job", work.folder / "rules.yaml", "has changed since")
+    refused(work.quantize(out), "holds another job", work.folder / "rules.yaml", "has changed")
     assert (out / "result.json").read_bytes() == before
     (work.folder / "rules.yaml").write_text(RULES.replace("BITS", "8"))
     assert work.quantize(out).exit_code == 0
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_changed_is_noticed_by_every_command(finished: Any, tm
         assert run(out, "--checkpoint", checkpoint).exit_code == 0
         state = torch.load(checkpoint, weights_only=True)
         torch.save({key: value + 0.01 for key, value in state.items()}, checkpoint)
-        refused(run(out, "--checkpoint", checkpoint), checkpoint, "has changed since")
+        refused(run(out, "--checkpoint", checkpoint), checkpoint, "has changed")
         checkpoint.unlink()
         refused(run(out, "--checkpoint", checkpoint), checkpoint)
 
@@ -230,8 +230,8 @@ def test_data_that_changed_is_noticed(work: Work, tmp_path: Path) -> None:
     os.utime(picture, (0, 0))  # touched is not changed
     assert command(*words).exit_code == 0
     image.new("RGB", (8, 8), (9, 9, 9)).save(picture)
-    refused(command(*words), "holds another job", pictures, "has changed since")
-    refused(command("export", tmp_path / "out"), pictures, "has changed since")
+    refused(command(*words), "holds another job", pictures, "has changed")
+    refused(command("export", tmp_path / "out"), pictures, "has changed")
     picture.write_bytes(b"no picture")
     refused(command(*words), picture, "is not a picture")
 
@@ -256,7 +256,7 @@ def test_a_plug_in_that_changed_makes_its_cases_run_again(tmp_path: Path) -> Non
     first = json.loads((out / "runs" / "coarse-w2a8-seed0.json").read_text())
     assert "has changed" not in run(PLUGIN)
     again = run(PLUGIN + "    def project(self, x, want_inside, *p):\n        return x * 0, None\n")
-    assert "coarse-w2a8-seed0: mine.py has changed since, so that it runs again" in again
+    assert "coarse-w2a8-seed0: mine.py has changed, so the case runs again" in again
     assert "affine-w2a8-seed0:" not in again
     found = json.loads((out / "runs" / "coarse-w2a8-seed0.json").read_text())
     assert found["weight_sqnr_db"] != first["weight_sqnr_db"]
@@ -268,7 +268,7 @@ def test_settings_come_back_with_their_contents(finished: Any, tmp_path: Path) -
     assert set(config.contents or ()) == {str(work.folder / "rules.yaml"), "own.py", "blocks_of_mine.py"}
     assert config == JobConfig(**{**asdict(config), "contents": None})
     stale = JobConfig(**{**asdict(config), "contents": {**(config.contents or {}), "own.py": "0"}})
-    with pytest.raises(ConfigError, match="own.py: not what the settings were written down with"):
+    with pytest.raises(ConfigError, match="own.py changed since the settings were written"):
         run_job(stale, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     search = SearchConfig(**json.loads((runs["search"] / "config.json").read_text()))
@@ -287,7 +287,7 @@ def test_a_folder_of_a_version_that_kept_no_contents_goes_on(kind: str, finished
     done = getattr(work, kind)(out)
     assert done.exit_code == 0, done.output
     if kind != "compare":
-        assert "of a version that kept no contents: whether" in done.output
+        assert "was written by a version that kept no contents;" in done.output
     if kind == "quantize":
         assert work.export(out).exit_code == 0
 
@@ -364,7 +364,7 @@ def test_a_command_that_fails_before_it_made_anything_leaves_no_claim(tmp_path: 
         pass
     (tmp_path / "config.json").unlink()
     with (
-        pytest.raises(ConfigError, match=r"config.json is not there, but float.pt of some run is"),
+        pytest.raises(ConfigError, match=r"config.json is missing, but float.pt of some run is there"),
         claim(tmp_path, a=2),
     ):
         pass
@@ -395,13 +395,13 @@ def test_a_command_that_was_killed_before_it_made_anything_gives_way(tmp_path: P
         (["quantize", "OWN", "--learning-rate", "nan"], "learning_rate must be above 0 and finite, got nan"),
         (["quantize", "OWN", "--learning-rate", "inf"], "learning_rate must be above 0 and finite, got inf"),
         (["quantize", "OWN", "--seed", 2**40], "seed must be 0..4294967295"),
-        (["quantize", "torch.nn:ReLU"], "must give scores of shape (2, 10) for pictures of shape (2, 1, 16, 16)"),
+        (["quantize", "torch.nn:ReLU"], "must return scores of shape (2, 10) for pictures of shape (2, 1, 16, 16)"),
         (["quantize", "torch.nn:Linear"], "torch.nn:Linear failed: TypeError"),
         (["quantize", "squeezenet1_1"], "does not take pictures of shape (2, 1, 16, 16)"),
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--checkpoint", "BAD"], "holds no state dict"),
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--learning-rate", "nan"], "learning_rate must be above 0"),
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--penalty", "nan"], "penalty must be above 0 and finite"),
-        (["search", "qpl", "torch.nn:ReLU", "--budget", "bits<=3"], "must give scores of shape (2, 10)"),
+        (["search", "qpl", "torch.nn:ReLU", "--budget", "bits<=3"], "must return scores of shape (2, 10)"),
         (["compare", "--jobs", 0], "jobs must be a whole number of at least 1, got 0"),
         (["compare", "--jobs", -2], "jobs must be a whole number of at least 1, got -2"),
         (["compare", "--checkpoint", "BAD"], "does not hold the state_dict of this network"),
@@ -619,7 +619,7 @@ def test_a_full_disk_ends_a_run_in_one_line_that_names_the_file(
         patch.setattr(_files, "_settle", full)
         for n in (0, 2, 3):
             left[0] = n
-            line = refused(getattr(work, kind)(out), "cannot write ", "the disk is full", "make room")
+            line = refused(getattr(work, kind)(out), "cannot write ", "the disk is full", "free some space")
             assert str(out) in line
             assert not [p for p in out.rglob("*") if p.name.startswith(".")]
     assert getattr(work, kind)(out).exit_code == 0

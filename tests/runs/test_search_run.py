@@ -228,10 +228,10 @@ def test_a_killed_search_goes_on_and_ends_the_same(own_model: str, tmp_path: Pat
         ({"kind": "qpl", "budget": ""}, "qpl needs a budget, such as 'bits<=4'"),
         ({"budget": "byte<=3"}, "did you mean 'bytes'"),
         ({"schemes": "clipq,potato"}, "no quantizer scheme 'potato'; did you mean 'pot'"),
-        ({"schemes": "clipq"}, "there is one candidate only, 'clipq:4/channel'; give more schemes or bits"),
-        ({"schemes": "nf4", "bits": "2"}, "none of nf4 has 2 bits"),
+        ({"schemes": "clipq"}, "there is only one candidate, 'clipq:4/channel'; give more schemes or bits"),
+        ({"schemes": "nf4", "bits": "2"}, "none of the schemes nf4 has a width in 2"),
         ({"bits": "two"}, "bits must be whole numbers from 1, such as '4', '2,3,4' or '2-8'; got 'two'"),
-        ({"kind": "qpl", "bits": "2,8"}, "widths are learned within two ends, such as '2-8'; got '2,8'"),
+        ({"kind": "qpl", "bits": "2,8"}, "must be a range of widths without gaps, such as '2-8'; got '2,8'"),
         ({"acts": ""}, "at least one spec, such as 'affine:8'"),
         ({"per": "block"}, "per must be one of layer, model, got 'block'"),
         ({"method": "guess"}, "method must be one of mse, kl"),
@@ -241,7 +241,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(own_model: str, tmp_path: Pat
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"rules": "nothing.yaml"}, "there is no file 'nothing.yaml'"),
-        ({"rules": "w8a8", "schemes": "pot"}, "rules name their candidates themselves; leave out schemes"),
+        ({"rules": "w8a8", "schemes": "pot"}, "rules name the candidates; leave out schemes"),
     ],
 )
 def test_bad_settings(given: dict[str, Any], message: str) -> None:
@@ -252,7 +252,7 @@ def test_bad_settings(given: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"budget": "bytes<=10"}, r"the budget bytes<=10 cannot be met: the least .* is \d+"),
+        ({"budget": "bytes<=10"}, r"the budget bytes<=10 cannot be met: the smallest value .* is \d+"),
         ({"rules": "w8a8"}, "the rules leave nothing to choose"),
         ({"budget": "latency<=1ms"}, "a budget of latency needs a latency table"),
         ({"latency": "nothing.json"}, "nothing.json cannot be read"),
@@ -311,7 +311,7 @@ def test_a_report_without_a_run() -> None:
     page = render_report("t", (["a"], [["b"]], "n"), choices, [record], (), dict.fromkeys(names, ["clipq:4", "pot:4"]))
     assert page.count('class="heatmap"') == 1
     assert "clipq:4&lt;b&gt;" in page
-    with pytest.raises(ConfigError, match=r"result.json is not there"):
+    with pytest.raises(ConfigError, match=r"it does not hold result.json"):
         write_report(ROOT / "tests")
 
 
@@ -331,7 +331,10 @@ def test_the_command_shows_epochs_and_goes_on(own_model: str, tmp_path: Path) ->
     assert command_of(asked).startswith(f"torchquant search qpl {own_model} --budget 'bits<=3' --float-epochs 1")
     for wrong, message in (
         (["search", "qpl", "demo"], "qpl needs a budget"),
-        (["search", "study", "allocate", "demo", "--budget", "bits<=3"], "a study is of qss or qpl, got 'allocate'"),
+        (
+            ["search", "study", "allocate", "demo", "--budget", "bits<=3"],
+            "a study needs the kind qss or qpl, got 'allocate'",
+        ),
         (["search", "qss", "demo", "--device", "abacus"], "the device 'abacus' cannot be used"),
         (["search", "qss", "demo", "--distributed"], "torchrun --nproc-per-node 2 -m torchquant search"),
     ):

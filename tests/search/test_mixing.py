@@ -111,7 +111,7 @@ def test_a_single_quantizer_is_called_as_it_is() -> None:
     assert torch.equal(y, quantizer(x))
     y.sum().backward()
     assert shares.grad is None
-    with pytest.raises(ConfigError, match=r"2 quantizers take as many shares, got shape \(1,\)"):
+    with pytest.raises(ConfigError, match=r"2 quantizers need as many shares, got shape \(1,\)"):
         mix(x, [quantizer, quantizer], shares)
 
 

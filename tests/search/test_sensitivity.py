@@ -358,13 +358,15 @@ def test_without_targets_outputs_can_still_be_compared() -> None:
     assert sensitivity(net(), RULES, x, [(x, None)], "kl").reference_loss is None
     with pytest.raises(ConfigError, match="'loss' needs targets"):
         sensitivity(net(), RULES, x, [(x, None)], "loss")
-    with pytest.raises(ConfigError, match="'fisher' needs a loss"):
+    with pytest.raises(ConfigError, match="'fisher' needs the argument loss"):
         sensitivity(net(), RULES, x, [(x, None)], "fisher", None)
 
 
 def test_what_is_refused_and_how(tmp_path: Path) -> None:
     x, y = data()[0]
-    with pytest.raises(ConfigError, match="'0', output: the method 'hessian' is for weights and biases.*'fisher'"):
+    with pytest.raises(
+        ConfigError, match="'0', output: the method 'hessian' works for weights and biases only.*'fisher'"
+    ):
         sensitivity(net(), RULES, x, [(x, y)], "hessian")
     with pytest.raises(ConfigError, match="one of mse, kl, loss, hessian, fisher, got 'hesian'"):
         sensitivity(net(), RULES, x, [(x, y)], "hesian")
@@ -383,7 +385,7 @@ def test_what_is_refused_and_how(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write into the output folder"):
         sensitivity(net(), RULES, x, [(x, y)], out=tmp_path / "file")
     (tmp_path / "plan.json").write_text('{"torchquant_sensitivity": 1}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="not a whole sensitivity"):
+    with pytest.raises(ConfigError, match="does not hold a complete sensitivity"):
         Sensitivity.load(tmp_path / "plan.json")
     with pytest.raises(ConfigError, match="is not JSON"):
         Sensitivity.load(tmp_path / "file")

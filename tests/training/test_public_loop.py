@@ -204,9 +204,9 @@ def test_wrong_arguments_are_refused() -> None:
         tq.evaluate(model, [X])
     with pytest.raises(ConfigError, match="there are no batches to evaluate on"):
         tq.evaluate(model, [])
-    with pytest.raises(ConfigError, match="give a metric, a function of outputs and targets"):
+    with pytest.raises(ConfigError, match="otherwise give metric, a function of outputs and targets"):
         tq.evaluate(model, [(X, X)])
-    with pytest.raises(ConfigError, match="the metric, if it is not one value for each sample, must be a number"):
+    with pytest.raises(ConfigError, match="the metric, if it is not one value per sample, must be a number"):
         tq.evaluate(model, PAIRS, metric=lambda outputs, targets: outputs)
 
 
@@ -291,7 +291,7 @@ def test_fit_takes_dictionaries_and_a_limit() -> None:
 
 
 def test_fit_says_what_it_needs_to_know() -> None:
-    with pytest.raises(ConfigError, match="does not tell how many batches an epoch has; give steps_per_epoch"):
+    with pytest.raises(ConfigError, match="the number of batches of an epoch is unknown .*; give steps_per_epoch"):
         tq.fit(Net(), lambda: PAIRS, 1, 1e-2)
     with pytest.raises(ConfigError, match="batches must last for 2 epochs.*ends with the first"):
         tq.fit(Net(), iter(PAIRS), 2, 1e-2, steps_per_epoch=2)

@@ -1,4 +1,4 @@
-"""What quantization does to a model: error per layer, bytes per weight."""
+"""Analyse a quantized model: error per layer, bytes per weight."""
 
 from torchquant.analysis.errors import LayerError as LayerError
 from torchquant.analysis.errors import SiteError as SiteError

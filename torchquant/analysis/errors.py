@@ -1,4 +1,4 @@
-"""Where quantization costs accuracy: the error of every QModule, in dB and as samples to plot."""
+"""Measure where quantization costs accuracy: the error of every QModule, in dB and as samples to plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchquant.utils import qmodule_state, qmodules
 
 @dataclass(frozen=True)
 class SiteError:
-    """Error at one quantizer: its signal to quantization noise ratio and what it was computed from.
+    """The error of one quantizer: its signal to quantization noise ratio (SQNR), and samples of the tensors.
 
     `sqnr_db` is over all elements; `real` and `quantized` are the same random positions of the float
     and the quantized tensor, (K,) float32 each, for histograms.
@@ -36,16 +36,16 @@ class SiteError:
     quantized: Tensor = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Scheme, bits and SQNR for JSON, which has no infinity: without any error the SQNR is None."""
+        """Return scheme, bits and SQNR for JSON, which has no infinity: without any error the SQNR is None."""
         sqnr_db = self.sqnr_db if math.isfinite(self.sqnr_db) else None
         return {"scheme": self.scheme, "n_bits": self.n_bits, "sqnr_db": sqnr_db}
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Errors of one QModule; None for a site without a quantizer.
+    """The errors of one QModule; None for a slot without a quantizer.
 
-    `weights`: name -> error of every quantized weight, of which LSTM, say, has several. `weight`: the one with the
+    `weights`: name -> error of every quantized weight; an LSTM, for example, has several. `weight`: the error with the
     lowest SQNR.
     """
 
@@ -55,7 +55,7 @@ class LayerError:
     weights: Mapping[str, SiteError] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Path and both sites, and the weights where there are several, for JSON."""
+        """Return path, weight and output, and all weights if there are several, for JSON."""
         sites = {"weight": self.weight, "output": self.output}
         found = {"path": self.path} | {name: None if site is None else site.to_dict() for name, site in sites.items()}
         several = {name: error.to_dict() for name, error in self.weights.items()} if len(self.weights) > 1 else {}
@@ -64,9 +64,10 @@ class LayerError:
 
 @checked
 def sqnr(x: Tensor, x_hat: Tensor) -> float:
-    """Signal to quantization noise ratio in dB, `10 log10(sum x**2 / sum (x - x_hat)**2)`, in float64.
+    """Compute the SQNR in dB, `10 log10(sum x**2 / sum (x - x_hat)**2)`, in float64.
 
-    inf if the two are equal, -inf for noise on a tensor of zeros. Raises ConfigError for two shapes or no element.
+    It is inf if both are equal, -inf for noise on a tensor of zeros. Raises ConfigError for different shapes or no
+    element.
 
     >>> round(sqnr(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5])), 6)
     20.0
@@ -87,15 +88,15 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
 @checked
 @torch.no_grad()
 def layer_errors(model: nn.Module, x: Tensor, n_samples: int = 20_000) -> list[LayerError]:
-    """What quantization changes in every QModule, in the order of `named_modules`.
+    """Measure the quantization error of every QModule, in the order of `named_modules`.
 
-    Weight: the real weight, with a batch norm that is folded in, against its quantized value. Output: the same input
-    `x` through the whole model in BYPASSED and in QUANT_EVAL, so it contains the error of all layers before. At most
-    `n_samples` elements a tensor are sampled, the same ones in every call. A module called several times counts its
-    first call; one that `x` does not reach has no output error.
+    The weight error compares the real weight, with any folded batch norm, to its quantized value. The output error
+    compares the outputs of the whole model for `x` in BYPASSED and in QUANT_EVAL, so it contains the errors of all
+    earlier layers. At most `n_samples` elements per tensor are sampled, the same ones in every call. For a module that
+    is called several times the first call counts; a module that `x` does not reach has no output error.
 
-    Runs in eval mode; modes and states are as before afterwards, and no hook stays. While it runs it
-    holds the float output of every quantized site. Raises UnobservedRangeError before calibration.
+    The model runs in eval mode; modes and states are restored, and no hook stays. While it runs, the float
+    outputs of all quantized sites are in memory. Raises UnobservedRangeError before calibration.
     """
     if n_samples < 1:
         raise ConfigError(f"n_samples must be at least 1, got {n_samples}")

@@ -1,4 +1,4 @@
-"""Bytes that the weights of a model take, at their true width."""
+"""Count the bytes of the weights of a model, at their true width."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchquant.utils import qmodules
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of one weight: packed codes (or float32 elements), and the numbers needed to decode them."""
+    """The bytes of one weight: packed codes (or float32 elements), and the numbers needed to decode them."""
 
     path: str
     n_bits: int
@@ -28,22 +28,22 @@ class WeightBytes:
 
     @property
     def total(self) -> int:
-        """Codes and parameters."""
+        """Bytes of codes and parameters together."""
         return self.codes + self.parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields, for JSON."""
         return asdict(self)
 
 
 @checked
 def weight_bytes(model: nn.Module) -> list[WeightBytes]:
-    """Bytes of every layer weight of the model, whatever state it is in. Biases are not counted.
+    """Count the bytes of every layer weight of the model, in any state. Biases are not counted.
 
-    Codes are packed at their true width, rounded up to whole bytes a weight. Parameters are 4 bytes a
-    scale (a step, an alpha) and `ceil(n_bits / 8)` bytes a zero point where one is not 0. A weight
-    without quantizer takes 4 bytes an element, so a float model can be counted too. A weight that several layers have
-    in common takes 0 bytes where it was counted before under a quantizer with the same numbers.
+    Codes are packed at their true width, rounded up to whole bytes per weight. Parameters are 4 bytes per
+    scale (a step, an alpha), and `ceil(n_bits / 8)` bytes per zero point if any is not 0. A weight
+    without quantizer takes 4 bytes per element, so a float model can be counted too. A weight that several layers share
+    takes 0 bytes if it was already counted under a quantizer with the same numbers.
     Raises UnobservedRangeError before calibration.
 
     >>> [site.total for site in weight_bytes(nn.Linear(10, 4))]

@@ -1,4 +1,4 @@
-"""The command line: every file here is a command, or a group of them. They hold no logic. Needs the extra `cli`."""
+"""Build the command line: every file here is a command or a group of commands, without logic. Needs the extra `cli`."""
 
 import importlib
 import pkgutil
@@ -14,7 +14,7 @@ __all__ = ["build_app", "main"]
 
 
 def main() -> None:
-    """Entry of `torchquant` and `python -m torchquant`; exits with 1 and a message if `typer` or `rich` is missing."""
+    """Run `torchquant` or `python -m torchquant`; exits with 1 and a message if `typer` or `rich` is missing."""
     try:
         require("rich", "cli")
         app = build_app()
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def build_app() -> Any:
-    """The typer application with all commands. Raises MissingDependencyError without typer."""
+    """Build the typer application with all commands. Raises MissingDependencyError without typer."""
     from torchquant.cli._options import typed
 
     typer = require("typer", "cli")
@@ -33,7 +33,7 @@ def build_app() -> Any:
 
     @contextmanager
     def explained() -> Iterator[None]:
-        """One line and exit status 1 in place of an error that torchquant raised on purpose, or the system."""
+        """Turn an error that torchquant or the operating system raised into one line and exit status 1."""
         try:
             yield
         except (TorchQuantError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Commands from plain functions: a parameter is an argument or an option, a settings class one for each field."""
+"""Make commands from functions: a parameter is an argument or option; a settings class is one option per field."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torchquant.runs.settings import HELP
 
 @dataclass(frozen=True)
 class Argument:
-    """Note on a parameter that stands in its place on the command line, though it has a default."""
+    """Marks a parameter that is positional on the command line, though it has a default."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Count:
-    """Note on an option that is a number from 1."""
+    """Marks an option that is a whole number of at least 1."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Only:
-    """Note on settings: which of their fields are asked for, and those that are known."""
+    """Marks a settings class: which of its fields are options, and the fields with known values."""
 
     wanted: Callable[[Field[Any]], bool] = lambda entry: True
     known: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def typed(function: Callable[..., object], typer: Any, explained: Callable[[], AbstractContextManager[None]]) -> Any:
-    """The function as typer takes it. Each parameter is annotated with its type and its help, or is a settings class.
+    """Turn a function into a typer command. Each parameter is annotated with its type and help, or is a settings class.
 
-    A parameter without a default is an argument, another one is an option. `explained`: a context that turns errors
-    raised on purpose into messages. Exit status 1 for a function that returns False.
+    A parameter without a default is an argument, any other is an option. `explained`: a context that turns errors
+    raised on purpose into messages. The exit status is 1 for a function that returns False.
     """
     settings: dict[str, tuple[type, Mapping[str, Any], list[str]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -69,7 +69,7 @@ def typed(function: Callable[..., object], typer: Any, explained: Callable[[], A
 
 
 def _asked(kind: type, only: Only) -> list[tuple[str, Any, Any, object]]:
-    """Name, type, default and help of the fields of a settings class that are asked for."""
+    """Name, type, default and help of the fields of a settings class that are options."""
     hints = get_type_hints(kind)
     return [
         (entry.name, hints[entry.name], inspect.Parameter.empty if entry.default is MISSING else entry.default, words)

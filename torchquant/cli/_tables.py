@@ -1,4 +1,4 @@
-"""A catalogue on the terminal: all of it, or one entry."""
+"""Show a catalogue on the terminal, all of it or one entry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchquant.errors import require
 
 
 def show_all(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """A table with a line for each row, column -> text."""
+    """Show a table with one line per row, column -> text."""
     table = require("rich.table", "cli").Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*row.values())
@@ -16,7 +16,7 @@ def show_all(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def show_one(entry: Mapping[str, str], title: str | None = None) -> None:
-    """A table with a line for each column of one row, whose first column is its name."""
+    """Show one row as a table with one line per column; its first column is its name."""
     (_, name), *others = entry.items()
     table = require("rich.table", "cli").Table("", name, title=title)
     for key, text in others:

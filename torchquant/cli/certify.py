@@ -1,4 +1,4 @@
-"""`torchquant certify`: the proof that an exported file computes what the model of a run does."""
+"""`torchquant certify`: prove that an exported file computes what the model of a run computes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torchquant.deploy import Certificate
 from torchquant.runs.console import Terminal
 from torchquant.runs.export import certify_run
 
-RUN = "Folder of a finished `torchquant quantize` run, or search."
-SAMPLES = "How many test images to compare on."
+RUN = "Folder of a finished `torchquant quantize` or search run."
+SAMPLES = "Number of test images to compare on."
 
 
 def command(
     run: Annotated[Path, RUN],
-    onnx: Annotated[Path | None, "The ONNX file; otherwise model.onnx in the folder."] = None,
+    onnx: Annotated[Path | None, "The ONNX file; default: model.onnx in the folder."] = None,
     samples: Annotated[int, Count(SAMPLES)] = 256,
 ) -> bool:
-    """Prove that an exported file computes what the model does; exit status 1 where it does not."""
+    """Prove that an exported file computes what the model computes; exit status 1 if it does not."""
     return show(Terminal(), certify_run(run, onnx, samples), run if onnx is None else onnx)
 
 
 def show(terminal: Terminal, certificate: Certificate, path: Path) -> bool:
-    """Show a certificate, which lies beside the file; whether it passed."""
+    """Show a certificate and the place of its files; return whether it passed."""
     terminal.table("parity: codes", *certificate.summary(), "")
     terminal.table("parity: outputs", *certificate.outputs_table(), "")
     for reason in (*certificate.failures, *certificate.incomplete):

@@ -1,4 +1,4 @@
-"""`torchquant compare`: every scheme in the same recipe, and the leaderboard."""
+"""`torchquant compare`: train every scheme with the same recipe and write the leaderboard."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ TERMINAL_COLUMNS = 7
 
 def command(
     recipe: Recipe,
-    schemes: Annotated[str, "Schemes by name, with commas, or all."] = "all",
-    bits: Annotated[str, "Weight bits, with commas."] = "2,3,4,8",
-    acts: Annotated[str, "Activation bits, with commas."] = "8",
-    seeds: Annotated[int, "Runs of each case, with seeds 0, 1, ..."] = 3,
-    jobs: Annotated[int, "Processes at a time."] = 1,
-    plugin: Annotated[list[Path] | None, "A Python file with quantizers of yours."] = None,
-    out: Annotated[Path, "Folder for runs and leaderboard; a stopped run goes on."] = Path("compare_out"),
+    schemes: Annotated[str, "Names of schemes, separated by commas, or all."] = "all",
+    bits: Annotated[str, "Weight bits, separated by commas."] = "2,3,4,8",
+    acts: Annotated[str, "Activation bits, separated by commas."] = "8",
+    seeds: Annotated[int, "Number of runs of each case, with seeds 0, 1, ..."] = 3,
+    jobs: Annotated[int, "Number of parallel processes."] = 1,
+    plugin: Annotated[list[Path] | None, "A Python file that registers your own quantizers."] = None,
+    out: Annotated[Path, "Folder for runs and leaderboard; a stopped run resumes."] = Path("compare_out"),
 ) -> None:
-    """Train every scheme in the same recipe and write a leaderboard."""
+    """Train every scheme with the same recipe and write a leaderboard."""
     plugins = plugin or []
     for file in plugins:
         load_plugin(file)
@@ -43,8 +43,8 @@ def command(
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """Whole numbers with commas between them. Raises ConfigError."""
+    """Parse whole numbers separated by commas. Raises ConfigError."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--{name} takes whole numbers with commas, such as 2,4,8; got {text!r}") from None
+        raise ConfigError(f"--{name} takes whole numbers separated by commas, such as 2,4,8; got {text!r}") from None

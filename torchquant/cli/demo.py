@@ -1,4 +1,4 @@
-"""`torchquant demo`: the main job, end to end."""
+"""`torchquant demo`: run the whole workflow on handwritten digits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torchquant.runs.demo import DemoConfig, run_demo
 
 
 def command(
-    out: Annotated[Path, "Folder for the report, checkpoints, the ONNX file."] = Path("demo_out"),
-    seed: Annotated[int, "Same seed, same numbers."] = 0,
-    quick: Annotated[bool, "Train less: sooner done, lower accuracy."] = False,
+    out: Annotated[Path, "Folder for the report, the checkpoints and the ONNX file."] = Path("demo_out"),
+    seed: Annotated[int, "Random seed; the same seed gives the same numbers."] = 0,
+    quick: Annotated[bool, "Train for fewer epochs: faster, with lower accuracy."] = False,
 ) -> None:
-    """Train, quantize in six ways, export and compare, on handwritten digits."""
+    """Train, quantize with six schemes, export and compare, on handwritten digits."""
     terminal = Terminal()
     result = run_demo(DemoConfig.preset(seed, quick), out, terminal)
     terminal.table("torchquant demo", *result.table())

@@ -1,4 +1,4 @@
-"""`torchquant export`: the model of a run as a file that runs elsewhere."""
+"""`torchquant export`: write the model of a run as a file for other runtimes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torchquant.runs.export import export_run
 
 def command(
     run: Annotated[Path, RUN],
-    to: Annotated[str, "onnx; packed: codes of their true width; integer: a report."] = "onnx",
-    certify: Annotated[bool, "Compare every code with ONNX Runtime's."] = False,
+    to: Annotated[str, "onnx; packed: codes at their true width; integer: a report."] = "onnx",
+    certify: Annotated[bool, "Compare every code with ONNX Runtime."] = False,
     samples: Annotated[int, Count(SAMPLES)] = 256,
-    out: Annotated[Path | None, "The file; otherwise one in the folder."] = None,
+    out: Annotated[Path | None, "The file to write; default: a file in the folder."] = None,
 ) -> bool:
-    """Write the model of a run as a file that runs elsewhere."""
+    """Write the model of a run as a file for other runtimes."""
     terminal = Terminal()
     made = export_run(run, to, certify, samples, out)
     terminal.message(f"{made.form}: {made.path}, {made.bytes:,} bytes")

@@ -1,4 +1,4 @@
-"""`torchquant operators`: the table of operators, with what integers and files make of each."""
+"""`torchquant operators`: show the table of operators, with the integer and ONNX form of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def columns(row: Operator) -> dict[str, str]:
 
 
 def details(row: Operator) -> dict[str, str]:
-    """All that is known of an operator, in words."""
+    """Describe everything that is known about an operator."""
     form = ONNX_FORMS.get(row.name)
     targets = (target if isinstance(target, str) else target.__name__ for target in row.targets)
     return {
@@ -50,9 +50,9 @@ def details(row: Operator) -> dict[str, str]:
 
 
 def command(
-    name: Annotated[str | None, Argument("One operator, or a function or method that it is.")] = None,
+    name: Annotated[str | None, Argument("One operator, or one of its functions or methods.")] = None,
 ) -> None:
-    """Show the operators that quantization knows: in plans, in integers, in ONNX files."""
+    """Show the known operators: in plans, in the integer reference, and in ONNX files."""
     if name is None:
         show_all("operators", [columns(row) for row in OPERATORS.values()])
         return

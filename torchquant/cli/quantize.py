@@ -1,4 +1,4 @@
-"""`torchquant quantize`: any model into a folder."""
+"""`torchquant quantize`: quantize any model and write it into a folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torchquant.runs.quantize import JobConfig, run_job
 
 def command(
     config: JobConfig,
-    out: Annotated[Path, "Folder for plan, checkpoints, results; a stopped run goes on."] = Path("quantize_out"),
-    strict: Annotated[bool, "Fail if more stays float than the rules ask."] = False,
+    out: Annotated[Path, "Folder for plan, checkpoints and results; a stopped run resumes."] = Path("quantize_out"),
+    strict: Annotated[bool, "Fail if more stays float than the rules ask for."] = False,
 ) -> None:
     """Quantize any model: plan, calibrate, train, evaluate."""
     terminal = Terminal()

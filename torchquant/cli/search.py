@@ -1,4 +1,4 @@
-"""`torchquant search`: a search of schemes or widths, or a study of searches."""
+"""`torchquant search`: search schemes or bit widths, or run a study of many searches."""
 
 from dataclasses import Field
 from pathlib import Path
@@ -12,14 +12,14 @@ from torchquant.runs.search.settings import KINDS_OF
 from torchquant.runs.search.study import SPACES
 
 ABOUT = "Choose quantizers layer by layer, within a budget of bytes, bits or bit operations."
-Out = Annotated[Path, "Folder for plan, checkpoints, report; a stopped run goes on."]
+Out = Annotated[Path, "Folder for plan, checkpoints and report; a stopped run resumes."]
 Device = Annotated[str | None, "cpu, cuda, ..."]
-Distributed = Annotated[bool, "This is one of several processes; start them with torchrun."]
+Distributed = Annotated[bool, "Run as one of several processes; start them with torchrun."]
 OUT = Path("search_out")
 
 
 def _of(kind: str) -> Only:
-    """The settings of one kind of search."""
+    """Select the settings of one kind of search."""
     return Only(lambda entry: kind in entry.metadata.get(KINDS_OF, (kind,)), {"kind": kind})
 
 
@@ -38,7 +38,7 @@ def qpl(
 
 
 def allocate(config: Annotated[SearchConfig, _of("allocate")], out: Out = OUT, device: Device = None) -> None:
-    """Give each layer the bits that harm least, by sensitivity."""
+    """Allocate bits to each layer by sensitivity, for the least degradation."""
     _run(config, out, device, distributed=False)
 
 
@@ -59,16 +59,16 @@ def _is_studied(entry: Field[Any]) -> bool:
 
 def study(
     config: Annotated[SearchConfig, Only(_is_studied)],
-    trials: Annotated[int, "Finished trials that the study shall have, those of all machines together."] = 20,
-    storage: Annotated[str | None, "A URL, or a journal file; otherwise study.db in the folder."] = None,
+    trials: Annotated[int, "Total number of finished trials, of all machines together."] = 20,
+    storage: Annotated[str | None, "A URL, or a journal file; default: study.db in the folder."] = None,
     name: Annotated[str, "Name of the study in the storage."] = "search",
     out: Out = OUT,
 ) -> None:
-    """Search again and again with other settings, which Optuna proposes; several machines can join."""
+    """Run many searches with settings that Optuna proposes; several machines can join."""
     terminal = Terminal()
     result = run_study(config, out, trials, storage, name, terminal)
     terminal.table(f"study {name}", *result.table())
-    terminal.message(f"the best run: {result.best.folder}; all: {out / 'study.json'}")
+    terminal.message(f"best run: {result.best.folder}; all runs: {out / 'study.json'}")
 
 
 COMMANDS = (qss, qpl, allocate, study)

@@ -1,4 +1,4 @@
-"""`torchquant size`: the bytes of model files as a table."""
+"""`torchquant size`: show the bytes of model files as a table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torchquant.runs.console import Terminal
 
 
 def command(
-    paths: Annotated[list[Path], "Checkpoints, packed models, ONNX files; folders of them."],
+    paths: Annotated[list[Path], "Checkpoints, packed models, ONNX files, or folders that hold them."],
     json: Annotated[Path | None, "Also write the table to this JSON file."] = None,
     csv: Annotated[Path | None, "Also write the table to this CSV file."] = None,
 ) -> None:
-    """Compare the bytes of model files with the float one's."""
+    """Compare the bytes of model files with those of the float model."""
     sizes = file_sizes(paths)
     Terminal().table("torchquant size", *sizes.table(), "")
     if json is not None:

@@ -1,1 +1,1 @@
-"""Other libraries' words for what is here: code written against them runs with its import changed."""
+"""The APIs of other libraries: code written against them runs with its imports changed."""

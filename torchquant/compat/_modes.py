@@ -1,4 +1,4 @@
-"""What both dialects share: a model that quantizes as its train and eval modes say, with no states to set."""
+"""Let a model quantize as its train and eval modes say, without setting states; for both dialects."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torchquant.utils import qmodules
 
 
 def state_for(module: QModule) -> QModuleState:
-    """In training observe and quantize; else quantize. What has seen nothing yet observes in either mode."""
+    """Return the state for the mode: observe and quantize in training, else quantize. Unobserved quantizers observe."""
     ready = all(quantizer.is_ready for quantizer in module.quantizers().values())
     return QModuleState.QUANT_EVAL if ready and not module.training else QModuleState.QUANT_AWARE_TRAIN
 
 
 class FollowMode:
-    """A forward pre-hook of a model that sets the state of each of its QModules before every call."""
+    """Forward pre-hook of a model that sets the state of each of its QModules before every call."""
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Set the states."""
@@ -27,5 +27,5 @@ class FollowMode:
                 module.state = state
 
     def state_of(self, path: str, module: QModule) -> QModuleState:
-        """The state of one QModule for this call."""
+        """Return the state of one QModule for this call."""
         return state_for(module)

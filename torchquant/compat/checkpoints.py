@@ -1,7 +1,7 @@
-"""Checkpoints across worlds: into a quantized model, strictly, with a map of where every key went.
+"""Load checkpoints of other libraries into a quantized model, strictly, with a map of where every key went.
 
-Float checkpoints (torchvision, timm, any), our own, those of published torchquant's fused models, AutoQNN's state
-dicts, and NNI's exported model with its calibration config, which can be written too.
+Supported are float checkpoints (torchvision, timm, any other), our own, those of the published torchquant's fused
+models, AutoQNN's state dicts, and NNI's exported model with its calibration config, which can be written too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torchquant.utils import observe_any_weights
 __all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_nni"]
 
 WRAPPINGS = ("module.", "_orig_mod.", "bound_model.")
-"""What DataParallel, torch.compile and NNI's dialect put before every key."""
+"""Prefixes that DataParallel, torch.compile and NNI put before every key."""
 ENVELOPES = ("state_dict", "model", "model_state_dict", "net")
 _QUANTIZER_KEY = re.compile(r"(_quantizers?\.|_extra_state$|(weight|bias|act)_quant\.)")
 _AUTOQNN_KEY = re.compile(r"(.*)\.(weight|bias|act)_quant\.(\w+)$")
@@ -59,11 +59,11 @@ def load_checkpoint(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     calibration: str | os.PathLike[str] | Mapping[str, Mapping[str, Any]] | None = None,
 ) -> KeyMap:
-    """Load a checkpoint of another world into a quantized (or float) model; all of it, or nothing.
+    """Load a checkpoint of another library into a quantized (or float) model; all of it, or nothing.
 
     `checkpoint`: a state dict, or a file with one (torch's, or .safetensors). `calibration`: NNI's calibration config,
-    or a file with it. Weights and batch norm statistics must all be there and have the model's shapes. Quantizers take
-    what the checkpoint knows of them; the others stay as they were, weight ranges are measured anew.
+    or a file with it. All weights and batch norm statistics must be there and have the model's shapes. Quantizers take
+    their numbers from the checkpoint if it has them; the others do not change, and weight ranges are observed again.
 
     Raises ConfigError that names what is missing, left over or of another shape; MissingDependencyError.
 
@@ -116,10 +116,10 @@ def load_checkpoint(
 def save_nni(
     model: nn.Module, model_path: str | os.PathLike[str], calibration_path: str | os.PathLike[str]
 ) -> dict[str, dict[str, Any]]:
-    """Write a model that a plan or NNI's dialect made as NNI's export_model does; the calibration config.
+    """Write a model that a plan or the NNI API made as NNI's export_model does; return the calibration config.
 
-    The float weights under the keys of the float model, and the calibration config of NNI 2.x. Raises ConfigError for
-    a model that was not made from a float one.
+    The file holds the float weights under the keys of the float model; the config is that of NNI 2.x. Raises
+    ConfigError for a model that was not made from a float one.
     """
     inner = getattr(model, "bound_model", model)
     state = {key: value.detach().clone() for key, value in float_state_dict(inner).items()}
@@ -130,13 +130,13 @@ def save_nni(
 
 
 def _unwrapped(state: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, out of envelopes and without the prefixes of wrappers."""
+    """Extract the tensors of a state dict, without enclosing dictionaries and prefixes of wrappers."""
     for name in ENVELOPES:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         kind = type(state).__name__
-        raise ConfigError(f"a checkpoint must be a state dict, names and tensors; got {kind}")
+        raise ConfigError(f"a checkpoint must be a state dict of names and tensors, got {kind}")
     state = dict(state)
     while found := next((p for p in WRAPPINGS if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(found): value for key, value in state.items()}
@@ -144,7 +144,7 @@ def _unwrapped(state: Any) -> dict[str, Tensor]:
 
 
 def _places(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Key in a checkpoint, the model's own or the float model's -> keys in the model."""
+    """Return key in a checkpoint, of the model or the float model -> keys in the model."""
     places = {key: [key] for key in own}
     for float_key, key in getattr(model, "float_keys", []):
         if float_key not in own:
@@ -153,7 +153,7 @@ def _places(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[str]]
 
 
 def _renamed(key: str, model: nn.Module) -> str:
-    """The key of a published fused model, in the words of ours."""
+    """Translate a key of a published fused model to ours."""
     if isinstance(model, FusedResNet):
         return re.sub(r"^(layer\d\.\d+)\.fused(\d)\.", lambda m: f"{m[1]}.body.{int(m[2]) - 1}.", key)
     match = re.match(r"^blocks\.(\d+)\.(\w+)\.(.*)", key)
@@ -179,7 +179,7 @@ def _take_observer(
     loaded: dict[str, Tensor],
     key_map: KeyMap,
 ) -> None:
-    """Ranges of a published observer; an average is kept uncorrected there, corrected here."""
+    """Take the ranges of a published observer, which stores averages without bias correction."""
     if f"{prefix}.range_min" not in own:
         key_map += [KeyMapRow(f"{prefix}.{name}", "", "there is no observer here") for name in numbers]
         return
@@ -199,7 +199,7 @@ def _take_observer(
 
 
 def _autoqnn_row(key: str) -> KeyMapRow:
-    """AutoQNN measures weights in every forward and starts its averages of activations anywhere."""
+    """Report an AutoQNN key that is not loaded: weights are measured in each forward, averages start arbitrarily."""
     kind = key.rpartition(".")[0].rpartition(".")[2]
     if kind == "act_quant":
         return KeyMapRow(key, "", "starts at an arbitrary number there; calibrate")
@@ -224,4 +224,4 @@ def _check_complete(
         key = wrong[0]
         problems.append(f"{key} has shape {tuple(loaded[key].shape)} there and {tuple(own[key].shape)} here")
     if problems:
-        raise ConfigError(f"the checkpoint is not one of this {type(model).__name__}: {'; '.join(problems)}")
+        raise ConfigError(f"the checkpoint does not fit this {type(model).__name__}: {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""From a quantized model to a file that a runtime executes. Needs the extra `deploy`."""
+"""Export a quantized model to a file that a runtime executes. Needs the extra `deploy`."""
 
 from torchquant.deploy.certificate.checking import certify as certify
 from torchquant.deploy.certificate.parity import FirstDifference as FirstDifference

@@ -1,11 +1,11 @@
-"""Whole models: finding the sites of any model, and putting quantizers there.
+"""Find the sites of any model, and put quantizers there.
 
-`tracer.py` follows one forward and notices what a graph of it would lose (`guards.py`, `outside.py`), `trace.py`
-follows all its ways, `writes.py` orders what it writes in place, `calls.py` knows how it is called. `operators.py` is
-the table of operators (`operator_table.py`: what a row is), `ops.py` asks it of the nodes of a graph; `finder.py` and
-`graph_sites.py` find the sites. `rewrite.py` puts quantizers in (`edit.py`: into one graph) and takes them out,
-`traced.py` runs the graphs, `again.py` follows a forward that goes another way. `recording.py` runs examples, `cost.py`
-counts. `torchquant.plan` is what people use.
+`tracer.py` traces one forward and detects effects that its graph would lose (`guards.py`, `outside.py`); `trace.py`
+traces all variants of a forward, `writes.py` orders in-place writes, `calls.py` describes calls. `operators.py` is the
+table of operators (`operator_table.py` defines its rows), and `ops.py` looks nodes of a graph up in it; `finder.py` and
+`graph_sites.py` find the sites. `rewrite.py` inserts quantizers (`edit.py`: into one graph) and removes them,
+`traced.py` runs the graphs, `again.py` traces a forward again that takes a new path. `recording.py` runs examples,
+`cost.py` computes costs. Users call `torchquant.plan`.
 """
 
 import sys
@@ -25,7 +25,7 @@ from torchquant.graph.sites import SiteInput as SiteInput
 from torchquant.graph.sites import SitePlan as SitePlan
 from torchquant.graph.sites import Unquantized as Unquantized
 
-sys.modules[f"{__name__}.capture"] = finder  # where `capture` was, published as an address to import it from
+sys.modules[f"{__name__}.capture"] = finder  # a published address of `capture`
 
 __all__ = [
     "OPERATORS",

@@ -1,4 +1,4 @@
-"""Following a forward again, in a quantized model, because it goes another way than it went."""
+"""Trace a forward of a quantized model again, because it takes a path that was not traced."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ REMEDY = "Quantize the float model as it is now: quantize(plan.revert(model), ru
 
 @follows_again
 def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ...]) -> Variant:
-    """One more variant of the forward, for this call and for what modules hold now, with the quantizers there are.
+    """Trace one more variant of the forward, for this call and the current attributes, with the existing quantizers.
 
-    Operators that the forward did not run before stay float, with a warning. Raises ConfigError if the forward cannot
-    be followed so, or if a layer is not what its QModule took it for.
+    Operators that the forward did not run before stay float, with a warning. Raises ConfigError if this variant cannot
+    be traced, or if a layer no longer matches its QModule.
     """
     changed = followed.changed()
     why = changed or _why(followed, values)
@@ -38,8 +38,8 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
         (traced,) = traced_variants(twin, pattern, (None,), through_hooks=True)
     except NotTraceable as reason:
         raise ConfigError(
-            f"{type(module).__name__} runs otherwise than when it was quantized ({why}), in a way that cannot be "
-            f"followed: {reason}. {REMEDY}"
+            f"{type(module).__name__} takes another path than when it was quantized ({why}), which cannot be traced: "
+            f"{reason}. {REMEDY}"
         ) from reason
     graph = renamed(traced.graph, followed.node_names)
     region = Region("", twin, (Way(traced),), "", pattern, followed.node_names, followed.op_paths)
@@ -58,13 +58,13 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
             new.append(site.path)
     if new:
         warnings.warn(
-            f"{type(module).__name__} runs otherwise than when it was quantized ({why}); operators that are new in it "
+            f"{type(module).__name__} takes another path than when it was quantized ({why}); operators new in it "
             f"stay float: {', '.join(new)}. {REMEDY}",
             stacklevel=2,
         )
     guards = [Held(None if g.is_global else _real(module, g.where), g.where, g.name, g.value) for g in traced.guards]
     variant = Variant(pattern, guards, graph)
-    if changed:  # what the others call is not there any more
+    if changed:  # the older variants call modules that no longer exist
         followed.variants.clear()
     followed.variants.insert(0, variant)
     followed.seal(module, traced.inlined)
@@ -74,17 +74,17 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
 def _why(followed: Followed, values: tuple[Any, ...]) -> str:
     broken = [variant.broken() for variant in followed.variants]
     held = next((held for held in broken if held is not None), None)
-    return f"another call: {shown(pattern_of(values))}" if held is None else f"{held} is another now"
+    return f"another call: {shown(pattern_of(values))}" if held is None else f"{held} has changed"
 
 
 def _fused_alike(finder: Finder, region: Region, graph: fx.Graph, followed: Followed) -> tuple[Site, ...]:
-    """The sites of the graph, with no more fused into each than its QModule has."""
+    """Find the sites of the graph, with no more fused into each than its QModule has."""
     limits = {path: len(fused) for path, fused in followed.fused.items()}
     return GraphSites(finder, region, graph, finder.look_into, limits=limits).find()
 
 
 def _check(module: nn.Module, site: Site, followed: Followed, why: str) -> None:
-    """Raise ConfigError where a QModule computes something else than the site."""
+    """Raise ConfigError if a QModule computes something else than its site."""
     present = module.get_submodule(site.path)
     if not isinstance(present, QModule):
         raise ConfigError(f"'{site.path}' was replaced by a {type(present).__name__} without quantizers. {REMEDY}")
@@ -92,13 +92,13 @@ def _check(module: nn.Module, site: Site, followed: Followed, why: str) -> None:
     if [kind for _, kind in site.fused] != [kind for _, kind in fused]:
         taken = ", ".join(kind for _, kind in fused)
         raise ConfigError(
-            f"{type(module).__name__} runs otherwise than when it was quantized ({why}): what follows '{site.path}' is "
-            f"not {taken} any more, which is part of its quantized form. {REMEDY}"
+            f"{type(module).__name__} takes another path than when it was quantized ({why}): '{site.path}' is no "
+            f"longer followed by {taken}, which is part of its quantized form. {REMEDY}"
         )
 
 
 def _moved_from(module: nn.Module, site: Site, followed: Followed) -> str:
-    """Where the QModule of a layer was when the model was quantized, if somebody has put a module around it since."""
+    """Return the original path of a layer's QModule, if a module was put around it since the model was quantized."""
     present = module.get_submodule(site.path) if site.module is not None else None
     return next((path for path, made in followed.places if made is present and path != site.path), "")
 
@@ -108,7 +108,7 @@ def _has_output(module: nn.Module, path: str) -> bool:
 
 
 def _real(module: nn.Module, path: str) -> nn.Module:
-    """The module at a path of the float twin: the layer itself where a QModule stands for it."""
+    """Return the module at a path of the float twin: the layer itself instead of its QModule."""
     found = module.get_submodule(path)
     return _float_of(found)
 
@@ -118,7 +118,7 @@ def _float_of(module: nn.Module) -> nn.Module:
 
 
 def float_twin(module: TracedModule, followed: Followed) -> nn.Module:
-    """A copy of a traced module as it was before it was quantized, with the attributes of now; nobody else needs it."""
+    """Make a throw-away float copy of a traced module, with its current attributes."""
     twin: nn.Module = copy_model(module, shared=(*module.parameters(), followed))
     added = {*followed.op_paths.values(), *followed.inputs.values()}
     for path in added:

@@ -1,4 +1,4 @@
-"""How a module is called: which arguments are tensors, and what the others are."""
+"""Describe how a module is called: which arguments are tensors, and the values of the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 class _TensorHere:
-    """Stands for a tensor in a pattern; there is one."""
+    """The only instance stands for a tensor in a pattern."""
 
     def __repr__(self) -> str:
         return "<tensor>"
@@ -32,17 +32,17 @@ TENSOR = _TensorHere()
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a forward: names of those given one by one with their defaults, and of *args and **kwargs."""
+    """The arguments of a forward: names and defaults of single arguments, and the names of *args and **kwargs."""
 
     names: tuple[str, ...]
-    defaults: tuple[Any, ...]  # inspect.Parameter.empty where there is none
+    defaults: tuple[Any, ...]  # inspect.Parameter.empty without a default
     keyword_only: frozenset[str] = frozenset()
     rest: str = ""
     more: str = ""
 
     @classmethod
     def of(cls, forward: Callable[..., Any]) -> Signature:
-        """The signature of the forward of a class, without `self`."""
+        """Read the signature of the forward of a class, without `self`."""
         parameters = list(inspect.signature(forward).parameters.values())[1:]
         single = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         return cls(
@@ -54,7 +54,7 @@ class Signature:
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The values of all arguments, then those of *args and **kwargs; None for a call that does not fit."""
+        """Return the values of all arguments, then those of *args and **kwargs; None for a call that does not fit."""
         places = [name for name in self.names if name not in self.keyword_only]
         if len(args) > len(places) and not self.rest:
             return None
@@ -70,7 +70,7 @@ class Signature:
         return (*values, tuple(args[len(places) :]), left)
 
     def unbind(self, values: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments and keyword arguments that give these values, defaults left out, as people call."""
+        """Return arguments and keyword arguments for these values, without defaults."""
         *single, rest, more = values
         args: list[Any] = []
         keywords = {}
@@ -83,14 +83,14 @@ class Signature:
         return [*args, *rest], {**keywords, **more}
 
     def default_pattern(self) -> tuple[Any, ...] | None:
-        """Tensors where there is no default, the defaults elsewhere; None if that leaves no tensor."""
+        """Return tensors for arguments without default, and the defaults of others; None if there is no tensor."""
         empty = inspect.Parameter.empty
         values = tuple(TENSOR if default is empty else default for default in self.defaults)
         return (*values, (), {}) if TENSOR in values else None
 
 
 def pattern_of(values: Any) -> Any:
-    """The values with TENSOR in place of every tensor in nested tuples, lists and dictionaries."""
+    """Replace every tensor in nested tuples, lists and dictionaries by TENSOR."""
     if isinstance(values, Tensor):
         return TENSOR
     if type(values) in (tuple, list):
@@ -101,7 +101,7 @@ def pattern_of(values: Any) -> Any:
 
 
 def fits(pattern: Any, values: Any) -> bool:
-    """Whether `pattern_of(values)` is the pattern, as far as can be told without tensors."""
+    """Tell whether `pattern_of(values)` equals the pattern, as far as is possible without tensors."""
     if pattern is TENSOR:
         return isinstance(values, Tensor)
     if type(pattern) in (tuple, list):
@@ -118,7 +118,7 @@ def fits(pattern: Any, values: Any) -> bool:
 
 
 def leaves(pattern: Any, values: Any) -> Iterator[Any]:
-    """The tensors in values, in the order of the pattern."""
+    """Yield the tensors in values, in the order of the pattern."""
     if pattern is TENSOR:
         yield values
     elif type(pattern) in (tuple, list):
@@ -130,7 +130,7 @@ def leaves(pattern: Any, values: Any) -> Iterator[Any]:
 
 
 def filled(pattern: Any, tensors: Iterator[Any]) -> Any:
-    """The pattern with the tensors in it."""
+    """Fill tensors into a pattern."""
     if pattern is TENSOR:
         return next(tensors)
     if type(pattern) in (tuple, list):
@@ -141,7 +141,7 @@ def filled(pattern: Any, tensors: Iterator[Any]) -> Any:
 
 
 def names_of(signature: Signature, pattern: tuple[Any, ...]) -> list[str]:
-    """A name for every tensor of a pattern: its argument's, numbered where an argument holds several."""
+    """Return a name for every tensor of a pattern: that of its argument, numbered if an argument holds several."""
     found = []
     for name, part in zip((*signature.names, signature.rest, signature.more), pattern, strict=True):
         if part is TENSOR:
@@ -158,14 +158,14 @@ _WITH_TEXT = (bool, int, float, str, type(None))
 
 
 def is_default_call(module: nn.Module, pattern: tuple[Any, ...]) -> bool:
-    """Whether a module that nobody has shown a call of is taken to be called so."""
+    """Tell whether a pattern is the default call of a module, which is assumed without an example."""
     default = Signature.of(type(module).forward).default_pattern()
     texts = [calls_to_data({"": call}) for call in (pattern, default)]
     return default is not None and bool(texts[0]) and repr(texts[0]) == repr(texts[1])
 
 
 def calls_to_data(patterns: Mapping[str, Any]) -> dict[str, Any]:
-    """Path -> how the module there is called, as plain data; without those with an argument that has no text.
+    """Convert path -> call of the module to plain data, without calls whose arguments have no text form.
 
     >>> calls_to_data({"head": (TENSOR, 2.0, {"mode": [None]}), "other": (object(),)})
     {'head': {'tuple': [{'tensor': True}, 2.0, {'dict': {'mode': [None]}}]}}
@@ -178,23 +178,23 @@ def calls_to_data(patterns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def calls_from_data(data: Any, where: str) -> dict[str, tuple[Any, ...]]:
-    """What `calls_to_data` wrote; `where` names it in messages. Raises ConfigError."""
+    """Read the result of `calls_to_data`; `where` names it in messages. Raises ConfigError."""
     if not isinstance(data, dict) or not all(isinstance(path, str) for path in data):
-        raise ConfigError(f"{where} must be a mapping of paths, got {shown(data)}")
+        raise ConfigError(f"{where} must be a mapping of paths to calls, got {shown(data)}")
     found = {path: _from_data(call, f"{where}, {path!r}") for path, call in data.items()}
     for path, call in found.items():
         if not (
             isinstance(call, tuple) and len(call) >= 2 and isinstance(call[-2], tuple) and isinstance(call[-1], dict)
         ):
             raise ConfigError(
-                f"{where}, {path!r}: a call is a tuple of every argument of the forward, then a tuple and a dict of "
-                f"what *args and **kwargs take; got {shown(call)}"
+                f"{where}, {path!r}: a call must be a tuple of every argument of the forward, then a tuple and a dict "
+                f"of the values of *args and **kwargs; got {shown(call)}"
             )
     return found
 
 
 class _NoTextError(Exception):
-    """An argument that no file can hold."""
+    """Raised for an argument that no file can hold."""
 
 
 def _to_data(pattern: Any) -> Any:
@@ -227,7 +227,7 @@ def _from_data(data: Any, where: str) -> Any:
 
 
 def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as arguments and keyword arguments."""
+    """Split an example into arguments and keyword arguments."""
     if isinstance(example_inputs, dict) or hasattr(example_inputs, "keys"):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}

@@ -1,4 +1,4 @@
-"""Copies of models: whole, whatever hangs on their modules, and throw-away copies to trace and to try things on."""
+"""Copy models with all attributes of their modules, also to get throw-away copies for tracing and trials."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_model(model: Model, shared: Iterable[object] = ()) -> Model:
-    """A deep copy; tensors with a history, such as a loss kept on a module, are copied without it.
+    """Make a deep copy; tensors with a history, such as a loss kept on a module, are copied without it.
 
-    `copy.deepcopy` refuses those. `shared`: what the copy has in common with the model.
+    `copy.deepcopy` refuses such tensors. `shared`: objects that the copy shares with the model.
     Raises ConfigError that names the module whose attribute cannot be copied.
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _tensors_with_history(model)}
@@ -25,7 +25,7 @@ def copy_model(model: Model, shared: Iterable[object] = ()) -> Model:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ConfigError(
-            f"{type(model).__name__} cannot be copied ({_culprit(model)}: {error}). Delete the attribute before, "
+            f"{type(model).__name__} cannot be copied ({_culprit(model)}: {error}). Delete the attribute first, "
             "or give its class a __deepcopy__"
         ) from error
 
@@ -50,13 +50,13 @@ def _tensors_anywhere(value: Any, depth: int) -> Iterator[Tensor]:
 
 
 def _culprit(model: nn.Module) -> str:
-    """The module, and its attribute, that cannot be copied by itself."""
+    """Name the module and its attribute that cannot be copied."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name.startswith("_"):
                 continue
             try:
                 copy.deepcopy(value, {id(t): t for t in _tensors_anywhere(value, depth=4)})
-            except Exception:  # whatever a user's object raises
+            except Exception:  # an object of the user may raise anything
                 return f"attribute '{name}' of {path or 'the model'}"
     return "one of its attributes"

@@ -1,4 +1,4 @@
-"""What a model costs under a plan: bytes, multiply-adds, bit operations."""
+"""Compute the cost of a model under a plan: bytes, multiply-adds, bit operations."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class SiteCost:
-    """One site. Bits are those of its weight, of what it reads (the widest), of its output; 32 is float.
+    """The cost of one site. Bits are those of its weight, of its widest input and of its output; 32 is float.
 
-    Of one sample of the example: `macs`, multiply-adds; `activation_bytes`, the output at its width; `bit_ops`,
-    multiply-adds times the bits of both factors, of which those inside of a recurrent module or an attention that its
-    quantizers do not see count 32. `weight_bytes` counts codes at their true width and the numbers needed to decode
+    For one sample of the example: `macs`: multiply-adds; `activation_bytes`: the output at its width; `bit_ops`:
+    multiply-adds times the bits of both operands, where operands inside of a recurrent module or an attention that no
+    quantizer sees count as 32 bits. `weight_bytes` counts codes at their true width and the numbers needed to decode
     them; 0 for weights that are stored with another site, `shared_with`.
     """
 
@@ -60,7 +60,7 @@ class PlanCost(ShownAsTables, list[SiteCost]):
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of all outputs of sites, as if all were kept."""
+        """Bytes of all outputs of sites, as if all were stored."""
         return sum(site.activation_bytes for site in self)
 
     @property
@@ -69,7 +69,7 @@ class PlanCost(ShownAsTables, list[SiteCost]):
         return sum(site.bit_ops for site in self)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Rows as plain dictionaries, for JSON or pandas."""
+        """Return rows as plain dictionaries, for JSON or pandas."""
         return [asdict(site) for site in self]
 
     def __str__(self) -> str:
@@ -82,9 +82,9 @@ class PlanCost(ShownAsTables, list[SiteCost]):
 
 @dataclass(frozen=True)
 class SiteSize:
-    """What one site computes for one sample, whatever its quantizers: multiply-adds, elements, and its weights.
+    """The size of one site for one sample, independent of quantizers: multiply-adds, output elements, and weights.
 
-    `weights` as their quantizers see them, the output channel on axis 0; `parameters`: the tensors behind them.
+    `weights`: as their quantizers see them, with the output channel on axis 0; `parameters`: the stored tensors.
     """
 
     site: Site
@@ -95,9 +95,9 @@ class SiteSize:
 
 
 def samples_in(example_inputs: Any) -> int:
-    """How many samples an example has: axis 0 of its first tensor; of a PackedSequence, its sequences.
+    """Count the samples of an example: axis 0 of its first tensor; for a PackedSequence, its sequences.
 
-    One where there is no tensor, or the first is a real one of one dimension.
+    The result is 1 if there is no tensor, or if the first tensor is real and has one dimension.
 
     >>> samples_in(torch.zeros(8, 3, 32, 32)), samples_in({"tokens": torch.tensor([[1, 2, 3]])}), samples_in(())
     (8, 1, 1)
@@ -114,7 +114,7 @@ def samples_in(example_inputs: Any) -> int:
 
 @torch.no_grad()
 def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
-    """The sizes of every site of the captured float model on the example, for one sample of it (`samples_in`)."""
+    """Compute the size of every site of the captured float model, for one sample of the example (`samples_in`)."""
     values = watch_values(captured, example_inputs)
     samples = samples_in(example_inputs)
     sizes = []
@@ -131,10 +131,10 @@ def site_sizes(captured: Captured, example_inputs: Any) -> list[SiteSize]:
 def tied_weights(
     sizes: Iterable[SiteSize], chosen: Mapping[str, SitePlan]
 ) -> list[tuple[Tensor, list[tuple[str, int]]]]:
-    """(weight, its places) for every weight that several places have in common; a place: (site, which of its weights).
+    """Find (weight, its places) for every weight that several places share; a place is (site, index of its weight).
 
-    The weight is that which all their quantizers see, so equal specs give equal codes. A batch norm that is folded in
-    makes it another one.
+    All quantizers at these places see the same weight, so equal specs give equal codes. A folded batch norm makes it a
+    different weight.
     """
     groups: dict[Any, tuple[Tensor, list[tuple[str, int]]]] = {}
     for size in sizes:
@@ -149,9 +149,9 @@ def tied_weights(
 
 @torch.no_grad()
 def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any) -> PlanCost:
-    """The cost of every site of the captured float model for one sample of the example (`samples_in`).
+    """Compute the cost of every site of the captured float model, for one sample of the example (`samples_in`).
 
-    Biases and norms are not counted; a weight that several sites have in common under one spec is counted once.
+    Biases and norms are not counted; a weight that several sites share under one spec is counted once.
     """
     chosen = {plan.path: plan for plan in plans}
     sizes = site_sizes(captured, example_inputs)
@@ -186,7 +186,7 @@ def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any
 
 
 def _stored_elsewhere(sizes: Iterable[SiteSize], chosen: Mapping[str, SitePlan]) -> dict[tuple[str, int], str]:
-    """(site, which of its weights) -> the site that the weight is stored with, under the same spec."""
+    """Find (site, index of its weight) -> the site that the weight is stored with, under the same spec."""
     found = {}
     for _, places in tied_weights(sizes, chosen):
         first: dict[str | None, str] = {}
@@ -205,7 +205,7 @@ def _bits(plan: SitePlan, name: str, site: Site) -> int:
 
 
 def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list[tuple[SitePlan, str, Site]]:
-    """(plan, slot, site) of the quantizer that each value the site reads has passed: a source's output, or its own."""
+    """List (plan, slot, site) of the quantizer of each input of the site: a source's output, or the site's input."""
     found = []
     for read in site.reads:
         sources = [chosen[s] for s in read.sources if s in chosen and chosen[s].output is not None]
@@ -214,7 +214,7 @@ def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list
 
 
 def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:
-    """The weight quantizer, which has then seen the weight."""
+    """Let a weight quantizer observe the weight, and return it."""
     if quantizer is not None:
         quantizer.allocate(weight.shape[0])
         quantizer.pre_observe(weight)
@@ -222,7 +222,7 @@ def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:
 
 
 def agree(a: Quantizer | None, b: Quantizer | None) -> bool:
-    """Whether two quantizers make the same of one weight: of a kind, as wide, with equal numbers."""
+    """Tell whether two quantizers give the same codes for one weight: same class, same width, equal numbers."""
     if a is None or b is None:
         return a is b
     ours, theirs = a.state_dict(), b.state_dict()
@@ -231,7 +231,7 @@ def agree(a: Quantizer | None, b: Quantizer | None) -> bool:
 
 
 def stored_bytes(weight: Tensor, quantizer: Quantizer | None) -> tuple[int, int]:
-    """Bytes of a weight: codes packed at their true width (or float32 elements), and numbers to decode them."""
+    """Count the bytes of a weight: codes at their true width (or float32 elements), and the numbers to decode them."""
     if quantizer is None:
         return FLOAT_BYTES * weight.numel(), 0
     return -(-weight.numel() * quantizer.n_bits // 8), quantizer.side_bytes(weight)

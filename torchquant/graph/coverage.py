@@ -1,4 +1,4 @@
-"""How much of a model is quantized under a plan: the share of its weights, and of its multiply-adds."""
+"""Compute how much of a model is quantized under a plan: shares of its weights and of its multiply-adds."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torchquant.graph.recording import watch_products
 from torchquant.graph.sites import Captured, Site, SitePlan, Unquantized, joined
 
 ENOUGH = 0.95
-"""Share of weights, and of multiply-adds, below which what stays float is told of."""
+"""Share of weights and of multiply-adds below which the parts that stay float are reported."""
 SHOWN = 5
-INSIDE = "products of what it computes inside, which no quantizer sees"
-UNSET = "no rule quantizes its weight, or what it reads"
-ELSEWHERE = "a product in a forward that could not be followed, or of values that are no site"
+INSIDE = "products of values that it computes inside, which no quantizer sees"
+UNSET = "no rule quantizes its weight, or its input"
+ELSEWHERE = "a product in a forward that could not be traced, or of values that are no site"
 SitePart = tuple[str, str]
-"""Path, and what is there."""
+"""Path of a part, and its type."""
 
 
 @dataclass(frozen=True)
 class FloatPart:
-    """A part of a model that stays float: its weights, the multiply-adds of one sample (None: not known), and why.
+    """A part of a model that stays float: its weights, multiply-adds of one sample (None: unknown), and the reason.
 
-    `is_wanted`: the rules of the user say so, by skipping or not selecting it.
+    `is_wanted`: whether the user's rules leave it float, by skipping or not selecting it.
     """
 
     path: str
@@ -45,10 +45,10 @@ class FloatPart:
 
 @dataclass(frozen=True)
 class Coverage(ShownAsTables):
-    """Weights and multiply-adds (of one sample of the example; None without one) of a model, and those quantized.
+    """Weights and multiply-adds of a model (of one sample of the example; None without one), and the quantized ones.
 
-    Weights are the elements of all parameters of more than one dimension, each once. A multiply-add is quantized where
-    its weight is, or both values that are multiplied. `parts`: what stays float, the largest first.
+    Weights are the elements of all parameters with more than one dimension, each counted once. A multiply-add is
+    quantized if its weight and input are, or both multiplied values. `parts`: the float parts, the largest first.
 
     >>> from torchquant import quantize
     >>> print(quantize(torch.nn.Linear(4, 3), "w8a8", torch.zeros(1, 4)).plan.coverage)
@@ -63,18 +63,18 @@ class Coverage(ShownAsTables):
 
     @property
     def weight_share(self) -> float:
-        """The share of the weights that is quantized; 1 for a model without weights."""
+        """The quantized share of the weights; 1 for a model without weights."""
         return self.quantized_weights / self.weights if self.weights else 1.0
 
     @property
     def mac_share(self) -> float | None:
-        """The share of the multiply-adds that is quantized; 1 without any, None where they are not known."""
+        """The quantized share of the multiply-adds; 1 without any, None where they are not known."""
         if self.macs is None or self.quantized_macs is None:
             return None
         return self.quantized_macs / self.macs if self.macs else 1.0
 
     def lacks(self) -> str:
-        """What too much of stays float unwanted, with the largest parts of it, in words; "" if nothing does."""
+        """A text on shares that are too low and the largest unwanted float parts; "" if coverage is high enough."""
         unwanted = [part for part in self.parts if not part.is_wanted]
         shares = {
             "weights": sum(part.weights for part in unwanted) / max(self.weights, 1),
@@ -96,19 +96,19 @@ class Coverage(ShownAsTables):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The coverage as plain data, for YAML or JSON."""
+        """Return the coverage as plain data, for YAML or JSON."""
         return {**asdict(self), "parts": [asdict(part) for part in self.parts]}
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Coverage:
-        """What `to_dict` wrote; `where` names it in messages. Raises ConfigError."""
+        """Read the result of `to_dict`; `where` names it in messages. Raises ConfigError."""
         try:
             return cls(**{**data, "parts": tuple(FloatPart(**part) for part in data["parts"])})
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{where} must be what a plan writes there, got {shown(data)}") from error
+            raise ConfigError(f"{where} must be the coverage as a saved plan holds it, got {shown(data)}") from error
 
     def summary(self) -> str:
-        """The shares in a line."""
+        """Return the shares in one line."""
         said = f"quantized: {100 * self.weight_share:.1f} % of {self.weights:,} weights"
         if self.mac_share is None:
             return said
@@ -129,9 +129,9 @@ def coverage_of(
     wanted: Collection[str] = (),
     example_inputs: Any = None,
 ) -> Coverage:
-    """The coverage of the captured float model under plans.
+    """Compute the coverage of the captured float model under plans.
 
-    `floats`: why things stay float; `wanted`: paths of the sites that rules leave float on purpose.
+    `floats`: parts that stay float, with reasons; `wanted`: paths of the sites that rules leave float on purpose.
     """
     chosen = {plan.path: plan for plan in plans}
     known = example_inputs is not None
@@ -158,7 +158,7 @@ def coverage_of(
 
 
 def _float_weights(captured: Captured, chosen: Mapping[str, SitePlan]) -> tuple[Counter[SitePart], int]:
-    """The float weights of each place, and the number of all weights. A weight is float if anything float reads it."""
+    """Count the float weights of each part, and all weights. A weight is float if any float operator reads it."""
     places: dict[int, tuple[SitePart, bool]] = {}
     for site in captured.sites:
         is_quantized = _has_weight(site, chosen)
@@ -181,7 +181,7 @@ def _float_weights(captured: Captured, chosen: Mapping[str, SitePlan]) -> tuple[
 def _float_macs(
     captured: Captured, chosen: Mapping[str, SitePlan], example_inputs: Any
 ) -> tuple[Counter[SitePart], int]:
-    """The multiply-adds of one sample that are not quantized, of each place, and the number of all."""
+    """Count the unquantized multiply-adds of one sample for each part, and all multiply-adds."""
     found, total = Counter[SitePart](), 0
     operators = _operators(captured, chosen)
 
@@ -207,7 +207,7 @@ def _float_macs(
 
 
 def _operators(captured: Captured, chosen: Mapping[str, SitePlan]) -> dict[tuple[str, str], tuple[float, SitePart]]:
-    """(path of a module, family of products) -> the share of its sites that is quantized, the first that is not."""
+    """Find (path of a module, family of products) -> quantized share of its sites, and its first float site."""
     outputs = {path for path, plan in chosen.items() if plan.output is not None}
     groups: dict[tuple[str, str], list[tuple[bool, SitePart]]] = {}
     for site in captured.sites:

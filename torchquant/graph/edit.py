@@ -1,4 +1,4 @@
-"""Putting QModules into one graph: a site becomes a call of its module, an unquantized value gets a quantizer."""
+"""Put QModules into one graph: a site becomes a call of its module, an unquantized value gets a quantizer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torchquant.graph.sites import Site
 
 
 class GraphEditor:
-    """Edits one graph of a region, site by site. Paths of modules are those in the region's module."""
+    """Edits one graph of a region, site by site. Module paths are relative to the module of the region."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.nodes = {node.name: node for node in graph.nodes}
-        self.last_of: dict[str, fx.Node] = {}  # name of a node that was fused away -> the node that stands for it
+        self.last_of: dict[str, fx.Node] = {}  # name of a fused node -> the node that replaces it
         self.inputs: dict[tuple[str, str], fx.Node] = {}
 
     def call(self, site: Site, path: str) -> None:
-        """Let the nodes of the site call the module at the path, once for all that is fused."""
+        """Replace the nodes of the site by one call of the module at the path."""
         own = [self.nodes[name] for name in site.nodes]
         if site.module is None:
             own[0].op, own[0].target = "call_module", path
@@ -33,7 +33,7 @@ class GraphEditor:
     def quantize_inputs(
         self, site: Site, spec: str, quantized: Collection[str], module_for: Callable[[str, str], str | None]
     ) -> None:
-        """Quantize the values that the site reads and that nothing has quantized yet, each once.
+        """Quantize the inputs of the site that nothing has quantized yet, each once.
 
         `quantized`: the sites whose output has a quantizer. `module_for(node, spec)`: path of the module that quantizes
         the value, None to leave it float.

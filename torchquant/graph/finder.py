@@ -1,4 +1,4 @@
-"""Finding the sites of a model."""
+"""Find the sites of a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from torchquant.qmodule.patterns import plain_type
 from torchquant.qmodule.state import QModule
 
 Patterns = Mapping[str, tuple[Any, ...]]
-RAW_WHY = "a weight that no layer owns: a forward uses it in a way of its own"
+RAW_WHY = "a weight that no layer owns: a forward uses it directly"
 
 
 @checked
@@ -46,17 +46,17 @@ def capture(
     fuse: bool | str = True,
     patterns: Patterns | None = None,
 ) -> Captured:
-    """Find every place of the model where a quantizer can sit. The model is not changed, nor run: a copy is.
+    """Find every site of the model where a quantizer can be placed. The model is not changed or run; a copy is.
 
-    Where torch.fx can follow a forward, batch norms and activations are fused into the layers before them and
-    operators become sites. Where it cannot, or where a graph would lose what the forward does beside (an attribute it
-    writes, a random number it draws in Python), layers are sites one by one, and `floats` tells the reason.
+    Where torch.fx can trace a forward, batch norms and activations are fused into the layers before them and operators
+    become sites. Where it cannot, or where a graph would lose a side effect of the forward (an attribute it writes, a
+    random number it draws in Python), the layers are sites one by one, and `floats` gives the reason.
 
-    `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it, forwards are followed as they are called,
-    and only what really is a real tensor becomes a site. `trace=False`: layers, one by one, in the forwards as they
-    are; "modules": so are all modules without children. `fuse`: "bn" leaves activations alone, False batch norms too;
-    without trace the only fusing is "bn". `patterns`: `Captured.patterns` of a capture with an example. Raises
-    ConfigError for a model that is quantized already or that does not run on the example.
+    `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it, forwards are traced as they are called,
+    and only values that are real tensors become sites. `trace=False`: only layers are sites, one by one, and forwards
+    are not traced; "modules": the same, with all modules without children. `fuse`: "bn" fuses batch norms but no
+    activations, False fuses nothing; without trace only batch norms can be fused. `patterns`: `Captured.patterns` of a
+    capture with an example. Raises ConfigError for a model that is already quantized or that fails on the example.
 
     >>> [site.path for site in capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))).sites]
     ['0', '2']
@@ -81,7 +81,7 @@ def capture(
 
 
 class Finder(Found):
-    """Goes through a model, a copy that nobody needs, and notes sites, what stays float, and regions."""
+    """Goes through a throw-away copy of a model and collects sites, float parts and regions."""
 
     def __init__(self, model: nn.Module, trace: bool | str, fuse: bool | str, patterns: Patterns) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Finder(Found):
         self.norms = _norms_after(model, patterns) if trace is not True and fuse == "bn" else {}
 
     def captured(self, model: nn.Module) -> Captured:
-        """The findings, with the modules of `model` in the place of those of the copy."""
+        """Return the findings, with the modules of `model` in place of those of the copy."""
 
         def site_of(site: Site) -> Site:
             return site if site.module is None else replace(site, module=model.get_submodule(site.path))
@@ -106,7 +106,7 @@ class Finder(Found):
         return Captured(model, sites, tuple(self.floats), regions, self.trace, self.fuse)
 
     def look_into(self, path: str, module: nn.Module, is_read: bool = True) -> None:
-        """Note the sites of a module; its own graphs if it has some. `is_read`: of its result, as in `Site`."""
+        """Collect the sites of a module, from its graphs if it can be traced. `is_read`: as in `Site`."""
         if module in self.seen:
             return
         self.seen.add(module)
@@ -133,7 +133,7 @@ class Finder(Found):
         return Region(path, module, ways, "", pattern, names)
 
     def _find_in(self, region: Region, is_read: bool) -> None:
-        """Note the sites of all ways; what the ways fuse differently is not fused."""
+        """Collect the sites of all ways through a forward; parts that the ways fuse differently are not fused."""
         limits: dict[str, int] = {}
         while True:
             start = dict(self.sites), list(self.floats), dict(self.regions), set(self.seen)
@@ -165,7 +165,7 @@ class Finder(Found):
                     types = (*types, plain_type(child).__name__)
                     self.sites[below] = Site(below, types, ("input", "output"), child, region=path)
             elif has_layers(child):
-                self.look_into(below, child, is_read=not layer_slots(child))  # layers quantize what they read
+                self.look_into(below, child, is_read=not layer_slots(child))  # layers quantize their inputs
             elif is_norm(child) and child not in self.seen:
                 self.seen.add(child)
                 self.floats.append(Unquantized(below, type(child).__name__, NORM_WHY))
@@ -194,7 +194,7 @@ class Finder(Found):
             self.regions[path] = replace(region, ways=ways)
 
     def tell_of_raw_weights(self) -> None:
-        """List the weights that no site has: tables, kernels and the like that a forward uses by itself."""
+        """List the weights that belong to no site, such as tables and kernels that a forward uses directly."""
         told = {left.path: left.type for left in self.floats if not left.why.startswith("operators between")}
         layers = [site.module for site in self.sites.values() if site.module is not None]
         owned = {id(p) for module in layers for p in module.parameters()}
@@ -207,7 +207,7 @@ class Finder(Found):
 
 
 def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:
-    """A site that the ways of a forward fuse differently, and how much they have in common."""
+    """Find a site that the ways of a forward fuse differently, and how many fused parts they share."""
     fused: dict[str, tuple[tuple[str, str], ...]] = {}
     for sites in found:
         for site in sites:
@@ -219,7 +219,7 @@ def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:
 
 
 def _norms_after(model: nn.Module, patterns: Patterns) -> dict[nn.Module, tuple[str, str]]:
-    """Layer -> (path, class) of the batch norm that follows it and nothing else, as far as a graph tells."""
+    """Find layer -> (path, class) of the batch norm that follows it and nothing else, as far as a graph shows."""
     finder = Finder(model, True, "bn", patterns)
     finder.look_into("", model)
     return {

@@ -1,4 +1,4 @@
-"""What a Python value is, as plain data that can be compared later, copied and pickled."""
+"""Describe a Python value as plain data that can be compared later, copied and pickled."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ATOMS = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dty
 MAX_DEPTH = 5
 MAX_PARTS = 5000
 ABSENT = "absent"
-"""The fingerprint of an attribute that an object has only through its class, as a method is."""
+"""The fingerprint of an attribute that an object has only through its class, such as a method."""
 
 
 def fingerprint(value: Any) -> Any:
-    """Plain data; different for two values if Python code that reads them may go another way.
+    """Make plain data that differ for two values if Python code that reads them may take another path.
 
-    Tensors and modules are only told to be such: what is in them is read when a graph runs. Objects are followed
-    `MAX_DEPTH` deep.
+    Tensors and modules count only as such: a graph reads their contents when it runs. Objects are described `MAX_DEPTH`
+    deep.
     """
     return _print_of(value, MAX_DEPTH, frozenset(), [MAX_PARTS])
 

@@ -1,4 +1,4 @@
-"""Graphs as flat lists, which pickle however deep the graph is."""
+"""Convert graphs to flat lists, which can be pickled however deep the graph is."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import fx
 
 @dataclass(frozen=True)
 class NodeRef:
-    """A node, by name: a graph pickled as it is recurses as deep as it is long."""
+    """A node by name, because pickling a graph directly recurses as deep as the graph is long."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class FunctionRef:
-    """A function by where it can be found: pickle does not find F.max_pool2d, which is made inside another."""
+    """A function by its address: pickle cannot find F.max_pool2d, which is made inside another function."""
 
     module: str
     name: str
 
 
 def flattened(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """The nodes of the graph, in order, as tuples of plain data and functions."""
+    """Convert the nodes of a graph, in order, to tuples of plain data and functions."""
 
     def refer(value: Any) -> Any:
         return fx.node.map_arg(value, lambda node: NodeRef(node.name))  # type: ignore[arg-type, return-value]
@@ -40,7 +40,7 @@ def _named(target: Any) -> Any:
 
 
 def unflattened(flat: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph that `flattened` was given."""
+    """Rebuild the graph that `flattened` was given."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
 

@@ -1,4 +1,4 @@
-"""Finding the sites of one graph."""
+"""Find the sites of one graph."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ from torchquant.qmodule.patterns import LayerPattern, activation_clamp, norm_of,
 from torchquant.qmodule.weighted import n_values
 
 NO_FORM = "it has no quantized form"
-TAKES_WEIGHTS = ", nor have the weights it is given"
+TAKES_WEIGHTS = ", nor have the weights in its arguments"
 
 
 class GraphSites:
     """The sites of one graph of a region.
 
-    They are noted in `found`; `look_into` goes on where the graph calls a module as a whole. `elsewhere`: modules that
-    are no business of the region. `limits`: path of a layer -> how much may be fused into it. `fuse` as in `capture`.
-    `is_read`: whether something that can compute with integers reads what the region gives.
+    They are collected in `found`; `look_into` continues in a module that the graph calls as a whole. `elsewhere`:
+    modules that do not belong to the region. `limits`: path of a layer -> number of parts that may be fused into it.
+    `fuse` as in `capture`. `is_read`: whether an operator that can compute with integers reads the result of the
+    region.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class GraphSites:
         return self.root.get_submodule(str(node.target))
 
     def find(self) -> tuple[Site, ...]:
-        """Note them, in the order they run."""
+        """Collect and return the sites, in the order they run."""
         for node in self.graph.nodes:
             if not node.op.startswith("call") or node in self.about or node in self.inside:
                 continue
@@ -125,7 +126,7 @@ class GraphSites:
         if self.fusable(node) and is_plain and len(node.args) == 1 and not node.kwargs:
             fused = self._limited(self._fuse(nodes, row_of(module)), path, nodes)
         elif isinstance(row_of(module), LayerPattern) and (len(node.args) != 1 or node.kwargs):
-            self._leave(path, types[-1], "it is called with more than its input")
+            self._leave(path, types[-1], "it is called with more arguments than its input")
             return
         self.layers[id(module)] = path
         site = Site(path, types, layer_slots(module), module, tuple(fused))
@@ -137,7 +138,7 @@ class GraphSites:
         return bool(self.fuse) and self.n_calls[id(self.module_of(node))] == 1
 
     def _fuses_beyond_clamps(self, site: Site, last: fx.Node) -> bool:
-        """Whether an activation is taken in that a quantizer does not do by itself."""
+        """Tell whether an activation is fused that a quantizer cannot replace by a clamp."""
         if site.activation is None:
             return False
         path = site.activation[0]
@@ -147,7 +148,7 @@ class GraphSites:
         return activation_clamp(activation) is None
 
     def _limited(self, fused: list[tuple[str, str]], path: str, nodes: list[fx.Node]) -> list[tuple[str, str]]:
-        """What of `fused` all ways of the forward have; `nodes` accordingly."""
+        """Limit `fused`, and `nodes` accordingly, to the parts that all ways of the forward share."""
         limit = self.limits.get(path, len(fused))
         if len(nodes) - 1 != len(fused) and limit < len(fused):  # a norm with an activation of its own is one node
             limit = 0
@@ -156,7 +157,7 @@ class GraphSites:
         return fused[:limit]
 
     def _fuse(self, nodes: list[fx.Node], row: Any) -> list[tuple[str, str]]:
-        """Take batch norm and activation after the last of `nodes` in; what was taken."""
+        """Fuse a batch norm and an activation after the last of `nodes`; return the fused parts."""
         fused = []
         after = self._only_user(nodes[-1])
         if isinstance(row, LayerPattern) and row.batch_norm is not None and after is not None:
@@ -179,7 +180,7 @@ class GraphSites:
         return fused
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
-        """The one node that uses the result, as its first input and once; None otherwise."""
+        """Return the only node that uses the result, if it uses it once as its first input, else None."""
         users = list(node.users)
         if len(users) != 1 or not users[0].args or users[0].args[0] is not node:
             return None
@@ -193,7 +194,7 @@ class GraphSites:
         types = operator.types if module is None else (*operator.types, plain_type(module).__name__)
         written = written_by(node, self.root)
         if written is not None and lies_in_input(written, self.root):
-            self._leave(joined(self.path, module_path(node)), kind, "it writes to its input, which others hold too")
+            self._leave(joined(self.path, module_path(node)), kind, "it writes to its input, which others read too")
             return
         if module is None or (self.n_calls[id(module)] > 1 and not list(module.parameters())):
             path, module = self._new_path(node, operator.path), None
@@ -257,7 +258,7 @@ class GraphSites:
         return any(value not in self.about for value in node.all_input_nodes)
 
     def _new_path(self, node: fx.Node, kind: str) -> str:
-        """A free name for an operator, in the module in whose forward it stands."""
+        """Return a free path for an operator, in the module whose forward calls it."""
         if node.name not in self.op_paths:
             where, taken = owner_path(node), set(self.op_paths.values())
             owner = self.root.get_submodule(where)
@@ -267,7 +268,7 @@ class GraphSites:
         return self.op_paths[node.name]
 
     def _needed(self) -> dict[fx.Node, bool]:
-        """Whether something that can compute with integers, or the caller, uses the result of a node."""
+        """Find for each node whether an operator that can compute with integers, or the caller, uses its result."""
         needed: dict[fx.Node, bool] = {}
         for node in reversed(self.graph.nodes):
             needed[node] = any(self._takes_integers(user, needed) for user in node.users)

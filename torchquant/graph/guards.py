@@ -1,4 +1,4 @@
-"""What Python reads in a forward beside its arguments, so that a later change of it is seen."""
+"""Record values that Python reads in a forward besides its arguments, so that later changes are detected."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from torchquant.graph.fingerprint import ABSENT, fingerprint
 
 STORES = ("_parameters", "_buffers")
-"""Where a module holds tensors by name."""
+"""Attributes in which a module holds tensors by name."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What Python read while a forward was followed: an attribute of a module, or a global name.
+    """A value that Python read while a forward was traced: an attribute of a module, or a global name.
 
-    `where`: path of the module in the traced one, or, if `is_global`, name of the Python module.
+    `where`: path of the module within the traced one, or, if `is_global`, name of the Python module.
     """
 
     where: str
@@ -28,7 +28,7 @@ class Guard:
 
 
 def read_now(module: nn.Module, name: str) -> Any:
-    """The fingerprint of an attribute, as a guard has it."""
+    """Return the fingerprint of an attribute, as a guard holds it."""
     own = vars(module)
     if name in own:
         return fingerprint(own[name])
@@ -45,21 +45,21 @@ def read_now(module: nn.Module, name: str) -> Any:
 
 
 def read_global(module: str, name: str) -> Any:
-    """The fingerprint of a global name of a Python module."""
+    """Return the fingerprint of a global name of a Python module."""
     found = vars(sys.modules[module]) if module in sys.modules else {}
     return fingerprint(found[name]) if name in found else "missing"
 
 
 class Missing:
-    """Found where there is nothing."""
+    """Stands for an attribute or global that does not exist."""
 
 
 class Unseen:
-    """Found by nobody yet."""
+    """Stands for a value that was not read yet."""
 
 
 def found_on(module: nn.Module, name: str) -> Any:
-    """The attribute of a module that `read_now` tells of, itself; of its class as the class gives it. Else Missing."""
+    """Return the attribute itself that `read_now` describes, from the module or its class, else Missing."""
     own = module.__dict__
     if name in own:
         return own[name]
@@ -70,5 +70,5 @@ def found_on(module: nn.Module, name: str) -> Any:
 
 
 def found_global(module: str, name: str) -> Any:
-    """A global name of a Python module, itself, or Missing."""
+    """Return the value of a global name of a Python module, or Missing."""
     return vars(sys.modules[module]).get(name, Missing) if module in sys.modules else Missing

@@ -1,4 +1,4 @@
-"""Hooks of modules whose forwards are in a graph."""
+"""Run the hooks of modules whose forwards are in a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches the calls of the module."""
+    """Tell whether the module has forward or backward hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

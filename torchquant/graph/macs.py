@@ -1,4 +1,4 @@
-"""Multiply-adds: of layers, of operators, and of functions that a forward calls by itself."""
+"""Count multiply-adds of layers, of operators, and of functions that a forward calls directly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchquant.qmodule.weights import float_weights
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-adds by their factors.
+    """Multiply-adds by the kind of their operands.
 
-    `read`: a weight and what the site reads, or two such reads; `inner`: a weight and what a module with several
-    weights computes inside; `floats`: two such.
+    `read`: a weight and an input of the site, or two inputs; `inner`: a weight and a value that a module with several
+    weights computes inside; `floats`: two such values.
     """
 
     read: int = 0
@@ -29,18 +29,18 @@ class Macs:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all multiply-adds."""
         return self.read + self.inner + self.floats
 
     @classmethod
     def of_one(cls, samples: int, calls: Iterable[Macs]) -> Macs:
-        """The sum of several, of one of so many samples."""
+        """Add several calls, divided by the number of samples."""
         every = list(calls)
         return cls(*(-(-sum(getattr(macs, f.name) for macs in every) // samples) for f in fields(cls)))
 
 
 def site_macs(site: Site, arguments: Sequence[Any], output: Any) -> Macs:
-    """Multiply-adds of one call; elementwise operators, pooling and joining count none.
+    """Count the multiply-adds of one call; elementwise operators, pooling and concatenation count none.
 
     arguments: positional, then keyword.
     """
@@ -56,7 +56,7 @@ def site_macs(site: Site, arguments: Sequence[Any], output: Any) -> Macs:
 
 
 def function_macs(function: Any, arguments: Sequence[Any], output: Any) -> int:
-    """Multiply-adds of a call of a function of torch, whoever calls it; 0 for one that multiplies no matrices."""
+    """Count the multiply-adds of one call of a torch function; 0 for one that multiplies no matrices."""
     operator = OPERATORS.of(function)
     if operator is None or operator.macs is None or not isinstance(output, Tensor):
         return 0
@@ -64,7 +64,7 @@ def function_macs(function: Any, arguments: Sequence[Any], output: Any) -> int:
 
 
 def layer_macs(module: Any, inputs: list[Tensor], out: Tensor) -> Macs:
-    """Multiply-adds of one call of a layer."""
+    """Count the multiply-adds of one call of a layer."""
     x, kind = inputs[0], stock_type(module)
     row = row_of(module)
     if isinstance(row, LayerPattern):

@@ -1,4 +1,4 @@
-"""The rows of a table of operators, and finding them by what a graph or a forward calls."""
+"""Define the rows of the table of operators, and find them by the functions and modules that a graph calls."""
 
 from __future__ import annotations
 
@@ -14,36 +14,35 @@ from torchquant.errors import NameClashError
 Target = Callable[..., Any] | str
 CountMacs = Callable[[Sequence[Any], Tensor], int]
 ROLES = {
-    "computes": "new values: a site, whose inputs and output can have quantizers",
-    "passes": "values of its first input, zero, or the end of a range: its result lies on the same grid",
-    "activates": "fused into the site before it; float elsewhere",
-    "layer": "the product inside of a layer; float where a forward calls it with weights of its own",
-    "normalizes": "a normalization stays float",
-    "shape": "tells a size or a kind, no real numbers",
+    "computes": "computes new values: a site, whose inputs and output can have quantizers",
+    "passes": "passes on values of its first input, zero, or the end of a range: its result lies on the same grid",
+    "activates": "is fused into the site before it; float elsewhere",
+    "layer": "is the product inside of a layer; float where a forward calls it with its own weights",
+    "normalizes": "normalizes; stays float",
+    "shape": "returns a size or a type, no real numbers",
 }
-"""Role -> a description of what the operator gives."""
+"""Role -> a description of the operator's result."""
 WHY_FLOAT = {
     "activates": "runtimes compute it in float32, or look it up in a table",
     "normalizes": "runtimes compute it in float32",
     "shape": "it computes no real numbers",
 }
-"""Why operators of these roles have no form in integers."""
+"""Role -> the reason why its operators have no integer form."""
 
 
 @dataclass(frozen=True)
 class Operator:
     """One operator of torch, or of a user.
 
-    `targets`: its functions and module classes; as strings the names of functions of torch, of Python's `operator` and
-    of methods of Tensor. `names`: what other packages call it, whichever they are. `role`: one of `ROLES`.
+    `targets`: its functions and module classes; strings are names of functions of torch, of Python's `operator` and of
+    methods of Tensor. `names`: its names in any other package. `role`: one of `ROLES`.
 
-    `family`: what rules call it too, where it is a variant of another operator. `path`: what a module that quantizes it
-    is called; files hold these names, so what becomes a site later has one of its own. `n_reads`: how many of its first
-    inputs carry values; None: all of them.
-    `out_of_place`: name of a variant that writes to its input -> what computes the same and leaves its input as it is.
-    `activation`: the arguments behind the input -> the module that computes the same. `macs`: all arguments and the
-    result -> multiply-adds; None: it multiplies no matrices. `may_be_view`: whether the result can lie in the memory of
-    the first input. `why_float`: why integers cannot compute it; "" if they can.
+    `family`: another name in rules, for a variant of another operator. `path`: the name of the module that quantizes
+    it; files hold these names, so a new site needs a new one. `n_reads`: how many of its first inputs carry values;
+    None: all. `out_of_place`: name of a variant that writes to its input -> the variant that does not. `activation`:
+    arguments after the input -> the module that computes the same. `macs`: all arguments and the result ->
+    multiply-adds; None: it multiplies no matrices. `may_be_view`: whether the result can share the memory of the first
+    input. `why_float`: why integers cannot compute it; "" if they can.
     """
 
     name: str
@@ -66,12 +65,12 @@ class Operator:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """What rules can call it, its own name first."""
+        """Names of the operator in rules, its own name first."""
         return tuple(dict.fromkeys((self.name, self.family)))
 
 
 class OperatorTable(Mapping[str, Operator]):
-    """Operators by name, and by what a graph or a forward calls."""
+    """Operators by name, and by the functions and modules that a graph or a forward calls."""
 
     def __init__(self, rows: Sequence[Operator]) -> None:
         self._rows: dict[str, Operator] = {}
@@ -90,20 +89,20 @@ class OperatorTable(Mapping[str, Operator]):
         return len(self._rows)
 
     def put(self, row: Operator) -> None:
-        """Add a row, or put it in place of that of its name. Raises NameClashError for a target of another row."""
+        """Add a row, or replace the row of the same name. Raises NameClashError for a target of another row."""
         targets = [_called(target) for target in (*row.targets, *row.out_of_place)]
         for target in targets:
             known = self._name_of.get(target, row.name)
             if known != row.name:
                 raise NameClashError(
-                    f"{shown(target)} is a target of the operator '{known}' already, not of '{row.name}'"
+                    f"{shown(target)} is already a target of the operator '{known}' and cannot be one of '{row.name}'"
                 )
         self._rows[row.name] = row
         self._name_of.update(dict.fromkeys(targets, row.name))
         self._elsewhere.update(dict.fromkeys(row.names, row.name))
 
     def of(self, target: Any) -> Operator | None:
-        """The operator that a target is: a function, the name of a method, a class of modules; None for others.
+        """Find the operator of a target: a function, the name of a method, or a module class; None for others.
 
         >>> import torch
         >>> from torchquant.graph import OPERATORS
@@ -120,23 +119,23 @@ class OperatorTable(Mapping[str, Operator]):
         return None if name is None else self._rows[name]
 
     def has_target(self, target: Any) -> bool:
-        """Whether a row lists the function or class itself."""
+        """Tell whether a row lists the function or class itself."""
         return target in self._name_of
 
     def own_functions(self) -> tuple[Callable[..., Any], ...]:
-        """Functions outside of torch that rows list: a graph calls them and does not look into them."""
+        """Return the functions outside of torch that rows list: a graph calls them without tracing into them."""
         listed = (t for t in self._name_of if not isinstance(t, str | type))
         return tuple(t for t in listed if not _is_of_torch(t))
 
 
 def _called(target: Any) -> Any:
-    """What a target of torch.library is called by, whichever overload it is; another target itself."""
+    """Return the packet of a torch.library target, whichever overload it is; any other target itself."""
     overload = getattr(target, "_opoverload", target)
     return getattr(overload, "overloadpacket", overload)
 
 
 def home_of(function: Any) -> str:
-    """The package, or the library of torch.library, that a function or a method is from; "" where nothing tells.
+    """Return the package, or the torch.library library, of a function or a method; "" if it is unknown.
 
     >>> import operator, torch
     >>> home_of(torch.cat), home_of(Tensor.add), home_of(operator.add)
@@ -144,17 +143,17 @@ def home_of(function: Any) -> str:
     """
     owners = (function, getattr(function, "__objclass__", None))
     module = next((str(owner.__module__) for owner in owners if getattr(owner, "__module__", None)), "")
-    library = module.removeprefix("torch._ops.")  # of somebody's operator, registered with torch.library
+    library = module.removeprefix("torch._ops.")  # for an operator that was registered with torch.library
     return module.partition(".")[0] if library in (module, "aten") else library
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Whether a function is torch's, a method of Tensor, or one of Python's `operator`."""
+    """Tell whether a function is from torch, a method of Tensor, or from Python's `operator`."""
     return home_of(function) in ("torch", "_operator")
 
 
 def writes_by_name(name: str) -> bool:
-    """Whether a function or method is called as those that write to their first input are.
+    """Tell whether the name of a function or method is that of one that writes to its first input.
 
     >>> writes_by_name("add_"), writes_by_name("add"), writes_by_name("__add__"), writes_by_name("requires_grad_")
     (True, False, False, False)

@@ -1,7 +1,7 @@
-"""The one table of operators: what each means to quantization. `register_operator` adds to it.
+"""The table of operators: the facts that quantization needs about each. `register_operator` adds to it.
 
-`graph/` asks it which operators are sites and which pass a grid on, `plan/` what rules can name, `graph/macs.py` how
-multiply-adds are counted. The integer simulation and the ONNX export register what they know under its names.
+`graph/` reads which operators are sites and which pass a grid on, `plan/` which names rules can use, `graph/macs.py`
+how multiply-adds are counted. The integer reference and the ONNX export register handlers under its names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchquant.qmodule.own_forward import PRODUCTS
 
 
 def _made(kind: type[nn.Module], *names: str) -> Callable[..., nn.Module]:
-    """Arguments of a functional activation after its input -> the module."""
+    """Return a function: arguments of a functional activation after its input -> the module."""
 
     def make(*args: Any, **kwargs: Any) -> nn.Module:
         return kind(**dict(zip(names, args, strict=False)), **kwargs)
@@ -32,24 +32,24 @@ def _made(kind: type[nn.Module], *names: str) -> Callable[..., nn.Module]:
 
 
 def _passing(name: str, *targets: Target, **more: Any) -> Operator:
-    """An operator that passes values of its first input on; what else it takes are sizes, indices and the like."""
+    """Make an operator that passes values of its first input on; its other arguments are sizes, indices and so on."""
     return Operator(name, targets, "passes", n_reads=1, **more)
 
 
 def _activation(kind: type[nn.Module], *names: str) -> Operator:
-    """names: of the arguments of the function after its input."""
+    """Make the operator of an activation. names: the arguments of its function after the input."""
     name = {nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu"}.get(kind, kind.__name__.lower())
     return Operator(name, (name, kind), "activates", n_reads=1, activation=_made(kind, *names))
 
 
 def _each_rank(*names: str) -> tuple[Target, ...]:
-    """Functions and modules of torch for 1, 2 and 3 axes. names: of the function and of the module, without a rank."""
+    """List functions and modules of torch for 1, 2 and 3 axes. names: of the function and the module, without rank."""
     function, module = names
     return (*(f"{function}{n}d" for n in (1, 2, 3)), *(getattr(nn, f"{module}{n}d") for n in (1, 2, 3)))
 
 
-_NO_DIVISION = "no runtime divides whole numbers by whole numbers"
-_NO_SUM = "what is added to the product is on a grid of its own, and no runtime has a kernel for all three"
+_NO_DIVISION = "no runtime divides integers by integers"
+_NO_SUM = "the summand is on a grid of its own, and no runtime has a kernel for a sum and a product on three grids"
 _COMPUTING = (
     Operator(
         "add",
@@ -202,7 +202,7 @@ _SHAPES = Operator(
 )
 
 OPERATORS = OperatorTable((*_COMPUTING, *_PASSING, *_ACTIVATIONS, _NORMS, *_LAYERS, _SHAPES))
-"""Every operator that is known."""
+"""All known operators."""
 
 
 @checked
@@ -214,17 +214,17 @@ def register_operator(
     macs: CountMacs | None = None,
     out_of_place: Mapping[str, Target] | None = None,
 ) -> Operator:
-    """Add an operator to the table, or further targets to one that is there; the row it then has.
+    """Add an operator to the table, or further targets to an existing operator; return its row.
 
-    `targets`: functions and module classes; strings for names of functions of torch and methods of Tensor. A function
-    outside of torch, or a class, is then one node of a graph: the name of the function must be a global of the file
-    whose forward calls it. `role` of a new operator: "computes" for new values, which makes it a site that rules reach
-    by `name`; "passes" for values of its first input, which stay on their grid. `n_reads`: how many of its first inputs
-    carry values; None: all. `macs(arguments, result)` counts multiply-adds; None: none. `out_of_place`: name of a
-    variant that writes to its input -> what computes the same and does not.
+    `targets`: functions and module classes; strings are names of functions of torch and methods of Tensor. A function
+    outside of torch, or a class, becomes one node of a graph: the function must be a global of the file whose forward
+    calls it. `role` of a new operator: "computes" for new values, which makes it a site that rules select by `name`;
+    "passes" for values of its first input, which stay on their grid. `n_reads`: how many of its first inputs carry
+    values; None: all. `macs(arguments, result)` counts multiply-adds; None: none. `out_of_place`: name of a variant
+    that writes to its input -> the variant that does not.
 
-    The integer simulation runs an operator that passes on the codes, and one that computes in float32 between codes,
-    as its own functions of torch do, unless it has a handler (`torchquant.deploy.integer.operators.register_integer`).
+    The integer reference runs an operator that passes values on directly on the codes, and one that computes in float32
+    between codes, unless it has a handler (`torchquant.deploy.integer.operators.register_integer`).
     Raises ConfigError, NameClashError.
 
     >>> import torch
@@ -244,7 +244,7 @@ def register_operator(
     if not listed or not all(isinstance(target, str) or callable(target) for target in listed):
         raise ConfigError(f"targets must be functions, module classes or names of them, got {shown(targets)}")
     if not name.isidentifier():
-        raise ConfigError(f"name must be a word of letters, digits and _, got {shown(name)}")
+        raise ConfigError(f"name must consist of letters, digits and _, got {shown(name)}")
     if n_reads is not None and n_reads < 1:
         raise ConfigError(f"n_reads must be at least 1, or None for all inputs; got {n_reads}")
     known = OPERATORS.get(name)
@@ -254,12 +254,12 @@ def register_operator(
     given = {"role": role or row.role, "n_reads": n_reads or row.n_reads, "macs": macs or row.macs}
     for key, value in given.items():
         if value != (there := getattr(row, key)):
-            raise NameClashError(f"the operator '{name}' is there with {key} = {shown(there)}; got {shown(value)}")
+            raise NameClashError(f"the operator '{name}' is registered with {key} = {shown(there)}; got {shown(value)}")
     row = replace(
         row,
         targets=tuple(dict.fromkeys((*row.targets, *listed))),
         out_of_place={**row.out_of_place, **(out_of_place or {})},
-        why_float=row.why_float or ("" if row.role == "passes" else "no handler of integers is registered for it"),
+        why_float=row.why_float or ("" if row.role == "passes" else "no integer handler is registered for it"),
     )
     OPERATORS.put(row)
     return row

@@ -1,4 +1,4 @@
-"""What a forward can reach outside of its model: random states, and globals of its file."""
+"""Keep the state that a forward can reach outside of its model: random states, and globals of its file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchquant.graph.fingerprint import fingerprint
 
 
 def random_states() -> tuple[Any, ...]:
-    """What Python, numpy and torch (on the CPU) draw their random numbers from."""
+    """Return the random states of Python, numpy and torch (on the CPU)."""
     numpy = sys.modules.get("numpy")
     with torch._C.DisableTorchFunction():
         torchs = bytes(torch.get_rng_state().numpy())
@@ -26,7 +26,7 @@ def random_states() -> tuple[Any, ...]:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """The random states of Python, numpy and torch are afterwards what they were before."""
+    """Restore the random states of Python, numpy and torch at the end of the context."""
     numpy, ours, torchs = sys.modules.get("numpy"), random.getstate(), torch.get_rng_state()
     numpys = None if numpy is None else numpy.random.get_state()
     try:
@@ -40,7 +40,7 @@ def random_states_kept() -> Iterator[None]:
 
 @contextmanager
 def globals_kept(model: nn.Module) -> Iterator[None]:
-    """Lists, dictionaries and sets that forwards of the model read from their files hold afterwards what they held."""
+    """Restore the lists, dictionaries and sets that forwards of the model read from their files."""
     kept = []
     for forward in {type(module).forward for module in model.modules()}:
         for where, name, _ in globals_of(forward):
@@ -56,7 +56,7 @@ def globals_kept(model: nn.Module) -> Iterator[None]:
 
 
 def globals_of(forward: Callable[..., Any]) -> Iterator[tuple[str, str, Any]]:
-    """(Python module, name, fingerprint) of the plain values that a forward reads from its file."""
+    """Yield (Python module, name, fingerprint) of the plain values that a forward reads from its file."""
     forward = getattr(forward, "__func__", forward)
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__

@@ -1,4 +1,4 @@
-"""Multiply-adds of the products of torch, from their arguments (positional, then keyword) and their result."""
+"""Count multiply-adds of torch's products from their arguments (positional, then keyword) and their result."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def weighted_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Multiply-adds of a linear layer or a convolution. The second argument is its weight (out, in / groups, ...)."""
+    """Count those of a linear layer or a convolution. The second argument is the weight (out, in / groups, ...)."""
     tensors = _tensors(arguments)
     return out.numel() * tensors[1][0].numel() if len(tensors) > 1 and len(tensors[1]) else 0
 
 
 def transposed_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Multiply-adds of a transposed convolution. The second argument is its weight (in, out / groups, ...)."""
+    """Count those of a transposed convolution. The second argument is the weight (in, out / groups, ...)."""
     tensors = _tensors(arguments)
     return tensors[0].numel() * tensors[1][0].numel() if len(tensors) > 1 and len(tensors[1]) else 0
 
 
 def matrix_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Multiply-adds of a product of the last two tensors among the arguments, (..., n, k) and (..., k, m)."""
+    """Count those of a product of the last two tensors among the arguments, (..., n, k) and (..., k, m)."""
     tensors = _tensors(arguments)
     return out.numel() * tensors[-2].shape[-1] if len(tensors) > 1 and tensors[-2].ndim else 0
 
 
 def attention_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Multiply-adds of attention; the first arguments are query (..., n, k), key (..., m, k) and value (..., m, v)."""
+    """Count those of attention; the first arguments are query (..., n, k), key (..., m, k) and value (..., m, v)."""
     tensors = _tensors(arguments)
     return (tensors[0].numel() + out.numel()) * tensors[1].shape[-2] if len(tensors) > 2 else 0
 
 
 def einsum_macs(arguments: Sequence[Any], out: Tensor) -> int:
-    """Multiply-adds of a sum of products of n tensors: n - 1 for each term of each sum.
+    """Count those of a sum of products of n tensors: n - 1 for each term of each sum.
 
     >>> a, b = torch.zeros(2, 3, 5), torch.zeros(2, 3, 4)
     >>> einsum_macs(("bij,bik->bjk", a, b), torch.einsum("bij,bik->bjk", a, b))

@@ -1,4 +1,4 @@
-"""Running copies of a model on an example, and seeing what goes through them."""
+"""Run copies of a model on an example, and record the values in them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]
 
 
 def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs") -> Any:
-    """The model on a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+    """Call the model with a tensor, a tuple of arguments, or a dictionary of keyword arguments.
 
-    Raises ConfigError with the model's own words where it does not run; `what` is what the inputs are called there.
+    Raises ConfigError with the model's own error if it fails; `what` names the inputs in the message.
     """
     with running(model, what, example_inputs):
         args, kwargs = arguments_of(example_inputs)
@@ -37,25 +37,25 @@ def call_with(model: nn.Module, example_inputs: Any, what: str = "example_inputs
 
 
 def call_with_copies(model: nn.Module, example_inputs: Any) -> Any:
-    """`call_with`, with tensors of its own: a forward may write to its inputs."""
+    """Do the same as `call_with`, with copies of the tensors: a forward may write to its inputs."""
     try:
         copies = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
     except RecursionError:
         raise ConfigError(
-            f"example_inputs must be tensors, in structures that end; got {shown(example_inputs)}"
+            f"example_inputs must be tensors in tuples, lists or dictionaries; got {shown(example_inputs)}"
         ) from None
     return call_with(model, copies)
 
 
 @contextmanager
 def undisturbed(twin: nn.Module, training: bool) -> Iterator[None]:
-    """A copy in one mode; random states and globals are afterwards what they were."""
+    """Run a copy in one mode; restore random states and globals at the end of the context."""
     with in_mode(training, twin), random_states_kept(), globals_kept(twin):
         yield
 
 
 def _call_hooked(twin: nn.Module, example_inputs: Any, handles: Iterable[RemovableHandle]) -> None:
-    """Run the copy on the example once, and take the hooks off."""
+    """Run the copy on the example once, and remove the hooks."""
     try:
         call_with_copies(twin, example_inputs)
     finally:
@@ -65,10 +65,10 @@ def _call_hooked(twin: nn.Module, example_inputs: Any, handles: Iterable[Removab
 
 @dataclass
 class Calls:
-    """How the modules of a model are called on an example.
+    """Records how the modules of a model are called on an example.
 
-    `values`: path -> what the forward gets in its first call, as `Signature.bind` has it. `counts`: path -> number of
-    calls, for those that are called more than once.
+    `values`: path -> the arguments of the first call, as `Signature.bind` returns them. `counts`: path -> number of
+    calls, for modules that are called more than once.
     """
 
     values: dict[str, tuple[Any, ...]]
@@ -77,7 +77,7 @@ class Calls:
 
 @torch.no_grad()
 def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
-    """The calls in a model, a copy that nobody needs. Raises ConfigError if it does not run on the example."""
+    """Record the calls in a throw-away copy of a model. Raises ConfigError if it fails on the example."""
     values: dict[str, tuple[Any, ...]] = {}
     counts: Counter[str] = Counter()
     handles = []
@@ -96,7 +96,7 @@ def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
 
 
 def real_values(twin: nn.Module, regions: Mapping[str, Region], example_inputs: Any) -> dict[tuple[str, str], bool]:
-    """(region, node) -> whether its value is a tensor of real numbers, for the nodes that ran in either mode."""
+    """Find (region, node) -> whether its value is a tensor of real numbers, for the nodes that ran in either mode."""
     found: dict[tuple[str, str], bool] = {}
 
     def note(region: Region, node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
@@ -105,14 +105,14 @@ def real_values(twin: nn.Module, regions: Mapping[str, Region], example_inputs: 
     for training in (False, True) if any(len(region.ways) > 1 for region in regions.values()) else (False,):
         try:
             _run_watched(twin, regions, example_inputs, {}, note, training=training)
-        except Exception:  # a model that cannot train on the example: what evaluation showed has to do
+        except Exception:  # a model that cannot train on the example: the evaluation run has to suffice
             if not training:
                 raise
     return found
 
 
 def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tuple[tuple[Any, ...], Any]]]:
-    """Site -> (its arguments, what it gives) for each of its calls on the example."""
+    """Record site -> (its arguments, its result) for each of its calls on the example."""
     found: dict[str, list[tuple[tuple[Any, ...], Any]]] = {}
     operators = {
         (site.region, site.nodes[0]): site.path for site in captured.sites if site.module is None and site.nodes
@@ -139,10 +139,10 @@ def watch_products(
     of_layer: Callable[[Site, tuple[Any, ...], Any], None],
     of_function: Callable[[str, Any, tuple[Any, ...], Any], None],
 ) -> None:
-    """Run a copy on the example and tell of its products, as they are computed.
+    """Run a copy on the example and call back for each product as it is computed.
 
-    `of_layer`: of each call of a layer that is a site, its arguments and its result. `of_function`: of each call of a
-    function of torch elsewhere, the path of the module that makes it, the function, its arguments and its result.
+    `of_layer` gets, for each call of a layer that is a site, its arguments and its result. `of_function` gets, for each
+    call of a torch function elsewhere, the path of the calling module, the function, its arguments and its result.
     """
     twin = copy_model(captured.model)
     names = {module: path for path, module in captured.model.named_modules()}
@@ -186,7 +186,7 @@ def _run_watched(
     note_module: Callable[[str, tuple[Any, ...], Any], None] | None = None,
     training: bool = False,
 ) -> None:
-    """Run the copy on the example; tell of the calls of `modules`, then of every node of the graphs."""
+    """Run the copy on the example; call back for each call of `modules`, and for every node of the graphs."""
 
     class Watch(fx.Interpreter):
         def __init__(self, region: Region) -> None:
@@ -229,7 +229,7 @@ def _run_watched(
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dictionaries."""
+    """Yield every tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Putting quantizers where a plan says, and taking them out again."""
+"""Insert quantizers where a plan says, and remove them again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torchquant.qmodule.weights import weight_names
 from torchquant.range_observers._statistics import StatisticTracker
 
 SHARE = "share"
-"""As the output of a concatenation: what it joins shares one quantizer, and it has none of its own."""
+"""Value of a concatenation's output: its operands share one quantizer, and the concatenation has none."""
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -40,7 +40,7 @@ _HOOKS = (
 
 @dataclass
 class Conversion:
-    """What was changed in a model, in order: (module, name, the child that was there before or None)."""
+    """The changes of a model, in order: (module, name, the child that was there before or None)."""
 
     root: nn.Module | None = None
     swaps: list[tuple[nn.Module, str, nn.Module | None]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Conversion:
 
 
 def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
-    """Change the captured model in place; the model, or what took its place if it is a layer itself."""
+    """Change the captured model in place; return it, or the QModule that replaces it if it is a layer itself."""
     model = captured.model
     float_state = dict(model.state_dict(keep_vars=True))
     writer = _Writer(captured, plans)
@@ -61,7 +61,7 @@ def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """The float model again, in place, with the weights as they are now. Raises ConfigError."""
+    """Turn a quantized model back into the float model, in place, with the current weights. Raises ConfigError."""
     conversion = getattr(model, "conversion", None)
     if not isinstance(conversion, Conversion):
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
@@ -88,7 +88,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
-    """Give a new module and its quantizers the mode of what they take the place of; layers in it keep theirs."""
+    """Give a new module and its quantizers the mode of the module they replace; layers in it keep theirs."""
     module.training = training
     for quantizer in module.quantizers().values() if isinstance(module, QModule) else ():
         quantizer.train(training)
@@ -145,14 +145,14 @@ class _Writer:
         return [site for site in self.captured.sites if site.path in self.made]
 
     def _in_graphs(self, region: Region | None, site: Site) -> list[tuple[GraphEditor, Site]]:
-        """The graphs in which the site stands, with the site as it stands there."""
+        """Return the graphs that contain the site, with the site as it is in each."""
         if region is None:
             return []
         pairs = zip(self.editors[region.path], region.ways, strict=True)
         return [(editor, own) for editor, way in pairs for own in way.sites if own.path == site.path]
 
     def _n_calls(self, site: Site) -> int:
-        """How often a site runs in one forward, so far as graphs and the example tell."""
+        """Return how often a site runs in one forward, as far as graphs and the example show."""
         counts = self.captured.counts
         if site.module is None:
             return counts.get(site.region, 1)
@@ -185,7 +185,7 @@ class _Writer:
         install(region.module, followed)
 
     def _make(self, site: Site, plan: SitePlan, region: Region | None) -> QModule:
-        """The QModule of a site, in its place in the model."""
+        """Make the QModule of a site and put it in its place in the model."""
         if site.module is not None and site.is_layer:
             made = self._layer(site, plan)
         else:
@@ -229,7 +229,7 @@ class _Writer:
         return activation_of(_node(region, site, -1), region.module)
 
     def _take_parts(self, site: Site, made: QModule, region: Region | None) -> None:
-        """Let what is fused into a module stand aside where the module computes it, each part at its own place."""
+        """Let each part that is fused into a module pass its input through, because the module computes the part."""
         for path, _ in site.fused:
             owner, _, name = path.rpartition(".")
             if not path or (name == "act" and any(owner == taken for taken, _ in site.fused)):
@@ -240,7 +240,7 @@ class _Writer:
                 self._swap(part, FusedPart(made, part), moves_hooks=False)
 
     def _swap(self, module: nn.Module, new: nn.Module, moves_hooks: bool = True) -> None:
-        """Put `new` wherever the model holds `module`; hooks go with the place."""
+        """Put `new` wherever the model holds `module`; hooks stay with the place."""
         _set_mode(new, module.training)
         if moves_hooks:
             _move_hooks(module, new)
@@ -280,7 +280,7 @@ class _Writer:
         return joined(region, name)
 
     def _share_outputs(self) -> None:
-        """One quantizer for all that a concatenation with output "share" joins."""
+        """Let all operands of a concatenation with output "share" share one quantizer."""
         shared = {path for path, plan in self.plans.items() if plan.output == SHARE}
         leader: dict[str, str] = {}
 
@@ -297,7 +297,7 @@ class _Writer:
                 quantizer = getattr(self.made.get(member), "acts_quantizer", None)
                 if member not in shared and quantizer is None:
                     raise ConfigError(
-                        f"site '{site.path}', output: 'share' needs a quantizer at the output of everything it joins; "
+                        f"site '{site.path}', output: 'share' needs a quantizer at the output of each of its operands; "
                         f"{member or 'an input'} has none. Give it one, or another output to '{site.path}'"
                     )
                 if member != members[0]:
@@ -309,7 +309,7 @@ class _Writer:
 
 
 def _join_calls(made: nn.Module, n_calls: int) -> None:
-    """Let the quantizers of activations see the calls of one forward as one batch: their range is that of all calls."""
+    """Let activation quantizers see all calls of one forward as one batch, so that their range covers all calls."""
     quantizers = made.quantizers() if isinstance(made, QModule) else {}
     for name in ACTIVATIONS:
         for tracker in quantizers[name].modules() if n_calls > 1 and name in quantizers else ():
@@ -323,17 +323,17 @@ def _held(guard: Guard, root: nn.Module) -> Held:
 
 
 def _spec(plan: SitePlan) -> str:
-    """What the quantizer of an input is shared by: its spec; one that a function makes is the site's own."""
+    """Return the key by which input quantizers are shared: the spec; one that a function makes is not shared."""
     return plan.input if isinstance(plan.input, str) else plan.path
 
 
 def _node(region: Region, site: Site, which: int) -> fx.Node:
-    """A node of the site before anything was written."""
+    """Return a node of the site in the graph before any change."""
     return next(node for way in region.ways for node in way.graph.nodes if node.name == site.nodes[which])
 
 
 def _function(region: Region | None, site: Site) -> Any:
-    """What the operator calls: a function, a method of Tensor, or a module that others call too."""
+    """Return the function, method of Tensor, or shared module that the operator calls."""
     assert region is not None
     node = _node(region, site, 0)
     if node.op == "call_module":

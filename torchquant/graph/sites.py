@@ -1,4 +1,4 @@
-"""Sites: the places of a model where quantizers can sit, and what a plan says of one."""
+"""Sites: the layers and operators of a model that can have quantizers, and the plan for one site."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ NORM_WHY = "a normalization stays float"
 ONLY_FLOAT = "only float operators read its result"
 SLOTS = ("weight", "input", "output", "bias", "preactivation")
 SpecChoice = str | Callable[[nn.Module], Quantizer | None] | None
-"""A spec string, a function of the layer, or None: stays float."""
+"""A spec string, a function of the layer, or None for float."""
 
 
 @dataclass(frozen=True)
 class SiteInput:
-    """A real value that a site takes in.
+    """A real value that a site reads.
 
-    `sources`: the sites whose output it is, unchanged but for operators that pass values on; () if it comes
-    from elsewhere, an input of the model or a float operator. `node`: its name in the graph.
+    `sources`: the sites whose output it is, through operators that only pass values on; () if it comes from an input of
+    the model or a float operator. `node`: its name in the graph.
     """
 
     node: str
@@ -40,8 +40,8 @@ class SiteInput:
 class Site:
     """A layer, or an operator that computes new values, with what is fused into it.
 
-    `path`: of its module, or of the module that an operator gets. `types`: what rules can call it. `fields`:
-    where it can have quantizers. `fused`: (path, type) of batch norm and activation, "" for a function.
+    `path`: path of its module, or of the module that an operator gets. `types`: its names in rules. `fields`: the slots
+    that can have quantizers. `fused`: (path, type) of batch norm and activation; the path is "" for a function.
     """
 
     path: str
@@ -54,29 +54,29 @@ class Site:
     nodes: tuple[str, ...] = ()
     """Names of its nodes in the graph of its region: its own, batch norm's, activation's; () without a graph."""
     is_read: bool = True
-    """Whether something that can compute with integers, or the caller of the model, reads its output as it is."""
+    """Whether an operator that can compute with integers, or the caller of the model, reads its output directly."""
 
     @property
     def is_layer(self) -> bool:
-        """Whether it has weights."""
+        """Whether the site has weights."""
         return "weight" in self.fields
 
     @property
     def batch_norm(self) -> tuple[str, str] | None:
-        """(path, type) of the batch norm that is fused in."""
+        """(path, type) of the fused batch norm, if any."""
         row = None if self.module is None else row_of(self.module)
         norm = row.batch_norm if isinstance(row, LayerPattern) else None
         return self.fused[0] if self.fused and norm is not None and self.fused[0][1] == norm.__name__ else None
 
     @property
     def activation(self) -> tuple[str, str] | None:
-        """(path, type) of the activation that is fused in."""
+        """(path, type) of the fused activation, if any."""
         return self.fused[-1] if self.fused and self.fused[-1] != self.batch_norm else None
 
 
 @dataclass(frozen=True)
 class Unquantized:
-    """A part of the model that no quantizer reaches, and why."""
+    """A part of the model that no quantizer reaches, and the reason."""
 
     path: str
     type: str
@@ -85,7 +85,7 @@ class Unquantized:
 
 @dataclass(frozen=True)
 class Way:
-    """One way a forward goes: its graph, what it hangs on, and the sites in it."""
+    """One path through a forward: its graph, the guards it depends on, and its sites."""
 
     traced: Traced
     sites: tuple[Site, ...] = ()
@@ -98,7 +98,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Region:
-    """A module whose forward is followed, in one or more ways; or one that runs its own forward, for the reason told.
+    """A module whose forward is traced, in one or more ways; or one that runs its own forward, for the given reason.
 
     `pattern`: how it is called, as in `graph/calls.py`. `op_paths`: name of a node -> path of the operator there.
     """
@@ -114,7 +114,7 @@ class Region:
 
 @dataclass
 class Found:
-    """What was found in a model so far. `seen`: modules that are sites, or that were looked into."""
+    """The findings in a model so far. `seen`: modules that are sites, or that were searched."""
 
     sites: dict[str, Site] = field(default_factory=dict)
     floats: list[Unquantized] = field(default_factory=list)
@@ -141,14 +141,14 @@ class Captured:
 
     @property
     def patterns(self) -> dict[str, tuple[Any, ...]]:
-        """Path of a module that is followed -> how it is called."""
+        """Return path of a traced module -> how it is called."""
         return {path: region.pattern for path, region in self.regions.items() if region.ways}
 
 
 def make_for_slot(spec: str, name: str) -> Quantizer:
-    """The quantizer a spec names for a slot. Raises ConfigError.
+    """Make the quantizer that a spec names for a slot. Raises ConfigError.
 
-    A bias is measured as a weight is, a preactivation as an output.
+    A bias is observed like a weight, a preactivation like an output.
     """
     return make_quantizer(spec, {"bias": "weight", "preactivation": "output"}.get(name, name))
 
@@ -167,11 +167,11 @@ class SitePlan:
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing at the site quantizes."""
+        """Whether the site has no quantizer."""
         return all(getattr(self, name) is None for name in SLOTS)
 
     def make(self, name: str, module: nn.Module | None) -> Quantizer | None:
-        """A new quantizer for the slot `name`. Raises ConfigError that names the site."""
+        """Make a new quantizer for the slot `name`. Raises ConfigError that names the site."""
         choice = getattr(self, name)
         if choice is None:
             return None
@@ -186,7 +186,7 @@ class SitePlan:
         return made
 
     def words(self) -> dict[str, Any]:
-        """The slots that are set, factories by their names."""
+        """Return the slots that are set; functions by their names."""
         values = {name: getattr(self, name) for name in (*SLOTS, "fold_bn")}
         return {
             name: value if isinstance(value, str | bool) else f"<{getattr(value, '__name__', 'factory')}>"
@@ -196,12 +196,12 @@ class SitePlan:
 
 
 def joined(*parts: str) -> str:
-    """A path of parts, empty ones left out."""
+    """Join the non-empty parts of a path."""
     return ".".join(part for part in parts if part)
 
 
 def layer_slots(module: nn.Module) -> tuple[str, ...]:
-    """The slots of a layer with weights, () for any other module."""
+    """Return the slots of a layer with weights, () for any other module."""
     if isinstance(row_of(module), LayerPattern):
         has_bias = getattr(module, "bias", None) is not None
         return ("weight", "input", "output", *(("bias",) if has_bias else ()))
@@ -211,7 +211,7 @@ def layer_slots(module: nn.Module) -> tuple[str, ...]:
 
 
 def layer_types(module: nn.Module) -> tuple[str, ...]:
-    """What rules can call a layer: the class of torch that it is or is below, those between, and its own last."""
+    """Return the names of a layer in rules: its torch class, the classes between, and its own class last."""
     kind, row = plain_type(module), row_of(module)
     above = [k for k in kind.__mro__ if issubclass(k, nn.Module) and k is not nn.Module]
     base = base_of(kind) if isinstance(row, LayerPattern) else stock_type(module)
@@ -223,13 +223,13 @@ def layer_types(module: nn.Module) -> tuple[str, ...]:
 
 
 def why_other(module: nn.Module) -> str:
-    """Why a module of a class below a layer of torch is no layer, in a sentence of a plan; "" for any other module."""
+    """Say for a plan why a module whose class derives from a torch layer is no layer; "" for any other module."""
     reason = why_no_layer(module)
     return f"a layer by its class, but not by its forward: {reason}" if reason else ""
 
 
 def has_layers(module: nn.Module) -> bool:
-    """Whether the module is, or contains, a layer with weights."""
+    """Tell whether the module is, or contains, a layer with weights."""
     return any(layer_slots(m) for m in module.modules())
 
 

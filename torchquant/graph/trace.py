@@ -1,7 +1,7 @@
-"""A module's forward as torch.fx graphs, one for each way it goes: in training, in evaluation, with other arguments.
+"""Trace a module's forward as torch.fx graphs, one for each path: in training, in evaluation, with other arguments.
 
-`traced_variants` gives them, or raises the reason why there are none. What in them cannot be followed stays a call of a
-whole module, which is looked into by itself.
+`traced_variants` returns the graphs, or raises the reason why there are none. A submodule that cannot be traced stays a
+call of a whole module, which is then traced by itself.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from torchquant.qmodule.weights import weight_names
 
 MAX_RETRIES = 50
 _ONE_THING = re.compile("Activation|GELU|Swish|Softmax|Rotary")
-"""Classes of other packages that compute one function, though they may write it with several operators."""
+"""Classes of other packages that compute one function, though possibly with several operators."""
 
 
 def stays_whole(module: nn.Module, through_hooks: bool = False) -> bool:
-    """Whether a graph calls the module and does not look into it. `through_hooks`: hooks alone are no reason."""
+    """Tell whether a graph calls the module without tracing into it. `through_hooks`: hooks alone are no reason."""
     if row_of(module) is not None or weight_names(module) or (has_hooks(module) and not through_hooks):
         return True
     kind = type(module)
@@ -48,14 +48,14 @@ def stays_whole(module: nn.Module, through_hooks: bool = False) -> bool:
 
 
 def _functions_of_timm() -> tuple[Callable[..., Any], ...]:
-    """The functions and modules that timm marks as not to be traced, if timm is loaded."""
+    """Return the functions and modules that timm excludes from tracing, if timm is loaded."""
     features = sys.modules.get("timm.layers._fx") or sys.modules.get("timm.models._features_fx")
     listed = getattr(features, "get_notrace_functions", None)
     return tuple(listed()) if listed is not None else ()
 
 
 def pattern_without_example(module: nn.Module) -> tuple[Any, ...]:
-    """How a forward is called that nobody has shown: tensors where there is no default. Raises NotTraceable."""
+    """Return the default call of a forward: tensors for arguments without default. Raises NotTraceable."""
     pattern = Signature.of(type(module).forward).default_pattern()
     if pattern is None:
         raise NotTraceable("its forward has no argument without a default; give example_inputs")
@@ -63,7 +63,7 @@ def pattern_without_example(module: nn.Module) -> tuple[Any, ...]:
 
 
 def traced_graph(module: nn.Module) -> fx.Graph:
-    """The forward of the module, as it goes in evaluation. Raises NotTraceable."""
+    """Trace the forward of the module in evaluation. Raises NotTraceable."""
     (traced,) = traced_variants(module, pattern_without_example(module), (False,))
     return traced.graph
 
@@ -74,10 +74,10 @@ def traced_variants(
     modes: Sequence[bool | None] = (False, True),
     through_hooks: bool = False,
 ) -> list[Traced]:
-    """The graphs of the module's forward in each mode; one, if it does not ask for the mode. None: modes as they are.
+    """Trace the module's forward in each mode; once, if it does not read the mode. None: in the current modes.
 
-    Copies of the module are traced, each once: what a forward changes in Python must not be seen by the next. Raises
-    NotTraceable if a forward cannot be followed.
+    Each trace uses a new copy of the module, so that a trace does not see Python side effects of another. Raises
+    NotTraceable if a forward cannot be traced.
     """
     whole: set[type[nn.Module] | str] = set()
     for _ in range(MAX_RETRIES):
@@ -91,7 +91,7 @@ def traced_variants(
                 return found
         else:
             return found
-    raise NotTraceable(f"more than {MAX_RETRIES} kinds of modules in it cannot be followed")
+    raise NotTraceable(f"more than {MAX_RETRIES} kinds of modules in it cannot be traced")
 
 
 def _traced_once(
@@ -101,10 +101,10 @@ def _traced_once(
     whole: set[type[nn.Module] | str],
     through_hooks: bool,
 ) -> Traced | None:
-    """One graph; None if one more kind of module was found to be called whole."""
+    """Trace one graph; None if another kind of module turned out to need a call as a whole."""
     module = copy_model(module, shared=(*module.parameters(), *module.buffers()))
     for part in module.modules():
-        row_of(part)  # which may run its forward, and must not while another is being followed
+        row_of(part)  # row_of may run its forward, which must not happen during another trace
 
     def is_leaf(m: nn.Module) -> bool:
         return type(m) in whole or tracer.paths[id(m)] in whole or stays_whole(m, through_hooks)
@@ -116,7 +116,7 @@ def _traced_once(
         with in_mode(bool(mode), *([] if mode is None else [module])):
             traced = tracer.follow(module)
     except Exception as error:
-        reason = f"torch.fx cannot follow its forward ({tracer.reason or _first_line(error)})"
+        reason = f"torch.fx cannot trace its forward ({tracer.reason or _first_line(error)})"
         culprit = tracer.culprit
         cause: Exception | None = error
     else:
@@ -145,7 +145,7 @@ def _drop_identities(module: nn.Module, graph: fx.Graph) -> None:
 
 
 def _number(graph: fx.Graph) -> None:
-    """Give every node, as `meta["is"]`, what tells it from all others, the same in every graph of the forward."""
+    """Give every node a key in `meta["is"]` that is unique and the same in every graph of the forward."""
     counts: Counter[Any] = Counter()
     for node in graph.nodes:
         key = node.op, name_of(node), node.meta.get("where")
@@ -154,7 +154,7 @@ def _number(graph: fx.Graph) -> None:
 
 
 def renamed(graph: fx.Graph, names: dict[Any, str]) -> fx.Graph:
-    """The graph with the names that its nodes have in `names`; nodes that are new there get names, and are noted."""
+    """Rename the nodes of a graph to their names in `names`; new nodes get names, which are added."""
     taken = set(names.values())
     named, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
@@ -174,13 +174,13 @@ def _first_line(error: Exception) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module in whose forward the node stands."""
+    """Return the path of the module whose forward contains the node."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return next(reversed(stack.values()))[0]
 
 
 def owner_path(node: fx.Node) -> str:
-    """Path of the module whose code calls what the node calls."""
+    """Return the path of the module whose code makes the call of the node."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if node.op == "call_module":
         stack = stack[:-1]

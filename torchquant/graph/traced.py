@@ -1,4 +1,4 @@
-"""Modules that run a graph where they quantize, and the forward of their class where they do not."""
+"""Modules that run a graph when they quantize, and the forward of their class when they do not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ATOMS = {f"builtins.{kind.__name__}" for kind in (bool, int, float, str, type(N
 
 @contextmanager
 def graphs_running() -> Iterator[None]:
-    """Every traced module runs its graph, also in BYPASSED: to compare the graph with the forward."""
+    """Let every traced module run its graph, also in BYPASSED, to compare the graph with the forward."""
     global _always_graphs
     former, _always_graphs = _always_graphs, True
     try:
@@ -40,17 +40,17 @@ def graphs_running() -> Iterator[None]:
 
 @dataclass
 class Held:
-    """What a graph hangs on, in the model it runs in. `module`: None for a global name of the Python module `where`."""
+    """A guard of a graph in the model it runs in. `module`: None for a global name of the Python module `where`."""
 
     module: nn.Module | None
     where: str
     name: str
     value: Any
     seen: Any = field(default=Unseen, repr=False, compare=False)
-    """The object that was found last, if being the same object says that nothing has changed."""
+    """The object that was found last, if an identical object means that nothing has changed."""
 
     def holds(self) -> bool:
-        """Whether what is there now has the fingerprint it had."""
+        """Tell whether the current value still has the recorded fingerprint."""
         found = found_global(self.where, self.name) if self.module is None else found_on(self.module, self.name)
         if found is self.seen:
             return True
@@ -70,7 +70,7 @@ class Held:
 
 @dataclass
 class Variant:
-    """One way a forward goes: a graph, for calls of one pattern, under what was read while it was traced.
+    """One path through a forward: a graph, for calls of one pattern, under the guards of its trace.
 
     `run`: the graph as a function. `atoms`: the plain values among the guards, as compiled code checks them.
     """
@@ -105,24 +105,24 @@ class Variant:
         return copied
 
     def broken(self) -> Held | None:
-        """The first of what was read that is another now."""
+        """Return the first guard that no longer holds, if any."""
         return next((held for held in self.guards if not held.holds()), None)
 
     def holds_in_one_graph(self) -> bool:
-        """`not broken()`, as far as torch.compile and torch.export can follow: the plain values."""
+        """Check the guards that torch.compile and torch.export can trace: those on plain values."""
         return all(getattr(module, name, None) == value for module, name, value in self.atoms)
 
 
 @dataclass
 class Followed:
-    """All that is known of a forward that was followed.
+    """All data of a traced forward.
 
-    `node_names`, `op_paths`: the names that nodes and operators have in every variant. `fused`: path of a site with a
-    QModule -> what is fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`: (node,
-    spec) -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> that spec.
-    `structure`: (module, name, child) of all that the graphs call or run through; `walks`: whether Python goes through
-    children of a module that has got operators among them; `inlined`: the modules whose forwards are in the graphs, and
-    whether they have hooks.
+    `node_names`, `op_paths`: the names of nodes and operators in every variant. `fused`: path of a site with a QModule
+    -> the parts fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`: (node, spec)
+    -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> this spec.
+    `structure`: (module, name, child) of all modules that the graphs call or contain; `walks`: whether Python iterates
+    over children of a module to which operators were added; `inlined`: the modules whose forwards are in the graphs,
+    and whether they have hooks.
     """
 
     signature: Signature
@@ -140,7 +140,7 @@ class Followed:
     places: list[tuple[str, QModule]] = field(default_factory=list)
 
     def seal(self, root: nn.Module, inlined: tuple[str, ...] = ()) -> None:
-        """Note the modules of `root` as they are now: a later change of them is a change of the forward."""
+        """Record the modules of `root`: a later change of them is a change of the forward."""
         paths = {path for path, *_ in self.inlined} | set(inlined)
         called = {str(n.target) for v in self.variants for n in v.graph.nodes if n.op == "call_module"}
         self.inlined = [(path, m, has_hooks(m)) for path in sorted(paths) for m in [root.get_submodule(path)]]
@@ -157,7 +157,7 @@ class Followed:
         self.qmodules = [(owner, name, m) for owner, name, m in self.structure if isinstance(m, QModule)]
 
     def runs_float(self) -> bool:
-        """Whether nothing in the graph observes or quantizes."""
+        """Tell whether nothing in the graph observes or quantizes."""
         if _always_graphs or self.walks or not self.qmodules:
             return False
         for owner, name, module in self.qmodules:
@@ -166,7 +166,7 @@ class Followed:
         return True
 
     def changed(self) -> str:
-        """What is another module now, or has got hooks, in words; "" if nothing."""
+        """Describe a module that was replaced, or whose hooks were added or removed; "" if there is none."""
         for owner, name, child in self.structure:
             if owner._modules.get(name) is not child:
                 return f"the module '{name}' of {type(owner).__name__} was replaced"
@@ -177,26 +177,26 @@ class Followed:
 
 
 class TrainingFlag(nn.Module):
-    """Answers `self.training` in a graph of version 0.1."""
+    """Returns `self.training` in a graph of version 0.1."""
 
     def forward(self) -> bool:
-        """Whether the model trains."""
+        """Return whether the model trains."""
         return self.training
 
 
 class TracedModule(nn.Module):
-    """A module that runs a graph wherever something in it observes or quantizes; all else of its class stays.
+    """A module that runs a graph while something in it observes or quantizes; otherwise it behaves as its class.
 
-    In BYPASSED it runs the forward of its class, so that it *is* the float module. The graph holds for one way through
-    the forward: for a call of another pattern, or if something that Python read while it was traced is another now, the
-    forward is followed again. `install` makes one of a module, in place, by giving it a subclass of its own. Copies and
-    pickles.
+    In BYPASSED it runs the forward of its class, so that it *is* the float module. A graph holds for one path through
+    the forward: for a call of another pattern, or if a value that Python read during the trace has changed, the forward
+    is traced again. `install` turns a module into a TracedModule in place, by giving it a subclass of its own. It can
+    be copied and pickled.
     """
 
     followed: Followed
 
     def run_followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the followed graph, or the float forward where nothing quantizes."""
+        """Run the traced graph, or the float forward if nothing observes or quantizes."""
         followed: Followed = self.__dict__["followed"]
         if followed.runs_float():
             return self._float_forward(*args, **kwargs)  # type: ignore[operator]
@@ -204,7 +204,7 @@ class TracedModule(nn.Module):
         if values is None:
             return self._float_forward(*args, **kwargs)  # type: ignore[operator] # which raises what Python raises
         for variant in followed.variants:
-            if variant.pattern is None:  # of version 0.1
+            if variant.pattern is None:  # a graph of version 0.1
                 return variant.run(self, *values[:-2])
             if fits(variant.pattern, values) and self._holds(variant):
                 return variant.run(self, *leaves(variant.pattern, values))
@@ -217,9 +217,9 @@ class TracedModule(nn.Module):
 
     def _another_way(self, followed: Followed, values: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():
-            raise RuntimeError(  # torch.compile cannot make one of ours
+            raise RuntimeError(  # torch.compile cannot raise errors of our own classes
                 f"{type(self).__name__} is called in a way it was not traced for: another mode, argument or attribute. "
-                "Call it once so, uncompiled, in the state it shall have, and compile then"
+                "Call it once in this way, uncompiled, in the state that you need, then compile it"
             )
         variant = _followers[-1](self, followed, values)
         return variant.run(self, *leaves(variant.pattern, values))
@@ -233,13 +233,13 @@ _followers: list[FollowAgain] = []
 
 
 def follows_again(function: FollowAgain) -> FollowAgain:
-    """Let a function follow the forwards of traced modules that go another way than they went."""
+    """Register the function that traces forwards again when they take a new path."""
     _followers.append(function)
     return function
 
 
 def install(module: nn.Module, followed: Followed) -> None:
-    """Let the module run graphs from now on."""
+    """Let the module run graphs."""
     for variant in followed.variants:
         variant.graph.lint()
     module.__class__ = _traced_class(type(module))
@@ -247,7 +247,7 @@ def install(module: nn.Module, followed: Followed) -> None:
 
 
 def remove(module: nn.Module) -> None:
-    """Let the module run nothing but the forward of its class again."""
+    """Let the module run only the forward of its class again."""
     assert isinstance(module, TracedModule)
     module._modules.pop("training_flag", None)
     module.__dict__.pop("followed", None)
@@ -255,14 +255,14 @@ def remove(module: nn.Module) -> None:
 
 
 def reseal(model: nn.Module) -> None:
-    """Take the modules that graphs of the model call as they are now: they were replaced on purpose."""
+    """Accept the current modules that graphs of the model call: they were replaced on purpose."""
     for module in model.modules():
         if isinstance(module, TracedModule):
             module.followed.seal(module)
 
 
 def empty_traced(kind: type[nn.Module], flat: list[tuple[Any, ...]] | None) -> nn.Module:
-    """A TracedModule without its state; `flat` is the graph of one that version 0.1 pickled."""
+    """Make a TracedModule without its state; `flat` is the graph of a module that version 0.1 pickled."""
     made = _traced_class(kind)
     module = made.__new__(made)
     if flat is not None:

@@ -1,8 +1,8 @@
-"""Following a forward by torch.fx, and noticing all that a graph of it would lose.
+"""Trace a forward with torch.fx, and detect everything that a graph of it would lose.
 
-A graph repeats what flows through it. Everything else that Python does in a forward is watched here: attributes that
-are read become `Guard`s, under which the graph holds; attributes that are written, random numbers drawn in Python,
-gradients switched off and tensors from elsewhere make the module a part that is called as it is.
+A graph only repeats the operators on its values. Everything else that Python does in a forward is watched here:
+attributes that are read become `Guard`s, under which the graph holds; if a module writes attributes, draws random
+numbers in Python, switches gradients off or uses tensors from elsewhere, it is called as a whole.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FACTORIES = (
     *("zeros", "ones", "full", "empty", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint"),
     *("randperm", "tensor", "as_tensor", "normal", "tril_indices", "triu_indices", "hann_window"),
 )
-"""Functions of torch that cannot see a traced size among their arguments."""
+"""Functions of torch that do not take a traced size as an argument."""
 _OF_MODULE = frozenset(dir(nn.Module())) - {"training", "forward"}
 _CHILDREN = {"_modules", "children", "named_children", "modules", "named_modules"}
 _TORCH = os.path.dirname(torch.__file__)
@@ -40,16 +40,16 @@ _NUMBERS = {"tolist", "item"}
 _SEVERAL = {"chunk", "split", "unbind", "topk", "max", "min", "sort", "tensor_split", "meshgrid", "where", "nonzero"}
 
 
-class NotTraceable(Exception):  # noqa: N818 - not an error: the caller goes another way
-    """Why a forward has no graph, in words."""
+class NotTraceable(Exception):  # noqa: N818 - not an error: the caller has an alternative
+    """Raised with the reason why a forward has no graph."""
 
 
 @dataclass
 class Traced:
-    """A forward as a graph, and what it hangs on.
+    """A forward as a graph, with the guards it depends on.
 
-    `inlined`: paths of the modules whose forwards are in the graph. `walked`: of
-    those whose children Python went through.
+    `inlined`: paths of the modules whose forwards are in the graph. `walked`: paths of the modules whose children
+    Python iterated over.
     """
 
     graph: fx.Graph
@@ -59,7 +59,7 @@ class Traced:
 
 
 class _Value(fx.Proxy):
-    """A value in a graph. It says that it is a Tensor where it is one, so that forwards which ask go the right way."""
+    """A value in a graph. A tensor passes isinstance checks for Tensor, so that forwards take the right path."""
 
     @property
     def __class__(self) -> type:
@@ -72,7 +72,7 @@ class _Value(fx.Proxy):
 
 
 def _in_place(name: str) -> Callable[[_Value, Any], Any]:
-    """`x += y` and its like: in place where x is a tensor, a new number where it is a size."""
+    """Make `x += y` and similar operators: in place if x is a tensor, a new number if it is a size."""
     write, compute = getattr(operator, f"i{name}"), getattr(operator, name)
 
     def operate(self: _Value, other: Any) -> Any:
@@ -87,7 +87,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether the value of a node surely is a tensor, so far as its operator tells."""
+    """Tell whether the value of a node certainly is a tensor, as far as its operator shows."""
     name = name_of(node)
     if node.op in ("placeholder", "get_attr"):
         return True
@@ -99,10 +99,10 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """Follows one forward with one pattern of arguments, in the mode the modules are in.
+    """Traces one forward with one pattern of arguments, in the current modes of the modules.
 
-    `is_leaf`: whether a module is called as it is. After a failure `culprit` is the innermost
-    module that cannot be followed, and `reason` says why.
+    `is_leaf`: whether a module is called as a whole. After a failure `culprit` is the innermost module that cannot be
+    traced, and `reason` says why.
     """
 
     proxy_buffer_attributes = True
@@ -114,7 +114,7 @@ class Tracer(fx.Tracer):
         pattern: tuple[Any, ...],
         untouched: tuple[Callable[..., Any], ...] = (),
     ) -> None:
-        """`untouched`: functions that are called as they are."""
+        """Prepare a trace. `untouched`: functions that are called without tracing into them."""
         super().__init__(autowrap_modules=(math,), autowrap_functions=untouched)
         self.is_leaf, self.signature, self.pattern = is_leaf, signature, pattern
         self.culprit: nn.Module | None = None
@@ -129,9 +129,9 @@ class Tracer(fx.Tracer):
         self.in_fx = 0
 
     def follow(self, module: nn.Module) -> Traced:
-        """The graph of the module's forward. Raises NotTraceable, or whatever its code raises."""
+        """Trace the module's forward. Raises NotTraceable, or any error of its code."""
         if "forward" in vars(module):
-            raise NotTraceable("its forward was put on the object, and its class has another")
+            raise NotTraceable("its forward was replaced on the object and differs from that of its class")
         self.paths = {id(m): path for path, m in module.named_modules(remove_duplicate=False)}
         self.paths[id(module)] = ""
         self.running = [module]
@@ -149,14 +149,14 @@ class Tracer(fx.Tracer):
         return Traced(graph, tuple(guards), tuple(self.inlined), frozenset(self.walked))
 
     def refuse(self, reason: str, module: nn.Module | None = None) -> None:
-        """Remember that the running module cannot be followed, whatever its code makes of the exception."""
+        """Record that the running module cannot be traced, even if its code catches the exception."""
         if not self.reason:
             self.reason = reason
             self.culprit = self.culprit or module or self.running[-1]
         raise NotTraceable(reason)
 
     def _note_changes(self, root: nn.Module, before: dict[int, dict[str, dict[str, Any]]]) -> None:
-        """Refuse a forward that changed what hangs on modules, or a global, without our noticing on the way."""
+        """Refuse a forward that changed attributes of modules, or a global, without being noticed during the trace."""
         for module in root.modules():
             for store, entries in before[id(module)].items():
                 now = vars(module) if store == "" else vars(module)[store]
@@ -165,20 +165,20 @@ class Tracer(fx.Tracer):
                     self.culprit, self.reason = module, f"it writes the attribute '{changed[0]}'"
         for module, name, value in self.reads.values():
             if read_now(module, name) != value and not self.reason:
-                self.culprit, self.reason = module, f"it changes what is in the attribute '{name}'"
+                self.culprit, self.reason = module, f"it changes the contents of the attribute '{name}'"
 
     def _note_globals(self, root: nn.Module) -> None:
         for (where, name), value in self.globals.items():
             if read_global(where, name) != value and not self.reason:
                 self.culprit, self.reason = root, f"it changes the global '{name}'"
 
-    # what fx asks of a tracer
+    # the methods that fx calls
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        self.in_fx += 1  # what we ask of a module is not what its forward reads
+        self.in_fx += 1  # our own reads of a module are not reads of its forward
         try:
             return self.is_leaf(m)
         finally:
@@ -221,7 +221,7 @@ class Tracer(fx.Tracer):
         return result
 
     def _call_with_hooks(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of a module between calls of the hooks that it has when the graph runs."""
+        """Trace the forward of a module between calls that run the hooks which it has when the graph runs."""
         if m._backward_hooks or m._backward_pre_hooks:
             self.refuse("it has backward hooks", m)
         given: Any = self.create_proxy("call_function", run_pre_hooks, (m, args, kwargs), {})
@@ -264,7 +264,7 @@ class Tracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             if not any(a is buffer for buffer in self.root.buffers()) and a not in self.tensor_attrs:
-                self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
+                self.refuse("it uses a tensor that is not a parameter, buffer or attribute of its modules")
         if isinstance(a, dict) and kind not in (dict, OrderedDict):
             return self._create_mapping(a)
         if kind is OrderedDict:
@@ -275,7 +275,7 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def _create_mapping(self, a: Any) -> Any:
-        """A dictionary of a class of its own, such as the outputs of transformers' models."""
+        """Record a dictionary of a special class, such as the outputs of models of transformers."""
         if not hasattr(a, "__dataclass_fields__"):
             self.refuse(f"it makes a {type(a).__name__}")
         entries = {key: self.create_arg(value) for key, value in a.items()}
@@ -291,7 +291,7 @@ class Tracer(fx.Tracer):
             self.refuse("it loops over a tensor, or unpacks one")
             raise
 
-    # what is watched beside
+    # side effects that are watched
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -316,7 +316,7 @@ class Tracer(fx.Tracer):
             delattr_(module, name)
 
         def asks_for_gradients() -> bool:
-            return self.refuse("it asks whether gradients are recorded")  # type: ignore[func-returns-value, return-value]
+            return self.refuse("it reads whether gradients are recorded")  # type: ignore[func-returns-value, return-value]
 
         nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__, nn.Module.__delattr__ = write, delete  # type: ignore[method-assign, assignment]
@@ -361,14 +361,14 @@ class Tracer(fx.Tracer):
             self.refuse(f"it writes the attribute '{name}'")
 
     def call_without_values(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A function of torch that is given nothing of the graph: run if it tells of something, else recorded."""
+        """Handle a torch function without arguments from the graph: run it if it returns a fact, else record it."""
         name = getattr(function, "__name__", "")
         if any(isinstance(a, Tensor) for a in tree_leaves((args, kwargs))):
             if name != "__get__" and not tells_of_tensors(name):
-                self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
+                self.refuse("it uses a tensor that is not a parameter, buffer or attribute of its modules")
             result = function(*args, **kwargs)
             if isinstance(result, Tensor):
-                self.refuse("it uses a tensor that is no parameter, buffer or attribute of its modules")
+                self.refuse("it uses a tensor that is not a parameter, buffer or attribute of its modules")
             return result
         state = torch.get_rng_state()
         result = function(*args, **kwargs)
@@ -391,13 +391,13 @@ class _TorchCalls(TorchFunctionMode):
 
 
 def _modes() -> tuple[Any, ...]:
-    """The global switches of torch that a forward can change around its operators."""
+    """Return the global switches of torch that a forward can change around its operators."""
     autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
     return torch._C.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_default_dtype()
 
 
 def _insides(root: nn.Module) -> dict[int, dict[str, dict[str, Any]]]:
-    """The attributes, parameters, buffers and submodules of every module, by the identity of the module."""
+    """Return the attributes, parameters, buffers and submodules of every module, by the identity of the module."""
     return {
         id(m): {"": dict(vars(m)), **{store: dict(vars(m)[store]) for store in (*STORES, "_modules")}}
         for m in root.modules()
@@ -405,7 +405,7 @@ def _insides(root: nn.Module) -> dict[int, dict[str, dict[str, Any]]]:
 
 
 def _where() -> tuple[str, int]:
-    """Function and line of the code that is being followed."""
+    """Return function and line of the code that is being traced."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename

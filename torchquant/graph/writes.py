@@ -1,8 +1,8 @@
-"""In-place operators of a graph: who reads a tensor after it was written to.
+"""Order in-place operators of a graph: find the readers of a tensor after it was written to.
 
-In a graph with quantizers a tensor and its quantized form are two tensors, so that a write to one would not be seen by
-those that read the other. Every reader that comes after the write is therefore given the result of the write, and a
-graph where a reader holds another view of the same memory is refused.
+In a graph with quantizers a tensor and its quantized form are two tensors, so a reader of one would not see a write to
+the other. Every reader after the write is therefore given the result of the write, and a graph in which a reader holds
+another view of the same memory is refused.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _MORE_VIEWS = {
     *("as_strided", "alias", "feature_dropout", "alpha_dropout", "requires_grad_", "identity", "view_as_real"),
     *("as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "data", "T", "mT", "H"),
 }
-"""What may give a view of its input, beside what the table of operators says so of."""
+"""Functions that may return a view of their input, besides those in the table of operators."""
 _MORE_VIEW_MODULES = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _is_view(target: Any) -> bool:
-    """Whether the table says of a function, method or class that its result can lie in the memory of its input."""
+    """Tell whether the result of a function, method or class can share the memory of its input, by the table."""
     found = OPERATORS.of(target)
     return found is not None and found.may_be_view
 
 
 def written_by(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The value that the node writes to, None if it writes to none."""
+    """Return the value that the node writes to, None if it writes to none."""
     first: Any = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(first, fx.Node):
         return None
@@ -71,7 +71,7 @@ def _positional(node: fx.Node, name: str) -> Any:
 
 
 def _may_be_view(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the result may lie in the memory of an input."""
+    """Tell whether the result may share the memory of an input."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if getattr(module, "inplace", False) is True:
@@ -92,8 +92,8 @@ def _is_built_in(target: Any) -> bool:
 
 
 def order_writes(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
-    """Give what reads a tensor after a write the result of the write; or the node whose write cannot be followed."""
-    memory: dict[fx.Node, int] = {}  # node -> number of the memory it may lie in
+    """Give readers after a write the result of the write; return a node whose write cannot be traced, if any."""
+    memory: dict[fx.Node, int] = {}  # node -> number of the memory it may share
     members: dict[int, list[fx.Node]] = {}
     attributes: dict[Any, fx.Node] = {}
     for node in graph.nodes:
@@ -103,7 +103,7 @@ def order_writes(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
         number = memory[sources[0]] if sources else len(memory)
         memory[node] = number
         members.setdefault(number, []).append(node)
-        for other in sources[1:]:  # a view of one of several: they share one fate
+        for other in sources[1:]:  # a view of one of several: all count as one memory
             for member in members.pop(memory[other], []) if memory[other] != number else []:
                 memory[member] = number
                 members[number].append(member)
@@ -121,7 +121,7 @@ def order_writes(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
 
 
 def lies_in_input(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the value may lie in the memory of an argument, a parameter or a buffer."""
+    """Tell whether the value may share the memory of an argument, a parameter or a buffer."""
     while node.op.startswith("call"):
         if not _may_be_view(node, root):
             return False

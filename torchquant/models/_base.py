@@ -1,4 +1,4 @@
-"""What the fused models share: the recipe of their quantizers, and the way a float model becomes one."""
+"""The base of the fused models: the recipe for their quantizers, and the conversion of a float model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchquant.utils import qmodules
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which quantizers a fused model gets: the arguments of its constructor."""
+    """The quantizers of a fused model: the arguments of its constructor."""
 
     weight_quantizer: QuantizerFactory
     acts_quantizer: QuantizerFactory
@@ -66,17 +66,17 @@ class Recipe:
         return quantizer
 
     def wrap(self, layers: Iterable[nn.Module], input_quantizer: Quantizer | None = None) -> QWrapper:
-        """`layer [+ batch norm] [+ activation]`, with quantizers for its weight and output."""
+        """Wrap `layer [+ batch norm] [+ activation]`, with quantizers for its weight and output."""
         layers = list(layers)
         weight, acts = self._make(self.weight_quantizer, layers[0]), self._make(self.acts_quantizer, layers[0])
         return QWrapper(layers, weight, acts, self.fold_bn, input_quantizer)
 
     def op(self, op: Callable[..., Tensor], layer: nn.Module, activation: nn.Module | None = None) -> QOp:
-        """`op`, then the activation; its output looks like that of `layer`, which its factory is given."""
+        """Wrap `op`, then the activation; the quantizer factory is given `layer`, whose output has the same form."""
         return QOp(op, self._make(self.acts_quantizer, layer), activation)
 
     def stem(self, layers: Iterable[nn.Module], body: nn.Module) -> nn.Module:
-        """The first layers, quantized or not. `input_quantizer` sits where the first quantized layer reads."""
+        """Make the first layers, quantized or not; `input_quantizer` goes to the input of the first quantized layer."""
         layers = list(layers)
         if self.quantize_first:
             return self.wrap(layers, self._make(self.input_quantizer, layers[0]))
@@ -87,7 +87,7 @@ class Recipe:
         return QOp(nn.Sequential(*layers[:-1]), quantizer, layers[-1])
 
     def head(self, pool: nn.Module, fc: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The pooling before the last layer, and the last layer: quantized or not."""
+        """Make the pooling before the last layer, and the last layer, quantized or not."""
         if not self.quantize_fc:
             return pool, fc
         pooling = QOp(pool, self._make(self.avg_pool_quantizer or self.acts_quantizer, fc))
@@ -112,13 +112,13 @@ def check_kind(owner: str, module: nn.Module, kinds: tuple[type[nn.Module], ...]
 class FusedModel(FloatCheckpoints, ABC):
     """A copy of a float model whose layers are QWrappers and QOps.
 
-    The float model stays as it is; weights, batch norm statistics, devices and train / eval modes are
-    copied. In BYPASSED the output equals that of the float model bit for bit, in train mode for the
-    same random state. Float checkpoints load, and `float_state_dict` writes them.
+    The float model is not changed; weights, batch norm statistics, devices and train / eval modes are copied. In
+    BYPASSED the output equals that of the float model bit for bit, in train mode for the same random state. Float
+    checkpoints load, and `float_state_dict` writes them.
     """
 
     quantizes_first: ClassVar[bool] = True
-    """What `quantize_first` is unless it is given: the published defaults differ from model to model."""
+    """Default of `quantize_first`: the published defaults differ from model to model."""
 
     def __init__(
         self,

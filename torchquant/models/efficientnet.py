@@ -13,12 +13,12 @@ from torchquant.models._base import FusedModel, Recipe, check_kind
 
 
 def excite(x: Tensor, squeezed: Tensor) -> Tensor:
-    """x (B, C, H, W) times the sigmoid of squeezed (B, C, 1, 1)."""
+    """Multiply x (B, C, H, W) by the sigmoid of squeezed (B, C, 1, 1)."""
     return torch.sigmoid(squeezed) * x
 
 
 class FusedSqueezeExcitation(nn.Module):
-    """Pool, reduce, expand, excite."""
+    """Squeeze and excitation: pool, reduce, expand, excite."""
 
     def __init__(self, block: Any, recipe: Recipe) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class FusedSqueezeExcitation(nn.Module):
 
 
 class FusedMBConvBlock(nn.Module):
-    """Expansion, depthwise convolution, squeeze and excitation, projection; with drop-connect, added to the input.
+    """Expansion, depthwise convolution, squeeze and excitation, projection; with drop-connect and a skip connection.
 
-    `drop_connect_rate`: probability of this block, None or 0 for none.
+    `drop_connect_rate`: drop probability of this block, None or 0 for none.
     """
 
     def __init__(self, block: Any, recipe: Recipe, drop_connect_rate: float | None) -> None:
@@ -65,13 +65,13 @@ class FusedMBConvBlock(nn.Module):
 class FusedEfficientNet(FusedModel):
     """A copy of an efficientnet_pytorch EfficientNet, ready to quantize.
 
-    `net`: the float model, left as it is. `weight_quantizer`, `acts_quantizer`: functions that make
+    `net`: the float model, which is not changed. `weight_quantizer`, `acts_quantizer`: functions that make
     the quantizer of a site from its layer, or return None to leave it float. An operation without a
     weight (addition, excitation, pooling) gets the layer before it.
 
     `quantize_first`: also the first convolution, by default. `quantize_fc`: also the last layer and the pooling
     before it, with `fc_weight_quantizer`, `fc_acts_quantizer`, `avg_pool_quantizer`, each given the
-    last layer; where one is None, the model's own. `fold_bn`: as in QWrapper. `input_quantizer`: for
+    last layer; where one is None, the quantizer of the model is used. `fold_bn`: as in QWrapper. `input_quantizer`: for
     the tensor that the first quantized layer reads.
 
     forward: (B, 3, H, W) -> (B, classes), or (B, C, 1, 1) from a net with `include_top=False`, which has

@@ -12,7 +12,7 @@ from torchquant.models._base import FusedModel, Recipe, check_kind
 
 
 class FusedInvertedResidual(nn.Module):
-    """Expansion (if there is one), depthwise convolution, linear projection; added to the input at stride 1."""
+    """Expansion (if there is one), depthwise convolution, linear projection; with a skip connection at stride 1."""
 
     def __init__(self, block: Any, recipe: Recipe) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class FusedInvertedResidual(nn.Module):
 class FusedMobileNetV2(FusedModel):
     """A copy of a torchvision MobileNetV2 of any width, ready to quantize.
 
-    `net`: the float model, left as it is. `weight_quantizer`, `acts_quantizer`: functions that make
+    `net`: the float model, which is not changed. `weight_quantizer`, `acts_quantizer`: functions that make
     the quantizer of a site from its layer, or return None to leave it float. An addition gets the
     layer before it.
 
     `quantize_first`: also the first convolution, by default. `quantize_fc`: also the last layer and the pooling
     before it, with `fc_weight_quantizer`, `fc_acts_quantizer`, `avg_pool_quantizer`, each given the
-    last layer; where one is None, the model's own. `fold_bn`: as in QWrapper. `input_quantizer`: for
+    last layer; where one is None, the quantizer of the model is used. `fold_bn`: as in QWrapper. `input_quantizer`: for
     the tensor that the first quantized layer reads.
 
     forward: (B, 3, H, W) -> (B, classes). Raises ConfigError, UnsupportedPatternError,

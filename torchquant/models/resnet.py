@@ -32,13 +32,13 @@ class FusedBlock(nn.Module):
 class FusedResNet(FusedModel):
     """A copy of any torchvision ResNet, ResNeXt or Wide ResNet, ready to quantize.
 
-    `net`: the float model, left as it is. `weight_quantizer`, `acts_quantizer`: functions that make
+    `net`: the float model, which is not changed. `weight_quantizer`, `acts_quantizer`: functions that make
     the quantizer of a site from its layer, or return None to leave it float. An addition gets the
     layer before it, the skip its convolution.
 
     `quantize_first`: also the first convolution, not by default. `quantize_fc`: also the last layer and the pooling
     before it, with `fc_weight_quantizer`, `fc_acts_quantizer`, `avg_pool_quantizer`, each given the
-    last layer; where one is None, the model's own. `fold_bn`: as in QWrapper. `input_quantizer`: for
+    last layer; where one is None, the quantizer of the model is used. `fold_bn`: as in QWrapper. `input_quantizer`: for
     the tensor that the first quantized layer reads.
 
     forward: (B, 3, H, W) -> (B, classes). Raises ConfigError, UnsupportedPatternError,

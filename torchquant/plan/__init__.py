@@ -1,4 +1,4 @@
-"""Plans: rules make one (`rules.py`), it is a value (`quant_plan.py`), `quantize_model.py` carries it out."""
+"""Plans: rules make a plan (`rules.py`), a plan is a value (`quant_plan.py`), `quantize_model.py` applies it."""
 
 from torchquant.plan.quant_plan import PlanChange as PlanChange
 from torchquant.plan.quant_plan import QuantPlan as QuantPlan

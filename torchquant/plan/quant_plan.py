@@ -1,4 +1,4 @@
-"""QuantPlan: which quantizer sits at which site of a model. Rules make it, a model carries it out."""
+"""QuantPlan: which quantizer is at which site of a model. Rules make a plan, and `apply` puts it into a model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from torchquant.graph.sites import SLOTS, Captured, Site, SitePlan, Unquantized
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules
 
 FORMAT = 1
-UNREAD = "its output alone: nothing that can compute with integers reads it as it is"
+UNREAD = "its output only: no operator that can compute with integers reads it directly"
 MOST_NODES, MOST_REPEATS = 10_000, 10
-"""Values of a YAML file with its aliases written out: so many, and so many times those that stand there."""
+"""Limits on the values of a YAML file with aliases expanded: in total, and relative to the values in the file."""
 
 
 @dataclass(frozen=True)
 class PlanChange:
-    """One slot of one site that two plans see differently."""
+    """One slot of one site in which two plans differ."""
 
     path: str
     field: str
@@ -50,9 +50,9 @@ class _Changes(ShownAsTables, list[PlanChange]):
 
 @dataclass(frozen=True)
 class QuantPlan(ShownAsTables):
-    """Site by site, the quantizers of a model. Frozen; prints, compares, is saved and loaded.
+    """The quantizers of a model, site by site. Frozen; can be printed, compared, saved and loaded.
 
-    `sites`: those with a quantizer, in the order they run. `floats`: what stays float, and why. `trace`,
+    `sites`: the sites with a quantizer, in the order they run. `floats`: the parts that stay float, and why. `trace`,
     `fuse`: how the sites are found, as in `capture`.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -68,11 +68,11 @@ class QuantPlan(ShownAsTables):
     trace: bool | str = True
     fuse: bool | str = True
     types: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Site path -> what is there, for people."""
+    """Site path -> a description of the site."""
     patterns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
-    """Path of a module -> how an example calls it, where its defaults do not tell; see `graph/calls.py`."""
+    """Path of a module -> how the example calls it, if that differs from its default call; see `graph/calls.py`."""
     coverage: Coverage | None = field(default=None, compare=False, repr=False)
-    """How much of the model is quantized, as the rules left it; None of a plan that was changed, or written by hand."""
+    """How much of the model the rules quantize; None for a plan that was changed, or written by hand."""
 
     @classmethod
     @checked
@@ -84,19 +84,20 @@ class QuantPlan(ShownAsTables):
         trace: bool | str = True,
         fuse: bool | str = True,
     ) -> QuantPlan:
-        """The plan that rules make for a model.
+        """Make a plan for a model from rules.
 
-        `rules`: the name of a ready set (`RULE_SETS`) or a list of dictionaries. Each selects sites by `types`
+        `rules`: the name of a rule set (`RULE_SETS`) or a list of dictionaries. Each rule selects sites by `types`
         (a class, or an operator of `torchquant operators`: "Conv2d", "add"), `names` (exact, a glob, or "re:" and a
-        regular expression), `position` ("first", "last" among the layers), `where` (a function of the Site); all must
-        hold, none selects all. It sets `weight`, `input`, `output`, `bias`, `preactivation` (what goes into an
-        activation that is fused and no clamp), each a spec string, a dictionary with "scheme", or a function of the
-        layer; None: float. Or `fold_bn`, or `skip: True`. Later rules win, site by site and slot by slot. A batch
-        norm or activation that is fused into a layer can be selected too, and sets the layer's output. `input` counts
-        where nothing has quantized the value yet; `output` where something that can compute with integers reads the
-        result, unless the rule has `names`, `where` or `unread: True`.
+        regular expression), `position` ("first", "last" among the layers) and `where` (a function of the Site); all
+        must hold, and a rule with none of them selects all sites. A rule sets `weight`, `input`, `output`, `bias`,
+        `preactivation` (the input of a fused activation that is not a clamp), each to a spec string, a dictionary with
+        "scheme", or a function of the layer; None means float. It may set `fold_bn`, or `skip: True`. Later rules win,
+        site by site and slot by slot. A rule may also select a batch norm or activation that is fused into a layer;
+        it then sets the layer's output. `input` applies where nothing has quantized the value yet; `output` applies
+        where an operator that can compute with integers reads the result, unless the rule has `names`, `where` or
+        `unread: True`.
 
-        `coverage` of the plan tells how much of the model is quantized; with an example also of its multiply-adds.
+        The `coverage` of the plan says how much of the model is quantized; with an example, also of its multiply-adds.
         Raises ConfigError that names the rule, the site and what is allowed.
         """
         captured = model if isinstance(model, Captured) else capture(model, example_inputs, trace, fuse)
@@ -130,31 +131,31 @@ class QuantPlan(ShownAsTables):
 
     @checked
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
-        """A copy of the float model (or itself) with the quantizers in place, in QModuleState.BYPASSED.
+        """Put the quantizers into a copy of the float model, or into the model itself, in QModuleState.BYPASSED.
 
-        It computes what the float model computes, bit for bit, until a state is set. It keeps its class, its
-        modules and their paths, but for what is wrapped. Float checkpoints load.
-        Raises ConfigError if the model has not the sites of the plan.
+        The result computes what the float model computes, bit for bit, until a state is set. It keeps its class, its
+        modules and their paths; only wrapped layers are replaced. Float checkpoints load. Raises ConfigError if the
+        model does not have the sites of the plan.
         """
         target = model if inplace else copy_model(model)
         return self.apply_to(
             capture(target, trace=self.trace, fuse=self.fuse, patterns=getattr(self, "patterns", {}))
-        )  # old pickles have none
+        )  # old pickles do not have it
 
     def apply_to(self, captured: Captured) -> nn.Module:
-        """`apply` for a model that was captured before: itself, in place."""
+        """Do the same as `apply` for a model that was captured before, in place."""
         known = {site.path: what_is_at(site) for site in captured.sites}
         for plan in self.sites:
             planned = self.types.get(plan.path, "")
             if plan.path in known and planned and planned != known[plan.path]:
                 raise ConfigError(
-                    f"the plan has '{planned}' at the site '{plan.path}', {type(captured.model).__name__} has "
+                    f"the plan has '{planned}' at the site '{plan.path}', but {type(captured.model).__name__} has "
                     f"'{known[plan.path]}'. It was made for another model; make one for this with QuantPlan.from_rules"
                 )
             if plan.path not in known:
                 hint = did_you_mean(plan.path, known)
                 raise ConfigError(
-                    f"the plan has the site '{plan.path}', {type(captured.model).__name__} has not;{hint} "
+                    f"the plan has the site '{plan.path}', but {type(captured.model).__name__} does not have it;{hint} "
                     "It was made for another model, or for calls with arguments that are not in the plan: make one "
                     "with an example of them, QuantPlan.from_rules(rules, model, example_inputs)"
                 )
@@ -162,17 +163,17 @@ class QuantPlan(ShownAsTables):
 
     @checked
     def revert(self, model: nn.Module, inplace: bool = False) -> nn.Module:
-        """The float model that `apply` was given, with the weights as they are now. Raises ConfigError."""
+        """Return the float model that `apply` was given, with the current weights. Raises ConfigError."""
         return revert(model if inplace else copy_model(model))
 
     @checked
     def cost(self, model: nn.Module, example_inputs: Any) -> PlanCost:
-        """Weight bytes, activation bytes, multiply-adds and bit operations of the float model under this plan."""
+        """Compute weight bytes, activation bytes, multiply-adds and bit operations of a float model under this plan."""
         return plan_cost(capture(model, example_inputs, self.trace, self.fuse), self.sites, example_inputs)
 
     @checked
     def replace(self, path: str, **fields: Any) -> QuantPlan:
-        """A plan with other slots at one site. Raises ConfigError for a site it has not.
+        """Return a plan with other values of slots at one site. Raises ConfigError for a site that it does not have.
 
         >>> net = nn.Sequential(nn.Linear(4, 8))
         >>> plan = QuantPlan.from_rules([{"weight": "affine:8"}], net)
@@ -184,14 +185,14 @@ class QuantPlan(ShownAsTables):
             raise ConfigError(f"the plan has no site '{path}';{did_you_mean(path, known)}")
         unknown = set(fields) - {*SLOTS, "fold_bn"}
         if unknown:
-            raise ConfigError(f"a site has {', '.join(SLOTS)}, fold_bn; got {', '.join(sorted(unknown))}")
+            raise ConfigError(f"a site has the slots {', '.join(SLOTS)}, and fold_bn; got {', '.join(sorted(unknown))}")
         values = {name: choice(value, f"site '{path}'", name) for name, value in fields.items()}
         sites = tuple(replace(s, **values) if s.path == path else s for s in self.sites)
         return replace(self, sites=sites, coverage=None)
 
     @checked
     def diff(self, other: QuantPlan) -> list[PlanChange]:
-        """What `other` changes of this plan; prints as a table."""
+        """List the changes from this plan to `other`; the list prints as a table."""
         ours, theirs = ({site.path: site.words() for site in plan.sites} for plan in (self, other))
         found = _Changes()
         for path in dict.fromkeys([*ours, *theirs]):
@@ -202,7 +203,7 @@ class QuantPlan(ShownAsTables):
         return found
 
     def describe(self) -> str:
-        """Every site with its quantizers, then what stays float and why."""
+        """Describe every site with its quantizers, then the parts that stay float and why."""
         fields = [name for name in SLOTS if name != "preactivation" or any(s.preactivation for s in self.sites)]
         header = ["site", "what", *fields]
         rows = []
@@ -213,14 +214,14 @@ class QuantPlan(ShownAsTables):
         if self.floats:
             floats = ([left.path or "(root)", left.type, left.why] for left in self.floats)
             text += "\n\nleft float\n" + text_table(["path", "what", "why"], floats)
-        coverage = getattr(self, "coverage", None)  # old pickles have none
+        coverage = getattr(self, "coverage", None)  # old pickles do not have it
         return text if coverage is None else f"{text}\n\n{coverage.summary()}"
 
     def __str__(self) -> str:
         return self.describe()
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, as `save` writes it.
+        """Return the plan as plain data, as `save` writes it.
 
         Raises ConfigError if a quantizer is a function, which has no text.
         """
@@ -234,7 +235,7 @@ class QuantPlan(ShownAsTables):
             sites.append({"path": site.path, "what": self.types.get(site.path, ""), **site.words()})
         floats = [{"path": left.path, "type": left.type, "why": left.why} for left in self.floats]
         head = {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse}
-        calls = calls_to_data(getattr(self, "patterns", {}))  # old pickles have none
+        calls = calls_to_data(getattr(self, "patterns", {}))  # old pickles do not have it
         coverage = getattr(self, "coverage", None)
         more = {"calls": calls} if calls else {}
         more |= {} if coverage is None else {"coverage": coverage.to_dict()}
@@ -242,7 +243,7 @@ class QuantPlan(ShownAsTables):
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "the data") -> QuantPlan:
-        """The plan that `to_dict` wrote; `where` names it in messages. Raises ConfigError.
+        """Make a plan from the result of `to_dict`; `where` names it in messages. Raises ConfigError.
 
         >>> net = nn.Sequential(nn.Linear(4, 8))
         >>> plan = QuantPlan.from_rules([{"weight": "affine:8"}], net)
@@ -257,7 +258,7 @@ class QuantPlan(ShownAsTables):
                 raise ConfigError(f"{where}: {name} must be a list, got {shown(data[name])}")
         for name in ("trace", "fuse"):
             if not isinstance(data.get(name, True), bool | str):
-                raise ConfigError(f"{where}: {name} must be True, False or a word, got {shown(data[name])}")
+                raise ConfigError(f"{where}: {name} must be True, False or a string, got {shown(data[name])}")
         for i, entry in enumerate(data.get("sites") or []):
             place = f"{where}, site {i + 1}"
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
@@ -269,8 +270,8 @@ class QuantPlan(ShownAsTables):
             types[entry["path"]] = entry.get("what", "")
         if any(types.values()) and "left_float" not in data:
             raise ConfigError(
-                f"{where} seems to be cut: it has no left_float, with which every saved plan ends. Take the whole one, "
-                "or write 'left_float: []' at its end"
+                f"{where} seems to be truncated: every saved plan ends with left_float, but it has none. Use the whole "
+                "file, or write 'left_float: []' at its end"
             )
         floats = []
         for i, entry in enumerate(data.get("left_float") or []):
@@ -292,17 +293,17 @@ class QuantPlan(ShownAsTables):
     @classmethod
     @checked
     def load(cls, path: str | os.PathLike[str]) -> QuantPlan:
-        """Read a plan that `save` wrote, or that somebody wrote by hand. Raises ConfigError."""
+        """Read a plan that `save` wrote, or one written by hand. Raises ConfigError."""
         return cls.from_dict(read_yaml(path), f"{path}")
 
 
 def what_is_at(site: Site) -> str:
-    """The layer or operator of a site and what is fused into it, for people."""
+    """Describe the layer or operator of a site and the parts fused into it."""
     return " + ".join([site.types[-1], *(kind for _, kind in site.fused)])
 
 
 def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tuple[list[SitePlan], list[Unquantized]]:
-    """Sites whose batch norm has no running statistics keep it as a layer of its own; those batch norms, told of."""
+    """Do not fold batch norms without running statistics; return the plans, and these batch norms as float parts."""
     kept, told = [], []
     for plan, site in zip(plans, captured.sites, strict=True):
         if plan.fold_bn and site.batch_norm is not None:
@@ -318,7 +319,7 @@ def _without_impossible_folding(plans: list[SitePlan], captured: Captured) -> tu
 
 @checked
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """What a YAML (or JSON) file holds, by the safe loader. Raises ConfigError, also for one whose aliases explode."""
+    """Read a YAML (or JSON) file with the safe loader. Raises ConfigError, also if its aliases expand too far."""
     yaml = require("yaml", "cli")
     loader = yaml.SafeLoader(read_text(path))
     try:
@@ -328,7 +329,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         known: dict[int, int] = {}
         if (size := _written_out(node, known)) > MOST_NODES + MOST_REPEATS * len(known):
             raise ConfigError(
-                f"{path} has {len(known):,} values, but {size:,} with its aliases written out; write less"
+                f"{path} has {len(known):,} values, but {size:,} with its aliases expanded; use fewer aliases"
             )
         return loader.construct_document(node)
     except RecursionError as error:
@@ -342,7 +343,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def _written_out(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node holds, an alias counted like what it stands for. Raises RecursionError."""
+    """Count the values of a YAML node with aliases expanded. Raises RecursionError."""
     if id(node) not in known:
         parts = node.value if isinstance(node.value, list) else ()
         inside = (part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,)))
@@ -351,13 +352,13 @@ def _written_out(node: Any, known: dict[int, int]) -> int:
 
 
 def _unset(plans: list[SitePlan], captured: Captured) -> list[str]:
-    """Paths of the sites whose products rules leave float: those of a list that its user wrote mean to."""
+    """Return the paths of sites whose products the rules leave float; a user's own list does so on purpose."""
     pairs = zip(plans, captured.sites, strict=True)
     return [site.path for plan, site in pairs if (plan.weight if site.is_layer else plan.input) is None]
 
 
 def _check_buildable(plan: SitePlan, site: Site) -> None:
-    """Raise ConfigError, naming the site, for what only shows when a quantizer is made."""
+    """Raise ConfigError that names the site for errors that only show when a quantizer is made."""
     if plan.bias is not None and plan.weight is None:
         raise ConfigError(f"site '{site.path}': a bias is quantized together with the weight; give it a weight too")
     if plan.output == SHARE and "cat" not in site.types:

@@ -1,4 +1,4 @@
-"""Any model in one call."""
+"""Quantize any model in one call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchquant.graph.traced import graphs_running
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 
-OTHER_RESULT = "as followed by torch.fx it computed something else on the example, so layers are wrapped one by one"
+OTHER_RESULT = "its torch.fx graph computed something else on the example, so layers are wrapped one by one"
 
 
 @checked
@@ -30,20 +30,19 @@ def quantize(
     inplace: bool = False,
     strict: bool = False,
 ) -> nn.Module:
-    """A copy of a float model with quantizers where the rules say, ready to calibrate.
+    """Copy a float model and put quantizers where the rules say, ready to calibrate.
 
-    `rules`: a ready set by name ("w8a8", "w4a8", "w4a8-minmax", "w4a4-lsq", "w2a2-lsq", "ternary", "w8a8-products",
+    `rules`: the name of a rule set ("w8a8", "w4a8", "w4a8-minmax", "w4a4-lsq", "w2a2-lsq", "ternary", "w8a8-products",
     "w8a8-transformer", "w4a8-transformer", "int8-ort", "int8-openvino"), a list of rules, or a QuantPlan; see
-    `QuantPlan.from_rules`.
-    `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it forwards are followed as they are called,
-    and the graphs are checked to compute, in evaluation and in training, what the float model does; where they do not,
-    layers are wrapped one by one instead. The plan is `model.plan`. The given model is not changed, nor run, unless
-    `inplace`.
+    `QuantPlan.from_rules`. `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it forwards are
+    traced as they are called, and the graphs are compared with the float model in evaluation and in training; where
+    they compute something else, layers are wrapped one by one instead. The plan is `model.plan`. The given model is not
+    changed or run, unless `inplace`.
 
-    In QModuleState.BYPASSED the result runs the forwards of the float model. `model.plan.coverage` tells the share of
-    the weights and of the multiply-adds that is quantized. Warns if more than 5 % of either stays float that no rule of
-    yours leaves float, or if nothing was found to quantize; `strict=True` raises ConfigError instead, and leaves
-    the given model as it was. Raises ConfigError.
+    In QModuleState.BYPASSED the result runs the forwards of the float model. `model.plan.coverage` gives the quantized
+    share of the weights and of the multiply-adds. Warns if more than 5 % of either stays float although no rule of
+    yours leaves it float, or if nothing was found to quantize; `strict=True` raises ConfigError instead, and leaves the
+    given model unchanged. Raises ConfigError.
 
     >>> from torchquant import QModuleState, qmodule_state, set_qmodule_state
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
@@ -69,29 +68,29 @@ def quantize(
             if inplace:
                 plan.revert(quantized, inplace=True)
             raise ConfigError(told)
-        warnings.warn(told, StaysFloatWarning, stacklevel=3)  # the caller of what `checked` made of this
+        warnings.warn(told, StaysFloatWarning, stacklevel=3)  # the caller of the wrapper that `checked` made
     quantized.plan = plan  # type: ignore[assignment]
     return quantized
 
 
 def _left_float(plan: QuantPlan, name: str) -> str:
-    """What of the model should not have stayed float, and what to do, in words; "" if nothing."""
+    """Describe the parts that should not have stayed float, and what to do; "" if there are none."""
     if not plan.sites:
-        return f"quantize found nothing to quantize in {name}: it stays float; print(model.plan) tells why"
+        return f"quantize found nothing to quantize in {name}: it stays float; print(model.plan) says why"
     lacks = "" if plan.coverage is None else plan.coverage.lacks()
     if not lacks:
         return ""
     return (
-        f"quantize leaves part of {name} float, {lacks}. Give these sites a rule, or one with skip: True if they shall "
-        "stay float; what is no site can be written with layers of torch.nn. print(model.plan.coverage) lists all; "
-        "StaysFloatWarning can be ignored"
+        f"quantize leaves part of {name} float, {lacks}. Give these sites a rule, or a rule with skip: True if they "
+        "should stay float; parts that are no site can be rewritten with layers of torch.nn. "
+        "print(model.plan.coverage) lists all parts; to silence this warning, filter StaysFloatWarning"
     )
 
 
 def _planned(
     model: nn.Module, rules: Rules, example_inputs: Any, inplace: bool, trace: bool
 ) -> tuple[QuantPlan, nn.Module]:
-    """The plan and the model it was carried out in, captured once."""
+    """Make the plan and apply it; the model is captured once."""
     target = model if inplace else copy_model(model)
     captured = capture(target, example_inputs, trace=trace, fuse=trace)
     plan = QuantPlan.from_rules(rules, captured, example_inputs)
@@ -100,14 +99,14 @@ def _planned(
 
 @torch.no_grad()
 def _same(model: nn.Module | None, quantized: nn.Module, example_inputs: Any) -> bool:
-    """Whether the graphs give what the forwards give on the example, in both modes, bit for bit.
+    """Tell whether the graphs compute the same as the forwards on the example, in both modes, bit for bit.
 
     `model`: the float model, None if it was quantized itself: then the forwards of the result are run.
     """
     float_model, twin = copy_model(quantized if model is None else model), copy_model(quantized)
     for training in (False, True):
         expected = _outcome(float_model, example_inputs, training)
-        if isinstance(expected, Exception):  # the float model itself does not run so
+        if isinstance(expected, Exception):  # the float model itself fails in this mode
             continue
         with graphs_running():
             found = _outcome(twin, example_inputs, training)
@@ -117,12 +116,12 @@ def _same(model: nn.Module | None, quantized: nn.Module, example_inputs: Any) ->
 
 
 def _outcome(twin: nn.Module, example_inputs: Any, training: bool) -> list[Tensor] | Exception:
-    """The tensors that a copy nobody needs gives on the example."""
+    """Run a throw-away copy on the example; return its output tensors, or its error."""
     with undisturbed(twin, training):
         torch.manual_seed(0)
         try:
             return list(tensors_in(call_with_copies(twin, example_inputs)))
-        except Exception as error:  # whatever a forward raises
+        except Exception as error:  # a forward may raise anything
             return error
 
 

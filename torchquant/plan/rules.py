@@ -1,4 +1,4 @@
-"""Rules: what a user says about the sites of a model, and the ready sets."""
+"""Rules: the quantizers that a user wants for the sites of a model, and the rule sets of the package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = (*SLOTS, "fold_bn", "skip", "unread")
 POSITIONS = ("first", "last")
 
 _INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
-_TABLES = {"types": ["Embedding"], "weight": _INT8["weight"]}  # of which runtimes look up codes
+_TABLES = {"types": ["Embedding"], "weight": _INT8["weight"]}  # runtimes look up the codes of embeddings
 _ENDS = {"position": ["first", "last"]}
 _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 _LAYERS = [*_CONVS, "Linear"]
@@ -96,7 +96,7 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         _TABLES,
     ],
 }
-"""Ready rules by name. The last two quantize what ONNX Runtime and OpenVINO have integer kernels for.
+"""Rule sets by name. The last two quantize operators that have integer kernels in ONNX Runtime and OpenVINO.
 
 A convolution of ONNX Runtime gives codes or computes in float32, so it has an output quantizer whoever reads it.
 In sets with 8-bit weights recurrent layers have a scale for each 8 weights (docs/decisions/0032).
@@ -105,7 +105,7 @@ In sets with 8-bit weights recurrent layers have a scale for each 8 weights (doc
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that was found valid. `name` is what messages call it."""
+    """A checked rule. `name` is its name in messages."""
 
     name: str
     types: tuple[str, ...] | None
@@ -119,9 +119,9 @@ class Rule:
     def set_slots(
         self, chosen: dict[str, dict[str, Any]], captured: Captured, skipped: dict[str, str] | None = None
     ) -> set[str]:
-        """Write what the rule sets into `chosen`, site by site, and into `skipped` which sites it takes out.
+        """Write the slots of the rule into `chosen`, site by site, and the sites that it skips into `skipped`.
 
-        Returns the sites whose outputs it leaves float, since nothing that can compute with integers reads them.
+        Returns the sites whose outputs it leaves float, since no operator that can compute with integers reads them.
         """
         skipped = {} if skipped is None else skipped
         ends = [site.path for site in captured.sites if site.is_layer]
@@ -159,7 +159,7 @@ class Rule:
         return unread
 
     def _reach(self, site: Site) -> tuple[str, ...]:
-        """The slots of the site that the rule may set, () if it does not select it."""
+        """Return the slots of the site that the rule may set, () if it does not select the site."""
         if self._selects(site.path, site.types):
             return (*site.fields, *(("fold_bn",) if site.is_layer else ()))
         if any(self._selects(path, (kind,)) for path, kind in site.fused) and not self.skip:
@@ -179,11 +179,11 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def read_rules(rules: Rules, captured: Captured) -> list[Rule]:
-    """The rules of a ready set or a list, checked. Raises ConfigError that names the rule."""
+    """Check the rules of a rule set or a list. Raises ConfigError that names the rule."""
     if isinstance(rules, str):
         if rules not in RULE_SETS:
             raise ConfigError(
-                f"no rules are called '{rules}';{did_you_mean(rules, RULE_SETS)} Known: {', '.join(RULE_SETS)}. "
+                f"there is no rule set '{rules}';{did_you_mean(rules, RULE_SETS)} Known: {', '.join(RULE_SETS)}. "
                 "Or give a list of rules"
             )
         return [_read_rule(f"rule {i + 1} of '{rules}'", r, captured) for i, r in enumerate(RULE_SETS[rules])]
@@ -199,11 +199,9 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
         raise ConfigError(f"{name}: skip must be True or False, got {shown(skip)}")
     given = [key for key in SETTINGS if key in rule and key not in ("skip", "unread")]
     if skip and given:
-        raise ConfigError(
-            f"{name} clashes with itself: skip leaves the site float, but it also sets {', '.join(given)}"
-        )
+        raise ConfigError(f"{name} contradicts itself: skip leaves the site float, but it also sets {', '.join(given)}")
     if not skip and not given:
-        raise ConfigError(f"{name} sets nothing; it may set {', '.join(SETTINGS)}")
+        raise ConfigError(f"{name} sets nothing; it must set one of {', '.join(SETTINGS)}")
     types, names, position = (_words(name, rule, key) for key in ("types", "names", "position"))
     known = _known_types(captured)
     for kind in types or ():
@@ -213,13 +211,13 @@ def _read_rule(name: str, rule: Any, captured: Captured) -> Rule:
             )
     for place in position or ():
         if place not in POSITIONS:
-            raise ConfigError(f"{name}: position must be of {', '.join(POSITIONS)}, got '{place}'")
+            raise ConfigError(f"{name}: position must be one of {', '.join(POSITIONS)}, got '{place}'")
     for pattern in names or ():
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
             except re.error as error:
-                raise ConfigError(f"{name}: '{pattern}' is no regular expression: {error}") from error
+                raise ConfigError(f"{name}: '{pattern}' is not a regular expression: {error}") from error
     where = rule.get("where")
     if where is not None and not callable(where):
         raise ConfigError(f"{name}: where must be a function of a Site, got {shown(where)}")
@@ -248,7 +246,7 @@ def _known_types(captured: Captured) -> set[str]:
 
 
 def choice(value: Any, where: str, name: str) -> Any:
-    """The value of a slot, dictionaries as spec strings. Raises ConfigError."""
+    """Check the value of a slot and turn a dictionary into a spec string. Raises ConfigError."""
     if name == "fold_bn":
         if not isinstance(value, bool | str):
             raise ConfigError(f"{where}: fold_bn must be True, False or the name of a mode, got {shown(value)}")
@@ -282,13 +280,13 @@ def _spec_of(value: Mapping[str, Any], where: str, name: str) -> str:
     group, gradient = parts.pop("group", None), parts.pop("gradient", None)
     for key, part in parts.items():
         if not isinstance(part, str | int | float):
-            raise ConfigError(f"{where}, {name}: '{key}' must be a word, a number, True or False; got {shown(part)}")
+            raise ConfigError(f"{where}, {name}: '{key}' must be a string, a number, True or False; got {shown(part)}")
     options = tuple((k, None if v is True else str(v)) for k, v in parts.items())
     return str(QuantSpec(scheme, n_bits, options, granularity or ("group" if group else ""), group, gradient))
 
 
 def check_keys(where: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
-    """Raise ConfigError for a key that is not allowed, with the nearest that is."""
+    """Raise ConfigError for a key that is not allowed, and suggest the nearest allowed one."""
     allowed = list(allowed)
     for key in given:
         if key not in allowed:

@@ -1,1 +1,1 @@
-"""Runs that write into a folder: the commands of `torchquant`, as functions, and what they share."""
+"""Runs that write into a folder: the commands of `torchquant` as functions, and the code that they share."""

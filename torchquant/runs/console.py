@@ -1,4 +1,4 @@
-"""The output of a run while it goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torchquant.errors import require
 from torchquant.training.batches import make_bar
 
 MOST_ROWS = 12
-"""Rows of a growing table that are shown: the last ones."""
+"""How many of the last rows of a growing table are shown."""
 
 
 class NullProgress:
-    """Says nothing. Also the interface: a context manager with `start`, `message`, `advance`, `row`, `table`."""
+    """Shows nothing. It is also the interface: a context manager with `start`, `message`, `advance`, `row`, `table`."""
 
     def __enter__(self) -> NullProgress:
         return self
@@ -22,26 +22,26 @@ class NullProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away, if there is one."""
+        """Remove the progress bar, if there is one."""
 
     def start(self, total: float) -> None:
-        """`total` units of work lie ahead."""
+        """Start the progress at 0 of `total` units of work."""
 
     def message(self, text: str) -> None:
-        """Something finished; the text stays."""
+        """Show a text that stays, about finished work."""
 
     def advance(self, amount: float, doing: str) -> None:
-        """`amount` units are done; `doing` is what happens now and need not stay."""
+        """Add `amount` finished units; `doing` describes the current work and need not stay."""
 
     def row(self, title: str, cells: Mapping[str, str]) -> None:
-        """One more row, column -> text, of the table `title`, which grows while the work goes on."""
+        """Add a row, column -> text, to the table `title`, which grows during the run."""
 
     def table(self, title: str, header: list[str], rows: list[list[str]], note: str) -> None:
         """Show the result."""
 
 
 class Terminal(NullProgress):
-    """rich on a terminal: a bar with a live message, growing tables and finished lines above it. Elsewhere lines only.
+    """Shows progress with rich: a bar with a live message below growing tables and lines. Off a terminal: lines only.
 
     `console`: a rich Console, by default one on standard output. Raises MissingDependencyError.
     """
@@ -76,7 +76,7 @@ class Terminal(NullProgress):
             self.message(f"{title}: " + ", ".join(f"{name} {text}" for name, text in cells.items()))
 
     def _grown(self, title: str) -> Any:
-        """The last rows of a table that grows."""
+        """Render the last rows of a growing table."""
         rows = self._rows[title]
         return _table(title, list(rows[0]), [list(row.values()) for row in rows[-MOST_ROWS:]], "")
 

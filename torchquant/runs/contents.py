@@ -1,4 +1,4 @@
-"""The files that took part in a run, by their contents: a file that changed under the same name is another one."""
+"""Identify the files of a run by their contents, so that a file changed under the same name is noticed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ OURS = Path(__file__).parent.parent
 
 
 def contents_of(paths: Iterable[str | None], nets: Iterable[nn.Module] = (), model: str = "") -> dict[str, str]:
-    """Name -> sha256 of the files and folders, and of the Python files that the networks are written in.
+    """Compute name -> sha256 of the files and folders, and of the Python files that define the networks.
 
-    Installed packages, this one among them, have no line here. `model`: "file.py:function" or
-    "package.module:function" that built one.
+    Installed packages, including torchquant, are left out. `model`: "file.py:function" or
+    "package.module:function" that built a network.
     """
     found = {path: digest_of(Path(path)) for path in paths if path is not None}
     starts = [kind.__module__ for net in nets for module in net.modules() for kind in type(module).__mro__]
@@ -34,21 +34,21 @@ def contents_of(paths: Iterable[str | None], nets: Iterable[nn.Module] = (), mod
 
 
 def pinned(wanted: dict[str, str] | None, found: dict[str, str]) -> dict[str, str]:
-    """The contents that were found; raises ConfigError where settings ask for others."""
+    """Return the contents that were found; raises ConfigError where the settings ask for others."""
     if wanted is not None and (changed := changed_contents(wanted, found)):
         raise ConfigError(
-            f"{', '.join(changed)}: not what the settings were written down with; leave out their contents"
+            f"{', '.join(changed)} changed since the settings were written; leave `contents` out of the settings"
         )
     return found
 
 
 def changed_contents(known: dict[str, str], ours: dict[str, str]) -> list[str]:
-    """Names of what is not the same in both."""
+    """Names whose contents differ, or that only one of the two has."""
     return [name for name in {**ours, **known} if known.get(name) != ours.get(name)]
 
 
 def _own_files(starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(label, file) of the modules that are not installed, and of those that they take names from."""
+    """(label, file) of the given modules that are not installed packages, and of the modules they import names from."""
     waiting, seen = list(dict.fromkeys(starts)), set()
     while waiting:
         name = waiting.pop()

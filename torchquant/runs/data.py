@@ -1,6 +1,6 @@
 """The data of runs: handwritten digits, CIFAR-10, or a folder of pictures.
 
-The digits are moved, turned and made noisy, so that 8x8 pixels are not trivial.
+The digits are shifted, rotated and made noisy, so that 8x8 pixels are not trivial.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NOISE = 0.2
 """Standard deviation of the pixel noise; pixels are 0..1."""
 CACHE = Path("~/.cache/torchquant")
 DATA = ("digits", "cifar10")
-"""Data by name; all else is a folder of pictures."""
+"""Data sets by name; any other name is a folder of pictures."""
 FOLDER_SIZE = 64
-"""Side of the squares that the pictures of a folder are brought to."""
+"""Side of the squares to which the pictures of a folder are resized."""
 
 
 class TrainingData(Protocol):
-    """The interface of data for training and testing."""
+    """Interface of data for training and testing."""
 
     @property
     def n_train(self) -> int:
@@ -40,7 +40,7 @@ class TrainingData(Protocol):
 
     @property
     def n_channels(self) -> int:
-        """1 or 3."""
+        """Number of channels of an image: 1 or 3."""
 
     @property
     def n_classes(self) -> int: ...
@@ -52,14 +52,14 @@ class TrainingData(Protocol):
     def test_labels(self) -> Tensor: ...
 
     def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of (images, labels), in an order and with distortions drawn from `generator`."""
+        """Yield one epoch of (images, labels); `generator` draws the order and the distortions."""
 
 
 BATCH_SIZE = 64
 
 
 class TrainBatches:
-    """The training batches of an epoch, newly drawn each time they are gone through: what `torchquant.fit` takes.
+    """The training batches of an epoch, drawn anew in each iteration; `torchquant.fit` takes them.
 
     >>> import torchquant
     >>> batches = TrainBatches(load_digits(), seed=0)
@@ -80,9 +80,9 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class Digits:
-    """Real digits, split by image: (N, 1, 8, 8) training images, (M, 1, 16, 16) distorted test images.
+    """Real digits, split by image: (N, 1, 8, 8) training images and (M, 1, 16, 16) distorted test images.
 
-    Labels are (N,) and (M,) int64. No source image is in both parts.
+    Labels are (N,) and (M,) int64. No source image is in both splits.
     """
 
     train_images: Tensor
@@ -97,18 +97,18 @@ class Digits:
         return len(self.train_labels)
 
     def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`train_epoch`, in batches."""
+        """Yield the images and labels of `train_epoch` in batches."""
         images, labels = self.train_epoch(generator)
         yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
     def train_epoch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The training images in random order, each newly distorted: (N, 1, 16, 16), (N,)."""
+        """Return the training images in random order, each distorted anew, (N, 1, 16, 16), and their labels, (N,)."""
         order = torch.randperm(len(self.train_labels), generator=generator)
         return distort(self.train_images[order], generator), self.train_labels[order]
 
 
 def load_digits(seed: int = 0, test_copies: int = 4) -> Digits:
-    """scikit-learn's 1797 embedded digits; 3/4 for training, 1/4 distorted `test_copies` times for testing.
+    """Load scikit-learn's 1797 digits; 3/4 for training, 1/4, each distorted `test_copies` times, for testing.
 
     Raises MissingDependencyError without scikit-learn.
     """
@@ -123,7 +123,7 @@ def load_digits(seed: int = 0, test_copies: int = 4) -> Digits:
 
 
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(N, 1, 8, 8) -> (N, 1, 16, 16): enlarged, rotated, shifted, with pixel noise; every image its own way."""
+    """Enlarge, rotate and shift each image at random and add noise: (N, 1, 8, 8) -> (N, 1, 16, 16)."""
     n = len(images)
     angle, shift_x, shift_y = torch.rand(3, n, generator=generator) * 2 - 1
     angle, shift_x, shift_y = angle * MAX_ANGLE, shift_x * MAX_SHIFT, shift_y * MAX_SHIFT
@@ -156,13 +156,13 @@ class Pictures:
         return len(self.train_labels)
 
     def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a new random order, each newly distorted."""
+        """Yield batches in a new random order, each distorted anew."""
         for index in torch.randperm(self.n_train, generator=generator).split(batch_size):
             yield _distorted(self.train_images[index], self.mean, self.std, generator), self.train_labels[index]
 
 
 def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Floats in the default memory format, whatever that of the pictures."""
+    """Return normalized floats in the default memory format, whatever memory format the pictures have."""
     return (images.to(torch.float32, memory_format=torch.contiguous_format) / 255.0 - mean.view(3, 1, 1)) / std.view(
         3, 1, 1
     )
@@ -182,14 +182,14 @@ def _distorted(images: Tensor, mean: Tensor, std: Tensor, generator: torch.Gener
 
 
 def make_pictures(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], n_classes: int) -> Pictures:
-    """`Pictures` of (images uint8 (N, 3, H, W), labels (N,)) pairs; normalized by the moments of the training ones."""
+    """Make `Pictures` from (images uint8 (N, 3, H, W), labels (N,)) pairs, normalized by the training moments."""
     sample = train[0][:10000].to(torch.float32) / 255.0
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
     return Pictures(train[0], train[1], _normalized(test[0], mean, std), test[1], mean, std, n_classes)
 
 
 def load_data(name: str, seed: int = 0, test_copies: int = 4) -> TrainingData:
-    """ "digits", "cifar10", or a folder with the subfolders train and test (or val), a folder of pictures a class.
+    """Load "digits", "cifar10", or a folder with subfolders train and test (or val), one folder of pictures per class.
 
     CIFAR-10 is downloaded once, to `~/.cache/torchquant` or where `TORCHQUANT_DATA` says. Raises ConfigError,
     MissingDependencyError.
@@ -223,7 +223,7 @@ def _folder(root: Path) -> Pictures:
     if not (splits["train"].is_dir() and test.is_dir()):
         raise ConfigError(
             f"data must be digits, cifar10 or a folder with the subfolders train and test (or val), each with a folder "
-            f"of pictures a class; got {str(root)!r}"
+            f"of pictures per class; got {str(root)!r}"
         )
     datasets, image = require("torchvision.datasets", "all"), require("PIL.Image", "all")
 
@@ -236,8 +236,10 @@ def _folder(root: Path) -> Pictures:
         for path, _ in found.samples:
             try:
                 images.append(_square(image.open(path), image))
-            except (OSError, ValueError, SyntaxError) as error:  # PIL has its own words for what is damaged
-                raise ConfigError(f"{path} is not a picture that can be read: {one_line(error)}") from error
+            except (OSError, ValueError, SyntaxError) as error:  # PIL raises several kinds of errors for damaged files
+                raise ConfigError(
+                    f"{path} is not a picture that can be read: {one_line(error)}; remove or replace it"
+                ) from error
         return torch.stack(images), torch.as_tensor(found.targets), found.classes
 
     train_images, train_labels, classes = read(splits["train"])
@@ -248,7 +250,7 @@ def _folder(root: Path) -> Pictures:
 
 
 def _square(picture: Any, image: Any) -> Tensor:
-    """The middle square of a picture, in colour, (3, FOLDER_SIZE, FOLDER_SIZE) uint8."""
+    """Crop the middle square of a picture and resize it, in colour: (3, FOLDER_SIZE, FOLDER_SIZE) uint8."""
     picture = picture.convert("RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2

@@ -1,4 +1,4 @@
-"""From the folder of a `torchquant quantize` or `search` run to files that run elsewhere, with a certificate."""
+"""Export the model of a `torchquant quantize` or `search` run to files for other runtimes, with a certificate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Exported", "certify_run", "export_run", "float_model", "load_run"]
 FORMS = ("onnx", "packed", "integer")
 FILES = {"onnx": "model.onnx", "packed": "model.safetensors", "integer": "integer.json"}
 SHARED = ("model", "data", "checkpoint", "float_epochs", "learning_rate", "calibration_batches", "seed", CONTENTS)
-"""Settings of a search that a job has too."""
+"""Settings of a search that `JobConfig` has too."""
 AGAIN = "run it again in another folder"
 SAMPLES = 256
 BATCH = 64
@@ -38,7 +38,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that was written, what it is, and the certificate if one was asked for."""
+    """The written file, its form, and its certificate if one was requested."""
 
     path: Path
     form: str
@@ -49,9 +49,10 @@ class Exported:
 
 
 def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, JobConfig]:
-    """The quantized model of a finished run, in eval mode and QUANT_EVAL; its data; its settings.
+    """Load the quantized model of a finished run, in eval mode and QUANT_EVAL, with its data and its settings.
 
-    Of a search the settings are those that `JobConfig` has. Raises ConfigError for a folder without a finished run.
+    For a search, only the settings that `JobConfig` has are returned. Raises ConfigError for a folder without a
+    finished run.
     """
     run = Path(folder)
     needed = ["config.json", "plan.yaml", "quantized.pt"]
@@ -59,7 +60,7 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
     if missing:
         raise ConfigError(
             f"{run} is not the folder of a finished `torchquant quantize` run or search: "
-            f"{', '.join(missing)} is not there"
+            f"it does not hold {', '.join(missing)}"
         )
     known = read_settings(run / "config.json")
     if "kind" in known:
@@ -72,7 +73,7 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
         {name: sha for name, sha in (config.contents or found).items() if name in found}, found
     ):
         raise ConfigError(
-            f"{', '.join(changed)} has changed since the run in {run}; bring it back, or run again elsewhere"
+            f"{', '.join(changed)} has changed since the run in {run}; restore it, or run again in another folder"
         )
     with reading(run / "plan.yaml", AGAIN):
         model = quantize(net.eval(), QuantPlan.load(run / "plan.yaml"), inplace=True)
@@ -82,7 +83,7 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
 
 
 def float_model(model: str, n_classes: int, n_channels: int) -> nn.Module:
-    """The float model of a run, by the name that `torchquant quantize` takes: what packed files name as builder.
+    """Build the float model of a run from the name that `torchquant quantize` takes; packed files name this function.
 
     >>> float_model("demo", 10, 1)(torch.zeros(1, 1, 16, 16)).shape
     torch.Size([1, 10])
@@ -99,14 +100,14 @@ def export_run(
 ) -> Exported:
     """Write the model of a run as "onnx", "packed" or "integer", into the folder unless `out` names a file.
 
-    "integer" writes no model: a report of what it takes to run on integers, with the accuracy of the integer reference
-    on `samples` test images. `with_certificate`, for ONNX: `certify` on as many, as certificate.json and .txt beside
-    the file. Raises ConfigError, ExportError.
+    "integer" writes no model but a report: accumulators, float operators, and the accuracy of the integer reference
+    on `samples` test images. `with_certificate`, for ONNX: certify on as many images, into certificate.json and .txt
+    beside the file. Raises ConfigError, ExportError.
     """
     if form not in FORMS:
         raise ConfigError(f"the form must be one of {', '.join(FORMS)}, got {form!r}")
     if with_certificate and form != "onnx":
-        raise ConfigError(f"a certificate is about an ONNX file, not about {form!r}; use the form 'onnx'")
+        raise ConfigError(f"only an ONNX file can have a certificate, got the form {form!r}; use the form 'onnx'")
     model, data, config = load_run(folder)
     path = Path(folder) / FILES[form] if out is None else Path(out)
     images, labels = data.test_images[:samples], data.test_labels[:samples]
@@ -137,7 +138,7 @@ def export_run(
 def certify_run(
     folder: str | os.PathLike[str], onnx: str | os.PathLike[str] | None = None, samples: int = SAMPLES
 ) -> Certificate:
-    """The certificate of an ONNX file of the run, written beside it. Raises ConfigError, ExportError."""
+    """Certify an ONNX file of the run and write the certificate beside it. Raises ConfigError, ExportError."""
     model, data, _ = load_run(folder)
     path = Path(folder) / FILES["onnx"] if onnx is None else Path(onnx)
     if not path.is_file():

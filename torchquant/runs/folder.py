@@ -1,4 +1,4 @@
-"""The folder a run writes into: claimed by one process, tied to settings and contents, and the kinds of files in it."""
+"""Manage the folder of a run: one process claims it, and its files belong to one set of settings and contents."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torchquant.runs.settings import check_types
 T = TypeVar("T")
 
 CONTENTS = "contents"
-"""Among the settings in the JSON file: what took part -> sha256. Older folders have none."""
+"""Key of the settings in the JSON file: name of each input file -> sha256. Older folders do not have it."""
 PROCESSES = "processes"
-"""Among the settings, where they were more than one: other shares of the data, other numbers."""
+"""Key of the settings with the number of processes, if more than one: other shares of the data give other numbers."""
 MOST_CHANGES = 6
 LOCK = ".lock"
 REMAKE = "delete it, and it is made again, or use another folder"
@@ -32,14 +32,16 @@ ELSEWHERE = "use another folder"
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there. Raises ConfigError if it cannot be one."""
+    """Return the folder, made if it does not exist. Raises ConfigError if it cannot be made or written."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"the output must be a folder, but {folder} is (or lies under) a file") from None
+        raise ConfigError(
+            f"the output must be a folder, but {folder} is a file or is inside a file; choose another path"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot write into the output folder {folder}: {error.strerror}") from error
     return folder
@@ -49,12 +51,12 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 def claimed(
     path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
 ) -> Iterator[Path]:
-    """The folder of the JSON file `path`, this process's alone as long as the context lasts; keeps the settings there.
+    """Claim the folder of the JSON file `path` for this process while the context lasts, and keep the settings in it.
 
-    A run of the same settings goes on. One that has made no file yet, since it failed or was killed, gives way.
-    `holds` and `thing` are the words of a refusal: "runs of another recipe", "recipe". `made`: patterns of the files
-    that are worth nothing without the settings. `tell` hears what cannot be known of an older folder. Raises
-    ConfigError for a folder of other settings, or one that another process works in.
+    A run with the same settings resumes. A run that failed or was killed before it made a file is replaced.
+    `holds` and `thing` are words for the error: "runs of another recipe", "recipe". `made`: patterns of the files
+    that are useless without the settings. `tell` is called with a note where an older folder cannot be checked. Raises
+    ConfigError for a folder with other settings, or one that another process uses.
     """
     folder = output_folder(path.parent)
     with hold(folder / LOCK) as other:
@@ -73,13 +75,13 @@ def claimed(
 def keep_settings(
     path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
 ) -> None:
-    """Keep the settings in the folder, or check those that it holds; `claimed` calls it once it has the folder."""
+    """Write the settings into the folder, or compare them with the settings there; `claimed` calls it."""
     found = [file.name for pattern in made for file in path.parent.glob(pattern)]
     if path.exists() and _files(path.parent) != {path}:
         _compare(path, read_settings(path), settings, holds, thing, tell)
     elif found:
         raise ConfigError(
-            f"{path} is not there, but {', '.join(found[:3])} of some run is; put it back, or choose another folder"
+            f"{path} is missing, but {', '.join(found[:3])} of some run is there; restore it, or choose another folder"
         )
     else:
         write_json(path, settings)
@@ -95,8 +97,8 @@ def _compare(
 ) -> None:
     if unknown := [name for name in known if name not in {*settings, CONTENTS, PROCESSES}]:
         raise ConfigError(
-            f"{path} is of another, perhaps newer, version: no {shown(unknown[0])} is known here; use that version, or "
-            "another folder"
+            f"{path} was written by another, perhaps newer, version: {shown(unknown[0])} is unknown here; use that "
+            "version or another folder"
         )
     names = [name for name in {**settings, **known} if name != CONTENTS]
     changed = [
@@ -106,46 +108,48 @@ def _compare(
     ]
     ours = settings.get(CONTENTS) or {}
     if known.get(CONTENTS) is not None:
-        changed += [f"{name} has changed since" for name in changed_contents(known[CONTENTS], ours)]
+        changed += [f"{name} has changed" for name in changed_contents(known[CONTENTS], ours)]
     elif ours:
-        tell(f"{path.parent} is of a version that kept no contents: whether {', '.join(ours)} changed is not known")
+        tell(f"{path.parent} was written by a version that kept no contents; {', '.join(ours)} may have changed")
     if changed:
         words = ", ".join(changed[:MOST_CHANGES]) + (", ..." if len(changed) > MOST_CHANGES else "")
         raise ConfigError(
-            f"{path.parent} holds {holds} ({words}); choose another folder, or that {thing}, which {path.name} has"
+            f"{path.parent} holds {holds} ({words}); choose another folder, or use the {thing} that {path.name} holds"
         )
 
 
 def brief_word(value: Any) -> str:
-    """A setting, for a message."""
+    """Shorten a setting for a message."""
     return value if isinstance(value, str) and len(value) < 100 else shown(value)
 
 
 def read_settings(path: Path, remedy: str = ELSEWHERE) -> dict[str, Any]:
-    """The settings or results in a JSON file of a run, perhaps with contents. Raises ConfigError that names it."""
+    """Read settings or results from a JSON file of a run. Raises ConfigError that names the file."""
     with reading(path, remedy):
         known = read_json(path)
         contents = known.get(CONTENTS) if isinstance(known, dict) else 0
         if not isinstance(known, dict) or not isinstance(contents, dict | None):
-            raise ConfigError(f"{path} does not hold what a run writes there")
+            raise ConfigError(f"{path} does not hold a JSON object as a run writes it")
     return known
 
 
 def read_as(path: Path, kind: type[T], found: Any, remedy: str) -> T:
-    """A data class from what stood in a JSON file. Raises ConfigError that names the file and what is wrong in it."""
+    """Make a data class from the contents of a JSON file. Raises ConfigError that names the file and the fault."""
     with reading(path, remedy):
         fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
         if not isinstance(found, dict):
             raise ConfigError(f"{path} must hold {', '.join(fields)}, got {shown(found)}")
         if unknown := [name for name in found if name not in fields]:
-            raise ConfigError(f"{path} is of another, perhaps newer, version: no {shown(unknown[0])} is known here")
+            raise ConfigError(
+                f"{path} was written by another, perhaps newer, version: {shown(unknown[0])} is unknown here"
+            )
         made = kind(**found)
         check_types(made)
         return made
 
 
 def _files(folder: Path) -> set[Path]:
-    """The files in the folder, without the lock and what a killed process left half-written."""
+    """The files in the folder, without locks and half-written files of killed processes."""
     return {p for p in folder.rglob("*") if p.is_file() and p.name != LOCK and not p.name.startswith(".tmp-")}
 
 
@@ -155,6 +159,6 @@ def write_checkpoint(path: Path, model: nn.Module) -> Path:
 
 
 def read_checkpoint_into(model: nn.Module, path: Path, remedy: str = REMAKE) -> None:
-    """Load what `write_checkpoint` wrote. Raises ConfigError that names it."""
+    """Load a file of `write_checkpoint` into the model. Raises ConfigError that names the file."""
     with reading(path, remedy):
         model.load_state_dict(read_saved(path))

@@ -27,9 +27,9 @@ def train(
     progress: Path | None = None,
     quantized: bool = False,
 ) -> None:
-    """`training.fit` on the training batches that `seed` draws; leaves the model in eval mode.
+    """Run `training.fit` on the training batches that `seed` draws; leaves the model in eval mode.
 
-    `quantized`: with quantizers on; the model ends in QUANT_EVAL.
+    `quantized`: train with the quantizers on; the model ends in QUANT_EVAL.
     """
     batches = TrainBatches(data, seed)
     loop = training.fit_quantized if quantized else training.fit
@@ -38,25 +38,25 @@ def train(
 
 
 def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int) -> None:
-    """`training.calibrate` on training batches that `seed` draws."""
+    """Run `training.calibrate` on training batches that `seed` draws."""
     training.calibrate(model, TrainBatches(data, seed), n_batches, with_targets=True, show_progress=False)
 
 
 def accuracy_on(model: nn.Module, data: TrainingData) -> float:
-    """The accuracy on the test images, 0..1, in the state the model is in."""
+    """Compute the accuracy on the test images, 0..1, in the current state of the model."""
     parts = (data.test_images.split(TEST_BATCH), data.test_labels.split(TEST_BATCH))
     return training.evaluate(model, zip(*parts, strict=True), show_progress=False)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Class scores (N, classes) of images (N, channels, H, W), in eval mode and in the state the model is in."""
+    """Compute class scores (N, classes) of images (N, channels, H, W), in eval mode and the model's current state."""
     with in_mode(False, model):
         return torch.cat([model(part) for part in x.split(TEST_BATCH)])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows of (N, classes) whose largest score is at the label, 0..1.
+    """Compute the share of rows of (N, classes) whose largest score is at the label, 0..1.
 
     >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     0.5

@@ -1,4 +1,4 @@
-"""The networks of runs: by name, from a file, and how they are made quantizable where no plan is given."""
+"""Build the networks of runs, by name or from a file, and make them quantizable where no plan is given."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from torchquant.runs.small_mobilenet import SmallMobileNetV2
 from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 SMALL = 64
-"""Side up to which a ResNet begins with a 3x3 convolution and without pooling, as is usual for CIFAR."""
+"""Largest image side for which a ResNet begins with a 3x3 convolution and without pooling, as usual for CIFAR."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network by name: how it is built for data, how it is made quantizable, and its learning rates."""
+    """A named network: how to build it for data, how to make it quantizable, and its learning rates."""
 
     build: Callable[[TrainingData], nn.Module]
     quantize: Callable[[nn.Module, QuantizerFactory, QuantizerFactory, bool | str], nn.Module]
@@ -51,7 +51,7 @@ def _small_mobilenet(data: TrainingData) -> nn.Module:
 
 
 def _by_plan(network: nn.Module, weight: QuantizerFactory, acts: QuantizerFactory, fold_bn: bool | str) -> nn.Module:
-    """Quantized wherever `quantize` finds a site; the class scores stay float."""
+    """Quantize a network at every site that `quantize` finds; the class scores stay float."""
     rules: list[dict[str, Any]] = [
         {"weight": weight, "input": acts, "output": acts, "fold_bn": fold_bn},
         {"position": "last", "output": None},
@@ -60,7 +60,7 @@ def _by_plan(network: nn.Module, weight: QuantizerFactory, acts: QuantizerFactor
 
 
 class Gray(nn.Module):
-    """Hands pictures with one channel to a network that takes three."""
+    """Repeats the one channel of a picture for a network that takes three."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -117,9 +117,10 @@ NETWORKS = {
 
 
 def build_model(name: str, data: TrainingData) -> nn.Module:
-    """A model by name, for the data's classes and channels. Raises ConfigError, MissingDependencyError.
+    """Build a model by name, for the classes and channels of the data. Raises ConfigError, MissingDependencyError.
 
-    "demo" and the networks of `torchquant compare`, then torchvision, then timm; or "path/to/file.py:function".
+    A name is looked up in the networks of `torchquant compare`, then in torchvision, then in timm; or it is
+    "path/to/file.py:function".
     """
     if ":" in name:
         return model_of(name)
@@ -136,15 +137,15 @@ def build_model(name: str, data: TrainingData) -> nn.Module:
     if not timm.is_model(name):
         hint = did_you_mean(name, [*NETWORKS, *models.list_models(), *timm.list_models()])
         raise ConfigError(
-            f"no model {shown(name)} in torchvision or timm;{hint} Their names are those of "
-            "torchvision.models.list_models() and timm.list_models(). A model of your own is path/to/file.py:function"
+            f"no model {shown(name)} in torchvision or timm;{hint} Valid names are listed by "
+            "torchvision.models.list_models() and timm.list_models(); a model of your own is path/to/file.py:function"
         )
     return timm.create_model(name, pretrained=False, num_classes=data.n_classes, in_chans=data.n_channels)
 
 
 @torch.no_grad()
 def tried(net: nn.Module, data: TrainingData, name: str, checkpoint: str | None) -> nn.Module:
-    """A copy with the checkpoint in it. Raises ConfigError for a model that does not give scores for such pictures."""
+    """Copy the model with the checkpoint loaded. Raises ConfigError if it gives no class scores for these pictures."""
     net = copy.deepcopy(net).eval()
     if checkpoint is not None:
         load_checkpoint(net, checkpoint)
@@ -158,7 +159,7 @@ def tried(net: nn.Module, data: TrainingData, name: str, checkpoint: str | None)
         ) from error
     wanted = f"scores of shape ({len(images)}, {data.n_classes})"
     if not isinstance(scores, Tensor):
-        raise ConfigError(f"the model {name} must give {wanted} for {takes}, it gave {type(scores).__name__}")
+        raise ConfigError(f"the model {name} must return {wanted} for {takes}, got {type(scores).__name__}")
     if scores.ndim != 2 or len(scores) != len(images) or scores.shape[1] < data.n_classes:
-        raise ConfigError(f"the model {name} must give {wanted} for {takes}, it gave shape {tuple(scores.shape)}")
+        raise ConfigError(f"the model {name} must return {wanted} for {takes}, got shape {tuple(scores.shape)}")
     return net

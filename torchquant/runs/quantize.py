@@ -1,6 +1,6 @@
-"""The whole way of one model, from float to quantized, into a folder: `torchquant quantize`.
+"""Take one model from float to quantized, in a folder: `torchquant quantize`.
 
-Each stage writes a file; a run that was stopped goes on where it was.
+Each stage writes a file, so that a run that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["JobConfig", "JobResult", "run_job"]
 
 MODES = ("ptq", "qat")
 MADE = ("float.pt", "calibrated.pt", "trained.pt", "*.progress.pt")
-"""Files that a later run of the same settings goes on from."""
+"""Files from which a later run with the same settings resumes."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ class JobConfig:
 
     `model`: a name of torchvision or timm, "demo", or "path/to/file.py:function", a function that returns a model, or
     "package.module:function" of an installed package.
-    `rules`: a ready set, or a YAML file with a list of rules or with a saved plan. `data`: see `load_data`.
-    `mode`: "ptq" calibrates, "qat" trains after that. `checkpoint`: a float state_dict; without one the float model is
-    trained for `float_epochs`. `contents`: name -> sha256 of the files that take part, as a run wrote them down; None:
-    as they are now. Raises ConfigError.
+    `rules`: the name of a rule set, or a YAML file with a list of rules or with a saved plan. `data`: see `load_data`.
+    `mode`: "ptq" calibrates, "qat" trains after that. `checkpoint`: a float state_dict; without it the float model is
+    trained for `float_epochs`. `contents`: name -> sha256 of the files that take part, as a run recorded them; None:
+    compute them now. Raises ConfigError.
     """
 
     model: str = model_argument()
-    rules: str = option("w8a8", "A ready set (w8a8, w4a4-lsq, ...), or a YAML file.")
+    rules: str = option("w8a8", "A rule set (w8a8, w4a4-lsq, ...), or a YAML file.")
     data: str = data_option()
-    mode: str = option("ptq", "ptq: calibrate; qat: train too.")
+    mode: str = option("ptq", "ptq: calibrate; qat: calibrate, then train.")
     checkpoint: str | None = checkpoint_option()
     float_epochs: int = option(30, "Epochs of float training; 0: none.")
     epochs: int = option(10, "Epochs of quantization-aware training.")
     learning_rate: float = option(1e-3, "Learning rate of float training; qat uses a third of it.")
-    calibration_batches: int = option(8, "Batches that ranges are measured on.")
+    calibration_batches: int = option(8, "Batches of the calibration.")
     seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
@@ -83,7 +83,7 @@ class JobConfig:
 
 @dataclass(frozen=True)
 class JobResult:
-    """Test accuracy, 0..1, and bytes of all layer weights: float, calibrated, and trained (None for ptq)."""
+    """Test accuracy, 0..1, and bytes of all layer weights of the float, calibrated and trained model (None for ptq)."""
 
     float_accuracy: float
     ptq_accuracy: float
@@ -94,7 +94,7 @@ class JobResult:
     n_left_float: int
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, to show."""
+        """Return the header and the rows of a table."""
         rows = [
             ["float", f"{self.float_accuracy:.2%}", f"{self.float_weight_bytes / 1e3:.1f}"],
             ["calibrated", f"{self.ptq_accuracy:.2%}", f"{self.weight_bytes / 1e3:.1f}"],
@@ -107,12 +107,12 @@ class JobResult:
 def run_job(
     config: JobConfig, out: str | os.PathLike[str], show: NullProgress | None = None, strict: bool = False
 ) -> JobResult:
-    """Float model, plan, calibration, training, evaluation; files in `out`.
+    """Make the float model and the plan, calibrate, train and evaluate; write the files into `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `sites.csv`, `result.json`.
-    A stage whose file is there is not run again. All that was asked for is tried on the untrained model before the
-    folder is touched; `strict` as in `quantize`. Raises ConfigError, also if `out` holds another job, one of other
-    contents, or one that runs.
+    A stage whose file exists is not run again. Every setting is tried on the untrained model before the
+    folder is touched; `strict` as in `quantize`. Raises ConfigError, also if `out` holds another job, a job with other
+    contents, or a job that is running.
     """
     with show or NullProgress() as shown:
         shown.start(4.0)
@@ -163,7 +163,7 @@ def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stag
 
 
 def _trained(model: nn.Module, config: JobConfig, data: TrainingData, stages: Stages) -> float:
-    """The accuracy after quantization-aware training."""
+    """Train quantization-aware and return the accuracy."""
     tell, progress = stages.tell("quantized", config.epochs), stages.folder / "qat.progress.pt"
     rate = config.learning_rate / 3.0
     stages.run(

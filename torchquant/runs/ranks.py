@@ -1,4 +1,4 @@
-"""A run on several processes: each sees its share of the batches, the first one writes."""
+"""Run on several processes: each sees its share of the batches, and the first one writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is, of how many, and where it computes."""
+    """The rank of this process, the number of processes, and the device it computes on."""
 
     rank: int = 0
     world: int = 1
@@ -30,18 +30,18 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that writes and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def of_first(self, value: Any) -> Any:
-        """The value that the first process has."""
+        """Return the value of the first process, in every process."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box)
         return box[0]
 
     def at_first(self, work: Callable[[], object]) -> None:
-        """Do it in the first process; the others wait. A ConfigError is raised in all of them."""
+        """Do the work in the first process; the others wait. A ConfigError is raised in all of them."""
         error: str | None = None
         if self.is_first:
             try:
@@ -53,13 +53,13 @@ class Ranks:
             raise ConfigError(error)
 
     def share(self, data: TrainingData) -> TrainingData:
-        """The part of the data that this process sees."""
+        """Return the part of the data that this process sees."""
         return data if self == Ranks() else Share(data, self.rank, self.world, self.device)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Every `world`-th batch, from the one at `rank`, on a device; as many for each process. All test images.
+    """Every `world`-th batch from batch `rank` on, on a device, equally many per process; and all test images.
 
     Raises ConfigError for data with fewer batches than processes.
     """
@@ -73,7 +73,7 @@ class Share:
         if len(TrainBatches(self.data)) < self.world:
             raise ConfigError(
                 f"{self.data.n_train} training images make {len(TrainBatches(self.data))} batches of {BATCH_SIZE}, "
-                f"too few for {self.world} processes"
+                f"too few for {self.world} processes; start fewer processes"
             )
 
     @property
@@ -97,7 +97,7 @@ class Share:
         return self.data.test_labels.to(self.device)
 
     def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All batches are drawn, so that the generators of all processes stay alike."""
+        """Yield the batches of this process; all batches are drawn, so that all generators stay equal."""
         n_batches = -(-self.data.n_train // batch_size) // self.world * self.world
         for i, (images, labels) in enumerate(self.data.train_batches(generator, batch_size)):
             if i % self.world == self.rank and i < n_batches:
@@ -106,10 +106,11 @@ class Share:
 
 @contextmanager
 def process_group(distributed: bool, device: str | None = None) -> Iterator[Ranks]:
-    """The processes that torchrun started, joined as long as the context lasts; without `distributed` this one alone.
+    """Join the processes that torchrun started while the context lasts; without `distributed`, only this process.
 
-    `device`: "cpu", "cuda", ...; None: the GPU of each rank, if there are any, for `distributed`, else the CPU. gloo on
-    the CPU, NCCL on GPUs. A group that is there already is used. Raises ConfigError without torchrun.
+    `device`: "cpu", "cuda", ...; None: with `distributed` the GPU of each rank, if there is one, else the CPU. The
+    backend is gloo on
+    the CPU and NCCL on GPUs. An existing process group is used. Raises ConfigError without torchrun.
     """
     if not distributed:
         yield Ranks(device=str(usable_device(device or "cpu")))
@@ -117,7 +118,7 @@ def process_group(distributed: bool, device: str | None = None) -> Iterator[Rank
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing and not dist.is_initialized():
         raise ConfigError(
-            f"distributed needs one process a rank, but {', '.join(missing)} is not in the environment; start it with "
+            f"distributed needs one process per rank, but {', '.join(missing)} is not in the environment; start with "
             "torchrun --nproc-per-node 2 -m torchquant search ... --distributed"
         )
     if device is None:
@@ -135,5 +136,5 @@ def process_group(distributed: bool, device: str | None = None) -> Iterator[Rank
 
 
 def is_first_of_environment() -> bool:
-    """Whether torchrun, if it started this process, made it the first one."""
+    """Tell whether this process is the first one that torchrun started, or was not started by torchrun."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""Settings of runs: fields that are options of the command line, checks of type and range, rules by name or file."""
+"""Define settings of runs: fields that become command-line options, checks of type and range, rules by name or file."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from torchquant.runs.data import DATA
 
 MAX_SEED = 2**32 - 1
 HELP = "help"
-"""Key in the metadata of a field: its help on the command line."""
+"""Key in the metadata of a field for its help on the command line."""
 
 
 def argument(words: str) -> Any:
-    """A setting without a default: on the command line an argument, of which `words` is the help."""
+    """Define a setting without a default, an argument on the command line; `words` is its help."""
     return field(metadata={HELP: words})
 
 
 def option(default: Any, words: str, **more: Any) -> Any:
-    """A setting that is an option of the command line, of which `words` is the help. `more`: further metadata."""
+    """Define a setting that is an option of the command line; `words` is its help, `more` is further metadata."""
     return field(default=default, metadata={HELP: words, **more})
 
 
 def model_argument() -> Any:
-    """The setting `model`, for `build_model`."""
+    """Define the setting `model`, for `build_model`."""
     return argument("A name of torchvision or timm, demo, or path/to/file.py:function.")
 
 
 def data_option() -> Any:
-    """The setting `data`, for `load_data`."""
+    """Define the setting `data`, for `load_data`."""
     return option("digits", "digits, cifar10, or a folder with train/ and test/.")
 
 
 def checkpoint_option() -> Any:
-    """The setting `checkpoint`, from which float training is left out."""
+    """Define the setting `checkpoint`, which replaces float training."""
     return option(None, "A float state_dict to start from, instead of float training.")
 
 
 def seed_option() -> Any:
-    """The setting `seed`."""
-    return option(0, "Same seed, same numbers.")
+    """Define the setting `seed`."""
+    return option(0, "Random seed; the same seed gives the same numbers.")
 
 
 def words_of(config: Any) -> list[str]:
-    """The options of the command line that ask for the settings which are not the defaults.
+    """Return the command-line options for all settings that are not at their default.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -71,7 +71,7 @@ def words_of(config: Any) -> list[str]:
 
 
 def check_types(instance: Any) -> None:
-    """Raise ConfigError for a field of a data class whose value is not of the field's type, by name."""
+    """Raise ConfigError that names the first field of a data class whose value does not have the field's type."""
     for name, hint in get_type_hints(type(instance)).items():
         value = getattr(instance, name, None)
         if name in instance.__dataclass_fields__ and not fits(hint, value):
@@ -79,7 +79,7 @@ def check_types(instance: Any) -> None:
 
 
 def check_at_least(instance: Any, **least: int) -> None:
-    """Raise ConfigError for a field below its least value.
+    """Raise ConfigError for a field below its minimum.
 
     >>> from types import SimpleNamespace
     >>> check_at_least(SimpleNamespace(epochs=0), epochs=1)
@@ -106,7 +106,7 @@ def check_seed(seed: int) -> None:
 
 
 def read_rules(rules: str) -> Any:
-    """A ready set by name; or what a YAML file holds: a list of rules, or a plan. Raises ConfigError."""
+    """Return a rule set by name, or the list of rules or the plan in a YAML file. Raises ConfigError."""
     if rules in RULE_SETS:
         return rules
     path = Path(rules)
@@ -117,7 +117,7 @@ def read_rules(rules: str) -> Any:
 
 
 def files_of(data: str, rules: str | None) -> Iterator[str]:
-    """The data and the rules, where they are files or folders and not names."""
+    """Yield the data and the rules where they are paths and not names."""
     if data not in DATA:
         yield data
     if rules is not None and rules not in RULE_SETS:

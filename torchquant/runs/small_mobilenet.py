@@ -1,4 +1,4 @@
-"""A small MobileNetV2: depthwise convolutions between narrow ends, the kind of network that low widths hurt most."""
+"""Define a small MobileNetV2: its depthwise convolutions make it sensitive to low bit widths."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class InvertedResidual(nn.Module):
-    """1x1 convolution to `expansion` times the channels, 3x3 depthwise, 1x1 back; a shortcut where shapes allow it."""
+    """A 1x1 convolution to `expansion` times the channels, a 3x3 depthwise one, a 1x1 one; with a shortcut."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class InvertedResidual(nn.Module):
 
 
 class SmallMobileNetV2(nn.Module):
-    """(N, n_channels, H, W) images to (N, n_classes) class scores; 5 inverted residuals, 20 layers with weights.
+    """Maps (N, n_channels, H, W) images to (N, n_classes) class scores; 5 inverted residuals, 20 layers with weights.
 
     >>> import torch
     >>> SmallMobileNetV2()(torch.zeros(1, 1, 16, 16)).shape

@@ -1,4 +1,4 @@
-"""A small residual network, in float and in its quantizable form. Also an example of how to write one."""
+"""Define a small residual network, in float and in quantizable form; also an example of how to write one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchquant.quantizers import QuantizerFactory
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the shortcut is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with a shortcut, which is a 1x1 convolution where the shape changes."""
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """(N, n_channels, H, W) images to (N, n_classes) class scores; 14 convolutions and a linear layer."""
+    """Maps (N, n_channels, H, W) images to (N, n_classes) class scores; 14 convolutions and a linear layer."""
 
     def __init__(self, width: int = 8, n_channels: int = 1, n_classes: int = 10) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ class QuantBlock(nn.Module):
 
 
 class QuantSmallResNet(FloatCheckpoints):
-    """`SmallResNet` that can quantize: same weights (copied), same output until its state is changed.
+    """A `SmallResNet` that can quantize: same weights (copied), same output until its state is changed.
 
-    `weight_quantizer` and `acts_quantizer` are called once a site with the module that sits there and
+    `weight_quantizer` and `acts_quantizer` are called once per site with the module at that site and
     return its quantizer. The image is quantized too; the class scores stay float. Checkpoints of the
     float network load.
 

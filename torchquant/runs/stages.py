@@ -1,4 +1,4 @@
-"""The stages of a run: each keeps its model in a file, so that a run that was stopped goes on where it was."""
+"""Run the stages of a run: each saves its model in a file, so that a stopped run resumes where it was."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchquant.training import OnEpoch
 
 
 class FloatTraining(Protocol):
-    """The settings that say where the float model of a run comes from."""
+    """Interface of the settings that say where the float model of a run comes from."""
 
     @property
     def checkpoint(self) -> str | None: ...
@@ -36,16 +36,16 @@ class FloatTraining(Protocol):
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a run in its folder, and where it tells of them."""
+    """The stages of a run in its folder, and the display of their progress."""
 
     folder: Path
     shown: NullProgress
     ranks: Ranks = Ranks()
 
     def run(self, name: str, model: nn.Module, work: Callable[[], object], progress: str | None = None) -> None:
-        """Do the work and keep the model in the file `name`; or take it from there, if the work was done before.
+        """Do the work and save the model in the file `name`; or load the file, if the work was done before.
 
-        `progress`: the file in which the work keeps how far it is; gone after that. The model ends in eval mode.
+        `progress`: the file in which the work saves its progress, deleted afterwards. The model ends in eval mode.
         """
         path = self.folder / name
         done = self.ranks.of_first(path.exists())
@@ -59,7 +59,7 @@ class Stages:
         model.eval()
 
     def float_model(self, net: nn.Module, config: FloatTraining, data: TrainingData) -> None:
-        """float.pt: the model from the checkpoint, or trained, or as it was built."""
+        """Make float.pt: the model from the checkpoint, or trained, or as built."""
 
         def work() -> None:
             if config.checkpoint is not None:
@@ -71,7 +71,7 @@ class Stages:
         self.run("float.pt", net, work, "float.progress.pt")
 
     def tell(self, what: str, epochs: int) -> OnEpoch:
-        """A callback for each epoch of a training; the whole training is one unit of progress."""
+        """Return a callback for each epoch of a training; the whole training is one unit of progress."""
 
         def tell(epoch: int, loss: float) -> None:
             self.shown.advance(1.0 / epochs, f"{what}: epoch {epoch} of {epochs}, loss {loss:.3f}")

@@ -1,4 +1,4 @@
-"""Choosing quantizers: schemes (QSS), bit widths (QPL), and allocation by sensitivity. Start with docs/search.md."""
+"""Choose quantizers: search schemes (QSS), learn bit widths (QPL), allocate by sensitivity. See docs/search.md."""
 
 from torchquant.search.allocation.assignment import Allocation as Allocation
 from torchquant.search.allocation.assignment import allocate as allocate

@@ -1,4 +1,4 @@
-"""Budgets: what a plan may cost at most, in words: `bytes<=40kB,bits<=4`."""
+"""Budgets: upper bounds on the cost of a plan, written as text: `bytes<=40kB,bits<=4`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError
 
 MEASURES = {
-    "bytes": "all weights, packed, with what decoding needs",
-    "bits": "mean bits of the weights that are searched",
-    "act_bytes": "all outputs of sites for one sample, as if all were kept",
-    "act_bits": "mean bits of the outputs that are searched",
-    "bitops": "multiply-adds of one sample times the bits of both factors",
-    "latency": "seconds, by a table that you give",
+    "bytes": "all weights, packed, with the scales and tables that decoding needs",
+    "bits": "mean bits of the searched weights",
+    "act_bytes": "all outputs of sites for one sample, as if all were stored",
+    "act_bits": "mean bits of the searched outputs",
+    "bitops": "multiply-adds of one sample times the bits of both operands",
+    "latency": "seconds, from a table that you give",
 }
 UNITS = {
     "": 1.0,
@@ -41,7 +41,7 @@ _WORDS = re.compile(r"\s*([a-z_]+)\s*<=\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?
 @checked
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` of one measure: `MEASURES` has them.
+    """An upper bound `limit` on one measure of `MEASURES`.
 
     >>> Budget.parse("bytes<=40kB, bits <= 4")
     [Budget(measure='bytes', limit=40000.0), Budget(measure='bits', limit=4.0)]
@@ -53,13 +53,13 @@ class Budget:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             hint = did_you_mean(self.measure, MEASURES)
-            raise ConfigError(f"a budget is of {', '.join(MEASURES)}; got '{self.measure}'.{hint}")
+            raise ConfigError(f"a budget's measure must be one of {', '.join(MEASURES)}; got '{self.measure}'.{hint}")
         if not 0 < self.limit < float("inf"):
             raise ConfigError(f"the limit of {self.measure} must be above 0, got {self.limit}")
 
     @classmethod
     def parse(cls, text: str | Budget | Iterable[str | Budget]) -> list[Budget]:
-        """Budgets of a text with commas, or of several. Raises ConfigError."""
+        """Parse budgets from a text with commas, or from several. Raises ConfigError."""
         if isinstance(text, Budget):
             return [text]
         if not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""What a choice costs: the measures of `Budget`, as numbers and as differentiable expectations."""
+"""Compute the cost of a choice in the measures of `Budget`, as numbers and as differentiable expectations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchquant.search.budget import Budget
 from torchquant.search.space import Candidates, searched_slots
 
 SearchPoint = tuple[str, str]
-"""(site path, slot): where a choice is made."""
+"""(site path, slot) where a choice is made."""
 Selection = Mapping[SearchPoint, int]
 """SearchPoint -> index of the option chosen there."""
 LatencyTable = Mapping[tuple[str, str], float]
@@ -30,9 +30,10 @@ LatencyTable = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Variable:
-    """One choice to make: its point, the spec strings to choose from, what each would cost there.
+    """One choice to make: its search point, its candidate specs, and the cost of each.
 
-    `bits`, `bytes`, `seconds`: one number an option; bytes of weights or of activations. `elements`: how many share it.
+    `bits`, `bytes`, `seconds`: one number per option; bytes of weights or of activations. `elements`: how many elements
+    the choice quantizes.
     """
 
     point: SearchPoint
@@ -44,13 +45,13 @@ class Variable:
 
     @property
     def is_weight(self) -> bool:
-        """Whether weights are stored with it."""
+        """Whether stored weights are quantized with it."""
         return self.point[1] == "weight"
 
 
 @dataclass(frozen=True)
 class _Tied:
-    """A weight that several points have in common: what it costs under each spec, and where each point has its spec."""
+    """A weight that several search points share: its cost under each spec, and the index of each spec at each point."""
 
     bytes: Mapping[str | None, float]
     points: tuple[SearchPoint | str | None, ...]
@@ -58,7 +59,7 @@ class _Tied:
 
 @dataclass(frozen=True)
 class _Product:
-    """Multiply-adds of one site, and where the bits of its factors come from: a point, or fixed bits."""
+    """Multiply-adds of one site, and the source of its operands' bits: a search point, or fixed bits."""
 
     macs: int
     first: SearchPoint | int
@@ -67,7 +68,7 @@ class _Product:
 
 @checked
 class CostModel:
-    """Costs of every choice for a plan with candidates, on the example. Numbers equal those of `QuantPlan.cost`.
+    """The costs of every choice for a plan with candidates, on the example. Numbers equal those of `QuantPlan.cost`.
 
     `latency`: (site path, weight spec) -> seconds. Raises ConfigError.
 
@@ -155,7 +156,7 @@ class CostModel:
         return found
 
     def _shared_bytes(self, share: Callable[[SearchPoint, str | None], Any]) -> Any:
-        """Bytes that tied weights count too often; `share`: how much of a point an option has, 0 to 1."""
+        """Compute the bytes that tied weights count too often; `share`: the share of an option at a point, 0 to 1."""
         total: Any = 0.0
         for tied in self.tied:
             for spec, n_bytes in tied.bytes.items():
@@ -171,7 +172,7 @@ class CostModel:
         return float(self.latency[path, spec])
 
     def totals(self, choice: Selection) -> dict[str, float]:
-        """Every measure of one choice: point -> index of its option."""
+        """Compute every measure for one choice: point -> index of its option."""
         chosen = [(v, choice[v.point]) for v in self.variables]
         return self._measures(
             {v.point: float(v.bits[o]) for v, o in chosen},
@@ -182,7 +183,7 @@ class CostModel:
         )
 
     def expected(self, shares: Mapping[SearchPoint, Tensor]) -> dict[str, Tensor]:
-        """Every measure for shares (O,) of the options of each point; float64, with a gradient for the shares."""
+        """Compute the expected measures for shares (O,) of each point's options; float64, differentiable."""
 
         def mean(v: Variable, numbers: Sequence[float]) -> Tensor:
             given = shares[v.point].to(torch.float64)
@@ -209,7 +210,7 @@ class CostModel:
         wider: Any,
         share: Callable[[SearchPoint, str | None], Any],
     ) -> dict[str, Any]:
-        """The measures, from what each point has; in numbers or in tensors."""
+        """Compute the measures from the bits, bytes and seconds of each point, as numbers or as tensors."""
         weights = [v for v in self.variables if v.is_weight]
         acts = [v for v in self.variables if not v.is_weight]
 
@@ -229,27 +230,27 @@ class CostModel:
         }
 
     def excess(self, choice: Selection, budgets: Sequence[Budget]) -> float:
-        """By what share a choice is over its budgets, added up; 0 if it keeps them all."""
+        """Compute the relative excess of a choice over its budgets, added up; 0 if it keeps them all."""
         totals = self.totals(choice)
         return sum(max(totals[b.measure] / b.limit - 1.0, 0.0) for b in budgets)
 
     def check_feasible(self, budgets: Sequence[Budget]) -> None:
-        """Raise ConfigError, with the least that can be had, if a budget cannot be met on its own."""
+        """Raise ConfigError, with the smallest possible value, if a budget alone cannot be met."""
         for budget in budgets:
             counted = [v for v in self.variables if v.is_weight == (budget.measure == "bits") and v.elements]
             if budget.measure in ("bits", "act_bits") and not counted:
                 what = "weights" if budget.measure == "bits" else "outputs"
-                raise ConfigError(f"the budget {budget} is of the {what} that are searched, and no {what} are")
+                raise ConfigError(f"the budget {budget} is about searched {what}, but no {what} are searched")
             if budget.measure == "latency" and self.latency is None:
                 raise ConfigError("a budget of latency needs a latency table: (site path, weight spec) -> seconds")
             least = self.totals(self.cheapest(budget.measure))[budget.measure]
             if least > budget.limit:
                 raise ConfigError(
-                    f"the budget {budget} cannot be met: the least that these candidates allow is {least:g}"
+                    f"the budget {budget} cannot be met: the smallest value that these candidates allow is {least:g}"
                 )
 
     def cheapest(self, measure: str = "bytes") -> dict[SearchPoint, int]:
-        """The choice that costs least of a measure."""
+        """Return the choice with the smallest value of a measure."""
         return {v.point: min(range(len(v.options)), key=lambda o: self._rank(v, o, measure)) for v in self.variables}
 
     @staticmethod
@@ -259,7 +260,7 @@ class CostModel:
         return float(numbers[option]), float(variable.bits[option])
 
     def plan_of(self, plan: QuantPlan, choice: Selection) -> QuantPlan:
-        """The plan with the chosen spec strings in place of its candidates; None where an input has nothing to do."""
+        """Return the plan with the chosen specs instead of candidates; None for an input that needs no quantizer."""
         fields: dict[str, dict[str, str | None]] = {}
         for path, slot in searched_slots(plan):
             fields.setdefault(path, {})[slot] = None
@@ -270,7 +271,7 @@ class CostModel:
 
 
 def name_of(point: SearchPoint) -> str:
-    """Path and slot in one word.
+    """Join path and slot in one name.
 
     >>> name_of(("layer1.0.conv1", "weight"))
     'layer1.0.conv1.weight'
@@ -279,7 +280,7 @@ def name_of(point: SearchPoint) -> str:
 
 
 def _source(plan: SitePlan, slot: str, site: Any) -> SearchPoint | int:
-    """Where the bits of a slot come from: a point to choose at, or fixed bits."""
+    """Find the source of a slot's bits: a search point, or fixed bits."""
     if isinstance(getattr(plan, slot), Candidates):
         return (plan.path, slot)
     return _fixed_bits(plan, slot, site.module)

@@ -1,4 +1,4 @@
-"""The pictures of a search's report, as PNG in data URIs. matplotlib without a display."""
+"""Draw the pictures of a search report, as PNG in data URIs, with matplotlib and without a display."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torchquant.search.budget import Budget
 from torchquant.search.settings import EpochRecord
 
 MOST_NAMED = 24
-"""Up to so many lines, each has its name beside it."""
+"""Largest number of lines that have their names beside them."""
 MOST_NUMBERS = 16
-"""Up to so many columns of a heat map have numbers."""
+"""Largest number of columns of a heat map that has numbers."""
 INK, ACCENT = "#1d2733", "#d1495b"
 
 
 def heatmap(
     points: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], numbers: bool = True
 ) -> str:
-    """One row a point, one column a scheme, `values` 0..1 in shades and, where there is room, in numbers."""
+    """Draw one row per search point, one column per scheme, `values` 0..1 as shades and, with room, as numbers."""
     height = 1.5 + 0.24 * len(points)
     figure = new_figure(min(12.5, 3.6 + 0.9 * len(columns)), height)
     axes = figure.add_subplot()
@@ -40,7 +40,7 @@ def heatmap(
 
 
 def bit_widths(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
-    """Learned widths over the epochs, one line a point; the mean in bold, a budget of bits as a dashed line."""
+    """Draw learned widths over the epochs, one line per point; the mean in bold, a budget of bits as a dashed line."""
     told = {name for record in history for name, cost in record.costs.items() if cost}
     sides = [(side, what) for side, what in (("bits", "weights"), ("act_bits", "activations")) if side in told]
     figure = new_figure(12.0, 4.2)
@@ -63,7 +63,7 @@ def bit_widths(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str
 
 
 def losses(history: Sequence[EpochRecord]) -> str:
-    """Both losses, and the entropy of the schemes' shares, over the epochs."""
+    """Draw both losses, and the entropy of the schemes' shares, over the epochs."""
     figure = new_figure(12.0, 3.4)
     epochs = [record.epoch for record in history]
     axes = figure.add_subplot(1, 2, 1)
@@ -81,7 +81,7 @@ def losses(history: Sequence[EpochRecord]) -> str:
 
 
 def costs(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
-    """What is expected of each measure that has a budget, over the epochs, with the budget; of bytes without any."""
+    """Draw the expected cost over the epochs for each measure with a budget, and the budget; by default, bytes."""
     measures = list(dict.fromkeys(budget.measure for budget in budgets)) or ["bytes"]
     figure = new_figure(12.0, 3.2)
     for i, measure in enumerate(measures):
@@ -94,7 +94,7 @@ def costs(history: Sequence[EpochRecord], budgets: Sequence[Budget]) -> str:
 
 
 def pareto_front(front: Mapping[str, Any], chosen: tuple[float, float] | None = None) -> str:
-    """Predicted degradation over cost, of what `Pareto.to_dict` gives; the chosen (cost, degradation) in red."""
+    """Draw predicted degradation over cost from `Pareto.to_dict`, with the chosen (cost, degradation) in red."""
     figure = new_figure(8.0, 3.8)
     axes = figure.add_subplot()
     drawn = [(point["cost"], point["predicted"]) for point in front["points"]]

@@ -1,4 +1,4 @@
-"""The report of a search: one HTML file with everything in it, made from plain data."""
+"""Write the report of a search as one self-contained HTML file, from plain data."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def render_report(
     chosen: tuple[float, float] | None = None,
     command: str = "",
 ) -> str:
-    """The HTML of the report; needs no network and no other file. Raises MissingDependencyError.
+    """Return the HTML of the report; it needs no network and no other file. Raises MissingDependencyError.
 
-    `choices`: one row a point, with `CHOICE`. `history`: of a search, () for an allocation. `candidates`: "path.field"
-    -> the schemes, in the order of `EpochRecord.shares`. `front`: what `Pareto.to_dict` gives;
-    `chosen`: (cost, predicted degradation) of the plan that was taken. `command`: what it was made with.
+    `choices`: one row per search point, with the keys of `CHOICE`. `history`: the records of a search, () for an
+    allocation. `candidates`: "path.slot" -> the schemes, in the order of `EpochRecord.shares`. `front`: the result of
+    `Pareto.to_dict`; `chosen`: (cost, predicted degradation) of the chosen plan. `command`: the command line of the
+    run.
     """
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("torchquant.search", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     if front and "points" not in front:
-        raise ConfigError(f"front must be what Pareto.to_dict gives, got {shown(front)}")
+        raise ConfigError(f"front must be a result of Pareto.to_dict, got {shown(front)}")
     header, rows, note = summary
     has_widths = any(record.widths for record in history)
     return environment.get_template("report.html.j2").render(
@@ -64,7 +65,7 @@ def render_report(
 def _heatmaps(
     choices: Sequence[Mapping[str, Any]], history: Sequence[EpochRecord], candidates: Mapping[str, Sequence[str]]
 ) -> list[dict[str, str]]:
-    """One a set of candidates: the shares at the end of a search; without any, what was chosen."""
+    """Draw a heat map per set of candidates: the final shares of a search; for an allocation, the chosen options."""
     groups: dict[tuple[str, ...], list[tuple[str, list[float]]]] = {}
     for name, shares in (history[-1].shares if history else {}).items():
         groups.setdefault(tuple(candidates[name]), []).append((name, shares))

@@ -1,4 +1,4 @@
-"""How a search goes, and what it tells after each epoch."""
+"""The settings of a search, and the record of each epoch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchquant.search.budget import MEASURES
 class SearchSettings:
     """The settings of both searches; `PrecisionSettings` are those of `PrecisionLearning`. docs/algorithms.md F3, F4.
 
-    `epochs`, of which the first share `warmup` trains weights only. `weight_rate`: AdamW, for the weights.
-    `arch_rate`: Adam, for logits and widths; None for widths: enough to cross their range in half the search, at
-    least 0.01. `alternate`: one step of the weights on one batch, one of logits and widths on another; else both
-    together. `temperature`: of the Gumbel softmax, (first, last), on a line; `hard`: one scheme at a time in forward.
-    `cost_weight` times the expected `cost_measure`, over its value with the widest options, joins the loss. `penalty`
-    is the weight of a budget's `max(0, cost / limit - 1)**2`, reached after a tenth of the epochs, and `price_rate`
-    how fast a price on going over it rises. `patience`: stop when the choice has been the same for so many epochs.
-    `start_bits`: where widths start; None: at the widest. `target`: the search is to end at its budgets, not below.
+    `epochs`: their first share `warmup` trains weights only. `weight_rate`: of AdamW, for the weights. `arch_rate`: of
+    Adam, for logits and widths; None, for widths: enough to cross their range in half the search, at least 0.01.
+    `alternate`: one step of the weights on one batch, then one of logits and widths on another; False: both together.
+    `temperature`: (first, last) of the Gumbel softmax, linear between; `hard`: only one scheme in forward. The loss
+    includes `cost_weight` times the expected `cost_measure`, relative to its value with the widest options. `penalty`:
+    weight of `max(0, cost / limit - 1)**2` for each budget, reached after a tenth of the epochs; `price_rate`: how fast
+    the price on exceeding a budget rises. `patience`: stop when the choice has not changed for so many epochs.
+    `start_bits`: where widths start; None: at the widest. `target`: the search should end at its budgets, not below.
     Raises ConfigError.
     """
 
@@ -61,27 +61,27 @@ class SearchSettings:
 
     @property
     def warmup_epochs(self) -> int:
-        """Epochs that train weights only."""
+        """Number of epochs that train weights only."""
         return min(round(self.warmup * self.epochs), self.epochs - 1)
 
     def temperature_at(self, epoch: int) -> float:
-        """In the epoch of that number, from 1."""
+        """Return the temperature in an epoch; epochs count from 1."""
         first, last = self.temperature
         return first + (last - first) * (epoch - 1) / max(self.epochs - 1, 1)
 
     def falling_at(self, epoch: int) -> float:
-        """Cosine from 1 to 0 over the epochs: the share of the widths' learning rate."""
+        """Return the factor of the widths' learning rate in an epoch: a cosine from 1 to 0."""
         return 0.5 * (1.0 + math.cos(math.pi * (epoch - 1) / self.epochs))
 
     def penalty_at(self, epoch: int) -> float:
-        """On a line from 0 over the first tenth of the epochs."""
+        """Return the penalty in an epoch: it rises linearly from 0 in the first tenth of the epochs."""
         return self.penalty * min(epoch / max(0.1 * self.epochs, 1.0), 1.0)
 
 
 @checked
 @dataclass(frozen=True)
 class PrecisionSettings(SearchSettings):
-    """`SearchSettings` with the defaults of precision learning: everything on the same batches, to the budget.
+    """`SearchSettings` with the defaults of precision learning: all steps on the same batches, ending at the budget.
 
     >>> PrecisionSettings(epochs=5).target
     True
@@ -94,11 +94,11 @@ class PrecisionSettings(SearchSettings):
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of a search.
+    """The record of one epoch of a search.
 
-    `loss` of the weights' batches, `arch_loss` of those of logits and widths, None in the warm-up. `entropy`: mean over
-    the points, 0..1. `costs`: what is expected now, by measure. `choice`, `widths`, `shares`: by point, "path.field":
-    the spec that would be chosen, the real width, the schemes' shares.
+    `loss`: on the batches of the weights; `arch_loss`: on the batches of logits and widths, None in the warm-up.
+    `entropy`: mean over the points, 0..1. `costs`: expected cost by measure. `choice`, `widths`, `shares`: for each
+    "path.slot", the spec that would be chosen now, the real width, the shares of the schemes.
     """
 
     epoch: int
@@ -113,7 +113,7 @@ class EpochRecord:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

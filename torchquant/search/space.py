@@ -1,4 +1,4 @@
-"""What a search may choose from: the candidates of one point, and rules that have them."""
+"""The search space: the candidates of one search point, and rules with candidates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from torchquant.search.learning.mixture import MixtureQuantizer
 WIDTH = "{n}"
 WIDEST = 32
 DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
-"""AutoQNN's: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; see docs/search.md."""
+"""AutoQNN's eight: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; docs/search.md."""
 
 
 @checked
 @dataclass(frozen=True)
 class Candidates:
-    """Spec strings to choose from at one point. One with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
+    """The candidate specs of one search point. A spec with `{n}` has a bit width to learn, `min_bits`..`max_bits`.
 
-    In a template `{k}` stands for n - 3, at least 0, as ESB wants it. Widths that a scheme has not are left out. It is
-    a function of the layer, as a plan takes it for a slot; it gives a `MixtureQuantizer`. Raises ConfigError.
+    In a template `{k}` stands for n - 3, at least 0, as ESB needs it. Widths that a scheme does not have are left out.
+    The object is a function of the layer, as a plan takes it for a slot; it makes a `MixtureQuantizer`. Raises
+    ConfigError.
 
     >>> space = Candidates(("clipq:4/channel", "esb:4,k=1/channel"))
     >>> [option for option in space.options("weight")]
@@ -47,7 +48,7 @@ class Candidates:
         if not self.specs:
             raise ConfigError("there must be at least one candidate")
         if len(set(self.specs)) != len(self.specs):
-            raise ConfigError(f"a candidate is given twice: {', '.join(self.specs)}")
+            raise ConfigError(f"each candidate must be given once, got {', '.join(self.specs)}")
         if not 1 <= self.min_bits <= self.max_bits <= WIDEST:
             raise ConfigError(
                 f"widths must be 1 <= min_bits <= max_bits <= {WIDEST}, got {self.min_bits}..{self.max_bits}"
@@ -55,13 +56,13 @@ class Candidates:
 
     @property
     def learns_width(self) -> bool:
-        """Whether there is a width to learn."""
+        """Whether a candidate has a width to learn."""
         return any(WIDTH in spec for spec in self.specs)
 
     def rows(self, field: str | None = None) -> list[dict[int | None, str]]:
-        """One entry a candidate: width -> spec string; None for a candidate without width to learn.
+        """Return one entry per candidate: width -> spec string; the width is None for a candidate with a fixed width.
 
-        Candidates with a width to learn have the same widths, those that all of them have.
+        Candidates with a width to learn get the same widths: those that all of them support.
         """
         field = field or self.field
         rows: list[dict[int | None, str]] = []
@@ -76,15 +77,16 @@ class Candidates:
         common: set[int] = set.intersection(*learning) if learning else set()
         if learning and not common:
             raise ConfigError(
-                f"{', '.join(self.specs)} have no width from {self.min_bits} to {self.max_bits} in common"
+                f"{', '.join(self.specs)} have no width from {self.min_bits} to {self.max_bits} in common; change "
+                "min_bits and max_bits, or the candidates"
             )
         whole = range(min(common), max(common) + 1) if common else range(0)
         if set(whole) != common:
-            raise ConfigError(f"{', '.join(self.specs)} have the widths {sorted(common)}; there must be none missing")
+            raise ConfigError(f"{', '.join(self.specs)} must share widths without gaps, got {sorted(common)}")
         return [row if None in row else {n: row[n] for n in whole} for row in rows]
 
     def options(self, field: str | None = None) -> list[str]:
-        """Every spec string that can come out."""
+        """Return every spec string that can be chosen."""
         return [spec for row in self.rows(field) for spec in row.values()]
 
     def __call__(self, layer: nn.Module) -> MixtureQuantizer:
@@ -101,7 +103,7 @@ def _is_spec(text: str, field: str) -> bool:
 
 @checked
 def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) -> list[str]:
-    """Weight candidates of the same storage cost: those of `schemes` that have the width; at 1 and 2 bits also
+    """Return weight candidates with the same storage cost: the given schemes that have the width; at 1 and 2 bits also
     binary or ternary.
 
     >>> default_candidates(2)[:3], len(default_candidates(4))
@@ -114,12 +116,12 @@ def default_candidates(n_bits: int, schemes: Iterable[str] = DEFAULT_SCHEMES) ->
     found = [weight_spec(name, n_bits) if name != "binary" else "binary/channel" for name in names]
     specs = [spec for spec in dict.fromkeys(found) if spec is not None]
     if not specs:
-        raise ConfigError(f"none of {', '.join(names)} has {n_bits} bits")
+        raise ConfigError(f"none of the schemes {', '.join(names)} has {n_bits} bits; see: torchquant schemes")
     return specs
 
 
 def searched_slots(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
-    """(site path, slot) -> candidates, for the points of a plan that have any; in the order they run."""
+    """Return (site path, slot) -> candidates, for the search points of a plan, in the order they run."""
     return {
         (site.path, name): choice
         for site in plan.sites
@@ -132,7 +134,7 @@ def searched_slots(plan: QuantPlan) -> dict[tuple[str, str], Candidates]:
 def search_rules(
     rules: Rules, min_bits: int = 2, max_bits: int = 8, form: str = "interp"
 ) -> str | list[dict[str, Any]]:
-    """Rules of a plan in which a slot is a list of specs, or a spec with `{n}`: candidates are put in their place.
+    """Replace each list of specs, and each spec with `{n}`, in the rules of a plan by `Candidates`.
 
     Raises ConfigError.
 

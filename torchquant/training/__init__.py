@@ -1,4 +1,4 @@
-"""Calibration, evaluation, training; aids of quantization-aware training: schedules, oscillation tracking, ..."""
+"""Calibrate, evaluate and train; tools for quantization-aware training: schedules, oscillation tracking, ..."""
 
 from torchquant.training.bn_stats import reestimate_bn as reestimate_bn
 from torchquant.training.calibration import calibrate as calibrate

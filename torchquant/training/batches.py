@@ -1,4 +1,4 @@
-"""What loops over batches share: what a batch is, where it is computed, how many are taken, and the progress bar."""
+"""Code that all loops over batches share: reading a batch, devices, limits, and the progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError, MissingDependencyError, one_line, require
 
 OnBatch = Callable[[int], object]
-"""Called after each batch with the number of batches that are done."""
+"""Called after each batch with the number of finished batches."""
 
 
 def check_batches(batches: object, max_batches: int | None) -> None:
@@ -29,13 +29,13 @@ def check_batches(batches: object, max_batches: int | None) -> None:
 
 
 def count(batches: object, max_batches: int | None) -> int | None:
-    """How many batches one pass takes; None where they do not tell."""
+    """Return the number of batches of one pass; None if it is unknown."""
     n_batches = len(batches) if isinstance(batches, Sized) else None
     return min((n for n in (n_batches, max_batches) if n is not None), default=None)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device by its name. Raises ConfigError for one that this machine does not have."""
+    """Return the device of that name. Raises ConfigError for one that this machine does not have."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -43,7 +43,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def place(model: nn.Module, device: str | torch.device | None) -> torch.device | None:
-    """Move the model to the device, if one is named; the device for its batches, None for a model on several."""
+    """Move the model to a device, if one is named; return the device for its batches, None for a model on several."""
     if device is not None:
         found = usable_device(device)
         model.to(found)
@@ -58,7 +58,7 @@ def taken(
     device: torch.device | None,
     on_batch: OnBatch | None = None,
 ) -> Iterator[Any]:
-    """The first `max_batches` batches, their tensors on the device; `on_batch` is told when each of them is done."""
+    """Yield the first `max_batches` batches, with their tensors on the device; call `on_batch` after each."""
     for done, batch in enumerate(itertools.islice(batches, max_batches), 1):
         yield batch if device is None else _moved(batch, device)
         if on_batch is not None:
@@ -73,17 +73,17 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 def pair_of(batch: object, i: int) -> tuple[Any, Any]:
-    """The inputs and targets of batch `i`. Raises ConfigError for one that is no pair."""
+    """Return the inputs and targets of batch `i`. Raises ConfigError for a batch that is not a pair."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ConfigError(f"batch {i} must be (inputs, targets), got {shown(batch)}")
     return batch[0], batch[1]
 
 
 def inputs_of(model: nn.Module, batch: Any, i: int, with_targets: bool | None) -> Any:
-    """The inputs in batch `i`: the batch itself, or what stands before the targets in an (inputs, targets) pair.
+    """Return the inputs in batch `i`: the batch itself, or the first element of an (inputs, targets) pair.
 
-    `with_targets`: which of the two; None: a pair is what the forward of the model does not take as two arguments.
-    Raises ConfigError where it can be either.
+    `with_targets`: which of the two; None: a tuple of two is a pair if the forward of the model does not take two
+    arguments. Raises ConfigError if it can be either.
     """
     if with_targets:
         return pair_of(batch, i)[0]
@@ -96,13 +96,13 @@ def inputs_of(model: nn.Module, batch: Any, i: int, with_targets: bool | None) -
     if takes_one and takes_both:
         raise ConfigError(
             f"batch {i} can be (inputs, targets) or two arguments, since the forward of {type(model).__name__} takes "
-            "one and takes two; say which: with_targets=True or with_targets=False"
+            "one argument or two; say which: with_targets=True or with_targets=False"
         )
     return batch[0] if takes_one else batch
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes and shows progress."""
+    """Tell whether this process is the one that writes files and shows progress."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
@@ -110,10 +110,10 @@ def is_first_rank() -> bool:
 def progress_bar(
     doing: str, total: int | None, show: bool | None, callback: object = None
 ) -> Iterator[Callable[[], None]]:
-    """A function that moves a bar on by one; off a terminal there is nothing to see.
+    """Show a progress bar and return a function that advances it by one; off a terminal nothing is shown.
 
-    `show`: whether there is a bar; None: if no callback is told and rich is installed. Raises MissingDependencyError
-    for a bar that is asked for, without rich.
+    `show`: whether there is a bar; None: if there is no callback and rich is installed. Raises MissingDependencyError
+    if a bar is requested without rich.
     """
     wanted = show if show is not None else callback is None and is_first_rank()
     try:
@@ -131,7 +131,7 @@ def progress_bar(
 
 
 def make_bar(console: Any, above: Callable[[], Iterable[Any]] = tuple) -> Any:
-    """A rich progress bar that is not seen off a terminal, with the renderables of `above` over it."""
+    """Make a rich progress bar below the renderables of `above`; off a terminal nothing is shown."""
     rich = require("rich.progress", "cli")
 
     class Bar(rich.Progress):  # type: ignore[misc, name-defined]

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the network as it is at the end of training."""
+"""Estimate batch norm statistics again for the trained network."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torchquant.utils import observe_weights, qmodule_state
 @checked
 @torch.no_grad()
 def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState = QModuleState.QUANT_EVAL) -> int:
-    """Measure the running mean and variance of every batch norm anew, with the weights quantized as they are now.
+    """Estimate the running mean and variance of every batch norm again, with the current quantized weights.
 
     During quantization-aware training the running statistics lag behind weights that jump between levels; Nagel et al.
-    2022 (arXiv:2203.11086) found most of the loss at low bit widths there. `batches`: inputs, or tuples that begin with
-    the input; each is passed through the model once in `state`. The mean over the batches replaces the statistics.
-    Everything else stays: parameters, ranges, train or eval mode, states. Returns the number of batches.
-    Raises ConfigError if there are none.
+    2022 (arXiv:2203.11086) found that this causes most of the loss at low bit widths. `batches`: inputs, or tuples that
+    begin with the input; each passes through the model once in `state`. The mean over the batches replaces the
+    statistics. Parameters, ranges, modes and states do not change. Returns the number of batches. Raises ConfigError if
+    there are none.
 
     >>> from torchquant import QWrapper
     >>> model = QWrapper([nn.Linear(2, 2), nn.BatchNorm1d(2)], None, None)
@@ -67,5 +67,5 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState 
             mean, var = torch.stack(seen[id(norm)]).mean(0)
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)
-    observe_weights(model)  # a folded weight has the new statistics in it
+    observe_weights(model)  # a folded weight depends on the new statistics
     return n_batches

@@ -1,4 +1,4 @@
-"""Post-training calibration: show data to the observers of a model."""
+"""Calibrate a model: let its observers see data."""
 
 from __future__ import annotations
 
@@ -30,18 +30,17 @@ def calibrate(
     with_targets: bool | None = None,
     show_progress: bool | None = None,
 ) -> int:
-    """Show batches to every observer in the model, then put it in `state`. Returns the number of batches.
+    """Let every observer in the model see batches, then set `state`. Returns the number of batches.
 
     A batch is the inputs of the model: a tensor, a tuple of arguments or a dictionary of keyword arguments; or an
-    (inputs, targets) pair, whose targets are left out. `with_targets`: whether batches are such pairs; None: a tuple of
-    two is one if the forward does not take two arguments. At most `max_batches` are taken.
-    The model runs in eval mode, without gradients; after that each module is back in its own mode.
-    `device`: where the model and the batches are moved; None: the batches go where the model is. `on_batch(n)` is
-    called when n batches are done. `show_progress`: a progress bar; None: one if `on_batch` is not given, rich is
-    installed, and the output is a terminal.
+    (inputs, targets) pair, whose targets are ignored. `with_targets`: whether batches are such pairs; None: a tuple of
+    two is a pair if the forward does not take two arguments. At most `max_batches` are used. The model runs in eval
+    mode, without gradients; afterwards each module has its former mode again. `device`: the device for the model and
+    the batches; None: that of the model. `on_batch(n)` is called after n batches. `show_progress`: a progress bar;
+    None: one if `on_batch` is not given, rich is installed, and the output is a terminal.
 
-    Warns of quantizers that saw no data, by name: they cannot quantize. Raises ConfigError if there are no batches, or
-    if a batch can be a pair as well as two arguments.
+    Warns about quantizers that saw no data, by name: they cannot quantize. Raises ConfigError if there are no batches,
+    or if a batch can be both a pair and two arguments.
 
     >>> import torchquant as tq
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
@@ -66,7 +65,7 @@ def calibrate(
             n_batches += 1
             advance()
     if n_batches == 0:
-        raise ConfigError("there are no batches to calibrate on")
+        raise ConfigError("there are no batches to calibrate on; give at least one")
     set_qmodule_state(model, state)
     _warn_of_unseen(model)
     return n_batches
@@ -81,7 +80,7 @@ def _warn_of_unseen(model: nn.Module) -> None:
     ]
     if unseen:
         warnings.warn(
-            f"{len(unseen)} quantizers saw no data in calibration, and raise UnobservedRangeError when they are to "
+            f"{len(unseen)} quantizers saw no data in calibration and will raise UnobservedRangeError when they "
             f"quantize: {some(unseen)}. Calibrate on batches that reach them, or leave them out of the rules",
-            stacklevel=4,  # past what checks the arguments
+            stacklevel=4,  # above the wrapper that checks the arguments
         )

@@ -1,4 +1,4 @@
-"""A metric of a model over batches."""
+"""Evaluate a metric of a model over batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torchquant.graph.recording import call_with
 from torchquant.training.batches import OnBatch, check_batches, count, pair_of, place, progress_bar, taken
 
 Metric = Callable[[Any, Any], Any]
-"""(outputs, targets) of a batch -> one value for each sample, or one number, the mean over the samples."""
+"""(outputs, targets) of a batch -> one value per sample, or one number, the mean over the samples."""
 
 
 def top1(outputs: Any, targets: Any) -> Tensor:
-    """(N, classes, ...) scores and (N, ...) labels -> (N,) float64: the share of labels at the largest score.
+    """Compute the share of labels at the largest score: (N, classes, ...) scores, (N, ...) labels -> (N,) float64.
 
     >>> top1(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])).tolist()
     [1.0, 0.0]
@@ -30,7 +30,7 @@ def top1(outputs: Any, targets: Any) -> Tensor:
     if not is_scores or outputs.shape[:1] + outputs.shape[2:] != targets.shape or not len(targets):
         raise ConfigError(
             f"the accuracy needs scores of shape (N, classes, ...) and labels of shape (N, ...), got {shown(outputs)} "
-            f"and {shown(targets)}; give a metric, a function of outputs and targets"
+            f"and {shown(targets)}; otherwise give metric, a function of outputs and targets"
         )
     hits = (outputs.argmax(1) == targets).to("cpu", torch.float64)
     return hits.reshape(len(hits), -1).mean(1)
@@ -46,11 +46,11 @@ def evaluate(
     on_batch: OnBatch | None = None,
     show_progress: bool | None = None,
 ) -> float:
-    """The mean of a metric over all samples, of a model as it is: its state stays. By default the top-1 accuracy, 0..1.
+    """Compute the mean of a metric over all samples, in the model's current state; by default top-1 accuracy, 0..1.
 
-    `batches`: (inputs, targets) pairs. `metric`: of the outputs and targets of a batch, one value for each sample, or
-    their mean. The model runs in eval mode, without gradients; after that each module is back in its own mode. Other
-    arguments as in `calibrate`. Raises ConfigError if there are no batches.
+    `batches`: (inputs, targets) pairs. `metric`: a function of the outputs and targets of a batch that returns one
+    value per sample, or their mean. The model runs in eval mode, without gradients; afterwards each module has its
+    former mode again. The other arguments are as in `calibrate`. Raises ConfigError if there are no batches.
 
     >>> net = nn.Linear(2, 2)
     >>> x, labels = torch.randn(6, 2), torch.zeros(6, dtype=torch.int64)
@@ -73,14 +73,14 @@ def evaluate(
             total, n_samples = total + value, n_samples + n
             advance()
     if n_samples == 0:
-        raise ConfigError("there are no batches to evaluate on")
+        raise ConfigError("there are no batches to evaluate on; give at least one")
     return total / n_samples
 
 
 def _summed(value: Any, batch: Any) -> tuple[float, int]:
-    """The sum of a metric over the samples of a batch, and how many they are."""
+    """Return the sum of a metric over the samples of a batch, and the number of samples."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     n_samples = len(tensors[-1]) if tensors else 1
     if isinstance(value, Tensor) and value.shape == (n_samples,):
         return float(value.to("cpu", torch.float64).sum()), n_samples
-    return number(value, "the metric, if it is not one value for each sample,") * n_samples, n_samples
+    return number(value, "the metric, if it is not one value per sample,") * n_samples, n_samples

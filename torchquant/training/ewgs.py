@@ -1,4 +1,4 @@
-"""The delta of EWGS from the curvature of the loss."""
+"""Set the delta of EWGS from the curvature of the loss."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from torchquant.quantizers_functional.gradients import EWGS
 def adapt_ewgs(
     model: nn.Module, loss: Callable[[], Tensor], samples: int = 1, generator: torch.Generator | None = None
 ) -> dict[str, float]:
-    """Set delta of every EWGS quantizer to `max(0, (Tr(H) / N) / (3 std(g)))`; path -> delta.
+    """Set delta of every EWGS quantizer to `max(0, (Tr(H) / N) / (3 std(g)))`; return path -> delta.
 
-    `loss()` runs the model on a batch and returns the loss; once. g is its gradient for the N quantized values of a
-    site, Tr(H) the trace of its Hessian there, estimated with `samples` vectors of random signs (Hutchinson). Call it
-    every epoch or ten. Lee et al. 2021, arXiv:2104.00903, eq. 9-10. Raises ConfigError if there is no such quantizer.
+    `loss()` runs the model on a batch and returns the loss; it is called once. g is its gradient for the N quantized
+    values of a site, Tr(H) the trace of its Hessian there, estimated with `samples` vectors of random signs
+    (Hutchinson). Call this function every one to ten epochs. Lee et al. 2021, arXiv:2104.00903, eq. 9-10. Raises
+    ConfigError if there is no such quantizer.
 
     >>> from torchquant import QModuleState, QWrapper, make_quantizer, set_qmodule_state
     >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("ewgs:2"), None)
@@ -78,7 +79,7 @@ def adapt_ewgs(
 
 @contextmanager
 def _twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Attention and recurrent layers run by kernels whose gradients have a gradient; the fused ones' have none."""
+    """Let attention and recurrent layers run kernels with second derivatives, which the fused kernels do not have."""
     is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH), cudnn_flags(enabled=False) if is_recurrent else nullcontext():
         yield

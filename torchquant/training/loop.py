@@ -1,4 +1,4 @@
-"""The plain training loop: AdamW, one cycle of the learning rate; a stopped one goes on where it was."""
+"""The training loop: AdamW with a one-cycle learning rate; a stopped training resumes where it was."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torchquant.utils import observe_weights, quantizer_parameters, set_qmodule_
 OnEpoch = Callable[[int, float], None]
 """Called after each epoch with its number, from 1, and its mean loss."""
 Loss = Callable[[Any, Any], Tensor]
-"""(outputs, targets) -> ()."""
+"""(outputs, targets) -> the loss, a tensor with one number."""
 AFRESH = "delete it to train from the start"
 
 
@@ -49,18 +49,17 @@ def fit(
 ) -> None:
     """Train with AdamW and a one-cycle learning rate; leaves the model in eval mode.
 
-    `batches`: (inputs, targets) pairs to go through once an epoch, such as a list or a DataLoader, or a function that
-    gives those of an epoch; at most `max_batches` of them are taken. `steps_per_epoch`: the most an epoch has, which
-    the learning rate follows; None: as many as `batches` tells. What quantizers learn has no weight decay.
-    `state`: what the model trains in, such as QUANT_AWARE_TRAIN; after that the weight ranges are brought up to date
-    and the model is in QUANT_EVAL. None: the state that the model is in, which stays.
-    `progress`: a file that keeps where the training is after each epoch; if it is there already, training goes
-    on from it and ends with the same numbers, bit for bit. `generator`: what `batches` draws from, kept there too.
-    `warm_up`: share of the steps in which the rate rises. `device`: where the model and the batches are moved; None:
-    the batches go where the model is. `show_progress`: a progress bar; None: one if `on_epoch` is not given, rich is
-    installed, and the output is a terminal.
-    With torch.distributed gradients are averaged over the ranks, and the first one writes `progress`, which all read.
-    Raises ConfigError for no epochs or no batches.
+    `batches`: (inputs, targets) pairs for every epoch, such as a list or a DataLoader, or a function that returns the
+    pairs of an epoch; at most `max_batches` of them are used. `steps_per_epoch`: the largest number of steps of an
+    epoch, for the learning rate; None: the length of `batches`. The numbers that quantizers learn have no weight decay.
+    `state`: the state for the training, such as QUANT_AWARE_TRAIN; afterwards the weight ranges are updated and the
+    model is in QUANT_EVAL. None: the current state of the model, which does not change. `progress`: a file in which the
+    training is saved after each epoch; if it exists, training resumes from it and ends with the same numbers, bit for
+    bit. `generator`: the generator of `batches`, saved there too. `warm_up`: share of the steps in which the rate
+    rises. `device`: the device for the model and the batches; None: that of the model. `show_progress`: a progress bar;
+    None: one if `on_epoch` is not given, rich is installed, and the output is a terminal. With torch.distributed,
+    gradients are averaged over the ranks; the first rank writes `progress`, and all ranks read it. Raises ConfigError
+    for no epochs or no batches.
 
     >>> net = nn.Linear(2, 2)
     >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
@@ -89,7 +88,7 @@ def fit(
                 losses.append(value.detach())
                 advance()
             if not losses:
-                raise ConfigError("there are no batches to train on")
+                raise ConfigError("there are no batches to train on; give at least one")
             if progress is not None and is_first_rank():
                 course.keep(progress, epoch)
             if on_epoch is not None:
@@ -102,7 +101,7 @@ def fit(
 
 @checked
 def fit_quantized(model: nn.Module, *args: Any, **options: Any) -> None:
-    """`fit` with quantizers on: in QUANT_AWARE_TRAIN if no other `state` is named. The model ends in QUANT_EVAL."""
+    """Do the same as `fit` with quantizers on (`state` defaults to QUANT_AWARE_TRAIN). The model ends in QUANT_EVAL."""
     fit(model, *args, **{"state": QModuleState.QUANT_AWARE_TRAIN} | options)
 
 
@@ -129,14 +128,14 @@ class _Course:
         self.schedule.step()
 
     def keep(self, progress: Path, epoch: int) -> None:
-        """Write all that is needed to go on after the epoch."""
+        """Write everything that is needed to resume after the epoch."""
         saved: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         saved |= {"schedule": self.schedule.state_dict(), "epoch": epoch, "random": random_state()}
         saved |= {} if self.generator is None else {"batches": self.generator.get_state()}
         write_whole(progress, partial(torch.save, saved))
 
     def resume(self, progress: Path) -> int:
-        """Go on from what `keep` wrote; the number of epochs that are done."""
+        """Resume from a file of `keep`; return the number of finished epochs."""
         with reading(progress, AFRESH):
             saved = read_saved(progress)
             self.model.load_state_dict(saved["model"])
@@ -149,30 +148,30 @@ class _Course:
 
 
 def _steps(batches: object, epochs: int, steps_per_epoch: int | None, max_batches: int | None) -> int:
-    """Steps in an epoch. Raises ConfigError where they cannot be known, or are none."""
+    """Return the number of steps of an epoch. Raises ConfigError if it is unknown or 0."""
     n_steps = count(batches, max_batches) if steps_per_epoch is None else steps_per_epoch
     if n_steps is None:
-        raise ConfigError(f"{shown(batches)} does not tell how many batches an epoch has; give steps_per_epoch")
+        raise ConfigError(f"the number of batches of an epoch is unknown for {shown(batches)}; give steps_per_epoch")
     if epochs < 1 or n_steps < 1:
         raise ConfigError(f"epochs and steps_per_epoch must be at least 1, got {epochs} and {n_steps}")
     if epochs > 1 and isinstance(batches, Iterator):
         raise ConfigError(
             f"batches must last for {epochs} epochs, but {shown(batches)} ends with the first; give a list, a "
-            "DataLoader, or a function that gives the batches of an epoch"
+            "DataLoader, or a function that returns the batches of an epoch"
         )
     return n_steps
 
 
 def _of_epoch(batches: Any) -> Iterable[Any]:
-    """The batches of one epoch; raises ConfigError for what gives none."""
+    """Return the batches of one epoch. Raises ConfigError for a function that returns something else."""
     found = batches() if callable(batches) and not isinstance(batches, Iterable) else batches
     if not isinstance(found, Iterable):
-        raise ConfigError(f"batches() must give (inputs, targets) pairs, got {shown(found)}")
+        raise ConfigError(f"batches() must return (inputs, targets) pairs, got {shown(found)}")
     return found
 
 
 def epochs_done(progress: Path | None) -> int:
-    """How many epochs a file of progress has behind it; 0 without one."""
+    """Return the number of finished epochs in a file of progress; 0 without one."""
     if progress is None or not progress.exists():
         return 0
     with reading(progress, AFRESH):
@@ -180,19 +179,19 @@ def epochs_done(progress: Path | None) -> int:
 
 
 def across_ranks(model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel; itself without a process group, or if that is what it is."""
+    """Wrap the model in DistributedDataParallel; return it unchanged without a process group, or if it is wrapped."""
     if not (dist.is_available() and dist.is_initialized()) or isinstance(model, DistributedDataParallel):
         return model
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def random_state() -> list[Tensor]:
-    """The states of torch's own generators: the CPU's, then those of the GPUs."""
+    """Return the states of torch's own generators: that of the CPU, then those of the GPUs."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
 def set_random_state(states: list[Tensor]) -> None:
-    """Bring the generators to what `random_state` gave; GPUs only if there are as many."""
+    """Restore the result of `random_state`; for GPUs only if their number is the same."""
     torch.set_rng_state(states[0])
     if len(states) > 1 and torch.cuda.device_count() == len(states) - 1:
         torch.cuda.set_rng_state_all(states[1:])

@@ -1,4 +1,4 @@
-"""Weights that jump to and fro between two levels: see them, damp them, freeze them (Nagel et al. 2022)."""
+"""Track, dampen and freeze weights that oscillate between two levels (Nagel et al. 2022)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchquant.quantizers import GridQuantizer
 from torchquant.utils import weight_slots
 
 OSCILLATING = 0.005
-"""Share of steps at which a weight turns back from which on the paper calls it oscillating."""
+"""Frequency of reversals above which the paper calls a weight oscillating."""
 
 
 @dataclass(frozen=True)
 class OscillationReport:
-    """One weight tensor: its number of elements, and the shares of them that oscillate and that are frozen, 0..1.
+    """A report on one weight tensor: number of elements, share that oscillates and share that is frozen, 0..1.
 
-    `path`: that of its module, with the name of the tensor where the module has several, as LSTM does.
+    `path`: path of its module, with the name of the tensor if the module has several, as LSTM does.
     """
 
     path: str
@@ -39,7 +39,7 @@ def _on_grids(model: nn.Module) -> Iterator[tuple[WeightSlot, GridQuantizer]]:
 
 
 class _Layer(nn.Module):
-    """What is remembered of one weight; all with its output channel on axis 0."""
+    """The tracking state of one weight; all tensors have the output channel on axis 0."""
 
     codes: Tensor
     direction: Tensor
@@ -58,13 +58,13 @@ class _Layer(nn.Module):
 
 @checked
 class OscillationTracker(nn.Module):
-    """Watches the codes of every quantized weight; freezes those that turn back too often.
+    """Tracks the codes of every quantized weight; freezes elements that oscillate too often.
 
-    Call `step()` after each `optimizer.step()`. A weight turns back when its code changes against the direction of its
-    last change; `frequency` is the exponential average of that with `momentum`. With `freeze_above` (a number, or a
-    function of the step such as a `Ramp`) a weight above it is set to the level its codes were at on average and held
-    there. Its state is in `state_dict`. Source: Nagel et al. 2022, arXiv:2203.11086, sections 3.2 and 4.3. Raises
-    ConfigError if the model has no quantized weight, UnobservedRangeError before calibration.
+    Call `step()` after each `optimizer.step()`. A weight oscillates when its code changes against the direction of its
+    last change; `frequency` is the exponential average of such changes with `momentum`. With `freeze_above` (a number,
+    or a function of the step such as a `Ramp`) a weight with a higher frequency is set to the average level of its
+    codes and held there. The state is in `state_dict`. Source: Nagel et al. 2022, arXiv:2203.11086, sections 3.2 and
+    4.3. Raises ConfigError if the model has no quantized weight, UnobservedRangeError before calibration.
 
     >>> from torchquant import QWrapper, make_quantizer
     >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:4,symmetric=narrow"), None)
@@ -89,16 +89,16 @@ class OscillationTracker(nn.Module):
         if computed and freeze_above is not None:
             raise ConfigError(
                 f"the weight of {computed[0]} is computed from other parameters, so it cannot be held at a level; "
-                "watch without freeze_above"
+                "track it without freeze_above"
             )
         if not self._watched:
-            raise ConfigError("the model has no weight quantizer with codes; there is nothing to watch")
+            raise ConfigError("the model has no weight quantizer with codes to track; quantize a weight first")
         self.layers = nn.ModuleList(_Layer(_codes(slot)) for slot in self._watched)
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Look at the weights after an optimizer step, and put the frozen ones back."""
+        """Update the tracking after an optimizer step, and restore the frozen weights."""
         self.n_steps += 1
         threshold = self.freeze_above
         if callable(threshold):
@@ -121,7 +121,7 @@ class OscillationTracker(nn.Module):
             _hold(slot, seen)
 
     def report(self) -> list[OscillationReport]:
-        """One entry a weight tensor, in the order of the model."""
+        """Return one entry per weight tensor, in the order of the model."""
         entries = []
         for slot, seen in zip(self._watched, self.layers, strict=True):
             assert isinstance(seen, _Layer)
@@ -130,7 +130,7 @@ class OscillationTracker(nn.Module):
         return entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; of a file of 0.1, which has the weights of QWrappers alone, only those."""
+        """Load the state; a file of 0.1 has only the weights of QWrappers."""
         theirs = [i for i, slot in enumerate(self._watched) if isinstance(slot, LayerSlot)]
         saved = {key: state_dict[key] for key in state_dict if key.startswith(f"{prefix}layers.")}
         of_each = len(self.layers[0].state_dict())
@@ -145,7 +145,7 @@ class OscillationTracker(nn.Module):
 
 
 def _codes(slot: WeightSlot) -> Tensor:
-    """The codes of the weight as it is now."""
+    """Return the codes of the current weight."""
     assert slot.quantizer is not None
     return slot.quantizer.encode(slot.seen())
 
@@ -159,10 +159,10 @@ def _hold(slot: WeightSlot, seen: _Layer) -> None:
 
 @checked
 def dampening_loss(model: nn.Module, weight: float = 1e-3) -> Tensor:
-    """`weight * sum of (level - w)**2` over all quantized weights, to add to the loss: it draws weights off the edges.
+    """Compute `weight * sum of (level - w)**2` over all quantized weights, a term that pulls weights to their levels.
 
-    Only w has a gradient, and none where it is clipped. Source: Nagel et al. 2022, arXiv:2203.11086, eq. 5. The
-    weights must have been observed. 0 if there are none.
+    Add the term to the loss. Only w has a gradient, and none where it is clipped. Source: Nagel et al. 2022,
+    arXiv:2203.11086, eq. 5. The weights must have been observed. The term is 0 without quantized weights.
 
     >>> from torchquant import QWrapper, make_quantizer
     >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:2,symmetric=narrow"), None)

@@ -1,4 +1,4 @@
-"""What changes with the step: when to quantize, when to stop observing, how many bits, how soft a gradient."""
+"""Schedules over optimizer steps: when to quantize, when to stop observing, bit widths, gradient options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = ("linear", "cosine")
 @checked
 @dataclass(frozen=True)
 class Ramp:
-    """A number that goes from `start` to `end` in `n_steps` steps and stays there; "linear" or "cosine".
+    """A number that changes from `start` to `end` in `n_steps` steps and stays there; "linear" or "cosine".
 
     >>> ramp = Ramp(1.0, 0.0, 100)
     >>> ramp(0), ramp(25), ramp(500)
@@ -53,25 +53,25 @@ class _Schedule(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = [model]  # in a list, so that the model is no part of the schedule's checkpoint
+        self._model = [model]  # in a list, so that the model is not part of the schedule's checkpoint
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
 
     @property
     def model(self) -> nn.Module:
-        """The model it works on."""
+        """The model of the schedule."""
         return self._model[0]
 
     def step(self) -> None:
-        """Take note of an optimizer step."""
+        """Count an optimizer step and apply the schedule."""
         self.n_steps += 1
         self.apply_at(int(self.n_steps))
 
     def apply_at(self, step: int) -> None:
-        """Bring the model to what holds after that many steps."""
+        """Set up the model for that number of steps."""
         raise NotImplementedError
 
     def load_state_dict(self, *args: object, **options: object) -> object:  # type: ignore[override]
-        """Load, and bring the model to where the schedule was."""
+        """Load the state, and set up the model for the loaded step."""
         result = super().load_state_dict(*args, **options)  # type: ignore[arg-type]
         self.apply_at(int(self.n_steps))
         return result
@@ -79,12 +79,12 @@ class _Schedule(nn.Module):
 
 @checked
 class QuantizationSchedule(_Schedule):
-    """When quantization begins, when ranges stop moving, when batch norms stop (docs/algorithms.md D3).
+    """Schedules when quantization begins, and when ranges and batch norms are frozen (docs/algorithms.md D3).
 
-    Until `quant_start_step` optimizer steps the model only observes; then it trains quantized; from
-    `freeze_observer_step` on ranges stay as they are (state QUANT_EVAL, which trains as well: it is the model's
-    train mode that decides about that); from `freeze_bn_step` on batch norms use their running statistics. The count
-    is of optimizer steps, not of forwards, and is in `state_dict`. Raises ConfigError.
+    Until `quant_start_step` optimizer steps the model only observes; then it trains quantized. From
+    `freeze_observer_step` on ranges are fixed (in the state QUANT_EVAL, which also trains, since train mode decides
+    that). From `freeze_bn_step` on batch norms use their running statistics. The schedule counts optimizer steps, not
+    forwards; the count is in `state_dict`. Raises ConfigError.
 
     >>> from torchquant import QWrapper, make_quantizer
     >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:4"), None)
@@ -117,7 +117,7 @@ class QuantizationSchedule(_Schedule):
         self.apply_at(0)
 
     def apply_at(self, step: int) -> None:
-        """Set the states that hold after that many optimizer steps."""
+        """Set the states for that number of optimizer steps."""
         if step < self.quant_start_step:
             state = QModuleState.CALIBRATION
         elif self.freeze_observer_step is None or step < self.freeze_observer_step:
@@ -132,9 +132,9 @@ class QuantizationSchedule(_Schedule):
 
 @checked
 class GradientSchedule(_Schedule):
-    """An estimator whose options move: `GradientSchedule(model, "pwl", rho=Ramp(1.0, 0.0, 8000))`.
+    """Changes the options of a gradient estimator: `GradientSchedule(model, "pwl", rho=Ramp(1.0, 0.0, 8000))`.
 
-    Every quantizer of the model that takes the estimator gets it. Options are numbers or functions of the step.
+    Every quantizer of the model that supports the estimator gets it. Options are numbers or functions of the step.
     A changed option makes compiled code compile again. Raises ConfigError, UnknownNameError.
 
     >>> from torchquant import QWrapper, make_quantizer
@@ -152,23 +152,23 @@ class GradientSchedule(_Schedule):
         self.apply_at(0)
 
     def apply_at(self, step: int) -> None:
-        """Give every quantizer the estimator as it is after that many optimizer steps."""
+        """Give every quantizer the estimator for that number of optimizer steps."""
         values = {name: value(step) if callable(value) else value for name, value in self.options.items()}
         made: Gradient = GRADIENTS[self.gradient](**values)
         takers = [m for m in self.model.modules() if isinstance(m, GridQuantizer) and made.name in m.gradients()]
         if not takers:
-            raise ConfigError(f"no quantizer of the model takes the gradient {made.name!r}")
+            raise ConfigError(f"no quantizer of the model supports the gradient {made.name!r}; see: torchquant schemes")
         for quantizer in takers:
             quantizer.set_gradient(made)
 
 
 @checked
 class BitSchedule(_Schedule):
-    """Fewer bits step by step: `BitSchedule(model, {0: 8, 1000: 6, 2000: 4}, "affine:{n},symmetric=narrow/channel")`.
+    """Lowers bits step by step: `BitSchedule(model, {0: 8, 1000: 6, 2000: 4}, "affine:{n},symmetric=narrow/channel")`.
 
     `bits`: optimizer step -> width from then on. At each, every quantized weight gets a new quantizer of the spec
-    `weight` at that width, and, if `acts` is given, new quantizers of activations; the next batch they see sets their
-    ranges. Numbers they learn start anew: build the optimizer again where the spec has any. Raises ConfigError.
+    `weight` at that width, and, if `acts` is given, new activation quantizers; the next batch they see sets their
+    ranges. Learned numbers start anew: if the spec has any, build the optimizer again. Raises ConfigError.
 
     >>> from torchquant import QWrapper
     >>> model = QWrapper(nn.Linear(4, 4), make_quantizer("affine:8"), None)
@@ -182,7 +182,7 @@ class BitSchedule(_Schedule):
     def __init__(self, model: nn.Module, bits: Mapping[int, int], weight: str, acts: str | None = None) -> None:
         super().__init__(model)
         if 0 not in bits or min(bits) < 0:
-            raise ConfigError(f"bits must say the width from step 0 on, got the steps {sorted(bits)}")
+            raise ConfigError(f"bits must begin with the width at step 0, got the steps {sorted(bits)}")
         self.bits = dict(bits)
         self.weight = weight
         self.acts = acts
@@ -194,7 +194,7 @@ class BitSchedule(_Schedule):
         self.apply_at(0)
 
     def apply_at(self, step: int) -> None:
-        """Put in the quantizers of the width that holds after that many optimizer steps, if they are not there."""
+        """Put the quantizers for that number of optimizer steps in place, if they are not there yet."""
         n_bits = self.bits[max(start for start in self.bits if start <= step)]
         if n_bits == self._now:
             return

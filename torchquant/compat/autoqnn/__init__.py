@@ -1,4 +1,4 @@
-"""The dialect of AutoQNN: `import torchquant.compat.autoqnn as autoqnn`."""
+"""The API of AutoQNN: `import torchquant.compat.autoqnn as autoqnn`."""
 
 from torchquant.compat.autoqnn import core as core
 from torchquant.compat.autoqnn import models as models

@@ -1,4 +1,4 @@
-"""AutoQNN's `convert`, and its loops for training and validation."""
+"""AutoQNN's `convert`, and its training and validation loops."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def convert(
     inplace: bool = False,
     quantize_config_dict: Mapping[str, Quantizer | None] | None = None,
 ) -> nn.Module:
-    """A copy of the module whose layers quantize; a root layer too. Weights, device and mode are kept.
+    """Copy a module so that its layers quantize, also if it is a layer itself. Weights, device and mode are kept.
 
-    `mapping`: class of torch -> class of `autoqnn.modules`, those to convert; by default all of them.
-    `quantize_config_dict`: "weight_quant", "bias_quant", "act_quant" (at the input of the layer) -> a quantizer,
-    of which every layer gets a fresh clone, or None. Raises ConfigError.
+    `mapping`: torch class -> class of `autoqnn.modules`, for the layers to convert; by default all.
+    `quantize_config_dict`: "weight_quant", "bias_quant", "act_quant" (at the input of the layer) -> a quantizer or
+    None; every layer gets a new clone of it. Raises ConfigError.
 
     >>> from torchquant.compat import autoqnn
     >>> model = convert(
@@ -51,13 +51,13 @@ def convert(
     given = dict(quantize_config_dict or {})
     for key, quantizer in given.items():
         if key not in SLOTS:
-            raise ConfigError(f"quantize_config_dict has {', '.join(SLOTS)}; got {key!r}")
+            raise ConfigError(f"the keys of quantize_config_dict must be among {', '.join(SLOTS)}; got {key!r}")
         if quantizer is not None and not isinstance(quantizer, Quantizer):
             raise ConfigError(f"quantize_config_dict['{key}'] must be a quantizer or None, got {quantizer!r}")
     for kind, target in mapping.items():
         if target not in LAYERS or target.kind is not kind:  # type: ignore[attr-defined]
             raise ConfigError(
-                f"mapping takes a layer of torch to that of autoqnn.modules of the same name, got {kind} -> {target}"
+                f"mapping must map a torch layer to the autoqnn.modules layer of the same name, got {kind} -> {target}"
             )
     plan = _plan(module, mapping, given)
     converted = plan.apply(module, inplace)
@@ -65,7 +65,7 @@ def convert(
     for path, part in converted.named_modules():
         if path in planned:
             kind = plain_type(part.layer)  # type: ignore[arg-type]
-            part.__class__ = mapping[kind]  # the same module, which follows train and eval by itself
+            part.__class__ = mapping[kind]  # the same module, whose state follows train and eval mode
     return converted
 
 
@@ -90,7 +90,7 @@ def _clones(quantizer: Quantizer) -> Callable[[nn.Module], Quantizer]:
 
 
 def clone_quantizer(quantizer: Quantizer) -> Quantizer:
-    """A copy of a quantizer that has seen nothing."""
+    """Copy a quantizer without its observed data."""
     clone = copy.deepcopy(quantizer)
     for part in clone.modules():
         if isinstance(part, StatisticTracker):
@@ -99,14 +99,14 @@ def clone_quantizer(quantizer: Quantizer) -> Quantizer:
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
-    """Share, in percent, of the rows of (N, classes) scores whose label is among the `k` largest; (1,) for each k."""
+    """Compute the percentage of rows of (N, classes) scores with the label among the `k` largest; (1,) for each k."""
     ranked = output.topk(min(max(topk), output.shape[1]), 1).indices
     hits = ranked == target.view(-1, 1)
     return [hits[:, :k].any(1).float().mean().view(1) * 100.0 for k in topk]
 
 
 def top1(output: Tensor, target: Tensor) -> Tensor:
-    """Percent of labels that have the largest score.
+    """Compute the percentage of labels with the largest score.
 
     >>> top1(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     tensor([50.])
@@ -115,12 +115,12 @@ def top1(output: Tensor, target: Tensor) -> Tensor:
 
 
 def top5(output: Tensor, target: Tensor) -> Tensor:
-    """Percent of labels among the five largest scores."""
+    """Compute the percentage of labels among the five largest scores."""
     return accuracy(output, target, (5,))[0]
 
 
 class _Averages:
-    """Averages over batches, weighted by their sizes, and the line that tells of them."""
+    """Averages over batches, weighted by their sizes, and a line that shows them."""
 
     def __init__(self, metric_meds: Sequence[Metric]) -> None:
         self.metrics = metric_meds
@@ -135,7 +135,7 @@ class _Averages:
 
     def result(self) -> tuple[float, list[float]]:
         if not self.count:
-            raise ConfigError("the loader gave no batch")
+            raise ConfigError("the loader yielded no batch; give at least one")
         loss, *metrics = (total / self.count for total in self.totals)
         return loss, metrics
 
@@ -162,7 +162,7 @@ def _run(
     print_freq: int,
     title: str,
 ) -> tuple[float, float, float, list[float]]:
-    """One pass over a loader: (seconds a batch, of them waiting for data, loss, metrics)."""
+    """Run one pass over a loader: (seconds per batch, of which waiting for data, loss, metrics)."""
     model.train(optimizer is not None)
     averages = _Averages(metric_meds)
     started = time.perf_counter()
@@ -196,7 +196,7 @@ def train(
     metric_meds: Sequence[Metric] = (),
     print_freq: int = 10,
 ) -> tuple[float, float, float, list[float]]:
-    """Train for one epoch on the model's device: (seconds a batch, waiting for data, loss, metrics)."""
+    """Train for one epoch on the model's device: (seconds per batch, of which waiting for data, loss, metrics)."""
     return _run(train_loader, model, criterion, optimizer, metric_meds, print_freq, f"Epoch: [{epoch}]")
 
 
@@ -207,7 +207,7 @@ def validate(
     metric_meds: Sequence[Metric] = (),
     print_freq: int = 10,
 ) -> tuple[float, list[float]]:
-    """Loss and metrics over a loader, in evaluation mode."""
+    """Compute loss and metrics over a loader, in evaluation mode."""
     return _run(val_loader, model, criterion, None, metric_meds, print_freq, "Test: ")[2:]
 
 
@@ -218,7 +218,7 @@ def train_on_batch(
     optimizer: torch.optim.Optimizer,
     metric_meds: Sequence[Metric] = (),
 ) -> tuple[float, list[float]]:
-    """One step on the first batch of the loader: loss and metrics before it."""
+    """Train one step on the first batch of the loader; return loss and metrics before the step."""
     first = [next(iter(train_loader))]
     return _run(first, model, criterion, optimizer, metric_meds, 1, "Step ")[2:]
 
@@ -229,7 +229,7 @@ def validate_on_batch(
     criterion: Callable[[Tensor, Tensor], Tensor],
     metric_meds: Sequence[Metric] = (),
 ) -> tuple[float, list[float]]:
-    """Loss and metrics of the first batch of the loader."""
+    """Compute loss and metrics on the first batch of the loader."""
     return _run([next(iter(val_loader))], model, criterion, None, metric_meds, 1, "Test: ")[2:]
 
 

@@ -1,7 +1,7 @@
 """AutoQNN's layers: `Conv2d(3, 8, 3, weight_quant=..., act_quant=...)`.
 
-Each is a QWrapper (Bilinear a QWeights) whose activation quantizer sits at the input, and that quantizes as its train
-and eval modes say: in training observe and quantize, in evaluation quantize. `layer` is the layer of torch inside.
+Each is a QWrapper (Bilinear a QWeights) with its activation quantizer at the input; it quantizes as its train and eval
+modes say: in training it observes and quantizes, in evaluation it quantizes. `layer` is the torch layer inside.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torchquant.quantizers import Quantizer
 
 
 class QuantLayer(QModule):
-    """What AutoQNN's layers have in common: the names of their quantizers."""
+    """The base of AutoQNN's layers: the names of their quantizers."""
 
     kind: ClassVar[type[nn.Module]]
-    """The layer of torch inside."""
+    """The torch layer inside."""
 
     @property
     def weight_quant(self) -> Quantizer | None:
@@ -33,7 +33,7 @@ class QuantLayer(QModule):
 
     @property
     def act_quant(self) -> Quantizer | None:
-        """The quantizer of what the layer reads."""
+        """The quantizer of the input."""
         return self.quantizers().get("input")
 
     def _follow_mode(self) -> None:
@@ -109,7 +109,7 @@ class Linear(_Wrapped):
 
 
 class Bilinear(QWeights, QuantLayer):
-    """nn.Bilinear, quantized; the bias stays float, and of the two inputs the first is quantized."""
+    """nn.Bilinear, quantized; the bias and the second input stay float."""
 
     kind = nn.Bilinear
 

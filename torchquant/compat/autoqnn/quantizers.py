@@ -1,9 +1,9 @@
-"""AutoQNN's quantizers by their names and arguments; each returns the quantizer of torchquant it stands for.
+"""AutoQNN's quantizers with their names and arguments; each returns the corresponding torchquant quantizer.
 
 `bitwidth`: the bits. `per_channel`: numbers for each output channel of a weight (axis 0) or channel of an activation
-(axis 1). `backward_type`: "ste", "pwl" or "pwl-c", with `gradient_ratio` as its rho. The `Act` forms average what they
-see over batches (momentum 0.9) and quantize alike in training and evaluation. Defects of the published code are not
-reproduced; docs/algorithms.md I lists them.
+(axis 1). `backward_type`: "ste", "pwl" or "pwl-c", with `gradient_ratio` as its rho. The `Act` forms average their
+statistics over batches (momentum 0.9) and quantize equally in training and evaluation. Defects of the published code
+are not reproduced; docs/algorithms.md I lists them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def _made(
 
 
 def Quantization() -> None:  # noqa: N802
-    """AutoQNN's quantizer that leaves everything as it is."""
+    """AutoQNN's quantizer that quantizes nothing."""
 
 
 def FixedQuant(  # noqa: N802
     bitwidth: int, per_channel: bool = False, backward_type: str = "ste", gradient_ratio: float = 0.0
 ) -> Quantizer:
-    """Signed fixed point for weights: Q-format.
+    """Make signed fixed point for weights: Q-format.
 
     >>> FixedQuant(bitwidth=4).n_bits
     4
@@ -44,27 +44,27 @@ def FixedQuant(  # noqa: N802
 def FixedQuantAct(  # noqa: N802
     bitwidth: int, per_channel: bool = False, backward_type: str = "ste", gradient_ratio: float = 0.0
 ) -> Quantizer:
-    """Signed fixed point for activations: Q-format over an averaged range."""
+    """Make signed fixed point for activations: Q-format over an averaged range."""
     return _made(f"qfmt:{bitwidth},signed=true", "output", per_channel, backward_type, gradient_ratio)
 
 
 def Binary(per_channel: bool = True, backward_type: str = "ste", gradient_ratio: float = 0.0) -> Quantizer:  # noqa: N802
-    """Signs of weights times their mean magnitude."""
+    """Make a quantizer to signs of weights times their mean magnitude."""
     return _made("xnor", "weight", per_channel, backward_type, gradient_ratio)
 
 
 def BinaryAct(backward_type: str = "ste", gradient_ratio: float = 0.0) -> Quantizer:  # noqa: N802
-    """Signs of activations times their averaged mean magnitude."""
+    """Make a quantizer to signs of activations times their averaged mean magnitude."""
     return _made("xnor", "output", False, backward_type, gradient_ratio)
 
 
 def Ternary(per_channel: bool = False, backward_type: str = "ste", gradient_ratio: float = 0.0) -> Quantizer:  # noqa: N802
-    """Ternary weight networks."""
+    """Make the quantizer of ternary weight networks."""
     return _made("twn", "weight", per_channel, backward_type, gradient_ratio)
 
 
 def TernaryAct(per_channel: bool = False, backward_type: str = "ste", gradient_ratio: float = 0.0) -> Quantizer:  # noqa: N802
-    """Ternary activations."""
+    """Make a quantizer for ternary activations."""
     return _made("twn", "output", per_channel, backward_type, gradient_ratio)
 
 
@@ -100,7 +100,7 @@ def ESB_PerChannel(  # noqa: N802
     backward_type: str = "ste",
     gradient_ratio: float = 0.0,
 ) -> Quantizer:
-    """Elastic significant bits: `linear_bits` of them; `mean_shift` centres the levels on the mean.
+    """Make an ESB quantizer with `linear_bits` significant bits; `mean_shift` centres the levels on the mean.
 
     >>> ESB_PerChannel(bitwidth=4, linear_bits=1, per_channel=False, mean_shift=False).significant_bits
     1
@@ -117,7 +117,7 @@ def ESBAct(  # noqa: N802
     backward_type: str = "ste",
     gradient_ratio: float = 0.0,
 ) -> Quantizer:
-    """Elastic significant bits for activations."""
+    """Make an ESB quantizer for activations."""
     spec = f"esb:{bitwidth},k={linear_bits},center={str(mean_shift).lower()}"
     return _made(spec, "output", per_channel, backward_type, gradient_ratio)
 

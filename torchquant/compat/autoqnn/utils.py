@@ -1,4 +1,4 @@
-"""AutoQNN's tools: a picture of a model, records of what goes through modules, counts, sparsity, the roofline."""
+"""AutoQNN's tools: draw a model, record inputs and outputs of modules, counts, sparsity, the roofline."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ devices: dict[str, tuple[float, float, float]] = {
     "Apple A14 Bionic": (1.536e12, 34.1 * 2**30, 10.0),
     "Kirin 9000": (2.332e12, 42.7 * 2**30, 10.0),
 }
-"""Device -> (operations a second, bytes a second, watts), as AutoQNN lists them."""
+"""Device -> (operations per second, bytes per second, watts), as AutoQNN lists them."""
 PICTURES = (".svg", ".png", ".pdf")
 
 
 def view_module(
     module: nn.Module, input_shapes: Any = None, save_path: str | os.PathLike[str] | None = None
 ) -> tuple[dict[str, str], list[tuple[str, str]], str]:
-    """The model as a graph: (node -> label, edges, source in the DOT language).
+    """Describe a model as a graph: (node -> label, edges, source in the DOT language).
 
-    Where torch.fx can follow the forward, nodes are layers and operators; elsewhere modules, with edges from each to
-    its parts. `save_path`: a .svg, .png or .pdf is drawn by graphviz, where the package and the program are
-    installed; without them, and for any other ending, the text is written, as .txt beside it. `input_shapes` is
-    AutoQNN's and not needed.
+    If torch.fx can trace the forward, nodes are layers and operators; else they are modules, with edges from each to
+    its parts. `save_path`: graphviz draws a .svg, .png or .pdf, if the package and the program are installed; without
+    them, and for any other ending, a text is written to a .txt file beside it. `input_shapes` is an argument of AutoQNN
+    and not needed.
 
     >>> nodes, edges, dot = view_module(nn.Sequential(nn.Linear(4, 2), nn.ReLU()))
     >>> edges
@@ -79,7 +79,7 @@ def _draw(path: Path, dot: str, nodes: Mapping[str, str], edges: Sequence[tuple[
         try:
             graphviz = require("graphviz", "report")
             drawn = graphviz.Source(dot).pipe(format=path.suffix[1:])
-        except (MissingDependencyError, RuntimeError, OSError):  # the package, or the program behind it
+        except (MissingDependencyError, RuntimeError, OSError):  # the package or its program is missing
             path = path.with_suffix(".txt")
         else:
             write_whole(path, lambda temporary: temporary.write_bytes(drawn))
@@ -92,10 +92,10 @@ def _draw(path: Path, dot: str, nodes: Mapping[str, str], edges: Sequence[tuple[
 
 
 class ModuleIOs:
-    """Records what goes into modules and what comes out; for quantizers, real and quantized tensors.
+    """Records inputs and outputs of modules; for quantizers, real and quantized tensors.
 
     `named_modules`: (name, module) pairs. `register()` begins, `unregister()` ends; `inputs` and `outputs` hold the
-    last tensors. `draw_differences(rows)` gives a matplotlib figure with both distributions of each.
+    last tensors. `draw_differences(rows)` returns a matplotlib figure with both distributions of each.
 
     >>> layer = nn.ReLU()
     >>> records = ModuleIOs([("relu", layer)])
@@ -113,7 +113,7 @@ class ModuleIOs:
         self._handles: list[Any] = []
 
     def register(self) -> None:
-        """Begin to record."""
+        """Start recording."""
         for name, module in self.modules.items():
 
             def note(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
@@ -122,13 +122,13 @@ class ModuleIOs:
             self._handles.append(module.register_forward_hook(note))
 
     def unregister(self) -> None:
-        """Record no longer."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def differences(self) -> dict[str, float]:
-        """Mean squared difference of input and output, for modules that keep the shape."""
+        """Compute the mean squared difference of input and output, for modules that keep the shape."""
         self._check()
         return {
             name: float((self.outputs[name] - x).square().mean())
@@ -137,7 +137,7 @@ class ModuleIOs:
         }
 
     def draw_differences(self, rows: int = 1, save_path: str | os.PathLike[str] | None = None) -> Any:
-        """Distributions of inputs and outputs, a panel a module. Raises MissingDependencyError, ConfigError."""
+        """Draw distributions of inputs and outputs, a panel per module. Raises MissingDependencyError, ConfigError."""
         self._check()
         figure = require("matplotlib.figure", "report")
         columns = -(-len(self.inputs) // rows)
@@ -166,9 +166,9 @@ def get_flops_params_mems(
     name: str = "module",
     verbose: int = 1,
 ) -> tuple[float, int, float]:
-    """Multiply-adds of one sample, parameters, and bytes of parameters and outputs of layers at those widths.
+    """Count multiply-adds of one sample, parameters, and bytes of parameters and layer outputs at these widths.
 
-    AutoQNN calls multiply-adds FLOPs. Outputs are those of layers and operators that compute, as in `plan.cost`.
+    AutoQNN calls multiply-adds FLOPs. Outputs are counted for layers and operators that compute, as in `plan.cost`.
     """
     cost = QuantPlan(()).cost(module, torch.randn(*input_shape))
     macs = float(cost.macs)
@@ -189,9 +189,9 @@ def get_attainable_FLOPS(  # noqa: N802 - published name
     a_bit: int = 32,
     model_name: str = "model",
 ) -> float:
-    """Operations a second that a device can reach with a model, by the roofline: its peak, or what memory allows.
+    """Compute the operations per second of a device with a model by the roofline: its peak, or the memory bound.
 
-    Williams et al. 2009. AutoQNN ignores `w_bit` and `a_bit`; here they count. Raises ConfigError.
+    Source: Williams et al. 2009. AutoQNN ignores `w_bit` and `a_bit`; here they count. Raises ConfigError.
     """
     if device_key not in devices:
         raise ConfigError(f"device_key must be one of {', '.join(devices)}; got {device_key!r}")
@@ -204,12 +204,12 @@ def get_attainable_FLOPS(  # noqa: N802 - published name
 
 
 def count_zero(w: Tensor) -> int:
-    """How many elements are 0."""
+    """Count the elements that are 0."""
     return int((w == 0).sum())
 
 
 def stats_module_sparsity(module: nn.Module, name: str) -> float:
-    """Share of zeros in one parameter of a module."""
+    """Compute the share of zeros in one parameter of a module."""
     w = getattr(module, name)
     return count_zero(w) / w.numel()
 
@@ -217,7 +217,7 @@ def stats_module_sparsity(module: nn.Module, name: str) -> float:
 def stats_sparsity(
     parameters_to_prune: Iterable[tuple[nn.Module, str]], verbose: int = 1
 ) -> tuple[tuple[float, ...], float]:
-    """Share of zeros in each (module, name of a parameter), and in all together."""
+    """Compute the share of zeros in each (module, name of a parameter), and in all together."""
     pairs = list(parameters_to_prune)
     each = tuple(stats_module_sparsity(module, name) for module, name in pairs)
     sizes = [getattr(module, name).numel() for module, name in pairs]
@@ -231,7 +231,7 @@ def stats_sparsity(
 
 @torch.no_grad()
 def stats_quantized_sparsity(model: nn.Module) -> dict[str, float]:
-    """Share of weights that quantize to 0, of every quantized layer that has seen its weight."""
+    """Compute the share of weights that quantize to 0, for every quantized layer that has observed its weight."""
     found = {}
     for slot in weight_slots(model):
         if (quantizer := slot.quantizer) is not None and quantizer.is_ready:

@@ -1,4 +1,4 @@
-"""The dialect of NNI: its quantizers, by its names and at its addresses.
+"""The API of NNI: its quantizers, by its names and at its addresses.
 
 `from nni.algorithms.compression.pytorch.quantization import QAT_Quantizer` becomes
 `from torchquant.compat.nni.algorithms.compression.pytorch.quantization import QAT_Quantizer`, or, in short,
@@ -45,7 +45,7 @@ ADDRESSES = (
     "compression.quantization",
     "compression.utils",
 )
-"""Where NNI keeps these names, below its root."""
+"""Modules of NNI that hold these names, below its root."""
 
 
 def _add_addresses() -> None:

@@ -1,4 +1,4 @@
-"""NNI's calibration config: what its quantizers export beside the weights, and how it comes back."""
+"""NNI's calibration config: export it beside the weights, and restore it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MODERN_NAMES = {"input": "_input_", "output": "_output_"}
 def calibration_config(
     model: nn.Module, layers: Mapping[str, LayerConfig] | None = None, modern: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Module -> what is known of its quantizers, in the keys of NNI 2.x, or of 3.0 if `modern`.
+    """Return module -> numbers of its quantizers, with the keys of NNI 2.x, or of 3.0 if `modern`.
 
-    `layers`: what a config list asked for, whose bits and words are used; None: any quantized model, in 2.x.
+    `layers`: the settings of a config list, whose bits and names are used; None: any quantized model, in 2.x.
     2.x: `weight_bits`, `weight_scale`, `weight_zero_point`, `input_bits`, `tracked_min_input`, `tracked_max_input`,
     the same for `output`. 3.0: target -> scale, zero_point, quant_dtype, quant_scheme, quant_bits, tracked_min,
-    tracked_max. Numbers are floats, or tensors (C,) per channel; what a scheme has not is left out.
+    tracked_max. Numbers are floats, or tensors (C,) per channel; numbers that a scheme does not have are left out.
     """
     config: dict[str, dict[str, Any]] = {}
     for path, module in qmodules(model):
@@ -57,7 +57,7 @@ def _legacy(site: str, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(quantizer: Quantizer) -> dict[str, Any]:
-    """Scale, zero point and tracked range of a uniform quantizer that has seen data; {} for another."""
+    """Return scale, zero point and tracked range of a uniform quantizer that has seen data; {} for another."""
     if not isinstance(quantizer, UniformQuantizer | LearnedUniform) or not quantizer.is_ready:
         return {}
     delta, zero_point, qmin, qmax = quantizer.affine_params()
@@ -75,12 +75,12 @@ def _plain(value: Any) -> Any:
 
 
 def restore_calibration(model: nn.Module, config: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the activation quantizers the ranges of a 2.x config. Raises ConfigError for one of another model."""
+    """Give the activation quantizers the ranges of a 2.x config. Raises ConfigError for a config of another model."""
     known = dict(qmodules(model))
     for path, entry in config.items():
         if path not in known:
             raise ConfigError(
-                f"the calibration config has '{path}', which is not quantized here; it is of another model"
+                f"the calibration config has '{path}', which is not quantized here; it belongs to another model"
             )
         for site in ("input", "output"):
             if f"tracked_max_{site}" in entry:
@@ -95,7 +95,7 @@ def _restore(module: QModule, path: str, site: str, entry: Mapping[str, Any]) ->
     reduced = getattr(quantizer, "n_bits", bits) == 7 and bits == 8  # reduce_range
     if bits != quantizer.n_bits and not reduced:
         raise ConfigError(
-            f"the calibration config has {bits} bits for the {site} of '{path}', the model {quantizer.n_bits}"
+            f"the calibration config has {bits} bits for the {site} of '{path}', but the model has {quantizer.n_bits}"
         )
     low, high = entry[f"tracked_min_{site}"], entry[f"tracked_max_{site}"]
     if isinstance(quantizer, UniformQuantizer):

@@ -1,4 +1,4 @@
-"""NNI's `config_list`, both spellings, into a QuantPlan (docs/algorithms.md D4).
+"""Compile NNI's `config_list`, in both spellings, to a QuantPlan (docs/algorithms.md D4).
 
 2.x: `op_types`, `op_names` (both: intersection), `quant_types`, `quant_bits`, `quant_dtype`, `quant_scheme`,
 `quant_start_step`, `exclude`; the last entry that matches a module replaces all before it.
@@ -28,7 +28,7 @@ DEFAULT_OP_TYPES = (
     *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "Bilinear"),
     *("PReLU", "Embedding", "EmbeddingBag"),
 )
-"""What "default" stands for in `op_types`."""
+"""Layer types that "default" means in `op_types`."""
 QUANT_TYPES = ("input", "weight", "output")
 SCHEMES = tuple(f"per_{part}_{kind}" for part in ("tensor", "channel") for kind in ("affine", "symmetric"))
 DTYPES = ("int", "uint")
@@ -52,9 +52,9 @@ _defaults: dict[str, tuple[str, str]] = {}
 
 
 def set_quant_scheme_dtype(quant_type: str, quant_scheme: str | None = None, quant_dtype: str | None = None) -> None:
-    """Set scheme and dtype for "input", "weight" or "output" of all config lists read from now on that leave them open.
+    """Set the default scheme and dtype of "input", "weight" or "output" for config lists that are read from now on.
 
-    Without it: per_tensor_affine, uint. `reset_quant_scheme_dtype` forgets. Raises ConfigError.
+    The initial defaults are per_tensor_affine and uint; `reset_quant_scheme_dtype` restores them. Raises ConfigError.
     """
     _one_of("quant_type", quant_type, QUANT_TYPES)
     scheme, dtype = _defaults.get(quant_type, (SCHEMES[0], "uint"))
@@ -65,13 +65,13 @@ def set_quant_scheme_dtype(quant_type: str, quant_scheme: str | None = None, qua
 
 
 def reset_quant_scheme_dtype() -> None:
-    """Forget what `set_quant_scheme_dtype` set."""
+    """Restore the initial defaults of `set_quant_scheme_dtype`."""
     _defaults.clear()
 
 
 @dataclass(frozen=True)
 class Target:
-    """How one tensor of a module is quantized."""
+    """The settings for one tensor of a module."""
 
     n_bits: int
     dtype: str = "uint"
@@ -87,13 +87,13 @@ class Target:
 
     @property
     def scheme(self) -> str:
-        """NNI's name of scheme and granularity."""
+        """NNI's name for scheme and granularity."""
         return SCHEMES[2 * self.per_channel + self.symmetric]
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What a config list says of one module: "weight", "input", "output", "bias" -> Target."""
+    """The settings of a config list for one module: "weight", "input", "output", "bias" -> Target."""
 
     targets: Mapping[str, Target]
     start_step: int = 0
@@ -101,7 +101,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A config list as a plan, and what a plan has no word for."""
+    """A config list as a plan, with the settings that a plan cannot express."""
 
     plan: QuantPlan
     layers: dict[str, LayerConfig] = field(default_factory=dict)
@@ -113,10 +113,10 @@ MakeSpec = Callable[[str, Target], "str | None"]
 def compile_config(
     model: nn.Module, config_list: Sequence[Mapping[str, Any]], spec: MakeSpec, fuse_bn: bool = False
 ) -> Compiled:
-    """The plan of a config list for a model; `spec(site, target)` names the quantizer of a tensor.
+    """Compile a config list to a plan for a model; `spec(site, target)` returns the spec of a tensor's quantizer.
 
-    Modules are sites one by one, as NNI sees them. Unknown names and types warn, as in NNI; all else that is wrong
-    raises ConfigError.
+    Each module is a site of its own, as in NNI. Unknown names and types warn, as in NNI; any other error raises
+    ConfigError.
     """
     if not isinstance(config_list, Sequence) or isinstance(config_list, str):
         raise ConfigError(f"config_list must be a list of dictionaries, got {shown(config_list)}")
@@ -128,7 +128,9 @@ def compile_config(
     captured = capture(model, trace="modules", fuse=fuse)
     modern = [_is_3(entry) for entry in config_list]
     if any(modern) and not all(_is_3(entry) or "quant_types" not in entry for entry in config_list):
-        raise ConfigError("config_list mixes the spelling of NNI 2.x (quant_types) and of NNI 3.0 (target_names)")
+        raise ConfigError(
+            "config_list mixes the spelling of NNI 2.x (quant_types) and of NNI 3.0 (target_names); use one of them"
+        )
     read = _read_3 if any(modern) else _read_2
     found = read([dict(entry) for entry in config_list], captured.sites)
     plans = []
@@ -149,7 +151,7 @@ def compile_config(
 
 
 def _check_lists(where: str, entry: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that takes a list of strings and has something else; a string is not one of them."""
+    """Raise ConfigError for a key that needs a list of strings and has something else, such as a single string."""
     for key in LISTS:
         names = entry.get(key, ())
         is_list = isinstance(names, list | tuple | set | frozenset)
@@ -160,7 +162,7 @@ def _check_lists(where: str, entry: Mapping[str, Any]) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"{where}: {key} has {shown(pattern)}, no regular expression: {error}") from error
+                raise ConfigError(f"{where}: {key} has {shown(pattern)}, not a regular expression: {error}") from error
     settings = entry.get("target_settings", {})
     if not isinstance(settings, Mapping) or not all(isinstance(setting, Mapping) for setting in settings.values()):
         raise ConfigError(f"{where}: target_settings must be a dictionary of dictionaries, got {shown(settings)}")
@@ -216,7 +218,7 @@ def _read_2(config_list: list[dict[str, Any]], sites: Sequence[Site]) -> dict[st
 
 
 def _layer_2(where: str, entry: Mapping[str, Any]) -> LayerConfig | None:
-    """What a 2.x entry says of a module; None: leave it alone."""
+    """Read the settings of a 2.x entry for a module; None for an excluded one."""
     exclude = entry.get("exclude", False)
     if not isinstance(exclude, bool):
         raise ConfigError(f"{where}: exclude must be True or False, got {shown(exclude)}")
@@ -249,7 +251,7 @@ def _per_type(where: str, entry: Mapping[str, Any], key: str, name: str, default
     if not isinstance(value, Mapping):
         return value
     if name not in value and default is None:
-        raise ConfigError(f"{where}: {key} says nothing of '{name}', which is in quant_types")
+        raise ConfigError(f"{where}: {key} must have a value for '{name}', which is in quant_types")
     return value.get(name, default)
 
 
@@ -293,7 +295,7 @@ def _targets_3(where: str, entry: Mapping[str, Any]) -> dict[str, Target]:
         match = re.fullmatch(r"(u?int)(\d+)", text)
         if match is None or not 0 < len(match[2]) < 3 or not 0 < int(match[2]) < 32:
             raise ConfigError(
-                f"{where}: quant_dtype must be such as 'int8' or 'uint4', of 1 to 31 bits, got {shown(text)}"
+                f"{where}: quant_dtype must be intN or uintN with N from 1 to 31, such as 'int8', got {shown(text)}"
             )
         scheme, granularity = setting.get("quant_scheme") or "symmetric", setting.get("granularity") or "default"
         _one_of(f"{where}, quant_scheme", scheme, ("affine", "symmetric"))

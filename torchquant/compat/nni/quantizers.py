@@ -1,4 +1,4 @@
-"""NNI's quantizers: each turns a config list into a plan, puts it into the model, and follows its modes.
+"""NNI's quantizers: each compiles a config list to a plan, applies it to the model, and follows its modes.
 
 The model is changed in place, as in NNI. A quantizer is a module that runs the model, so that it can be wrapped in
 DataParallel or DistributedDataParallel. In training quantizers observe and quantize; in evaluation they quantize.
@@ -28,7 +28,7 @@ from torchquant.utils import observe_any_weights, qmodules, quantizer_parameters
 
 @dataclass
 class TorchEvaluator:
-    """NNI 3.0's way of saying how a model is trained.
+    """NNI 3.0's description of how to train a model.
 
     `training_func(model, optimizers, training_step, lr_schedulers, max_steps, max_epochs)` trains;
     `evaluating_func(model)` evaluates; both are the caller's.
@@ -47,7 +47,7 @@ class TorchEvaluator:
 
 
 class _FollowSteps(FollowMode):
-    """Also keeps modules from quantizing before their `quant_start_step`."""
+    """Does the same as FollowMode, and keeps modules from quantizing before their `quant_start_step`."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -63,16 +63,16 @@ class _FollowSteps(FollowMode):
 
 
 class Quantizer(nn.Module):
-    """What NNI's quantizers share. `config_list`: see `compat/nni/config.py`, both spellings.
+    """The base of NNI's quantizers. `config_list`: see `compat/nni/config.py`, in both spellings.
 
-    `optimizer`: counts the steps of `quant_start_step` and gets the parameters that quantizers learn; without it
-    forwards in training are counted. In its place a TorchEvaluator, for `compress(max_steps, max_epochs)` of NNI 3.0.
-    `dummy_input`: an input of the model; with it batch norms are folded. Raises ConfigError, in words.
+    `optimizer`: its steps are counted for `quant_start_step`, and it gets the learned parameters of quantizers; without
+    it forwards in training are counted. It may be a TorchEvaluator, for `compress(max_steps, max_epochs)` of NNI 3.0.
+    `dummy_input`: an input of the model; with it batch norms are folded. Raises ConfigError.
     """
 
     steps: Tensor
     exports: ClassVar[str] = "float"
-    """What `export_model` writes: the "float" weights, or the "quantized" ones."""
+    """Weights that `export_model` writes: "float" or "quantized"."""
 
     def __init__(
         self,
@@ -83,7 +83,9 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise ConfigError(f"give the quantizer the model itself, then wrap the quantizer in {type(model).__name__}")
+            raise ConfigError(
+                f"the model must not be wrapped, got a {type(model).__name__}; give the inner one, wrap the quantizer"
+            )
         self.evaluator: TorchEvaluator | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         if isinstance(optimizer, TorchEvaluator):
@@ -91,7 +93,7 @@ class Quantizer(nn.Module):
         else:
             self.optimizer = optimizer
         if dummy_input is not None and self.exports == "quantized":
-            raise ConfigError(f"{type(self).__name__} folds no batch norms; leave dummy_input out")
+            raise ConfigError(f"{type(self).__name__} cannot fold batch norms; leave dummy_input out")
         compiled = compile_config(model, config_list, self.spec, fuse_bn=dummy_input is not None)
         self.plan = compiled.plan
         self.layers: dict[str, LayerConfig] = compiled.layers
@@ -106,11 +108,11 @@ class Quantizer(nn.Module):
         self.bound_model.register_forward_pre_hook(_FollowSteps(self))
 
     def spec(self, site: str, target: Target) -> str | None:
-        """The spec string of the quantizer of a tensor."""
+        """Return the spec string of the quantizer of a tensor."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output."""
+        """Return the output of the model."""
         return self.bound_model(*args, **kwargs)
 
     def _count_step(self) -> None:
@@ -126,7 +128,7 @@ class Quantizer(nn.Module):
         return state_for(module)
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> Any:
-        """The quantized model; with a TorchEvaluator, train it first and return (model, calibration config)."""
+        """Return the quantized model; with a TorchEvaluator, train it first and return (model, calibration config)."""
         if self.evaluator is None:
             return self.bound_model
         self.evaluator.train(self.bound_model, max_steps, max_epochs)
@@ -134,7 +136,7 @@ class Quantizer(nn.Module):
         return self.bound_model, calibration_config(self.bound_model, self.layers, modern=True)
 
     def float_model(self) -> nn.Module:
-        """A float copy of the model with the weights of now, batch norms as they were."""
+        """Return a float copy of the model with the current weights and unfolded batch norms."""
         model = self.plan.revert(self.bound_model)
         model._forward_pre_hooks.clear()
         return model
@@ -150,8 +152,8 @@ class Quantizer(nn.Module):
     ) -> dict[str, dict[str, Any]]:
         """Write the weights under the keys of the float model, and the calibration; return the calibration config.
 
-        Weights: float ones, or quantized, as in NNI (docs/algorithms.md D4 has the table). `onnx_path` needs
-        `input_shape`; the file is QDQ ONNX that computes what this model computes, as far as grids are uniform.
+        The weights are float or quantized, as in NNI (docs/algorithms.md D4 has the table). `onnx_path` needs
+        `input_shape`; the file is QDQ ONNX that computes the same as this model, if its grids are uniform.
         Raises ConfigError, ExportError.
         """
         observe_any_weights(self.bound_model)
@@ -186,7 +188,7 @@ class Quantizer(nn.Module):
 
 
 class QAT_Quantizer(Quantizer):  # noqa: N801 - published name
-    """Quantization-aware training (Jacob et al. 2018): weights by their range of now, activations by an average.
+    """Quantization-aware training (Jacob et al. 2018): weights by their current range, activations by an average.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU6())
     >>> config_list = [
@@ -204,7 +206,7 @@ class QAT_Quantizer(Quantizer):  # noqa: N801 - published name
 
 
 class NaiveQuantizer(Quantizer):
-    """8-bit weights by rounding to nearest; without a config list every layer with weights.
+    """8-bit weights by rounding to nearest; without a config list, for every layer with weights.
 
     NNI truncates toward zero, which has four times the error (docs/algorithms.md I-30).
     """
@@ -216,7 +218,9 @@ class NaiveQuantizer(Quantizer):
         given = everything if config_list is None else config_list
         found = [entry for entry in given if entry.get("quant_bits", 8) not in (8, {"weight": 8})]
         if found:
-            raise ConfigError(f"NaiveQuantizer has 8 bits, got {found[0]['quant_bits']!r}; QAT_Quantizer takes others")
+            raise ConfigError(
+                f"quant_bits of NaiveQuantizer must be 8, got {found[0]['quant_bits']!r}; QAT_Quantizer takes others"
+            )
         super().__init__(model, given, optimizer)
 
     def spec(self, site: str, target: Target) -> str | None:
@@ -226,7 +230,7 @@ class NaiveQuantizer(Quantizer):
 
 
 class DoReFaQuantizer(Quantizer):
-    """DoReFa-Net (Zhou et al. 2016), its weights; activations and gradients as in `torchquant.DoReFa`."""
+    """Weights of DoReFa-Net (Zhou et al. 2016); for activations and gradients see `torchquant.DoReFa`."""
 
     exports = "quantized"
 
@@ -235,13 +239,13 @@ class DoReFaQuantizer(Quantizer):
 
 
 class BNNQuantizer(Quantizer):
-    """Binarized neural networks (Courbariaux et al. 2016): signs; latent weights are kept in [-1, 1]."""
+    """Signs of binarized neural networks (Courbariaux et al. 2016); latent weights are kept in [-1, 1]."""
 
     exports = "quantized"
 
     def spec(self, site: str, target: Target) -> str:
         if target.n_bits != 1:
-            raise ConfigError(f"BNNQuantizer has 1 bit, got {target.n_bits}")
+            raise ConfigError(f"quant_bits of BNNQuantizer must be 1, got {target.n_bits}")
         return "bnn" if site == "weight" else "bnn@hardtanh"
 
     def _before_forward(self, model: nn.Module) -> None:
@@ -271,7 +275,8 @@ class LsqPlusQuantizer(Quantizer):
 class ObserverQuantizer(Quantizer):
     """Post-training: calibrate by running the model, then `compress()` fixes the ranges and quantizes.
 
-    Weights symmetric, 8 bits per tensor; activations asymmetric with 7 of their 8 bits (reduce_range), as in NNI.
+    Weights are symmetric with 8 bits per tensor; activations are asymmetric with 7 of their 8 bits (reduce_range), as
+    in NNI.
     """
 
     exports = "quantized"
@@ -284,14 +289,16 @@ class ObserverQuantizer(Quantizer):
 
     def spec(self, site: str, target: Target) -> str:
         if target.n_bits != 8:
-            raise ConfigError(f"{type(self).__name__} has 8 bits, got {target.n_bits}; QAT_Quantizer takes others")
+            raise ConfigError(
+                f"quant_bits of {type(self).__name__} must be 8, got {target.n_bits}; QAT_Quantizer takes others"
+            )
         return "affine:8,symmetric=narrow" if site in ("weight", "bias") else "affine:7,observer=running"
 
     def _state_of(self, path: str, module: QModule) -> QModuleState:
         return QModuleState.QUANT_EVAL if self._is_compressed else QModuleState.CALIBRATION
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> Any:
-        """Stop observing, quantize from now on, in evaluation mode. Raises ConfigError if some saw no data."""
+        """Stop observing, quantize from now on, in evaluation mode. Raises ConfigError if a quantizer saw no data."""
         if self.evaluator is not None and self.evaluator.evaluating_func is not None:
             with torch.no_grad():
                 self.evaluator.evaluating_func(self.bound_model)
@@ -307,7 +314,7 @@ class ObserverQuantizer(Quantizer):
 
 
 class PtqQuantizer(ObserverQuantizer):
-    """NNI 3.0's post-training quantizer: any width, ranges of all that was seen."""
+    """NNI 3.0's post-training quantizer: any width, ranges over all data seen."""
 
     exports = "float"
 

@@ -1,1 +1,1 @@
-"""The certificate that a file computes what the model was evaluated with."""
+"""Certify that an exported file computes the codes of the model."""

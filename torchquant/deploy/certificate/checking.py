@@ -1,4 +1,4 @@
-"""The parity certificate: whether an exported file computes what the model was evaluated with."""
+"""Make the parity certificate: compare every code of an exported file with the integer reference."""
 
 from __future__ import annotations
 
@@ -51,23 +51,22 @@ def certify(
 ) -> Certificate:
     """Run the simulation, the integer reference and ONNX Runtime on the same batches and compare every code.
 
-    model: the calibrated model that `path` was exported from by `export_onnx`, or what `lower` made of it. data: a
-    tensor, a tuple of tensors for a model with several inputs, a list of such batches, or of (inputs, labels); a
-    DataLoader. Labels, the number of a class of the first output for each sample or place, give accuracies. One batch
-    is held at a time. NaN in the inputs is refused; in the outputs of any engine it is a failure.
+    model: the calibrated model from which `export_onnx` wrote `path`, or its `lower` result. data: a tensor, a tuple of
+    tensors for a model with several inputs, a list of such batches or of (inputs, labels), or a DataLoader. Labels are
+    class indices of the first output, one for each sample or position; with them accuracies are reported. One batch is
+    in memory at a time. NaN in the inputs is refused; NaN in the outputs of any engine is a failure.
 
-    Where ONNX Runtime computes a site by an integer kernel at most `bound` codes may differ from the reference; where
-    it rounds a float32 result (its graph run node by node; operators without integer kernel), codes may differ by one
-    step, and only within `tie_bound` steps of a tie; where it looks results up in a table (softmax, sigmoid), by one
-    step. Real outputs behind the last codes may differ by 1e-4 of their largest. Each site is compared given the same
-    inputs: the reference goes on with the runtime's codes. The simulation runs on its own, so that its differences add
-    up; they are reported, not bounded. OpenVINO's outputs are compared where it is installed.
+    Where ONNX Runtime computes a site with an integer kernel, at most `bound` codes may differ from the reference.
+    Where it rounds a float32 result (its graph run node by node; operators without integer kernel), codes may differ by
+    one step (LSB), and only within `tie_bound` steps of a tie; where it looks results up in a table (softmax, sigmoid),
+    by one step. Real outputs behind the last codes may differ by 1e-4 of their largest value. Each site is compared for
+    the same inputs: the reference continues with the runtime's codes. The simulation runs on its own, so that its
+    differences accumulate; they are reported, not bounded. OpenVINO's outputs are compared where it is installed.
 
-    `ways`: which graphs of ONNX Runtime, of "integer" and "none". `stamp` writes the certificate's hash into the
-    file's metadata. The certificate says whether it `passed`: it did not where a code differs more than it may, nor
-    where codes of a site could not be compared (`incomplete`). Nothing is raised for one that did not. Raises
-    ConfigError for data of another form, NonFiniteError for NaN, ExportError for a file that was not exported from this
-    model.
+    `ways`: which graphs of ONNX Runtime, of "integer" and "none". `stamp` writes the certificate's hash into the file's
+    metadata. The certificate has not `passed` where a code differs more than is allowed, or where codes of a site could
+    not be compared (`incomplete`); this raises nothing. Raises ConfigError for data of another form, NonFiniteError for
+    NaN, ExportError for a file that was not exported from this model.
 
     >>> import tempfile
     >>> from torchquant import QModuleState, qmodule_state, quantize
@@ -93,7 +92,7 @@ def certify(
         engines.run(inputs, labels)
         batches, samples = batches + 1, samples + len(inputs[0])
     if engines.integer is None:
-        raise ConfigError("data holds no batch")
+        raise ConfigError("data must hold at least one batch, got none")
     comparisons = engines.comparisons()
     _check_sites(path, comparisons)
     certificate = Certificate(
@@ -115,7 +114,7 @@ def certify(
 
 
 class _Engines:
-    """All that compute the same, and how they compared so far. Holds one batch at a time."""
+    """All engines that compute the same outputs, and their comparison so far. Holds one batch at a time."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class _Engines:
         tie_bound: float,
     ) -> None:
         if isinstance(model, Lowered) and model.keep_signed != keep_signed:
-            raise ExportError(f"{path} was written with keep_signed={keep_signed}, the model was lowered otherwise")
+            raise ExportError(f"{path} was written with keep_signed={keep_signed}, but the model was lowered otherwise")
         self.given, self.keep_signed = model, keep_signed
         self.model = model.model if isinstance(model, Lowered) else model
         self.integer: IntegerModel | None = None
@@ -141,7 +140,7 @@ class _Engines:
         self.apart = dict.fromkeys(ways, 0.0)
 
     def run(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> None:
-        """Compare them all on one batch."""
+        """Compare all engines on one batch."""
         if self.integer is None:
             example = None if isinstance(self.given, Lowered) else inputs
             self.integer = to_integer(self.given, example, "ort", self.keep_signed, as_exported=True)
@@ -165,7 +164,7 @@ class _Engines:
         self.finals.add(found, labels)
 
     def comparisons(self) -> list[Comparison]:
-        """One for each way."""
+        """Return one comparison for each way to run ONNX Runtime."""
         return [
             Comparison(
                 WAYS[way],
@@ -181,7 +180,7 @@ class _Engines:
 def _reference(
     model: nn.Module, integer: IntegerModel, inputs: tuple[Tensor, ...], simulation: dict[str, SiteParity]
 ) -> dict[str, list[Tensor]]:
-    """Outputs of the simulation and the reference, each on its own; their codes compared."""
+    """Run the simulation and the reference, each on its own; return their outputs and compare their codes."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with (
         in_mode(False, model),
@@ -204,7 +203,7 @@ def _reference(
 def _needed(
     integer: IntegerModel, inputs: tuple[Tensor, ...], found: Mapping[str, Tensor], lost: Iterable[str]
 ) -> list[str]:
-    """The `lost` sites that an output, or the codes of a site that is found, depend on."""
+    """Return those `lost` sites on which an output, or the codes of a found site, depend."""
 
     def computed(changed: str | None) -> list[Tensor]:
         probe = Probe(found, changed)
@@ -215,19 +214,19 @@ def _needed(
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of what a model gives. Raises ConfigError if there is none."""
+    """Return the tensors in a model output. Raises ConfigError if there is none."""
     found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not found:
-        raise ConfigError(f"the model gives no tensor to compare, but {shown(outputs)}")
+        raise ConfigError(f"the output of the model must hold a tensor to compare, got {shown(outputs)}")
     return found
 
 
 def _apart(expected: Any, found: Sequence[Tensor]) -> float:
-    """The largest difference of the real outputs, over the largest magnitude of each."""
+    """Return the largest difference of the real outputs, relative to the largest magnitude of each."""
     apart = 0.0
     references = _tensors(expected)
     if len(references) != len(found):
-        raise ExportError(f"the file has {len(found)} outputs, the model {len(references)}. {OTHER_FILE}")
+        raise ExportError(f"the file has {len(found)} outputs, but the model has {len(references)}. {OTHER_FILE}")
     for reference, other in zip(references, found, strict=True):
         if reference.shape != other.shape:
             raise ExportError(
@@ -240,7 +239,7 @@ def _apart(expected: Any, found: Sequence[Tensor]) -> float:
 
 
 def _check_sites(path: Any, comparisons: Sequence[Comparison]) -> None:
-    """Raise ExportError for a file in which no site of the model is to be found."""
+    """Raise ExportError for a file that contains no site of the model."""
     for comparison in comparisons:
         if comparison.sites and not comparison.compared:
             absent = ", ".join(code_name(site.site, 0) for site in comparison.sites[:3])
@@ -251,7 +250,7 @@ def _check_sites(path: Any, comparisons: Sequence[Comparison]) -> None:
 
 
 def _batches(data: Any, session: Any) -> Iterator[Batch]:
-    """(inputs, labels or None) of one batch after the other, each checked to be what the file takes, of numbers."""
+    """Yield (inputs, labels or None) batch by batch, after checking that the file takes the inputs and none is NaN."""
     if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data)):
         data = [(data,) if isinstance(data, Tensor) else data]
         batches: Iterator[Batch] = ((tuple(batch), None) for batch in data)
@@ -264,20 +263,20 @@ def _batches(data: Any, session: Any) -> Iterator[Batch]:
         try:
             feeds_of(session, inputs)
         except ConfigError as error:
-            raise ConfigError(f"batch {i}: {error}. Labels come in a list of (inputs, labels)") from error
+            raise ConfigError(f"batch {i}: {error}. To give labels, pass a list of (inputs, labels)") from error
         for entry, x in zip(session.get_inputs(), inputs, strict=True):
             if not x.ndim or not x.numel():
-                raise ConfigError(f"batch {i}: input {entry.name} has no sample along axis 0, got {shown(x)}")
+                raise ConfigError(f"batch {i}: input {entry.name} must have samples along axis 0, got {shown(x)}")
             if bool(x.isnan().any()):
                 raise NonFiniteError(
                     f"batch {i}: {int(x.isnan().sum())} of {x.numel()} values of input {entry.name} are NaN. A "
-                    "certificate compares numbers; take them out of the data"
+                    "certificate compares numbers; remove the NaN from the data"
                 )
         yield inputs, labels
 
 
 def _batch(batch: Any, n_inputs: int) -> Batch:
-    """One batch of several, on the CPU: inputs, or (inputs, labels). Raises ConfigError."""
+    """Return one batch on the CPU as (inputs, labels or None). Raises ConfigError."""
     if isinstance(batch, Tensor):
         return (batch.cpu(),), None
     if isinstance(batch, tuple | list) and len(batch) == n_inputs and all(isinstance(x, Tensor) for x in batch):
@@ -290,13 +289,13 @@ def _batch(batch: Any, n_inputs: int) -> Batch:
             return tuple(x.cpu() for x in inputs), labels
     parts = ", ".join(map(shown, batch)) if isinstance(batch, tuple | list) else shown(batch)
     raise ConfigError(
-        f"a batch must be a tensor, a tuple of the {n_inputs} that the file takes, or (inputs, labels) with whole "
+        f"a batch must be a tensor, a tuple of the {n_inputs} inputs of the file, or (inputs, labels) with whole "
         f"numbers as labels; got {parts or 'nothing'}"
     )
 
 
 def graph_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of what an ONNX file computes: its graph and operator sets, without metadata."""
+    """Compute the SHA-256 of an ONNX file's graph and operator sets, without metadata."""
     proto = require("onnx", "deploy").load(os.fspath(path))
     digest = hashlib.sha256(proto.graph.SerializeToString(deterministic=True))
     digest.update(repr([(entry.domain, entry.version) for entry in proto.opset_import]).encode())
@@ -304,7 +303,7 @@ def graph_hash(path: str | os.PathLike[str]) -> str:
 
 
 def metadata_of(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of an ONNX file. Raises ConfigError for a file that is none."""
+    """Read the metadata of an ONNX file. Raises ConfigError for another kind of file."""
     onnx = require("onnx", "deploy")
     try:
         proto = onnx.load(os.fspath(path))
@@ -316,9 +315,9 @@ def metadata_of(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def stamp_file(path: str | os.PathLike[str], certificate: Certificate) -> None:
-    """Write the certificate's hash into the file's metadata. Raises ConfigError if the file is another one."""
+    """Write the certificate's hash into the file's metadata. Raises ConfigError for a file that it does not certify."""
     if graph_hash(path) != certificate.file_sha256:
-        raise ConfigError(f"{path} is not the file that the certificate is about")
+        raise ConfigError(f"{path} is not the file that was certified; stamp that file, or certify this one")
     proto = require("onnx", "deploy").load(os.fspath(path))
     kept = [entry for entry in proto.metadata_props if entry.key != "torchquant_certificate"]
     del proto.metadata_props[:]
@@ -328,7 +327,7 @@ def stamp_file(path: str | os.PathLike[str], certificate: Certificate) -> None:
 
 
 def _openvino(path: str | os.PathLike[str]) -> Any:
-    """Inputs -> the first output in OpenVINO; None where it is not installed or does not take the file."""
+    """Return a function inputs -> first output in OpenVINO; None where it is not installed or rejects the file."""
     try:
         openvino = require("openvino", "openvino")
     except ImportError:

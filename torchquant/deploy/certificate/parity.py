@@ -1,4 +1,4 @@
-"""Comparing codes: what a runtime or the simulation gives at each site, against the integer reference."""
+"""Compare the codes of a runtime, or of the simulation, with the integer reference at each site."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torchquant.qmodule import QModule
 
 @dataclass
 class SiteParity:
-    """How the codes of one site compare.
+    """The comparison of the codes of one site.
 
-    `kernel`: the operator that made them in the runtime, "" where no comparison was possible. `missing`: codes that the
-    runtime does not show. `elements`, `differ`: how many there are and how many are not those of the reference given
-    the same inputs; `largest`: by how many steps at most; `tie_distance`: how far at most a differing element was,
-    before rounding, from the tie between both codes, in steps.
+    `kernel`: the operator that made the codes in the runtime, "" where no comparison was possible. `missing`: number of
+    codes that the runtime does not show. `elements`: number of compared codes; `differ`: number of codes that differ
+    from the reference for the same inputs; `largest`: the largest difference in steps; `tie_distance`: the largest
+    distance of a differing element, before rounding, from the tie between both codes, in steps.
     """
 
     site: str
@@ -38,13 +38,13 @@ class SiteParity:
 
     @property
     def in_integers(self) -> bool:
-        """Whether an integer kernel made the codes, or they were moved: any difference counts. Otherwise float32 was
-        rounded.
+        """Whether an integer kernel made the codes, or they were only moved, so that any difference counts. Otherwise a
+        float32 result was rounded.
         """
         return self.kernel in EXACT_KERNELS | MOVERS
 
     def holds(self, bound: int, tie_bound: float) -> bool:
-        """Whether the site is as alike as its kind of kernel allows."""
+        """Tell whether the differences of the site are within the bounds of its kind of kernel."""
         if self.in_integers:
             return self.differ <= bound
         if self.kernel in TABLE_KERNELS:
@@ -54,9 +54,9 @@ class SiteParity:
 
 @dataclass
 class FirstDifference:
-    """The element farthest from a tie at the first site that differs more than it may, and the inputs it came from.
+    """The element farthest from a tie at the first site that exceeds its bound, and the inputs it was computed from.
 
-    `steps`: the reference's value in steps before rounding. `inputs`: name -> tensor that went into the node.
+    `steps`: the reference's value in steps before rounding. `inputs`: name -> input tensor of the node.
     """
 
     site: str
@@ -69,9 +69,9 @@ class FirstDifference:
 
 
 class Follower:
-    """Compares site by site, then goes on with the codes of the other side, so that differences do not spread.
+    """Compares site by site, then continues with the codes of the other side, so that differences do not propagate.
 
-    `found`: name of a tensor of codes -> codes. Sites gather in `parity`.
+    `found`: name of a tensor of codes -> codes. The results are collected in `parity`.
     """
 
     def __init__(self, kernels: Mapping[str, str], bound: int, tie_bound: float) -> None:
@@ -84,14 +84,14 @@ class Follower:
         self.lost: Counter[str] = Counter()
 
     def start(self, found: Mapping[str, Tensor]) -> None:
-        """Begin with another batch."""
+        """Begin the next batch."""
         self.found = found
         self.calls.clear()
         self.lost.clear()
 
     def finish(self, needed: Collection[str]) -> None:
-        """Note codes that were not compared: of sites that only the other side reached, and of the `needed` among those
-        that it does not show (`lost`).
+        """Record codes that were not compared: of sites that only the other side reached, and of `needed` sites that
+        it does not show (`lost`).
         """
         for site in needed:
             self.parity.setdefault(site, SiteParity(site)).missing += self.lost[site]
@@ -109,7 +109,7 @@ class Follower:
             return codes
         if found.shape != codes.shape:
             raise ExportError(
-                f"{site} has codes of shape {tuple(found.shape)} in the file, {tuple(codes.shape)} in the model. "
+                f"{site} has codes of shape {tuple(found.shape)} in the file, but {tuple(codes.shape)} in the model. "
                 "Certify a file that export_onnx wrote from this model"
             )
         entry = self.parity.setdefault(site, SiteParity(site))
@@ -133,10 +133,10 @@ class Follower:
 
 
 class Probe:
-    """Goes on with `found`, and where there is none with the site's own codes; at the site `changed`, with others.
+    """Continues with the codes in `found`, or else with the site's own; at the site `changed`, with changed codes.
 
-    `seen`: the codes of the sites that are found. Where they, and the outputs, are the same with and without the
-    change, the site stands where nobody reads it, and a file does well to lack it.
+    `seen`: the codes of the found sites. If they and the outputs are the same with and without the change, nothing
+    reads the codes of the site, and the file is right to leave it out.
     """
 
     def __init__(self, found: Mapping[str, Tensor], changed: str | None) -> None:
@@ -156,7 +156,7 @@ class Probe:
 
 @contextmanager
 def simulated_codes(model: nn.Module, form: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Site -> codes of the simulation in each call of its quantizer, on the grids of the deploy form."""
+    """Record site -> codes of the simulation in each call of its quantizer, on the grids of the lowered model."""
     grids = {m.site: m for m in form.modules() if isinstance(m, QuantizeDequantize | QuantizeTokens)}
     codes: dict[str, list[Tensor]] = {}
     handles = []
@@ -175,8 +175,8 @@ def simulated_codes(model: nn.Module, form: nn.Module) -> Iterator[dict[str, lis
                 if site in grids:
                     if quantizer in seen:
                         raise ConfigError(
-                            f"{seen[quantizer]} and {site} are one quantizer object, so that their calls cannot be "
-                            "told apart; give each site one of its own"
+                            f"{seen[quantizer]} and {site} share one quantizer object, so that their calls cannot be "
+                            "distinguished; give each site a quantizer of its own"
                         )
                     seen[quantizer] = site
                     handles.append(quantizer.register_forward_hook(note(site)))

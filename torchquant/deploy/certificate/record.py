@@ -1,4 +1,4 @@
-"""What a parity certificate says, as data, as a table, as JSON."""
+"""The contents of a parity certificate, as data, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from torchquant.errors import ConfigError
 SHOWN_SITES = 12
 REFERENCE = "integer reference"
 OUTPUT_BOUND = 1e-4
-"""Part of its largest value that a real output behind the last codes may differ by: float32, in another order."""
+"""Allowed difference of a real output behind the last codes, relative to its largest value: float32, other order."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One way to run the model against the integer reference. `kernels`: operator of the runtime -> nodes.
+    """The comparison of one way to run the model with the integer reference. `kernels`: operator -> number of nodes.
 
-    `outputs_apart`: the largest difference of a real output over its largest magnitude, given the same codes before it.
+    `outputs_apart`: the largest difference of a real output relative to its largest magnitude, for the same codes
+    before.
     """
 
     way: str
@@ -41,12 +42,12 @@ class Comparison:
 
     @property
     def compared(self) -> tuple[SiteParity, ...]:
-        """The sites whose codes could be seen."""
+        """The sites whose codes were compared."""
         return tuple(site for site in self.sites if site.elements)
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """The sites of which not all codes could be compared: one side does not show them."""
+        """The sites with codes that could not be compared, because one side does not show them."""
         return tuple(site.site for site in self.sites if site.missing)
 
     @property
@@ -59,7 +60,7 @@ class Comparison:
 
     @property
     def share(self) -> str:
-        """How much was compared, in words."""
+        """How much was compared, as text."""
         seen = len(self.sites) - len(self.hidden)
         return f"{seen} of {len(self.sites)} sites, {self.elements:,} of {self.elements + self.missing:,} codes"
 
@@ -70,9 +71,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class OutputRow:
-    """The model's first output from one engine. `accuracy` None without labels; the rest is against the reference.
+    """The model's first output in one engine. `accuracy`: None without labels; the rest is relative to the reference.
 
-    `not_numbers`: how many values of all its outputs are NaN.
+    `not_numbers`: the number of NaN in all its outputs.
     """
 
     engine: str
@@ -83,7 +84,7 @@ class OutputRow:
 
 
 def largest_apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors where both have numbers; equal infinities do not differ."""
+    """Return the largest difference of two tensors where neither is NaN; equal infinities do not differ."""
     a, b = a.to(torch.float64), b.to(torch.float64)
     apart = torch.where(a == b, torch.zeros_like(a), (a - b).abs()).nan_to_num(0.0)
     return float(apart.max()) if apart.numel() else 0.0
@@ -91,7 +92,7 @@ def largest_apart(a: Tensor, b: Tensor) -> float:
 
 @dataclass
 class _Seen:
-    """What one engine gave so far: classes, those that are the reference's, those that are right, and the rest."""
+    """Counts of one engine so far: classes, classes equal to the reference, correct classes, differences, NaN."""
 
     classes: int = 0
     same: int = 0
@@ -102,20 +103,20 @@ class _Seen:
 
 @dataclass
 class FinalOutputs:
-    """Counts what the outputs of all engines have in common, batch by batch; keeps none of them."""
+    """Compares the outputs of all engines batch by batch, without keeping them."""
 
     engines: dict[str, _Seen] = field(default_factory=dict)
     has_labels: bool | None = None
 
     def add(self, outputs: Mapping[str, Sequence[Tensor]], labels: Tensor | None) -> None:
-        """outputs: engine -> its outputs, the first one (N, C, ...). Raises ConfigError for labels of others."""
+        """Add a batch. outputs: engine -> its outputs, the first one (N, C, ...). Raises ConfigError for bad labels."""
         reference = outputs[REFERENCE][0]
         wanted = _classes(reference)
         if labels is not None:
             labels = _checked_labels(labels, reference)
         if self.has_labels not in (None, labels is not None):
             raise ConfigError(
-                "some batches have labels and others have none; give labels with all of them or with none"
+                "some batches have labels and others have none; give labels with all batches or with none"
             )
         self.has_labels = labels is not None
         for engine, (first, *others) in outputs.items():
@@ -128,7 +129,7 @@ class FinalOutputs:
             seen.not_numbers += sum(int(output.isnan().sum()) for output in (first, *others))
 
     def rows(self) -> tuple[OutputRow, ...]:
-        """One for each engine."""
+        """Return one row for each engine."""
         return tuple(
             OutputRow(
                 engine,
@@ -142,19 +143,19 @@ class FinalOutputs:
 
 
 def _classes(output: Tensor) -> Tensor:
-    """The class of each sample or place: the largest of axis 1; whole numbers are classes themselves."""
+    """Return the class of each sample or position: the largest of axis 1; whole numbers are classes themselves."""
     return output.argmax(1) if output.ndim > 1 and output.is_floating_point() else output
 
 
 def _checked_labels(labels: Tensor, output: Tensor) -> Tensor:
-    """Labels in the shape of the classes of an output (N, C, ...). Raises ConfigError."""
+    """Check labels and return them in the shape of the classes of an output (N, C, ...). Raises ConfigError."""
     classes = _classes(output)
     if output.is_floating_point() and output.ndim < 2:
-        raise ConfigError(f"the first output has no classes on axis 1, so labels mean nothing; it is {shown(output)}")
+        raise ConfigError(f"labels need a first output with classes on axis 1, got {shown(output)}; leave labels out")
     if [n for n in labels.shape if n > 1] != [n for n in classes.shape if n > 1]:
         raise ConfigError(
-            f"labels must be class numbers of shape {list(classes.shape)}, one for each that the first output "
-            f"({shown(output)}) decides; got {shown(labels)}"
+            f"labels must be class numbers of shape {list(classes.shape)}, one for each class decision of the first "
+            f"output ({shown(output)}); got {shown(labels)}"
         )
     found = labels.reshape(classes.shape).cpu()
     low, high = (int(end) for end in found.aminmax())
@@ -167,11 +168,12 @@ def _checked_labels(labels: Tensor, output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Certificate(ShownAsTables):
-    """The result of `certify`. `passed` says it in one word, `str()` in a table, `save` in files.
+    """The result of `certify`: `passed` is the verdict, `str()` gives a table, `save` writes files.
 
-    `comparisons`: the ways ONNX Runtime was run. `simulation`: the fake-quant model, whose differences add up from site
-    to site and are not bounded. `outputs`: accuracy and agreement of every engine. `float_operators`: what the
-    reference itself computed in float32. `not_run`: sites that no part of the file computes, as in auxiliary heads.
+    `comparisons`: one for each way ONNX Runtime was run. `simulation`: the fake-quantized model, whose differences
+    accumulate from site to site and are not bounded. `outputs`: accuracy and agreement of every engine.
+    `float_operators`: operators that the reference itself computed in float32. `not_run`: sites that no part of the
+    file computes, as in auxiliary heads.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -188,17 +190,17 @@ class Certificate(ShownAsTables):
 
     @property
     def passed(self) -> bool:
-        """Whether every code of every site was compared and holds its bound, and the outputs are numbers."""
+        """Whether every code of every site was compared and is within its bound, and no output is NaN."""
         return not self.failures and not self.incomplete
 
     @property
     def verdict(self) -> str:
-        """The result in one word: passed, FAILED, or INCOMPLETE where all that was compared holds."""
+        """The result in one word: passed, FAILED, or INCOMPLETE if all compared codes hold but some are missing."""
         return "FAILED" if self.failures else "INCOMPLETE" if self.incomplete else "passed"
 
     @property
     def incomplete(self) -> tuple[str, ...]:
-        """Sentences that name the sites left out, one for each comparison that left some out."""
+        """Sentences that name the sites that were not compared, one for each comparison with such sites."""
         return tuple(
             f"{comparison.way}: {comparison.share} compared; not {some(comparison.hidden)}"
             for comparison in self.comparisons
@@ -207,7 +209,7 @@ class Certificate(ShownAsTables):
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """A sentence for everything that does not hold."""
+        """One sentence for each bound that does not hold."""
         found = []
         for comparison in self.comparisons:
             for site in comparison.compared:
@@ -227,12 +229,12 @@ class Certificate(ShownAsTables):
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with `sha256` of all the rest."""
+        """Return plain data, with the `sha256` of the rest."""
         return {**self._content, "sha256": self.sha256}
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content: what `certify(..., stamp=True)` writes into the file's metadata."""
+        """Return the hash of the content, which `certify(..., stamp=True)` writes into the file's metadata."""
         return hashlib.sha256(json.dumps(self._content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -266,12 +268,14 @@ class Certificate(ShownAsTables):
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `path` (JSON), and beside it `path` with the ending .txt: the table. A first difference that is not
-        allowed has its inputs in a third file, .pt, for `torch.load(weights_only=True)`. Raises ConfigError.
+        """Write JSON to `path`, and the table to a file beside it that ends in .txt. The inputs of the first difference
+        beyond its bound go to a third file, .pt, for `torch.load(weights_only=True)`. Raises ConfigError.
         """
         target = Path(path)
         if target.suffix in (".txt", ".pt"):
-            raise ConfigError(f"a certificate is saved as JSON, with .txt and .pt beside it; got {target.name}")
+            raise ConfigError(
+                f"path must not end in .txt or .pt, the endings of the files beside it; use .json, got {target.name}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         text = f"{self}\n"
         write_whole(target.with_suffix(".txt"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -282,7 +286,7 @@ class Certificate(ShownAsTables):
         return write_json(target, self.to_dict())
 
     def summary(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the comparisons, to show."""
+        """Return header and rows of the comparisons."""
         rows = []
         for comparison in (*self.comparisons, self.simulation):
             free = comparison is self.simulation
@@ -299,7 +303,7 @@ class Certificate(ShownAsTables):
         return "1 step at ties"
 
     def outputs_table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the final outputs, to show."""
+        """Return header and rows of the final outputs."""
         rows = [
             [
                 row.engine,
@@ -327,7 +331,7 @@ class Certificate(ShownAsTables):
                 first = comparison.first
                 lines.append(
                     f"{comparison.way}: first difference at {first.site}{list(first.index)} ({first.kernel}): code "
-                    f"{first.found}, the reference has {first.expected} from {first.steps:.6f}; inputs "
+                    f"{first.found}, but the reference has {first.expected} from {first.steps:.6f}; inputs "
                     + ", ".join(f"{name} {shape}" for name, shape in _shapes(first.inputs).items())
                 )
         if self.float_operators:

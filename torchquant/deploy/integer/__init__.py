@@ -1,1 +1,1 @@
-"""The integer reference: a model's own forward on whole numbers."""
+"""The integer reference: the model's own forward, run on integers."""

@@ -1,4 +1,4 @@
-"""One pass of a deploy form in integers: how it rounds, what it meets."""
+"""The context of one integer run of a lowered model: its rounding, and a record of the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torchquant.quantizers_functional.requantize import INT32_MAX
 
 
 class Follow(Protocol):
-    """Sees the codes of a site and says which to go on with."""
+    """Receives the codes of a site and returns the codes to continue with."""
 
     def __call__(self, site: str, codes: Tensor, steps: Tensor) -> Tensor:
-        """codes: int64. steps: float64, what the codes were before rounding."""
+        """Return the codes to continue with. codes: int64. steps: float64, the values before rounding."""
 
 
 @dataclass
 class IntegerRun:
-    """`checking`: look at accumulators. `recorded`: site -> codes of each call, if asked for.
+    """The settings and the record of one run. `checking`: check accumulators. `recorded`: site -> codes of each call.
 
-    `tables`: whether weights that a file holds as levels count in integers. `floats` fills with what had no integer
-    form, as (operator, site before it); `largest` with the largest accumulator a site can reach; `not_run`: paths of
-    QModules that did not run.
+    `tables`: whether weights that a file stores as levels are computed in integers. `floats` collects operators without
+    integer form, as (operator, site before it); `largest` the largest accumulator that a site can reach; `not_run` the
+    paths of QModules that did not run.
     """
 
     rounding: str
@@ -44,7 +44,7 @@ class IntegerRun:
         self.floats[operator, self.site] = None
 
     def check_accumulator(self, largest: float) -> None:
-        """Raises ExportError where a sum of products can leave 32 bits."""
+        """Raise ExportError where a sum of products can exceed 32 bits."""
         self.largest[self.site] = max(largest, self.largest.get(self.site, 0.0))
         if largest > INT32_MAX:
             raise ExportError(
@@ -53,7 +53,7 @@ class IntegerRun:
             )
 
     def noted(self, site: str, codes: Tensor, steps: Callable[[], Tensor]) -> Tensor:
-        """The codes (int64) to go on with at a site. `steps()`: what they were before rounding, float64."""
+        """Record the int64 codes of a site; return those to continue with. `steps()`: float64, before rounding."""
         self.site = site
         if self.recorded is not None:
             self.recorded.setdefault(site, []).append(codes)
@@ -64,12 +64,12 @@ _RUN: ContextVar[IntegerRun | None] = ContextVar("integer_run", default=None)
 
 
 def active_run() -> IntegerRun | None:
-    """The run under way, if any."""
+    """Return the current run, if any."""
     return _RUN.get()
 
 
 def current_run() -> IntegerRun:
-    """The run under way; one that keeps nothing where an integer tensor is used outside of one."""
+    """Return the current run, or, for an integer tensor outside of a run, one that records nothing."""
     return _RUN.get() or IntegerRun("exact")
 
 

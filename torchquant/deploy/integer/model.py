@@ -1,4 +1,4 @@
-"""The integer reference: what a runtime with integer arithmetic computes, number for number."""
+"""Make the integer reference: it computes exactly what a runtime with integer arithmetic computes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchquant.quantizers_functional.requantize import check_rounding
 
 
 class IntegerModel(nn.Module):
-    """A quantized model on integer codes: real tensors in, real tensors out, integers between. See `to_integer`.
+    """A quantized model that computes on integer codes between real inputs and real outputs. See `to_integer`.
 
-    `float_operators`: what ran on real numbers with the example. `accumulators`: site -> the largest sum of products
-    its weight and the range of its input allow. `not_run`: paths of QModules that the example did not run; they run
-    later only to raise ExportError.
+    `float_operators`: operators that ran in float32 on the example. `accumulators`: site -> the largest sum of products
+    that its weight and the range of its input allow. `not_run`: paths of QModules that the example did not run; they
+    raise ExportError if they run later.
     """
 
     def __init__(self, lowered: Lowered, rounding: str) -> None:
@@ -33,14 +33,14 @@ class IntegerModel(nn.Module):
         self.not_run = lowered.not_run
 
     def train(self, mode: bool = True) -> IntegerModel:
-        """Stays in evaluation mode: integers are not trained."""
+        """Do nothing: an integer model stays in evaluation mode, since integers are not trained."""
         return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)
 
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, list[Tensor]]:
-        """Site -> the integer codes (int64) of each call there, for these inputs."""
+        """Compute site -> the integer codes (int64) of each of its calls, for these inputs."""
         recorded: dict[str, list[Tensor]] = {}
         self.run(args, kwargs, recorded)
         return recorded
@@ -53,7 +53,7 @@ class IntegerModel(nn.Module):
         recorded: dict[str, list[Tensor]] | None = None,
         follow: Follow | None = None,
     ) -> Any:
-        """The outputs; codes are put into `recorded` and shown to `follow`, if given."""
+        """Return the outputs; put codes into `recorded` and pass them to `follow`, if given."""
         with integer_run(IntegerRun(self.rounding, tables=self.tables, recorded=recorded, follow=follow)):
             return tree_map_only(IntegerTensor, IntegerTensor.real, self.form(*args, **kwargs))
 
@@ -66,22 +66,22 @@ def to_integer(
     keep_signed: bool = False,
     as_exported: bool = False,
 ) -> IntegerModel:
-    """The calibrated model, or what `lower` made of it, as it runs on integers, on the CPU. The model is not changed.
+    """Make the integer reference of a calibrated model, or of its `lower` result, on the CPU. The model is not changed.
 
-    Sites with a quantizer exchange codes; convolutions (also transposed), linear layers and matrix products take
-    32-bit sums of products of codes, biases in steps of input scale times weight scale, batch norms folded; additions,
+    Sites with a quantizer exchange codes; convolutions (also transposed), linear layers and matrix products take 32-bit
+    sums of products of codes, biases in steps of input scale times weight scale, batch norms folded; additions,
     products, concatenations and pools are rescaled; ReLU and ReLU6 are bounds of the codes. Weights of ESB, powers of
-    two, APoT, ternary, binary and residual schemes take part as whole numbers (`Quantizer.integer_terms`). What has no
-    such form (softmax, GELU, norms, activations other than clamps, anything around a site without quantizer) runs
-    in float32 and is listed in `float_operators`.
+    two, APoT, ternary, binary and residual schemes are integers too (`Quantizer.integer_terms`). Operators without such
+    a form (softmax, GELU, norms, activations other than clamps, operators at a site without quantizer) run in float32
+    and are listed in `float_operators`.
 
-    `rounding`: how sums return to codes, one of the four of `quantizers_functional/requantize.py`; "ort" reproduces
-    the integer kernels of ONNX Runtime on x86-64. `example_inputs`: what the model takes, as in `export_onnx`.
-    `keep_signed` as in `export_onnx`: otherwise codes of activations count from 0 on. `as_exported`: weights that an
-    ONNX file holds as tables of levels count as real numbers, as they do there.
+    `rounding`: how sums are requantized, one of the four modes of `quantizers_functional/requantize.py`; "ort"
+    reproduces the integer kernels of ONNX Runtime on x86-64. `example_inputs`: inputs of the model, as in
+    `export_onnx`. `keep_signed` as in `export_onnx`: otherwise codes of activations count from 0 on. `as_exported`:
+    weights that an ONNX file stores as tables of levels are real numbers, as in the file.
 
-    Raises ExportError for an uncalibrated site that runs, one without integer codes, an accumulator or bias that can
-    leave 32 bits; ConfigError.
+    Raises ExportError for an uncalibrated site that runs, a site without integer codes, and an accumulator or bias that
+    can exceed 32 bits; ConfigError.
 
     >>> from torchquant import QModuleState, qmodule_state, quantize
     >>> x = torch.randn(8, 4)

@@ -1,8 +1,9 @@
-"""Integer handlers of operators, one for each, by its name in the table of operators.
+"""Compute operators on integers: one handler for each name in the table of operators.
 
 A handler gets the function that was called and its arguments, and returns an `IntegerTensor`, or `NotImplemented` for
-arguments that have no integer form. Sums of products are taken in float64, where whole numbers are exact up to 2**53;
-what they may reach is checked against 32 bits. What passes values on needs no handler: it is run on the integers.
+arguments that have no integer form. Sums of products are computed in float64, where integers are exact up to 2**53;
+their largest possible value is checked against 32 bits. An operator that passes values on needs no handler: it runs on
+the integers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _kept(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @register_integer("to")
 def _to(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """`x.to(...)`, `x.type_as(y)`, `x.float()`."""
+    """Handle `x.to(...)`, `x.type_as(y)` and `x.float()`."""
     given = (kwargs.get("dtype"), *(a.dtype if isinstance(a, Tensor) else a for a in (*args, kwargs.get("other"))))
     wanted = next((a for a in given if isinstance(a, torch.dtype)), torch.float32)
     return x if wanted == torch.float32 else NotImplemented
@@ -44,7 +45,7 @@ def _to(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @register_integer("max")
 def _max(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The largest value of all, or along an axis, then with where it is; not the larger of two tensors."""
+    """Take the maximum of all values, or along an axis with its index; not the larger of two tensors."""
     if codes_of(x) is None or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
         return NotImplemented
     if func in (torch.amax, Tensor.amax) or not (args or kwargs):
@@ -111,7 +112,7 @@ def _layer(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwarg
 def _weighted(
     function: Callable[[Tensor, Tensor], Tensor], x: Any, weight: Any, bias: Tensor | None, channel_axis: int
 ) -> Any:
-    """A layer in integers: a product with each integer term of the weight, the bias on the grid of the products."""
+    """Compute a layer in integers: a product with each integer term of the weight, plus the bias on their grid."""
     value = codes_of(x)
     if value is None or not isinstance(weight, IntegerTensor) or not isinstance(weight.value, Weight):
         return NotImplemented
@@ -136,7 +137,7 @@ def _weighted(
 
 
 def _bias_on_grid(bias: Tensor, scale: Tensor, ndim: int, channel_axis: int) -> Tensor:
-    """A bias in steps of the sums: as stored, or rounded here. Shaped to broadcast against them."""
+    """Return a bias in steps of the sums, as stored or rounded here, in a shape that broadcasts against the sums."""
     stored = bias.value if isinstance(bias, IntegerTensor) else None
     if isinstance(stored, Weight):
         return channel_view(stored.terms[0][1], ndim, channel_axis)
@@ -211,7 +212,7 @@ def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: A
 
 
 def _lacks_batch(func: Any, x: Any) -> bool:
-    """Whether x has one dimension less than a pool takes of a batch; its name ends with the number of axes, as "2d"."""
+    """Tell whether x lacks the batch axis of a pool, whose name ends with its number of spatial axes, such as "2d"."""
     return bool(x.dim() != int(func.__name__[-2]) + 2)
 
 
@@ -270,7 +271,7 @@ def _window_average(value: Codes, kernel: Sequence[int], stride: Sequence[int]) 
 
 
 def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Sums over windows of the last axes, one element after another."""
+    """Sum over windows of the last axes, one element after another."""
     spatial = x.shape[-len(kernel) :]
     total: Tensor | None = None
     for offsets in product(*(range(k) for k in kernel)):

@@ -1,4 +1,4 @@
-"""The quantized model itself, with the arithmetic of the runtime in its forward."""
+"""Run the quantized model itself with the arithmetic of the runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchquant.quantizers_functional.requantize import check_rounding
 
 
 class _Instead(torch.autograd.Function):
-    """`exact` forward, the gradient to `simulated`."""
+    """Returns `exact` in forward and passes the gradient to `simulated`."""
 
     @staticmethod
     def forward(ctx: Any, simulated: Tensor, exact: Tensor) -> Tensor:
@@ -38,15 +38,15 @@ class _Instead(torch.autograd.Function):
 @checked
 @contextmanager
 def runtime_exact(model: nn.Module, example_inputs: Any, rounding: str = "ort") -> Iterator[nn.Module]:
-    """Within it, QModules that quantize give the numbers of the runtime, and the gradients they always give.
+    """Let QModules that quantize compute the numbers of the runtime, with their usual gradients, within the context.
 
-    Each takes its inputs back to codes, multiplies and adds in whole numbers, adds the bias in steps of input scale
-    times weight scale, and rounds to the output's codes as `rounding` says: the codes of all sites are those of
-    `to_integer(model, example_inputs, rounding)`. On the CPU. To evaluate, and to fine-tune against the deployed
-    arithmetic; batch norms count with their running statistics. Calibration and BYPASSED are left as they are.
+    Each QModule converts its inputs back to codes, multiplies and adds integers, adds the bias in steps of input scale
+    times weight scale, and rounds to output codes as `rounding` says: the codes of all sites equal those of
+    `to_integer(model, example_inputs, rounding)`. Use it on the CPU, to evaluate and to fine-tune with the deployed
+    arithmetic; batch norms use their running statistics. Calibration and BYPASSED are not affected.
 
-    `example_inputs`: run once, to see which quantizer each input comes from. The model must be calibrated, as for
-    `to_integer`. About three times the time of a plain step. Raises ExportError, ConfigError.
+    `example_inputs`: run once, to find the quantizer that each input comes from. The model must be calibrated, as for
+    `to_integer`. A step takes about three times as long as a plain one. Raises ExportError, ConfigError.
 
     >>> from torchquant import QModuleState, qmodule_state, quantize, set_qmodule_state
     >>> from torchquant.deploy import to_integer
@@ -83,13 +83,13 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, QModule]]:
 
 
 def _quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Site -> its quantizer, for activations."""
+    """Return site -> its quantizer, for activations."""
     modules = ((name or type(m).__name__, m) for name, m in model.named_modules() if isinstance(m, QModule))
     return {f"{path}.{kind}": q for path, module in modules for kind, q in module.quantizers().items()}
 
 
 def _sources(model: nn.Module, example_inputs: Any) -> dict[str, list[list[str | None]]]:
-    """Path -> for each call the sites that its arguments come from, None for real numbers."""
+    """Find path -> for each call, the sites that its arguments come from; None for real numbers."""
     form = deploy_form(model)
     found: dict[str, list[list[str | None]]] = {}
 
@@ -110,12 +110,12 @@ def _source(x: Any) -> str | None:
 
 
 def _flat(args: tuple[Any, ...]) -> list[Any]:
-    """Arguments, those in lists among them."""
+    """Flatten arguments, including those in lists."""
     return [a for arg in args for a in (arg if isinstance(arg, tuple | list) else [arg])]
 
 
 class _StartAnew:
-    """Forward hook of the model: a pass begins, and the calls are counted from 0."""
+    """Forward hook of the model that resets the counts of calls at the begin of a pass."""
 
     is_simulation = True
 
@@ -130,7 +130,7 @@ class _Exactly:
     """Forward hook that replaces the output of a QModule by its integer result."""
 
     is_simulation = True
-    """A deploy form computes the same without it."""
+    """Tells that a lowered model computes the same without this hook."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Exactly:
         return _Instead.apply(output, exact.to(output.dtype))  # type: ignore[no-any-return]
 
     def _integers(self, x: Any, source: str | None) -> Any:
-        """Real numbers that lie on the grid of their source, as its integers."""
+        """Convert real numbers on the grid of their source to its integers."""
         if source is None or not isinstance(x, Tensor):
             return x
         site = grid_site(self.quantizers[source], source)

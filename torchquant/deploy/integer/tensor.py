@@ -1,6 +1,6 @@
-"""A tensor that passes for a real one and carries integers, so that a model's own forward runs on them.
+"""A tensor that acts as a real one and carries integers, so that a model's own forward runs on them.
 
-`integer_ops.py` registers what each operator makes of it; an operator without a handler gets the real numbers.
+`operators.py` registers a handler for each operator; an operator without a handler gets the real numbers.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torchquant.graph.operator_table import Operator, writes_by_name
 from torchquant.graph.operators import OPERATORS
 
 LARGEST_STEP = 2.0**24
-"""Steps from 0 beyond which real numbers are saturated before they become integers."""
+"""Number of steps from 0 at which real numbers are saturated before they become integers."""
 
 
 class IntegerTensor(Tensor):
-    """Passes for the real float32 tensor that `value` stands for, after the clamp if there is one."""
+    """Acts as the real float32 tensor that `value` represents, after the clamp if there is one."""
 
     value: Value
     clamp_to: Clamp | None
 
     @staticmethod
     def __new__(cls, value: Value, shape: torch.Size, clamp: Clamp | None = None) -> IntegerTensor:
-        made = torch.full((), torch.nan).expand(shape).as_subclass(cls)  # what bypasses `run_op` shows
+        made = torch.full((), torch.nan).expand(shape).as_subclass(cls)  # NaN shows a function that bypasses `run_op`
         made.value = value
         made.clamp_to = clamp
         return made
@@ -42,7 +42,7 @@ class IntegerTensor(Tensor):
 
     @property
     def codes(self) -> Codes | None:
-        """The value of a tensor on a grid with one scale, None for another one."""
+        """The value, if it is on a grid with one scale, else None."""
         value = self.value if self.clamp_to is None else None
         return value if isinstance(value, Codes) and value.scale.ndim == 0 else None
 
@@ -63,26 +63,26 @@ ALIASES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def register_integer(*names: str) -> Callable[[Handler], Handler]:
-    """Let a function be the handler of operators. Raises ConfigError for a name that is not in the table."""
+    """Register a function as the handler of operators. Raises ConfigError for a name that is not in the table."""
 
     def enter(handler: Handler) -> Handler:
         for name in names:
             if name not in OPERATORS:
                 raise ConfigError(f"there is no operator '{name}'; add it with torchquant.graph.register_operator")
             if HANDLERS.setdefault(name, handler) is not handler:
-                raise NameClashError(f"the operator '{name}' has a handler of integers already")
+                raise NameClashError(f"the operator '{name}' has an integer handler already; register each name once")
         return handler
 
     return enter
 
 
 def handler_of(operator: Operator) -> Handler | None:
-    """The handler of an operator, None for one that integers do not compute."""
+    """Return the integer handler of an operator, None if it has none."""
     return HANDLERS.get(operator.name, moved if operator.role == "passes" else None)
 
 
 def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function whose arguments hold an `IntegerTensor`; in real numbers where it must be."""
+    """Run a torch function on arguments with an `IntegerTensor`, on integers if possible, else on real numbers."""
     name = getattr(func, "__name__", "")
     is_property = name == "__get__"
     name = func.__self__.__name__ if is_property else name
@@ -94,8 +94,8 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     args = (*(kwargs.pop(key) for key in ("input", "tensors") if key in kwargs), *args)
     if writes_into(name) and isinstance(args[0], IntegerTensor):
         raise ExportError(
-            f"{current_run().site}: the model writes into a quantized tensor behind it ({name}), which integers do not "
-            "follow. Use the operator that returns a new tensor"
+            f"{current_run().site}: the model writes into a quantized tensor behind it ({name}), which the integer "
+            "reference cannot do. Use the operator that returns a new tensor"
         )
     handler = None if operator is None or is_property else handler_of(operator)
     is_reflected = name.startswith("__r") and handler is not None  # x.__rsub__(y) is y - x
@@ -109,27 +109,27 @@ def run_op(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def writes_into(name: str) -> bool:
-    """Whether an operator of that name changes its first argument and nobody takes up the result."""
+    """Tell whether an operator of that name changes its first argument in place."""
     return name == "__setitem__" or writes_by_name(name)
 
 
 def _plainly() -> AbstractContextManager[Any]:
-    """Without `__torch_function__`."""
+    """Disable `__torch_function__`."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def codes_of(x: Any) -> Codes | None:
-    """The value of a tensor on a grid with one scale; None for anything else."""
+    """Return the value of a tensor on a grid with one scale; None for anything else."""
     return x.codes if isinstance(x, IntegerTensor) else None
 
 
 def made(value: Value, like: Tensor) -> IntegerTensor:
-    """The value as a tensor of the shape of `like`."""
+    """Wrap a value as a tensor of the shape of `like`."""
     return IntegerTensor(value, like.shape)
 
 
 def on_codes(x: IntegerTensor, f: Callable[[Tensor], Any]) -> Any:
-    """`f` of the integers, as values on the same grid; f may return a tuple of tensors."""
+    """Apply `f` to the integers; the results are on the same grid. f may return a tuple of tensors."""
     value = codes_of(x)
     if value is None:
         return NotImplemented
@@ -147,7 +147,7 @@ def moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def quantized(run: IntegerRun, site: str, grid: Any, x: Tensor) -> IntegerTensor:
-    """x on a grid (`StoredGrid`). Plain numbers are rounded as QuantizeLinear does it."""
+    """Quantize x to a grid (`StoredGrid`). Real numbers are rounded as QuantizeLinear rounds them."""
     run.site = site
     scale, zero_point = grid.shaped(x.dim())
     low, high = torch.full_like(zero_point, grid.qmin), torch.full_like(zero_point, grid.qmax)

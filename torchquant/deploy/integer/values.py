@@ -1,7 +1,7 @@
-"""The values that an `IntegerTensor` carries: integers with a scale, and what is computed from them.
+"""The values that an `IntegerTensor` carries: integers with a scale, and results computed from them.
 
-Each gives `real()`, float32 as a DequantizeLinear would; `exact()`, the number in float64; and `on_grid()`, its codes
-on a grid, not yet clamped.
+Each has `real()`, float32 as from a DequantizeLinear; `exact()`, the number in float64; and `on_grid()`, its codes on
+a grid, not yet clamped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Codes:
     """A tensor on a uniform grid: real = ints * scale, ints = code - zero_point, |ints| <= limit.
 
     ints: int64. scale (float64 holding float32) and zero_point (int64): () or shaped to broadcast against ints.
-    `site`: which quantizer made it.
+    `site`: the quantizer that made it.
     """
 
     ints: Tensor
@@ -54,7 +54,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Sum:
-    """Sums of products: real = ints * scale / divisor. scale: float64, exact as the product of two float32 scales."""
+    """Sums of products: real = ints * scale / divisor. scale: float64, the exact product of two float32 scales."""
 
     ints: Tensor
     scale: Tensor
@@ -72,7 +72,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Sums:
-    """A sum of `Sum`s with scales of their own, as weights with several integer terms give."""
+    """A sum of several `Sum`s with different scales, as weights with several integer terms give."""
 
     parts: tuple[Sum, ...]
 
@@ -86,7 +86,7 @@ class Sums:
         return total
 
     def on_grid(self, scale: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
-        if rounding in ("ort", "exact"):  # no kernel to follow
+        if rounding in ("ort", "exact"):  # no runtime has a kernel for it
             ratios = [part.ints.to(torch.float64) * (part.scale / scale) for part in self.parts]
             return torch.round(torch.stack(torch.broadcast_tensors(*ratios)).sum(0)).to(torch.int64) + zero_point
         raised = [_signed(part.ints, part.scale / scale * 2.0**GUARD_BITS, rounding) for part in self.parts]
@@ -143,7 +143,7 @@ class Average(Sum):
 
 @dataclass(frozen=True)
 class Concat:
-    """Tensors on grids of their own, side by side along `dim`."""
+    """The concatenation of tensors on different grids along `dim`."""
 
     parts: tuple[Codes, ...]
     dim: int
@@ -177,11 +177,11 @@ Clamp = tuple[float | None, float | None]
 
 
 def _by_float(real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The codes a QuantizeLinear gives real float32 numbers, not yet clamped."""
+    """Quantize real float32 numbers as QuantizeLinear does, without the clamp."""
     return torch.round(real / scale.to(torch.float32)).to(torch.int64) + zero_point
 
 
 def _signed(ints: Tensor, multiplier: Tensor, rounding: str) -> Tensor:
-    """`requantize` for a multiplier of any sign; 0 where it is 0."""
+    """Do `requantize` for a multiplier of any sign; the result is 0 where the multiplier is 0."""
     size = torch.where(multiplier == 0, 1.0, multiplier.abs())
     return requantize(ints * multiplier.sign().to(torch.int64), size, rounding)

@@ -1,1 +1,1 @@
-"""From a calibrated model to what a file holds: grids, codes, and the model that is exported."""
+"""Lower a calibrated model to the contents of a file: grids, codes, and the model that is exported."""

@@ -1,7 +1,7 @@
-"""The deploy form of a model: every QModule replaced by one that holds codes instead of quantizers.
+"""Make the lowered form of a model: every QModule is replaced by a module that holds codes instead of quantizers.
 
-It is an ordinary module: run it to see in torch what the file will compute. Inside `with integer_run(...)` it computes
-on integers.
+The form is an ordinary module: in torch it computes what the file will compute; inside `with integer_run(...)` it
+computes on integers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchquant._shown import running
 from torchquant.deploy.integer.context import IntegerRun, active_run, integer_run
-from torchquant.deploy.integer.operators import IntegerTensor  # which registers what operators make of it
+from torchquant.deploy.integer.operators import IntegerTensor  # importing it registers the handlers of operators
 from torchquant.deploy.integer.values import Codes
 from torchquant.deploy.lowering.hooks import refuse_hooks
 from torchquant.deploy.lowering.qdq import (
@@ -42,9 +42,9 @@ from torchquant.qmodule.patterns import activation_clamp, stock_type
 
 
 class DeployLayer(StandIn):
-    """A QWrapper as it computes in QUANT_EVAL, its weight stored as codes. `path` names it in messages.
+    """Computes what a QWrapper computes in QUANT_EVAL, with its weight stored as codes. `path` names it in messages.
 
-    `weight`: what is stored, or the layer's own where it stays float. `sum_bias`: the bias that the layer is run with.
+    `weight`: the stored weight, or the layer's own where it stays float. `sum_bias`: the bias that the layer runs with.
     """
 
     runs: ClassVar[dict[str, str]] = {
@@ -67,7 +67,7 @@ class DeployLayer(StandIn):
         self.row = wrapper.row
         self.has_codes = wrapper.weight_quantizer is not None
         self.sum_bias: nn.Parameter | None = None
-        self.stored_bias = nn.ModuleList()  # one, or one a call where the calls have inputs of other scales
+        self.stored_bias = nn.ModuleList()  # one, or one per call where the inputs of the calls have different scales
         self.calls = 0
         self.input_scales: list[Tensor | None] = []
         self.is_settled = False
@@ -97,7 +97,7 @@ class DeployLayer(StandIn):
         return self.output(y if self.activation is None else self.activation(y))
 
     def _bias(self, known: Codes | None) -> Tensor | None:
-        """The bias as the file has it; `known`: the codes that come in, in an integer run."""
+        """Return the bias as the file has it; `known`: the incoming codes, in an integer run."""
         if known is not None and self.sum_bias is not None and self._has_one_scale:
             return self._on_grid_of(known.scale)()  # type: ignore[no-any-return]
         if active_run() is not None or not len(self.stored_bias):
@@ -108,7 +108,7 @@ class DeployLayer(StandIn):
 
     @property
     def _has_one_scale(self) -> bool:
-        """Whether the sums of products are in steps of one scale, per tensor or output channel."""
+        """Tell whether the sums of products have one scale per tensor or output channel."""
         return self._in_steps and len(self.weight.terms) == 1
 
     @property
@@ -116,11 +116,11 @@ class DeployLayer(StandIn):
         return self.has_codes and isinstance(self.weight, StoredWeight)
 
     def _on_grid_of(self, input_scale: Tensor) -> StoredBias:
-        """The bias in steps of the sums that it is added to."""
+        """Return the bias in steps of the sums that it is added to."""
         return StoredBias(self.sum_bias, input_scale * self.weight.terms[0][0], self.path)  # type: ignore[arg-type]
 
     def fix_bias_scales(self) -> None:
-        """Put the bias on the grid of the sums it is added to, where the inputs have one."""
+        """Put the bias on the grid of the sums it is added to, where the inputs are on a grid."""
         scales = [s for s in self.input_scales if s is not None]
         every_call = len(scales) == len(self.input_scales)
         self.input_scales, self.is_settled = [], True
@@ -132,7 +132,7 @@ class DeployLayer(StandIn):
 
 
 class DeployOp(StandIn):
-    """A QOp as it computes in QUANT_EVAL."""
+    """Computes what a QOp computes in QUANT_EVAL."""
 
     stands_for: ClassVar[str] = "op"
     runs: ClassVar[dict[str, str]] = {"the operator": "", "its activation": "activation"}
@@ -157,7 +157,7 @@ class DeployOp(StandIn):
 
 
 def _global_average(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The ONNX operator that runtimes have an integer kernel for, where the operator is one; else None."""
+    """Run a global average as the ONNX operator with an integer kernel; None for any other operator."""
     x = args[0] if args else None
     operator = operator_of_module(op) if isinstance(op, nn.Module) else OPERATORS.of(op)
     if not isinstance(x, Tensor) or x.ndim < 3 or operator is None:
@@ -177,15 +177,14 @@ def _global_average(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 @torch.no_grad()
 def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
-    """A float32 CPU copy of the model in eval mode that computes QUANT_EVAL from stored 8-bit codes.
+    """Make a float32 CPU copy of the model in eval mode that computes QUANT_EVAL from stored 8-bit codes.
 
-    Whatever state the QModules are in; a site without a quantizer stays float. Batch norms are folded
-    where the codes can carry it exactly, and stay behind the layer where not. Codes of activations count
-    from 0 on, which runtimes for x86 compute faster with, and those of weights that could saturate there;
-    `keep_signed` leaves them as their quantizer has them. Weights of any scheme with codes; activations of uniform
-    ones. Raises ExportError for a model without QModules; where it is run, for a site that is not calibrated, has no
-    such codes or needs more than 8 bits, and for one that is not float32. A site that does not run may be any of these:
-    `fix_bias_scales` leaves it out.
+    The state of the QModules does not matter; a site without a quantizer stays float. Batch norms are folded where the
+    codes can represent it exactly, and stay behind the layer elsewhere. Codes of activations count from 0 on, which is
+    faster on x86, and so do codes of weights that could saturate there; `keep_signed` keeps the codes of the quantizer.
+    Weights may have any scheme with codes; activations need a uniform one. Raises ExportError for a model without
+    QModules, and, when the form runs, for a site that is not calibrated, has no such codes, needs more than 8 bits or
+    is not float32. Sites that do not run raise nothing: `fix_bias_scales` leaves them out.
     """
     if not any(isinstance(module, QModule) for module in model.modules()):
         raise ExportError(
@@ -196,8 +195,8 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
         own = copy.deepcopy(model)
     except RuntimeError as error:
         raise ExportError(
-            f"the model cannot be copied: {str(error).splitlines()[0]} A weight that a hook computes is made a plain "
-            "one by remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+            f"the model cannot be copied: {str(error).splitlines()[0]} If a hook computes a weight, make it a plain "
+            "weight with remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
         ) from error
     form = _converted(own.cpu().eval(), "", {}, keep_signed)
     reseal(form)
@@ -206,10 +205,10 @@ def deploy_form(model: nn.Module, keep_signed: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def fix_bias_scales(form: nn.Module, example_inputs: Any, tables: bool = True) -> IntegerRun:
-    """Run the form on integers once: biases go onto the grid of their sums, accumulators are checked.
+    """Run the form on integers once, to put biases onto the grid of their sums and to check accumulators.
 
-    `tables` as in `IntegerRun`. Returns what the run met; the sites that did not run are left out of the form. Raises
-    ExportError for an accumulator beyond 32 bits, and for a site that runs and has no codes.
+    `tables` as in `IntegerRun`. Returns the record of the run; sites that did not run are left out of the form. Raises
+    ExportError for an accumulator beyond 32 bits, and for a site that runs without codes.
     """
     run = IntegerRun("exact", checking=True, tables=tables)
     with running(form, "example_inputs", example_inputs):
@@ -222,7 +221,7 @@ def fix_bias_scales(form: nn.Module, example_inputs: Any, tables: bool = True) -
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, ExportError):
                 raise
-            raise ExportError(f"the model does not run on the example inputs: {error}") from error
+            raise ExportError(f"the model fails on the example inputs: {error}") from error
     reseal(form)
     for module in form.modules():
         if isinstance(module, DeployLayer):
@@ -231,9 +230,9 @@ def fix_bias_scales(form: nn.Module, example_inputs: Any, tables: bool = True) -
 
 
 def _converted(module: nn.Module, path: str, done: dict[nn.Module, nn.Module], keep_signed: bool) -> nn.Module:
-    """`module` with every QModule below it replaced, children first; a module used twice stays one."""
+    """Replace every QModule below `module`, children first; a module that is used twice stays one."""
     if module not in done:
-        held = module.held if isinstance(module, QModule) else None  # has the same children, and is what is kept
+        held = module.held if isinstance(module, QModule) else None  # has the same children, and is kept
         for owner in (module, held) if held is not None else (module,):
             for name, child in owner._modules.items():
                 if child is not None:
@@ -254,7 +253,7 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
     if kind is None:
         raise ExportError(
             f"{path}: {type(module).__name__} is neither a QWrapper nor a QOp nor a QWeights; only these can be "
-            "exported. Build the module from them"
+            "exported. Build the module from these"
         )
     refuse_hooks(path, {said: getattr(module, name) if name else module for said, name in kind.runs.items()})
     try:
@@ -269,12 +268,12 @@ FORMS: dict[type[QModule], type[StandIn]] = {QWrapper: DeployLayer, QOp: DeployO
 
 
 def form_of(module: nn.Module) -> type[StandIn] | None:
-    """Make the module that replaces a QModule in a deploy form; None for a kind that has no such module."""
+    """Return the class that replaces a QModule in a lowered model; None for a kind without one."""
     return next((form for wrapped, form in FORMS.items() if isinstance(module, wrapped)), None)
 
 
 def _left_of(activation: nn.Module | None, output: nn.Module) -> nn.Module | None:
-    """The activation, unless it is a clamp that the codes of the output can take over; then they do."""
+    """Return the activation, or None if it is a clamp and the output codes could take over its bounds."""
     clamp = activation_clamp(activation)
     if clamp is None or not isinstance(output, QuantizeDequantize) or not output.clamp_codes(clamp):
         return activation

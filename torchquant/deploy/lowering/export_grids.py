@@ -1,4 +1,4 @@
-"""The numbers a runtime stores for a quantizer: codes, scales and zero points of 8 bits, biases of 32.
+"""Compute the numbers that a runtime stores for a quantizer: codes, scales, 8-bit zero points, 32-bit biases.
 
 Names follow ONNX here: `scale` is what the rest of torchquant calls delta.
 """
@@ -23,7 +23,7 @@ LARGEST_CODE = 255
 LARGEST_TABLE_ENTRY = 127
 LARGEST_IN_PAIRS = 2**15 // (2 * LARGEST_CODE)
 LARGEST_INTEGER = 2**15
-"""Weights that are larger multiples of their unit, as those of 8-bit floats are, take part in sums as real numbers."""
+"""Weights that are larger multiples of their unit, such as 8-bit floats, enter sums as real numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,20 +42,20 @@ class Grid(UniformGrid):
 
     @property
     def lowest(self) -> int:
-        """The lowest code, zero points among them."""
+        """The lowest code, also among zero points."""
         return min(self.qmin, int(self.zero_point.min()))
 
     def unsigned(self) -> Grid:
-        """Shift the codes so that they start at 0: `lowest` is subtracted from each, and the values stay."""
+        """Shift the codes so that they start at 0: `lowest` is subtracted, and the values stay the same."""
         lowest = self.lowest
         return replace(self, zero_point=self.zero_point - lowest, qmin=self.qmin - lowest, qmax=self.qmax - lowest)
 
 
 def can_saturate(codes: Tensor) -> bool:
-    """Whether two products of such a weight and codes up to 255 can leave 16 bits.
+    """Tell whether two products of such a weight and codes up to 255 can exceed 16 bits.
 
-    ONNX Runtime adds products of uint8 and int8 in pairs of 16 bits on x86 processors without VNNI, and saturates;
-    products of uint8 and uint8 it does not. codes: integers of a weight as stored.
+    On x86 processors without VNNI, ONNX Runtime adds products of uint8 and int8 in pairs of 16 bits and saturates; it
+    adds products of uint8 and uint8 exactly. codes: integers of a weight as stored.
     """
     return bool(codes.numel()) and int(codes.min()) < 0 and int(codes.abs().max()) > LARGEST_IN_PAIRS
 
@@ -65,19 +65,19 @@ def check_ready(quantizer: Quantizer, name: str) -> None:
     if not quantizer.is_ready:
         raise ExportError(
             f"{name} has seen no data. Run a batch in QModuleState.CALIBRATION (for weights alone "
-            "torchquant.observe_weights(model) is enough), set its range by hand with force_ranges(min, max), or "
+            "torchquant.observe_weights(model) is enough), set its range with force_ranges(min, max), or "
             "give this site None to keep it float"
         )
 
 
 def uniform_grid(quantizer: Quantizer, name: str) -> Grid:
-    """The grid of a calibrated uniform quantizer. `name` says in messages where it sits. Raises ExportError."""
+    """Return the grid of a calibrated uniform quantizer. `name`: its site, for messages. Raises ExportError."""
     check_ready(quantizer, name)
     try:
         params = quantizer.affine_params()
     except NoAffineViewError as error:
         raise ExportError(
-            f"{name} has no step and zero point, which ONNX QuantizeLinear needs. Use a uniform scheme here, such as "
+            f"{name} has no scale and zero point, which ONNX QuantizeLinear needs. Use a uniform scheme here, such as "
             "AffineQuantizer or QfmtQuantizer, or give this site None to keep it float"
         ) from error
     return grid_of(params, quantizer.axis, name)
@@ -89,7 +89,7 @@ def grid_of(params: AffineParams, axis: int | None, name: str) -> Grid:
     scale = torch.as_tensor(delta).detach().clone()
     if scale.dtype != torch.float32:
         raise ExportError(
-            f"{name} has a step of type {scale.dtype}, but files are written in float32. Call model.float() and "
+            f"{name} has a scale of type {scale.dtype}, but files are written in float32. Call model.float() and "
             "calibrate again"
         )
     offset = torch.as_tensor(zero_point, device=scale.device).to(torch.int32).expand_as(scale).clone()
@@ -103,23 +103,23 @@ def grid_of(params: AffineParams, axis: int | None, name: str) -> Grid:
 
 
 def bias_codes(bias: Tensor, scale: Tensor, name: str) -> Tensor:
-    """`round_half_even(bias / scale)` (int64), 0 where the bias is. Raises ExportError beyond 32 bits."""
+    """Compute `round_half_even(bias / scale)` (int64), 0 where the bias is 0. Raises ExportError beyond 32 bits."""
     codes = torch.where(bias == 0, 0.0, torch.round(bias.to(torch.float64) / scale))
     if not bool((codes.abs() <= INT32_MAX).all()):
         raise ExportError(
-            f"{name}: a bias of {float(bias.abs().max()):.3g} is beyond 32 bits in steps of input scale times weight "
-            f"scale, {float(scale.min()):.3g}. Calibrate with data like the real, or give this site None"
+            f"{name}: a bias of {float(bias.abs().max()):.3g} exceeds 32 bits in steps of input scale times weight "
+            f"scale, {float(scale.min()):.3g}. Calibrate with representative data, or give this site None"
         )
     return codes.to(torch.int64)
 
 
 def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, Grid] | None:
-    """Codes and grid whose reals are those of `codes` times `factor`, or None if that takes new codes.
+    """Return codes and grid whose real values are those of `codes` times `factor`; None if this needs new codes.
 
     codes: (C, ...) int32, channels first. factor: (C,), any sign. A negative factor mirrors the codes
-    of its channel. Signed codes mirror about 0, and the lowest of 2**n_bits codes may then take one code more (None
-    beyond 8 bits); unsigned ones about the middle of their range, the zero point with them. A factor of 0
-    leaves the scale as it was and puts all codes at the zero point.
+    of its channel. Signed codes are mirrored about 0, and the lowest of 2**n_bits codes may then need one code more
+    (None beyond 8 bits); unsigned codes and their zero point about the middle of their range. A factor of 0
+    keeps the scale and sets all codes to the zero point.
     """
     if grid.axis not in (None, 0):
         return None
@@ -138,7 +138,7 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Table:
-    """A weight whose levels are no uniform grid: a level for each code, and its integer terms if it has any.
+    """A weight whose levels do not form a uniform grid: a level for each code, and its integer terms if it has any.
 
     codes: (C, ...) int32 from 0 on, channels first. levels: (L,) or (C, L) float32. terms: as in
     `Quantizer.integer_terms`, with ints in place of tables: [(scale () or (C,) float64, (C, ...) int64)].
@@ -149,11 +149,11 @@ class Table:
     terms: tuple[tuple[Tensor, Tensor], ...]
 
     def real(self) -> Tensor:
-        """The weight, float32."""
+        """Return the weight, float32."""
         return look_up(self.levels, self.codes)
 
     def scaled(self, factor: Tensor) -> Table:
-        """The table of the weight times `factor`, (C,)."""
+        """Return the table of the weight times `factor`, (C,)."""
         levels = self.levels * factor[:, None]
         signs = channel_view(factor.sign().to(torch.int64), self.codes.ndim, 0)
         sizes = torch.where(factor == 0, 1.0, factor.abs()).to(torch.float64)
@@ -161,7 +161,7 @@ class Table:
         return replace(self, levels=levels.expand(len(factor), -1), terms=terms)
 
     def as_grid(self) -> tuple[Tensor, Grid] | None:
-        """(ints, grid with zero point 0) where one integer of 8 bits times a scale is the weight bit for bit."""
+        """Return (ints, grid with zero point 0) if 8-bit integers times one scale equal the weight bit for bit."""
         if len(self.terms) != 1:
             return None
         scale, ints = self.terms[0]
@@ -176,7 +176,7 @@ class Table:
 
 
 def look_up(levels: Tensor, codes: Tensor) -> Tensor:
-    """The level of each code. levels: (L,), or (C, L) for codes (C, ...)."""
+    """Look up the level of each code. levels: (L,), or (C, L) for codes (C, ...)."""
     if levels.ndim == 1:
         return levels[codes.to(torch.int64)]
     return levels.gather(1, codes.flatten(1).to(torch.int64)).view(codes.shape)
@@ -184,11 +184,11 @@ def look_up(levels: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
-    """The codes and levels of a weight under any quantizer with codes; channels first. Raises ExportError."""
+    """Return the codes and levels of a weight under any quantizer with codes; channels first. Raises ExportError."""
     check_ready(quantizer, name)
     if quantizer.levels_vary:
         raise ExportError(
-            f"{name} has scales for blocks or groups of its own, and their levels are no uniform grid. Use a uniform "
+            f"{name} has scales per block or group, and their levels do not form a uniform grid. Use a uniform "
             "scheme, such as affine:4/group=32, or one scale per tensor or channel here, write a packed file "
             "(save_packed), or give this site None to keep it float"
         )
@@ -210,7 +210,7 @@ def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
 
 
 def _without_zero_scales(scale: Tensor, ints: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale of 0 becomes the smallest other one and its integers 0: a bias is counted in steps of it."""
+    """Replace a scale of 0 by the smallest other scale, with integers 0, because biases are in steps of it."""
     dead = scale == 0
     others = scale[~dead].abs()
     stand_in = others.min() if others.numel() else torch.ones((), dtype=scale.dtype)
@@ -219,10 +219,10 @@ def _without_zero_scales(scale: Tensor, ints: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_grid(grid: Grid, layer: Any, row: LayerPattern) -> Grid | None:
-    """The grid of a channels-first weight, for the weight as the layer stores it.
+    """Convert the grid of a channels-first weight to the layout in which the layer stores the weight.
 
-    They differ for transposed convolutions, stored as (in, out / groups, ...): there the groups share
-    the numbers of a per-output-channel grid. None if the groups do not agree on them.
+    The layouts differ for transposed convolutions, stored as (in, out / groups, ...): there the groups share the
+    numbers of a per-output-channel grid. None if the groups have different numbers.
     """
     if isinstance(row, InputFirstPattern) and grid.axis in (0, 1):
         return replace(grid, axis=1 - grid.axis)

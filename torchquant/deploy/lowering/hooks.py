@@ -1,4 +1,4 @@
-"""Hooks of a model that a file would not run."""
+"""Refuse hooks of a model that an exported file would not run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchquant.errors import ExportError
 
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Hooks that compute the weight, which is in the file as it is."""
+"""Hooks that compute the weight; the file holds the computed weight."""
 
 
 def refuse_hooks(path: str, parts: dict[str, nn.Module | None]) -> None:
-    """Raise ExportError where a part of a QModule, that the deploy form does not call, has hooks or its own forward.
+    """Raise ExportError if a part that the lowered model does not call has hooks or a replaced forward.
 
-    parts: by name.
+    parts: name -> part of the QModule.
     """
     for name, part in parts.items():
         if part is not None and "forward" in part.__dict__:
             raise ExportError(
                 f"{path}: the forward of {name} was replaced on the object, as some adapters do, which the file "
-                "would not run. Merge the adapter into the weight for the export, or put what it computes into the "
+                "would not run. Merge the adapter into the weight for the export, or put its computation into the "
                 "forward of the model"
             )
         hooks = [] if part is None else [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
@@ -30,7 +30,7 @@ def refuse_hooks(path: str, parts: dict[str, nn.Module | None]) -> None:
         if lost:
             names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in lost)
             raise ExportError(
-                f"{path}: {name} has forward hooks ({names}), which the file would not run. Take them off for the "
-                "export (the handle that registering them returned has remove()), or put what they compute into the "
-                "forward of the model"
+                f"{path}: {name} has forward hooks ({names}), which the file would not run. Remove them for the "
+                "export (with remove() of the handle that registering them returned), or put their computation into "
+                "the forward of the model"
             )

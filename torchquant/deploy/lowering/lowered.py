@@ -1,4 +1,4 @@
-"""From a calibrated model to what a file holds of it, made once and handed to all that work with it."""
+"""Lower a calibrated model to the contents of a file, once, for export, certificate and integer reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchquant.errors import ConfigError
 
 @dataclass(frozen=True)
 class FloatOperator:
-    """An operator on real numbers, between an explicit dequantize and quantize; `after`: the site reached before it."""
+    """An operator on real numbers, between an explicit dequantize and quantize; `after`: the last site before it."""
 
     name: str
     after: str
@@ -24,9 +24,10 @@ class FloatOperator:
 class Lowered:
     """A calibrated model with its weights as codes and its biases in steps of the sums they are added to; see `lower`.
 
-    `model`: the model it was made from, which must stay as it was. `form`: the module that computes it (`deploy_form`).
-    `float_operators`: what runs on real numbers. `accumulators`: site -> the largest sum of products its weight and the
-    range of its input allow. `not_run`: paths of QModules that the example did not run.
+    `model`: the model it was made from, which must not change. `form`: the module that computes on codes
+    (`deploy_form`). `float_operators`: operators that run on real numbers. `accumulators`: site -> the largest sum of
+    products that its weight and the range of its input allow. `not_run`: paths of QModules that the example did not
+    run.
     """
 
     model: nn.Module
@@ -43,9 +44,9 @@ class Lowered:
 def lower(model: nn.Module, example_inputs: Any, keep_signed: bool = False, as_exported: bool = True) -> Lowered:
     """Lower a calibrated model once; `export_onnx`, `to_integer` and `certify` take the result in place of the model.
 
-    `example_inputs`, `keep_signed`: as in `export_onnx`. `as_exported`: weights that an ONNX file holds as tables of
-    levels count as real numbers, as they do there; False lets them take part in integers. The model is not changed.
-    Raises ExportError for an uncalibrated site that runs, one without codes, an accumulator or bias that can leave 32
+    `example_inputs`, `keep_signed`: as in `export_onnx`. `as_exported`: weights that an ONNX file stores as tables of
+    levels are real numbers, as in the file; False computes them in integers. The model is not changed. Raises
+    ExportError for an uncalibrated site that runs, a site without codes, and an accumulator or bias that can exceed 32
     bits.
 
     >>> import torch
@@ -68,18 +69,18 @@ def lower(model: nn.Module, example_inputs: Any, keep_signed: bool = False, as_e
 def lowered_as(
     model: nn.Module | Lowered, example_inputs: Any, keep_signed: bool, as_exported: bool | None = None
 ) -> Lowered:
-    """The model lowered, or what it is already. `as_exported`: None takes either, and lowers with False.
+    """Lower a model, or return a `Lowered` unchanged. `as_exported`: None accepts both kinds, and lowers with False.
 
-    Raises ConfigError if that was lowered otherwise than is asked for, or a model comes without example.
+    Raises ConfigError if it was lowered with other settings than requested, and for a model without example.
     """
     if not isinstance(model, Lowered):
         if example_inputs is None:
-            raise ConfigError("a model needs example_inputs to be lowered: a tensor or a tuple of what it takes")
+            raise ConfigError("to lower a model, give example_inputs: a tensor, or a tuple of its inputs")
         return lower(model, example_inputs, keep_signed, bool(as_exported))
     if example_inputs is not None:
-        raise ConfigError("a Lowered has its example already; leave example_inputs out, or give the model itself")
+        raise ConfigError("a Lowered already has its example; leave example_inputs out, or give the model itself")
     if keep_signed and not model.keep_signed:
         raise ConfigError("keep_signed=True, but the model was lowered without; use lower(..., keep_signed=True)")
     if as_exported and not model.as_exported:
-        raise ConfigError("the model was lowered with as_exported=False, which no file computes; use lower(...)")
+        raise ConfigError("the model was lowered with as_exported=False, which no file can hold; use as_exported=True")
     return model

@@ -1,4 +1,4 @@
-"""QuantizeLinear, DequantizeLinear and their kin: as numbers; as ONNX nodes inside `with onnx_nodes():`; or on
+"""QuantizeLinear, DequantizeLinear and related operators: as numbers; as ONNX nodes inside `with onnx_nodes():`; or on
 integers inside `with integer_run(...)`.
 """
 
@@ -25,9 +25,9 @@ from torchquant.range_observers._statistics import per_channel_view
 
 LARGEST_BIAS_BITS = 30
 FLOAT, UINT8, INT8 = 1, 2, 3
-"""ONNX's numbers of the types."""
+"""ONNX type numbers of torch types."""
 LOOK_UP = "torchquant::LookUp"
-"""Stands for a Gather until the file is finished: one with constant inputs would be computed by the exporter."""
+"""Placeholder for a Gather until the file is finished: the exporter would compute a Gather with constant inputs."""
 
 Terms = tuple[tuple[Tensor, Tensor], ...]
 _AS_NODES = ContextVar("as_nodes", default=False)
@@ -35,7 +35,7 @@ _AS_NODES = ContextVar("as_nodes", default=False)
 
 @contextmanager
 def onnx_nodes() -> Iterator[None]:
-    """Trace the functions of this file as the ONNX operators they are named after."""
+    """Trace the functions of this file as the ONNX operators with their names."""
     token = _AS_NODES.set(True)
     try:
         yield
@@ -44,19 +44,19 @@ def onnx_nodes() -> Iterator[None]:
 
 
 def as_nodes() -> bool:
-    """Whether the functions of this file are being traced."""
+    """Tell whether the functions of this file are being traced."""
     return _AS_NODES.get()
 
 
 def node(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> Tensor:
-    """An ONNX operator in the traced graph."""
+    """Add an ONNX operator to the traced graph."""
     return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)
 
 
 def in_graph(
     op: str, inputs: tuple[Tensor | None, ...], dtype: torch.dtype, shapes: list[Any], attributes: dict[str, Any]
 ) -> list[Tensor]:
-    """An ONNX operator with several outputs, and inputs that may be left away, in the traced graph."""
+    """Add an ONNX operator with several outputs and optional inputs to the traced graph."""
     return list(torch.onnx.ops.symbolic_multi_out(op, inputs, attributes, dtypes=[dtype] * len(shapes), shapes=shapes))
 
 
@@ -67,13 +67,13 @@ def _axis(axis: int | None) -> dict[str, Any]:
 BLOCK = "block_size"
 """Attribute of a DequantizeLinear that has a scale for each block of codes."""
 SITE = "site"
-"""Attribute of a QuantizeLinear until the file is finished: which site it is. Equal nodes are not merged so."""
+"""Attribute of a QuantizeLinear until the file is finished: its site. It keeps equal nodes from being merged."""
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, site: str = "") -> Tensor:
-    """`saturate(round_half_even(x / scale) + zero_point)` in the type of zero_point, as ONNX defines it.
+    """Compute `saturate(round_half_even(x / scale) + zero_point)` in the type of zero_point, as ONNX defines it.
 
-    x: (*) float32. scale float32 and zero_point int8 or uint8: () or (C,) along `axis`. `site` is noted on the node.
+    x: (*) float32. scale float32 and zero_point int8 or uint8: () or (C,) along `axis`. `site` is recorded on the node.
 
     >>> quantize_linear(torch.tensor([-9.0, 0.5, 1.5]), torch.tensor(1.0), torch.tensor(2, dtype=torch.uint8), None)
     tensor([0, 2, 4], dtype=torch.uint8)
@@ -109,7 +109,7 @@ def dequantize_linear(
 
 
 def look_up_linear(levels: Tensor, codes: Tensor, rows: Tensor | None) -> Tensor:
-    """`levels[codes]`, or `levels[codes + rows]`; a Gather in the file. levels: (L, ...)."""
+    """Compute `levels[codes]`, or `levels[codes + rows]`; a Gather in the file. levels: (L, ...)."""
     if as_nodes():
         inputs = (levels, codes) if rows is None else (levels, codes, rows)
         return node(LOOK_UP, inputs, levels.dtype, (*codes.shape, *levels.shape[1:]))
@@ -131,13 +131,13 @@ class StoredGrid(nn.Module):
         self.register_buffer("zero_point", grid.zero_point.to(grid.storage))
 
     def shaped(self, ndim: int) -> tuple[Tensor, Tensor]:
-        """(scale float64, zero point int64) in shapes that broadcast against `ndim` dimensions."""
+        """Return (scale float64, zero point int64) in shapes that broadcast against `ndim` dimensions."""
         scale, zero_point = self.scale.to(torch.float64), self.zero_point.to(torch.int64)
         return per_channel_view(scale, ndim, self.axis), per_channel_view(zero_point, ndim, self.axis)
 
 
 class QuantizeDequantize(StoredGrid):
-    """The Q/DQ pair of an activation. Where its codes do not fill 8 bits, a clip of the codes stands between them."""
+    """The Q/DQ pair of an activation, with a clip of the codes between them if they do not fill 8 bits."""
 
     low: Tensor
     high: Tensor
@@ -150,14 +150,14 @@ class QuantizeDequantize(StoredGrid):
 
     @property
     def clips(self) -> bool:
-        """Whether the codes end before their type does."""
+        """Whether the codes do not fill their type."""
         limits = torch.iinfo(self.zero_point.dtype)
         return (self.qmin, self.qmax) != (limits.min, limits.max)
 
     def clamp_codes(self, clamp: Clamp) -> bool:
-        """Take over `x.clamp(*clamp)` as bounds of the codes; False, and nothing done, for a grid per channel.
+        """Replace `x.clamp(*clamp)` by bounds of the codes; return False, without a change, for a grid per channel.
 
-        Exact: rounding is monotone, so that clamping before it is clamping to the code of the bound after it.
+        This is exact: rounding is monotone, so clamping before rounding equals clamping to the rounded bound after it.
         """
         if self.scale.ndim:
             return False
@@ -177,7 +177,7 @@ class QuantizeDequantize(StoredGrid):
         return dequantize_linear(codes, self.scale, self.zero_point, self.axis)
 
     def codes_of(self, quantized: Tensor) -> Tensor:
-        """The codes (int64) of values on the grid."""
+        """Return the codes (int64) of values on the grid."""
         scale, zero_point = self.shaped(quantized.ndim)
         return torch.round(quantized.to(torch.float64) / scale).to(torch.int64) + zero_point
 
@@ -190,10 +190,10 @@ class QuantizeDequantize(StoredGrid):
 
 
 class QuantizeTokens(nn.Module):
-    """An activation on a grid for each token, found when it comes: in the file float operators and codes of 8 bits.
+    """An activation with a grid per token, computed at run time: float operators and 8-bit codes in the file.
 
-    ONNX's DynamicQuantizeLinear has one scale for the whole tensor, so it cannot stand for this. Codes are uint8
-    around 128, or int8 around 0 with `keep_signed`.
+    ONNX's DynamicQuantizeLinear has one scale for the whole tensor, so it cannot be used. Codes are uint8 around 128,
+    or int8 around 0 with `keep_signed`.
     """
 
     def __init__(self, n_bits: int, site: str, keep_signed: bool) -> None:
@@ -217,30 +217,30 @@ class QuantizeTokens(nn.Module):
         return steps * scale
 
     def codes_of(self, quantized: Tensor) -> Tensor:
-        """The codes (int64) of values on the grid."""
+        """Return the codes (int64) of values on the grid."""
         steps = token_steps(quantized, token_scales(quantized, self.n_bits), self.n_bits)
         return steps.to(torch.int64) + self.zero_point
 
 
 def acts_site(quantizer: Quantizer | None, site: str, keep_signed: bool) -> nn.Module:
-    """What puts an activation on its grid, nothing where it has no quantizer."""
+    """Make the module that puts an activation on its grid, an identity if it has no quantizer."""
     if isinstance(quantizer, TokenQuantizer):
         return QuantizeTokens(quantizer.n_bits, site, keep_signed)
     return nn.Identity() if quantizer is None else grid_site(quantizer, site, keep_signed)
 
 
 def grid_site(quantizer: Quantizer, site: str, keep_signed: bool = False) -> QuantizeDequantize:
-    """The Q/DQ pair of an activation quantizer; `site` is "PATH.output" or "PATH.input". Raises ExportError."""
+    """Make the Q/DQ pair of an activation quantizer; `site` is "PATH.output" or "PATH.input". Raises ExportError."""
     path, _, kind = site.rpartition(".")
     grid = uniform_grid(quantizer, f"{path}: the {kind} quantizer ({type(quantizer).__name__})")
     return QuantizeDequantize(grid if keep_signed else grid.unsigned(), site)
 
 
 class StoredWeight(StoredGrid, PassesForTensor):
-    """A weight kept as 8-bit codes; forward gives the real weight, in the layout of its layer.
+    """A weight stored as 8-bit codes; forward returns the real weight, in the layout of its layer.
 
-    `to_layer` brings it there from how it is kept, where that differs. `table`: where given, what the codes count in.
-    `terms`: the weight in integers, laid out as the layer has it, with scales per output channel.
+    `to_layer` converts the stored layout to that of the layer, where they differ. `table`: if given, the integers that
+    the codes count in. `terms`: the weight in integers, in the layer's layout, with scales per output channel.
     """
 
     codes: Tensor
@@ -262,10 +262,10 @@ class StoredWeight(StoredGrid, PassesForTensor):
         self.has_zero_point = bool(grid.zero_point.any())
 
     def fit_bias_range(self, bias: Tensor, input_scale: Tensor) -> None:
-        """Raise scales that are so small that the bias is beyond 32 bits in steps of them; lower those of zeros.
+        """Raise scales so small that the bias exceeds 32 bits in their steps; lower the scales of all-zero channels.
 
-        Next to such a bias the weights of the channel hardly count; their codes are rounded to the larger steps. A
-        channel of zeros has no scale of its own (1 stands for it), and its bias is kept in the finest steps.
+        Next to such a bias the weights of the channel hardly matter; their codes are rounded to the larger steps. An
+        all-zero channel has no scale of its own (1 stands for it), and its bias is stored in the finest steps.
         """
         if self.axis not in (None, 0) or self.table is not None or self.to_layer is not None or len(self.terms) != 1:
             return
@@ -292,7 +292,7 @@ class StoredWeight(StoredGrid, PassesForTensor):
         return self.as_kept() if self.to_layer is None else self.to_layer(self.as_kept())
 
     def as_kept(self) -> Tensor:
-        """The real weight in the layout of the codes."""
+        """Return the real weight in the layout of the codes."""
         return dequantize_linear(self._counted(self.codes), self.scale, self.zero_point, self.axis)
 
     def _counted(self, codes: Tensor) -> Tensor:
@@ -312,12 +312,12 @@ class StoredWeight(StoredGrid, PassesForTensor):
 
 
 def _in_integers(terms: Terms, real: Callable[[], Tensor]) -> Tensor:
-    """A weight or bias for an integer run; the real one where it has no scale per tensor or output channel."""
+    """Make a weight or bias for an integer run; the real one if it has no scale per tensor or output channel."""
     return IntegerTensor(Weight(terms, real), terms[0][1].shape) if terms else real()
 
 
 class StoredTable(PassesForTensor):
-    """A weight kept as codes and the float32 level behind each code; forward gives the real weight, bit for bit."""
+    """A weight stored as codes and a float32 level for each code; forward returns the real weight, bit for bit."""
 
     codes: Tensor
     levels: Tensor
@@ -343,7 +343,7 @@ class StoredTable(PassesForTensor):
         return self.to_layer(self.as_kept())
 
     def as_kept(self) -> Tensor:
-        """The real weight in the layout of the codes."""
+        """Return the real weight in the layout of the codes."""
         return look_up_linear(self.levels, self.codes, self.first_levels)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -353,9 +353,9 @@ class StoredTable(PassesForTensor):
 
 
 class StoredBias(nn.Module):
-    """A bias in 32-bit steps of input scale times weight scale; forward gives its real value. scale: () or (C,).
+    """A bias in 32-bit steps of input scale times weight scale; forward returns its real value. scale: () or (C,).
 
-    In an integer run it is its codes where the layer adds it to its sums, and this real value where the model adds it.
+    In an integer run the layer adds the codes to its sums, and a model that adds the bias itself adds the real value.
     """
 
     codes: Tensor

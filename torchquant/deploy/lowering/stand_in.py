@@ -1,4 +1,4 @@
-"""What stands in a deploy form where something else stood, and answers as that did."""
+"""Modules that replace others in a lowered model and answer attribute reads in their place."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torchquant.errors import ExportError
 
 
 class StandIn(nn.Module):
-    """Reads of what it has not itself are answered by the module it stands for, its attribute `stands_for`.
+    """A module that answers reads of missing attributes from the module that it replaces, `stands_for`.
 
-    So model code that asks a layer for its stride, or for the type of its weight, goes on working. `path` names it in
-    messages. `float_module`: what was there, until `leave_out` has seen which of them run.
+    Model code that reads the stride of a layer, or the type of its weight, therefore keeps working. `path` names it in
+    messages. `float_module`: the replaced module, until `leave_out` knows which stand-ins run.
     """
 
     stands_for: ClassVar[str] = "layer"
     runs: ClassVar[dict[str, str]] = {"the module": "", "its layer": "layer"}
-    """What it computes without calling, as messages name it -> attribute of the QModule, "" for that itself."""
+    """Parts that it computes without calling them: name in messages -> attribute of the QModule, "" for itself."""
 
     def __init__(self, path: str, float_module: nn.Module | None) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class StandIn(nn.Module):
 
 
 class PassedOn(StandIn):
-    """Where a batch norm or an activation was that another module runs."""
+    """Replaces a batch norm or an activation that another module runs."""
 
     stands_for: ClassVar[str] = "part"
 
@@ -52,7 +52,7 @@ class PassedOn(StandIn):
 
 
 class LeftOut(StandIn):
-    """A QModule that is no part of the file: float as in the model where it is read, an error where it runs."""
+    """Replaces a QModule that is not in the file: reads get the float module, and running it is an error."""
 
     def __init__(self, path: str, layer: nn.Module | None, error: ExportError) -> None:
         super().__init__(path, None)
@@ -64,7 +64,7 @@ class LeftOut(StandIn):
 
 
 def leave_out(form: nn.Module, run: Callable[[], Any]) -> tuple[str, ...]:
-    """Run the form by `run`, and put `LeftOut` where a stand-in for a QModule did not run. Returns their paths."""
+    """Call `run`, and replace each stand-in of a QModule that did not run by `LeftOut`. Returns their paths."""
     there = {m: path for path, m in form.named_modules() if isinstance(m, StandIn) and not isinstance(m, PassedOn)}
     ran: set[nn.Module] = set()
     handles = [module.register_forward_pre_hook(lambda module, args: ran.add(module)) for module in there]
@@ -83,24 +83,24 @@ def leave_out(form: nn.Module, run: Callable[[], Any]) -> tuple[str, ...]:
 
 def _left_out(module: Any) -> LeftOut:
     error = ExportError(
-        f"{module.path} did not run on the example inputs, so it is no part of the file, but it runs now. Give example "
-        "inputs with which the model runs all that the file shall have"
+        f"{module.path} did not run on the example inputs, so the lowered model leaves it out, but it runs now. Give "
+        "example inputs on which the model runs every part that you need"
     )
     return LeftOut(module.path, module.float_module, error)
 
 
 class PassesForTensor(nn.Module):
-    """A module that stands for a tensor: it has its attributes and methods, and functions of torch take it.
+    """A module that acts as a tensor: it has the tensor's attributes and methods, and torch functions take it.
 
-    A subclass gives the tensor in `real`; `rows(index)`, where it can, gives single rows of it without the rest.
+    A subclass returns the tensor from `real`, and may return single rows from `rows(index)` without computing the rest.
     """
 
     def real(self) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         raise NotImplementedError
 
     def rows(self, index: Tensor) -> Tensor:
-        """`real()[index]`. index: (*) whole numbers."""
+        """Return `real()[index]`. index: (*) whole numbers."""
         return self.real()[index]
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""From a quantized weight to what a file stores of it: codes on a grid, or codes of levels."""
+"""Convert a quantized weight to its stored form: codes on a grid, or codes of levels."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ Stored = StoredWeight | StoredTable | StoredGroups
 
 @dataclass(frozen=True)
 class Layout:
-    """How a module lays out a weight with the output channel on axis 0.
+    """The layout in which a module stores a weight, relative to output channels on axis 0.
 
-    `to_layer(weight)`: laid out so. `grid(grid)`: the grid for the weight laid out so, None where it has none.
+    `to_layer(weight)`: converts to the module's layout. `grid(grid)`: the grid for that layout, None if there is none.
     """
 
     to_layer: Callable[[Tensor], Tensor]
@@ -76,7 +76,7 @@ AS_IT_IS = Layout(_as_it_is, _as_it_is)
 
 
 def from_order(order: Tensor) -> Layout:
-    """The layout of a module whose weight is kept with its rows in the order `order`."""
+    """Return the layout of a module whose weight is stored with its rows in the order `order`."""
     return Layout(partial(_rows, order.argsort()), _none)
 
 
@@ -123,7 +123,7 @@ def picked_rows(kept: Encoded, order: Tensor) -> Encoded:
 
 
 def _on_grid(codes: Tensor, grid: Grid, layout: Layout, keep_signed: bool, table: Tensor | None = None) -> StoredWeight:
-    """Codes stored as the layer has them, if their grid can be; else channels first, moved when they are real."""
+    """Store codes in the layer's layout if their grid allows it; else channels first, converted after decoding."""
     ints = codes if table is None else table[codes.to(torch.int64)]
     if not keep_signed and can_saturate(ints):
         offset, grid = grid.lowest, grid.unsigned()
@@ -161,7 +161,7 @@ def stored(kept: Encoded, layout: Layout, keep_signed: bool) -> Stored:
 
 
 def stored_bits(low: int, high: int) -> int:
-    """Bits of the narrowest ONNX type that holds low..high: 2, 4 or 8, signed where low is below 0.
+    """Return the bits of the narrowest ONNX type that holds low..high: 2, 4 or 8, signed if low is below 0.
 
     >>> [stored_bits(*ends) for ends in ((-1, 1), (0, 3), (-7, 7), (-8, 8))]
     [2, 2, 4, 8]
@@ -170,11 +170,11 @@ def stored_bits(low: int, high: int) -> int:
 
 
 def _can_fold(bn: nn.Module, layer: nn.Module) -> bool:
-    """Whether the batch norm acts on the output channels: not sure for Linear, whose input may be (N, C, L)."""
+    """Tell whether the batch norm acts on the output channels: unknown for Linear, whose input may be (N, C, L)."""
     return bn.running_mean is not None and not isinstance(layer, nn.Linear)
 
 
 def without_weight(layer: Any) -> nn.Module:
-    """A copy that keeps the geometry of the layer, but of its float weight nothing but shape, type and device."""
+    """Copy a layer without the values of its float weight; shape, type and device of the weight are kept."""
     empty = nn.Parameter(layer.weight.new_zeros(()).expand_as(layer.weight), requires_grad=False)
     return copy.deepcopy(layer, {id(layer.weight): empty})

@@ -1,4 +1,4 @@
-"""The deploy form of `QWeights`: embeddings, recurrent layers, attention, with their weights as codes."""
+"""Lower `QWeights`: embeddings, recurrent layers and attention, with their weights as codes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class DeployWeights(StandIn):
-    """A QWeights as it computes in QUANT_EVAL: its module, whose weights are codes that pass for tensors.
+    """Computes what a QWeights computes in QUANT_EVAL: its module, with codes that act as tensors for weights.
 
-    What the module computes is float32, from the values of the codes. Of a table the file takes the codes of the rows
-    that are looked up; LSTM, GRU and RNN are the operators of ONNX, with weights in its order of gates.
+    The module computes in float32 from the values of the codes. For an embedding the file looks up rows of codes; LSTM,
+    GRU and RNN are the ONNX operators, with weights in ONNX's order of gates.
     """
 
     def __init__(self, module: QWeights, path: str, keep_signed: bool = False) -> None:
@@ -52,13 +52,13 @@ class DeployWeights(StandIn):
                 self._put_apart(layer, [stored(picked_rows(kept, third), AS_IT_IS, keep_signed) for third in thirds])
             else:
                 self._put(layer, name, stored(kept, AS_IT_IS, keep_signed))
-        if isinstance(layer, nn.RNNBase):  # what its forward reads, whatever its parameters are
+        if isinstance(layer, nn.RNNBase):  # its forward reads this list, not its parameters
             layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
             layer._flat_weight_refs = [None] * len(layer._flat_weights)
         self.layer = layer
 
     def _put(self, layer: nn.Module, name: str, codes: PassesForTensor) -> None:
-        """Let the codes stand where the weight was; they are listed here, which names them in the file."""
+        """Put the codes in place of the weight; registering them here gives them their names in the file."""
         owner_path, _, last = name.rpartition(".")
         owner = layer.get_submodule(owner_path)
         if parametrize.is_parametrized(owner, last):
@@ -67,7 +67,7 @@ class DeployWeights(StandIn):
         owner.__dict__[last] = self._modules[quantizer_key(name)] = codes
 
     def _put_apart(self, layer: Any, parts: Sequence[PassesForTensor]) -> None:
-        """Three weights in place of one: a file that cuts a weight up while it runs has no integer kernels for it."""
+        """Put three weights in place of one: no runtime has integer kernels for a weight that is split at run time."""
         layer._qkv_same_embed_dim = False
         for name, part in zip(PROJECTIONS, parts, strict=True):
             self._put(layer, name, part)
@@ -108,18 +108,18 @@ class DeployWeights(StandIn):
 
 
 class Stacked(PassesForTensor):
-    """Stored tensors one below the other."""
+    """A concatenation of stored tensors along axis 0."""
 
     def __init__(self, parts: Sequence[PassesForTensor]) -> None:
         super().__init__()
-        self.parts = parts  # no children: each has a place of its own
+        self.parts = parts  # not children: each is registered elsewhere
 
     def real(self) -> Tensor:
         return torch.cat([part.real() for part in self.parts])
 
 
 def _on(site: nn.Module, x: Any) -> Any:
-    """x on the grid of a site: of a PackedSequence its data; what is not real passes."""
+    """Put x on the grid of a site, for a PackedSequence its data; a tensor that is not real is returned unchanged."""
     if isinstance(x, PackedSequence):
         return x._replace(data=site(x.data))
     return site(x) if is_real(x) else x

@@ -1,1 +1,1 @@
-"""Writing and running ONNX files."""
+"""Write and run ONNX files."""

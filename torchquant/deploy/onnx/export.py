@@ -1,4 +1,4 @@
-"""Writing the deploy form of a model as a QDQ ONNX file."""
+"""Write a lowered model as a QDQ ONNX file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from torchquant.errors import ConfigError, ExportError, require
 from torchquant.plan import QuantPlan
 
 OpenAxes = Sequence[Mapping[int, Any]]
-"""For each input: axis -> the name of its size, or a torch.export.Dim."""
+"""For each input, axis -> the name of its size, or a torch.export.Dim."""
 MAX_BYTES = 2**31 - 1
-"""Bytes that a single ONNX file can hold."""
+"""Largest size of a single ONNX file in bytes."""
 
 
 @checked
@@ -40,31 +40,30 @@ def export_onnx(
 ) -> Path:
     """Write a calibrated model as one ONNX file that computes what QUANT_EVAL computes. Returns its path.
 
-    Weights are stored as codes of 8, 4 or 2 bits, per channel where the quantizer is, batch norms folded; those of
-    schemes that are not uniform as codes and the levels behind them, bit for bit. Activations pass
-    QuantizeLinear/DequantizeLinear pairs; biases are 32-bit steps of input scale times weight scale; sites without
-    quantizer are float32. The tensor of codes of a site is called "SITE.codes". Operator set 20, with weights of 4 bits
-    21, of 2 bits 25. docs/deploy.md tells what runtimes make of it.
+    Weights are stored as codes of 8, 4 or 2 bits, per channel if the quantizer is, with batch norms folded; weights of
+    non-uniform schemes are stored as codes and a table of their levels, bit for bit. Activations pass through
+    QuantizeLinear/DequantizeLinear pairs; biases are 32-bit integers in steps of input scale times weight scale; sites
+    without quantizer are float32. The tensor with the codes of a site is named "SITE.codes". The operator set is 20,
+    with 4-bit weights 21, with 2-bit weights 25. docs/deploy.md says how runtimes execute the file.
 
-    `model`: the model, with `example_inputs`, what `model(*example_inputs)` takes, tensors on any device; or what
-    `lower` made of both, which serves `certify` and `to_integer` too. `dynamic_batch` leaves the size of axis 0 of
-    every input open. `dynamic_shapes` leaves others open: for each input a mapping of axes to names, as
-    `({2: "height", 3: "width"},)`, of any sizes from those of the example on; axes of one name have one size. In place
-    of a name a `torch.export.Dim`, such as `32 * Dim("rows", min=2)` where only multiples will do.
-    `verify` runs the file on the example, and on one twice as large along the axes of `dynamic_shapes`, and compares
-    all codes (see `certify`).
+    `model`: the model, with `example_inputs`, tensors on any device for `model(*example_inputs)`; or the result of
+    `lower`, which `certify` and `to_integer` take too. `dynamic_batch` makes axis 0 of every input dynamic.
+    `dynamic_shapes` makes other axes dynamic: for each input a mapping of axes to names, as
+    `({2: "height", 3: "width"},)`, for any size from that of the example on; axes with the same name have the same
+    size. A name may be a `torch.export.Dim`, such as `32 * Dim("rows", min=2)` where only multiples are valid. `verify`
+    runs the file on the example, and on one twice as large along the axes of `dynamic_shapes`, and compares all codes
+    (see `certify`).
 
-    `keep_signed`: signed codes stay signed, as OpenVINO, TensorRT and ARM want them; otherwise those of activations
-    count from 0 on, which x86 processors multiply faster, and so do those of weights of 8 bits, whose sums would
-    saturate in ONNX Runtime on processors without VNNI. The model itself is not changed; a file that cannot be finished
-    is not begun.
-    Needs the extra `deploy`.
+    `keep_signed`: signed codes stay signed, as OpenVINO, TensorRT and ARM need them; otherwise codes of activations
+    count from 0 on, which x86 processors multiply faster, and so do codes of 8-bit weights, whose sums would saturate
+    in ONNX Runtime on processors without VNNI. The model is not changed; an export that fails leaves no file. Needs the
+    extra `deploy`.
 
-    Only what the model runs on the example, in evaluation, is in the file. A site that does not run need not be
-    calibrated; a warning names it.
+    The file holds only the parts that the model runs on the example, in evaluation. A site that does not run need not
+    be calibrated; a warning names it.
 
-    Raises ExportError for what the file cannot hold, a site that runs and has seen no data, or where ONNX Runtime
-    computes something else; ConfigError, MissingDependencyError.
+    Raises ExportError for parts that the file cannot hold, for a site that runs and has seen no data, and if ONNX
+    Runtime computes something else; ConfigError, MissingDependencyError.
 
     >>> import tempfile
     >>> from torchquant import AffineQuantizer, BatchMinMax, QModuleState, QWrapper, qmodule_state
@@ -85,7 +84,7 @@ def export_onnx(
     tell_of_left_out(lowered.not_run)
     n_bytes = sum(t.untyped_storage().nbytes() for t in form.state_dict().values() if isinstance(t, Tensor))
     if n_bytes > MAX_BYTES:
-        raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, one ONNX file holds 2 GiB. Quantize more of it")
+        raise ExportError(f"the model needs {n_bytes / 2**30:.2f} GiB, an ONNX file holds 2 GiB. Quantize more of it")
     proto = exported(form, inputs, dynamic_batch, dynamic_shapes)
     finish_graph(proto, form)
     describe(proto, lowered.model, {"torchquant_keep_signed": "1"} if lowered.keep_signed else {})
@@ -102,18 +101,18 @@ def export_onnx(
 
 
 def tell_of_left_out(paths: Sequence[str]) -> None:
-    """Warn of the sites that a file is without, since the example did not run them."""
+    """Warn about sites that are not in the file because the example did not run them."""
     if paths:
         warnings.warn(
-            f"{len(paths)} sites did not run on the example inputs and are not in the file: {some(paths)}. That is "
-            "right for parts that only training runs, such as auxiliary heads; if the file shall have them, give "
-            "example inputs with which the model runs them",
+            f"{len(paths)} sites did not run on the example inputs and are not in the file: {some(paths)}. This is "
+            "right for parts that only training runs, such as auxiliary heads; to include them, give example inputs on "
+            "which the model runs them",
             stacklevel=4,
         )
 
 
 def describe(proto: Any, model: nn.Module, notes: dict[str, str]) -> None:
-    """Metadata: who wrote the file and by which plan, and `notes`."""
+    """Write metadata: the version that wrote the file, the plan, and `notes`."""
     from torchquant import __version__
 
     notes = {"torchquant_version": __version__, **notes}
@@ -137,27 +136,27 @@ def _verify(lowered: Lowered, path: Path, inputs: tuple[Tensor, ...], dynamic_sh
         if dynamic_shapes is None:
             raise
         raise ExportError(
-            f"the model does not run at twice the size of the example along the axes of dynamic_shapes: {error}. Pass "
-            "verify=False if such sizes will not come"
+            f"the model fails at twice the size of the example along the axes of dynamic_shapes: {error}. Pass "
+            "verify=False if you do not need such sizes"
         ) from error
     if not certificate.passed:
         raise ExportError(
-            f"ONNX Runtime does not compute what the model does: {certificate.failures[0]}. Pass verify=False to get "
-            "the file all the same, and certify() for the whole comparison"
+            f"ONNX Runtime computes something else than the model: {certificate.failures[0]}. Pass verify=False to get "
+            "the file anyway, and call certify() for the whole comparison"
             if certificate.failures
-            else f"the file could not be checked: {certificate.incomplete[0]}. Pass verify=False to get it all the same"
+            else f"the file could not be checked: {certificate.incomplete[0]}. Pass verify=False to get it anyway"
         )
 
 
 def _twice(x: Tensor, axes: Iterable[int]) -> Tensor:
-    """x twice along each of the axes."""
+    """Repeat x twice along each of the axes."""
     for axis in axes:
         x = torch.cat([x, x], axis)
     return x
 
 
 def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The example as CPU tensors. Raises ConfigError."""
+    """Return the example as CPU tensors. Raises ConfigError."""
     given: tuple[Any, ...] = (example_inputs,)
     if isinstance(example_inputs, Sequence):
         given = tuple(example_inputs)
@@ -165,12 +164,12 @@ def checked_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, .
         kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
         raise ConfigError(f"example_inputs must be a tensor or a sequence of tensors, got {kinds}")
     if any(x.is_complex() for x in given):
-        raise ConfigError(f"ONNX files here take real and whole numbers, got {', '.join(map(shown, given))}")
+        raise ConfigError(f"inputs of an ONNX file must be real or whole numbers, got {', '.join(map(shown, given))}")
     return tuple(x.detach().cpu() for x in given)
 
 
 def _named_axes(inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes) -> list[dict[int, Any]]:
-    """What is open of each input, axes counted from 0, a `Dim` for each name. Raises ConfigError."""
+    """Return the dynamic axes of each input, counted from 0, with a `Dim` for each name. Raises ConfigError."""
     allowed = 'for each input a mapping of axes to names, such as ({2: "height", 3: "width"},)'
     if len(dynamic_shapes) != len(inputs):
         raise ConfigError(f"dynamic_shapes has {len(dynamic_shapes)} mappings for {len(inputs)} inputs; give {allowed}")
@@ -185,7 +184,7 @@ def _named_axes(inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes) -> list[di
                     f"dynamic_shapes: axis {axis} must be a name or a torch.export.Dim, got {shown(name)}"
                 )
             if isinstance(name, str) and name not in dims:
-                least = {} if axis % x.ndim == 0 else {"min": max(x.shape[axis], 2)}  # of samples there may be one
+                least = {} if axis % x.ndim == 0 else {"min": max(x.shape[axis], 2)}  # a batch may have one sample
                 dims[name] = torch.export.Dim(name, **least)
         found.append({axis % x.ndim: dims.get(name, name) for axis, name in axes.items()})
     return found
@@ -194,7 +193,7 @@ def _named_axes(inputs: tuple[Tensor, ...], dynamic_shapes: OpenAxes) -> list[di
 def exported(
     form: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_shapes: OpenAxes | None = None
 ) -> Any:
-    """The ModelProto of torch's exporter. Open sizes of 1 are doubled: torch.export takes 0 and 1 for constants."""
+    """Run torch's exporter; return the ModelProto. Dynamic sizes of 1 are doubled: torch.export fixes them."""
     shapes = [{} for _ in inputs] if dynamic_shapes is None else _named_axes(inputs, dynamic_shapes)
     if dynamic_batch:
         batch = torch.export.Dim("batch")
@@ -210,8 +209,8 @@ def exported(
             hint = "\nIf the model fixes its batch size, pass dynamic_batch=False" if dynamic_batch else ""
             if dynamic_shapes is not None:
                 hint += (
-                    "\nAn axis that the model fixes must not be in dynamic_shapes; one of which it takes some sizes is "
-                    "given as a torch.export.Dim, such as 2 * Dim('height', min=8)"
+                    "\nAn axis that the model fixes must not be in dynamic_shapes; give an axis with only some valid "
+                    "sizes as a torch.export.Dim, such as 2 * Dim('height', min=8)"
                 )
             raise ExportError(f"torch.export cannot trace the model: {reason}{hint}") from error
         try:

@@ -1,4 +1,4 @@
-"""Layers that stay float between codes, written so that ONNX Runtime does not quantize them on its own."""
+"""Write float layers between codes so that ONNX Runtime does not quantize their weights on its own."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torchquant.deploy.onnx.operators import RUNTIME_MOVES
 
 WEIGHTED = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
-"""Operators whose constant weight ONNX Runtime quantizes -> the axis of the weight that counts their outputs."""
+"""Operator whose constant weight ONNX Runtime quantizes -> the output axis of the weight."""
 FOLLOWING = RUNTIME_MOVES | {"Flatten", "Identity", "Dropout", "Relu", "Clip", "BatchNormalization", "Add", "Mul"}
-"""What may stand between such an operator and the codes of its result: ONNX Runtime fuses it or moves it behind."""
+"""Operators that may follow such an operator before its result becomes codes: ONNX Runtime fuses or moves them."""
 MANTISSA_BITS, LEAST_EXPONENT = 24, -126
 
 
 def keep_float_weights(proto: Any, onnx: Any) -> None:
-    """Write the bias of each float layer whose result becomes codes as 32-bit codes of the very same numbers.
+    """Write the bias of each float layer whose result becomes codes as 32-bit codes that stand for the same numbers.
 
-    Between a DequantizeLinear and a QuantizeLinear ONNX Runtime (`WeightBiasQuantization`, since 1.21) makes a float
-    weight one of 8 bits per tensor, unless the layer has a bias that is no constant of the file. Each bias is a whole
-    number of at most 24 bits times a power of two, which DequantizeLinear multiplies out without rounding.
+    Between a DequantizeLinear and a QuantizeLinear ONNX Runtime (`WeightBiasQuantization`, since 1.21) quantizes a
+    float weight to 8 bits per tensor, unless the layer has a bias that is not a constant of the file. Each bias is an
+    integer of at most 24 bits times a power of two, which DequantizeLinear multiplies without rounding.
     """
     stored = {entry.name: entry for entry in proto.graph.initializer}
     made_by = {out: node for node in proto.graph.node for out in node.output}
@@ -37,7 +37,7 @@ def keep_float_weights(proto: Any, onnx: Any) -> None:
 
 
 def _is_float(name: str, stored: dict[str, Any], made_by: dict[str, Any]) -> bool:
-    """Whether a value is a constant, or computed from constants, that no DequantizeLinear gives."""
+    """Tell whether a value is a constant, or computed from constants, without a DequantizeLinear."""
     if name in stored or not name:
         return True
     node = made_by.get(name)
@@ -49,7 +49,7 @@ def _is_float(name: str, stored: dict[str, Any], made_by: dict[str, Any]) -> boo
 
 
 def _becomes_codes(proto: Any, node: Any) -> bool:
-    """Whether the result is read by one operator after the other until one makes codes of it."""
+    """Tell whether a chain of single readers leads from the result to a QuantizeLinear."""
     while node.op_type != "QuantizeLinear":
         readers = [reader for reader in proto.graph.node if node.output[0] in reader.input]
         if len(readers) != 1 or readers[0].op_type not in (*FOLLOWING, "QuantizeLinear"):
@@ -59,7 +59,7 @@ def _becomes_codes(proto: Any, node: Any) -> bool:
 
 
 def _bias(proto: Any, node: Any, stored: dict[str, Any], onnx: Any) -> Tensor | None:
-    """The bias, zeros for none; None where it is computed, or holds what is no number."""
+    """Return the bias, zeros if there is none; None if it is computed, or holds NaN or Inf."""
     name = node.input[2] if len(node.input) > 2 else ""
     if not name:
         return torch.zeros(_n_outputs(proto, node, stored))
@@ -77,7 +77,7 @@ def _n_outputs(proto: Any, node: Any, stored: dict[str, Any]) -> int:
 
 
 def _dequantized(proto: Any, node: Any, bias: Tensor, onnx: Any) -> Any:
-    """The DequantizeLinear that gives the bias; the node reads it."""
+    """Make the DequantizeLinear that computes the bias, and let the node read it."""
     exponents = (torch.frexp(bias).exponent - MANTISSA_BITS).clamp_min(LEAST_EXPONENT)
     scale = torch.ldexp(torch.ones_like(bias), exponents)
     values = {"codes": torch.round(bias / scale).to(torch.int32), "scale": scale}

@@ -1,4 +1,4 @@
-"""Finishing the exported graph: narrow weights packed, look-ups written out, tensors and nodes named after sites."""
+"""Finish the exported graph: pack narrow weights, write look-ups, name tensors and nodes after sites."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IR_VERSION = {20: 10, 21: 10, 25: 13}
 
 
 def finish_graph(proto: Any, form: Any) -> None:
-    """Run every step of this file on the graph, in place. form: the deploy form that was exported."""
+    """Run every step of this file on the graph, in place. form: the lowered model that was exported."""
     onnx = require("onnx", "deploy")
     tokens = _name_codes(proto)
     _write_look_ups(proto, onnx)
@@ -56,13 +56,13 @@ def _has_blocks(node: Any) -> bool:
 
 
 def module_path(node: Any) -> str:
-    """Path of the module whose forward made the node, as the exporter noted it."""
+    """Return the path of the module whose forward made the node, as the exporter recorded it."""
     noted = {entry.key: entry.value for entry in node.metadata_props}.get(MODULE_PATH_KEY)
     return str(ast.literal_eval(noted)[-2]) if noted else ""
 
 
 def _rename(proto: Any, names: dict[str, str]) -> None:
-    """Tensors in a graph by other names."""
+    """Rename tensors in a graph."""
     for node in proto.graph.node:
         for ends in (node.input, node.output):
             for i, name in enumerate(ends):
@@ -75,14 +75,14 @@ IS_CODES = re.compile(r"\.codes(\.\d+)?$")
 
 
 def code_name(site: str, call: int) -> str:
-    """Name of the tensor of codes that a site gives in its nth call, counted from 0."""
+    """Return the name of the tensor with the codes of a site in its nth call, counted from 0."""
     return f"{site}.codes" if call == 0 else f"{site}.codes.{call}"
 
 
 def _name_codes(proto: Any) -> dict[str, int]:
-    """Codes of activations by the site that makes them, as noted on their node; a clip of them by the clip's site.
+    """Name the codes of activations after their site, as recorded on the node; clipped codes after the clip's site.
 
-    Returns those of tokens, which a Cast makes, with their zero points.
+    Returns the codes of tokens, which a Cast makes, with their zero points.
     """
     readers = {name: node for node in proto.graph.node for name in node.input}
     calls: Counter[str] = Counter()
@@ -104,7 +104,7 @@ def _name_codes(proto: Any) -> dict[str, int]:
 
 
 def _write_look_ups(proto: Any, onnx: Any) -> None:
-    """A Cast, an Add of the rows if there are any, and a Gather for each look-up."""
+    """Write a Cast, an Add of the rows if there are any, and a Gather for each look-up."""
     helper, nodes = onnx.helper, []
     for node in proto.graph.node:
         if node.op_type != LOOK_UP.rpartition("::")[2]:
@@ -121,14 +121,14 @@ def _write_look_ups(proto: Any, onnx: Any) -> None:
 
 
 def _quantize_behind_moves(proto: Any, onnx: Any) -> None:
-    """Put what a Split, a Pad or another of `STOPPING` gives on its grid again, where it lies already.
+    """Quantize the results of a Split, a Pad or another of `STOPPING` on the same grid again; no value changes.
 
-    ONNX Runtime moves codes through what reorders values by itself, but through these only where both ends are codes;
-    without this the layers behind them compute in float32.
+    ONNX Runtime moves codes through operators that only reorder values, but through these only where both ends are
+    codes; without this step the layers behind them compute in float32.
     """
 
     def pads_on_grid(node: Any, stored: dict[str, Any]) -> bool:
-        """Whether a Pad adds nothing but zeros or values of its input."""
+        """Tell whether a Pad adds only zeros or values of its input."""
         name = node.input[2] if len(node.input) > 2 else ""
         return not name or (name in stored and not onnx.numpy_helper.to_array(stored[name]).any())
 
@@ -162,7 +162,7 @@ def _own_weights(proto: Any) -> None:
     """Give each reader of a weight codes and a zero point of its own.
 
     The exporter merges equal initializers, and a layer that is called twice has two readers. ONNX Runtime's precise
-    mode (see `onnx_run.py`) turns a weight and its zero point from int8 to uint8 and stops at one it has turned before.
+    mode (see `run.py`) converts a weight and its zero point from int8 to uint8, and stops at one that it has converted.
     """
     initializers = {entry.name: entry for entry in proto.graph.initializer}
 
@@ -196,10 +196,10 @@ def _own_weights(proto: Any) -> None:
 
 
 def _pack_weights(proto: Any, form: Any, onnx: Any) -> list[int]:
-    """Store codes of at most 4 bits in 4 or 2, with a Cast behind them. Returns the widths that came up.
+    """Store codes of at most 4 bits in 4 or 2 bits, followed by a Cast. Returns the widths that occurred.
 
-    ONNX Runtime computes the Cast when it loads the file, and then takes its integer kernels as for 8 bits; codes
-    of 4 bits that a DequantizeLinear reads directly it makes float.
+    ONNX Runtime computes the Cast when it loads the file, and then uses its integer kernels as for 8 bits; it converts
+    4-bit codes that a DequantizeLinear reads directly to float.
     """
     types = onnx.TensorProto
     packed = {(2, True): types.INT2, (2, False): types.UINT2, (4, True): types.INT4, (4, False): types.UINT4}

@@ -1,4 +1,4 @@
-"""Keeping ONNX Runtime from making one pair of quantizers of two that follow each other on other grids."""
+"""Keep ONNX Runtime from merging two consecutive pairs of quantizers on different grids."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LOWEST = "lowest_float"
 def keep_apart(proto: Any) -> None:
     """Put a Max with the lowest float before each QuantizeLinear that reads numbers on another grid, in place.
 
-    ONNX Runtime's `DoubleQDQPairsRemover` gives two pairs behind each other one grid of its own, where both overlap.
-    The Max changes no number, and it is not looked through.
+    ONNX Runtime's `DoubleQDQPairsRemover` gives two consecutive pairs one new grid, the overlap of both. The Max
+    changes no number, and the optimizer does not look through it.
     """
     onnx = require("onnx", "deploy")
     stored = {entry.name: entry for entry in proto.graph.initializer}
     made_by = {name: node for node in proto.graph.node for name in node.output}
 
     def grid(node: Any) -> list[Any]:
-        """Scale and zero point, as numbers."""
+        """Return scale and zero point as numbers."""
         held = [onnx.numpy_helper.to_array(stored[name]) for name in node.input[1:]]
         return [(array.dtype, array.tolist()) for array in held]
 
@@ -44,7 +44,7 @@ def keep_apart(proto: Any) -> None:
 
 
 def _source(node: Any, made_by: Mapping[str, Any]) -> Any:
-    """The node whose values a node reads, behind all that moves or clamps them; None for an input or a constant."""
+    """Find the node whose values a node reads, through nodes that move or clamp; None for an input or a constant."""
     source = made_by.get(node.input[0])
     while source is not None and source.op_type in LOOKED_THROUGH:
         source = made_by.get(source.input[0])

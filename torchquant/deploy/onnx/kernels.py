@@ -1,4 +1,4 @@
-"""What made a tensor of codes in an ONNX graph, and which tensors of a graph hold the same codes."""
+"""Find which operator made a tensor of codes in an ONNX graph, and which tensors hold the same codes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchquant.deploy.onnx.operators import EXACT_KERNELS, MOVERS, REORDERING
 from torchquant.errors import require
 
 SMALL = 8
-"""Elements up to which constants are told by what they hold. ONNX Runtime shares equal ones of this size."""
+"""Largest number of elements of constants that are compared by value. ONNX Runtime shares equal ones of this size."""
 
 
 def kernel_of(name: str, made_by: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """The type of the node that computed a tensor of codes.
+    """Return the type of the node that computed a tensor of codes.
 
-    What only moves codes passes on what made them: back to `known` tensors, which are compared on their own, inputs
-    and constants. Of several kinds the one that is held to least.
+    Nodes that only move codes are passed through: back to `known` tensors, which are compared on their own, to inputs
+    and to constants. Of several types, the one with the loosest bound is returned.
 
     made_by: tensor -> the node that makes it.
     """
@@ -32,8 +32,8 @@ def kernel_of(name: str, made_by: Mapping[str, Any], known: Mapping[str, Any]) -
 class Contents:
     """Numbers tensors so that equal ones have the same number, in one graph and in another made from it.
 
-    Equal means computed the same way from the same inputs. Numbers that a DequantizeLinear gives and that something
-    moves are its codes, moved; a QuantizeLinear of the same scale and zero point brings these back.
+    Equal means computed in the same way from the same inputs. Dequantized numbers that are then moved count as moved
+    codes; a QuantizeLinear with the same scale and zero point gives back these codes.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Contents:
         self._on_grids: dict[int, tuple[int, tuple[int, ...]]] = {}  # real numbers -> their codes, scale and zero point
 
     def of_graph(self, proto: Any, known: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Tensor -> its number. `known`: tensors that are those of another graph."""
+        """Return tensor -> its number. `known`: tensors that equal tensors of another graph."""
         to_array = require("onnx", "deploy").numpy_helper.to_array
         found: dict[str, int] = {}
         for entry in proto.graph.initializer:

@@ -1,4 +1,4 @@
-"""What operators are in an ONNX file, by their names in the table of operators, and what ONNX Runtime makes of them."""
+"""The ONNX form of each operator in the table of operators, and how ONNX Runtime executes it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchquant.qmodule.own_forward import PRODUCTS
 
 @dataclass(frozen=True)
 class OnnxForm:
-    """One operator in a file.
+    """The form of one operator in an ONNX file.
 
-    `nodes`: the types of node that torch's exporter writes for it. `kernels`: what ONNX Runtime fuses it into between
-    codes, in whole numbers; `tables`: in float32 that is looked up. `moves`: whether its nodes move codes, or pick some
-    of them. `why_float`: why it has neither.
+    `nodes`: the types of node that torch's exporter writes for it. `kernels`: the integer kernels that ONNX Runtime
+    fuses it into between codes; `tables`: kernels that look float32 results up in a table. `moves`: whether its nodes
+    only move codes or select some of them. `why_float`: the reason if it has neither.
     """
 
     nodes: tuple[str, ...]
@@ -26,7 +26,7 @@ class OnnxForm:
     why_float: str = ""
 
 
-_NO_KERNEL = "ONNX Runtime has no integer kernel of it"
+_NO_KERNEL = "ONNX Runtime has no integer kernel for it"
 
 
 def _float(*nodes: str, tables: tuple[str, ...] = ()) -> OnnxForm:
@@ -99,16 +99,16 @@ ONNX_FORMS: dict[str, OnnxForm] = {
     },
     "linear": OnnxForm(("Gemm", "MatMul"), ("QGemm", "QLinearMatMul", "MatMulInteger")),
 }
-"""Name of an operator -> what it is in a file."""
+"""Name of an operator -> its form in an ONNX file."""
 
 EXACT_KERNELS: set[str] = set()
 """Operators of ONNX Runtime that the integer reference reproduces: any difference counts."""
 
 TABLE_KERNELS = {"QLinearSoftmax", "QLinearWhere"}
-"""Operators that look float32 results of their own up in tables: one step is allowed."""
+"""Operators that look their float32 results up in tables: a difference of one step is allowed."""
 
 MOVERS: set[str] = set()
-"""Operators that move codes, or pick some of them: as exact as what they read."""
+"""Operators that move codes or select some of them: as exact as their input."""
 
 
 def _take_in(form: OnnxForm) -> None:
@@ -123,25 +123,26 @@ for _form in ONNX_FORMS.values():
     _take_in(_form)
 
 REORDERING = MOVERS - {"Concat", "Pad", "Resize", "Clip", "Relu"}
-"""Operators that give the same before and behind a DequantizeLinear, whatever their settings."""
+"""Operators that have the same result before and after a DequantizeLinear, whatever their settings."""
 
 LOOKED_THROUGH = MOVERS - {"Concat"}
-"""What ONNX Runtime moves codes through, or drops where the codes behind it clamp as well."""
+"""Operators through which ONNX Runtime moves codes, or which it drops if the codes behind them clamp as well."""
 
 RUNTIME_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice"}
-"""What ONNX Runtime moves a pair of QuantizeLinear and DequantizeLinear past by itself."""
+"""Operators past which ONNX Runtime itself moves a pair of QuantizeLinear and DequantizeLinear."""
 
 STOPPING = {"Split", "Pad"}
-"""What moves codes, but ONNX Runtime moves none through: the file puts its results on the same grid again."""
+"""Operators that move codes but through which ONNX Runtime moves none: the file quantizes their results again."""
 
 
 @checked
 def register_onnx(name: str, form: OnnxForm) -> None:
-    """Say what an operator of one's own is in files: `torchquant.graph.register_operator` has added it to the table.
+    """Register the ONNX form of an operator that `torchquant.graph.register_operator` has added to the table.
 
-    What torch's exporter writes for it stays as it is. Behind nodes that move codes (`moves`) the file quantizes on the
-    same grid again, so that the layers behind them compute in integers, and a certificate holds them to the codes they
-    read. Raises ConfigError for a name that is not in the table, NameClashError if it has another form already.
+    The nodes that torch's exporter writes for it do not change. Behind nodes that move codes (`moves`) the file
+    quantizes on the same grid again, so that the layers behind them compute in integers, and a certificate compares
+    them with the codes that they read. Raises ConfigError for a name that is not in the table, NameClashError if it
+    already has another form.
 
     >>> from torchquant.graph import register_operator
     >>> row = register_operator("tril", "tril", "passes", n_reads=1)
@@ -151,6 +152,6 @@ def register_onnx(name: str, form: OnnxForm) -> None:
         raise ConfigError(f"there is no operator '{name}'; add it with torchquant.graph.register_operator")
     known = ONNX_FORMS.setdefault(name, form)
     if known != form:
-        raise NameClashError(f"the operator '{name}' has the form {known} already; got {form}")
+        raise NameClashError(f"the operator '{name}' already has the form {known}; got {form}")
     STOPPING.update(set(form.nodes) - MOVERS if form.moves else ())
     _take_in(form)

@@ -1,4 +1,4 @@
-"""The QONNX dialect: any widths, as `Quant` nodes, for FPGA compilers (Pappalardo et al. 2022, arXiv:2206.07527)."""
+"""Export QONNX: `Quant` nodes of any width, for FPGA compilers (Pappalardo et al. 2022, arXiv:2206.07527)."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def export_qonnx(
     example_inputs: Tensor | Sequence[Tensor],
     dynamic_batch: bool = False,
 ) -> Path:
-    """Write a calibrated model as QONNX for FINN, hls4ml and their kin. Returns its path.
+    """Write a calibrated model as QONNX for FINN, hls4ml and similar compilers. Returns its path.
 
-    Each quantizer is a `Quant` node with its true width, signed or not, narrow or not; weights are float32 constants
-    before theirs, as the dialect has them, and lie on the grid already. Batch norms are folded, biases stay float32.
-    Arguments as in `export_onnx`; the batch is fixed unless `dynamic_batch`, since FPGA compilers want it so. `Quant`
-    adds the zero point before it rounds, where ONNX adds it after: at an exact tie with an odd zero point the code is
-    one less or more. Needs the extra `deploy`; the package qonnx runs the file. Raises ExportError for weights whose
-    levels are not uniform, ConfigError, MissingDependencyError.
+    Each quantizer is a `Quant` node with its true width, signed or not, narrow or not; weights are float32 constants on
+    the grid before their node, as the dialect requires. Batch norms are folded, biases stay float32. Arguments are as
+    in `export_onnx`; the batch size is fixed unless `dynamic_batch`, since FPGA compilers need it fixed. `Quant` adds
+    the zero point before it rounds, ONNX after: at an exact tie with an odd zero point the codes differ by one. Needs
+    the extra `deploy`; the package qonnx runs the file. Raises ExportError for weights whose levels are not uniform,
+    ConfigError, MissingDependencyError.
     """
     for package in ("onnx", "onnxscript"):
         require(package, "deploy")
@@ -73,12 +73,12 @@ def export_qonnx(
 def _quant_of(module: nn.Module, path: str) -> nn.Module:
     if isinstance(module, DeployWeights):
         raise ExportError(
-            f"{path}: QONNX is written for convolutions and linear layers; {type(module.layer).__name__} has no form "
-            "there. Leave this site float, or use export_onnx"
+            f"{path}: QONNX export supports convolutions and linear layers only, got {type(module.layer).__name__}. "
+            "Leave this site float, or use export_onnx"
         )
     if isinstance(module, StoredTable):
         raise ExportError(
-            f"{path}: QONNX has uniform quantizers only, and the levels of this weight are not whole numbers of 8 bits "
+            f"{path}: QONNX has uniform quantizers only, but the levels of this weight are not 8-bit integers "
             "times a scale. Use another scheme here, or export_onnx, which writes them as a table"
         )
     if isinstance(module, StoredGroups):
@@ -88,8 +88,8 @@ def _quant_of(module: nn.Module, path: str) -> nn.Module:
         )
     if isinstance(module, QuantizeTokens):
         raise ExportError(
-            f"{module.site}: QONNX has quantizers with one scale for all tokens only. Use a scheme that is calibrated, "
-            "such as affine:8, here, or export_onnx, which writes the scale of each token as float operators"
+            f"{module.site}: QONNX has no quantizers with a scale per token. Use a calibrated scheme such as affine:8 "
+            "here, or export_onnx, which writes the scale of each token as float operators"
         )
     if isinstance(module, StoredWeight):
         return _QuantWeight(module, path)
@@ -97,7 +97,7 @@ def _quant_of(module: nn.Module, path: str) -> nn.Module:
 
 
 class _Quant(nn.Module):
-    """A `Quant` node: `(clamp(round(x / scale + zero_point)) - zero_point) * scale` with the bounds of `bits`."""
+    """A `Quant` node: `(clamp(round(x / scale + zero_point)) - zero_point) * scale`, clamped to the range of `bits`."""
 
     scale: Tensor
     zero_point: Tensor
@@ -127,7 +127,7 @@ class _QuantActivation(_Quant):
     def __init__(self, site: QuantizeDequantize) -> None:
         if site.scale.ndim:
             raise ExportError(
-                f"{site.site}: QONNX is written for one scale per activation; use an observer without axis"
+                f"{site.site}: QONNX export supports one scale per activation only; use an observer without axis"
             )
         super().__init__(site, 0)
         self.site = site

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN as the operators of ONNX."""
+"""Write LSTM, GRU and RNN as the ONNX operators."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchquant.deploy.lowering.qdq import in_graph
 from torchquant.errors import ExportError
 
 GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
-"""The gates in the order of ONNX, by their number in torch: i, o, f, c; z, r, h."""
+"""The gates in ONNX's order, by their index in torch: i, o, f, c; z, r, h."""
 
 
 def gate_order(layer: nn.RNNBase, rows: int) -> Tensor:
-    """Rows of a weight or bias of the layer, gate after gate as ONNX has them; of a projection as they are."""
+    """Return the rows of a weight or bias of the layer in ONNX's order of gates; those of a projection unchanged."""
     gates = GATES[_operator(layer)]
     if rows != len(gates) * layer.hidden_size:
         return torch.arange(rows)
@@ -31,9 +31,9 @@ def _operator(layer: nn.RNNBase) -> str:
 def recurrent_nodes(
     layer: nn.RNNBase, weight: Callable[[str], Tensor], path: str, input: Any, hx: Any = None
 ) -> tuple[Tensor, Any]:
-    """The forward of a layer in eval mode, as ONNX nodes. weight: name -> its rows in the order of `gate_order`.
+    """Run the forward of a layer in eval mode as ONNX nodes. weight: name -> its rows in the order of `gate_order`.
 
-    Raises ExportError for what ONNX has no form for.
+    Raises ExportError for inputs and layers that ONNX has no form for.
     """
     if isinstance(input, PackedSequence) or layer.proj_size:
         what = "a PackedSequence" if isinstance(input, PackedSequence) else f"proj_size={layer.proj_size}"
@@ -61,7 +61,7 @@ def recurrent_nodes(
 def _one_level(
     layer: nn.RNNBase, weight: Callable[[str], Tensor], level: int, x: Tensor, states: list[Tensor]
 ) -> list[Tensor]:
-    """(output (L, N, directions * H), last states (directions, N, H)) of one level. x: (L, N, features)."""
+    """Run one level: return output (L, N, directions * H), last states (directions, N, H). x: (L, N, features)."""
     ends = [f"l{level}", f"l{level}_reverse"][: 2 if layer.bidirectional else 1]
     operator = _operator(layer)
 

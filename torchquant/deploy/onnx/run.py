@@ -1,4 +1,4 @@
-"""Running an ONNX file on the CPU, and looking at the codes inside."""
+"""Run an ONNX file on the CPU, and read the codes inside."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torchquant.deploy.onnx.kernels import Contents, kernel_of
 from torchquant.errors import ConfigError, require
 
 LEVELS = ("none", "integer", "all")
-"""How far ONNX Runtime optimizes: node by node as written; to integer kernels; and on to its own memory layouts."""
+"""Optimization levels: node by node as written; fused to integer kernels; and also with own memory layouts."""
 
 
 def open_session(model: str | os.PathLike[str] | bytes, level: str = "all", saved: Path | None = None) -> Any:
-    """An InferenceSession on the CPU, in ONNX Runtime's precise mode (`session.x64quantprecision`).
+    """Open an InferenceSession on the CPU, in ONNX Runtime's precise mode (`session.x64quantprecision`).
 
-    Without that, processors without VNNI saturate sums of products of uint8 and int8 at 16 bits. `saved` gets the
-    optimized graph. Raises ConfigError for a level that is not in `LEVELS`, MissingDependencyError.
+    Without this mode, processors without VNNI saturate sums of products of uint8 and int8 at 16 bits. `saved`: file for
+    the optimized graph. Raises ConfigError for a level that is not in `LEVELS`, MissingDependencyError.
     """
     runtime = require("onnxruntime", "deploy")
     if level not in LEVELS:
@@ -44,27 +44,27 @@ def open_session(model: str | os.PathLike[str] | bytes, level: str = "all", save
         raise ConfigError(f"there is no file {source}")
     try:
         return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its classes are not public
+    except Exception as error:  # ONNX Runtime's error classes are not public
         what = "the model" if isinstance(source, bytes) else str(source)
-        raise ConfigError(f"ONNX Runtime does not run {what}: {first_line(error)}") from error
+        raise ConfigError(f"ONNX Runtime cannot run {what}: {first_line(error)}") from error
 
 
 @checked
 @torch.no_grad()
 def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, optimize: bool = False) -> Tensor:
-    """The first output of an ONNX file for x, computed by ONNX Runtime on the CPU. Needs the extra `deploy`.
+    """Compute the first output of an ONNX file for x with ONNX Runtime on the CPU. Needs the extra `deploy`.
 
     x: (N, ...), cut into batches of `batch_size`, or of the size the file fixes. Returns (N, ...).
     `optimize=False` runs the graph node by node as it is written, in float32 between the codes. True
-    fuses it into integer kernels; see `open_session`. Raises ConfigError for a file with several inputs, or N that is
-    no multiple of a fixed batch.
+    fuses it into integer kernels; see `open_session`. Raises ConfigError for a file with several inputs, or for N that
+    is not a multiple of a fixed batch size.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     session = open_session(path, "all" if optimize else "none")
     inputs = session.get_inputs()
     if len(inputs) != 1:
-        raise ConfigError(f"run_onnx feeds one input, {path} has {len(inputs)}: {', '.join(i.name for i in inputs)}")
+        raise ConfigError(f"run_onnx feeds one input; {path} has {len(inputs)}: {', '.join(i.name for i in inputs)}")
     fixed = inputs[0].shape[0] if inputs[0].shape else None
     if not x.ndim:
         raise ConfigError(f"x must have its samples along axis 0, got {shown(x)}")
@@ -77,7 +77,7 @@ def run_onnx(path: str | os.PathLike[str], x: Tensor, batch_size: int = 256, opt
 
 
 def feeds_of(session: Any, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """What the session is fed: input name -> array, in the order of the file. Raises ConfigError for what it is not."""
+    """Return input name -> array, in the order of the file. Raises ConfigError for inputs that do not fit."""
     wanted = session.get_inputs()
     if len(inputs) != len(wanted):
         names = ", ".join(entry.name for entry in wanted)
@@ -93,15 +93,15 @@ def feeds_of(session: Any, inputs: Sequence[Tensor]) -> dict[str, Any]:
 
 
 _TYPES = {"float32": "float", "float64": "double"}
-"""Names of ONNX Runtime that are not torch's."""
+"""Type names of ONNX Runtime that differ from torch's."""
 
 
 class CodeReader:
-    """An ONNX file that also gives the codes of its sites. `kernels`: operator type -> how many nodes run.
+    """Runs an ONNX file and returns the codes of its sites too. `kernels`: operator type -> number of nodes.
 
-    path: a file of `export_onnx`. level: see `LEVELS`, "none" or "integer". `visible`: tensor of codes -> the tensor
-    that holds them after optimization, itself or an equal one that it was merged into; those that are in no tensor are
-    not there. `makers`: the operator that computes each.
+    path: a file of `export_onnx`. level: "none" or "integer", see `LEVELS`. `visible`: tensor of codes -> the tensor
+    that holds these codes after optimization, itself or an equal one that it was merged into; codes that no tensor
+    holds are missing. `makers`: the operator that computes each.
     """
 
     def __init__(self, path: str | os.PathLike[str], level: str) -> None:
@@ -135,14 +135,14 @@ class CodeReader:
         self.session = open_session(proto.SerializeToString(), "none")
 
     def _maker(self, name: str) -> Any:
-        """The node that computed the codes; a clip of codes passes them on."""
+        """Return the node that computed the codes, looking through a clip of codes."""
         node = self._made_by[self.visible[name]]
         while node.op_type == "Clip" and node.input[0] in self._made_by:
             node = self._made_by[node.input[0]]
         return node
 
     def inputs_of(self, name: str, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What the node that made the codes `name` read: name -> tensor."""
+        """Compute the inputs of the node that made the codes `name`: name -> tensor."""
         onnx = require("onnx", "deploy")
         node = self._maker(name)
         stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in self.proto.graph.initializer}
@@ -161,7 +161,7 @@ class CodeReader:
         return {**computed, **constants, **{i: given[i] for i in node.input if i in given}}
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """(outputs, codes by name (int64))."""
+        """Run the file and return (outputs, codes by name (int64))."""
         found = self.session.run([*self.outputs, *self._holders], feeds_of(self.session, inputs))
         arrays = [torch.from_numpy(array) for array in found]
         outputs, codes = arrays[: len(self.outputs)], arrays[len(self.outputs) :]

@@ -1,7 +1,7 @@
-"""Products of an exported graph whose first factor has a scale for each token, on integers.
+"""Compute products whose first operand has a scale per token on integers, in an exported graph.
 
-ONNX Runtime has an integer kernel for such a product only where it is written out. Left as float operators, it would
-quantize the first factor once more, in blocks of its own.
+ONNX Runtime has an integer kernel for such a product only if the file contains it. For float operators it would
+quantize the first operand once more, in its own blocks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 def multiply_tokens_in_integers(proto: Any, onnx: Any, zero_points: Mapping[str, int]) -> None:
     """Write MatMulInteger, and the scales behind it, for the products of tokens and stored weights, in place.
 
-    zero_points: name of the codes of tokens -> their zero point. What turned the codes into real numbers goes
-    where nobody else reads those.
+    zero_points: name of the codes of tokens -> their zero point. The nodes that turned the codes into real numbers are
+    removed if nothing else reads them.
     """
     graph = _Graph(proto, onnx, zero_points)
     nodes = [new for node in proto.graph.node for new in graph.in_integers(node)]
@@ -37,7 +37,7 @@ class _Graph:
         self.stored = {entry.name: entry for entry in proto.graph.initializer}
 
     def in_integers(self, node: Any) -> list[Any]:
-        """The nodes that stand for a product of tokens and a stored weight; any other node itself."""
+        """Return the nodes that replace a product of tokens and a stored weight; any other node unchanged."""
         tokens = self._tokens(node.input[0]) if node.op_type in ("MatMul", "Gemm") else None
         weight, is_turned = self._weight(node) if tokens is not None else (None, False)
         if tokens is None or weight is None:
@@ -64,7 +64,7 @@ class _Graph:
         return nodes
 
     def _tokens(self, name: str) -> tuple[str, str] | None:
-        """(codes, scales) of a value that is codes of tokens made real: a product of a Cast or Sub, and the scale."""
+        """Find (codes, scales) of a dequantized value of tokens: the product of a Cast or Sub with the scale."""
         product = self.made_by.get(name)
         if product is None or product.op_type != "Mul":
             return None
@@ -76,7 +76,7 @@ class _Graph:
         return steps.input[0], product.input[1]
 
     def _weight(self, node: Any) -> tuple[Any, bool]:
-        """The DequantizeLinear of a stored weight, None for another factor; whether its codes are (out, in)."""
+        """Find the DequantizeLinear of a stored weight, or None, and whether its codes are (out, in)."""
         settings = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         is_turned = bool(settings.pop("transB", 0))
         if any(value not in (0, 1, 1.0) for value in settings.values()) or settings.get("transA"):
@@ -92,14 +92,14 @@ class _Graph:
         return (source, is_turned) if is_matrix and per_output else (None, False)
 
     def _own(self, zero_point: str, name: str) -> str:
-        """A copy of an initializer, which ONNX Runtime's precise mode may then turn to uint8 with this weight alone."""
+        """Copy an initializer, so that ONNX Runtime's precise mode can convert it to uint8 with this weight alone."""
         entry = self.proto.graph.initializer.add()
         entry.CopyFrom(self.stored[zero_point])
         entry.name = name
         return name
 
     def _zero_point(self, codes: str) -> str:
-        """An initializer with the zero point of codes of tokens."""
+        """Add an initializer with the zero point of codes of tokens."""
         name = f"{codes.removesuffix('.codes')}.zero_point"
         if name not in self.stored:
             kind = np.uint8 if self.zero_points[codes] else np.int8

@@ -1,1 +1,1 @@
-"""Packed files: weights as codes of their true width, and what files weigh."""
+"""Write and read packed files, with weights as codes at their true width, and compare file sizes."""

@@ -1,4 +1,4 @@
-"""Packed models: one safetensors file with every quantized weight as codes of its true width."""
+"""Save and load packed models: one safetensors file with every quantized weight as codes at their true width."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from torchquant.range_observers._pins import Pinnable
 from torchquant.utils import set_qmodule_state
 
 CODES, SHARED = ".codes", ".shared"
-"""Endings of the tensors of a weight: the bits of its codes, and those that all codes of a block share."""
+"""Name endings of the tensors of a weight: the bits of its codes, and the bits that all codes of a block share."""
 
 Build = str | tuple[str, Mapping[str, Any]]
 
@@ -45,14 +45,14 @@ Build = str | tuple[str, Mapping[str, Any]]
 def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | None = None) -> Path:
     """Write a calibrated model as one .safetensors file that `load_packed` reads. Returns its path.
 
-    Of a quantized weight only the codes are kept, as wide as `code_range` and without gaps, scales of blocks once a
-    block, a weight that several layers have in common once where they agree on codes and numbers; everything else of
-    the `state_dict` as it is, and the plan of a model that `quantize` made, unless it has functions in it, which have
-    no text. `build`: who builds the model when only the file is there:
-    "package.module:function", "path/to/file.py:function" (from the folder that Python is then run in), or a tuple of
-    that and its keyword arguments. It returns the float model if the file has a plan, else the quantized one.
+    Of a quantized weight only the codes are stored, as wide as `code_range` and without gaps, with the scale of a block
+    once per block. A weight that several layers share is stored once if they agree on codes and numbers. The rest of
+    the `state_dict` is stored unchanged, and so is the plan of a model that `quantize` made, unless the plan holds
+    functions, which have no text. `build`: the function that builds the model when only the file is there:
+    "package.module:function", "path/to/file.py:function" (relative to the working folder at that time), or a tuple of
+    this and its keyword arguments. It returns the float model if the file has a plan, else the quantized one.
 
-    The state of the QModules does not matter. A file that cannot be finished is not begun. Needs the extra `deploy`.
+    The state of the QModules does not matter. A save that fails leaves no file. Needs the extra `deploy`.
     Raises ExportError that names the site, ConfigError for a bad `build`, MissingDependencyError.
 
     >>> import tempfile
@@ -97,19 +97,19 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
 @checked
 @torch.no_grad()
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """The model of a packed file, in eval mode and QUANT_EVAL, where it computes bit for bit what the saved one does.
+    """Load the model of a packed file, in eval mode and QUANT_EVAL; it computes the same as the saved one, bit for bit.
 
     `model`: the float model if the file has a plan, or the quantized one, built as it was for saving; it is copied, not
     changed. Without it the file's `build` is called: a function of a module or Python file that the packed file names,
-    with arguments that it gives. That is to run code, so do it only with files you trust. With `model` nothing is
-    imported and nothing is run. There is no pickle in either case.
+    with arguments from the file. This runs code, so do it only with files you trust. With `model` nothing is imported
+    and no code runs. No pickle is read in either case.
 
-    Where weights are quantized they come from their codes, so the model is for inference: in train mode that raises
-    ConfigError, and observing does not change weight quantizers. Its float weights, with which other states run, are
-    the values of the codes without the folded batch norm, and take no gradient. It can be exported, analysed and packed
-    again.
+    Quantized weights are decoded from their codes, so the model is for inference: quantizing in train mode raises
+    ConfigError, and observing does not change weight quantizers. Its float weights, which other states use, are the
+    values of the codes without the folded batch norm, and need no gradient. The model can be exported, analysed and
+    packed again.
 
-    Raises ConfigError for a file that is damaged or no packed model, and for a model that is another one;
+    Raises ConfigError for a file that is damaged or not a packed model, and for a model that does not fit the file;
     MissingDependencyError.
 
     >>> import tempfile
@@ -148,7 +148,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         assert quantizer is not None
         if (shape, kind) != (list(slot.seen().shape), type_name(weight)):
             here = f"{type_name(weight)} of shape {list(slot.seen().shape)}"
-            raise ConfigError(f"{path} is of another model: {key} is {kind} of shape {shape} there, {here} here")
+            raise ConfigError(f"{path} holds another model: {key} is {kind} of shape {shape} there, {here} here")
         source = head.tied.get(key, key)
         if source not in codes:
             try:
@@ -172,14 +172,14 @@ def _checked_build(build: Build | None) -> tuple[str, dict[str, Any]] | None:
     try:
         json.dumps(arguments)
     except TypeError as error:
-        raise ConfigError(f"the arguments of {reference} must be plain data that JSON has: {error}") from error
+        raise ConfigError(f"the arguments of {reference} must be plain JSON data: {error}") from error
     return reference, dict(arguments)
 
 
 def _float_state(model: nn.Module, left_out_keys: Sequence[str] = ()) -> dict[str, Tensor]:
-    """All of the state but what codes stand for, each tensor once. Keys are those of a model that was not loaded.
+    """Return the state without the weights that codes represent, each tensor once, by the keys before packing.
 
-    `left_out_keys`: what keys begin with that are not wanted either.
+    `left_out_keys`: prefixes of keys that are left out too.
     """
     state = model.state_dict(keep_vars=True)
     left_out = coded_tensors(model, state)
@@ -206,7 +206,7 @@ def _plan_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) -> nn.Module:
-    """A quantized model of our own that the file can be loaded into."""
+    """Make a copied or newly built quantized model to load the file into."""
     if model is not None:
         own = copy.deepcopy(model)
     elif head.build is not None:
@@ -214,8 +214,8 @@ def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) ->
         own = model_of(reference, **arguments)
     else:
         raise ConfigError(
-            f"{path} does not say who builds its model. Give load_packed the model, or save_packed a build such as "
-            "'my_package.models:my_model'"
+            f"{path} does not name a function that builds its model. Give load_packed the model, or save_packed a "
+            "build such as 'my_package.models:my_model'"
         )
     if not any(isinstance(module, QModule) for module in own.modules()):
         if head.plan is None:
@@ -231,7 +231,7 @@ def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) ->
 
 
 def _load_state(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Everything but the codes into the model. What it holds under several keys is stored under one of them."""
+    """Load everything but the codes into the model. A tensor under several keys is stored under one of them."""
     state = model.state_dict(keep_vars=True)
     coded = coded_tensors(model, state)
     given = {id(state[key]): value for key, value in tensors.items() if key in state}
@@ -240,12 +240,12 @@ def _load_state(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping
     for key in tensors:
         there, here = type_name(tensors[key]), type_name(state[key])
         if there != here:
-            raise ConfigError(f"{path}: {key} is {there} there and {here} in the model; call model.to(torch.{there})")
+            raise ConfigError(f"{path}: {key} is {there} in the file, {here} in the model; use model.to(torch.{there})")
     try:
         model.load_state_dict({key: found[id(value)] for key, value in state.items()})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is of another model: {reason}") from error
+        raise ConfigError(f"{path} holds another model: {reason}") from error
 
 
 def _expect(
@@ -262,6 +262,6 @@ def _expect(
     ]
     if problems:
         raise ConfigError(
-            f"{path} is of another model than this {type(model).__name__}: {'; '.join(problems)}. Build it as it was "
+            f"{path} holds another model than this {type(model).__name__}: {'; '.join(problems)}. Build it as it was "
             "for saving"
         )

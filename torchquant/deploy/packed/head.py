@@ -1,4 +1,4 @@
-"""What the metadata of a packed file says, and the checksum over all of it."""
+"""Write and read the metadata of a packed file, with a checksum over the whole file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Head:
-    """What the metadata says, beside versions and checksum.
+    """The metadata of a packed file, besides versions and checksum.
 
-    `weights`: key -> [shape, type, lowest code, width, width of what is shared]. `tied`: key -> that of the weight
-    whose codes and numbers it has; nothing else is stored for it.
+    `weights`: key -> [shape, type, lowest code, width, width of the shared bits]. `tied`: key -> key of the weight with
+    the same codes and numbers; nothing else is stored for it.
     """
 
     weights: dict[str, list[Any]]
@@ -33,12 +33,12 @@ class Head:
     tied: dict[str, str] = field(default_factory=dict)
 
     def said(self) -> dict[str, Any]:
-        """As it is written; `tied` only where there is something, so that earlier versions read other files."""
+        """Return the data to write; `tied` only if it is not empty, so that earlier versions read the file."""
         return {name: value for name, value in vars(self).items() if name != "tied" or value}
 
 
 def metadata_of(tensors: Mapping[str, Tensor], head: Head) -> dict[str, str]:
-    """One entry, as safetensors writes several in any order, and the same model gives the same file."""
+    """Return the metadata as one entry: safetensors orders several at random, and files must be reproducible."""
     from torchquant import __version__
 
     said = {"version": VERSION, "torchquant": __version__, **head.said()}
@@ -46,7 +46,7 @@ def metadata_of(tensors: Mapping[str, Tensor], head: Head) -> dict[str, str]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
-    """CRC-32 of the metadata, and of names, types, shapes and bytes of all tensors."""
+    """Compute the CRC-32 of the metadata, and of names, types, shapes and bytes of all tensors."""
     total = zlib.crc32(json.dumps(said, sort_keys=True).encode())
     for key, value in sorted(tensors.items()):
         total = zlib.crc32(f"{key} {type_name(value)} {list(value.shape)}".encode(), total)
@@ -55,13 +55,13 @@ def _checksum(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
 
 
 def read_head(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Head:
-    """What a file says, checked against its tensors. Raises ConfigError for one that is damaged or no packed model."""
+    """Read the head of a file and check it against the tensors. Raises ConfigError for a damaged or another file."""
     if FORMAT not in metadata:
         raise ConfigError(
-            f"{path} is a safetensors file, but no packed model: its metadata has no '{FORMAT}'. "
-            "Float weights are loaded by torchquant.compat.checkpoints.load_checkpoint"
+            f"{path} is a safetensors file, but not a packed model: its metadata has no '{FORMAT}'. "
+            "Load float weights with torchquant.compat.checkpoints.load_checkpoint"
         )
-    damaged = ConfigError(f"{path} is damaged: what it holds is not what its checksum was made of. Copy it anew")
+    damaged = ConfigError(f"{path} is damaged: its contents do not match its checksum. Copy it again")
     try:
         said = json.loads(metadata[FORMAT])
         version, written_by, crc32 = said.pop("version"), said.pop("torchquant"), said.pop("crc32")
@@ -70,7 +70,7 @@ def read_head(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metad
     if version != VERSION:
         raise ConfigError(
             f"{path} has version {version} of the packed format, written by torchquant {written_by}; this torchquant "
-            f"reads version {VERSION}. Install that one"
+            f"reads version {VERSION}. Install torchquant {written_by}"
         )
     if crc32 != _checksum(tensors, {"version": version, "torchquant": written_by, **said}):
         raise damaged
@@ -81,12 +81,12 @@ def read_head(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metad
             raise ConfigError(f"{path}, metadata: {key} must be [shape, type, low, width, shared width], got {entry!r}")
     for key, other in head.tied.items():
         if other in head.tied or other not in head.weights or head.weights[other] != head.weights.get(key):
-            raise ConfigError(f"{path}, metadata: {key} is tied to {other!r}, which is no weight like it")
+            raise ConfigError(f"{path}, metadata: {key} is tied to {other!r}, which is no weight of the same form")
     return head
 
 
 def type_name(tensor: Tensor) -> str:
-    """The type of a tensor in a word.
+    """Return the type of a tensor in a word.
 
     >>> type_name(torch.zeros(1))
     'float32'

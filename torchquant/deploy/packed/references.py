@@ -1,4 +1,4 @@
-"""Models by the name of the function that builds them."""
+"""Build models by the name of a function."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def model_of(reference: str, **arguments: Any) -> nn.Module:
     except Exception as error:
         raise ConfigError(f"{reference} failed: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(made, nn.Module):
-        raise ConfigError(f"{reference} must return a model (torch.nn.Module), it returned {type(made).__name__}")
+        raise ConfigError(f"{reference} must return a model (torch.nn.Module), got {type(made).__name__}")
     return made
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """(module or file, function). Raises ConfigError for what has not the form of a reference."""
+    """Split a reference into (module or file, function). Raises ConfigError for another form."""
     place, _, function = reference.rpartition(":") if isinstance(reference, str) else ("", "", "")
     if not place or not function.isidentifier():
         raise ConfigError(f"expected 'package.module:function' or 'path/to/file.py:function', got {reference!r}")
@@ -56,7 +56,7 @@ def _module(place: str) -> ModuleType:
     try:
         return run_python_file(Path(place), "model") if is_file else importlib.import_module(place)
     except ImportError as error:
-        raise ConfigError(f"{error}; {FORM}, one of a package is package.module:function") from error
+        raise ConfigError(f"{error}; {FORM}, a model in a package is package.module:function") from error
     except (TorchQuantError, AssertionError):
         raise
     except Exception as error:

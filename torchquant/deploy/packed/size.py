@@ -1,4 +1,4 @@
-"""What model files weigh, beside the float one."""
+"""Compare the sizes of model files with the size of the float checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FLOAT = "float checkpoint"
 
 @dataclass(frozen=True)
 class FileSize:
-    """One file. `ratio`: its bytes over those of the float checkpoint, None without one.
+    """The size of one file. `ratio`: its bytes over those of the float checkpoint, None without one.
 
-    `kind`: "float checkpoint", "quantized checkpoint" (float weights and the quantizers' numbers), "packed", "ONNX" (by
-    its name), or "other checkpoint".
+    `kind`: "float checkpoint", "quantized checkpoint" (float weights and the numbers of the quantizers), "packed",
+    "ONNX" (by its file name), or "other checkpoint".
     """
 
     path: str
@@ -38,12 +38,12 @@ class FileSizes(ShownAsTables, list[FileSize]):
     """A list of FileSize that prints as a table."""
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, to show."""
+        """Return the header and the rows of a table."""
         rows = [[s.path, s.kind, f"{s.bytes:,}", "-" if s.ratio is None else f"{s.ratio:.1%}"] for s in self]
         return ["path", "kind", "bytes", "of float"], rows
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Rows as plain dictionaries, for JSON or pandas."""
+        """Return rows as plain dictionaries, for JSON or pandas."""
         return [asdict(size) for size in self]
 
     def __str__(self) -> str:
@@ -52,10 +52,10 @@ class FileSizes(ShownAsTables, list[FileSize]):
 
 @checked
 def file_sizes(paths: Iterable[str | os.PathLike[str]]) -> FileSizes:
-    """Kind and bytes of files, and of all .pt, .pth, .safetensors and .onnx files of folders such as a run's.
+    """List kind and bytes of files, and of all .pt, .pth, .safetensors and .onnx files in folders such as a run's.
 
-    The float checkpoint to compare with is the first one of the same folder, or else of all. Raises ConfigError for
-    what is not there or cannot be read safely, MissingDependencyError.
+    The float checkpoint to compare with is the first one in the same folder, or else the first of all. Raises
+    ConfigError for a file that does not exist or cannot be read safely, MissingDependencyError.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def _files(path: Path) -> list[Path]:
 
 def _kind(file: Path) -> str:
     if not file.is_file() or file.suffix not in SUFFIXES:
-        what = f"{file} is no model file" if file.is_file() else f"there is no file {file}"
+        what = f"{file} is not a model file" if file.is_file() else f"there is no file {file}"
         raise ConfigError(f"{what}; expected a folder, or a file that ends in {', '.join(SUFFIXES)}")
     if file.suffix == ".onnx":
         return "ONNX"

@@ -1,4 +1,4 @@
-"""Codes of a weight: out of its quantizer, into bits and back, and as the quantizer of a loaded model."""
+"""Take the codes of a weight from its quantizer, pack and unpack them, and quantize a loaded model with them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torchquant.utils import weight_slots
 
 
 class CodesQuantizer(Quantizer):
-    """The quantizer of a weight that is known by its codes: `quantize` of any tensor gives what they decode to.
+    """The quantizer of a weight that is stored as codes: `quantize` of any tensor returns their decoded values.
 
-    Everything else is that of `quantizer`, which decodes. Observing changes nothing. The codes do not follow the
+    `quantizer` decodes, and provides everything else. Observing changes nothing. The codes do not change with the
     weight, so it is for inference: in train mode it raises ConfigError.
     """
 
@@ -49,7 +49,7 @@ class CodesQuantizer(Quantizer):
 
     def _codes_of(self, x: Tensor) -> Tensor:
         if x.shape != self.codes.shape:
-            raise ConfigError(f"the codes are of shape {tuple(self.codes.shape)}, the weight {tuple(x.shape)}")
+            raise ConfigError(f"the codes have shape {tuple(self.codes.shape)}, but the weight has {tuple(x.shape)}")
         return self.codes
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,12 +81,12 @@ class CodesQuantizer(Quantizer):
 
 
 def quantized_slots(model: nn.Module) -> dict[str, WeightSlot]:
-    """Every quantized weight of the model by its name in a file, those of a module in two places once."""
+    """Return every quantized weight of the model by its name in a file; a module in two places counts once."""
     return {slot.key: slot for slot in weight_slots(model) if slot.quantizer is not None}
 
 
 def codes_of(slot: WeightSlot) -> Tensor:
-    """The codes of a quantized weight behind QUANT_EVAL, int32. Raises ExportError that names the weight."""
+    """Return the codes of a weight in QUANT_EVAL, int32. Raises ExportError that names the weight."""
     quantizer = slot.quantizer
     name = f"{slot.key}: the quantizer ({type(quantizer).__name__})"
     assert quantizer is not None
@@ -108,7 +108,7 @@ def codes_of(slot: WeightSlot) -> Tensor:
 
 
 def tied_slots(codes: Mapping[str, tuple[WeightSlot, Tensor]]) -> dict[str, str]:
-    """Key of a weight -> that of an earlier one that is the same, and has the same codes and numbers made of it.
+    """Find key of a weight -> key of an earlier one that is the same tensor, with the same codes and numbers.
 
     codes: by the keys of the weights, in their order.
     """
@@ -127,10 +127,10 @@ def tied_slots(codes: Mapping[str, tuple[WeightSlot, Tensor]]) -> dict[str, str]
 
 
 def pack_codes(codes: Tensor, quantizer: Quantizer) -> tuple[list[int], Tensor, Tensor | None]:
-    """`[low, width, shared width]`, the codes less `low` as bits, and bits that the elements of a part share, if any.
+    """Return `[low, width, shared width]`, the codes minus `low` as bits, and the bits that a part shares, if any.
 
-    Formats whose codes carry the scale of their block are wider than `n_bits`; what is above is then stored once a
-    block (`quantizer.parts`). Raises ConfigError for codes outside `code_range`.
+    Codes that carry the scale of their block are wider than `n_bits`; the upper bits are then stored once per block
+    (`quantizer.parts`). Raises ConfigError for codes outside `code_range`.
     """
     low, width = _low_and_width(quantizer)
     numbers = codes.flatten().to(torch.int64) - low
@@ -146,12 +146,12 @@ def pack_codes(codes: Tensor, quantizer: Quantizer) -> tuple[list[int], Tensor, 
 
 
 def unpack_codes(form: list[int], shape: list[int], elements: Tensor, shared: Tensor, quantizer: Quantizer) -> Tensor:
-    """The int32 codes of that shape behind what `pack_codes` gave. Raises ConfigError for another quantizer's."""
+    """Unpack int32 codes of that shape from the result of `pack_codes`. Raises ConfigError for another quantizer."""
     low, width, shared_width = form
     own = _low_and_width(quantizer)
     if own != (low, width + shared_width):
         raise ConfigError(
-            f"its codes have {width + shared_width} bits from {low} on; those of the {type(quantizer).__name__} here "
+            f"its codes have {width + shared_width} bits from {low} on; codes of the {type(quantizer).__name__} here "
             f"have {own[1]} from {own[0]} on. Build the model with the quantizers it was saved with"
         )
     numbers = unpack_bits(elements, width, math.prod(shape))
@@ -166,13 +166,13 @@ def _low_and_width(quantizer: Quantizer) -> tuple[int, int]:
     low, high = quantizer.code_range
     width = max(1, (high - low).bit_length())
     if width > MAX_WIDTH:
-        raise ConfigError(f"codes {low}..{high} take {width} bits; at most {MAX_WIDTH} can be packed")
+        raise ConfigError(f"codes {low}..{high} need {width} bits, but at most {MAX_WIDTH} can be packed")
     return low, width
 
 
 def _part_of_each(quantizer: Quantizer, shape: torch.Size) -> Tensor:
-    """For each element of a tensor of that shape, in order, the index of its part among `quantizer.parts`; int64."""
-    places = torch.arange(1, shape.numel() + 1).view(shape)  # 0 fills up a last block
+    """Return for each element of a tensor of that shape the index of its part among `quantizer.parts`; int64."""
+    places = torch.arange(1, shape.numel() + 1).view(shape)  # 0 pads the last block
     parts = quantizer.parts(places)
     sizes = torch.tensor([part.numel() for part in parts], dtype=torch.int64)
     found = torch.cat(parts)
@@ -181,9 +181,9 @@ def _part_of_each(quantizer: Quantizer, shape: torch.Size) -> Tensor:
 
 
 def coded_tensors(model: nn.Module, state: Mapping[str, Any]) -> set[int]:
-    """`id` of every tensor of `model.state_dict(keep_vars=True)` that the codes stand for.
+    """Return the `id` of every tensor of `model.state_dict(keep_vars=True)` that codes represent.
 
-    Not among them: a weight that something float reads too, and one that is computed from other parameters.
+    A weight that a float module reads too, and one that is computed from other parameters, are not among them.
     """
     places = [
         (f"{path}." if path else "", {id(slot.weight) for slot in module.weight_slots() if slot.quantizer is not None})

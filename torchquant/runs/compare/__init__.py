@@ -1,4 +1,4 @@
-"""Every scheme in the same recipe, and the table that comes out: `torchquant compare`. Needs the extra `demo`."""
+"""Train every scheme with the same recipe and tabulate the results: `torchquant compare`. Needs the extra `demo`."""
 
 from torchquant.runs.compare.board import Row as Row
 from torchquant.runs.compare.board import leaderboard as leaderboard

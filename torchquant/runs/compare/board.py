@@ -1,4 +1,4 @@
-"""The results of a comparison as a table: mean and spread over the seeds, in every form people read."""
+"""Tabulate the results of a comparison, with mean and spread over the seeds, as JSON, CSV, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchquant.runs.settings import check_types
 
 @dataclass(frozen=True)
 class Row:
-    """One scheme at one width, over all seeds: means, and `spread`, the standard deviation of the accuracy.
+    """One scheme at one width: means over all seeds, and `spread`, the standard deviation of the accuracy.
 
     `weight` and `acts` are spec strings; `loss` is how far the accuracy is below the float network's.
     """
@@ -43,7 +43,7 @@ class Row:
 
 
 def leaderboard(results: Sequence[CaseResult]) -> list[Row]:
-    """Rows by activation width, weight width, and falling accuracy."""
+    """Make the rows, sorted by activation width, weight width, and falling accuracy."""
     groups: dict[tuple[str, int, int], list[CaseResult]] = {}
     for result in results:
         groups.setdefault((result.case.scheme, result.case.weight_bits, result.case.acts_bits), []).append(result)
@@ -86,7 +86,7 @@ HEADER = (
 
 
 def cells(row: Row) -> list[str]:
-    """A row in words, under `HEADER`."""
+    """Format a row as text, in the columns of `HEADER`."""
     return [
         row.scheme,
         str(row.weight_bits),
@@ -103,26 +103,26 @@ def cells(row: Row) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
-    """The page of a leaderboard."""
+    """Return the Markdown page of a leaderboard."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     return f"# Leaderboard\n\nMade by `{command}`. {describe(recipe)}\n\n" + "\n".join(lines) + "\n"
 
 
 def describe(recipe: Recipe) -> str:
-    """The recipe in a sentence or two."""
+    """Describe the recipe in a sentence or two."""
     training = f"{recipe.epochs} epochs of quantization-aware training" if recipe.epochs else "calibration only"
     made = f"{recipe.float_epochs} epochs" if recipe.checkpoint is None else f"from {recipe.checkpoint}"
     return (
         f"Every row starts from the same float network ({recipe.model}, {made} on {recipe.data}) "
-        f"and gets the same recipe: {training}, the same batches. Activations have the quantizer that the scheme's "
-        "authors put beside its weights, else an averaged range. Mean over the seeds, +- their standard deviation; "
-        "ms/step is wall-clock time of training with one thread, only to be compared within the table."
+        f"and gets the same recipe: {training}, on the same batches. Activations have the quantizer that the scheme's "
+        "authors use with its weights, or else an averaged range. Figures are means over the seeds, +- standard "
+        "deviation; ms/step is the wall-clock time of training with one thread; compare it within the table only."
     )
 
 
 def write_leaderboard(rows: Sequence[Row], recipe: Recipe, command: str, folder: Path) -> None:
-    """leaderboard.json, .csv, .md and the self-contained .html into `folder`."""
+    """Write leaderboard.json, .csv, .md and the self-contained .html into `folder`."""
     facts: dict[str, Any] = {"command": command, "recipe": asdict(recipe)}
     plain = [asdict(row) | {"spread": None if math.isnan(row.spread) else row.spread} for row in rows]
     write_json(folder / "leaderboard.json", facts | {"rows": plain})
@@ -137,7 +137,7 @@ def write_leaderboard(rows: Sequence[Row], recipe: Recipe, command: str, folder:
 
 
 def read_leaderboard(path: str | os.PathLike[str]) -> tuple[list[Row], Recipe, str]:
-    """Rows, recipe and command of a leaderboard.json. Raises ConfigError that names it."""
+    """Read the rows, the recipe and the command of a leaderboard.json. Raises ConfigError that names the file."""
     file = Path(path)
     with reading(file, "write it again with torchquant compare"):
         found = read_json(file)

@@ -1,4 +1,4 @@
-"""The picture of a leaderboard, as PNG in a data URI."""
+"""Draw the picture of a leaderboard, as PNG in a data URI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchquant.errors import require
 
 
 def accuracy_over_bits(points: list[tuple[str, int, float, float]]) -> str:
-    """Accuracy over weight bits, one line a scheme. `points`: scheme, bits, mean accuracy 0..1, its spread or NaN."""
+    """Draw accuracy over weight bits, one line per scheme. `points`: scheme, bits, accuracy 0..1, its spread or NaN."""
     figure = new_figure(10.5, 4.6)
     figure.subplots_adjust(0.07, 0.12, 0.76, 0.96)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Running a comparison: each case once, kept in a file of its own, so that an interrupted one goes on."""
+"""Run a comparison: each case once, saved in a file of its own, so that an interrupted comparison resumes."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from torchquant.runs.networks import NETWORKS
 from torchquant.runs.settings import check_seed
 
 MADE = ("float-seed*.pt", "runs/*.json")
-"""Files that a later comparison of the same recipe goes on from."""
-LOSSLESS_DB = 150.0  # the precision of float32; what a layer without any error counts for
+"""Files from which a later comparison with the same recipe resumes."""
+LOSSLESS_DB = 150.0  # the precision of float32; the SQNR of a layer without any error
 
 
 @dataclass(frozen=True)
 class CaseResult:
     """The result of one case. `accuracy` on the test images, 0..1; `float_accuracy` of the network it started from.
 
-    `weight_sqnr_db`: mean over the layers, of the weights as they were at the end. `seconds_per_epoch`
-    of quantization-aware training, None without; an epoch has `steps_per_epoch` batches.
+    `weight_sqnr_db`: mean over the layers, of the final weights. `seconds_per_epoch`: time of an epoch
+    of quantization-aware training, None without one; an epoch has `steps_per_epoch` batches.
     """
 
     case: Case
@@ -69,12 +69,12 @@ def compare(
     plugins: Sequence[str | os.PathLike[str]] = (),
     show: NullProgress | None = None,
 ) -> list[CaseResult]:
-    """Run the cases that `out` does not hold yet; all results, in the order of `cases`.
+    """Run the cases that `out` does not hold yet; return all results, in the order of `cases`.
 
     Every case starts from the float network of its seed and sees the same batches. Each result is a
-    file `out/runs/NAME.json`, written whole: a killed comparison goes on where it was. `jobs`
-    processes at a time, one thread each, so that the numbers do not depend on it. `plugins`: Python
-    files with quantizers of yours. Raises ConfigError if `out` holds runs of another recipe.
+    file `out/runs/NAME.json`, written whole: a killed comparison resumes where it was. `jobs`
+    processes run at a time, with one thread each, so that the numbers do not depend on `jobs`. `plugins`:
+    Python files with your own quantizers. Raises ConfigError if `out` holds runs of another recipe.
     """
     if type(jobs) is not int or jobs < 1:
         raise ConfigError(f"jobs must be a whole number of at least 1, got {shown(jobs)}")
@@ -94,7 +94,7 @@ def compare(
         (folder / "runs").mkdir(exist_ok=True)
         missing = [case for case in cases if _is_missing(case, folder, screen)]
         screen.advance(
-            len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases are there already"
+            len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases have results already"
         )
         seeds = sorted({case.seed for case in missing})
         for _ in in_processes(_train_float, [(recipe, seed, str(folder)) for seed in seeds], jobs):
@@ -107,9 +107,9 @@ def compare(
 
 
 def _check(cases: Sequence[Case], recipe: Recipe) -> None:
-    """Raise ConfigError for what would only fail after training."""
+    """Raise ConfigError for a case that would only fail after training."""
     if not cases:
-        raise ConfigError("there are no cases to compare")
+        raise ConfigError("there are no cases to compare; give at least one")
     with torch.random.fork_rng(devices=[]):
         for case in cases:
             check_seed(case.seed)
@@ -125,21 +125,21 @@ def _path(case: Case, folder: Path) -> Path:
 
 
 def _is_missing(case: Case, folder: Path, shown: NullProgress) -> bool:
-    """Whether there is no result of the case yet, or one of a quantizer that was written differently then."""
+    """Tell whether the case has no result yet, or has one of a quantizer whose source was different."""
     path = _path(case, folder)
     if not path.exists():
         return True
     known, ours = _read(path)[1], _quantizer_contents(case)
     if known is None and ours:
-        shown.message(f"{path} is of a version that kept no contents: whether {', '.join(ours)} changed is not known")
+        shown.message(f"{path} was written by a version that kept no contents; {', '.join(ours)} may have changed")
     changed = [] if known is None else changed_contents(known, ours)
     if changed:
-        shown.message(f"{case.name}: {', '.join(changed)} has changed since, so that it runs again")
+        shown.message(f"{case.name}: {', '.join(changed)} has changed, so the case runs again")
     return bool(changed)
 
 
 def _quantizer_contents(case: Case) -> dict[str, str]:
-    """The contents of the plug-in files in which the quantizers of a case are written."""
+    """Return the contents of the plug-in files that define the quantizers of a case."""
     return contents_of([], [make_quantizer(case.weight), make_quantizer(case.acts, site="output")])
 
 
@@ -157,7 +157,7 @@ def _load_once(path: str) -> None:
 
 
 def in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
-    """The results as they come; in this process if one at a time is enough."""
+    """Yield the results as they are finished; with one job, the work runs in this process."""
     if jobs == 1 or len(tasks) < 2:
         for task in tasks:
             threads = torch.get_num_threads()
@@ -171,8 +171,8 @@ def in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iter
                 yield future.result()
     except BrokenProcessPool as error:
         raise ConfigError(
-            f"one of {jobs} processes was killed from outside, as a machine does that runs out of memory; give fewer "
-            "jobs. What was finished is kept"
+            f"one of {jobs} processes was killed from outside, probably because memory ran out; give fewer "
+            "jobs. Finished cases are kept"
         ) from error
 
 
@@ -218,7 +218,7 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         network.eval(),
         lambda module: make_quantizer(case.weight),
         lambda module: make_quantizer(case.acts, site="output"),
-        # A folded batch norm would undo the scale that weights in other units rely on it for.
+        # Weights that leave their units need the batch norm for their scale; folding it in would undo the scale.
         "rescale" if make_quantizer(case.weight).is_idempotent else False,
     )
     calibrate(model, data, recipe.calibration_batches, case.seed)
@@ -243,7 +243,7 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
 
 
 def _read(path: Path) -> tuple[CaseResult, dict[str, str] | None]:
-    """A result, and the contents of the plug-ins that took part, if they were kept."""
+    """Read a result, and the contents of the plug-ins that took part, if they were saved."""
     found = read_settings(path, REMAKE)
     contents = found.pop(CONTENTS, None)
     case = read_as(path, Case, found.get("case"), REMAKE)

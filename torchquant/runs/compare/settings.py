@@ -1,4 +1,4 @@
-"""The settings of a comparison: schemes, widths, seeds, and the one recipe for all of them."""
+"""The settings of a comparison: schemes, widths, seeds, and the recipe that all cases share."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from torchquant.runs.settings import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """The same for every scheme: network, data, float training, calibration, quantization-aware training.
+    """The recipe of every scheme: network, data, float training, calibration, quantization-aware training.
 
     `model`: one of `NETWORKS`. `data`: see `load_data`. `checkpoint`: a float state_dict to start from instead of
     `float_epochs` of training. `epochs` of quantization-aware training, 0 for calibration only; `learning_rate` None
     is the network's own. `test_copies`: distorted versions of each test image, for digits. `contents`: name -> sha256
-    of the files that take part, as a comparison wrote them down. Raises ConfigError.
+    of the files that take part, as a comparison recorded them. Raises ConfigError.
     """
 
     model: str = option("demo", "demo, resnet18, mobilenet_v2, efficientnet_b0, ...")
@@ -36,9 +36,9 @@ class Recipe:
     float_epochs: int = option(30, "Epochs of float training.")
     epochs: int = option(10, "Epochs of quantization-aware training; 0: calibrate only.")
     learning_rate: float | None = option(
-        None, "Learning rate of quantization-aware training; otherwise the network's own."
+        None, "Learning rate of quantization-aware training; default: the network's own."
     )
-    calibration_batches: int = option(8, "Batches that ranges are measured on.")
+    calibration_batches: int = option(8, "Batches of the calibration.")
     test_copies: int = option(4, "Distorted versions of each test image; digits only.")
     checkpoint: str | None = checkpoint_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
@@ -68,14 +68,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Name of its file, without the ending; unique in a comparison."""
+        """Name of the file of the case, without the ending; unique in a comparison."""
         return f"{self.scheme}-w{self.weight_bits}a{self.acts_bits}-seed{self.seed}"
 
 
 def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: Iterable[int], seeds: int) -> list[Case]:
-    """Every scheme at every width it has, with the activations its authors put beside it.
+    """Make a case for every scheme at every width it has, with the activations that its authors use.
 
-    "all" stands for all registered schemes; "affine@pwl" for one with another gradient on its weights. Raises
+    "all" stands for all registered schemes; "affine@pwl" for a scheme with another gradient on its weights. Raises
     ConfigError, UnknownNameError.
 
     >>> [case.weight for case in make_cases(["esb", "twn"], [2, 4], [8], seeds=1)]
@@ -89,7 +89,7 @@ def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: It
     found = [(name, n, spec) for name in dict.fromkeys(names) for n in widths if (spec := _weights(name, n))]
     for name in names:
         if name not in {known for known, _, _ in found} and "all" not in schemes:
-            raise ConfigError(f"{name} has none of the widths {', '.join(map(str, widths))}; give it one that it has")
+            raise ConfigError(f"{name} has none of the widths {', '.join(map(str, widths))}; see: torchquant schemes")
     return [
         Case(name, n, spec, a, _acts(acts_of[name], a), seed)
         for name, n, spec in found
@@ -99,7 +99,7 @@ def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: It
 
 
 def _acts(template: str, n_bits: int) -> str:
-    """The activations of that width; affine where the authors' have none. Raises ConfigError."""
+    """Return the activation spec at that width; affine where the authors' scheme lacks it. Raises ConfigError."""
     spec = template.format(n=n_bits)
     try:
         make_quantizer(spec, site="output")

@@ -1,4 +1,4 @@
-"""The main job, end to end on real data. `torchquant demo` runs it; needs the extra `demo`."""
+"""Run the whole workflow on real data: `torchquant demo`. Needs the extra `demo`."""
 
 from torchquant.runs.demo.results import DemoResult as DemoResult
 from torchquant.runs.demo.results import OnnxResult as OnnxResult

@@ -1,4 +1,4 @@
-"""The pictures of the report, as PNG in data URIs. matplotlib without a display."""
+"""Draw the pictures of the report, as PNG in data URIs, with matplotlib and without a display."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COLUMNS = 5
 REAL_COLOR = "#b8c4d6"
 QUANTIZED_COLOR = "#d1495b"
 MAX_DISTINCT = 40
-"""Up to so many distinct quantized values, each is drawn as a line of its own; beyond, as a histogram."""
+"""Largest number of distinct quantized values that are drawn as single lines instead of a histogram."""
 
 
 def histograms(layers: list[LayerError], site: str) -> str:
-    """One small histogram a layer, float filled and quantized in red; `site` is "weight" or "output"."""
+    """Draw one small histogram per layer, float filled and quantized in red; `site` is "weight" or "output"."""
     found = [(layer.path, error) for layer in layers if (error := getattr(layer, site)) is not None]
     n_rows = math.ceil(len(found) / COLUMNS)
     height = 1.65 * n_rows
@@ -50,7 +50,7 @@ def _histogram(axes: Any, error: SiteError) -> None:
 
 
 def sqnr_bars(layers: dict[str, list[LayerError]], titles: dict[str, str], site: str) -> str:
-    """SQNR in dB of every layer, one bar a scheme."""
+    """Draw the SQNR of every layer in dB, one bar per scheme."""
     figure = new_figure(12.5, 3.4)
     figure.subplots_adjust(0.05, 0.3, 0.995, 0.9)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with everything in it."""
+"""Write the report of a run as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HISTOGRAMS = (
     ("esb-qat", "weight"),
     ("ternary-qat", "weight"),
 )
-"""Which schemes are drawn layer by layer, and at which site. The first two are open, the others fold out."""
+"""Schemes that are drawn layer by layer, and at which slot. The first two are open, the others collapsed."""
 
 
 def render_report(result: DemoResult) -> str:
-    """The HTML of the report; needs no network and no other file. Raises MissingDependencyError."""
+    """Return the HTML of the report; it needs no network and no other file. Raises MissingDependencyError."""
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("torchquant.runs.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -46,7 +46,7 @@ def render_report(result: DemoResult) -> str:
 
 
 def _sqnr_table(layers: dict[str, list[LayerError]], site: str) -> list[dict[str, Any]]:
-    """One row a layer with that site: its path and a text for each scheme."""
+    """Make one row per layer with that slot: its path and a text for each scheme."""
     columns = [
         {layer.path: error for layer in errors if (error := getattr(layer, site)) is not None}
         for errors in layers.values()

@@ -18,7 +18,7 @@ LIBRARIES = ("torchquant", "numpy", "scikit-learn", "onnx", "onnxruntime")
 
 @dataclass(frozen=True)
 class SchemeResult:
-    """One row of the table: test accuracy 0..1, bytes of all layer weights (`analysis.weight_bytes`)."""
+    """One row of the table: test accuracy 0..1 and bytes of all layer weights (`analysis.weight_bytes`)."""
 
     name: str
     title: str
@@ -28,9 +28,9 @@ class SchemeResult:
 
 @dataclass(frozen=True)
 class OnnxResult:
-    """The exported model in ONNX Runtime beside the simulation, on all test images.
+    """The exported model in ONNX Runtime compared with the simulation, on all test images.
 
-    `same_top1`: share of images for which both name the same class. `largest_difference`: of any class score.
+    `same_top1`: share of images with the same class in both. `largest_difference`: largest difference of a score.
     `certificate`: every code of the file against the integer reference, on the first test images.
     """
 
@@ -44,7 +44,7 @@ class OnnxResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """A whole run. `rows[0]` is the float network; `layers` has one list of layer errors a scheme."""
+    """The results of a whole run. `rows[0]` is the float network; `layers` has one list of layer errors per scheme."""
 
     config: DemoConfig
     rows: tuple[SchemeResult, ...]
@@ -54,11 +54,11 @@ class DemoResult:
     versions: dict[str, str]
 
     def row(self, name: str) -> SchemeResult:
-        """The row of a scheme by its name, e.g. "w4a4-qat"; KeyError if there is none."""
+        """Return the row of a scheme by its name, e.g. "w4a4-qat". Raises KeyError if there is none."""
         return {row.name: row for row in self.rows}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything for JSON. All that differs between two runs with one seed stands under "seconds"."""
+        """Return all results for JSON. Only the values under "seconds" differ between two runs with the same seed."""
         return {
             "config": asdict(self.config),
             "versions": self.versions,
@@ -69,7 +69,7 @@ class DemoResult:
         }
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
-        """Header, rows of text and a note: the summary as the terminal and the report show it."""
+        """Return header, rows of text and a note: the summary that the terminal and the report show."""
         float_bytes = self.rows[0].weight_bytes
         rows = [
             [
@@ -86,7 +86,7 @@ class DemoResult:
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of Python and of the libraries that decide the numbers, and the threads in use."""
+    """Return name -> version of Python and of the libraries that affect the numbers, and the number of threads."""
     found = {name: metadata.version(name) for name in LIBRARIES}
     return {
         "python": platform.python_version(),

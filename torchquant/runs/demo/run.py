@@ -1,4 +1,4 @@
-"""The main job: train in float, quantize in six ways, export, compare, report."""
+"""Run the workflow of the demo: train in float, quantize with six schemes, export, compare, report."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ FLOAT_RATE = 8e-3
 QAT_RATE = 3e-3
 EXPORTED = "w8a8-ptq"
 CERTIFIED = 450
-"""Test images whose codes are compared one by one."""
+"""Number of test images whose codes are compared one by one."""
 PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
 
 
 def run_demo(
     config: DemoConfig | None = None, out: str | os.PathLike[str] = "demo_out", show: NullProgress | None = None
 ) -> DemoResult:
-    """Run the main job and write report.html, results.json, checkpoints and w8a8.onnx into the folder `out`.
+    """Run the demo and write report.html, results.json, checkpoints and w8a8.onnx into the folder `out`.
 
-    Same seed, same numbers on one machine: it computes on one thread, which for a network this small is
-    no slower, and gives the caller's random state and number of threads back. Raises ConfigError for a
-    bad `out`, MissingDependencyError before any work is done.
+    The same seed gives the same numbers on one machine: the demo computes on one thread, which for so small a network
+    is no slower, and restores the caller's random state and number of threads. Raises ConfigError for a bad `out`,
+    MissingDependencyError before any work is done.
     """
     for package in PACKAGES:
         require(package, "demo")
@@ -50,7 +50,7 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums do not depend on the number of cores, and threads do not wait for each other on a busy machine."""
+    """Compute on one thread: sums do not depend on the number of cores, and threads never wait for each other."""
     former = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,7 +60,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Job:
-    """One run: the steps share the data, the float network and the clock."""
+    """A run of the demo; its steps share the data, the float network and the clock."""
 
     def __init__(self, config: DemoConfig, folder: Path, show: NullProgress) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""The schemes that the demo compares: one row each."""
+"""The schemes that the demo compares, one row each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a network is quantized. `qat`: "" for calibration only, else the name of a training length."""
+    """A way to quantize the network. `qat`: "" for calibration only, else the name of a training length."""
 
     name: str
     title: str
@@ -20,27 +20,27 @@ class Scheme:
     qat: str = ""
 
     def build(self, network: SmallResNet) -> QuantSmallResNet:
-        """A quantizable copy of a float network, BYPASSED, its batch norms folded in states that quantize."""
+        """Make a quantizable copy of a float network, BYPASSED; states that quantize fold its batch norms."""
         return QuantSmallResNet(network, self.weight, self.acts, fold_bn="rescale")
 
 
 def affine_weight(n_bits: int) -> QuantizerFactory:
-    """Symmetric integers without the lowest one, a scale per output channel: the usual integer weight."""
+    """Make the common weight quantizer: symmetric integers without the lowest one, a scale per output channel."""
     return lambda module: AffineQuantizer(n_bits, BatchMinMax(axis=0), symmetric="narrow")
 
 
 def affine_acts(n_bits: int) -> QuantizerFactory:
-    """Unsigned integers with a zero point, over an averaged range."""
+    """Make an activation quantizer: unsigned integers with a zero point, over an averaged range."""
     return lambda module: AffineQuantizer(n_bits, ExpAvgMinMax())
 
 
 def qfmt_weight(n_bits: int) -> QuantizerFactory:
-    """Fixed point, a power-of-two step per output channel."""
+    """Make a fixed-point weight quantizer with a power-of-two scale per output channel."""
     return lambda module: QfmtQuantizer(n_bits, True, BatchMinMax(axis=0))
 
 
 def qfmt_acts(n_bits: int) -> QuantizerFactory:
-    """Fixed point, a power-of-two step over an averaged range."""
+    """Make a fixed-point activation quantizer with a power-of-two scale over an averaged range."""
     return lambda module: QfmtQuantizer(n_bits, True, ExpAvgMinMax())
 
 

@@ -1,4 +1,4 @@
-"""How long the demo trains."""
+"""The settings of the demo: how long it trains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torchquant.runs.settings import check_at_least, check_seed, check_types
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How long the demo trains. `long_epochs`, `short_epochs`: of the training lengths that schemes name.
+    """The settings of the demo. `long_epochs`, `short_epochs`: epochs of the training lengths that schemes name.
 
-    `test_copies`: distorted versions of each of the 450 test images. `command`: what the report says
+    `test_copies`: distorted versions of each of the 450 test images. `command`: the command line that the report says
     the run was started with. Raises ConfigError.
     """
 
@@ -32,10 +32,10 @@ class DemoConfig:
 
     @classmethod
     def preset(cls, seed: int = 0, quick: bool = False) -> DemoConfig:
-        """The lengths behind `torchquant demo` and `torchquant demo --quick`."""
+        """Make the settings of `torchquant demo` and `torchquant demo --quick`."""
         config = cls(seed=seed, command=f"torchquant demo --seed {seed}{' --quick' if quick else ''}")
         return replace(config, float_epochs=8, long_epochs=4, short_epochs=1) if quick else config
 
     def qat_epochs(self, scheme: Scheme) -> int:
-        """Epochs of quantization-aware training of a scheme, 0 for calibration only."""
+        """Return the epochs of quantization-aware training of a scheme, 0 for calibration only."""
         return {"": 0, "short": self.short_epochs, "long": self.long_epochs}[scheme.qat]

@@ -1,4 +1,4 @@
-"""A search of schemes or bit widths for any model, into a folder: `torchquant search`."""
+"""Search schemes or bit widths for any model, in a folder: `torchquant search`."""
 
 from torchquant.runs.search.results import SearchRunResult as SearchRunResult
 from torchquant.runs.search.results import write_report as write_report

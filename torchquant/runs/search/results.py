@@ -31,11 +31,10 @@ DETAILS = {"qss": "scheme search", "qpl": "precision learning", "allocate": "all
 
 @dataclass(frozen=True)
 class SearchRunResult:
-    """Test accuracy, 0..1: float, and of the plan after retraining. Bytes of all layer weights, float and planned.
+    """Test accuracy, 0..1, and bytes of all layer weights, of the float model and of the plan after retraining.
 
-    `costs`: of the plan, every measure of a `Budget`, as `QuantPlan.cost` counts. `budgets`: measure -> limit.
-    `predicted`: the sum of the degradations, of an allocation only. `candidates`: "path.slot" -> what it could
-    choose from.
+    `costs`: the plan's cost in every measure of a `Budget`, as `QuantPlan.cost` counts it. `budgets`: measure -> limit.
+    `predicted`: the sum of the degradations, for an allocation only. `candidates`: "path.slot" -> its candidates.
     """
 
     kind: str
@@ -50,11 +49,11 @@ class SearchRunResult:
 
     @property
     def keeps_budgets(self) -> bool:
-        """Whether the plan costs at most what it may."""
+        """Whether the cost of the plan is within all budgets."""
         return all(self.costs[measure] <= limit for measure, limit in self.budgets.items())
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
-        """Header, rows and a note, to show."""
+        """Return header, rows and a note of a table."""
         rows = [
             ["float", f"{self.float_accuracy:.2%}", f"{self.float_weight_bytes / 1e3:.1f}", ""],
             [
@@ -66,11 +65,11 @@ class SearchRunResult:
         ]
         words = [f"{m} {amount(self.costs[m])} of at most {amount(limit)}" for m, limit in self.budgets.items()]
         kept = f"budget {'kept' if self.keeps_budgets else 'NOT kept'}: {', '.join(words)}" if words else "no budget"
-        return ["model", "accuracy", "weights kB", "smaller"], rows, f"{self.costs['bits']:.2f} bits a weight; {kept}"
+        return ["model", "accuracy", "weights kB", "smaller"], rows, f"{self.costs['bits']:.2f} bits per weight; {kept}"
 
 
 def amount(value: float) -> str:
-    """A number as people read it.
+    """Format a number for people.
 
     >>> amount(13580.0), amount(3.25)
     ('13,580', '3.25')
@@ -79,7 +78,7 @@ def amount(value: float) -> str:
 
 
 def choice_of(plan: QuantPlan, costs: CostModel) -> Selection:
-    """SearchPoint -> option that a plan has there. Raises ConfigError for a plan with others."""
+    """Find search point -> option that a plan has there. Raises ConfigError for a spec that is no candidate."""
     sites = {site.path: site for site in plan.sites}
     found = {}
     for variable in costs.variables:
@@ -92,7 +91,7 @@ def choice_of(plan: QuantPlan, costs: CostModel) -> Selection:
 
 
 def write_choices(path: Path, choice: Selection, costs: CostModel) -> None:
-    """choices.csv: what was chosen where, and what it costs there."""
+    """Write choices.csv: the option chosen at each search point, and its cost."""
     rows = []
     for variable in costs.variables:
         option = choice[variable.point]
@@ -104,7 +103,7 @@ def write_choices(path: Path, choice: Selection, costs: CostModel) -> None:
 
 
 def write_history(folder: Path, history: Sequence[EpochRecord]) -> None:
-    """history.json, with everything, and history.csv, with the numbers of each epoch."""
+    """Write history.json with everything, and history.csv with the numbers of each epoch."""
     write_json(folder / HISTORY, [record.to_dict() for record in history])
     plain = ("epoch", "loss", "arch_loss", "entropy", "temperature", "seconds")
     rows = [{name: getattr(record, name) for name in plain} | record.costs for record in history]
@@ -112,7 +111,7 @@ def write_history(folder: Path, history: Sequence[EpochRecord]) -> None:
 
 
 def read_history(folder: Path) -> list[EpochRecord]:
-    """The history that `write_history` wrote; [] if there is none."""
+    """Read the history that `write_history` wrote; [] if there is none."""
     path = folder / HISTORY
     if not path.exists():
         return []
@@ -121,16 +120,16 @@ def read_history(folder: Path) -> list[EpochRecord]:
 
 
 def candidates_of(space: QuantPlan, costs: CostModel) -> dict[str, list[str]]:
-    """ "path.field" -> the specs it may choose from, with `{n}` where a width is learned."""
+    """Return "path.slot" -> its candidate specs, with `{n}` where a width is learned."""
     spaces = searched_slots(space)
     return {name_of(point): list(spaces[point].specs) for point in costs.points}
 
 
 def write_report(out: str | os.PathLike[str]) -> Path:
-    """report.html of a finished run, from the other files in its folder. Raises MissingDependencyError, ConfigError."""
+    """Write report.html of a finished run from its other files. Raises MissingDependencyError, ConfigError."""
     folder = Path(out)
     if not (folder / "result.json").exists():
-        raise ConfigError(f"{folder} is not the folder of a finished search: result.json is not there")
+        raise ConfigError(f"{folder} is not the folder of a finished search: it does not hold result.json")
     settings = read_settings(folder / "config.json")
     processes = settings.pop(PROCESSES, 1)
     config = read_as(folder / "config.json", SearchConfig, settings, ELSEWHERE)
@@ -158,7 +157,7 @@ def write_report(out: str | os.PathLike[str]) -> Path:
 
 
 def command_of(config: SearchConfig, processes: int = 1) -> str:
-    """The command line that asks for it.
+    """Return the command line that runs a search with these settings.
 
     >>> command_of(SearchConfig("qpl", "demo", "bits<=3", epochs=4))
     "torchquant search qpl demo --budget 'bits<=3' --epochs 4"
@@ -170,12 +169,12 @@ def command_of(config: SearchConfig, processes: int = 1) -> str:
 
 
 def _front(path: Path) -> dict[str, Any]:
-    """The part that the report shows of the front that `Pareto.save` wrote."""
+    """Read the part of the Pareto front, as `Pareto.save` wrote it, that the report shows."""
     with reading(path, WITHOUT):
         front = read_json(path)
         numbers = [float(point[name]) for point in front["points"] for name in ("cost", "predicted")]
         if not all(map(math.isfinite, numbers)) or not isinstance(front["harm"], str):
-            raise ConfigError(f"{path} has no costs and degradations to draw")
+            raise ConfigError(f"{path} does not hold the costs and degradations of a Pareto front")
     return front
 
 

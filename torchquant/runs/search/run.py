@@ -1,4 +1,4 @@
-"""A search from a float model to a retrained one, into a folder; a run that was stopped goes on where it was."""
+"""Run a search from a float model to a retrained one, in a folder; a stopped run resumes where it was."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ from torchquant.utils import set_qmodule_state
 PLAN = "plan.yaml"
 SEARCHED = "searched.pt"
 MADE = ("float.pt", SEARCHED, PLAN, "quantized.pt", SENSITIVITY, "*.progress.pt")
-"""Files that a later run of the same settings goes on from."""
+"""Files from which a later run with the same settings resumes."""
 POINTS = 8
-"""Budgets of the Pareto picture."""
+"""Number of budgets in the picture of the Pareto front."""
 
 
 def run_search(
@@ -62,13 +62,13 @@ def run_search(
     distributed: bool = False,
     device: str | None = None,
 ) -> SearchRunResult:
-    """Float model, search or sensitivities, plan, retraining, evaluation; files in `out`.
+    """Make the float model, search or measure sensitivities, make the plan, retrain, evaluate; write files into `out`.
 
-    `config.json`, `float.pt`, `history.json` and `.csv` or `sensitivity.json` and `pareto.json`, `searched.pt` (float
-    weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `result.json`, `report.html`. A stage whose
-    file is there is not run again, and inside a stage every epoch, or point, is kept. `distributed`: one of several
-    processes that torchrun started; all must see `out`, the first one writes it. Raises ConfigError, also if `out`
-    holds another search.
+    The files: `config.json`, `float.pt`, `history.json` and `.csv` or `sensitivity.json` and `pareto.json`,
+    `searched.pt` (float weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `result.json`,
+    `report.html`. A stage whose file exists is not run again, and within a stage every epoch, or search point, is
+    saved. `distributed`: this is one of several processes that torchrun started; all must see `out`, and the first one
+    writes it. Raises ConfigError, also if `out` holds another search.
     """
     if distributed and config.kind == "allocate":
         raise ConfigError("allocate measures in one process; distributed is for qss and qpl")
@@ -85,7 +85,7 @@ def search_from(
     device: str | None = None,
     float_file: Path | None = None,
 ) -> SearchRunResult:
-    """`run_search`; with `float_file`, the float.pt of a run that is the same so far."""
+    """Do the same as `run_search`; `float_file`: the float.pt of a run with the same float training."""
     with process_group(distributed, device) as ranks, show if ranks.is_first else NullProgress() as shown:
         shown.start(4.0)
         run = _Run(config, Path(out), shown, ranks)
@@ -101,17 +101,17 @@ def search_from(
 
 
 def checked_settings(config: SearchConfig) -> dict[str, Any]:
-    """The settings that `run_search` keeps in config.json. Raises ConfigError as it would; writes nothing."""
+    """Return the settings that `run_search` keeps in config.json. Raises the same ConfigError; writes nothing."""
     return _Run(config, Path(), NullProgress(), Ranks()).settings()
 
 
 def _epoch(data: TrainingData, seed: int, number: int) -> TrainBatches:
-    """The batches of an epoch, by its number: the same whenever they are asked for."""
+    """Return the batches of an epoch by its number; they are the same at each call."""
     return TrainBatches(data, 1_000_003 * (seed + 1) + number)
 
 
 class _Run:
-    """One run: what its stages share. The candidates, and whether a budget can be kept, are known from the start."""
+    """The state that the stages of a run share. Candidates and budgets are checked at construction."""
 
     def __init__(self, config: SearchConfig, folder: Path, shown: NullProgress, ranks: Ranks) -> None:
         self.config, self.folder, self.shown, self.ranks = config, folder, shown, ranks
@@ -127,19 +127,19 @@ class _Run:
         self.float_bytes = sum(site.total for site in weight_bytes(self.net))
 
     def settings(self) -> dict[str, Any]:
-        """The settings asked for, with the contents of the files that take part and the number of processes."""
+        """Return the settings with the contents of the files that take part and the number of processes."""
         config = self.config
         paths = [config.checkpoint, config.latency, *files_of(config.data, config.rules)]
         contents = pinned(config.contents, contents_of(paths, [self.net], config.model))
         return asdict(config) | {CONTENTS: contents} | ({PROCESSES: self.ranks.world} if self.ranks.world > 1 else {})
 
     def claimed(self) -> AbstractContextManager[Path]:
-        """The folder, while it is this run's."""
+        """Claim the folder for this run."""
         path = self.folder / "config.json"
         return claimed(path, self.settings(), "another search", "search", MADE, self.shown.message)
 
     def float_stage(self, float_file: Path | None) -> None:
-        """float.pt, and the accuracy of the float model."""
+        """Make float.pt, and measure the accuracy of the float model."""
         if float_file is not None and not (self.folder / "float.pt").exists():
             copied = float_file.read_bytes()
             write_whole(self.folder / "float.pt", lambda path: path.write_bytes(copied))
@@ -149,7 +149,7 @@ class _Run:
         self.shown.message(f"float: accuracy {self.float_accuracy:.2%}")
 
     def plan_stage(self) -> None:
-        """plan.yaml; the float model then has the searched weights."""
+        """Make plan.yaml; the float model then has the searched weights."""
         if not self.ranks.of_first((self.folder / PLAN).exists()):
             torch.manual_seed(self.config.seed)
             plan = self._allocate() if self.config.kind == "allocate" else self._search()
@@ -212,7 +212,7 @@ class _Run:
         return found.plan
 
     def retrain_stage(self) -> None:
-        """quantized.pt: calibrated under the plan, then trained."""
+        """Make quantized.pt: calibrate under the plan, then train."""
         config, progress = self.config, self.folder / "retrain.progress.pt"
         torch.manual_seed(config.seed)
         self.model = self.plan.apply(self.net)
@@ -230,13 +230,13 @@ class _Run:
         self.shown.message(f"retrained: accuracy {self.accuracy:.2%}")
 
     def finish(self, result: SearchRunResult) -> None:
-        """choices.csv, result.json, report.html."""
+        """Write choices.csv, result.json and report.html."""
         write_choices(self.folder / "choices.csv", self.choice, self.costs)
         write_json(self.folder / "result.json", asdict(result))
         write_report(self.folder)
 
     def result(self) -> SearchRunResult:
-        """The numbers of the run."""
+        """Return the numbers of the run."""
         predicted = None
         if self.config.kind == "allocate":
             with reading(self.folder / SENSITIVITY, ELSEWHERE):
@@ -259,7 +259,7 @@ class _Run:
 
 
 def epoch_words(record: EpochRecord, epochs: int, budgets: Sequence[Budget]) -> dict[str, str]:
-    """An epoch for people: what it is called -> what it is."""
+    """Format the numbers of an epoch: name -> text."""
     words = {"epoch": f"{record.epoch} of {epochs}", "loss": f"{record.loss:.3f}"}
     words["search loss"] = "-" if record.arch_loss is None else f"{record.arch_loss:.3f}"
     words["bits"] = f"{record.costs['bits']:.2f}"

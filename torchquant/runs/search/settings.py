@@ -39,47 +39,47 @@ from torchquant.search.space import DEFAULT_SCHEMES, WIDTH, searched_slots
 
 KINDS: dict[str, type[Search] | None] = {"qss": SchemeSearch, "qpl": PrecisionLearning, "allocate": None}
 KINDS_OF = "kinds"
-"""Key in the metadata of a setting: the kinds of search that have it, if not all."""
+"""Key in the metadata of a setting for the kinds of search that have it, if not all."""
 LEARNED, MEASURED = ("qss", "qpl"), ("allocate",)
 BITS = {"qss": "4", "qpl": "2-8", "allocate": "2-8"}
 DEFAULT = {"qss": (*DEFAULT_SCHEMES, "ternary", "binary"), "qpl": ("clipq",), "allocate": ("clipq",)}
-"""Schemes, where none are named; those that have the width."""
+"""Default schemes, as far as they have the width."""
 COOLING = 0.1
-"""Last temperature over first."""
+"""Ratio of the last temperature to the first."""
 REACH = 5.0
-"""How far a search of schemes can move a logit, from its beginning to its end."""
+"""How far a scheme search can move a logit from its beginning to its end."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     """The settings of `torchquant search`. `model`, `data`, `checkpoint`, `float_epochs`: as in `JobConfig`.
 
-    `kind`: "qss" chooses schemes, "qpl" learns widths, "allocate" gives widths by sensitivity. `budget`: what the plan
-    may cost, "bytes<=40kB" (`Budget`). `schemes`: names with commas (at every width of `bits`), or whole specs.
-    `bits`: "4", "2,3,4" or "2-8"; qpl learns within their ends. `acts`: one spec, or several with commas, to be
-    searched too; `{n}` in one stands for the widths `act_bits`. `fold_bn`: quantize weights with their batch norm
-    folded in. `rules`: a YAML file with rules whose fields may be lists, in place of `schemes`, `acts` and `fold_bn`;
-    `{n}` in them stands for `bits`. `epochs` of the search, `retrain_epochs`
-    of its plan; both train at a third of `learning_rate`. `arch_rate`: None for what decides schemes, or crosses the
-    widths, within the epochs. `temperature` (the first; a tenth of it is the last), `penalty`: None as in
-    `SearchSettings`. `method`, `solver`: of allocate, see `sensitivity` and `allocate`.
-    `latency`: a table that `write_latency` wrote, for a budget of latency. `contents`: as in `JobConfig`.
-    Raises ConfigError.
+    `kind`: "qss" searches schemes, "qpl" learns widths, "allocate" allocates widths by sensitivity. `budget`: bounds on
+    the cost of the plan, such as "bytes<=40kB" (`Budget`). `schemes`: names separated by commas (at every width of
+    `bits`), or specs. `bits`: "4", "2,3,4" or "2-8"; qpl learns between the smallest and the largest. `acts`: one spec,
+    or several separated by commas, which are searched too; `{n}` in one stands for the widths `act_bits`. `fold_bn`:
+    quantize weights with their batch norm folded in. `rules`: a YAML file with rules whose slots may be lists, in place
+    of `schemes`, `acts` and `fold_bn`; `{n}` in them stands for `bits`. `epochs`: length of the search;
+    `retrain_epochs`: length of the training under its plan; both train at a third of `learning_rate`. `arch_rate`: None
+    chooses a rate that decides schemes, or crosses the range of widths, within the epochs. `temperature`: the first
+    one; the last is a tenth of it. `temperature`, `penalty`: None as in `SearchSettings`. `method`, `solver`: for
+    "allocate"; see `sensitivity` and `allocate`. `latency`: a table that `write_latency` wrote, for a budget of
+    latency. `contents`: as in `JobConfig`. Raises ConfigError.
     """
 
     kind: str = argument("qss or qpl.")
     model: str = model_argument()
-    budget: str = option("", "What the plan may cost, in quotes: 'bytes<=40kB', 'bits<=4,bitops<=2G'.")
+    budget: str = option("", "Budget of the plan, in quotes: 'bytes<=40kB', 'bits<=4,bitops<=2G'.")
     data: str = data_option()
     schemes: str | None = option(
-        None, "Weight schemes by name, with commas, or whole specs. qss: AutoQNN's; otherwise clipq."
+        None, "Weight schemes or specs, separated by commas. Default: AutoQNN's for qss, otherwise clipq."
     )
-    bits: str | None = option(None, "Weight bits: 4 or 2,3,4 or 2-8. qss: 4; otherwise 2-8.")
-    acts: str = option("affine:8", "A spec for activations; several, or one with {n}, to search them too.")
-    act_bits: str = option("2-8", "Bits that {n} in --acts stands for.")
+    bits: str | None = option(None, "Weight bits, such as 4, 2,3,4 or 2-8. Default: 4 for qss, otherwise 2-8.")
+    acts: str = option("affine:8", "A spec for activations; several specs, or one with {n}, are searched.")
+    act_bits: str = option("2-8", "Widths that {n} in --acts stands for.")
     fold_bn: bool = option(False, "Quantize weights with their batch norm folded in.")
-    rules: str | None = option(None, "A YAML file with rules whose fields may be lists, instead of schemes and acts.")
-    per: str = option("layer", "layer: a choice for each; model: one for all.", kinds=LEARNED)
+    rules: str | None = option(None, "A YAML file with rules whose slots may be lists; replaces schemes and acts.")
+    per: str = option("layer", "layer: one choice per layer; model: one choice for all.", kinds=LEARNED)
     form: str = option("interp", "The gradient of a width: interp, secant, step or stat.", kinds=LEARNED)
     method: str = option("kl", "Measure of sensitivity: mse, kl, loss, hessian or fisher.", kinds=MEASURED)
     solver: str = option("ilp", "Solver: ilp, dp or greedy.", kinds=MEASURED)
@@ -92,7 +92,7 @@ class SearchConfig:
         1e-3, "Learning rate of float training; the search and the retraining use a third of it."
     )
     arch_rate: float | None = option(
-        None, "Learning rate of shares and widths; otherwise by the number of steps.", kinds=LEARNED
+        None, "Learning rate of shares and widths; default: by the number of steps.", kinds=LEARNED
     )
     temperature: float | None = option(
         None, "First temperature of the Gumbel softmax; the last is a tenth of it.", kinds=LEARNED
@@ -100,7 +100,7 @@ class SearchConfig:
     penalty: float | None = option(
         None, "Weight of the penalty for exceeding a budget during the search.", kinds=LEARNED
     )
-    calibration_batches: int = option(8, "Batches that ranges, and sensitivities, are measured on.")
+    calibration_batches: int = option(8, "Batches for calibration and for measuring sensitivity.")
     seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
@@ -116,17 +116,17 @@ class SearchConfig:
         if not self.budgets and self.kind != "qss":
             raise ConfigError(f"{self.kind} needs a budget, such as 'bits<=4' or 'bytes<=40kB'")
         if self.rules is not None and self.schemes is not None:
-            raise ConfigError("rules name their candidates themselves; leave out schemes")
+            raise ConfigError("rules and schemes were both given, but rules name the candidates; leave out schemes")
         self.candidate_rules()
         self.settings()
 
     @property
     def budgets(self) -> list[Budget]:
-        """The budgets that `budget` names."""
+        """Return the budgets that `budget` names."""
         return Budget.parse(self.budget)
 
     def settings(self, steps: int = 1000) -> SearchSettings:
-        """The settings of the search engine; the search has `steps` steps for logits and widths."""
+        """Return the settings of the search engine; the search has `steps` steps for logits and widths."""
         searched = KINDS[self.kind]
         given: dict[str, Any] = {"arch_rate": self.arch_rate, "penalty": self.penalty}
         given = {name: value for name, value in given.items() if value is not None}
@@ -138,7 +138,7 @@ class SearchConfig:
         return replace(defaults, epochs=self.epochs, weight_rate=self.learning_rate / 3.0, **given)
 
     def candidate_rules(self) -> Any:
-        """The rules of a plan with `Candidates`. Raises ConfigError."""
+        """Return the rules of a plan with `Candidates`. Raises ConfigError."""
         if self.rules is not None:
             rules = read_rules(self.rules)
             if isinstance(rules, QuantPlan):
@@ -151,11 +151,11 @@ class SearchConfig:
             space = Candidates(tuple(specs), low, high, name, self.form)
             fields[name] = specs[0] if len(space.options()) == 1 else space
         if isinstance(weight, str) and isinstance(fields["output"], str):
-            raise ConfigError(f"there is one candidate only, {weight!r}; give more schemes or bits to choose from")
+            raise ConfigError(f"there is only one candidate, {weight!r}; give more schemes or bits to choose from")
         return [fields | {"fold_bn": self.fold_bn}, {"position": "last", "output": None}]
 
     def _weights(self) -> Candidates | str:
-        """The candidates that `schemes` and `bits` name; a spec string if there is only one."""
+        """Return the candidates that `schemes` and `bits` name; a spec string if there is only one."""
         bits = widths("bits", self.bits or BITS[self.kind])
         if self.kind == "qpl":
             ends("bits", self.bits or BITS[self.kind])
@@ -168,13 +168,13 @@ class SearchConfig:
             else:
                 specs += [spec for n in bits if (spec := weight_spec(word, n)) is not None]
         if not specs:
-            raise ConfigError(f"none of {self.schemes} has {self.bits} bits; see: torchquant schemes")
+            raise ConfigError(f"none of the schemes {self.schemes} has a width in {self.bits}; see: torchquant schemes")
         space = Candidates(tuple(dict.fromkeys(specs)), bits[0], bits[-1], "weight", self.form)
         options = space.options()
         return space if len(options) > 1 else options[0]
 
     def space(self, net: Any, example_inputs: Any) -> QuantPlan:
-        """The plan with candidates. Raises ConfigError, also where there is nothing to choose."""
+        """Return the plan with candidates. Raises ConfigError, also where there is nothing to choose."""
         plan = QuantPlan.from_rules(self.candidate_rules(), net, example_inputs)
         if not searched_slots(plan):
             raise ConfigError("the rules leave nothing to choose: give a slot a list of specs, or a spec with {n}")
@@ -182,7 +182,7 @@ class SearchConfig:
 
 
 def split_specs(text: str) -> list[str]:
-    """Specs with commas between them; a comma inside a spec stays.
+    """Split specs that are separated by commas; a comma inside a spec stays.
 
     >>> split_specs("affine:8,observer=mse, lsq:4")
     ['affine:8,observer=mse', 'lsq:4']
@@ -201,7 +201,7 @@ def split_specs(text: str) -> list[str]:
 
 
 def widths(name: str, text: str) -> list[int]:
-    """Whole numbers with commas, or two ends with a hyphen. Raises ConfigError.
+    """Parse whole numbers separated by commas, or a range with a hyphen. Raises ConfigError.
 
     >>> widths("bits", "2-4"), widths("bits", "2,8")
     ([2, 3, 4], [2, 8])
@@ -218,8 +218,8 @@ def widths(name: str, text: str) -> list[int]:
 
 
 def ends(name: str, text: str) -> tuple[int, int]:
-    """First and last of `widths`, none of them missing between. Raises ConfigError."""
+    """Return the first and the last of `widths`, which must not have gaps. Raises ConfigError."""
     numbers = widths(name, text)
     if numbers != list(range(numbers[0], numbers[-1] + 1)):
-        raise ConfigError(f"{name}: widths are learned within two ends, such as '2-8'; got {text!r}")
+        raise ConfigError(f"{name} must be a range of widths without gaps, such as '2-8'; got {text!r}")
     return numbers[0], numbers[-1]

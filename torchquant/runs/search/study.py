@@ -1,4 +1,4 @@
-"""Many searches with other settings, proposed by Optuna and kept in a storage that several machines can join."""
+"""Run many searches with settings that Optuna proposes, in a storage that several machines can join."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "qss": {"arch_rate": (5e-3, 3e-1), "temperature": (1.0, 10.0), "penalty": (0.1, 30.0)},
     "qpl": {"arch_rate": (3e-3, 3e-1), "penalty": (0.1, 30.0)},
 }
-"""The settings in which trials differ: name -> least and most value, on a logarithmic scale."""
+"""Settings in which trials differ: name -> smallest and largest value, on a logarithmic scale."""
 
 
 PATIENCE = 100
-"""Tenths of a second that the settings of a study may take to be written."""
+"""How many tenths of a second to wait until the settings of a study are written."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One search of a study. `accuracy` on the test images, 0..1; `costs` of its plan."""
+    """One search of a study. `accuracy`: on the test images, 0..1; `costs`: the costs of its plan."""
 
     number: int
     settings: dict[str, float]
@@ -44,23 +44,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """The finished trials, by falling accuracy."""
+    """The finished trials of a study, sorted by falling accuracy."""
 
     trials: tuple[Trial, ...]
 
     @property
     def best(self) -> Trial:
-        """The first of them."""
+        """The trial with the highest accuracy."""
         return self.trials[0]
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
-        """Header, rows and a note, to show."""
+        """Return header, rows and a note of a table."""
         names = list(self.best.settings)
         rows = [
             [str(t.number), f"{t.accuracy:.2%}", amount(t.costs["bytes"]), *(f"{t.settings[n]:.3g}" for n in names)]
             for t in self.trials
         ]
-        return ["trial", "accuracy", "bytes", *names], rows, "chosen by the test images: the best one flatters itself"
+        return ["trial", "accuracy", "bytes", *names], rows, "trials are chosen on the test images"
 
 
 def run_study(
@@ -71,17 +71,17 @@ def run_study(
     name: str = "search",
     show: NullProgress | None = None,
 ) -> StudyResult:
-    """Searches that differ in what `SPACES` names, each in `out/trial-N`, until the study has `trials` finished ones.
+    """Run searches that differ in the settings of `SPACES`, in `out/trial-N`, until `trials` of them are finished.
 
     `storage`: a URL such as "sqlite:///study.db" or "mysql://...", or a journal file "study.log", which also works on a
-    shared file system; None: `out/study.db`. Whoever names the same storage and study works on it too. A trial that was
-    stopped goes on where it was, in the same folder. The float network is trained once. `out/study.json` has the
-    finished trials. The accuracy is that on the test images, so the best one is chosen by them. Needs the extra
+    shared file system; None: `out/study.db`. Every process that names the same storage and study joins it. A trial that
+    was stopped resumes where it was, in the same folder. The float network is trained once. `out/study.json` has the
+    finished trials. Accuracy is measured on the test images, so the best trial is chosen by them. Needs the extra
     `search`. Raises ConfigError, MissingDependencyError.
     """
     if config.kind not in SPACES:
         raise ConfigError(
-            f"a study is of {' or '.join(SPACES)}, got {config.kind!r}; allocate learns nothing by chance"
+            f"a study needs the kind {' or '.join(SPACES)}, got {config.kind!r}; an allocation is deterministic"
         )
     if trials < 1:
         raise ConfigError(f"trials must be at least 1, got {trials}")
@@ -119,7 +119,7 @@ def _claim(settings: dict[str, Any], folder: Path, shown: NullProgress) -> None:
 
 
 def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: NullProgress) -> None:
-    """One trial, unless another process is at it, or it was stopped before its settings were known."""
+    """Run one trial, unless another process runs it, or it was stopped before its settings were known."""
     own = output_folder(folder / f"trial-{trial.number}")
     with hold(folder / f".trial-{trial.number}.lock") as other:
         finished = {t.number for t in _finished(study)}
@@ -146,7 +146,7 @@ def _finished(study: Any) -> list[Trial]:
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Optuna says nothing of its own."""
+    """Silence the messages of Optuna."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -159,14 +159,14 @@ def _quiet(optuna: Any) -> Iterator[None]:
 
 @contextmanager
 def _opened(optuna: Any, storage: str | None, folder: Path) -> Iterator[Any]:
-    """The storage behind a URL or a file. Raises ConfigError."""
+    """Open the storage behind a URL or a file. Raises ConfigError."""
     place = f"sqlite:///{(folder / 'study.db').resolve()}" if storage is None else storage
     try:
         if "://" in place:
             opened = optuna.storages.RDBStorage(place)
         else:
             opened = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(place))
-    except Exception as error:  # drivers of databases fail in many ways
+    except Exception as error:  # database drivers raise many kinds of errors
         raise ConfigError(
             f"the storage {place!r} cannot be opened ({str(error).splitlines()[0]}); give a URL such as "
             "sqlite:///study.db, or a journal file such as study.log"

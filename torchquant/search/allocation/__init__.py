@@ -1,1 +1,1 @@
-"""Sensitivity, and the assignment of options within budgets."""
+"""Measure sensitivity, and assign options within budgets."""

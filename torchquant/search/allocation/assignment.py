@@ -1,4 +1,4 @@
-"""Mixed precision by sensitivity: for each point the option that harms least in sum, within budgets."""
+"""Allocate mixed precision by sensitivity: the options with the smallest total degradation within budgets."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from torchquant.search.cost import CostModel, LatencyTable, SearchPoint, Variabl
 
 SOLVERS = {
     "ilp": "integer linear programming, exact; needs scipy",
-    "dp": "dynamic programming, exact; for costs that are sums over places",
-    "greedy": "from the best option everywhere, the step that harms least for what it saves",
+    "dp": "dynamic programming, exact; for costs that are sums over search points",
+    "greedy": "from the best option everywhere, repeats the step with the least degradation for its saving",
 }
 Degradations = Sensitivity | Mapping[SearchPoint, Sequence[float]]
-"""What `sensitivity` measured, or point -> a number for each option: larger is worse."""
+"""A result of `sensitivity`, or point -> a number for each option: larger is worse."""
 
 
 @dataclass(frozen=True)
 class Allocation(ShownAsTables):
-    """A choice for every point, within the budgets. Prints as a table.
+    """A choice for every search point, within the budgets. Prints as a table.
 
     `plan`: with spec strings, ready for `apply`, `save` and `quantize`. `choice`: point -> index of its option.
     `totals`: every measure of `MEASURES`. `predicted`: the sum of the degradations.
@@ -51,7 +51,7 @@ class Allocation(ShownAsTables):
     harms = renamed_attribute("harms", "degradations")
 
     def table(self) -> str:
-        """Every point with its option and degradation, then what it costs beside the budgets."""
+        """Show every point with its option and degradation, then the costs beside the budgets."""
         rows = [[*point, spec, f"{self.degradations[point]:.4g}"] for point, spec in self.specs.items()]
         rows.append(["(all)", "", "", f"{self.predicted:.4g}"])
         limits = {budget.measure: f"{budget.limit:g}" for budget in self.budgets}
@@ -75,14 +75,14 @@ def allocate(
     min_bits: int = 2,
     max_bits: int = 8,
 ) -> Allocation:
-    """The options whose degradations have the least sum, among those that keep every budget.
+    """Choose the options with the smallest sum of degradations that keep every budget.
 
-    `rules`: as `search_rules` reads them, or a plan with `Candidates`. `budget`: "bytes<=40kB", or several of
-    `MEASURES`, "bytes<=40kB,bitops<=2G"; "latency" needs the table that `measure_latency` makes. `solver` (`SOLVERS`):
+    `rules`: as `search_rules` reads them, or a plan with `Candidates`. `budget`: "bytes<=40kB", or several,
+    "bytes<=40kB,bitops<=2G" (`MEASURES`); "latency" needs the table of `measure_latency`. `solver` (`SOLVERS`):
     "ilp" and "dp" are exact, "greedy" is not. HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680) allocates by "ilp".
 
-    The budgets hold exactly: `CostModel.excess` is 0. That the degradations of single points add up is an assumption;
-    measure what comes out. Raises ConfigError, with the least that can be had where a budget cannot be kept.
+    The budgets hold exactly: `CostModel.excess` is 0. The sum assumes that the degradations of single points add up;
+    measure the resulting plan. Raises ConfigError, with the smallest possible value where a budget cannot be kept.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -97,7 +97,7 @@ def allocate(
 
 
 class Allocator:
-    """Costs and degradations of one model, to be solved for one budget after another. Raises ConfigError.
+    """The costs and degradations of one model, to solve for one budget after another. Raises ConfigError.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8))
@@ -121,20 +121,20 @@ class Allocator:
         self.degradations = [_checked_degradations(variable, sensitivity) for variable in self.costs.variables]
 
     def best(self) -> dict[SearchPoint, int]:
-        """The least harmful option everywhere; of equal ones that with fewest bits."""
+        """Return the option with the least degradation everywhere; among equal ones, that with the fewest bits."""
         return {
             v.point: min(range(len(degradations)), key=lambda o: (degradations[o], v.bits[o]))
             for v, degradations in zip(self.costs.variables, self.degradations, strict=True)
         }
 
     def solve(self, budgets: Sequence[Budget], solver: str = "ilp") -> Allocation:
-        """The allocation for these budgets. Raises ConfigError."""
+        """Solve the allocation for these budgets. Raises ConfigError."""
         if solver not in SOLVERS:
             raise ConfigError(
                 f"solver must be one of {', '.join(SOLVERS)}, got '{solver}'.{did_you_mean(solver, SOLVERS)}"
             )
         if not budgets:
-            raise ConfigError("allocation needs a budget, such as 'bytes<=40kB'")
+            raise ConfigError("an allocation needs at least one budget, such as 'bytes<=40kB'")
         self.costs.check_feasible(budgets)
 
         def keeps(picks: Sequence[int]) -> bool:
@@ -145,8 +145,8 @@ class Allocator:
             picks = solve(plain_problem(self.costs, budgets, self.degradations), keeps)
         except NoChoiceError:
             least = {b.measure: self.costs.totals(self.costs.cheapest(b.measure))[b.measure] for b in budgets}
-            words = ", ".join(f"{b} (least {least[b.measure]:.10g})" for b in budgets)
-            hint = " Take solver='ilp'" if solver == "greedy" else ""
+            words = ", ".join(f"{b} (smallest {least[b.measure]:.10g})" for b in budgets)
+            hint = " Use solver='ilp'" if solver == "greedy" else ""
             raise ConfigError(f"{solver} finds no choice that keeps all budgets together: {words}.{hint}") from None
         return self.allocation(self._choice(picks), budgets, solver)
 
@@ -154,7 +154,7 @@ class Allocator:
         return dict(zip(self.costs.points, picks, strict=True))
 
     def allocation(self, choice: Mapping[SearchPoint, int], budgets: Sequence[Budget], solver: str) -> Allocation:
-        """The allocation that a choice stands for: its plan, specs, degradations and costs."""
+        """Make the allocation of a choice: its plan, specs, degradations and costs."""
         variables = self.costs.variables
         degradations = {v.point: h[choice[v.point]] for v, h in zip(variables, self.degradations, strict=True)}
         return Allocation(
@@ -170,17 +170,17 @@ class Allocator:
 
 
 def _checked_degradations(variable: Variable, given: Degradations) -> tuple[float, ...]:
-    """The degradations of one point. Raises ConfigError if they are of something else."""
+    """Return the degradations of one point. Raises ConfigError if they were measured for other options."""
     degradations = given.degradations if isinstance(given, Sensitivity) else given
     site, name = variable.point
     if variable.point not in degradations:
         raise ConfigError(f"the sensitivity has no entry for '{site}', {name}; it was measured for other rules")
     found = tuple(map(float, degradations[variable.point]))
     if len(found) != len(variable.options):
-        raise ConfigError(f"'{site}', {name} has {len(variable.options)} options, the sensitivity {len(found)}")
+        raise ConfigError(f"'{site}', {name} has {len(variable.options)} options, the sensitivity {len(found)} numbers")
     if isinstance(given, Sensitivity) and given.options[variable.point] != variable.options:
         raise ConfigError(
-            f"'{site}', {name} has the options {', '.join(variable.options)}, the sensitivity was measured for "
+            f"'{site}', {name} has the options {', '.join(variable.options)}, but the sensitivity was measured for "
             f"{', '.join(given.options[variable.point])}"
         )
     if not all(abs(degradation) < float("inf") for degradation in found):
@@ -189,7 +189,7 @@ def _checked_degradations(variable: Variable, given: Degradations) -> tuple[floa
 
 
 def plain_problem(costs: CostModel, budgets: Sequence[Budget], degradations: Sequence[Sequence[float]]) -> Problem:
-    """The problem in plain numbers: one constraint a budget, in whole bits, bytes and bit operations."""
+    """Make the problem in plain numbers: one constraint per budget, in whole bits, bytes and bit operations."""
     rows, limits, products = [], [], []
     indices = {point: index for index, point in enumerate(costs.points)}
     for row, budget in enumerate(budgets):
@@ -214,7 +214,7 @@ def _bits(variable: Variable) -> tuple[float, ...]:
 
 
 def _numbers(variable: Variable, measure: str) -> tuple[float, ...]:
-    """What each option adds to a measure that is a sum over points; 0 for bit operations."""
+    """Return what each option adds to a measure that is a sum over points; 0 for bit operations."""
     counted = variable.is_weight != (measure in ("act_bytes", "act_bits"))
     if not counted or measure == "bitops":
         return (0.0,) * len(variable.options)

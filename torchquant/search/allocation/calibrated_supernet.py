@@ -1,4 +1,4 @@
-"""A model whose searched points are free: each can be left as it is, or hold one of its options; for measuring."""
+"""A calibrated model to measure on: each search point is either float or holds one of its options."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from torchquant.utils import qmodules
 Loss = Callable[[Any, Any], Tensor]
 """(output of the model, targets) -> mean loss of the batch, a scalar."""
 Batch = tuple[Any, Any]
-"""(inputs, targets); the inputs a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
+"""(inputs, targets); the inputs are a tensor, a tuple of arguments, or a dictionary of keyword arguments."""
 
 
 def searched_plan(
     net: nn.Module, rules: Rules | QuantPlan, example_inputs: Any, min_bits: int = 2, max_bits: int = 8
 ) -> QuantPlan:
-    """The plan with candidates that rules make, as `search_rules` reads them; a plan stays as it is.
+    """Make the plan with candidates from rules, as `search_rules` reads them; return a plan unchanged.
 
     Raises ConfigError if it leaves nothing to choose.
     """
@@ -46,25 +46,25 @@ def searched_plan(
 
 
 def checked_batches(batches: Iterable[Any]) -> list[Batch]:
-    """All batches, kept; raises ConfigError for none, or for one that is not a pair."""
+    """Return all batches as a list. Raises ConfigError for none, or for a batch that is not a pair."""
     found = list(batches)
     if not found:
         raise ConfigError("sensitivity needs at least one batch, got none")
     found = [pair_of(batch, i) for i, batch in enumerate(found)]
     for i, batch in enumerate(found):
         if batch_size(batch) == 0:
-            raise ConfigError(f"batch {i} has no sample")
+            raise ConfigError(f"batch {i} has no sample; give batches with at least one")
     return found
 
 
 def batch_size(batch: Any) -> int:
-    """Samples of a batch: the first axis of the first tensor among the inputs."""
+    """Return the number of samples: the first axis of the first tensor among the inputs."""
     first = next(iter(tensors_in(batch[0])), None)
     return len(first) if first is not None and first.ndim else 0
 
 
 def samples_of(batch: Batch) -> Iterator[Batch]:
-    """The batch in batches of one sample; what has not as many entries as the batch stays whole."""
+    """Yield the batch as batches of one sample; a tensor of another length than the batch stays whole."""
     size = batch_size(batch)
 
     def cut(value: Any, i: int) -> Any:
@@ -79,7 +79,7 @@ def samples_of(batch: Batch) -> Iterator[Batch]:
 
 
 def scalar_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
-    """The loss, which must be one finite number. Raises ConfigError, NonFiniteError."""
+    """Compute the loss, which must be one finite number. Raises ConfigError, NonFiniteError."""
     found = one_number(loss(output, targets), "the loss")
     if not bool(found.detach().isfinite()):
         raise NonFiniteError(f"the loss is {float(found)}; sensitivity needs a model and data that give finite numbers")
@@ -89,7 +89,7 @@ def scalar_loss(loss: Loss, output: Any, targets: Any) -> Tensor:
 class CalibratedSupernet:
     """A copy of the float model under a plan, in eval mode, with its ranges measured on the batches.
 
-    Every searched point is left as it is until `using` gives it an option. Raises what `build_supernet` raises.
+    Every search point is float until `using` gives it an option. Raises the errors of `build_supernet`.
     """
 
     def __init__(self, net: nn.Module, plan: QuantPlan, batches: list[Batch]) -> None:
@@ -106,22 +106,22 @@ class CalibratedSupernet:
         calibrate(self.model, batches, with_targets=True, show_progress=False)
 
     def all_mixtures(self) -> Iterator[MixtureQuantizer]:
-        """All mixtures of the model, point by point."""
+        """Yield all mixtures of the model, point by point."""
         for mixtures in self.mixtures.values():
             yield from mixtures
 
     def options(self, point: SearchPoint) -> list[str]:
-        """Spec strings of a point."""
+        """Return the spec strings of a search point."""
         return self.spaces[point].options(point[1])
 
     def owners(self, point: SearchPoint) -> list[QModule]:
-        """The modules that the quantizers of a point sit in."""
+        """Return the modules that hold the quantizers of a search point."""
         own = {id(mixture) for mixture in self.mixtures[point]}
         return [m for _, m in qmodules(self.model) if any(id(q) in own for q in m.quantizers().values())]
 
     @contextmanager
     def using(self, point: SearchPoint, option: int) -> Iterator[None]:
-        """One point with one option, as long as the context lasts."""
+        """Quantize one search point with one option while the context lasts."""
         try:
             for mixture in self.mixtures[point]:
                 mixture.forced = option
@@ -132,12 +132,12 @@ class CalibratedSupernet:
 
     @torch.no_grad()
     def outputs(self) -> Iterator[Any]:
-        """The outputs of the model in its current setting, batch by batch."""
+        """Yield the outputs of the model with its current options, batch by batch."""
         for inputs, _ in self.batches:
             yield call_with(self.model, inputs, "a batch")
 
     def mean_loss(self, loss: Loss, outputs: Iterable[Any]) -> float:
-        """The mean over all samples."""
+        """Compute the mean loss over all samples."""
         total = 0.0
         for batch, output in zip(self.batches, outputs, strict=True):
             total += batch_size(batch) * float(scalar_loss(loss, output, batch[1]))
@@ -145,8 +145,8 @@ class CalibratedSupernet:
 
 
 def first_real(output: Any) -> Tensor:
-    """The first tensor of real numbers in what a model gives. Raises ConfigError if there is none."""
+    """Return the first tensor of real numbers in a model output. Raises ConfigError if there is none."""
     for tensor in tensors_in(output):
         if is_real(tensor):
             return tensor
-    raise ConfigError(f"the model gives {type(output).__name__} without a tensor of real numbers")
+    raise ConfigError(f"the model must return a tensor of real numbers, got {type(output).__name__} without one")

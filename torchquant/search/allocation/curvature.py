@@ -1,4 +1,4 @@
-"""Degradation by the curvature of the loss: HAWQ-V2's Hessian trace, the diagonal of the empirical Fisher matrix."""
+"""Estimate degradation by the curvature of the loss: Hessian trace (HAWQ-V2), diagonal of the empirical Fisher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torchquant.search.learning.mixture import MixtureQuantizer
 from torchquant.utils import qmodule_state
 
 STORED = ("weight", "bias")
-"""Fields that are the same for every sample."""
+"""Slots that are the same for every sample."""
 
 
 @checked
@@ -40,11 +40,12 @@ def hessian_trace(
     patience: int = 5,
     generator: torch.Generator | None = None,
 ) -> float:
-    """The trace of the Hessian of `loss_fn()` for one tensor, by Hutchinson: the mean of `z^T H z`, z in {-1, 1}.
+    """Estimate the trace of the Hessian of `loss_fn()` for one tensor by Hutchinson: mean of `z^T H z`, z in {-1, 1}.
 
     HAWQ-V2 (Dong et al. 2020, arXiv:1911.03852). `parameter`: any shape, requires a gradient, and `loss_fn` computes
-    the scalar loss from it; it is called once. It takes `draws` at most, and stops when the mean has changed by no more
-    than `tolerance` of itself in `patience` draws in a row. Exact for a diagonal Hessian; 0 where the loss is linear.
+    the scalar loss from it; it is called once. At most `draws` vectors are drawn, fewer when the mean has changed by
+    less than `tolerance` of itself in `patience` draws in a row. Exact for a diagonal Hessian; 0 where the loss is
+    linear.
     `generator`: on the CPU; without one, a new one with seed 0. Raises ConfigError.
 
     >>> w = torch.ones(3, requires_grad=True)
@@ -80,9 +81,9 @@ def hessian_trace(
 
 
 class _ErrorProbes:
-    """Zeros added behind mixtures that let everything pass: their gradient is that of an error made there.
+    """Add zeros to the outputs of mixtures that quantize nothing; the gradient of a zero is that of an error there.
 
-    A weight has one tensor of zeros however often it is used; an activation has one a call. `seen`: what came, and
+    A weight has one tensor of zeros however often it is used; an activation has one per call. `seen`: the values and
     the zeros, by mixture.
     """
 
@@ -109,7 +110,7 @@ class _ErrorProbes:
 def _squared_errors(
     probe: CalibratedSupernet, point: SearchPoint, mixture: MixtureQuantizer, x: Tensor
 ) -> Iterator[Tensor]:
-    """`(Q(x) - x)**2` for each option of a point."""
+    """Yield `(Q(x) - x)**2` for each option of a search point."""
     for option in range(len(probe.options(point))):
         with torch.no_grad(), probe.using(point, option):
             yield (mixture(x) - x).square()
@@ -118,7 +119,7 @@ def _squared_errors(
 def hessian_degradations(
     probe: CalibratedSupernet, point: SearchPoint, loss: Loss, draws: int, seed: int
 ) -> list[float]:
-    """`Tr(H) / n * ||Q(W) - W||**2` of each option of a weight, summed over the weights of the point.
+    """Compute `Tr(H) / n * ||Q(W) - W||**2` of each option, summed over the weights of the search point.
 
     The curvature is that of the float model's loss on the batches, for the weight as its quantizer sees it.
     """
@@ -142,8 +143,8 @@ def hessian_degradations(
         trace /= sum(map(batch_size, probe.batches))
         if trace < 0.0:
             warnings.warn(
-                f"the Hessian of '{point[0]}' has the trace {trace:.3g}, below 0: the model is not at a minimum there, "
-                "and its degradation counts as 0. More batches or draws, or the method 'mse', tell more",
+                f"the Hessian of '{point[0]}' has the trace {trace:.3g}, below 0: the model is not at a minimum, "
+                "so the degradation counts as 0. Use more batches or draws, or the method 'mse'",
                 stacklevel=4,
             )
         for option, squared in enumerate(_squared_errors(probe, point, mixture, weight)):
@@ -153,7 +154,7 @@ def hessian_degradations(
 
 @contextmanager
 def _float_but(probe: CalibratedSupernet, point: SearchPoint) -> Iterator[None]:
-    """Nothing is quantized; the weight of the point passes its mixture, which leaves it as it is."""
+    """Quantize nothing; the weight of the search point passes through its mixture unchanged."""
     with qmodule_state(probe.model, QModuleState.BYPASSED), ExitStack() as stack:
         for module in probe.owners(point):
             stack.enter_context(qmodule_state(module, QModuleState.QUANT_EVAL_WEIGHT_ONLY))
@@ -162,7 +163,7 @@ def _float_but(probe: CalibratedSupernet, point: SearchPoint) -> Iterator[None]:
 
 @contextmanager
 def _twice_differentiable() -> Iterator[None]:
-    """Without the fused kernels that have no second derivative."""
+    """Switch off the fused kernels that have no second derivative."""
     flags = torch.backends.cudnn.flags(enabled=False)
     with sdpa_kernel(SDPBackend.MATH), flags, torch.enable_grad():
         yield
@@ -171,10 +172,10 @@ def _twice_differentiable() -> Iterator[None]:
 def fisher_degradations(
     probe: CalibratedSupernet, points: Sequence[SearchPoint], loss: Loss
 ) -> dict[SearchPoint, list[float]]:
-    """`1/2 sum g**2 (Q(x) - x)**2` of each option of each point; g: the gradient of one sample's loss, mean of squares.
+    """Compute `1/2 sum g**2 (Q(x) - x)**2` of each option; g**2: mean squared gradient of the loss of one sample.
 
-    One backward pass a sample, for all points together; the rest of the plan quantizes, its gradients pass straight
-    through. Weights: the sum over the samples of g**2 is kept, one tensor of the weight's shape.
+    One backward pass per sample serves all points; the rest of the plan quantizes with straight-through gradients. For
+    weights, the sum of g**2 over the samples is kept, one tensor of the weight's shape.
     """
     degradations = {point: [0.0] * len(probe.options(point)) for point in points}
     stored = [point for point in points if point[1] in STORED]

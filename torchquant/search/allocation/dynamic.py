@@ -1,4 +1,4 @@
-"""The allocation problem by dynamic programming: exact where every cost is a sum over points, without scipy."""
+"""Solve the allocation problem by dynamic programming: exact where every cost is a sum over points, without scipy."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def solve_dp(problem: Problem, keeps: Keeps | None = None, max_states: int = MAX_STATES) -> list[int]:
-    """The least harmful picks by dynamic programming over the points; exact, for any number of constraints.
+    """Find the picks of least degradation by dynamic programming over the points; exact, for any number of constraints.
 
-    After each point a state is what has been spent and the degradation so far. A state goes if another is no worse in
-    all of these, if the rest cannot be had within a limit, or if its Lagrangian bound is above a known choice.
-    `keeps`: as in `solve_ilp`. Raises ConfigError for costs with products of two points, for limits that nothing keeps,
-    and for more than `max_states` states: several constraints on many points.
+    After each point a state is the cost so far and the degradation so far. A state is dropped if another is no worse in
+    all of these, if the rest does not fit within a limit, or if its Lagrangian bound is above a known choice. `keeps`:
+    as in `solve_ilp`. Raises ConfigError for costs with products of two points, for limits that no choice keeps, and
+    for more than `max_states` states: several constraints on many points.
 
     >>> solve_dp(Problem([[0.9, 0.1], [0.2, 0.0]], [[[2, 8], [2, 8]]], [10]))
     [1, 0]
@@ -31,8 +31,8 @@ def solve_dp(problem: Problem, keeps: Keeps | None = None, max_states: int = MAX
     problem = problem.separated()
     if problem.products:
         raise ConfigError(
-            "dynamic programming is for costs that add up; bit operations of searched weights and searched activations "
-            "do not. Take solver='ilp'"
+            "dynamic programming needs costs that are sums over search points; bit operations of searched weights and "
+            "searched activations are products. Use solver='ilp'"
         )
     search = _Search(problem, max_states)
     for picks in search.finished():
@@ -62,7 +62,7 @@ class _Search:
         self.rest_bound = [sum(reduced[point + 1 :]) - float(self.prices @ self.limits) for point in range(n_points)]
 
     def finished(self) -> Iterator[list[int]]:
-        """Picks of the states that are left at the end, the least harmful first."""
+        """Yield the picks of the remaining states, by rising degradation."""
         degradation, spent = np.zeros(1), np.zeros((len(self.limits), 1))
         steps: list[tuple[Array, Array]] = []
         for point in range(len(self.degradations)):
@@ -76,7 +76,7 @@ class _Search:
             kept = np.flatnonzero(inside)
             kept = kept[_undominated(degradation[kept], spent[:, kept])]
             if len(kept) > self.max_states:
-                raise ConfigError(f"dynamic programming needs more than {self.max_states} states; take solver='ilp'")
+                raise ConfigError(f"dynamic programming needs more than {self.max_states} states; use solver='ilp'")
             degradation, spent = degradation[kept], spent[:, kept]
             steps.append((parents[kept], options[kept]))
         for state in np.argsort(degradation, kind="stable"):
@@ -91,7 +91,7 @@ class _Search:
         return picks[::-1]
 
     def _prices(self) -> tuple[Array, float]:
-        """Prices of the constraints that make the Lagrangian bound high; degradation of a choice within the limits.
+        """Find prices with a high Lagrangian bound, and the degradation of a choice within the limits.
 
         Each price in turn is set by bisection to where its constraint holds. Any prices give a valid bound.
         """
@@ -121,7 +121,7 @@ class _Search:
         return sum((c[:, pick] for c, pick in zip(self.costs, picks, strict=True)), np.zeros(len(self.limits)))
 
     def _try(self, prices: Array) -> float:
-        """Degradation of the choice that the prices make, improved where there is room; inf beyond the limits."""
+        """Compute the degradation of the choice under these prices, improved within the slack; inf over the limits."""
         picks = self._cheapest(prices)
         spent = self._spent(picks)
         if (spent > self.tight).any():
@@ -142,7 +142,7 @@ class _Search:
 
 
 def _undominated(degradation: Array, spent: Array) -> Array:
-    """Indices of states that no other is as good as in everything; the first of equal ones."""
+    """Return the indices of the states that no other state dominates; the first of equal ones."""
     order = np.lexsort((*spent[::-1], degradation))
     if len(spent) == 0 or len(order) == 0:
         return order[:1]
@@ -161,6 +161,6 @@ def _undominated(degradation: Array, spent: Array) -> Array:
         beaten[kept.shape[1] :] &= own[:, None] < own[None, :]
         alive = block[~beaten.any(0)]
         found.append(alive)
-        if kept.shape[1] < 4 * BLOCK:  # beyond, some dominated states stay: slower, not wrong
+        if kept.shape[1] < 4 * BLOCK:  # beyond this size some dominated states stay: slower, not wrong
             kept = np.concatenate([kept, spent[:, alive]], axis=1)
     return np.concatenate(found)

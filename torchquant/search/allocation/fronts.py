@@ -1,4 +1,4 @@
-"""The front of cost against degradation: what each byte, or bit operation, buys."""
+"""Compute the Pareto front of cost against degradation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FORMATS = ("png", "svg")
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One allocation of the front; `measured` is what `evaluate` gave for its plan, None without."""
+    """One allocation of the front; `measured` is the result of `evaluate` for its plan, None without it."""
 
     cost: float
     predicted: float
@@ -64,7 +64,7 @@ class Pareto(ShownAsTables):
     harm = renamed_attribute("harm", "degradation")
 
     def table(self) -> str:
-        """One line a point."""
+        """Show one line per point of the front."""
         header = [self.measure, "predicted degradation", self.evaluated]
         rows = [
             [f"{p.cost:g}", f"{p.predicted:.4g}", "-" if p.measured is None else f"{p.measured:.4g}"]
@@ -76,7 +76,7 @@ class Pareto(ShownAsTables):
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: of each point cost, degradation, what was measured, every total, and the choice."""
+        """Return plain data: cost, degradation, measured value, all totals and the choice of each point."""
         points = [
             {
                 "cost": point.cost,
@@ -92,16 +92,16 @@ class Pareto(ShownAsTables):
         return {"measure": self.measure, "harm": self.degradation, "evaluated": self.evaluated, "points": points}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as JSON."""
+        """Write the front as JSON."""
         return write_json(Path(path), self.to_dict())
 
     def figure(self, file_format: str = "png") -> bytes:
-        """The front as a picture, "png" or "svg": degradation over cost, and on the right what was measured.
+        """Draw the front as "png" or "svg": degradation over cost, and measured values on the right axis.
 
         Needs matplotlib. Raises ConfigError.
         """
         if file_format not in FORMATS:
-            raise ConfigError(f"a figure is {' or '.join(FORMATS)}, got '{file_format}'")
+            raise ConfigError(f"the file format of a figure must be {' or '.join(FORMATS)}, got '{file_format}'")
         matplotlib = require("matplotlib", "report")
         figure = new_figure(6.4, 4.0, layout="constrained")
         axes = figure.add_subplot()
@@ -140,11 +140,11 @@ def pareto(
     min_bits: int = 2,
     max_bits: int = 8,
 ) -> Pareto:
-    """Allocations for `points` budgets of one measure, from the least possible to what the least degradation costs.
+    """Allocate for `points` budgets of one measure, from the smallest possible to the cost of the least degradation.
 
-    What another point beats in cost and degradation is left out, so fewer may come out. `evaluate(plan)`: loss or
-    accuracy of the model under a plan, measured for every point; `evaluated` names it, with its unit. The rest is
-    as in `allocate`. Raises ConfigError.
+    Points that another point beats in both cost and degradation are left out, so fewer may remain. `evaluate(plan)`:
+    loss or accuracy of the model under a plan, measured for every point; `evaluated` is its name with the unit. The
+    other arguments are as in `allocate`. Raises ConfigError.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -157,18 +157,18 @@ def pareto(
     if measure not in MEASURES:
         raise ConfigError(f"measure must be one of {', '.join(MEASURES)}, got '{measure}'")
     if points < 2:
-        raise ConfigError(f"a front needs points >= 2, got {points}")
+        raise ConfigError(f"points must be at least 2, got {points}")
     allocator = Allocator(net, rules, example_inputs, sensitivity, latency, min_bits, max_bits)
     costs = allocator.costs
     least, most = (costs.totals(choice)[measure] for choice in (costs.cheapest(measure), allocator.best()))
     if least <= 0.0:
-        raise ConfigError(f"'{measure}' is 0 for some choice, or always; a front is of a measure above 0")
+        raise ConfigError(f"'{measure}' is 0 for some choice; a front needs a measure that is always above 0")
     limits = [least + (most - least) * i / (points - 1) for i in range(points - 1)]
     found = [allocator.solve([Budget(measure, limit)], solver) for limit in [*limits, most]]
     front: list[ParetoPoint] = []
     for allocation in sorted(found, key=lambda a: (a.totals[measure], a.predicted)):
         if not front or allocation.predicted < front[-1].predicted:
-            measured = None if evaluate is None else number(evaluate(allocation.plan), "what evaluate gives")
+            measured = None if evaluate is None else number(evaluate(allocation.plan), "the result of evaluate")
             front.append(ParetoPoint(allocation.totals[measure], allocation.predicted, allocation, measured))
     label = DEGRADATION_LABELS[sensitivity.method] if isinstance(sensitivity, Sensitivity) else "predicted degradation"
     return Pareto(measure, tuple(front), label, evaluated)

@@ -1,4 +1,4 @@
-"""Seconds of each layer with each option, from measurements of the whole model."""
+"""Measure the latency of each layer with each option, by timing the whole model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from torchquant.search.space import searched_slots
 def measure_latency(
     net: nn.Module, plan: Rules | QuantPlan, time_plan: Callable[[QuantPlan], float]
 ) -> dict[tuple[str, str], float]:
-    """The table that a budget of latency needs: (site path, weight spec) -> seconds.
+    """Make the table that a budget of latency needs: (site path, weight spec) -> seconds.
 
-    `plan`: with `Candidates`, or rules. `time_plan(plan)`: seconds of the whole model under a plan without candidates,
-    measured where the model is to run. It is called once with the option of fewest bits everywhere, then once for
-    each other option of each weight, the rest as before. An entry is an equal share of the first time, plus what the
-    option adds to it: the sum of a choice is then what its differences add up to. That they add up is an assumption,
-    and an entry can be below 0. Raises ConfigError.
+    `plan`: a plan with `Candidates`, or rules. `time_plan(plan)`: seconds of the whole model under a plan without
+    candidates, measured on the target device. It is called once with the option of fewest bits everywhere, then once
+    for each other option of each weight, with the other weights unchanged. An entry is an equal share of the first
+    time, plus the time that the option adds. This assumes that the differences add up, and an entry can be below 0.
+    Raises ConfigError.
 
     >>> from torchquant.search import search_rules
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -49,7 +49,7 @@ def measure_latency(
     base = {point: specs[bits[point].index(min(bits[point]))] for point, specs in options.items()}
     weights = [point for point in options if point[1] == "weight"]
     if not weights:
-        raise ConfigError("a latency table is of weights, and the plan has no candidates for any")
+        raise ConfigError("a latency table needs candidates for weights, but the plan has candidates for none")
     first = _seconds(time_plan, searched, base)
     table = {}
     for point in weights:
@@ -64,9 +64,9 @@ def _seconds(time_plan: Callable[[QuantPlan], float], plan: QuantPlan, chosen: M
     for (path, slot), spec in chosen.items():
         fields.setdefault(path, {})[slot] = spec
     sites = tuple(replace(site, **fields.get(site.path, {})) for site in plan.sites)  # type: ignore[arg-type]
-    found = number(time_plan(replace(plan, sites=sites)), "what time_plan gives")
+    found = number(time_plan(replace(plan, sites=sites)), "the result of time_plan")
     if not (math.isfinite(found) and found > 0.0):
-        raise ConfigError(f"time_plan must give seconds above 0, got {found}")
+        raise ConfigError(f"time_plan must return seconds above 0, got {found}")
     return found
 
 
@@ -79,7 +79,7 @@ def write_latency(path: str | os.PathLike[str], table: LatencyTable) -> Path:
 
 @checked
 def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
-    """Read a table that `write_latency` wrote, or that somebody wrote by hand. Raises ConfigError."""
+    """Read a table that `write_latency` wrote, or one written by hand. Raises ConfigError."""
     data = read_json(path)
     if not isinstance(data, list):
         raise ConfigError(f"{path} is not a latency table: it must be a list of {{site, spec, seconds}}")
@@ -90,6 +90,6 @@ def read_latency(path: str | os.PathLike[str]) -> dict[tuple[str, str], float]:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}, entry {i + 1}: expected site, spec and seconds, got {shown(entry)}") from error
         if not math.isfinite(seconds) or (site, spec) in table:
-            raise ConfigError(f"{path}, entry {i + 1}: seconds must be finite, and each site and spec there once")
+            raise ConfigError(f"{path}, entry {i + 1}: seconds must be finite, and each site and spec must occur once")
         table[site, spec] = seconds
     return table

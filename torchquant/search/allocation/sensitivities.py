@@ -1,4 +1,4 @@
-"""How much each option of each point degrades the model, by itself: what mixed precision is allocated by."""
+"""Measure how much each single option degrades the model: the sensitivities for mixed-precision allocation."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ OnPoint = Callable[[SearchPoint, tuple[float, ...]], object]
 
 @dataclass(frozen=True)
 class Sensitivity(ShownAsTables):
-    """Degradation by each option of each point. Frozen; prints, is saved and loaded.
+    """The degradation by each option of each search point. Frozen; can be printed, saved and loaded.
 
-    `degradations`: point -> one number an option, in the unit that `METHODS` tells. `options`: their spec strings.
-    `reference_loss`: of the model with all searched points float; None without targets.
+    `degradations`: point -> one number per option, in the unit that `METHODS` names. `options`: their spec strings.
+    `reference_loss`: the loss with all search points float; None without targets.
     """
 
     method: str
@@ -62,7 +62,7 @@ class Sensitivity(ShownAsTables):
     harms = renamed_attribute("harms", "degradations")
 
     def table(self) -> str:
-        """Every point with its options, the most harmful option first on top."""
+        """Show every option of every point, sorted by falling degradation."""
         rows = [
             [*point, spec, f"{degradation:.4g}"]
             for point, degradations in sorted(self.degradations.items(), key=lambda item: -max(item[1]))
@@ -74,7 +74,7 @@ class Sensitivity(ShownAsTables):
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """The sensitivity as plain data, as `save` writes it."""
+        """Return the sensitivity as plain data, as `save` writes it."""
         points = [
             {"site": point[0], "field": point[1], "options": list(self.options[point]), "harm": list(degradations)}
             for point, degradations in self.degradations.items()
@@ -84,7 +84,7 @@ class Sensitivity(ShownAsTables):
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "the data") -> Sensitivity:
-        """What `to_dict` gave; `where` names it in messages. Raises ConfigError.
+        """Make a sensitivity from the result of `to_dict`; `where` names the data in messages. Raises ConfigError.
 
         >>> found = Sensitivity("mse", {("0", "weight"): (0.5, 0.1)}, {("0", "weight"): ("affine:2", "affine:4")})
         >>> Sensitivity.from_dict(found.to_dict()) == found
@@ -97,18 +97,18 @@ class Sensitivity(ShownAsTables):
             options = {point: tuple(p["options"]) for point, p in points.items()}
             method, reference, settings = str(data["method"]), data["reference_loss"], dict(data["settings"])
             if method not in METHODS or not all(len(degradations[point]) == len(options[point]) for point in points):
-                raise ValueError("a degradation for each option, by a method that is known")
+                raise ValueError("expected one degradation per option and a known method")
             return cls(method, degradations, options, None if reference is None else float(reference), settings)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{where} is not a whole sensitivity: {one_line(repr(error))}") from error
+            raise ConfigError(f"{where} does not hold a complete sensitivity: {one_line(repr(error))}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as JSON."""
+        """Write the sensitivity as JSON."""
         return write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
-        """Read what `save` or `sensitivity(out=...)` wrote. Raises ConfigError."""
+        """Read a file that `save` or `sensitivity(out=...)` wrote. Raises ConfigError."""
         return cls.from_dict(read_json(path), f"{path}")
 
 
@@ -127,21 +127,21 @@ def sensitivity(
     min_bits: int = 2,
     max_bits: int = 8,
 ) -> Sensitivity:
-    """Measure how much each option degrades `net` where it alone is put into it; the float model `net` is not changed.
+    """Measure how much each single option degrades the float model `net`, which is not changed.
 
     `rules`: as `search_rules` reads them, or a plan with `Candidates`. `batches`: a small list of (inputs, targets);
     all ranges are measured on them first. `method` (`METHODS`):
 
-    * "mse", "kl", "loss" compare with the model whose search points are all float and whose other sites quantize.
-      One pass over the batches an option. "kl": classes on the last axis of the output; "loss" may be below 0.
-    * "hessian" (HAWQ-V2): weights and biases, float model, `draws` Rademacher draws a batch (`hessian_trace`), the same
-      for the same `seed`. Deviation: a trace below 0 counts as 0, with a warning.
-    * "fisher": all points; the empirical Fisher matrix with targets as labels, one backward pass a sample.
+    * "mse", "kl", "loss" compare with the model whose search points are all float and whose other sites quantize,
+      in one pass over the batches per option. "kl": classes are on the last axis of the output; "loss" may be below 0.
+    * "hessian" (HAWQ-V2): for weights and biases of the float model, with `draws` Rademacher draws per batch
+      (`hessian_trace`), equal for equal `seed`. Deviation: a trace below 0 counts as 0, with a warning.
+    * "fisher": for all points; the empirical Fisher matrix with targets as labels, one backward pass per sample.
 
-    `loss(output, targets)`: the mean over a batch. `out`: a folder; `sensitivity.json` in it is written whole after
-    each point, and a second call with the same settings goes on where it stopped, or returns at once.
-    `on_place(point, degradations)` is called after each point. `min_bits`, `max_bits`: of specs with `{n}`. Raises
-    ConfigError, NonFiniteError.
+    `loss(output, targets)`: the mean over a batch. `out`: a folder for `sensitivity.json`, which is written whole after
+    each point; a second call with the same settings resumes where the first stopped, or returns at once.
+    `on_place(point, degradations)` is called after each point. `min_bits`, `max_bits`: the widths of specs with `{n}`.
+    Raises ConfigError, NonFiniteError.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> batches = [(torch.randn(16, 4), torch.arange(16) % 3)]
@@ -154,7 +154,7 @@ def sensitivity(
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got '{method}'.{did_you_mean(method, METHODS)}")
     if loss is None and method not in ("mse", "kl"):
-        raise ConfigError(f"the method '{method}' needs a loss")
+        raise ConfigError(f"the method '{method}' needs the argument loss, got None")
     probe = CalibratedSupernet(net, plan, given)
     settings = {
         "method": method,
@@ -183,7 +183,7 @@ def sensitivity(
 
 
 class _Run:
-    """One method on one probe."""
+    """Measures one method on one calibrated supernet."""
 
     def __init__(self, probe: CalibratedSupernet, method: str, loss: Loss | None, draws: int, seed: int) -> None:
         self.probe, self.method, self.loss, self.draws, self.seed = probe, method, loss, draws, seed
@@ -192,20 +192,20 @@ class _Run:
             for site, name in probe.mixtures:
                 if name not in STORED:
                     raise ConfigError(
-                        f"'{site}', {name}: the method 'hessian' is for weights and biases; "
-                        "for activations take 'mse', 'kl', 'loss' or 'fisher'"
+                        f"'{site}', {name}: the method 'hessian' works for weights and biases only; "
+                        "for activations use 'mse', 'kl', 'loss' or 'fisher'"
                     )
 
     def reference_loss(self) -> float | None:
-        """The loss of the reference model; None without a loss or without targets."""
+        """Compute the loss of the reference model; None without a loss or without targets."""
         if self.loss is None or any(targets is None for _, targets in self.probe.batches):
             if self.method in ("mse", "kl"):
                 return None
-            raise ConfigError(f"the method '{self.method}' needs targets, and a batch has None")
+            raise ConfigError(f"the method '{self.method}' needs targets, but a batch has None")
         return self.probe.mean_loss(self.loss, self.reference)
 
     def degradations(self, points: list[SearchPoint]) -> Iterator[tuple[SearchPoint, tuple[float, ...]]]:
-        """Place by point, the degradation of its options. Raises NonFiniteError."""
+        """Yield each search point with the degradations of its options. Raises NonFiniteError."""
         at_once = fisher_degradations(self.probe, points, self.loss) if self.method == "fisher" and self.loss else {}
         for point in points:
             found = tuple(at_once[point] if point in at_once else self._of(point))
@@ -227,7 +227,7 @@ class _Run:
         return found
 
     def _difference(self) -> float:
-        """The difference between the model in its current setting and the reference, by the method."""
+        """Compute the difference between the model with its current options and the reference, by the method."""
         outputs = self.probe.outputs()
         if self.method == "loss":
             assert self.loss is not None
@@ -246,7 +246,7 @@ def _squared_difference(reference: Tensor, output: Tensor) -> Tensor:
 
 
 def _divergence(reference: Tensor, output: Tensor) -> Tensor:
-    """KL of two outputs with logits on the last axis, one number for each distribution."""
+    """Compute the KL divergence of two outputs with logits on the last axis, one number per distribution."""
     if reference.ndim == 0 or reference.shape[-1] < 2:
         raise ConfigError(f"'kl' needs logits of two classes or more on the last axis, got {tuple(reference.shape)}")
     p, q = (torch.log_softmax(logits, -1) for logits in (reference, output))
@@ -258,7 +258,7 @@ def _name(loss: Any) -> str:
 
 
 def _digest(*values: Any) -> str:
-    """Short checksum of nested values; of tensors their type, shape and bytes."""
+    """Compute a short checksum of nested values; tensors count by type, shape and bytes."""
     digest = hashlib.sha256()
     for tensor in tensors_in(values):
         plain = tensor.detach().cpu().contiguous()
@@ -277,7 +277,7 @@ def _without_tensors(value: Any) -> Any:
 
 
 def _claim(folder: Path | None, settings: dict[str, Any]) -> Sensitivity | None:
-    """What the folder has of these settings; raises ConfigError if it has others."""
+    """Read the sensitivity in the folder, if any. Raises ConfigError if its settings differ."""
     if folder is None:
         return None
     try:
@@ -295,6 +295,6 @@ def _claim(folder: Path | None, settings: dict[str, Any]) -> Sensitivity | None:
             if known.settings.get(name) != settings.get(name)
         )
         raise ConfigError(
-            f"{folder} holds a sensitivity of other settings ({changed}); choose another folder, or those"
+            f"{folder} holds a sensitivity with other settings ({changed}); choose another folder, or those settings"
         )
     return known

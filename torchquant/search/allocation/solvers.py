@@ -1,4 +1,4 @@
-"""The allocation problem in plain numbers, and its exact solution by integer linear programming."""
+"""Define the allocation problem in plain numbers, and solve it by integer linear programming or greedily."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from dataclasses import dataclass, field, replace
 from torchquant.errors import ConfigError, require
 
 Row = Sequence[Sequence[float]]
-"""[point][option]."""
+"""One number for each [point][option]."""
 Keeps = Callable[[Sequence[int]], bool]
-"""Whether the picks, one option a point, keep the budgets."""
+"""Tells whether the picks, one option per point, keep the budgets."""
 N_CUTS = 20
 MARGIN = 1e-6
-"""About HiGHS's tolerance."""
+"""Approximate tolerance of HiGHS."""
 SCALE = 1e3
-"""Largest cost in the units the solver sees."""
+"""Largest cost after scaling for the solver."""
 SPREAD = 1e3
-"""Largest difference of degradations in the units the solver sees; its absolute gap is 1e-6."""
+"""Largest difference of degradations after scaling for the solver, whose absolute gap is 1e-6."""
 
 
 class NoChoiceError(ConfigError):
-    """No choice keeps all limits together."""
+    """Raised when no choice keeps all limits together."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """`scale * first * max(reads)`, added to the cost of constraint `row`. A factor is a number, or a point with a
-    number for each of its options; none is below 0.
+    """A product `scale * first * max(reads)` in the cost of constraint `row`. A factor is a number, or a point with one
+    number per option; none is below 0.
     """
 
     row: int
@@ -40,18 +40,18 @@ class Product:
 
     @property
     def points(self) -> list[int]:
-        """Indices of the points that the cost depends on."""
+        """Return the indices of the points that the cost depends on."""
         return sorted({factor[0] for factor in (self.first, *self.reads) if isinstance(factor, tuple)})
 
     def value(self, picks: Sequence[int] | dict[int, int]) -> float:
-        """The cost when every point takes its option in `picks`."""
+        """Compute the cost when every point takes its option in `picks`."""
         first, *reads = (f[1][picks[f[0]]] if isinstance(f, tuple) else f for f in (self.first, *self.reads))
         return self.scale * first * max(reads)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Least `sum degradations[i][picks[i]]` with `sum costs[row][i][picks[i]] + products <= limits[row]`, i a point.
+    """Minimize `sum degradations[i][picks[i]]` with `sum costs[row][i][picks[i]] + products <= limits[row]`.
 
     >>> problem = Problem([[0.9, 0.1], [0.2, 0.0]], [[[2, 8], [2, 8]]], [10])
     >>> problem.degradation([1, 0]), problem.totals([1, 0]), problem.keeps([1, 1])
@@ -64,18 +64,18 @@ class Problem:
     products: Sequence[Product] = field(default=())
 
     def degradation(self, picks: Sequence[int]) -> float:
-        """The summed degradation when every point takes its option in `picks`."""
+        """Compute the summed degradation when every point takes its option in `picks`."""
         return sum(degradations[pick] for degradations, pick in zip(self.degradations, picks, strict=True))
 
     def totals(self, picks: Sequence[int]) -> list[float]:
-        """The cost of `picks` under each constraint."""
+        """Compute the cost of `picks` under each constraint."""
         totals = [float(sum(cost[pick] for cost, pick in zip(row, picks, strict=True))) for row in self.costs]
         for product in self.products:
             totals[product.row] += product.value(picks)
         return totals
 
     def changed(self, totals: Sequence[float], picks: Sequence[int], point: int, option: int) -> list[float]:
-        """What the totals of some picks become with another option at one point."""
+        """Update the totals of some picks for another option at one point."""
         pick = picks[point]
         found = [t + row[point][option] - row[point][pick] for t, row in zip(totals, self.costs, strict=True)]
         after = {**dict(enumerate(picks)), point: option} if self._touching[point] else {}
@@ -85,17 +85,17 @@ class Problem:
 
     @functools.cached_property
     def _touching(self) -> list[list[Product]]:
-        """The products that each point is in."""
+        """Return the products that each point is part of."""
         return [
             [product for product in self.products if point in product.points] for point in range(len(self.degradations))
         ]
 
     def keeps(self, picks: Sequence[int]) -> bool:
-        """Whether one choice keeps all limits."""
+        """Tell whether a choice keeps all limits."""
         return all(total <= limit for total, limit in zip(self.totals(picks), self.limits, strict=True))
 
     def least(self) -> list[float]:
-        """What each constraint costs at least, on its own; with products a lower bound."""
+        """Return the smallest cost under each constraint alone; with products, a lower bound."""
         found = [float(sum(map(min, row))) for row in self.costs]
         for product in self.products:
             first, *reads = (min(f[1]) if isinstance(f, tuple) else f for f in (product.first, *product.reads))
@@ -103,7 +103,7 @@ class Problem:
         return found
 
     def separated(self) -> Problem:
-        """The same problem, with products of one point as costs of its options, and fixed ones in the limits."""
+        """Return the same problem with products of one point moved to its costs, and constant ones to the limits."""
         costs, limits, products = [[list(cost) for cost in row] for row in self.costs], list(self.limits), []
         for product in self.products:
             if not product.points:
@@ -117,19 +117,19 @@ class Problem:
         return replace(self, costs=costs, limits=limits, products=products)
 
     def no_choice(self) -> NoChoiceError:
-        """The error that says what is least."""
+        """Return the error that names the smallest costs."""
         least = ", ".join(
             f"{c:.10g} for at most {limit:.10g}" for c, limit in zip(self.least(), self.limits, strict=True)
         )
-        return NoChoiceError(f"no choice keeps all limits together; each on its own costs at least: {least}")
+        return NoChoiceError(f"no choice keeps all limits together; the smallest cost under each alone is: {least}")
 
 
 def solve_ilp(problem: Problem, keeps: Keeps | None = None) -> list[int]:
-    """The least harmful picks by integer linear programming (HiGHS, through scipy); exact with products too.
+    """Find the picks of least degradation by integer linear programming (HiGHS in scipy); exact, also with products.
 
-    `keeps`: says which picks are allowed, where rounding matters; `problem.keeps` without it. Picks that only the
-    solver's tolerance lets through are cut off, one by one; after 20 of them limits are lowered by about its tolerance,
-    then twice that, and so on. Raises ConfigError if there are none, or the solver gives up.
+    `keeps`: decides which picks are allowed, where rounding matters; the default is `problem.keeps`. Picks that only
+    the solver's tolerance allows are cut off, one by one; after 20 of them the limits are lowered by about the
+    tolerance, then by twice that, and so on. Raises ConfigError if no picks are allowed, or the solver gives up.
 
     >>> solve_ilp(Problem([[0.9, 0.1], [0.2, 0.0]], [[[2, 8], [2, 8]]], [10]))
     [1, 0]
@@ -139,17 +139,17 @@ def solve_ilp(problem: Problem, keeps: Keeps | None = None) -> list[int]:
     found = model.solve(keeps)
     best = problem.degradation(found)
     slack = best - sum(map(min, problem.degradations))
-    if 0.0 < slack < model.spread / 10:  # the gap of the solver may hide a better choice: look closer
+    if 0.0 < slack < model.spread / 10:  # the solver's gap may hide a better choice: solve again with fewer options
         closer = _Program(problem.separated(), slack).solve(keeps)
         found = min(found, closer, key=problem.degradation)
     return found
 
 
 def solve_greedy(problem: Problem, keeps: Keeps | None = None) -> list[int]:
-    """From the best option of each point, step by step the change that harms least for what it saves; ties: the first.
+    """Start at the best option of each point and repeat the change of least degradation per saving; ties: the first.
 
-    What a step saves is counted up to the limits only, in parts of them. The rule of `keep_budgets`, in plain numbers.
-    Raises ConfigError where no step helps any more, which need not mean that there is no choice.
+    Savings count up to the limits only, relative to them. This is the rule of `keep_budgets`, in plain numbers. Raises
+    ConfigError where no step helps any more, which does not prove that no choice exists.
 
     >>> solve_greedy(Problem([[0.9, 0.1], [0.2, 0.0]], [[[2, 8], [2, 8]]], [10]))
     [1, 0]
@@ -173,14 +173,14 @@ def solve_greedy(problem: Problem, keeps: Keeps | None = None) -> list[int]:
                 if saved > 1e-12:
                     best = min(best, ((degradations[option] - degradations[picks[point]]) / saved, point, option))
         if best[0] == math.inf:
-            raise NoChoiceError(f"no step keeps all limits together; {problem.no_choice()}. Take solver='ilp'")
+            raise NoChoiceError(f"no step keeps all limits together; {problem.no_choice()}. Use solver='ilp'")
         picks[best[1]] = best[2]
     return picks
 
 
 @dataclass(frozen=True)
 class _Level:
-    """One value a factor can have, and when: the sum of these entries, plus a constant, is 1 then and else 0."""
+    """One value of a factor, with its indicator: these entries plus a constant sum to 1 at this value, else to 0."""
 
     value: float
     entries: tuple[int, ...]
@@ -188,9 +188,9 @@ class _Level:
 
 
 class _Program:
-    """min c x, A x <= b and A x = b, x in {0, 1} one entry an option; further entries, 0..1, for products.
+    """Minimize c x with A x <= b and A x = b; x in {0, 1}, one entry per option; further entries, 0..1, for products.
 
-    `slack`: options whose degradation alone is more than that above the best of their point are left out.
+    `slack`: options whose degradation exceeds the best of their point by more than this are left out.
     """
 
     def __init__(self, problem: Problem, slack: float = float("inf")) -> None:
@@ -217,7 +217,7 @@ class _Program:
             self._add_product(product)
 
     def solve(self, keeps: Keeps) -> list[int]:
-        """The best picks that are kept. Raises ConfigError."""
+        """Return the best picks that are allowed. Raises ConfigError."""
         margin, cuts = 0.0, 0
         while True:
             picks = self._solve_once(margin)
@@ -251,16 +251,16 @@ class _Program:
         if result.x is None:
             if result.status == 2:
                 raise self.problem.no_choice()
-            raise ConfigError(f"the solver gave up: {result.message}; take solver='greedy'")
+            raise ConfigError(f"the solver gave up: {result.message}; use solver='greedy'")
         return [int(result.x[a:b].argmax()) for a, b in itertools.pairwise(self.starts)]
 
     def _new(self) -> int:
-        """One more entry 0..1."""
+        """Add an entry 0..1."""
         self.objective.append(0.0)
         return len(self.objective) - 1
 
     def _add_product(self, product: Product) -> None:
-        """An entry for each pair of a value of the first factor and a largest value read; their sums are the levels."""
+        """Add an entry for each pair of a value of the first factor and a largest value read; the levels are sums."""
         first = self._levels(product.first)
         widest = functools.reduce(self._larger, map(self._levels, product.reads))
         cost = self.costs[product.row]
@@ -284,9 +284,9 @@ class _Program:
         ]
 
     def _larger(self, a: list[_Level], b: list[_Level]) -> list[_Level]:
-        """Levels of the larger of two: "up to v" may be 1 only where it is for both.
+        """Return the levels of the larger of two factors: "up to v" may be 1 only where it is 1 for both.
 
-        It may come out larger than it is, which only costs more: what is there to choose is the same.
+        The result may be larger than the true value, which only costs more; the optimal choice is the same.
         """
         low = max(a[0].value, b[0].value)
         values = sorted({low} | {level.value for level in (*a, *b) if level.value > low})

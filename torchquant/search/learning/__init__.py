@@ -1,1 +1,1 @@
-"""Schemes and widths that are learned beside the weights."""
+"""Learn schemes and widths together with the weights."""

@@ -1,4 +1,4 @@
-"""Many quantizers of one tensor as one staircase: from one place where a level changes to the next all are constant."""
+"""Represent many quantizers of one tensor as one staircase: between two thresholds all of them are constant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_PLACES = 2**15  # a place is kept as int16
 
 @dataclass(frozen=True)
 class Steps:
-    """`values[k, i]` is what quantizer k gives above `edges[i - 1]`, up to `edges[i]`; `slopes[k, i]` its gradient.
+    """Quantizer k has the value `values[k, i]` and the gradient `slopes[k, i]` above `edges[i - 1]` up to `edges[i]`.
 
     edges: (n,). values: (K, n + 1). slopes: (K, n + 1) of 0 and 1, None where all are 1.
     """
@@ -32,7 +32,7 @@ class Steps:
 
 
 def is_plain(quantizer: Quantizer) -> bool:
-    """Whether its gradient is the straight-through or the clipped one, and it learns nothing."""
+    """Tell whether a quantizer has a straight-through or clipped gradient and learns nothing."""
     return (
         isinstance(quantizer, GridQuantizer)
         and type(quantizer.gradient) in (STE, ClippedSTE)
@@ -42,10 +42,10 @@ def is_plain(quantizer: Quantizer) -> bool:
 
 
 def steps_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Steps | None:
-    """The staircase of quantizers that work per tensor, of the clamped x; None if one has none, or not what it claims.
+    """Make the staircase of per-tensor quantizers of the clamped x; None if one has none, or fails the test of it.
 
-    Each bin is tried at both ends, so that a quantizer whose `thresholds()` are not where its level changes, or whose
-    gradient changes elsewhere, is found out.
+    Each bin is tested at both ends, to find a quantizer whose `thresholds()` are not where its level changes, or whose
+    gradient changes elsewhere.
 
     >>> from torchquant.quantizers import PotQuantizer
     >>> quantizer = PotQuantizer(2)
@@ -70,7 +70,7 @@ def steps_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Ste
         span = (edges[-1:] - edges[:1]).clamp_min(edges.abs().amax().clamp_min(2.0**-100))
         outer = torch.cat([edges[:1] - span, edges, edges[-1:] + span])
         width = outer.diff()
-        # The ends of a bin are rounded, so one that is very narrow is tried in its middle only.
+        # The ends of a bin are rounded, so a very narrow bin is tested in its middle only.
         margin = torch.where(width < 2.0**-14 * span, width / 2, width / 256)
         probes = torch.stack([outer[:-1] + margin, outer[1:] - margin])
         found_there = [_values_and_slopes(q, probes, clamp) for q in grids]
@@ -81,7 +81,7 @@ def steps_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Ste
 
 
 def _edges(quantizer: GridQuantizer) -> list[Tensor]:
-    """Where the level changes, and where the gradient may: at the ends, half a level or a cell beyond."""
+    """Return where the level changes, and where the gradient may: at the ends, half a level or a cell beyond."""
     thresholds = quantizer.thresholds()
     if isinstance(quantizer.gradient, STE):
         return [thresholds]
@@ -96,7 +96,7 @@ def _edges(quantizer: GridQuantizer) -> list[Tensor]:
 
 
 def _values_and_slopes(quantizer: GridQuantizer, probes: Tensor, clamp: Clamp | None) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the quantizer at each of the probes."""
+    """Return the value and the gradient of the quantizer at each probe."""
     is_clipped = not isinstance(quantizer.gradient, STE)
     value, inside = quantizer.format().project(probes, is_clipped, clamp)
     slope = torch.ones_like(probes) if inside is None else inside
@@ -104,7 +104,7 @@ def _values_and_slopes(quantizer: GridQuantizer, probes: Tensor, clamp: Clamp | 
 
 
 class Cells:
-    """Finds the bin of each element, as `torch.bucketize`, in a fraction of its time: equal cells, few edges in each.
+    """Finds the bin of each element like `torch.bucketize`, but much faster, through equal cells with few edges each.
 
     `place(x)` numbers the pairs (cell, edges of the cell that x is above); `bins` maps that number to the bin. x must
     not have NaN.
@@ -123,7 +123,7 @@ class Cells:
 
     @classmethod
     def over(cls, edges: Tensor) -> Cells | None:
-        """Cells for sorted edges; None where they lie too close together for that."""
+        """Make cells for sorted edges; None where the edges are too close together."""
         if not 2.0**-60 < float(edges[-1] - edges[0]) < 2.0**60:
             return None
         best: Cells | None = None
@@ -149,7 +149,7 @@ class Cells:
         return x.sub(self.low).mul_(self.per_unit).clamp_(0, self.n_cells - 1).floor_()
 
     def place(self, x: Tensor) -> Tensor:
-        """Index into `bins`, as a whole number of x's type. x: (n,)."""
+        """Return the index into `bins`, a whole number in x's type. x: (n,)."""
         cell = self._cell(x)
         index = cell.to(torch.int32)
         place = cell.mul_(len(self.edges) + 1)
@@ -159,5 +159,5 @@ class Cells:
 
 
 def has_only_numbers(x: Tensor) -> bool:
-    """Whether no element is NaN or Inf; False also where the sum overflows."""
+    """Tell whether no element is NaN or Inf; False also where the sum overflows."""
     return math.isfinite(x.sum().item())

@@ -1,4 +1,4 @@
-"""What cost adds to the loss: prices that rise while a budget is exceeded."""
+"""Add the cost to the loss, with prices that rise while a budget is exceeded."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torchquant.search.budget import Budget
 from torchquant.search.settings import SearchSettings
 
 NEAR = 0.15
-"""The share of a budget within which its price moves."""
+"""Relative distance to a budget within which its price moves."""
 
 
 class BudgetMultipliers:
-    """One price a budget, moved after each step, and the penalty of going over it (docs/algorithms.md F3).
+    """A price per budget, updated after each step, and a penalty for exceeding it (docs/algorithms.md F3).
 
-    A penalty alone ends where it balances the task, above the budget; the price goes on rising until the budget
-    holds, as in an augmented Lagrangian. It moves only near the budget and goes away far below it, so that none builds
-    up while the cost is on its way. With `target` a cost below the budget is drawn up to it in the same manner.
-    `reference`: what `cost_weight` counts as 1.
+    With a penalty alone the cost settles above the budget, where penalty and task balance; the price keeps rising until
+    the budget holds, as in an augmented Lagrangian. It moves only near the budget and decays far from it, so that no
+    price builds up while the cost is still approaching. With `target`, a cost below the budget is drawn up to it in the
+    same way. `reference`: the cost that `cost_weight` counts as 1.
     """
 
     def __init__(self, budgets: Sequence[Budget], settings: SearchSettings, reference: float) -> None:
@@ -30,7 +30,7 @@ class BudgetMultipliers:
         self.values = torch.zeros(len(self.budgets), dtype=torch.float64)
 
     def loss(self, totals: Mapping[str, Tensor], epoch: int) -> Tensor:
-        """The term to add to the loss of the task. totals: the expected cost of each measure."""
+        """Compute the term to add to the loss of the task. totals: the expected cost of each measure."""
         value = self.settings.cost_weight * totals[self.settings.cost_measure] / self.reference
         penalty = self.settings.penalty_at(max(epoch, 1))
         for price, budget in zip(self.values, self.budgets, strict=True):
@@ -41,7 +41,7 @@ class BudgetMultipliers:
 
     @torch.no_grad()
     def move(self, totals: Mapping[str, Tensor]) -> None:
-        """Let every price follow the cost as it is now."""
+        """Update every price from the current cost."""
         if not self.budgets:
             return
         over = torch.stack([totals[b.measure].cpu() / b.limit - 1.0 for b in self.budgets])

@@ -1,4 +1,4 @@
-"""From what was learned to a choice that keeps its budgets: greedy steps down, then up where there is room."""
+"""Turn a learned choice into one that keeps its budgets: greedy steps down, then up within the slack."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torchquant.search.budget import Budget
 from torchquant.search.cost import CostModel, SearchPoint, Selection
 
 Scores = Mapping[SearchPoint, Sequence[float]]
-"""SearchPoint -> how bad each option is thought to be for the task; lower is better."""
+"""SearchPoint -> estimated degradation of each option; lower is better."""
 Groups = Sequence[Sequence[SearchPoint]]
 
 
 def keep_budgets(
     costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Selection, groups: Groups | None = None
 ) -> dict[SearchPoint, int]:
-    """Cheaper options, the least harmful for what they save first, until every budget holds.
+    """Take cheaper options, those of least degradation per saving first, until every budget holds.
 
-    `groups`: points that have one option together; each alone without. Raises ConfigError with the nearest, if none is
-    found that keeps all of them together.
+    `groups`: points that must have the same option; None: each is alone. Raises ConfigError with the nearest choice if
+    no choice is found that keeps all budgets together.
     """
     found = dict(choice)
     groups = groups or [[point] for point in costs.points]
@@ -39,7 +39,7 @@ def keep_budgets(
                     return choice
             totals = costs.totals(found)
             least = ", ".join(f"{b.measure} {totals[b.measure]:g} for at most {b.limit:g}" for b in budgets)
-            raise ConfigError(f"no choice keeps all budgets together; the nearest that was found has {least}")
+            raise ConfigError(f"no choice keeps all budgets together; the nearest choice found has {least}")
         found |= dict.fromkeys(groups[best[1]], best[2])
         excess = costs.excess(found, budgets)
     return found
@@ -48,7 +48,7 @@ def keep_budgets(
 def spend_slack(
     costs: CostModel, budgets: Sequence[Budget], scores: Scores, choice: Selection, groups: Groups | None = None
 ) -> dict[SearchPoint, int]:
-    """Better options, the most useful for what they cost first, as long as every budget holds."""
+    """Take better options, the largest gains per cost first, as long as every budget holds."""
     found = dict(choice)
     groups = groups or [[point] for point in costs.points]
     while True:

@@ -1,4 +1,4 @@
-"""The search itself: weights, logits and widths are trained together, then a plan is read off."""
+"""Run the search: train weights, logits and widths together, then derive a plan."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from torchquant.training.loop import across_ranks, epochs_done, random_state, se
 from torchquant.utils import set_qmodule_state
 
 SCOPES = ("layer", "model")
-WARM_UP = 0.05  # of retraining: the weights have been trained quantized already
-MEMORY = 0.98  # how much of the mean gradient of a width a step keeps
+WARM_UP = 0.05  # share of retraining; short, since the weights were already trained quantized
+MEMORY = 0.98  # decay of the running mean of a width's gradient
 
 
 @checked
 class Search:
-    """What `SchemeSearch` and `PrecisionLearning` share: they differ in their defaults only.
+    """The base of `SchemeSearch` and `PrecisionLearning`, which differ in their defaults only.
 
-    `net`: the float model, which stays as it is. `rules`: as for a `QuantPlan`, where a slot may be a list of specs
-    to choose from, or specs with `{n}`, whose width is learned within `min_bits`..`max_bits`; or a plan with
-    `Candidates`. `budget`: what the plan may cost at most, "bytes<=40kB,bits<=4" (`Budget`). `per`: "layer" or "model",
-    one choice for all points with the same candidates. `form`: the gradient of a width, see `MixtureQuantizer`.
-    `loss`: of (outputs, targets). `latency`: (site path, weight spec) -> seconds. Raises ConfigError, also for a budget
-    that no choice can keep.
+    `net`: the float model, which is not changed. `rules`: as for a `QuantPlan`, where a slot may be a list of candidate
+    specs, or specs with `{n}`, whose width is learned within `min_bits`..`max_bits`; or a plan with `Candidates`.
+    `budget`: bounds on the cost of the plan, "bytes<=40kB,bits<=4" (`Budget`). `per`: "layer", or "model" for one
+    choice for all points with the same candidates. `form`: the gradient of a width, see `MixtureQuantizer`. `loss`: a
+    function of (outputs, targets). `latency`: (site path, weight spec) -> seconds. Raises ConfigError, also for a
+    budget that no choice can keep.
 
     `model` is the model of the search, `plan` the plan with candidates, `history` a list of `EpochRecord`. Within
     torch.distributed the steps run in DistributedDataParallel.
@@ -82,7 +82,7 @@ class Search:
         self.costs.check_feasible(budgets)
         widest = {v.point: v.bits.index(max(v.bits)) for v in self.costs.variables}
         if self.settings.cost_weight and not self.costs.totals(widest)[self.settings.cost_measure]:
-            raise ConfigError(f"cost_measure '{self.settings.cost_measure}' is 0 for everything that is searched")
+            raise ConfigError(f"cost_measure '{self.settings.cost_measure}' is 0 at every search point; choose another")
         self.prices = BudgetMultipliers(budgets, self.settings, self.costs.totals(widest)[self.settings.cost_measure])
         self.loss = loss
         self.history: list[EpochRecord] = []
@@ -106,9 +106,9 @@ class Search:
         self._optimizers: dict[str, torch.optim.Optimizer] | None = None
 
     def compile(self, **options: Any) -> None:
-        """Compile the step, `torch.compile(fullgraph=True)`. All widths take part from then on.
+        """Compile the step with `torch.compile(fullgraph=True)`. All widths take part from then on.
 
-        What is kept for backward is up to the compiler then, and may grow with the candidates.
+        The compiler then decides what is saved for backward, which may grow with the number of candidates.
         """
         for mixture in self.every_mixture:
             mixture.narrow = False
@@ -116,7 +116,7 @@ class Search:
         self.module = torch.compile(self.module, fullgraph=True, **options)  # type: ignore[assignment]
 
     def optimizers(self, n_steps: int = 1000) -> dict[str, torch.optim.Optimizer]:
-        """AdamW of the "weights", Adam of "logits" and of "widths"; those that there are. Made at the first call."""
+        """Return AdamW for "weights" and Adam for "logits" and "widths", where they exist; made at the first call."""
         if self._optimizers is None:
             settings = self.settings
             of_options = {id(p) for m in self.every_mixture for p in m.parameters()}
@@ -134,7 +134,7 @@ class Search:
                 self._optimizers["logits"] = torch.optim.Adam(self.logits, rate, (0.5, 0.999), weight_decay=1e-3)
             if self.widths:
                 rate = settings.arch_rate or max(1e-2, 3.0 * span / max(n_steps, 1))
-                # a gradient falls by 4 a bit: a longer memory of its size would stop the widths on their way up
+                # the gradient falls by 4 per bit: a longer memory of its size would stop the widths on their way up
                 self._optimizers["widths"] = torch.optim.Adam(self.widths, rate, (0.9, 0.95))
             for optimizer in self._optimizers.values():
                 for group in optimizer.param_groups:
@@ -142,11 +142,11 @@ class Search:
         return self._optimizers
 
     def expected_costs(self) -> dict[str, Tensor]:
-        """Every measure, expected over the shares as they are now; differentiable."""
+        """Compute the expectation of every measure over the current shares; differentiable."""
         return self.costs.expected({point: mixtures[0].expected_shares() for point, mixtures in self.mixtures.items()})
 
     def step(self, batch: Any, weights: bool = True, architecture: bool = True) -> Tensor:
-        """Forward and backward on one (inputs, targets), then a step of the weights, of logits and widths, or of both.
+        """Run forward and backward on one (inputs, targets), then step the weights, the logits and widths, or both.
 
         Returns the task's loss.
         """
@@ -176,7 +176,7 @@ class Search:
                 parameter.grad = None
 
     def _charge(self) -> None:
-        """Add the gradient of the costs to that of the task, of which the widths' mean is kept."""
+        """Add the gradient of the costs to that of the task, of which a running mean is kept for the widths."""
         learned = [*self.logits, *self.widths]
         of_task = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
         if self.widths:
@@ -196,12 +196,12 @@ class Search:
         out: str | os.PathLike[str] | None = None,
         on_epoch: Callable[[EpochRecord], object] | None = None,
     ) -> list[EpochRecord]:
-        """Search for `settings.epochs` epochs; the history.
+        """Search for `settings.epochs` epochs; return the history.
 
-        `arch_batches`: other data for logits and widths, gone through again and again; without it, if steps alternate,
-        every second batch of `batches`. `out`: a folder that keeps the search after each epoch, `history.json` and what
-        is needed to go on; with it there a killed search goes on and ends with the same numbers, given that `batches`
-        are the same in each epoch or drawn with torch's own generator. Raises ConfigError.
+        `arch_batches`: other data for logits and widths, repeated as needed; without it, if steps alternate, every
+        second batch of `batches`. `out`: a folder in which the search is saved after each epoch, with `history.json`; a
+        killed search resumes from it and ends with the same numbers, if `batches` are the same in each epoch or are
+        drawn with torch's own generator. Raises ConfigError.
         """
         folder = None if out is None else Path(out)
         if folder is not None:
@@ -218,7 +218,7 @@ class Search:
         return self.history
 
     def state_dict(self) -> dict[str, Any]:
-        """What a search of the same settings needs to go on from here, and what tells that it is the same."""
+        """Return the state from which a search with the same settings can resume, and the settings to compare."""
         return {
             **self._identity(),
             "model": self.model.state_dict(),
@@ -231,7 +231,7 @@ class Search:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was made."""
+        """Resume from a `state_dict`."""
         self.model.load_state_dict(saved["model"])
         for name, optimizer in self.optimizers().items():
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -242,7 +242,7 @@ class Search:
         set_random_state(saved["random"])
 
     def _identity(self) -> dict[str, str]:
-        """The settings that a search must share with the one that it continues."""
+        """Return the settings that a search must share with the search that it resumes."""
         points = {name_of(point): mixtures[0].specs for point, mixtures in self.mixtures.items()}
         return {
             "settings": json.dumps(asdict(self.settings)),
@@ -280,7 +280,7 @@ class Search:
             arch_losses = losses if searching else []
         self._learn(weights=True, architecture=True)
         if not losses:
-            raise ConfigError("there are no batches to search on")
+            raise ConfigError("there are no batches to search on; `batches` must yield at least one in each epoch")
         return self._record(losses, arch_losses, time.perf_counter() - started)
 
     def _set_rates(self, optimizers: dict[str, torch.optim.Optimizer]) -> None:
@@ -305,12 +305,12 @@ class Search:
         )
 
     def choice(self) -> dict[SearchPoint, int]:
-        """The options with the largest shares, at the rounded widths, as learned; budgets are not looked at."""
+        """Return the options with the largest shares, at the rounded widths, without regard to budgets."""
         return {point: mixtures[0].best_option() for point, mixtures in self.mixtures.items()}
 
     @torch.no_grad()
     def scores(self) -> dict[SearchPoint, list[float]]:
-        """How bad each option is thought to be: falling by 4 a bit from the slope of the width, and by the logits."""
+        """Estimate the degradation of each option from the slope of the width (it falls by 4 per bit), and logits."""
         slopes = {id(width): slope for width, slope in zip(self.widths, self.slopes.tolist(), strict=True)}
         found = {}
         for point, mixtures in self.mixtures.items():
@@ -327,14 +327,14 @@ class Search:
         return found
 
     def choice_within_budget(self) -> dict[SearchPoint, int]:
-        """The choice that `derive` makes a plan of: changed as little as the budgets ask.
+        """Return the choice for `derive`: the learned choice, changed as little as the budgets require.
 
-        What is left of them is used where widths are learned (docs/algorithms.md F3, greedy repair).
+        Where widths are learned, the rest of the budgets is spent (docs/algorithms.md F3, greedy repair).
         """
         chosen, budgets = self.choice(), self.prices.budgets
         if budgets:
             scores, groups = self.scores(), self.groups()
-            # what decoding needs can depend on the weights as they are now
+            # the bytes that decoding needs can depend on the current weights
             costs = CostModel(self.float_model(), self.plan, self.example_inputs, self.costs.latency)
             chosen = keep_budgets(costs, budgets, scores, chosen, groups)
             if self.widths:
@@ -342,7 +342,7 @@ class Search:
         return chosen
 
     def groups(self) -> list[list[SearchPoint]]:
-        """Places that choose together, since they learn the same logits and width."""
+        """Return the groups of points that share logits and width, and so choose together."""
         found: dict[object, list[SearchPoint]] = {}
         for point in self.costs.points:
             mixture = self.mixtures[point][0]
@@ -351,14 +351,14 @@ class Search:
         return list(found.values())
 
     def derive(self) -> QuantPlan:
-        """The plan that was found, in spec strings. It keeps the budgets, always.
+        """Return the found plan, in spec strings. It always keeps the budgets.
 
-        Raises ConfigError if no choice keeps several of them together.
+        Raises ConfigError if no choice keeps several budgets together.
         """
         return self.costs.plan_of(self.plan, self.choice_within_budget())
 
     def float_model(self) -> nn.Module:
-        """The float model with the weights as they are now."""
+        """Return the float model with the current weights."""
         self._learn(weights=True, architecture=True)
         return self.plan.revert(self.model)
 
@@ -372,9 +372,9 @@ class Search:
         progress: Path | None = None,
         calibration_batches: int = 8,
     ) -> nn.Module:
-        """The searched weights under the derived plan, calibrated, then trained quantized; in QUANT_EVAL.
+        """Calibrate the searched weights under the derived plan, train them quantized; return the model in QUANT_EVAL.
 
-        Arguments as in `torchquant.training.fit`, which trains. The plan is `model.plan`.
+        Arguments are those of `torchquant.training.fit`, which trains. The plan is `model.plan`.
         """
         plan = self.derive()
         model = plan.apply(self.float_model())

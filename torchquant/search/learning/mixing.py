@@ -1,4 +1,4 @@
-"""One tensor quantized by many: the sum of what they give, by shares that have a gradient, at the memory of one."""
+"""Mix the values of many quantizers of one tensor by differentiable shares, with the memory of one quantizer."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from torchquant.quantizers_functional.gradients import STE
 from torchquant.search.learning._steps import Cells, Steps, has_only_numbers, is_plain, steps_of
 
 TABLE_PAYS = 2**18
-"""Elements times quantizers beyond the second from which a table is faster."""
+"""Elements times (quantizers - 2) from which a table is faster."""
 
 
 def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp | None = None) -> Tensor:
-    """`sum_k shares[k] * quantizers[k](x)`, in x's type; a single quantizer is called as it is, without its share.
+    """Compute `sum_k shares[k] * quantizers[k](x)`, in x's type; a single quantizer is called without its share.
 
     `clamp=(low, high)` mixes `x.clamp(low, high)`, with the gradient of a ReLU; in a table that costs nothing.
 
-    x: (*). shares: (K,). The gradient of a share is `<grad, Q_k(x)>`, that of x and of what the quantizers learn is the
-    sum of theirs by shares. Nothing is kept for backward that grows with K: it quantizes again. A quantizer that draws
-    noise draws anew then. Raises ConfigError.
+    x: (*). shares: (K,). The gradient of a share is `<grad, Q_k(x)>`; the gradients of x and of the quantizers' learned
+    numbers are the sums over the quantizers, weighted by shares. Memory for backward does not grow with K, because
+    backward quantizes again; a quantizer that draws noise draws it anew. Raises ConfigError.
 
-    On a CPU, large float32 tensors whose quantizers work per tensor, learn nothing and pass the gradient straight or
-    clipped, are looked up in a table of all levels at once: the time hardly depends on K, and an element on a threshold
-    may take the other of its two levels. In compiled code it is the plain sum.
+    On a CPU, a large float32 tensor is looked up in one table of all levels if the quantizers work per tensor, learn
+    nothing and have a straight-through or clipped gradient: the time hardly depends on K, and an element on a threshold
+    may take the other of its two levels. Compiled code computes the plain sum.
 
     >>> from torchquant.quantizers import make_quantizer
     >>> x, shares = torch.tensor([-1.0, 0.2, 1.0]), torch.tensor([0.25, 0.75], requires_grad=True)
@@ -44,7 +44,7 @@ def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp
     tensor([-0.9333,  0.2905,  0.9333], grad_fn=<_MixedBackward>)
     """
     if shares.shape != (len(quantizers),):
-        raise ConfigError(f"{len(quantizers)} quantizers take as many shares, got shape {tuple(shares.shape)}")
+        raise ConfigError(f"{len(quantizers)} quantizers need as many shares, got shape {tuple(shares.shape)}")
     if len(quantizers) == 1 and (clamp is None or quantizers[0].fuses_clamp):
         return quantizers[0](x) if clamp is None else quantizers[0](x, clamp=clamp)
     if len(quantizers) == 1 or torch.compiler.is_compiling():
@@ -86,14 +86,14 @@ def _total(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor) -> Tensor
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products, float32 or wider."""
+    """Compute the sum of the products, in float32 or wider."""
     if a.dtype in (torch.float32, torch.float64) and a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.view(-1), b.view(-1))
     return (a.to(torch.float32) * b).sum() if a.dtype.itemsize < 4 else (a * b).sum()
 
 
 class _Held:
-    """A quantizer and its buffers as they were in forward; they may have moved on when backward quantizes again."""
+    """A quantizer with its buffers as they were in forward; they may have changed when backward quantizes again."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -108,7 +108,7 @@ class _Held:
 
 
 class _Mixed(torch.autograd.Function):
-    """The sum, quantizer by quantizer, forward and once more backward."""
+    """Computes the sum quantizer by quantizer, in forward and again in backward."""
 
     @staticmethod
     def forward(
@@ -158,7 +158,7 @@ def _gradients(y: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor
 
 
 class _Looked(torch.autograd.Function):
-    """The sum, looked up in a table of the mixed levels; for backward the place in the table is kept, 2 bytes each."""
+    """Looks the sum up in a table of the mixed levels; for backward it saves the index into the table, 2 bytes each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shares: Tensor, steps: Steps, cells: Cells) -> Tensor:

@@ -1,4 +1,4 @@
-"""MixtureQuantizer: many quantizers at one point, mixed by shares that are learned; all of them in one convolution."""
+"""MixtureQuantizer: many quantizers at one search point, mixed by learned shares, in one convolution."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ FLOAT = -1
 
 
 class MixtureQuantizer(Quantizer):
-    """`sum_o share_o Q_o(x)` over the options of one point; in eval mode the option with the largest share alone.
+    """Computes `sum_o share_o Q_o(x)` over the options of one point; in eval mode the best option alone quantizes.
 
-    `rows`: one entry a scheme, width -> spec string, as `Candidates.rows` gives them, or a list of spec strings. An
+    `rows`: one entry per scheme, width -> spec string, as `Candidates.rows` returns them, or a list of spec strings. An
     option is a scheme at a width. `theta` (K,) are the logits of the schemes; their shares in train mode are
-    `softmax((theta + gumbel) / temperature)`, with `hard` rounded to one of them in forward only (Jang et al. 2017,
-    arXiv:1611.01144). `float_bitwidth` () is the width of all schemes that have one to learn; `form` says how its
-    gradient comes about: "interp" mixes the two widths around it as it lies between them (BitPruning, Nikolic et al.
-    2020), "secant" mixes them by chance, "step" and "stat" quantize at the rounded width and differentiate the step
+    `softmax((theta + gumbel) / temperature)`; `hard` rounds them to one scheme in forward only (Jang et al. 2017,
+    arXiv:1611.01144). `float_bitwidth` () is the width of all schemes with a width to learn; `form` chooses its
+    gradient: "interp" mixes the two nearest widths in proportion to their distance (BitPruning, Nikolic et al.
+    2020), "secant" mixes them at random, "step" and "stat" quantize at the rounded width and differentiate the step
     (docs/algorithms.md F3, docs/decisions/0014).
 
-    The number of options costs time in no layer but this one. Gradients reach x, `theta`, `float_bitwidth` and what
-    the options learn themselves. Raises ConfigError.
+    More options make only this quantizer slower. Gradients reach x, `theta`, `float_bitwidth` and the parameters of the
+    options. Raises ConfigError.
 
     >>> mixture = MixtureQuantizer(["clipq:2/channel", "esb:2,k=0/channel"])
     >>> weight = torch.randn(4, 9)
@@ -57,7 +57,7 @@ class MixtureQuantizer(Quantizer):
         widths = sorted({n for row in made for n in row if n is not None})
         self.widths = tuple(widths)
         self.n_rows = len(made)
-        # option -> its scheme, and its point among the widths; what has no width to learn has the last column
+        # option -> its scheme, and its column among the widths; an option with a fixed width has the last column
         self._rows = [i for i, row in enumerate(made) for _ in row]
         self._columns = [len(widths) if n is None else widths.index(n) for row in made for n in row]
         self._row_of: Tensor
@@ -76,17 +76,17 @@ class MixtureQuantizer(Quantizer):
 
     @property
     def n_bits(self) -> int:  # type: ignore[override]
-        """Bits of the option that would be chosen now."""
+        """The bits of the option that would be chosen now."""
         return self.option_bits[self.best_option()]
 
     @property
     def option_rows(self) -> list[int]:
-        """The scheme of each option."""
+        """The index of the scheme of each option."""
         return list(self._rows)
 
     @property
     def option_bits(self) -> list[int]:
-        """Bits of each option."""
+        """The bits of each option."""
         return [option.n_bits for option in self.options]  # type: ignore[misc]
 
     def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
@@ -105,11 +105,11 @@ class MixtureQuantizer(Quantizer):
             option.allocate(n_channels)  # type: ignore[operator]
 
     def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
-        """Show x, or `x.clamp(*clamp)`, to the options that take part or must not miss a batch; each observer once."""
+        """Let options that take part or must not miss a batch observe x or `x.clamp(*clamp)`; each observer once."""
         seen: set[int] = set()
         shown = set(self.active)
         if self.form == "stat" and self.float_bitwidth is not None:
-            shown |= {self._beside(i) for i in self.active}  # their steps are compared
+            shown |= {self._beside(i) for i in self.active}  # the steps of neighbouring widths are compared
         clamped = x if clamp is None else x.detach().clamp(*clamp)
         for i, option in enumerate(self.options):
             if i in shown or not (option.is_ready and option.is_memoryless):
@@ -119,7 +119,7 @@ class MixtureQuantizer(Quantizer):
                     option.pre_observe(clamped)  # type: ignore[operator]
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
-        """The mix of the options of x, or of `x.clamp(*clamp)` in the same pass."""
+        """Mix the options' values of x, or of `x.clamp(*clamp)` in the same pass."""
         if self.forced == FLOAT:
             return x if clamp is None else x.clamp(*clamp)
         active, forced = list(self.active), self.forced
@@ -139,7 +139,7 @@ class MixtureQuantizer(Quantizer):
         return attach_width_gradient(y, x, self.float_bitwidth, self._neighbours(active), shares, self.form)
 
     def _row_shares(self) -> Tensor:
-        """Shares of the schemes in this forward, (K,)."""
+        """Compute the shares of the schemes in this forward, (K,)."""
         if self.theta is None:
             return torch.ones(1, device=self.temperature.device)
         if not self.training:
@@ -152,7 +152,7 @@ class MixtureQuantizer(Quantizer):
         return nn.functional.one_hot(soft.argmax(), self.n_rows) + (soft - soft.detach())
 
     def _column_shares(self) -> Tensor:
-        """Shares of the widths in this forward, and 1 for what has none to learn, (W + 1,)."""
+        """Compute the shares of the widths in this forward, and 1 for options with a fixed width, (W + 1,)."""
         if self.float_bitwidth is None:
             return torch.ones(len(self.widths) + 1, device=self.temperature.device)
         width = self.float_bitwidth if self.learns else self.float_bitwidth.detach()
@@ -161,9 +161,9 @@ class MixtureQuantizer(Quantizer):
         return self._hat(torch.round(width.detach().clamp(self.widths[0], self.widths[-1])))
 
     def _hat(self, width: Tensor, share: Tensor | None = None) -> Tensor:
-        """Two neighbours share a width that lies between them; 1 behind. The gradient passes at whole numbers too.
+        """Share a width between its two neighbours, followed by a 1. The gradient is defined at whole numbers too.
 
-        `share`: what the wider one gets in place of what is due to it.
+        `share`: the share of the wider one, in place of the proportional share.
         """
         low, high = self.widths[0], self.widths[-1]
         bounded = width + (width.clamp(low, high) - width).detach()
@@ -175,7 +175,7 @@ class MixtureQuantizer(Quantizer):
         return torch.cat([one[0] * (1 - part) + one[1] * part, torch.ones_like(part)[None]])
 
     def expected_shares(self) -> Tensor:
-        """Shares of all options without noise, (O,), with a gradient for `theta` and `float_bitwidth`."""
+        """Compute the shares of all options without noise, (O,), differentiable in `theta` and `float_bitwidth`."""
         rows = torch.ones(1, device=self.temperature.device) if self.theta is None else torch.softmax(self.theta, 0)
         if self.float_bitwidth is None:
             columns = torch.ones(len(self.widths) + 1, device=self.temperature.device)
@@ -185,7 +185,7 @@ class MixtureQuantizer(Quantizer):
 
     @torch.no_grad()
     def best_option(self) -> int:
-        """The option with the largest logit, at the rounded width."""
+        """Return the option with the largest logit, at the rounded width."""
         row = 0 if self.theta is None else int(self.theta.argmax())
         columns = {c: i for i, (r, c) in enumerate(zip(self._rows, self._columns, strict=True)) if r == row}
         if len(columns) == 1:
@@ -194,14 +194,14 @@ class MixtureQuantizer(Quantizer):
 
     @torch.no_grad()
     def bitwidth(self) -> float:
-        """`float_bitwidth` within its bounds; of the option that would be chosen, where no width is learned."""
+        """Return `float_bitwidth` within its bounds; if no width is learned, the width of the option chosen now."""
         if self.float_bitwidth is None:
             return float(self.option_bits[self.best_option()])
         return float(self.float_bitwidth.clamp(self.widths[0], self.widths[-1]))
 
     @torch.no_grad()
     def entropy(self) -> float:
-        """The entropy of the schemes' shares over its largest value: 1 undecided, 0 decided."""
+        """Compute the entropy of the schemes' shares relative to its maximum: 1 is undecided, 0 decided."""
         if self.theta is None:
             return 0.0
         shares = torch.softmax(self.theta, 0)
@@ -209,16 +209,17 @@ class MixtureQuantizer(Quantizer):
 
     @torch.no_grad()
     def start_at(self, width: float | None) -> None:
-        """Put the width there, if one is learned; None: at the widest."""
+        """Set the width, if one is learned; None: to the widest."""
         if self.float_bitwidth is not None:
             self.float_bitwidth.fill_(self.widths[-1] if width is None else width)
             self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Keep the width within its bounds, and quantize only at the widths around it; call it when it has changed.
+        """Clamp the width to its bounds and select the widths around it; call it when the width has changed.
 
-        With `narrow` off all widths take part, at a share of 0: compiled code then stays valid when widths move.
+        With `narrow` off all widths take part, some with a share of 0, so that compiled code stays valid when widths
+        move.
         """
         if self.float_bitwidth is None:
             self.active = tuple(range(len(self.specs)))
@@ -234,12 +235,12 @@ class MixtureQuantizer(Quantizer):
         self.active = tuple(i for i, column in enumerate(self._columns) if column in columns)
 
     def _neighbours(self, active: list[int]) -> list[tuple[Quantizer, Quantizer, int]]:
-        """Each active option with the next wider (at the end: narrower) of its scheme, and its width."""
+        """Return each active option with the next wider (at the end: narrower) option of its scheme, and its width."""
         bits = self.option_bits
         return [(self.options[i], self.options[self._beside(i)], bits[i]) for i in active]  # type: ignore[misc]
 
     def _beside(self, option: int) -> int:
-        """The option of the next width of its scheme, the wider if there is one; itself without a width to learn."""
+        """Return the option at the next width of the same scheme, wider if possible; itself if its width is fixed."""
         column = self._columns[option]
         if column == len(self.widths) or len(self.widths) == 1:
             return option
@@ -255,7 +256,7 @@ class MixtureQuantizer(Quantizer):
 
 
 def share_observers(options: Sequence[Any] | nn.ModuleList) -> None:
-    """Let options whose observers do the same have one observer, so that it measures once."""
+    """Let options with equal observers share one observer, so that it measures once."""
     known: dict[tuple[Any, ...], nn.Module] = {}
     for option in options:
         observer = getattr(option, "observer", None)

@@ -1,4 +1,4 @@
-"""QPL: how many bits, layer by layer."""
+"""QPL: learn the bit width of each layer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from torchquant.search.settings import PrecisionSettings
 
 
 class PrecisionLearning(Search):
-    """Quantizing precision learning: bit widths are real numbers that a gradient moves, weights train at their side.
+    """Quantizing precision learning: bit widths are real parameters, learned by gradient together with the weights.
 
     AutoQNN (Gong et al. 2023, arXiv:2304.03782) names it; its released code has no gradient for the width, so the form
-    is ours (docs/algorithms.md F3), with its names `float_bitwidth`, `target_bitwidth` (here a `budget` of "bits" or
-    "act_bits"). Arguments: see `Search`. Rules give a slot a spec with `{n}`; a list of such learns scheme and width
-    together. BitPruning (Nikolic et al. 2020) is the form "interp" with `cost_weight` in place of a budget.
+    is ours (docs/algorithms.md F3), with AutoQNN's names `float_bitwidth`, `target_bitwidth` (here a `budget` of "bits"
+    or "act_bits"). For the arguments see `Search`. Rules give a slot a spec with `{n}`; a list of such specs learns
+    scheme and width together. BitPruning (Nikolic et al. 2020) is the form "interp" with `cost_weight` in place of a
+    budget.
 
     >>> import torch
     >>> from torch import nn

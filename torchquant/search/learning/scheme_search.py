@@ -1,4 +1,4 @@
-"""QSS: which scheme, layer by layer."""
+"""QSS: search the scheme of each layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torchquant.search.settings import SearchSettings
 class SchemeSearch(Search):
     """Quantizing scheme search: candidates are mixed with Gumbel-softmax shares, and the shares are learned.
 
-    AutoQNN (Gong et al. 2023, arXiv:2304.03782) names the search; its code has none, so the form is ours
-    (docs/algorithms.md F4). Arguments: see `Search`. Rules give a slot a list of specs to choose from
+    AutoQNN (Gong et al. 2023, arXiv:2304.03782) names the search; its code does not contain it, so the form is ours
+    (docs/algorithms.md F4). For the arguments see `Search`. Rules give a slot a list of candidate specs
     (`default_candidates`), of any registered schemes, widths and granularities, for weights and activations.
     EdMIPS (Cai 2020) is the same with widths as candidates and `cost_weight` on "bitops".
 

@@ -1,4 +1,4 @@
-"""The model of a search: every point that is searched holds a mixture of its candidates."""
+"""Build the model of a search, in which every search point holds a mixture of its candidates."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torchquant.search.space import Candidates, searched_slots
 def build_supernet(
     net: nn.Module, plan: QuantPlan, share: bool = False
 ) -> tuple[nn.Module, dict[SearchPoint, list[MixtureQuantizer]]]:
-    """A copy of the float model with the plan's quantizers, mixtures where it has candidates; and those, by point.
+    """Copy the float model with the plan's quantizers, mixtures for candidates; return it, and the mixtures by point.
 
-    A layer with several weights has a mixture for each of them, with the same logits and width. `share`: so have all
-    points with the same candidates, and one choice is made for the whole model.
+    A layer with several weights has a mixture for each of them, with the same logits and width. With `share`, all
+    points with the same candidates share them too, so that one choice is made for the whole model.
     """
     made: dict[SearchPoint, list[MixtureQuantizer]] = {}
 

@@ -1,4 +1,4 @@
-"""How the gradient of a bit width comes about where the forward quantizes at one rounded width."""
+"""Compute the gradient of a bit width where the forward quantizes at one rounded width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMS = (*MIXING_FORMS, "step", "stat")
 
 
 class _WidthGradient(torch.autograd.Function):
-    """Output y as it is; the width gets `sum(grad * slope)`."""
+    """Returns y unchanged; the gradient of the width is `sum(grad * slope)`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, width: Tensor, slope: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def attach_width_gradient(
     shares: Tensor,
     form: str,
 ) -> Tensor:
-    """y, with the gradient `<grad, sum_o share_o dQ_o/db>` for the width. `neighbours`: option, next one, width.
+    """Give y the gradient `<grad, sum_o share_o dQ_o/db>` for the width. `neighbours`: option, its neighbour, width.
 
     "step": the range is fixed, so `dQ/db = (Q(x) - x) / delta * d delta/db` inside the range and 0 outside, where
     `d delta/db = -ln 2 * 2**b / (qmax - qmin) * delta`. "stat": the step and the largest level follow the width as
@@ -54,7 +54,7 @@ def attach_width_gradient(
 
 
 def delta_slope(n_bits: int, qmin: int, qmax: int) -> float:
-    """`d delta/db / delta` of a grid over a fixed range, in closed form.
+    """Compute `d delta/db / delta` of a grid over a fixed range, in closed form.
 
     >>> round(delta_slope(4, -7, 7), 6)
     -0.792168
@@ -66,7 +66,7 @@ def _step_slope(x: Tensor, option: Quantizer, other: Quantizer, n_bits: int) -> 
     try:
         _, _, qmin, qmax = option.affine_params()
     except NoAffineViewError as error:
-        raise ConfigError(f"the form 'step' is for uniform grids with a range; {error}. Use 'interp'") from error
+        raise ConfigError(f"the form 'step' needs a uniform grid with a range; {error}. Use 'interp'") from error
     low, high = option.format().ends(x)
     inside = (x >= low) & (x <= high)
     return torch.where(inside, (option(x) - x) * delta_slope(n_bits, qmin, qmax), torch.zeros_like(x))
@@ -89,5 +89,5 @@ def _stat_slope(x: Tensor, option: Quantizer, other: Quantizer, n_bits: int) -> 
 
 
 def _gap(levels: Tensor) -> Tensor:
-    """The smallest distance of two levels."""
+    """Return the smallest distance between two levels."""
     return levels.diff(dim=-1).amin(-1).clamp_min(torch.finfo(levels.dtype).tiny)

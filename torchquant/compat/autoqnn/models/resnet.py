@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(B, 3, 32, 32) -> (B, classes); with `hiddens`, a list: the output of every stage, then the scores."""
+    """Maps (B, 3, 32, 32) to (B, classes); with `hiddens`, to a list: the output of every stage, then the scores."""
 
     widths: Sequence[int] = WIDE
 
@@ -87,46 +87,46 @@ class ResNet(nn.Module):
 
 
 class ResNet_simple(ResNet):  # noqa: N801 - published name
-    """The narrow form, three stages."""
+    """The narrow ResNet with three stages."""
 
     widths = SIMPLE
 
 
 def ResNet18() -> ResNet:  # noqa: N802 - published name
-    """Wide, two blocks a stage."""
+    """Make the wide ResNet with two blocks per stage."""
     return ResNet(BasicBlock, [2, 2, 2, 2])
 
 
 def ResNet14() -> ResNet:  # noqa: N802 - published name
-    """Simple, two blocks a stage."""
+    """Make the simple ResNet with two blocks per stage."""
     return ResNet_simple(BasicBlock, [2, 2, 2])
 
 
 def ResNet18_hiddens() -> ResNet:  # noqa: N802 - published name
-    """ResNet18 that gives its stages too."""
+    """Make ResNet18 that also returns the outputs of its stages."""
     return ResNet(BasicBlock, [2, 2, 2, 2], hiddens=True)
 
 
 def ResNet18_simple_hiddens() -> ResNet:  # noqa: N802 - published name
-    """The same as `ResNet18_hiddens`, as published."""
+    """Make the same as `ResNet18_hiddens`, as published."""
     return ResNet18_hiddens()
 
 
 def ResNet34_simple_hiddens() -> ResNet:  # noqa: N802 - published name
-    """Wide, 3, 4, 6, 3 blocks, with its stages, as published."""
+    """Make the wide ResNet with 3, 4, 6, 3 blocks that also returns its stages, as published."""
     return ResNet(BasicBlock, [3, 4, 6, 3], hiddens=True)
 
 
 def ResNet20_simple_hiddens() -> ResNet:  # noqa: N802 - published name
-    """Simple, three blocks a stage, with its stages."""
+    """Make the simple ResNet with three blocks per stage that also returns its stages."""
     return ResNet_simple(BasicBlock, [3, 3, 3], hiddens=True)
 
 
 def ResNet56_simple_hiddens() -> ResNet:  # noqa: N802 - published name
-    """Simple, nine blocks a stage, with its stages."""
+    """Make the simple ResNet with nine blocks per stage that also returns its stages."""
     return ResNet_simple(BasicBlock, [9, 9, 9], hiddens=True)
 
 
 def ResNet112_simple_hiddens() -> ResNet:  # noqa: N802 - published name
-    """Simple, 18 blocks a stage, with its stages."""
+    """Make the simple ResNet with 18 blocks per stage that also returns its stages."""
     return ResNet_simple(BasicBlock, [18, 18, 18], hiddens=True)

@@ -10,7 +10,7 @@ Channels = Sequence[tuple[int, int]]
 
 
 def vgg_block(num_convs: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    """`num_convs` times convolution, ReLU, batch norm; then pooling."""
+    """Make `num_convs` times convolution, ReLU, batch norm; then pooling."""
     layers: list[nn.Module] = []
     for i in range(num_convs):
         layers.append(nn.Conv2d(in_channels if i == 0 else out_channels, out_channels, 3, padding=1))
@@ -19,12 +19,12 @@ def vgg_block(num_convs: int, in_channels: int, out_channels: int) -> nn.Sequent
 
 
 def vgg_stack(num_convs: Sequence[int], channels: Channels) -> nn.Sequential:
-    """A block for each (channels in, channels out)."""
+    """Make a block for each (channels in, channels out)."""
     return nn.Sequential(*(vgg_block(n, *pair) for n, pair in zip(num_convs, channels, strict=True)))
 
 
 class VGG(nn.Module):
-    """Blocks, then two linear layers. `out_dim`: positions that are left, 16 for three blocks on 32 x 32.
+    """Blocks, then two linear layers. `out_dim`: remaining positions, 16 for three blocks on 32 x 32.
 
     forward: (B, 3, 32, 32) -> (B, 10).
     """
@@ -53,20 +53,20 @@ class VGG_plane(nn.Module):  # noqa: N801 - published name
 
 
 def vgg7_M(M: int) -> VGG:  # noqa: N802, N803 - published names
-    """Seven layers, M channels at first."""
+    """Make a VGG of seven layers with M channels in the first."""
     return VGG((2, 2, 2), ((3, M), (M, 2 * M), (2 * M, 4 * M)))
 
 
 def vgg7_M_plane(M: int) -> VGG_plane:  # noqa: N802, N803 - published names
-    """Seven layers, M channels at first, without the wide linear layer."""
+    """Make a VGG of seven layers with M channels in the first, without the wide linear layer."""
     return VGG_plane((2, 2, 2), ((3, M), (M, 2 * M), (2 * M, 4 * M)))
 
 
 def vgg7_64() -> VGG:
-    """`vgg7_M(64)`."""
+    """Make `vgg7_M(64)`."""
     return vgg7_M(64)
 
 
 def vgg7_64_plane() -> VGG_plane:
-    """`vgg7_M_plane(64)`."""
+    """Make `vgg7_M_plane(64)`."""
     return vgg7_M_plane(64)
