@@ -62,7 +62,7 @@ def test_a_search_counts_as_the_plan_does(head):
     rules = [{"names": ["table"], "weight": ["affine:4", "affine:8"]}, {"names": ["head"], "weight": head}]
     plan = QuantPlan.from_rules(search_rules(rules), net, tokens())
     costs = CostModel(net, plan, tokens())
-    options = {v.place: len(v.options) for v in costs.variables}
+    options = {v.point: len(v.options) for v in costs.variables}
     for i in range(options["table", "weight"]):
         for j in range(options.get(("head", "weight"), 1)):
             choice = {("table", "weight"): i, ("head", "weight"): j}
@@ -86,7 +86,7 @@ def test_costs_are_of_one_sample(batch):
     assert cost.activation_bytes == 4 * 16 + 2
     searched = QuantPlan.from_rules(search_rules([{"weight": "affine:{n}"}]), net)
     costs = CostModel(net, searched, torch.randn(batch, 3, 6, 6))
-    assert costs.totals(dict.fromkeys(costs.places, 0))["act_bytes"] == 4 * (4 * 16 + 2)
+    assert costs.totals(dict.fromkeys(costs.points, 0))["act_bytes"] == 4 * (4 * 16 + 2)
 
 
 def test_what_is_taken_for_the_batch():

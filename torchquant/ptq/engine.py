@@ -25,8 +25,9 @@ from torchquant.ptq.stage import CHANGES, LayerStage, ModelStage, Stage, make_st
 from torchquant.ptq.streams import Pass, passes
 from torchquant.ptq.work import LayerWork
 from torchquant.qmodule import QModuleState, QWrapper
+from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.training.batches import check_batches, inputs_of, place, progress_bar, taken
-from torchquant.utils import qmodules, set_qmodule_state
+from torchquant.utils import qmodules, set_qmodule_state, weight_slots
 
 OnStep = Callable[[StepReport], object]
 KEEP = ("best", "always")
@@ -128,7 +129,11 @@ def _layers(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> dict
     """Path -> every wrapped layer with a weight quantizer that the names select. Raises ConfigError."""
     from fnmatch import fnmatchcase
 
-    every = {p: m for p, m in qmodules(model) if isinstance(m, QWrapper) and m.weight_quantizer is not None}
+    every: dict[str, QWrapper] = {
+        slot.path: slot.module
+        for slot in weight_slots(model)
+        if isinstance(slot, LayerSlot) and slot.quantizer is not None
+    }
     if not every:
         raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
     chosen = {

@@ -8,8 +8,8 @@ from torch import nn
 
 from torchquant.ptq.folding import fold_for_good
 from torchquant.ptq.stage import PTQ, ModelStage
-from torchquant.qmodule import QWrapper
-from torchquant.utils import qmodules
+from torchquant.qmodule.weight_slots import LayerSlot
+from torchquant.utils import weight_slots
 
 
 @PTQ.register("fold_bn")
@@ -20,5 +20,5 @@ class FoldBN(ModelStage):
     when = "first; layer stages do it by themselves"
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:
-        done = fold_for_good({path: module for path, module in qmodules(model) if isinstance(module, QWrapper)})
+        done = fold_for_good({slot.path: slot.module for slot in weight_slots(model) if isinstance(slot, LayerSlot)})
         return f"{len(done)} batch norms"
