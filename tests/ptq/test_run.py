@@ -249,6 +249,31 @@ def test_layers_that_no_batch_reaches_are_said() -> None:
     ]
 
 
+def test_what_is_not_worked_on_is_said() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.reads = nn.Embedding(10, 6), nn.LSTM(6, 6, batch_first=True)
+            self.twice, self.head = nn.Linear(6, 6), nn.Linear(6, 10)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y = self.reads(self.table(tokens))[0]
+            return self.head(self.twice(torch.relu(self.twice(y))))
+
+    torch.manual_seed(0)
+    tokens = torch.arange(20).view(4, 5) % 10
+    rules = [{"types": ["Linear", "Embedding", "LSTM"], "weight": "affine:4/channel"}]
+    model = tq.quantize(Tied(), rules, tokens)
+    before = model.table.layer.weight.clone()
+    said = {step.path: step.note for step in ptq.run(model, ["gptq"], [tokens]).steps}
+    assert said["head"] == "stays rounded to nearest: its weight is that of table too"
+    assert said["table"] == "stays rounded to nearest: its weight is that of head too"
+    assert said["reads.weight_ih_l0"] == "stays rounded to nearest: what its weight multiplies is inside LSTM"
+    assert said["twice"].startswith("is called again where it is rounded already")
+    assert torch.equal(model.table.layer.weight, before)
+
+
 def test_a_bias_makes_the_means_equal() -> None:
     torch.manual_seed(0)
     x, net = torch.rand(50, 8), nn.Sequential(nn.Linear(8, 5))
@@ -298,7 +323,7 @@ def test_more_of_what_cannot_be_run(net: nn.Module) -> None:
     with pytest.raises(ConfigError, match="the model has no quantized layers"):
         ptq.run(net, ["gptq"], BATCHES)
     model = quantized(net, "affine:4")
-    with pytest.raises(ConfigError, match="select none of"):
+    with pytest.raises(ConfigError, match="select no layer of one product among first"):
         ptq.run(model, ["gptq"], BATCHES, names=["layers.*"])
     ptq.run(model, ["gptq"], BATCHES, names=["head"])
     with pytest.raises(ConfigError, match="has been rounded already"):

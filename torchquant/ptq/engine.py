@@ -8,6 +8,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -84,12 +85,18 @@ def run(
     asking = [s for s in made if (s.needs_data if isinstance(s, ModelStage) else isinstance(s, LayerStage) and s.needs)]
     if asking and not inputs:
         raise ConfigError(f"{_name(asking[0])} looks at inputs and needs batches, got none")
-    layers = _layers(model, names, skip)
+    layers, left = _layers(model, names, skip)
     engine = _Engine(
         model, layers, inputs, keep, seed, on_step, Steps.of(out, model, made, inputs, (keep, names, skip, seed))
     )
-    with in_mode(False, model), progress_bar("post-training", engine.count(made), show_progress, on_step) as advance:
+    with (
+        torch.no_grad(),
+        in_mode(False, model),
+        progress_bar("post-training", engine.count(made), show_progress, on_step) as advance,
+    ):
         engine.advance = advance
+        for path, why in left.items():
+            engine.report(StepReport("(none)", path, note=f"stays rounded to nearest: {why}"))
         for is_layer_stage, group in itertools.groupby(made, lambda stage: isinstance(stage, LayerStage)):
             if is_layer_stage:
                 engine.run_layers([stage for stage in group if isinstance(stage, LayerStage)])
@@ -125,25 +132,29 @@ def _name(stage: Stage) -> str:
     return stage.spec or type(stage).__name__
 
 
-def _layers(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> dict[str, QWrapper]:
-    """Path -> every wrapped layer with a weight quantizer that the names select. Raises ConfigError."""
-    from fnmatch import fnmatchcase
-
-    every: dict[str, QWrapper] = {
-        slot.path: slot.module
-        for slot in weight_slots(model)
-        if isinstance(slot, LayerSlot) and slot.quantizer is not None
-    }
-    if not every:
+def _layers(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> tuple[dict[str, QWrapper], dict[str, str]]:
+    """Find each layer that the names select, by path, and say why other quantized weights are not among them."""
+    slots = [slot for slot in weight_slots(model) if slot.quantizer is not None]
+    if not any(isinstance(slot, LayerSlot) for slot in slots):
         raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
-    chosen = {
-        path: wrapper
-        for path, wrapper in every.items()
-        if any(fnmatchcase(path, n) for n in names) and not any(fnmatchcase(path, n) for n in skip)
-    }
+    chosen: dict[str, QWrapper] = {}
+    left: dict[str, str] = {}
+    for slot in slots:
+        others = [other.label for other in slots if other is not slot and other.weight is slot.weight]
+        if not any(fnmatchcase(slot.path, name) for name in names) or any(
+            fnmatchcase(slot.path, name) for name in skip
+        ):
+            continue
+        if others:
+            left[slot.label] = f"its weight is that of {', '.join(others)} too"
+        elif isinstance(slot, LayerSlot):
+            chosen[slot.path] = slot.module
+        else:
+            left[slot.label] = f"what its weight multiplies is inside {type(slot.module.layer).__name__}"
     if not chosen:
-        raise ConfigError(f"names {list(names)} without {list(skip)} select none of {', '.join(list(every)[:9])}, ...")
-    return chosen
+        known = ", ".join(slot.path for slot in slots[:9])
+        raise ConfigError(f"names {list(names)} without {list(skip)} select no layer of one product among {known}, ...")
+    return chosen, left
 
 
 class _Engine:
@@ -188,9 +199,13 @@ class _Engine:
         left = dict(self.layers)
         if needs:
             wants_float = bool(needs & {"cross_gram", "float_means"})
+            self.again: set[str] = set()
             for path, data in self._inputs_of_layers(needs, wants_float):
                 self._work(path, stages, data)
                 del left[path]
+            for path in sorted(self.again):
+                note = "is called again where it is rounded already: the inputs of its first call alone were looked at"
+                self.report(StepReport(_name(stages[0]), path, note=note))
         for path in left:
             data = LayerData(path, needs, self._generator(path))
             self._work(path, stages, data, "no batch reached it" if needs else "")
@@ -240,6 +255,7 @@ class _Engine:
                     yield path, self._data(path, needs, now, floats)
                 for i, one in enumerate(now):
                     if one.at in done:
+                        self.again.update({one.at} - {path})
                         one.advance()
                         if floats and floats[i].at is not None:
                             floats[i].advance()
