@@ -75,8 +75,8 @@ class Rounding(LayerStage):
         """The weight on its grid: (groups, rows, K), as `layer.weight`; the engine makes it the weight."""
 
 
-class MatchingRounding(Rounding):
-    """A rounding by the error of the layer's output.
+class Matching(LayerStage):
+    """A stage that makes the output of a layer equal to another output.
 
     `match`: "float", the outputs of the float model, so that errors of the layers before are made good; "layer", the
     float layer on the inputs that it gets now.
@@ -94,6 +94,10 @@ class MatchingRounding(Rounding):
     def target(self, layer: Layer, data: LayerData) -> Tensor:
         """The real weight whose output on the inputs of now is nearest to what is matched: (groups, rows, K)."""
         return data.corrected(layer.weight) if self.match == "float" else layer.weight
+
+
+class MatchingRounding(Matching, Rounding):
+    """A rounding by the error of the layer's output; see `Matching`."""
 
 
 class WeightChange(LayerStage):

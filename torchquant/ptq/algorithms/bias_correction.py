@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchquant.errors import ConfigError
 from torchquant.ptq.functional.biases import bias_correction
 from torchquant.ptq.layer import Layer, LayerData
-from torchquant.ptq.stage import PTQ, BiasChange
+from torchquant.ptq.stage import PTQ, BiasChange, Matching
 
 
 @PTQ.register("bias_correction")
-class BiasCorrection(BiasChange):
+class BiasCorrection(Matching, BiasChange):
     """Make the mean of each output what it is in the float model (match="float"), or in the float layer ("layer")."""
 
     source = "Nagel et al. 2019, arXiv:1906.04721, section 4.2"
     when = "last, behind every change of weights"
-
-    def __init__(self, match: str = "float") -> None:
-        if match not in ("float", "layer"):
-            raise ConfigError(f"match must be 'float' or 'layer', got {match!r}")
-        self.match = match
 
     @property
     def needs(self) -> frozenset[str]:

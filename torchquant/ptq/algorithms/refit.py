@@ -9,11 +9,11 @@ from torch import Tensor
 
 from torchquant.ptq.algorithms.clip import numbers_by_channel, scaled_numbers
 from torchquant.ptq.layer import Layer, LayerData
-from torchquant.ptq.stage import PTQ, NumberSearch
+from torchquant.ptq.stage import PTQ, Matching, NumberSearch
 
 
 @PTQ.register("refit")
-class Refit(NumberSearch):
+class Refit(Matching, NumberSearch):
     """Stretch the levels of each channel to where the output error of its codes is least.
 
     `r = (q H w) / (q H q)` for the rounded weight q. For schemes whose numbers are in the units of the weight; where
@@ -23,16 +23,9 @@ class Refit(NumberSearch):
     source = "Hubara et al. 2020, arXiv:2006.10518, section 3.1"
     when = "behind a rounding"
 
-    def __init__(self, match: str = "float") -> None:
-        self.match = match
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"gram", "cross_gram"} if self.match == "float" else {"gram"})
-
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
         full = numbers_by_channel(layer)
-        target = data.corrected(layer.weight) if self.match == "float" else layer.weight
+        target = self.target(layer, data)
         q = (layer.quantized() if layer.rounded is None else layer.rounded).to(data.gram.dtype)
         along = ((q @ data.gram) * target.to(q.dtype)).sum(-1).flatten()
         power = ((q @ data.gram) * q).sum(-1).flatten()
