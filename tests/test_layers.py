@@ -23,6 +23,7 @@ ROWS = (
         "_locks",
         "_registry",
         "_renamed",
+        "_lazy",
         "_figures",
         "_modes",
         "_tables",

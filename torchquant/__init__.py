@@ -1,8 +1,8 @@
 """torchquant: a quantization development kit for PyTorch researchers."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from torchquant._lazy import lazy_names
 from torchquant.qmodule import QModule as QModule
 from torchquant.qmodule import QModuleState as QModuleState
 from torchquant.qmodule import QOp as QOp
@@ -15,7 +15,6 @@ from torchquant.quantizers import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers import Quantizer as Quantizer
 from torchquant.quantizers import QuantSpec as QuantSpec
 from torchquant.quantizers import TernaryQuantizer as TernaryQuantizer
-from torchquant.quantizers import check_quantizer as check_quantizer
 from torchquant.quantizers import make_quantizer as make_quantizer
 from torchquant.range_observers import BatchMinMax as BatchMinMax
 from torchquant.range_observers import ExpAvgMinMax as ExpAvgMinMax
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from torchquant.graph import register_operator as register_operator
     from torchquant.plan import QuantPlan as QuantPlan
     from torchquant.plan import quantize as quantize
+    from torchquant.quantizers import check_quantizer as check_quantizer
     from torchquant.training import calibrate as calibrate
     from torchquant.training import evaluate as evaluate
     from torchquant.training import fit as fit
@@ -72,23 +72,13 @@ __all__ = [
 ]
 
 _LATER = {
-    **dict.fromkeys(("capture", "register_operator"), "graph"),
-    **dict.fromkeys(("QuantPlan", "quantize"), "plan"),
-    **dict.fromkeys(("calibrate", "evaluate", "fit"), "training"),
+    "check_quantizer": "torchquant.quantizers",
+    **dict.fromkeys(("capture", "register_operator"), "torchquant.graph"),
+    **dict.fromkeys(("QuantPlan", "quantize"), "torchquant.plan"),
+    **dict.fromkeys(("calibrate", "evaluate", "fit"), "torchquant.training"),
 }
 _PACKAGES = ("graph", "models", "plan", "ptq", "training")
-
-
-def __getattr__(name: str) -> Any:
-    """Load a name from above the core when it is first used, so that the import is quick."""
-    if name in _LATER:
-        found = getattr(import_module(f"torchquant.{_LATER[name]}"), name)
-    elif name in _PACKAGES:
-        found = import_module(f"torchquant.{name}")
-    else:
-        raise AttributeError(f"module 'torchquant' has no attribute '{name}'")
-    globals()[name] = found
-    return found
+__getattr__ = lazy_names(__name__, _LATER, _PACKAGES)
 
 
 def __dir__() -> list[str]:

@@ -102,7 +102,7 @@ def test_multiples_are_given_as_dims(tmp_path):
     ("net", "x", "message"),
     [
         (Fixed(), torch.randn(2, 3, 8, 8), r"(?s)trace the model: .*height.*that the model fixes must not be"),
-        (Positions(), torch.randn(2, 8, 4), "(?s)does not run at twice the size of the example .*verify=False"),
+        (Positions(), torch.randn(2, 8, 4), "(?s)the model fails at twice the size of the example .*verify=False"),
     ],
 )
 def test_a_model_that_cannot_is_refused_by_name(net, x, message, tmp_path):

@@ -628,7 +628,7 @@ def test_sizes_of_a_folder_and_of_files(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("none.pt", "there is no file"),
-        ("readme.txt", "is no model file; expected a folder"),
+        ("readme.txt", "is not a model file; expected a folder"),
         ("", "has no model files"),
     ],
 )

@@ -199,7 +199,9 @@ def test_plans_are_compared_and_changed() -> None:
     assert "lsq:4/channel" in str(plan.diff(other))
     with pytest.raises(ConfigError, match="no site '4'"):
         plan.replace("4", weight="affine:8")
-    with pytest.raises(ConfigError, match="a site has weight, input, output, bias, preactivation, fold_bn; got wieght"):
+    with pytest.raises(
+        ConfigError, match="a site has the slots weight, input, output, bias, preactivation, and fold_bn; got wieght"
+    ):
         plan.replace("3", wieght="affine:8")
     with pytest.raises(AttributeError):
         plan.sites = ()  # type: ignore[misc]

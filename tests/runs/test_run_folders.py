@@ -193,7 +193,7 @@ def test_a_model_file_that_changed_is_noticed(name: str, kind: str, finished: An
     before = (work.folder / name).read_text()
     try:
         (work.folder / name).write_text(before + "\n# another line\n")
-        refused(getattr(work, kind)(out), name, "changed since")
+        refused(getattr(work, kind)(out), name, "has changed")
     finally:
         (work.folder / name).write_text(before)
     assert getattr(work, kind)(out).exit_code == 0

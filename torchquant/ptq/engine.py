@@ -73,7 +73,7 @@ def run(
     >>> model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:3/channel"}], x)
     >>> report = run(model, ["gptq", "bias_correction"], [x])
     >>> [step.path for step in report.steps]
-    ['0', '2', '0', '2']
+    ['0', '0', '2', '2']
     """
     made = [make_stage(stage) for stage in stages]
     _check_order(made)

@@ -1,5 +1,8 @@
 """Quantizers with state: when to look, what to remember. One file per scheme."""
 
+from typing import TYPE_CHECKING
+
+from torchquant._lazy import lazy_names
 from torchquant.quantizers._base import QUANTIZERS as QUANTIZERS
 from torchquant.quantizers._base import About as About
 from torchquant.quantizers._base import FittedQuantizer as FittedQuantizer
@@ -12,9 +15,6 @@ from torchquant.quantizers._catalogue import catalogue as catalogue
 from torchquant.quantizers._catalogue import scheme_entry as scheme_entry
 from torchquant.quantizers._catalogue import weight_spec as weight_spec
 from torchquant.quantizers._group import GroupQuantizer as GroupQuantizer
-from torchquant.quantizers._laws import LAWS as LAWS
-from torchquant.quantizers._laws import LawReport as LawReport
-from torchquant.quantizers._laws import check_quantizer as check_quantizer
 from torchquant.quantizers._learned import LearnedQuantizer as LearnedQuantizer
 from torchquant.quantizers._learned import LearnedUniform as LearnedUniform
 from torchquant.quantizers._level_list import LevelList as LevelList
@@ -46,6 +46,11 @@ from torchquant.quantizers.residual import ResidualQuantizer as ResidualQuantize
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 from torchquant.quantizers.tqt import TQTQuantizer as TQTQuantizer
 from torchquant.quantizers.ttq import TTQQuantizer as TTQQuantizer
+
+if TYPE_CHECKING:
+    from torchquant.quantizers._laws import LAWS as LAWS
+    from torchquant.quantizers._laws import LawReport as LawReport
+    from torchquant.quantizers._laws import check_quantizer as check_quantizer
 
 __all__ = [
     "LAWS",
@@ -95,3 +100,5 @@ __all__ = [
     "scheme_entry",
     "weight_spec",
 ]
+
+__getattr__ = lazy_names(__name__, dict.fromkeys(("LAWS", "LawReport", "check_quantizer"), f"{__name__}._laws"))

@@ -71,7 +71,7 @@ class CalibratedState(Pinnable):
         >>> quantizer.pin(torch.tensor([1.0, -1.0]))
         >>> quantizer.pre_observe(torch.tensor([90.0]))
         >>> quantizer(torch.tensor([90.0]))
-        tensor([2.0878])
+        tensor([2.0725])
         """
         if self.is_pinned:
             return

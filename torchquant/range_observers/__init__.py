@@ -1,8 +1,10 @@
 """Range observers: which real interval a quantizer covers."""
 
+from typing import TYPE_CHECKING
+
+from torchquant._lazy import lazy_names
 from torchquant.range_observers._base import OBSERVERS as OBSERVERS
 from torchquant.range_observers._base import RangeObserver as RangeObserver
-from torchquant.range_observers._laws import check_observer as check_observer
 from torchquant.range_observers.histogram import EntropyObserver as EntropyObserver
 from torchquant.range_observers.histogram import HistogramObserver as HistogramObserver
 from torchquant.range_observers.histogram import MSEObserver as MSEObserver
@@ -12,6 +14,9 @@ from torchquant.range_observers.min_max import RunningMinMax as RunningMinMax
 from torchquant.range_observers.moments import ACIQObserver as ACIQObserver
 from torchquant.range_observers.moments import MeanStdObserver as MeanStdObserver
 from torchquant.range_observers.percentile import PercentileObserver as PercentileObserver
+
+if TYPE_CHECKING:
+    from torchquant.range_observers._laws import check_observer as check_observer
 
 __all__ = [
     "OBSERVERS",
@@ -27,3 +32,5 @@ __all__ = [
     "RunningMinMax",
     "check_observer",
 ]
+
+__getattr__ = lazy_names(__name__, {"check_observer": f"{__name__}._laws"})
