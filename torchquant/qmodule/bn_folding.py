@@ -34,7 +34,7 @@ RunScaled = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def check_fold(fold_bn: bool | str, bn: _BatchNorm | None, out_channels: int) -> str | None:
-    """The fold mode that `fold_bn` names, None for no folding. Raises ConfigError."""
+    """Return the fold mode that `fold_bn` names, None for no folding. Raises ConfigError."""
     if fold_bn is False:
         return None
     mode = "corrected" if fold_bn is True else fold_bn
@@ -50,18 +50,18 @@ def check_fold(fold_bn: bool | str, bn: _BatchNorm | None, out_channels: int) ->
 
 
 def running_sigma(bn: _BatchNorm) -> Tensor:
-    """sigma_R, (C,)."""
+    """Compute sigma_R, (C,)."""
     assert bn.running_var is not None
     return bn_sigma(bn.running_var, bn.eps)
 
 
 def running_factor(bn: _BatchNorm) -> Tensor:
-    """gamma / sigma_R, (C,)."""
+    """Compute gamma / sigma_R, (C,)."""
     return fold_factor(bn.weight, running_sigma(bn))
 
 
 def running_bias(bn: _BatchNorm, bias: Tensor | None) -> Tensor:
-    """Bias of the layer folded with running statistics, (C,)."""
+    """Compute the bias of the layer folded with running statistics, (C,)."""
     assert bn.running_mean is not None
     return fold_bias(bias, bn.running_mean, running_factor(bn), bn.bias)
 
@@ -69,7 +69,7 @@ def running_bias(bn: _BatchNorm, bias: Tensor | None) -> Tensor:
 def folded_forward(
     mode: str, run: RunScaled, run_float: Callable[[Tensor], Tensor], bn: _BatchNorm, bias: Tensor | None, x: Tensor
 ) -> Tensor:
-    """Output of layer + batch norm with the folded, quantized weight. `run_float` is the plain layer."""
+    """Compute the output of layer + batch norm with the folded, quantized weight. `run_float` is the plain layer."""
     if not bn.training:
         return run(x, running_factor(bn), running_bias(bn, bias))
     if mode == "rescale":

@@ -48,7 +48,7 @@ def unlink_float_state(model: nn.Module) -> None:
 
 @checked
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers under the keys of the float model; tensors share memory with the model's.
+    """Return weights and buffers under the keys of the float model; the tensors share memory with the model's.
 
     Raises ConfigError for a model that was not made from a float one.
     """
@@ -59,9 +59,9 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def float_keys(model: nn.Module) -> list[KeyPair]:
-    """(key in the float model, key in this one) of every tensor they share."""
+    """Return (key in the float model, key in this one) for every tensor that both hold."""
     pairs: list[KeyPair] = model.float_keys  # type: ignore[assignment]
-    current = current_keys(model, (key for _, key in pairs))  # a model that was pickled by 0.1 has older ones
+    current = current_keys(model, (key for _, key in pairs))  # a model that was pickled by 0.1 has older keys
     return [(float_key, current.get(key, key)) for float_key, key in pairs]
 
 
@@ -82,16 +82,16 @@ def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 
 
 class FloatCheckpoints(nn.Module):
-    """A module made from the layers of a float `net`, that also speaks the checkpoints of `net`.
+    """A module made from the layers of a float `net` that also loads and writes the checkpoints of `net`.
 
     Call `link_float_state(net)` once the layers are in place; then
 
-    * `self.load_state_dict(net.state_dict())` takes weights and batch norm statistics; quantizers and
-      states stay as they are. Under a prefix too, such as the "module." of DistributedDataParallel;
-    * `net.load_state_dict(self.float_state_dict())` goes back.
+    * `self.load_state_dict(net.state_dict())` loads weights and batch norm statistics and keeps quantizers and
+      states. Keys may have a prefix, such as the "module." of DistributedDataParallel;
+    * `net.load_state_dict(self.float_state_dict())` is the way back.
 
-    A checkpoint of the quantized model loads as usual. What is neither is left to `load_state_dict`,
-    which reports missing and unexpected keys.
+    A checkpoint of the quantized model loads as usual. Any other checkpoint is passed to `load_state_dict`
+    unchanged, which reports missing and unexpected keys.
 
     >>> from torchquant.qmodule import QWrapper
     >>> class Quantizable(FloatCheckpoints):
@@ -108,16 +108,16 @@ class FloatCheckpoints(nn.Module):
     """
 
     def link_float_state(self, net: nn.Module) -> None:
-        """Note under which keys `net` and this module hold the same tensors.
+        """Record under which keys `net` and this module hold the same tensors.
 
-        Raises ConfigError if `net` has one that this module has not.
+        Raises ConfigError if `net` has a tensor that this module lacks.
         """
         link_float_state(self, net.state_dict(keep_vars=True))
 
     share_keys = renamed_attribute("share_keys", "link_float_state")
 
     def float_state_dict(self) -> dict[str, Tensor]:
-        """Weights and buffers under the keys of the float model; tensors share memory with this one."""
+        """Return weights and buffers under the keys of the float model; tensors share memory with this module's."""
         return float_state_dict(self)
 
 

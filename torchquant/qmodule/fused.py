@@ -1,4 +1,4 @@
-"""torch's fused transformer layers, which read weights past the modules that quantize them."""
+"""Switch off torch's fused transformer layers, which read weights past the modules that quantize them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from torchquant.qmodule.state import QModule, QModuleState
 
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
-"""What each class asks before it takes its fused path, and for nothing else."""
+"""Class -> the attribute that it checks before it takes its fused path, and nowhere else."""
 
 
 class WhileFloat:
@@ -32,9 +32,9 @@ class WhileFloat:
 
 
 def watch_fused_paths(model: nn.Module) -> None:
-    """Let the transformer layers of torch in `model` take their fused path only while all inside is BYPASSED.
+    """Let torch's transformer layers in `model` take their fused path only while every QModule inside is BYPASSED.
 
-    In evaluation without gradients they hand the weights of their layers to one kernel and call none of the layers.
+    In evaluation without gradients they pass the weights of their layers to one kernel and call none of the layers.
     """
     for module in model.modules():
         for kind, switch in _SWITCHES.items():

@@ -1,4 +1,4 @@
-"""What stands in a model where a batch norm or an activation was that a QModule has taken in."""
+"""The module that takes the place, in a model, of a batch norm or activation that was fused into a QModule."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.state import QModule, QModuleState
 
 SLOTS = ("bn", "activation")
-"""Where a QModule holds what it has taken in."""
+"""Attributes in which a QModule holds its fused parts."""
 
 
 class FusedPart(Holder):
-    """Runs the part in BYPASSED, where its wrapper runs the layer alone, and passes on what comes in elsewhere.
+    """Runs the part in BYPASSED, where its wrapper runs the layer alone; returns its input in all other states.
 
-    So the forward of the float model computes what it always did, and nothing is computed twice where the wrapper
-    computes all. The part keeps its place: its tensors have the keys they had, its attributes are found here.
+    So the forward of the float model computes the same as before, and nothing is computed twice where the wrapper
+    computes the whole pattern. The part keeps its place: its tensors keep their keys, its attributes are found here.
 
     >>> from torchquant.qmodule import QWrapper
     >>> norm = nn.BatchNorm1d(2)
@@ -31,7 +31,7 @@ class FusedPart(Holder):
 
     def __init__(self, wrapper: QModule, part: nn.Module) -> None:
         super().__init__()
-        self.__dict__["wrapper"] = wrapper  # not a child: it has a place of its own
+        self.__dict__["wrapper"] = wrapper  # not a child: the wrapper has its own place in the model
         self.part = part
         self.training = part.training
         self._hold()
@@ -60,7 +60,7 @@ class FusedPart(Holder):
         return "bn" if is_norm else "activation"
 
     def former_prefix(self, paths: Mapping[nn.Module, str]) -> str:
-        """What the keys of the part began with in files of version 0.1."""
+        """Return the prefix of the part's keys in files of version 0.1."""
         return f"{paths[self.wrapper]}.{self._slot()}."
 
     def extra_repr(self) -> str:
@@ -68,7 +68,7 @@ class FusedPart(Holder):
 
 
 def rename_moved_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> None:
-    """Give the tensors of taken in parts, in place, the keys that they have had since version 0.2."""
+    """Rename, in place, the keys of tensors of fused parts to those of version 0.2 and later."""
     paths = {module: path for path, module in model.named_modules()}
     for module, path in paths.items():
         if isinstance(module, FusedPart):
@@ -79,7 +79,7 @@ def rename_moved_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str 
 
 
 def current_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """What the keys of a checkpoint of `model`, of this version or up to 0.1, are called now."""
+    """Map the keys of a checkpoint of `model`, written by this version or by 0.1, to the current keys."""
     renamed = {key: key for key in keys}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Holder):

@@ -1,4 +1,4 @@
-"""A module around another one that is that module to everybody outside: its tensors, attributes and keys."""
+"""A module around another one that looks like that module from outside: same tensors, attributes and keys."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ _SHARED = (
     "_load_state_dict_post_hooks",
 )
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Hooks before a call that compute a weight from what is trained."""
+"""Forward pre-hooks that compute a weight from trained parameters."""
 OWN_CHILDREN = frozenset(
     (
         *("bn", "activation", "weight_quantizer", "weight_quantizers", "acts_quantizer", "input_quantizer"),
         *("bias_quantizer", "preactivation_quantizer"),
     )
 )
-"""Names of children that are the holder's; a child of the held module with such a name is listed as NAME_."""
+"""Names of the holder's own children; a child of the held module with such a name is listed as NAME_."""
 
 
 class Holder(nn.Module):
-    """Holds a module and is that module for reads, writes, names and keys.
+    """Holds a module and stands in for it in reads, writes, names and keys.
 
-    A subclass sets `self.layer` (or what `held_as` says) in its constructor and ends it with `_hold()`. From then on
+    A subclass sets `self.layer` (or the attribute that `held_as` names) in its constructor and ends the constructor
+    with `_hold()`. From then on
 
     * parameters and buffers are those of the held module, the very same dictionaries, and its children are listed as
-      children: `state_dict` and `named_parameters` have the keys of the held module, nothing twice;
-    * what the holder has not is read from, set on and deleted from the held module, so that a hook or a function that
-      is given the holder works on the held module. `weight_norm`, `spectral_norm` and `prune` have their hooks here;
+      children: `state_dict` and `named_parameters` have the keys of the held module, each once;
+    * attributes that the holder lacks are read from, set on and deleted from the held module, so that a hook or a
+      function that is given the holder works on the held module. The hooks of `weight_norm`, `spectral_norm` and
+      `prune` are registered on the holder;
     * `named_modules()` also gives the held module itself, at PATH.layer, unless duplicates are asked for.
 
-    Hooks of the held module itself see what it computes (`_call_held`). Checkpoints with keys PATH.layer.NAME, as
+    Hooks of the held module itself run around its forward (`_call_held`). Checkpoints with keys PATH.layer.NAME, as
     versions up to 0.1 wrote them, load too.
     """
 
@@ -53,12 +55,12 @@ class Holder(nn.Module):
 
     @property
     def held(self) -> nn.Module | None:
-        """The module inside; None if there is none, or none that can be shared (a ScriptModule is a plain child)."""
+        """The held module; None if there is none, or if it cannot be shared (a ScriptModule is a plain child)."""
         found: nn.Module | None = self.__dict__.get(self.held_as) if "_listed" in self.__dict__ else None
         return found
 
     def _hold(self) -> None:
-        """Be the held module from now on."""
+        """Start to stand in for the held module."""
         module = self.__dict__.get(self.held_as)
         if not isinstance(module, nn.Module):
             return
@@ -71,7 +73,7 @@ class Holder(nn.Module):
         self._list_children()
 
     def _list_children(self) -> None:
-        """List the children of the held module, as they are now, as our own."""
+        """List the current children of the held module as the holder's own."""
         if self.held is None:
             return
         children = {f"{n}_" if n in OWN_CHILDREN else n: child for n, child in self.held._modules.items()}
@@ -82,7 +84,7 @@ class Holder(nn.Module):
             self.__dict__["_listed"] = set(children)
 
     def _call_held(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward(*args, **kwargs)` as the forward of the held module: between its hooks."""
+        """Call `forward(*args, **kwargs)` as the forward of the held module, between its hooks."""
         module = self.held
         if module is None or not (
             module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -106,9 +108,9 @@ class Holder(nn.Module):
             put_back()
 
     def _recompute_weights(self) -> None:
-        """Let the hooks compute the weights from what is trained now, as they do before every call.
+        """Let the hooks compute the weights from the current parameters, as they do before every call.
 
-        For those who read a weight without a call.
+        Code that reads a weight without a call needs this first.
         """
         for hook in (*self._forward_pre_hooks.values(), *(self.held._forward_pre_hooks.values() if self.held else ())):
             if isinstance(hook, SpectralNorm):
@@ -162,10 +164,10 @@ class Holder(nn.Module):
                 self._on_new_shape()
 
     def _check_new(self, module: nn.Module) -> None:
-        """Raise UnsupportedPatternError for a module, about to be held in place of the one here, that is not called."""
+        """Raise UnsupportedPatternError for a new module to hold whose own forward the holder would not run."""
 
     def _cannot_hold(self, module: nn.Module) -> UnsupportedPatternError:
-        """A module that the holder would run without its forward, such as an adapter around the held one."""
+        """Make the error for a module whose forward the holder would not run, such as an adapter."""
         kind, name = type(self).__name__, self.held_as
         return UnsupportedPatternError(
             f"the {name} of a {kind} is run with its weight quantized, past its forward; {type(module).__name__} "
@@ -175,7 +177,7 @@ class Holder(nn.Module):
         )
 
     def _on_new_shape(self) -> None:
-        """A parameter of another shape has been set."""
+        """React to a parameter of another shape that has been set."""
 
     def __delattr__(self, name: str) -> None:
         held = self.held
@@ -204,7 +206,7 @@ class Holder(nn.Module):
         return [m for name, m in self._modules.items() if m is not None and name not in self._listed]
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
-        """`fn` on every module below, the held one, and this."""
+        """Call `fn` on every module below, the held one, and this."""
         if self.held is None:
             return super().apply(fn)
         for module in (*self._own_modules(), self.held):
@@ -243,7 +245,7 @@ class Holder(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def rename_old_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Turn keys PREFIX.layer.NAME, in place, into PREFIX.NAME, as they have been since 0.2."""
+        """Rename keys PREFIX.layer.NAME, in place, to PREFIX.NAME, the form since 0.2."""
         if self.held is None or self.held_as in self._listed:
             return
         old = f"{prefix}{self.held_as}."
@@ -274,5 +276,5 @@ class Holder(nn.Module):
             self._hold()
 
     def held_repr(self) -> str:
-        """Lines that show the held module."""
+        """Return the lines of `repr` that show the held module."""
         return f"\n({self.held_as}): {self.held!r}" if self.held is not None else ""

@@ -14,10 +14,11 @@ from torchquant.quantizers import Quantizer
 
 @checked
 class QOp(QModule):
-    """Wraps `op(*args)`, then an optional activation; quantizes the result.
+    """Runs `op(*args)`, then an optional activation; quantizes the result.
 
-    `op`: a function or module that returns one tensor. `acts_quantizer` may be None (float). `input_quantizer` is
-    for the first argument. `is_split` and `fused` as in QWrapper: where the model runs the activation itself.
+    `op`: a function or module that returns one tensor. `acts_quantizer` may be None (float). `input_quantizer`
+    quantizes the first argument. `is_split` and `fused`, as in QWrapper, are for models that run the activation
+    themselves.
 
     >>> import operator, torch
     >>> from torchquant.quantizers import AffineQuantizer

@@ -1,6 +1,6 @@
-"""Rows of QWrapper's table for layers of other packages, which are not imported here.
+"""Patterns for layers of other packages, which are not imported here.
 
-efficientnet_pytorch's `Swish` is `nn.SiLU`, which has a row already.
+efficientnet_pytorch's `Swish` is `nn.SiLU`, which has a pattern already.
 """
 
 from __future__ import annotations

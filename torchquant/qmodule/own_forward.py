@@ -1,7 +1,7 @@
-"""Layers with a forward of their own: the one product in it, and running it with another weight.
+"""Find the one product in a layer with a custom forward, and run that forward with another weight.
 
-A subclass of a layer of torch may pad its input, or compute its weight, before the one convolution or matrix product
-that it is. What that product is given is what is quantized; everything else of the forward runs as it is written.
+A subclass of a torch layer may pad its input, or compute its weight, before its one convolution or matrix product.
+The operands of that product are quantized; the rest of the forward runs as it is written.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ PRODUCTS: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-"""Layer of torch -> the function that is its product."""
+"""Torch layer -> the function that computes its product."""
 _NAMES = ("input", "weight", "bias")
 _probed: WeakKeyDictionary[nn.Module, tuple[type[nn.Module], str]] = WeakKeyDictionary()
 
 
 class _AtProducts(TorchFunctionMode):
-    """Does something else where a forward calls one of `PRODUCTS`."""
+    """Replaces the calls of `PRODUCTS` in a forward."""
 
     def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the call gives. `given`: input, weight and bias; then the other arguments."""
+        """Compute the result of the call. `given`: input, weight and bias; then the other arguments."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,7 +46,7 @@ class _AtProducts(TorchFunctionMode):
 
 
 class _Given(_AtProducts):
-    """The product gets another weight and bias."""
+    """Gives the product another weight and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Given(_AtProducts):
 
 
 class _Taken(_AtProducts):
-    """Notes the weight and the bias of the product, which is not computed; `result` stands for what it gives."""
+    """Records the weight and the bias of the product, which is not computed; `result` stands in for its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _Taken(_AtProducts):
 
 
 class _Read(_AtProducts):
-    """Notes the product, its input and its geometry, and ends the forward there."""
+    """Records the product, its input and its geometry, and ends the forward there."""
 
     def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.found = function, given[0], {**dict(zip(_GEOMETRY[function], args, strict=False)), **kwargs}
@@ -91,13 +91,13 @@ _GEOMETRY: dict[Any, tuple[str, ...]] = {
     function: () if kind is nn.Linear else _TRANSPOSED if "Transpose" in kind.__name__ else _CONV
     for kind, function in PRODUCTS.items()
 }
-"""Product -> the names of its arguments behind input, weight and bias, in their order."""
+"""Product -> the names of its arguments after input, weight and bias, in order."""
 
 
 def read_of_product(run: Callable[[], object]) -> tuple[Any, Tensor, dict[str, Any]]:
-    """The product that a layer's forward comes to: function, what it reads, and its geometry by name.
+    """Return the product in a layer's forward: its function, its input, and its geometry by name.
 
-    `run` calls the forward, which ends there.
+    `run` calls the forward, which ends at the product.
 
     >>> layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
     >>> function, x, geometry = read_of_product(lambda: layer(torch.ones(1, 1, 4, 4)))
@@ -114,14 +114,14 @@ def read_of_product(run: Callable[[], object]) -> tuple[Any, Tensor, dict[str, A
 
 
 def run_own(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The forward of the layer, its product with this weight and bias."""
+    """Run the forward of the layer with this weight and bias in its product."""
     with _Given(weight, bias):
         y: Tensor = layer.forward(x)
     return y
 
 
 def product_of(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias that the product in the layer's forward is given, with their gradients.
+    """Return the weight and the bias of the product in the layer's forward, with their gradients.
 
     >>> class Halved(nn.Linear):
     ...     def forward(self, x):
@@ -137,7 +137,7 @@ def product_of(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _sample(layer: Any, more: int = 0) -> Tensor:
-    """An input that the layer takes, one window large and `more`: its values do not matter."""
+    """Make an input for the layer, `more` larger than one window; its values do not matter."""
     weight = layer.weight
     if isinstance(layer, nn.Linear):
         return torch.zeros((1 + more, layer.in_features), dtype=weight.dtype, device=weight.device)
@@ -146,14 +146,14 @@ def _sample(layer: Any, more: int = 0) -> Tensor:
 
 
 def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The layer of torch that a class outside of torch is below, None for other classes."""
+    """Return the torch layer that a class outside of torch derives from, None for other classes."""
     if kind.__module__.startswith("torch.nn."):
         return None
     return next((above for above in kind.__mro__ if above in PRODUCTS), None)
 
 
 def why_not_followed(layer: nn.Module, base: type[nn.Module]) -> str:
-    """Why the forward of a layer, of a class below `base`, is not one product of a weight of its own; "" if it is."""
+    """Say why the forward of a layer of a subclass of `base` is not one product of its own weight; "" if it is."""
     known = _probed.get(layer)
     if known is None or known[0] is not type(layer):
         known = _probed[layer] = type(layer), _probe(layer, base)
@@ -190,13 +190,13 @@ def _probe(layer: nn.Module, base: type[nn.Module]) -> str:
 
 
 def _computed_by_hooks(layer: nn.Module) -> list[Tensor]:
-    """Tensors with a history, which torch refuses to copy."""
+    """List the non-leaf tensors, which torch refuses to copy."""
     values = (value for module in layer.modules() for value in vars(module).values())
     return [value for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
 
 
 def _insides(layer: nn.Module) -> list[dict[str, int]]:
-    """The identities of the parameters, buffers and attributes of the modules."""
+    """Return the identities of the parameters, buffers and attributes of the modules."""
     return [
         {name: id(value) for store in (vars(m), m._parameters, m._buffers) for name, value in store.items()}
         for m in layer.modules()

@@ -1,7 +1,7 @@
-"""The one table of what QWrapper can wrap: layer [+ batch norm] [+ activation].
+"""The table of all patterns that QWrapper can wrap: layer [+ batch norm] [+ activation].
 
-`register_pattern(MyConv, LayerPattern(...))` or `register_pattern(MyAct, ActivationPattern())` adds a row.
-Modules with several weights have a table of their own, weighted.py.
+`register_pattern(MyConv, LayerPattern(...))` or `register_pattern(MyAct, ActivationPattern())` adds a pattern.
+Modules with several weights have a table of their own, in weighted.py.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from torchquant.quantizers_functional._gradient import pass_through
 from torchquant.quantizers_functional.bn_fold import channel_view
 
 WIDEST_VECTOR = 16
-"""Floats in a vector of AVX-512."""
+"""Number of floats in an AVX-512 vector."""
 
 RunLayer = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def run_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """The forward of a layer with other tensors where it reads these parameters; its hooks are not called.
+    """Run the forward of a layer with other tensors in place of these parameters; its hooks are not called.
 
-    Raises UnsupportedPatternError for a parameter that a property of the class gives, as those of some adapters.
+    Raises UnsupportedPatternError for a parameter that is a property of the class, as in some adapters.
 
     >>> float(run_with(nn.Linear(1, 1, bias=False), {"weight": torch.full((1, 1), 2.0)}, torch.ones(1)))
     2.0
@@ -51,7 +51,7 @@ def run_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwar
                 f"{type(place).__name__} computes its {name} in a property, so that {type(layer).__name__} cannot be "
                 f"run with another one. Where it is an adapter, put it on the float model and keep {path!r} float"
             )
-        values = place.__dict__  # is read before the parameters are
+        values = place.__dict__  # which Python reads before the parameters
         places.append((values, name, values.get(name)))
         values[name] = tensor
     try:
@@ -65,9 +65,9 @@ def run_with(layer: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwar
 
 
 def run_by_functional_call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run any layer with another weight and bias, by its own `forward`.
+    """Run any layer with another weight and bias through its own `forward`.
 
-    Bit-identical to the direct call and a little dearer, so the layers of torch have direct rows.
+    The result is bit-identical to the direct call but a little slower, so torch's own layers have direct patterns.
     """
     own_bias = getattr(layer, "bias", None)
     parameters = {"weight": weight}
@@ -80,7 +80,7 @@ def run_by_functional_call(layer: Any, x: Tensor, weight: Tensor, bias: Tensor |
 @checked
 @dataclass(frozen=True)
 class LayerPattern:
-    """A layer with a `weight`. `run(layer, x, weight, bias)` is its forward with another weight.
+    """The pattern of a layer with a `weight`. `run(layer, x, weight, bias)` is its forward with another weight.
 
     `batch_norm`: the batch norm that may follow, or None. `transposed`: the weight is stored as
     (in, out / groups, ...), as transposed convolutions do.
@@ -91,13 +91,13 @@ class LayerPattern:
     transposed: bool = False
 
     def weight_and_bias(self, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """The weight of the layer, in the layout that the layer stores."""
+        """Return the weight of the layer, in the layout in which the layer stores it, and its bias."""
         return layer.weight, getattr(layer, "bias", None)
 
     def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
-        """The weight with the output channel on axis 0: what weight quantizers see, for every layer.
+        """Move the output channel of the weight to axis 0, the layout that weight quantizers get for every layer.
 
-        (in, out / groups, ...) becomes (out, in / groups, ...). Its own inverse.
+        (in, out / groups, ...) becomes (out, in / groups, ...). The operation is its own inverse.
         """
         if not self.transposed:
             return weight
@@ -108,7 +108,7 @@ class LayerPattern:
 @checked
 @dataclass(frozen=True)
 class InputFirstPattern(LayerPattern):
-    """A linear layer whose weight is stored as (in, out)."""
+    """The pattern of a linear layer whose weight is stored as (in, out)."""
 
     def channels_first(self, layer: Any, weight: Tensor) -> Tensor:
         return weight.t()
@@ -117,7 +117,7 @@ class InputFirstPattern(LayerPattern):
 @checked
 @dataclass(frozen=True)
 class OwnForwardPattern(LayerPattern):
-    """A layer below one of torch with a forward of its own, around the same product."""
+    """The pattern of a subclass of a torch layer with a custom forward around the same product."""
 
     run: RunLayer = run_own
 
@@ -128,7 +128,7 @@ class OwnForwardPattern(LayerPattern):
 @checked
 @dataclass(frozen=True)
 class ActivationPattern:
-    """An activation. `clamp=(low, high)` if it is `x.clamp(low, high)`: then a quantizer absorbs it."""
+    """The pattern of an activation. `clamp=(low, high)` if it is `x.clamp(low, high)`: then a quantizer absorbs it."""
 
     clamp: tuple[float | None, float | None] | None = None
 
@@ -150,7 +150,7 @@ def _run_conv(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 def _is_hit_by_onednn_6035(layer: Any, x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN may write past its memory in the weight gradient (uxlfoundation/oneDNN#6035).
 
-    It does so for 1x1 convolutions with stride on inputs in channels_last with fewer channels than a vector holds.
+    It does so for strided 1x1 convolutions on channels_last inputs with fewer channels than a vector holds.
     """
     return (
         x.device.type == "cpu"
@@ -202,14 +202,14 @@ OWN_FORWARD: dict[type[nn.Module], OwnForwardPattern] = {
     for kind, row in PATTERNS.items()
     if isinstance(row, LayerPattern) and not isinstance(kind, str)
 }
-"""Layer of torch -> the row of the classes below it."""
+"""Torch layer -> the pattern of its subclasses."""
 
 NORM_ACTIVATIONS: dict[str, type[nn.Module]] = {"timm.layers.norm_act.BatchNormAct2d": nn.BatchNorm2d}
-"""Modules, by name, that are a batch norm, a `drop` and an activation `act` in one."""
+"""Modules, by name, that combine a batch norm, a `drop` and an activation `act`."""
 
 
 def norm_of(module: nn.Module) -> type[nn.Module] | None:
-    """The batch norm class of a module that is one and an activation, if it drops nothing and can be split."""
+    """Return the batch norm class of a combined batch norm and activation, if it drops nothing and can be split."""
     kind = type(module)
     norm = NORM_ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
     act = getattr(module, "act", None)
@@ -219,7 +219,7 @@ def norm_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def split_norm(module: Any) -> nn.Module:
-    """The batch norm of a module that is one and an activation; it holds the same tensors."""
+    """Return the batch norm of a combined batch norm and activation; it holds the same tensors."""
     kind = norm_of(module)
     assert kind is not None
     norm = kind.__new__(kind)
@@ -229,10 +229,11 @@ def split_norm(module: Any) -> nn.Module:
 
 @checked
 def register_pattern(kind: type[nn.Module] | str, row: LayerPattern | ActivationPattern | WeightsPattern) -> None:
-    """Let a class be quantized. kind: the class, or "module.Class" for one of a package not imported yet.
+    """Make a class quantizable. kind: the class, or "module.Class" for a class of a package not imported yet.
 
-    `QWrapper` takes a layer with one weight and an activation, `QWeights` a module with several weights. Plans, counts,
-    files and the integer reference follow. Raises ConfigError, NameClashError if `kind` has another row already.
+    `QWrapper` wraps layers with one weight and activations, `QWeights` modules with several weights. Plans, counts,
+    files and the integer reference support the class too. Raises ConfigError, NameClashError if `kind` has another
+    pattern already.
 
     >>> class Double(nn.Module):
     ...     def forward(self, x):
@@ -255,13 +256,13 @@ def register_pattern(kind: type[nn.Module] | str, row: LayerPattern | Activation
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The class whose forward a module runs: parametrizations give it a subclass that changes nothing but weights."""
+    """Return the class whose forward a module runs, without the subclass that a parametrization puts in its place."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 
 @contextmanager
 def read_quietly(layer: nn.Module) -> Iterator[None]:
-    """Reading a weight that a parametrization computes moves nothing: spectral_norm moves its vectors in training."""
+    """Keep reads of a parametrized weight free of side effects: spectral_norm updates its vectors in training mode."""
     parts = list(layer.modules()) if parametrize.is_parametrized(layer) else []
     modes = [part.training for part in parts]
     for part in parts:
@@ -274,23 +275,23 @@ def read_quietly(layer: nn.Module) -> Iterator[None]:
 
 
 def row_of(module: nn.Module) -> LayerPattern | ActivationPattern | None:
-    """The row of a module's class, or of the nearest class above it whose forward it runs unchanged.
+    """Return the pattern of a module's class, or of the nearest base class whose forward it runs unchanged.
 
-    Or an `OwnForwardPattern` for a class below a layer of torch whose forward is its own and one product; else None.
+    A subclass of a torch layer with a custom forward around one product gets an `OwnForwardPattern`; others get None.
     """
     row = row_of_type(plain_type(module))
     return None if isinstance(row, OwnForwardPattern) and why_no_layer(module) else row
 
 
 def why_no_layer(module: nn.Module) -> str:
-    """Why a module of a class below a layer of torch is none that can be wrapped; "" for any other module."""
+    """Say why a module of a subclass of a torch layer cannot be wrapped; "" for any other module."""
     kind = plain_type(module)
     base = base_of(kind) if isinstance(row_of_type(kind), OwnForwardPattern) else None
     return "" if base is None else why_not_followed(module, base)
 
 
 def row_of_type(kind: type[nn.Module]) -> LayerPattern | ActivationPattern | None:
-    """`row_of` a module of a class, whatever the module's own forward does."""
+    """Return the pattern of `row_of` for a class, without a check of the module's own forward."""
     if kind not in PATTERNS and f"{kind.__module__}.{kind.__qualname__}" in PATTERNS:
         PATTERNS[kind] = PATTERNS[f"{kind.__module__}.{kind.__qualname__}"]
     if kind not in PATTERNS and stock_of(kind) in PATTERNS:
@@ -302,9 +303,9 @@ def row_of_type(kind: type[nn.Module]) -> LayerPattern | ActivationPattern | Non
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
-    """The class of torch whose forward the module runs unchanged: its own, or one above it; else its own class.
+    """Return the torch class whose forward the module runs unchanged: its own, or a base; else its own class.
 
-    A subclass that computes its weight in a property of the class runs otherwise.
+    A subclass that computes its weight in a property counts as changed.
 
     >>> class Named(nn.Linear):
     ...     pass
@@ -333,7 +334,7 @@ def activation_clamp(activation: nn.Module | None) -> tuple[float | None, float 
 def split_pattern(
     layers: nn.Module | Iterable[nn.Module],
 ) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
-    """(layer, batch norm, activation), or UnsupportedPatternError."""
+    """Return (layer, batch norm, activation). Raises UnsupportedPatternError."""
     given = [layers] if isinstance(layers, nn.Module) and not isinstance(layers, nn.Sequential) else list(layers)
     rest = list(given)
     row = row_of(rest[0]) if rest else None
@@ -344,7 +345,7 @@ def split_pattern(
     activation = rest.pop(0) if rest and isinstance(row_of(rest[0]), ActivationPattern) else None
     if rest:
         raise _unsupported(given)
-    # behind a Linear a batch norm may work along another axis than the features
+    # after a Linear, a batch norm may work along an axis other than the features
     out_channels = None if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", None)
     if bn is not None and out_channels not in (None, bn.num_features):
         raise ConfigError(f"the layer has {out_channels} output channels, its batch norm {bn.num_features}")

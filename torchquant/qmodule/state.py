@@ -1,4 +1,4 @@
-"""The state machine: when a QModule observes and when it quantizes."""
+"""The state machine that says when a QModule observes and when it quantizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchquant.range_observers._statistics import StatisticTracker
 
 
 class QModuleState(Enum):
-    """Truth table: observe weight, observe activations, quantize weight, quantize activations."""
+    """States as flags: observe weight, observe activations, quantize weight, quantize activations."""
 
     # fmt: off
     BYPASSED                      = (False, False, False, False)
@@ -46,7 +46,7 @@ class QModuleState(Enum):
 
 _STATES = list(QModuleState)
 ACTIVATIONS = ("input", "preactivation", "output")
-"""The sites of a QModule where activations pass; at the others it holds what is quantized."""
+"""The slots of a QModule for activations; in its other slots it holds the quantized tensors itself."""
 _QUANTIZERS = {
     "weight": "weight_quantizer",
     "bias": "bias_quantizer",
@@ -54,15 +54,15 @@ _QUANTIZERS = {
     "preactivation": "preactivation_quantizer",
     "output": "acts_quantizer",
 }
-"""Site -> what the quantizer there is called in a QModule."""
+"""Slot -> the attribute of a QModule that is the quantizer there."""
 AVERAGED = 1e-3
-"""How far the mean of equal flags may lie from them: the weights of an average sum to 1 only nearly."""
+"""Largest deviation of the mean of equal flags from them: the weights of an average sum only nearly to 1."""
 
 
 def saved_flag(value: float, where: str) -> bool:
-    """A flag as a checkpoint holds it, 0 or 1; of models that were averaged, the flag that all of them had.
+    """Read a flag of a checkpoint, 0 or 1; for averaged models, the flag that all of them had.
 
-    Raises ConfigError for anything between, which the mean of different states is.
+    Raises ConfigError for any number between, which is the mean of different states.
     """
     flag = value >= 0.5
     if not abs(value - flag) <= AVERAGED:
@@ -75,9 +75,9 @@ def saved_flag(value: float, where: str) -> bool:
 
 
 def saved_state(numbers: list[float], where: str) -> QModuleState:
-    """The state of its four flags; of one number, as older files hold it, by its place among the states.
+    """Return the state with these four flags; a single number, as in older files, is an index into the states.
 
-    No mean of different flags is a state, whereas a mean of places may be the place of a third one.
+    The mean of different flags is no state, whereas the mean of two indices may be the index of a third state.
     Raises ConfigError.
     """
     if len(numbers) == 1:
@@ -102,27 +102,26 @@ def is_real(value: Any) -> bool:
 class QModule(Holder):
     """A module with a state. `.train()` and `.eval()` never change it; `set_qmodule_state` does.
 
-    The state is saved in the `state_dict` beside everything else, as four float flags: the mean of models in one
-    state has that state, and the mean of others is refused.
+    The state is saved in the `state_dict`, as four float flags: the mean of models in one state has that state, and
+    the mean of models in different states is refused.
     """
 
     is_split = False
-    """Whether the model runs the batch norm and the activation at their own places, of a module that has taken them in.
-    """
+    """Whether the model itself runs the batch norm and the activation that are fused into the module."""
     bn_frozen = False
-    """Whether a batch norm that the module has taken in stays on its running statistics."""
+    """Whether a fused batch norm stays on its running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self._state = QModuleState.BYPASSED
         self._seen: list[tuple[Tensor, int]] = []
-        """The tensors behind the weight observed last, and their versions."""
+        """The tensors from which the last observed weight comes, and their versions."""
         self.path = ""
         """Where the module sits in its model; written by `set_qmodule_state`, read by messages."""
 
     @property
     def state(self) -> QModuleState:
-        """What the module does. Entering a state, also the same one, observes an unchanged weight anew."""
+        """The state of the module. On entering a state, even the same one, an unchanged weight is observed again."""
         return self._state
 
     @state.setter
@@ -132,7 +131,7 @@ class QModule(Holder):
         set_states([(self, state)])
 
     def _trackers(self) -> Iterator[StatisticTracker]:
-        """All that has statistics in the quantizers."""
+        """Yield every part of the quantizers that has statistics."""
         for quantizer in self.quantizers().values():
             for module in quantizer.modules():
                 if isinstance(module, StatisticTracker):
@@ -142,7 +141,7 @@ class QModule(Holder):
     def mode(self) -> Any:
         """The published name of `state`: `module.mode = QModuleState.QUANT_EVAL` sets it.
 
-        A module that has a `mode` of its own, as LSTM and EmbeddingBag do, keeps that; then it is `state` that tells.
+        A module with a `mode` of its own, such as LSTM and EmbeddingBag, keeps it; use `state` there.
 
         >>> from torchquant.qmodule import QWrapper
         >>> QWrapper(nn.Linear(1, 1)).mode.name
@@ -160,29 +159,29 @@ class QModule(Holder):
             self.state = mode
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """Site name ("weight", "bias", "input", "preactivation", "output") -> quantizer, for those that have one."""
+        """Map slots ("weight", "bias", "input", "preactivation", "output") to quantizers; float slots are left out."""
         found = {site: self._modules.get(name) for site, name in _QUANTIZERS.items()}
         return {site: quantizer for site, quantizer in found.items() if isinstance(quantizer, Quantizer)}
 
     def weight_slots(self) -> list[WeightSlot]:
-        """Every weight the module holds itself, quantized or not; the one way to read, set and quantize it."""
+        """List the module's own weights, quantized or not; a slot is the one way to read, set and quantize a weight."""
         return []
 
     def weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
-        """(name, real weight, its quantizer or None) of every weight slot."""
+        """Return (name, real weight, its quantizer or None) for every weight slot."""
         return [(slot.name, slot.weight, slot.quantizer) for slot in self.weight_slots()]
 
     def freeze_bn(self, frozen: bool = True) -> None:
-        """Keep a batch norm that the module has taken in on its running statistics, also in train mode."""
+        """Keep a fused batch norm on its running statistics, also in train mode."""
 
     def observe_weight(self) -> None:
-        """Show each weight quantizer its weight as it is now. Needs no data."""
+        """Let each weight quantizer observe its current weight. No data is needed."""
 
     def _is_new_weight(self, quantizers: Sequence[Quantizer], sources: Sequence[Tensor]) -> bool:
-        """Whether weights have to be observed, and note that they were: not those observed last in this state.
+        """Whether weights differ from those observed last in this state; records them as observed.
 
-        `sources`: the tensors that the weights come from. Change is told by their version counters, which writing
-        through `.data` does not move. A quantizer that remembers more than the last tensor sees each.
+        `sources`: the tensors from which the weights come. Their version counters tell a change; a write through
+        `.data` does not move these. A quantizer that remembers more than the last tensor observes every time.
         """
         if torch.compiler.is_compiling():
             return True
@@ -193,7 +192,7 @@ class QModule(Holder):
         return True
 
     def _is_as_seen(self, sources: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors that were noted last, unchanged."""
+        """Whether these are the tensors recorded last, unchanged."""
         if len(self._seen) != len(sources):
             return False
         for source, (tensor, version) in zip(sources, self._seen, strict=True):
@@ -202,7 +201,7 @@ class QModule(Holder):
         return True
 
     def _on_new_shape(self) -> None:
-        """Observe the weight again after its shape has changed; what was pinned is of the former shape."""
+        """Observe the weight again after its shape has changed; pinned numbers are for the former shape."""
         own = [quantizer for site, quantizer in self.quantizers().items() if site not in ACTIVATIONS]
         were_ready = any(quantizer.is_ready for quantizer in own)
         for quantizer in own:
@@ -227,10 +226,10 @@ class QModule(Holder):
     def _run_acts_quantizer(
         self, site: str, quantizer: Quantizer | None, x: Tensor, activation: nn.Module | None = None
     ) -> Tensor:
-        """Apply `activation`, then observe and quantize as the state says; in one pass where it can be.
+        """Apply `activation`, then observe and quantize as the state says, in one pass where possible.
 
-        Of a PackedSequence its data. What is not real passes, since an operator may also work on sizes. Raises
-        UnsupportedPatternError for tensors in a structure, of which a quantizer would see none.
+        A PackedSequence has its data quantized. Values that are not real pass unchanged, since an operator may also
+        work on sizes. Raises UnsupportedPatternError for a structure of tensors, which a quantizer cannot observe.
         """
         state = self._state
         if quantizer is None or not (state.is_act_observed or state.is_act_quantized):
@@ -263,10 +262,10 @@ class QModule(Holder):
 
 
 def set_states(states: Sequence[tuple[QModule, QModuleState]]) -> None:
-    """Put each module in its state. Ranges that are still to be chosen are chosen together, which is quicker."""
+    """Put each module in its state. Pending choices of ranges are made together, which is faster."""
     trackers = [tracker for module, _ in states for tracker in module._trackers()]
     for tracker in trackers:
-        tracker.look_again()  # compiled code will not look for statistics that others wrote
+        tracker.look_again()  # compiled code does not check for statistics that others wrote
     settle_together(trackers)
     for module, state in states:
         module._state = state

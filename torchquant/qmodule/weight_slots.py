@@ -1,4 +1,4 @@
-"""The weights of a QModule: one way to read, to set and to quantize each of them, whatever the module is."""
+"""The weights of a QModule: one way to read, set and quantize each weight, for every kind of module."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torchquant.quantizers_functional.bn_fold import channel_view
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """One weight of a QModule, and where its quantizer is. The module is asked each time, so that a slot never ages.
+    """One weight of a QModule, and its quantizer. Both are read from the module each time, so a slot is never stale.
 
-    `module`: the QModule. `path`: where it sits in the model. `name`: what it calls the weight.
+    `module`: the QModule. `path`: its path in the model. `name`: its name for the weight.
     """
 
     module: Any = field(repr=False)
@@ -31,7 +31,7 @@ class WeightSlot:
 
     @property
     def label(self) -> str:
-        """What tables call the weight: the path of its module, with its name where the module has several weights."""
+        """The name of the weight in tables: the path of its module; if this has several weights, also its name."""
         only = len(self.module.weight_slots()) == 1
         return (self.path if only else self.key) or "(root)"
 
@@ -42,13 +42,13 @@ class WeightSlot:
 
     @property
     def quantizer(self) -> Quantizer | None:
-        """The quantizer of the weight; None where it stays float."""
+        """The quantizer of the weight; None if it stays float."""
         found: dict[str, Quantizer] = self.module.quantizers()
         return found.get(self.name)
 
     @property
     def state_prefix(self) -> str:
-        """What the keys of the quantizer begin with in a `state_dict` of the model."""
+        """The prefix of the quantizer's keys in a `state_dict` of the model."""
         return f"{self.path}.{self._place}." if self.path else f"{self._place}."
 
     @property
@@ -64,30 +64,30 @@ class WeightSlot:
 
     @property
     def n_groups(self) -> int:
-        """How many parts of the output channels read inputs of their own: the groups of a convolution, else 1."""
+        """The groups of a convolution, each with its own inputs for its output channels; 1 for other layers."""
         return 1
 
     def seen(self) -> Tensor:
-        """The weight as QUANT_EVAL quantizes it: the output channel on axis 0, a batch norm folded in where one is.
+        """Return the weight as QUANT_EVAL quantizes it: output channel on axis 0, with a folded batch norm if any.
 
-        It has a gradient for the real weight.
+        Gradients flow back to the real weight.
         """
         self.module._recompute_weights()
         return self.weight
 
     def rows(self) -> Tensor:
-        """What `seen` gives as matrices: (groups, output channels / groups, inputs of each of these channels)."""
+        """Return `seen()` as matrices: (groups, output channels / groups, inputs of each of these channels)."""
         seen = self.seen()
         return seen.reshape(self.n_groups, len(seen) // self.n_groups, -1)
 
     @torch.no_grad()
     def commit(self, values: Tensor) -> None:
-        """Make levels the weight: QUANT_EVAL quantizes to exactly these from now on, and its quantizer is pinned.
+        """Set the weight to levels: QUANT_EVAL quantizes to exactly these from now on, and the quantizer is pinned.
 
-        The numbers of the quantizer are those it has, or what the weight gives if it has none yet; of block formats
-        pinned before, or those of the weight as it is. values: as `rows` or `seen` lay them out. Raises
-        RoundingLostError, with all as it was, for values that the quantizer does not give; ConfigError for a weight
-        that is computed or stays float.
+        The quantizer keeps its numbers, or takes them from the current weight if it has none yet; block formats keep
+        pinned scales, or take those of the current weight. values: in the layout of `rows` or `seen`. Raises
+        RoundingLostError, with everything unchanged, for values that are not levels of the quantizer; ConfigError for
+        a weight that is computed or stays float.
 
         >>> from torchquant import QWrapper, make_quantizer
         >>> (slot,) = QWrapper(nn.Linear(8, 2), make_quantizer("affine:3/channel")).weight_slots()
@@ -116,7 +116,7 @@ class WeightSlot:
             raise
 
     def _check_committed(self, quantizer: Quantizer, values: Tensor) -> None:
-        """Raise RoundingLostError unless the codes of the weight stand for these values."""
+        """Raise RoundingLostError unless the codes of the weight decode to these values."""
         seen = self.seen()
         try:
             found = quantizer.decode(quantizer.encode(seen), seen.dtype)
@@ -135,7 +135,7 @@ class WeightSlot:
 
     @torch.no_grad()
     def set_weight(self, values: Tensor, where: Tensor | None = None) -> None:
-        """Make `values` what `seen` gives, or those of them where `where` is true. Both are laid out as `seen` is.
+        """Set the weight so that `seen` returns `values`, where `where` is true if given. Both are laid out as `seen`.
 
         Raises ConfigError for a weight that is computed.
         """
@@ -148,22 +148,22 @@ class WeightSlot:
         self.weight.copy_(real if where is None else torch.where(self.channels_first(where), real, self.weight))
 
     def _as_stored(self, values: Tensor) -> Tensor:
-        """The real weight that `seen` gives these values of."""
+        """Return the real weight for which `seen` returns these values."""
         return values
 
     def channels_first(self, values: Tensor) -> Tensor:
-        """Values in the layout of the layer, with the output channel on axis 0; and back, for it is its own inverse."""
+        """Move the output channel of values in the layer's layout to axis 0; the operation is its own inverse."""
         return values
 
     def replace_quantizer(self, new: Quantizer) -> None:
-        """Let another quantizer take the weight."""
+        """Replace the quantizer of the weight."""
         key = quantizer_key(self.name)
         self.module.weight_quantizers[key] = new
         self.module._names[key] = self.name
 
 
 class LayerSlot(WeightSlot):
-    """The weight of a QWrapper, which may store it otherwise, and folds a batch norm into it."""
+    """The weight of a QWrapper, which may be stored in another layout and may have a batch norm folded in."""
 
     _place = "weight_quantizer"
 
@@ -196,12 +196,12 @@ class LayerSlot(WeightSlot):
 
 
 def parameter_of(layer: nn.Module, name: str) -> Tensor:
-    """The parameter of this name, or what hooks or a parametrization have made of it."""
+    """Return the parameter of this name, or the tensor that hooks or a parametrization computed for it."""
     owner, _, last = name.rpartition(".")
     value: Tensor = getattr(layer.get_submodule(owner), last)
     return value
 
 
 def quantizer_key(name: str) -> str:
-    """The key of a weight's quantizer in `QWeights.weight_quantizers`, which takes no dots."""
+    """Return the key of a weight's quantizer in `QWeights.weight_quantizers`, which allows no dots."""
     return name.replace(".", "_")

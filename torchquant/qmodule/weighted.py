@@ -1,6 +1,6 @@
-"""The table of what QWeights wraps: modules with weights of any number and a call of their own.
+"""The table of the modules that QWeights wraps: any number of weights and any call signature.
 
-`register_pattern(MyCell, WeightsPattern(...))` adds a row.
+`register_pattern(MyCell, WeightsPattern(...))` adds a pattern.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torchquant.errors import ConfigError
 @checked
 @dataclass(frozen=True)
 class WeightsPattern:
-    """A module with weights of any number.
+    """The pattern of a module with any number of weights.
 
-    `weights`: the names of those of its parameters that are weights, each with the output channel on axis 0; None: all
-    whose own name has "weight" in it. `values`: the first arguments of its forward, those that carry real values; ()
-    for a module that looks something up. What it computes between its weights stays float.
+    `weights`: the names of the parameters that are weights, each with the output channel on axis 0; None: every
+    parameter with "weight" in its own name. `values`: the first arguments of its forward, which carry real values; ()
+    for a lookup such as an embedding. Intermediate results inside the module stay float.
     """
 
     weights: tuple[str, ...] | None = None
     values: tuple[str, ...] = ("input",)
 
     def check(self, kind: type[nn.Module]) -> None:
-        """Raise ConfigError if the forward of a class does not begin with the arguments that carry values."""
+        """Raise ConfigError unless the forward of a class begins with the arguments in `values`."""
         names = tuple(inspect.signature(kind.forward).parameters)[1:]
         if names[: len(self.values)] != self.values:
             raise ConfigError(
@@ -49,11 +49,11 @@ WEIGHTED: dict[type[nn.Module] | str, WeightsPattern] = {
     nn.RNNCell: WeightsPattern(),
     nn.MultiheadAttention: WeightsPattern(values=("query", "key", "value")),
 }
-"""What QWeights wraps: these classes, and those below torch's with the same forward."""
+"""Classes that QWeights wraps; subclasses of the torch classes with the same forward count too."""
 
 
 def class_name(kind: type[nn.Module] | str) -> str:
-    """The name of a class without its module's, also where the class is given by name.
+    """Return the name of a class without its module, also for a class given by name.
 
     >>> class_name(nn.Linear), class_name("timm.layers.norm_act.BatchNormAct2d")
     ('Linear', 'BatchNormAct2d')
@@ -62,10 +62,10 @@ def class_name(kind: type[nn.Module] | str) -> str:
 
 
 def weights_pattern(kind: type[nn.Module]) -> WeightsPattern | None:
-    """The row of a class, None for one that QWeights does not wrap."""
+    """Return the pattern of a class, None for a class that QWeights does not wrap."""
     return WEIGHTED.get(kind) or WEIGHTED.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def n_values(name: str) -> int:
-    """How many of the first inputs of a layer carry values. name: of its class; 1 for a layer with one weight."""
+    """Return how many of a layer's first inputs carry values, 1 for a layer with one weight. name: of its class."""
     return next((len(row.values) for kind, row in WEIGHTED.items() if class_name(kind) == name), 1)

@@ -1,4 +1,4 @@
-"""QWeights: a module with weights of any number and an odd call, such as LSTM, whose weights can quantize."""
+"""QWeights: a module with any number of weights and any call signature, such as LSTM, with quantized weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchquant.quantizers import Quantizer
 
 
 def weight_names(module: nn.Module) -> list[str]:
-    """Names of the parameters of the module that are weights; [] for a class that is not in the table `WEIGHTED`.
+    """Return the names of the module's parameters that are weights; [] for a class that is not in `WEIGHTED`.
 
     >>> weight_names(nn.GRUCell(3, 2))
     ['weight_ih', 'weight_hh']
@@ -36,7 +36,7 @@ def weight_names(module: nn.Module) -> list[str]:
 
 
 def _owned(module: nn.Module, name: str) -> str:
-    """The name of a weight that a pattern lists. Raises ConfigError if the module has no such weight."""
+    """Return the name of a weight that a pattern lists. Raises ConfigError if the module has no such weight."""
     try:
         parameter_of(module, name)
     except AttributeError:
@@ -48,14 +48,14 @@ def _owned(module: nn.Module, name: str) -> str:
 
 
 def _computed(module: nn.Module, name: str) -> str:
-    """The weight that a hook computes from the parameter of this name, as `weight` from `weight_g`; else the name."""
+    """Return the name of the weight that a hook computes from a parameter (`weight` from `weight_g`), else `name`."""
     base = next((name.removesuffix(end) for end in ("_g", "_v", "_orig") if name.endswith(end)), name)
     owner, _, last = base.rpartition(".")
     return base if last in module.get_submodule(owner).__dict__ else name
 
 
 def float_weights(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (as the layer stores it, with the output channel first) of every weight of a layer that can be wrapped.
+    """Map every weight name of a supported layer to (weight as stored, weight with the output channel first).
 
     >>> {name: tuple(weight.shape) for name, (_, weight) in float_weights(nn.ConvTranspose1d(4, 6, 3)).items()}
     {'weight': (6, 4, 3)}
@@ -69,20 +69,21 @@ def float_weights(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 @checked
 class QWeights(QModule):
-    """Wraps one of Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention, or a class that
+    """Wraps Bilinear, Embedding, EmbeddingBag, LSTM, GRU, RNN, their cells, MultiheadAttention, or a class that
     `register_pattern` gave a `WeightsPattern`.
 
     `weight_quantizers`: name of a weight (`weight_names`) -> its quantizer; a weight that is not named stays
-    float. `acts_quantizer` sees the output, the first one where there are several: of a recurrent module the sequence,
-    not its last states. `input_quantizer` sees every input that carries values (both of Bilinear; query, key and value
-    of an attention, with one range), if it is real; first states and masks stay as they are. Of a PackedSequence they
-    see the data.
+    float. `acts_quantizer` quantizes the output, the first one if there are several: for a recurrent module the
+    sequence, not its last states. `input_quantizer` quantizes every real input that carries values (both of Bilinear;
+    query, key and value of an attention, with one range); initial states and masks stay unchanged. A PackedSequence
+    has its data quantized.
 
-    What such a module computes inside, between its weights, stays float: the states of recurrent modules, and what a
-    layer of one hands to the next, so of several layers only the first reads and the last gives what is quantized.
-    The weights of all layers are quantized.
+    Intermediate results inside such a module stay float: the states of recurrent modules, and the activations between
+    stacked layers, so only the input of the first layer and the output of the last one are quantized. The weights of
+    all layers are quantized.
 
-    The call is that of the module; in BYPASSED it is the module. Raises UnsupportedPatternError, ConfigError.
+    The call signature is that of the module; BYPASSED computes the same as the module. Raises
+    UnsupportedPatternError, ConfigError.
 
     >>> from torchquant.quantizers import AffineQuantizer
     >>> from torchquant.range_observers import BatchMinMax
@@ -163,7 +164,7 @@ class QWeights(QModule):
     def _quantized_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs, those with values observed and quantized: with one range, and one given twice counts once."""
+        """Observe and quantize the inputs that carry values, with one range; a tensor given twice counts once."""
         quantizer = self.input_quantizer
 
         def quantized(given: list[Any]) -> list[Any]:
@@ -200,7 +201,7 @@ class QWeights(QModule):
 def values_mapped(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[list[Any]], list[Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a module, those that carry values changed: `change` gets all of them, one given twice once."""
+    """Change the arguments that carry values: `change` gets all of them, a tensor given twice only once."""
     row = weights_pattern(stock_type(layer))
     names = () if row is None else row.values
     n = len(names)

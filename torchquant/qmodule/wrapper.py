@@ -1,4 +1,4 @@
-"""QWrapper: a layer, optionally with batch norm and activation, that can quantize."""
+"""QWrapper: a layer, optionally with batch norm and activation, with quantizers at its slots."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from torchquant.quantizers_functional.bn_fold import channel_view
 class QWrapper(QModule):
     """Wraps `layer [+ batch norm] [+ activation]`; quantizes its weight and its output.
 
-    `layers`: a module, a Sequential or a list; what is allowed is the table in `patterns.py`.
-    `weight_quantizer` sees the weight with the output channel on axis 0, for transposed convolutions
-    too, so `axis=0` always means "per output channel". `acts_quantizer` sees the output after the
+    `layers`: a module, a Sequential or a list; the table in `patterns.py` has the allowed patterns.
+    `weight_quantizer` gets the weight with the output channel on axis 0, for transposed convolutions
+    too, so `axis=0` always means "per output channel". `acts_quantizer` gets the output after the
     activation, `input_quantizer` the input, `bias_quantizer` the bias that the layer is run with, whenever
-    the weight is observed or quantized, `preactivation_quantizer` what goes into the activation: behind a
-    convolution ONNX Runtime's integer kernels want codes there. Each may be None, as all are unless given: that site
-    stays float.
+    the weight is observed or quantized, `preactivation_quantizer` the input of the activation: after a
+    convolution, ONNX Runtime's integer kernels need codes there. A slot whose quantizer is None, the default, stays
+    float.
 
     `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
     deployed; `bn_folding.py` has the table. States that do not quantize weights run the plain layers.
 
-    `is_split` is for a wrapper in a model whose forward goes on to run batch norm and activation itself, at their own
+    `is_split` is for a wrapper in a model whose forward still calls batch norm and activation itself, at their own
     places (`FusedPart`): in BYPASSED the wrapper then runs the layer alone, unless it is called with `fused=True`.
 
-    In BYPASSED the output is that of the plain layers, bit for bit. Nothing is kept after forward.
+    In BYPASSED the output is that of the plain layers, bit for bit. No tensor is kept after forward.
     Raises UnsupportedPatternError, ConfigError; in forward UnobservedRangeError.
 
     >>> from torchquant.quantizers import AffineQuantizer
@@ -80,7 +80,7 @@ class QWrapper(QModule):
         self.layer: Any
         self.bn: Any
         self.layer, self.bn, self.activation = split_pattern(layers)
-        row_of(self.layer)  # enters a class known by name only under the class itself
+        row_of(self.layer)  # registers a class known only by name under the class itself
         self._layer_type = plain_type(self.layer)  # torch.export puts a stand-in class in place of a shared layer's
         self.weight_quantizer = weight_quantizer
         self.acts_quantizer = acts_quantizer
@@ -125,7 +125,7 @@ class QWrapper(QModule):
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
 
     def _weighted(self, x: Tensor) -> Tensor:
-        """The layer without its batch norm, in states that do something with the weight."""
+        """Run the layer without its batch norm, in states that observe or quantize the weight."""
         if self.state.is_weight_quantized:
             return self._run(x, None, self.bias_in_use)
         self._observe_new_weight()
@@ -141,7 +141,7 @@ class QWrapper(QModule):
 
     @property
     def row(self) -> LayerPattern:
-        """How the layer is run with another weight."""
+        """The pattern of the layer, which runs it with another weight."""
         row = PATTERNS.get(self._layer_type) or row_of_type(self._layer_type)
         assert isinstance(row, LayerPattern)
         return row
@@ -152,7 +152,7 @@ class QWrapper(QModule):
 
     @property
     def bias_in_use(self) -> Tensor | None:
-        """The bias that the layer computes with: its `bias`, or what its own forward makes of it."""
+        """The bias that the layer computes with: its `bias`, or the one that its custom forward computes."""
         return self.row.weight_and_bias(self.layer)[1]
 
     def _channels_first_weight(self, factor: Tensor | None = None) -> Tensor:
@@ -160,15 +160,15 @@ class QWrapper(QModule):
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """What the layer reads when the wrapper is called with x, as the state says."""
+        """Observe and quantize the input x as the state says; the result is the input of the layer."""
         return self._run_acts_quantizer("input", self.input_quantizer, x)
 
     def fold_factor(self) -> Tensor | None:
-        """What the batch norm multiplies each output channel of the weight by, (C,); None where it is not folded."""
+        """Return the folded batch norm's factor for each output channel of the weight, (C,); None without folding."""
         return None if self.fold_mode is None else running_factor(self.bn)
 
     def _observe_new_weight(self) -> None:
-        """Observe the weight unless it is the one observed last in this state, unchanged since."""
+        """Observe the weight, unless it has not changed since it was last observed in this state."""
         quantizer = self.weight_quantizer
         assert quantizer is not None
         sources = [self._weight]
@@ -178,7 +178,7 @@ class QWrapper(QModule):
             self._observe_weight()
 
     def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The layer with its weight times `factor` quantized; observed first if the state says so."""
+        """Run the layer with its weight times `factor`, observed if the state says so, then quantized."""
         assert self.weight_quantizer is not None
         weight = self._channels_first_weight(factor)
         if self.state.is_weight_observed:
@@ -191,7 +191,7 @@ class QWrapper(QModule):
         return self._run_layer(x, self.row.channels_first(self.layer, weight), bias)
 
     def _run_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The forward of the layer with these tensors: its class's, or the one that an adapter has set on the layer."""
+        """Run the layer's forward with these tensors: its class's, or one that an adapter has set on the layer."""
         if "forward" not in self.layer.__dict__:
             return self.row.run(self.layer, x, weight, bias)
         if self.fold_mode is not None:
@@ -212,7 +212,7 @@ class QWrapper(QModule):
 
     @torch.no_grad()
     def observe_weight(self) -> None:
-        """Show the weight quantizer the weight as it is now, folded where folding is on. Needs no data."""
+        """Let the weight quantizer observe the current weight, folded if folding is on. No data is needed."""
         self._recompute_weights()
         self._observe_weight()
 
@@ -230,17 +230,16 @@ class QWrapper(QModule):
 
     @torch.no_grad()
     def float_weight(self) -> Tensor:
-        """The real weight that QUANT_EVAL quantizes, output channel on axis 0, folded where folding is on."""
+        """Return the real weight that QUANT_EVAL quantizes, output channel on axis 0, folded if folding is on."""
         return self.weight_slots()[0].seen()
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """A float copy of the layer with the batch norm folded in (docs/algorithms.md D1); a plain copy without one.
+        """Return a float copy of the layer with its batch norm, if any, folded in (docs/algorithms.md D1).
 
-        A Linear with batch norm folds for inputs (N, features).
-
-        Equals layer + batch norm in eval mode. Raises ConfigError if the batch norm has no running statistics, or if
-        the forward of the layer computes its weight.
+        The copy equals layer + batch norm in eval mode; for a Linear with batch norm, on inputs (N, features).
+        Raises ConfigError if the batch norm has no running statistics, or if the forward of the layer computes its
+        weight.
         """
         layer = copy.deepcopy(self.layer)
         if self.bn is None:
@@ -257,7 +256,7 @@ class QWrapper(QModule):
         return layer
 
     def freeze_bn(self, frozen: bool = True) -> None:
-        """Keep the batch norm on its running statistics, also in train mode; survives `.train()`."""
+        """Keep the batch norm on its running statistics, also in train mode; `.train()` does not undo it."""
         if self.bn is not None and frozen != self.bn_frozen:
             self.bn.train(self.training and not frozen)
         self.bn_frozen = frozen
