@@ -1,4 +1,4 @@
-"""Quantizers with state: when to look, what to remember. One file per scheme."""
+"""Quantizers with state: when they observe, and which numbers they keep. One file per scheme."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the file of a scheme imports: the contract of quantizers, the registry, and the bodies most schemes share."""
+"""The imports of every scheme's file: the contract of quantizers, the registry, and the common base classes."""
 
 from torchquant.quantizers._contract import QUANTIZERS as QUANTIZERS
 from torchquant.quantizers._contract import SLOTS as SLOTS

@@ -1,4 +1,4 @@
-"""What every registered scheme is, as data: for the command line, the documentation, comparisons."""
+"""The registered schemes as data, for the command line, the documentation and comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchquant.quantizers._spec import find_scheme, make_quantizer, schemes, ta
 
 @dataclass(frozen=True)
 class SchemeEntry:
-    """One row of the catalogue. All in words, ready to print; `presets` are further names."""
+    """One row of the catalogue. All fields are text, ready to print; `presets` are further names."""
 
     name: str
     presets: tuple[str, ...]
@@ -28,7 +28,7 @@ class SchemeEntry:
 
 
 def catalogue() -> list[SchemeEntry]:
-    """Every registered scheme, yours included, by name.
+    """List every registered scheme, yours included, by name.
 
     >>> [entry.name for entry in catalogue() if "twn" in entry.presets]
     ['ternary']
@@ -38,14 +38,14 @@ def catalogue() -> list[SchemeEntry]:
 
 @checked
 def scheme_entry(name: str) -> SchemeEntry:
-    """The entry of a scheme or of the scheme a preset belongs to. Raises UnknownNameError."""
+    """Return the entry of a scheme, or of the scheme that a preset belongs to. Raises UnknownNameError."""
     cls, _ = find_scheme(name)
     return next(entry for entry in catalogue() if find_scheme(entry.name)[0] is cls)
 
 
 @checked
 def weight_spec(name: str, n_bits: int) -> str | None:
-    """The spec string that stands for a scheme or preset on weights of that width; None where it has none.
+    """Return the typical spec string of a scheme or preset for weights of that width; None if it has none.
 
     Raises UnknownNameError.
 

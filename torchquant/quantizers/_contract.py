@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class About:
-    """What the catalogue says of a scheme: its rule, its source, its widths; granularity if not the usual three."""
+    """The catalogue's facts about a scheme: rule, source, widths; granularity if not the usual three."""
 
     formula: str = ""
     paper: str = ""
@@ -36,7 +36,7 @@ class About:
 
 
 class Quantizer(CalibratedState, ABC):
-    """Turns real tensors into real tensors that lie on a grid.
+    """Maps real tensors to real tensors on a grid.
 
     Write `quantize` and you have a quantizer; write `encode`, `decode` and `code_range` too and it
     can be exported, packed and analysed. Levels, thresholds and integers are views of `format()`.
@@ -46,8 +46,8 @@ class Quantizer(CalibratedState, ABC):
     * `quantize(x)`: real to real on the grid, differentiable, in states that quantize.
     * `post_observe(x)`: the quantized tensor, in states that quantize.
 
-    A quantizer that is pinned keeps its numbers: neither of the observing methods does anything then.
-    Laws that hold for every quantizer here are in `torchquant.check_quantizer`.
+    A pinned quantizer keeps its numbers: neither of the observing methods does anything then.
+    `torchquant.check_quantizer` checks the laws that every quantizer must keep.
     """
 
     n_bits: int
@@ -55,30 +55,30 @@ class Quantizer(CalibratedState, ABC):
     signed: bool | None = True
     """Whether there are levels below 0; None: the first tensor decides."""
     sites: ClassVar[tuple[str, ...]] = SLOTS
-    """Where in a layer the scheme is meant to sit."""
+    """The slots of a layer for which the scheme is meant."""
     made_by: ClassVar[str] = "make_quantizer('affine:8') makes one"
-    """What messages advise where something else is given for a quantizer."""
+    """Advice in messages when another object is given in place of a quantizer."""
     is_uniform: ClassVar[bool] = False
-    """Whether the format has one step and a zero point, an affine view; the ONNX operators for codes want one."""
+    """Whether the format has one step and a zero point, an affine view; the ONNX operators for codes need one."""
     is_idempotent: bool = True
-    """Whether the levels are in the units of x, so that quantizing twice is asked to be the same as once."""
+    """Whether the levels are in the units of x, so that quantizing twice must equal quantizing once."""
     about: ClassVar[About] = About()
     typical: ClassVar[str] = "{name}:{n}/channel"
-    """Spec string that stands for the scheme on weights at `{n}` bits; `{k}` is n - 3, at least 0."""
+    """Typical spec string of the scheme for weights at `{n}` bits; `{k}` is n - 3, at least 0."""
     typical_acts: ClassVar[str] = "affine:{n}"
-    """Spec string of the activations that the scheme's authors put beside its weights, at `{n}` bits."""
+    """Spec string of the activations that the scheme's authors use with its weights, at `{n}` bits."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Further names of the scheme, each with the constructor's arguments it stands for."""
+    """Further names of the scheme, each with the constructor arguments that it fixes."""
     short_names: ClassVar[Mapping[str, str]] = {}
     """Short name -> argument of the constructor, for spec strings: "k" -> "significant_bits"."""
     fuses_clamp: ClassVar[bool] = False
     """Whether `pre_observe` and `quantize` take `clamp=(low, high)` and do `x.clamp(low, high)` in
-    the same pass. Falls back to False in a subclass that overrides either without saying so."""
+    the same pass. False in a subclass that overrides either without setting it again."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_constructor(cls)
-        if "keeps_units" in cls.__dict__:  # what a scheme of 0.1 says
+        if "keeps_units" in cls.__dict__:  # the name of `is_idempotent` in schemes written for 0.1
             warn_renamed(f"{cls.__name__}.keeps_units", "is_idempotent")
             cls.is_idempotent = cls.__dict__["keeps_units"]
             del cls.keeps_units
@@ -95,40 +95,40 @@ class Quantizer(CalibratedState, ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
-        """Real to real on the grid; same shape, dtype and memory format as x."""
+        """Map real values to real values on the grid; same shape, dtype and memory format as x."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The same as `quantize`."""
+        """Call `quantize`."""
         return self.quantize(*args, **kwargs)
 
     def side_bytes(self, x: Tensor) -> int:
-        """Bytes that decoding x needs beside its codes: scales, zero points, tables. 0 where nothing is known of it."""
+        """Return the bytes that decoding x needs beside its codes: scales, zero points, tables; 0 if unknown."""
         return 0
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """The parts of x whose elements share parameters, flat."""
+        """Return the flattened parts of x whose elements share parameters."""
         return [x.flatten()] if self.axis is None else [s.flatten() for s in x.unbind(self.axis)]
 
     @property
     def levels_vary(self) -> bool:
-        """Whether a tensor has no one list of levels, nor one a channel: each block or token has levels of its own."""
+        """Whether each block or token has its own levels, so that there is no list of levels per tensor or channel."""
         return self.about.granularity in (("block",), ("token",))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Real to integer codes (int32), exactly the codes behind `quantize(x)`."""
+        """Map real values to integer codes (int32), exactly the codes of `quantize(x)`."""
         raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes to real values of type `dtype`; `decode(encode(x), x.dtype)` equals `quantize(x)`."""
+        """Map codes to real values of type `dtype`; `decode(encode(x), x.dtype)` equals `quantize(x)`."""
         raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """Return the smallest and largest code."""
         raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
 
     def format(self) -> Format:
-        """The format with the numbers that it has now, which are the tensors of the quantizer itself, not copies.
+        """Return the format with its current numbers, which are the tensors of the quantizer itself, not copies.
 
         >>> from torchquant.quantizers import ESBQuantizer
         >>> quantizer = ESBQuantizer(4, 1)
@@ -139,26 +139,26 @@ class Quantizer(CalibratedState, ABC):
         return Formula(self.encode, self.decode, self.code_range, affine=self._own_affine(), axis=self.axis)
 
     def _own_affine(self) -> Callable[[], AffineParams] | None:
-        """The affine view that a scheme writes itself; None where it is the one of the format."""
+        """Return the affine view that a scheme defines itself; None if it is the format's."""
         return self.affine_params if type(self).affine_params is not Quantizer.affine_params else None
 
     @torch.no_grad()
     def levels(self) -> Tensor:
-        """The representable values, sorted: (L,), or (C, L) per channel."""
+        """Return the representable values, sorted: (L,), or (C, L) per channel."""
         return self.format().levels()
 
     @torch.no_grad()
     def code_values(self) -> Tensor:
-        """The value of every code, in the order of the codes: (L,), or (C, L) per channel."""
+        """Return the value of every code, in the order of the codes: (L,), or (C, L) per channel."""
         return self.format().code_values()
 
     @torch.no_grad()
     def thresholds(self) -> Tensor:
-        """Where `quantize` goes from each of `levels()` to the next: (L - 1,) float32, sorted; (C, L - 1) per channel.
+        """Return the thresholds between adjacent `levels()`: (L - 1,) float32, sorted; (C, L - 1) per channel.
 
-        What lies on a threshold takes one of its two levels, not the same one in every scheme. Here they are the
-        middles, as in all schemes that take the nearest level; the others override it. Raises NoCodesError for formats
-        that have no one list of levels, or have levels in other units than those of x.
+        A value on a threshold takes one of its two levels, which one depends on the scheme. Here thresholds are the
+        midpoints, as in all schemes that take the nearest level; the others override this. Raises NoCodesError for
+        formats without a single list of levels, or with levels in units other than those of x.
 
         >>> from torchquant.quantizers import ESBQuantizer
         >>> quantizer = ESBQuantizer(3, 0)
@@ -178,9 +178,9 @@ class Quantizer(CalibratedState, ABC):
 
     @torch.no_grad()
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels next to x, below and above, in its type; equal where x is on a level or beyond the last.
+        """Return the levels next to x, below and above, in its type; equal where x is on a level or beyond the last.
 
-        One of the two is `quantize(x)`. Raises NoCodesError for levels in other units than those of x.
+        One of the two is `quantize(x)`. Raises NoCodesError for levels in units other than those of x.
 
         >>> from torchquant.quantizers import ESBQuantizer
         >>> quantizer = ESBQuantizer(3, 0)
@@ -194,10 +194,10 @@ class Quantizer(CalibratedState, ABC):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
-        """x, (rows, k), quantized as the elements of these columns, (k,) int64, of a weight (rows, columns).
+        """Quantize x, (rows, k), as the elements of these columns, (k,) int64, of a weight (rows, columns).
 
-        The columns are those of the weight with all axes but the first made one. Raises NoCodesError where the levels
-        of an element follow from what is beside it, or from the shape of the weight, as long as no weight is pinned.
+        Columns are counted in the weight with all axes but the first flattened. Raises NoCodesError if the levels of
+        an element depend on its neighbours or on the shape of the weight, and no weight is pinned.
         """
         if not self.is_pinned and (self.levels_vary or self.axis not in (None, 0)):
             part = self.about.granularity[0] if self.levels_vary else None
@@ -212,7 +212,7 @@ class Quantizer(CalibratedState, ABC):
         return self.quantize(x)
 
     def _nearest_in_place(self, x: Tensor, columns: Tensor) -> Tensor:
-        """`nearest` for any scheme that is pinned: x where it stands in a whole weight."""
+        """Compute `nearest` for any pinned scheme, with x put in its place in a whole weight."""
         columns_shape = [int(size) for size in self.pinned.tolist()[1:]]
         whole = x.new_zeros(len(x), prod(columns_shape))
         whole[:, columns] = x
@@ -220,11 +220,11 @@ class Quantizer(CalibratedState, ABC):
 
     @torch.no_grad()
     def preimage(self, values: Tensor) -> Tensor:
-        """A weight that `quantize` makes these levels of: the levels themselves, unless their units are other ones."""
+        """Return a weight that `quantize` maps to these levels: the levels themselves if their units are those of x."""
         return values
 
     def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
-        """Nothing, where a weight gives the numbers of all of its elements."""
+        """Return {}, if the weight determines the numbers of all its elements."""
         if self.levels_vary:
             raise ConfigError(
                 f"{type(self).__name__} cannot be pinned: each {self.about.granularity[0]} takes its numbers from its "
@@ -233,16 +233,16 @@ class Quantizer(CalibratedState, ABC):
         return {}
 
     def affine_params(self) -> AffineParams:
-        """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
+        """Return (delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
         return self._view(lambda format: format.affine_params())
 
     @torch.no_grad()
     def integer_terms(self) -> IntegerTerms:
-        """The levels as sums of whole numbers times scales: [(scale, table)], so that sums of products stay integer.
+        """Return the levels as sums of integers times scales: [(scale, table)], so that sums of products stay integer.
 
         Level of the code c: `sum(scale * table[..., c - code_range[0]])`. scale: () or (C,) float64. table: (L,) or
         (C, L) int64. One term for ESB, powers of two, ternary, binary; n_bits for residual; one more for a shift.
-        Raises NoAffineViewError where there is no such form, as for a codebook or blocks.
+        Raises NoAffineViewError if there is no such form, as for a codebook or blocks.
 
         >>> from torchquant.quantizers import ESBQuantizer
         >>> quantizer = ESBQuantizer(3, 0)

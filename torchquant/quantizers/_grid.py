@@ -1,4 +1,4 @@
-"""The bodies most schemes share: formats given by a few numbers, which an observer finds or the data themselves."""
+"""The base classes of most schemes: formats given by a few numbers, from an observer or fitted to the data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torchquant.range_observers._statistics import StatisticTracker
 class GridQuantizer(Quantizer):
     """A quantizer whose format is given by a few numbers, fixed while it quantizes.
 
-    A subclass says which numbers (`grid`) and what they mean, in one of two ways: `format()`, a value of a class in
-    `quantizers_functional`; or `codes`, `values` and `code_range`, in terms of tensors already shaped to broadcast
-    against x. Gradient, clamp, half types, channels, NaN and the level list are done here.
+    A subclass gives the numbers (`grid`) and defines what they mean, in one of two ways: `format()`, an instance of a
+    class in `quantizers_functional`; or `codes`, `values` and `code_range`, on tensors already shaped to broadcast
+    against x. This class handles gradient, clamp, half types, channels, NaN and the level list.
     """
 
     fuses_clamp = True
@@ -45,7 +45,7 @@ class GridQuantizer(Quantizer):
 
     @abstractmethod
     def grid(self) -> tuple[Tensor | int, ...]:
-        """The numbers of the grid: tensors () or (C,), or plain integers."""
+        """Return the numbers of the grid: tensors () or (C,), or plain integers."""
 
     def format(self) -> Format:
         is_own = type(self).project is not GridQuantizer.project
@@ -54,28 +54,28 @@ class GridQuantizer(Quantizer):
         return Formula(self.codes, self.values, self.code_range, self.grid(), project, affine, axis=self.axis)
 
     def codes(self, x: Tensor, *numbers: Any) -> Tensor:
-        """Whole-number codes of the nearest grid values, in any type; NaN may stay NaN."""
+        """Return the integer codes of the nearest grid values, in any type; NaN may stay NaN."""
         raise NoCodesError(f"{type(self).__name__} has neither codes and values nor a format(); write one of the two")
 
     def values(self, codes: Tensor, dtype: torch.dtype, *numbers: Any) -> Tensor:
-        """Grid values of codes, in `dtype` (float32 or float64)."""
+        """Return the grid values of codes, in `dtype` (float32 or float64)."""
         raise NoCodesError(f"{type(self).__name__} has neither codes and values nor a format(); write one of the two")
 
     def project(self, x: Tensor, want_inside: bool, *numbers: Any) -> tuple[Tensor, Tensor | None]:
-        """Nearest grid value, and 1 where x was not clipped (None unless asked for), in x's type.
+        """Return the nearest grid value, and 1 where x was not clipped (None unless asked for), in x's type.
 
-        This one takes what lies between the lowest and the highest level for not clipped. Override it
-        where the value can be had faster than through codes, or where another rule is wanted.
+        By default, values between the lowest and the highest level are not clipped. Override this method
+        for a faster way than through codes, or for another rule of clipping.
         """
         return Formula(self.codes, self.values, self.code_range, numbers).nearest(x, want_inside)
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
-        """Names of the gradient estimators that are defined for the format."""
+        """Return the names of the gradient estimators that are defined for the format."""
         return tuple(name for name in GRADIENTS if GRADIENTS[name].needs <= cls.traits)
 
     def set_gradient(self, gradient: str | Gradient, **options: Any) -> None:
-        """Take another estimator, with its options. Raises ConfigError with the list that is allowed."""
+        """Set another estimator, with its options. Raises ConfigError, which lists the allowed ones."""
         made = make_gradient(gradient, **options)
         if not self.gradients():
             raise ConfigError(f"{type(self).__name__} has its own gradient, there is none to choose; got {made.name!r}")
@@ -85,28 +85,28 @@ class GridQuantizer(Quantizer):
         self.gradient = made
 
     def grid_for(self, x: Tensor) -> tuple[Any, ...]:
-        """The numbers of the grid in shapes that broadcast against x."""
+        """Return the numbers of the grid in shapes that broadcast against x."""
         return tuple(per_channel_view(n, x.ndim, self.axis) for n in self.grid())
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
-        """Real to real on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
+        """Map real values to values on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
         return self.format().quantize(x, self.gradient, clamp, self.training)
 
     @torch.no_grad()
     def side_bytes(self, x: Tensor) -> int:
-        """4 bytes a scale, or a number that the values depend on; as many as a code for a zero point that is not 0."""
+        """Return 4 bytes per number that decoding needs; a zero point other than 0 takes the bytes of a code."""
         return self.format().side_bytes()
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Real to integer codes (int32). Raises NonFiniteError for NaN; Inf saturates."""
+        """Map real values to integer codes (int32). Raises NonFiniteError for NaN; Inf saturates."""
         if bool(torch.isnan(x).any()):
             raise NonFiniteError(f"{type(self).__name__} cannot encode NaN; x has {int(torch.isnan(x).sum())} of them")
         return self.format().encode(x)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes to real values of type `dtype`. Raises ConfigError for a code outside of `code_range`."""
+        """Map codes to real values of type `dtype`. Raises ConfigError for a code outside of `code_range`."""
         if codes.numel():
             (low, high), (least, most) = self.code_range, (int(end) for end in torch.aminmax(codes))
             if least < low or most > high:
@@ -119,7 +119,7 @@ class GridQuantizer(Quantizer):
 
 
 def _altered(inherited: Callable[[Any], Format], own: Set[str]) -> Callable[[Any], Format]:
-    """The `format()` of a scheme that overrides some of the functions that the inherited one does not ask."""
+    """Make the `format()` of a scheme that overrides functions which the inherited `format()` does not call."""
 
     def format(self: Any) -> Format:
         base = inherited(self)
@@ -130,13 +130,13 @@ def _altered(inherited: Callable[[Any], Format], own: Set[str]) -> Callable[[Any
 
 
 class OwnScaleQuantizer(GridQuantizer):
-    """A quantizer whose parts (blocks, tokens) each take their scale from their own elements, every time anew."""
+    """A quantizer whose parts (blocks, tokens) each compute their scale from their own elements at every call."""
 
     fuses_clamp = False
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
-        """Straight through: a scale that covers its part clips nothing."""
+        """Return straight-through only: a scale that covers its part clips nothing."""
         return ("ste",)
 
     @property
@@ -148,12 +148,12 @@ class OwnScaleQuantizer(GridQuantizer):
         return self.format().code_range
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        """Nothing: all is in the elements."""
+        """Return (): the elements determine everything."""
         return ()
 
 
 class UniformQuantizer(GridQuantizer):
-    """A uniform grid over the range of an observer. A subclass turns the range into `affine_params`."""
+    """A uniform grid over the range of an observer. A subclass computes `affine_params` from the range."""
 
     fuses_clamp = True
     is_uniform = True
@@ -168,7 +168,7 @@ class UniformQuantizer(GridQuantizer):
 
     @property
     def axis(self) -> int | None:  # type: ignore[override]
-        """Axis whose slices have a grid each; the observer's."""
+        """The observer's axis, each slice of which has its own grid."""
         return self.observer.axis
 
     @property
@@ -183,7 +183,7 @@ class UniformQuantizer(GridQuantizer):
         self.observer.allocate(n_channels)
 
     def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
-        """Take x, or `x.clamp(*clamp)`, into the range."""
+        """Update the range with x, or with `x.clamp(*clamp)`."""
         if clamp is None:
             self.observer.observe_batch(x)
         else:
@@ -191,7 +191,7 @@ class UniformQuantizer(GridQuantizer):
 
     @abstractmethod
     def affine_params(self) -> AffineParams:
-        """The grid over the observed range."""
+        """Return the grid over the observed range."""
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -199,7 +199,7 @@ class UniformQuantizer(GridQuantizer):
         return params.qmin, params.qmax
 
     def numbers(self) -> dict[str, Tensor]:
-        """The ends of the range."""
+        """Return the ends of the range."""
         return dict(zip(("range_min", "range_max"), self.observer.get_ranges(), strict=True))
 
     def _set_numbers(self, **numbers: Tensor | float) -> None:
@@ -239,7 +239,7 @@ class FittedQuantizer(StatisticTracker, GridQuantizer):
         return self.get()
 
     def numbers(self) -> dict[str, Tensor]:
-        """The statistics."""
+        """Return the statistics."""
         return dict(zip(self.statistics, self.get(), strict=True))
 
     def _set_numbers(self, **numbers: Tensor | float) -> None:

@@ -1,4 +1,4 @@
-"""Per-group granularity: one set of numbers for each run of neighbours in a row of a weight."""
+"""Per-group granularity: one set of numbers per group of adjacent elements in a row of a weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchquant.quantizers_functional.groups import Groups, cut_groups, join_gro
 
 
 def _unused(quantizer: Quantizer, part: Tensor) -> Tensor:
-    """A part without elements, on which what the quantizer learns depends: with a gradient of 0, and not with none."""
+    """Join an empty part to the graph, so that learned parameters of its quantizer get a gradient of 0, not None."""
     learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
     if not learned:
         return part.detach()  # so that nothing is joined to the others
@@ -23,7 +23,7 @@ def _unused(quantizer: Quantizer, part: Tensor) -> Tensor:
 
 
 class GroupQuantizer(Quantizer):
-    """Any per-channel quantizer, applied to groups of `size` elements instead of channels.
+    """Applies any per-channel quantizer to groups of `size` elements instead of channels.
 
     A weight (out, in, ...) is read as `out` rows; each row is cut into groups of `size`, and the
     last may be shorter: its statistics are its own, nothing is padded into them. `quantizer` works per
@@ -71,7 +71,7 @@ class GroupQuantizer(Quantizer):
         return Groups(self.size, whole, last)
 
     def numbers(self) -> dict[str, Tensor]:
-        """The numbers of the whole groups and of the shorter last ones, `whole_NAME` and `last_NAME`."""
+        """Return the numbers of the whole groups and of the shorter last ones, `whole_NAME` and `last_NAME`."""
         named = (("whole", self.whole), ("last", self.last))
         return {f"{part}_{name}": n for part, q in named if q.is_ready for name, n in q.numbers().items()}
 
@@ -93,7 +93,7 @@ class GroupQuantizer(Quantizer):
         return join_groups(whole, last, values)
 
     def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
-        """Nothing: the groups hold their numbers."""
+        """Return {}: the groups hold their numbers."""
         return {}
 
     def quantize(self, x: Tensor) -> Tensor:

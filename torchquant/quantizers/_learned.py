@@ -1,4 +1,4 @@
-"""What quantizers with trained numbers share: parameters that the first tensor sets and an optimizer moves."""
+"""The base of quantizers with trained numbers: the first tensor initializes parameters, an optimizer updates them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INITS = ("mse", "paper")
 
 
 def check_init(init: str) -> None:
-    """Raise ConfigError for an unknown way to start."""
+    """Raise ConfigError for an unknown initialization."""
     if init not in INITS:
         raise ConfigError(f"init must be one of {', '.join(INITS)}, got {init!r}")
 
@@ -27,14 +27,14 @@ def check_init(init: str) -> None:
 class LearnedQuantizer(FittedQuantizer):
     """A quantizer some of whose numbers are `nn.Parameter`s, (1,) or (C,): FSDP2 refuses parameters of no dimension.
 
-    `learned` names them; each has a statistic `initial_NAME` that `measure` returns, the parameter starts at
-    it with the first tensor observed, and from then on only the optimizer moves it. Other statistics go
-    on being measured. Parameters stay in float32 under `.half()`, as statistics do.
+    `learned` names them; each has a statistic `initial_NAME` that `measure` returns. The first observed tensor
+    initializes the parameter to it, and from then on only the optimizer moves it. Other statistics are still
+    measured. Parameters stay in float32 under `.half()`, as statistics do.
     """
 
     learned: tuple[str, ...]
     lowest: Tensor
-    """Statistic of schemes that take `signed=None`: what is below 0 in the first tensor makes the codes signed."""
+    """Statistic of schemes that allow `signed=None`: a first tensor with values below 0 makes the codes signed."""
     _goes_below_zero = True
 
     def __init__(self, axis: int | None = None, nonfinite: str = "raise", momentum: float = 0.0) -> None:
@@ -46,7 +46,7 @@ class LearnedQuantizer(FittedQuantizer):
 
     @property
     def is_signed(self) -> bool:
-        """Whether codes go below 0. Raises UnobservedRangeError if the first tensor is to say and has not come."""
+        """Whether codes go below 0. Raises UnobservedRangeError if the first tensor decides and has not been seen."""
         if self.signed is None:
             self.get()
             return self._goes_below_zero
@@ -54,7 +54,7 @@ class LearnedQuantizer(FittedQuantizer):
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
-        """None to choose from: the scheme is defined by its own."""
+        """Return no names: the scheme defines its own gradient."""
         return ()
 
     def _observe(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
@@ -109,12 +109,12 @@ class LearnedQuantizer(FittedQuantizer):
         return self
 
     def number(self, name: str) -> Tensor:
-        """A parameter in the shape of the statistic it starts at: () where it is one number."""
+        """Return a parameter in the shape of its initial statistic: () if it is one number."""
         parameter: Tensor = getattr(self, name)
         return parameter.view_as(getattr(self, f"initial_{name}"))
 
     def numbers(self) -> dict[str, Tensor]:
-        """The parameters, and the statistics that no parameter starts at."""
+        """Return the parameters, and the statistics that initialize no parameter."""
         found = dict(zip(self.statistics, self.get(), strict=True))
         others = {name: value for name, value in found.items() if name.removeprefix("initial_") not in self.learned}
         return {name: self.number(name).detach() for name in self.learned} | others
@@ -126,7 +126,7 @@ class LearnedQuantizer(FittedQuantizer):
         self._decide_sign()
 
     def bounded(self, name: str) -> Tensor:
-        """A positive parameter as it is used: never below a thousandth of its first value.
+        """Return a positive parameter as it is used: never below a thousandth of its first value.
 
         The gradient passes through the bound, so that a parameter pushed below it can come back.
         """
@@ -151,32 +151,32 @@ class LearnedUniform(LearnedQuantizer):
 
 
 def gradient_scale(x: Tensor, n_groups: int, per_sample: bool, largest_code: int) -> float:
-    """LSQ's `1 / sqrt(N Qp)`: N the elements that share a parameter, of one sample if `per_sample`."""
+    """Return LSQ's `1 / sqrt(N Qp)`: N the elements that share a parameter, of one sample if `per_sample`."""
     sharing = x.numel() / max(len(x) if per_sample and x.ndim else n_groups, 1)
     return float((max(sharing, 1.0) * largest_code) ** -0.5)
 
 
 def scaled_gradient(parameter: Tensor, scale: float) -> Tensor:
-    """The parameter, its gradient times `scale`."""
+    """Return the parameter, with its gradient multiplied by `scale`."""
     return parameter.detach() + (parameter - parameter.detach()) * scale
 
 
 def lowest_of(x: Tensor) -> Tensor:
-    """Smallest value of each row, over all ranks. x: (C, n). (C,)."""
+    """Return the smallest value of each row, over all ranks. x: (C, n). (C,)."""
     return -reduce_max(-x.amin(1))
 
 
 def where_signed(signed: bool | None, lowest: Tensor, if_signed: float, if_not: float) -> Tensor:
-    """One of two numbers, float64 (), by what `signed` says or, if it is None, by the lowest values."""
+    """Choose one of two numbers, float64 (), by `signed` or, if it is None, by the lowest values."""
     below = (lowest < 0).any() if signed is None else torch.tensor(signed, device=lowest.device)
     return torch.where(below, if_signed, if_not).to(torch.float64)
 
 
 def or_one(scale: Tensor) -> Tensor:
-    """`scale`, 1 where it is 0: the scale of a tensor of zeros."""
+    """Return `scale`, with 1 where it is 0, the scale of a tensor of zeros."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def first(values: tuple[Tensor, ...], axis: int | None) -> tuple[Tensor, ...]:
-    """(C,) statistics in the shape a tracker wants: () each without an axis."""
+    """Return (C,) statistics in the shape that a tracker expects: () each without an axis."""
     return values if axis is not None else tuple(value.squeeze(0) for value in values)

@@ -1,4 +1,4 @@
-"""What formats that are a plain list of levels share."""
+"""The base class of formats that are a plain list of levels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class LevelList(GridQuantizer):
 
     @abstractmethod
     def level_list(self) -> Tensor:
-        """The levels, sorted: (L,) or (C, L)."""
+        """Return the levels, sorted: (L,) or (C, L)."""
 
     @property
     def code_range(self) -> tuple[int, int]:
         return 0, 2**self.n_bits - 1
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        """The list."""
+        """Return the list of levels."""
         return (self.level_list(),)
 
     def format(self) -> Format:

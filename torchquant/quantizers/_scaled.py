@@ -1,4 +1,4 @@
-"""Schemes whose format is fixed numbers times a scale, which a rule of their own gives, or an observer."""
+"""Schemes whose format is fixed numbers times a scale, which comes from the scheme's own rule or from an observer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from torchquant.range_observers import MSEObserver, RangeObserver
 
 
 class ScaledQuantizer(FittedQuantizer):
-    """A fitted quantizer of one scale, which `measure` fits to the data, or the range of an observer gives.
+    """A fitted quantizer with one scale, which `measure` fits to the data or the range of an observer determines.
 
     With `set_observer(observer)`, `observer=NAME` in a spec string, the largest level of the format is put on the end
     of the observed range that is farther from 0; with a shift the levels are centred on the range and reach to both
-    its ends. `observer=mse` then looks for the range of least error of this very format. What the quantizer itself
-    would measure is not looked at.
+    its ends. `observer=mse` then searches the range of least error of this very format. The statistics that the
+    quantizer itself would measure are not used.
     """
 
     fuses_clamp = True
     own_rule: ClassVar[tuple[str, str] | None] = None
     """Name of the constructor's argument for the rule of the scheme itself, and its default."""
     has_shift = False
-    """Whether the levels are moved to where the data lie."""
+    """Whether the levels are shifted to the data."""
 
     scale_of_zeros: ClassVar[float] = 0.0
-    """The scale of a tensor of zeros; 0 where no level is 0, so that they stay what they are."""
+    """The scale of a tensor of zeros; 0 if no level is 0, so that zeros stay zeros."""
 
     @abstractmethod
     def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        """The format of these numbers, in the order of `grid()`."""
+        """Return the format with these numbers, in the order of `grid()`."""
 
     def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        """The numbers of `grid()` for a scale, and for a shift where the scheme has one."""
+        """Return the numbers of `grid()` for a scale, and for a shift if the scheme has one."""
         return (scale,)
 
     def format(self) -> Format:
@@ -53,7 +53,7 @@ class ScaledQuantizer(FittedQuantizer):
         return found
 
     def set_observer(self, observer: RangeObserver) -> None:
-        """Let the range of an observer give the scale, from its first batch on. Raises ConfigError."""
+        """Derive the scale from the range of an observer, from its first batch on. Raises ConfigError."""
         if observer.axis != self.axis:
             raise ConfigError(f"the observer works along axis {observer.axis}, the quantizer along {self.axis}")
         if self.own_rule is not None:
@@ -69,7 +69,7 @@ class ScaledQuantizer(FittedQuantizer):
         self.observer = observer
 
     def numbers_over(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-        """The numbers for which the levels cover [low, high]; see the class. low, high: any shape."""
+        """Return the numbers for which the levels cover [low, high]; see the class. low, high: any shape."""
         middle = (low + high) / 2 if self.has_shift else torch.zeros_like(low)
         reach = torch.maximum(middle - low, high - middle)
         largest = self.format_with(*self.numbers_at(reach, middle)).largest
@@ -77,7 +77,7 @@ class ScaledQuantizer(FittedQuantizer):
         return self.numbers_at(torch.where(scale > 0, scale, self.scale_of_zeros), middle)
 
     def format_over(self, low: Tensor, high: Tensor) -> Format:
-        """The format whose levels cover [low, high], with numbers in the shape of the ends."""
+        """Return the format whose levels cover [low, high], with numbers in the shape of the ends."""
         return replace(self.format_with(*self.numbers_over(low, high)), axis=None)
 
     def get(self) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ class ScaledQuantizer(FittedQuantizer):
         return self.get()
 
     def numbers(self) -> dict[str, Tensor]:
-        """The statistics, or the ends of the observer's range."""
+        """Return the statistics, or the ends of the observer's range."""
         observer = self._range_observer
         if observer is None:
             return super().numbers()

@@ -2,7 +2,7 @@
 
     scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G|/token][@gradient]
 
-`QuantSpec` is the parsed form, `make_quantizer` builds what it names. Both know nothing of any scheme:
+`QuantSpec` is the parsed form, `make_quantizer` builds the quantizer. Neither knows any scheme:
 arguments are found by name in the signatures of the scheme and of its range observer.
 """
 
@@ -44,10 +44,10 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 @checked
 @dataclass(frozen=True)
 class QuantSpec:
-    """A quantizer in words. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
+    """A parsed spec string. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
 
     `options` keeps the values as they were written; they get their types from the scheme. `granularity`
-    is "tensor", "channel", "group", "token" or "" (the scheme's default: per tensor); `group` the elements a group.
+    is "tensor", "channel", "group", "token" or "" (the scheme's default: per tensor); `group` is the group size.
 
     >>> spec = QuantSpec.parse("esb:4,k=1/channel@clipped")
     >>> spec.scheme, spec.n_bits, spec.options, spec.granularity, spec.gradient
@@ -65,7 +65,7 @@ class QuantSpec:
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
-        """Read a spec string. Raises ConfigError that says which part is wrong and what is allowed there."""
+        """Read a spec string. Raises ConfigError, which says which part is wrong and what is allowed there."""
         if not isinstance(text, str):
             raise ConfigError(f"a spec must be a string {GRAMMAR}, got {_kind_of(text)}")
         if len(text) > LONGEST:
@@ -117,7 +117,7 @@ def _kind_of(value: object) -> str:
 
 
 def _is_count(text: str) -> bool:
-    """Whether a text is a whole number that torch can count to."""
+    """Whether a text is an integer that torch can represent as a count."""
     return text.isdecimal() and len(text) < 19
 
 
@@ -128,7 +128,7 @@ def _require(condition: object, text: str, what: str) -> None:
 
 @checked
 def find_scheme(name: str) -> tuple[type[Quantizer], Mapping[str, Any]]:
-    """The class a spec's scheme names, and the arguments the name fixes. Raises UnknownNameError."""
+    """Return the class that a spec's scheme names, and the arguments that the name fixes. Raises UnknownNameError."""
     known = {preset: (cls, fixed) for _, cls in schemes() for preset, fixed in cls.presets.items()}
     if name in known and name not in QUANTIZERS:
         return known[name]
@@ -139,16 +139,16 @@ def find_scheme(name: str) -> tuple[type[Quantizer], Mapping[str, Any]]:
 
 
 def schemes() -> list[tuple[str, type[Quantizer]]]:
-    """Every registered scheme, by name."""
+    """List every registered scheme, by name."""
     return [(name, QUANTIZERS[name]) for name in QUANTIZERS]
 
 
 def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
-    """The quantizer a spec string names.
+    """Make the quantizer that a spec string names.
 
-    `site` "weight", "input" or "output" fills what the text leaves open: a weight is measured anew each
+    `site` "weight", "input" or "output" sets the defaults: a weight is measured again each
     time (observer `minmax`, momentum 0) and has its channels on axis 0; an activation is averaged over
-    batches (observer `ema`, momentum 0.9) and has its channels on axis 1. `observer=NAME` takes another
+    batches (observer `ema`, momentum 0.9) and has its channels on axis 1. `observer=NAME` selects another
     observer, whose own arguments may follow. Raises ConfigError, UnknownNameError.
 
     >>> make_quantizer("affine:8,symmetric=narrow/channel")
@@ -187,12 +187,12 @@ def _of_tokens(spec: QuantSpec, site: str) -> Quantizer:
 
 
 def takes_observer(scheme: type[Quantizer]) -> bool:
-    """Whether the range of an observer gives the scale of a scheme, or can."""
+    """Whether the range of an observer determines, or can determine, the scale of a scheme."""
     return "range_observer" in inspect.signature(scheme).parameters or issubclass(scheme, ScaledQuantizer)
 
 
 class _Builder:
-    """Finds a place for every word of a spec in the constructors of a scheme and its observer."""
+    """Assigns every part of a spec to an argument of the constructors of a scheme and its observer."""
 
     def __init__(
         self, spec: QuantSpec, scheme: type[Quantizer], fixed: Mapping[str, Any], axis: int | None, site: str
@@ -236,7 +236,7 @@ class _Builder:
         _require(bits == fixed, self.text, f"{self.spec.scheme} always has {fixed} bits")
 
     def _place_gradient(self) -> None:
-        """Check the gradient's name and make it with the options it knows."""
+        """Check the gradient's name and make the estimator with the options it knows."""
         name = self.spec.gradient
         if name is None:
             return
@@ -271,7 +271,7 @@ class _Builder:
                 arguments.setdefault(name, value)
 
     def _take_options(self, owner: type, parameters: Mapping[str, Any], arguments: dict[str, Any]) -> None:
-        """Move the options `owner` has a parameter for into `arguments`, in the parameter's type."""
+        """Move the options for which `owner` has a parameter into `arguments`, in the parameter's type."""
         hints = get_type_hints(owner.__init__)  # type: ignore[misc]
         for name in [name for name in self.options if name in parameters and name not in ("axis", "range_observer")]:
             given = self.options.pop(name)
@@ -279,7 +279,7 @@ class _Builder:
             arguments[name] = self._typed(name, given, hints.get(name, str))
 
     def _typed(self, name: str, given: str | None, hint: Any) -> Any:
-        """The text in the first of the parameter's types that can read it."""
+        """Convert the text to the first of the parameter's types that can read it."""
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         if given is None:
             _require(bool in kinds, self.text, f"{name} needs a value: {name}=...")
@@ -300,7 +300,7 @@ class _Builder:
         raise ConfigError(f"spec {self.text!r}: {name} takes {names}, got {given!r}")
 
     def _not_known(self) -> str:
-        """Say which options nobody takes, and which there are."""
+        """Say which options are unknown, and which exist."""
         long_names = {long: short for short, long in self.scheme.short_names.items()}
         hidden = ("axis", "range_observer", "n_bits", "gradient_clip")
         names = [long_names.get(name, name) for name in self.parameters if name not in hidden]

@@ -1,4 +1,4 @@
-"""What a quantizer knows of the data it was shown: looking, the numbers that follow, and the pin that keeps them."""
+"""The calibrated state of a quantizer: observing, the resulting numbers, and the pin that keeps them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torchquant.range_observers._statistics import StatisticTracker
 
 
 class CalibratedState(Pinnable):
-    """The part of a quantizer that data change: its methods do nothing for a scheme that looks at nothing."""
+    """The part of a quantizer that depends on data: its methods do nothing for a scheme that observes nothing."""
 
     def pre_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
-        """See the real tensor before it is quantized."""
+        """Observe the real tensor before it is quantized."""
 
     def post_observe(self, x: Tensor) -> None:  # noqa: B027 - an observer is optional
-        """See the quantized tensor."""
+        """Observe the quantized tensor."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether `quantize` can be called: False for a quantizer that still has to see data."""
+        """Whether `quantize` can be called: False for a quantizer that has yet to observe data."""
         return True
 
     @property
     def is_memoryless(self) -> bool:
         """Whether `pre_observe` of the same tensor twice in a row is the same as once.
 
-        If so, a weight that has not changed is shown once in calibration, not with every batch.
+        If so, calibration observes an unchanged weight once, not with every batch.
         """
         return False
 
@@ -36,12 +36,12 @@ class CalibratedState(Pinnable):
         """Size per-channel state for `n_channels` before the first batch."""
 
     def numbers(self) -> dict[str, Tensor]:
-        """The numbers that say where the grid lies, () or (C,), by name; {} where there are none to set."""
+        """Return the numbers that determine the grid, () or (C,), by name; {} if there are none to set."""
         return {}
 
     @torch.no_grad()
     def set_numbers(self, **numbers: Tensor | float) -> None:
-        """Set all that `numbers()` gives. Raises ConfigError for other names."""
+        """Set all numbers that `numbers()` returns. Raises ConfigError for other names."""
         known = self.numbers()
         if numbers.keys() != known.keys():
             names = ", ".join(known) or "none to set"
@@ -49,22 +49,22 @@ class CalibratedState(Pinnable):
         self._set_numbers(**numbers)
 
     def _set_numbers(self, **numbers: Tensor | float) -> None:
-        """`set_numbers` for names that are right."""
+        """Set the numbers, whose names have been checked."""
 
     pinned: Tensor
-    """The shape of the weight that is pinned, float32; there only while one is."""
+    """The shape of the pinned weight, float32; the buffer exists only while a weight is pinned."""
 
     @torch.no_grad()
     def pin(self, weight: Tensor, observe: bool = True) -> None:
-        """Keep the numbers that this weight gives now, until `unpin()`; does nothing where a weight is pinned already.
+        """Keep the numbers that follow from this weight until `unpin()`; does nothing if a weight is pinned already.
 
-        What is pinned does not change by observing, in no state and by no training: parameters that the quantizer
-        learns take no gradient. It is saved with the `state_dict`. `set_numbers` still sets the numbers. Of formats
-        whose blocks take their scale from their own elements these scales are kept. `observe=False` keeps the numbers
-        that the quantizer has, of whatever weight they are.
+        Neither observing, in any state, nor training changes pinned numbers: learned parameters of the quantizer take
+        no gradient. The pin is saved with the `state_dict`. `set_numbers` still sets the numbers. For formats whose
+        blocks compute their scale from their own elements, these scales are kept. `observe=False` keeps the current
+        numbers of the quantizer, whichever weight they come from.
 
         weight: as `quantize` gets it. Raises UnobservedRangeError if there are no numbers to keep, ConfigError for
-        schemes whose numbers no weight gives.
+        schemes whose numbers do not follow from a weight.
 
         >>> from torchquant.quantizers import ESBQuantizer
         >>> quantizer = ESBQuantizer(3, 0)
@@ -96,8 +96,8 @@ class CalibratedState(Pinnable):
                 part._release()
 
     def _numbers_of(self, weight: Tensor) -> dict[str, Tensor]:
-        """What a pin keeps of this weight beside the numbers that the quantizer holds anyway, by the names in `kept`.
+        """Return what a pin keeps for this weight in addition to the quantizer's numbers, by the names in `kept`.
 
-        Raises ConfigError where no weight gives the numbers.
+        Raises ConfigError if the numbers do not follow from a weight.
         """
         return {}

@@ -10,11 +10,11 @@ from torchquant.quantizers_functional.tokens import TokenGrid, check_token_bits
 
 
 class TokenQuantizer(OwnScaleQuantizer):
-    """A symmetric grid for each token, a row of the last axis, over the largest magnitude in it, each time anew.
+    """A symmetric grid per token, a row of the last axis, over the largest magnitude in it, computed at every call.
 
-    For inputs of linear layers, whose sums run along that axis: a token's scale can be taken out of the sum. Nothing
-    is observed, so nothing has to be calibrated. `n_bits` 2..8. The scale is a bfloat16; a code holds its 16 bits above
-    those of the element. Raises ConfigError.
+    It suits inputs of linear layers, whose sums run along that axis: a token's scale can be taken out of the sum.
+    Nothing is observed, so no calibration is needed. `n_bits` 2..8. The scale is a bfloat16; a code holds its 16 bits
+    above those of the element. Raises ConfigError.
 
     >>> import torch
     >>> TokenQuantizer(3)(torch.tensor([[3.0, 0.9, -1.6], [30.0, 9.0, -16.0]]))
@@ -39,7 +39,7 @@ class TokenQuantizer(OwnScaleQuantizer):
         return list(x.reshape(-1, x.shape[-1])) if x.ndim and x.numel() else [x.flatten()]
 
     def side_bytes(self, x: Tensor) -> int:
-        """Two bytes a token."""
+        """Return two bytes per token."""
         return 2 * len(self.parts(x))
 
     def format(self) -> Format:

@@ -9,9 +9,9 @@ from torchquant.range_observers import BatchMinMax, RangeObserver
 
 @QUANTIZERS.register("affine")
 class AffineQuantizer(UniformQuantizer):
-    """Uniform grid over the observed range, real 0 always on it.
+    """A uniform grid over the observed range that always contains real 0.
 
-    `n_bits` 1..24. `range_observer` says which range, and per tensor or per channel (its `axis`).
+    `n_bits` 1..24. `range_observer` determines the range, per tensor or per channel (its `axis`).
     `symmetric`: False (0..2**n-1 codes and a zero point), True (the published grid), "narrow"
     (weights), "full" (signed activations), "torch" (its unsigned codes), "asymmetric-narrow" (NNI's signed ones); see
     `affine_params`.

@@ -26,7 +26,7 @@ class APoTQuantizer(LearnedQuantizer):
     The largest level is `alpha * scale`, alpha trained, scale the root mean square: of the tensor observed last if
     `normalize` (weights), of the first one otherwise (activations). `signed` None: the first tensor decides.
     `init="mse"`: the alpha of least error on a Gaussian; "paper": 3.0 with sign, 8.0 without. Deviation from the
-    paper: the weights keep their units and their mean, where it hands on normalized ones. Raises ConfigError.
+    paper: the weights keep their units and their mean, whereas the paper normalizes them. Raises ConfigError.
 
     >>> import torch
     >>> quantizer = APoTQuantizer(4, init="paper")
@@ -78,7 +78,7 @@ class APoTQuantizer(LearnedQuantizer):
         return first((start.expand_as(scale), lowest, scale), self.axis)
 
     def grid(self) -> tuple[Tensor]:
-        """The largest level."""
+        """Return the largest level."""
         return (self.bounded("alpha") * self.get()[2],)
 
     def format(self) -> Format:

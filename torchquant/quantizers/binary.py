@@ -53,7 +53,7 @@ class BinaryQuantizer(ScaledQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         units, unit = unit_rows(rows(x, self.axis))
         alpha = usable_scale(reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit), 1.0)
-        if self.scale == "one":  # 0 for zeros; NaN and Inf go on for the tracker to refuse
+        if self.scale == "one":  # 0 for zeros; NaN and Inf are passed on for the tracker to refuse
             alpha = torch.where(alpha.isfinite(), (alpha > 0).to(alpha.dtype), alpha)
         return (alpha if self.axis is not None else alpha.squeeze(0),)
 

@@ -23,14 +23,14 @@ def _check_block(block: int) -> None:
 
 
 class _BlockQuantizer(OwnScaleQuantizer):
-    """What block formats share: the scale of a block comes from the block itself, each time, unless it is pinned."""
+    """The base of block formats: each block computes its scale from its elements at every call, unless pinned."""
 
     kept = (*OwnScaleQuantizer.kept, "block_scales")
     block: int
     block_axis: int | None
     has_tensor_scale = False
     block_scales: Tensor
-    """The scales of the blocks of the pinned weight, (*, blocks); of MX the exponents. There only while one is."""
+    """The block scales (for MX the exponents) of the pinned weight, (*, blocks); exists only while one is pinned."""
 
     @property
     def _kept_scales(self) -> Tensor | None:
@@ -53,7 +53,7 @@ class _BlockQuantizer(OwnScaleQuantizer):
         return cast_back(self._block_format().columns(x.to(compute_dtype(x)), columns, shape), x.dtype)
 
     def numbers(self) -> dict[str, Tensor]:
-        """What is kept of a weight: the scales of its blocks."""
+        """Return the kept numbers of a weight: the scales of its blocks."""
         return super().numbers() | ({"block_scales": self.block_scales} if self.is_pinned else {})
 
     def _set_numbers(self, **numbers: Tensor | float) -> None:
@@ -72,7 +72,7 @@ class _BlockQuantizer(OwnScaleQuantizer):
         return cut
 
     def side_bytes(self, x: Tensor) -> int:
-        """One byte a block, and 4 for a scale of the whole tensor."""
+        """Return one byte per block, and 4 for a scale of the whole tensor."""
         return len(self.parts(x)) + (FLOAT_BYTES if self.has_tensor_scale else 0)
 
     def levels(self) -> Tensor:
@@ -153,8 +153,8 @@ class MXQuantizer(_BlockQuantizer):
 class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
     """Blocks of 16 FP4 numbers with an FP8 E4M3 scale each, and one float scale for the tensor (NVIDIA; A12).
 
-    The tensor's scale is its largest magnitude over 6 * 448, observed; `two_level=False` leaves it 1, as the published
-    single-level form. `block_axis`: the axis that is cut into blocks; None cuts each row of a weight. A code
+    The tensor's scale is its largest observed magnitude over 6 * 448; `two_level=False` leaves it 1, as in the
+    published single-level form. `block_axis`: the axis that is cut into blocks; None cuts each row of a weight. A code
     holds the block's scale above the element's 4 bits. Raises ConfigError.
 
     >>> quantizer = NVFP4Quantizer(two_level=False)

@@ -18,9 +18,10 @@ from torchquant.range_observers._statistics import rows
 class CodebookQuantizer(LevelList, LearnedQuantizer):
     """2**n_bits levels of least squared error on the data: Lloyd-Max, or k-means in one dimension; A10.
 
-    Fitted to the tensor observed last; with `learn` to the first one, after which the optimizer moves them. `zero`
-    keeps one level at 0. `iterations` of Lloyd's algorithm. Ranks of torch.distributed gather what each of them sees.
-    Not a uniform grid, so no integer runtime multiplies with it: codes index a table. Raises ConfigError.
+    They are fitted to the tensor observed last; with `learn` to the first one, after which the optimizer moves them.
+    `zero` keeps one level at 0. `iterations` counts those of Lloyd's algorithm. Ranks of torch.distributed gather
+    their tensors. The grid is not uniform, so no integer runtime multiplies with it: codes index a table. Raises
+    ConfigError.
 
     >>> quantizer = CodebookQuantizer(1)
     >>> quantizer.pre_observe(torch.tensor([1.0, 1.1, 5.0, 5.2]))
@@ -30,7 +31,7 @@ class CodebookQuantizer(LevelList, LearnedQuantizer):
 
     statistics = ("initial_codebook",)
     about = About("nearest of 2**n fitted levels", "Max 1960; Lloyd 1982; Han et al. 2016, arXiv:1510.00149", "1..8")
-    typical = "{name}:{n},iterations=20/channel"  # in training it is fitted anew with every step
+    typical = "{name}:{n},iterations=20/channel"  # in training it is fitted again at every step
     presets = {"lloyd": {"zero": False, "learn": False}}
     codebook: Tensor
 

@@ -31,10 +31,10 @@ from torchquant.range_observers._statistics import rows
 class DoReFaQuantizer(FittedQuantizer):
     """Weights squashed by tanh to [-1, 1], or activations in [0, 1] (Zhou et al. 2016, arXiv:1606.06160; B7).
 
-    Weights leave their own units: the levels are in [-1, 1] whatever their scale, so a batch norm should follow. At
-    1 bit: `sign(w) E|w|`. `activation` takes the form for activations, in spec strings that of every site but the
-    weight. `gradient_bits` then also quantizes the gradient that arrives, with noise (docs/algorithms.md B7).
-    Its gradient is its own, there is none to choose. Raises ConfigError.
+    Weights lose their units: the levels are in [-1, 1] whatever their scale, so a batch norm should follow. At
+    1 bit: `sign(w) E|w|`. `activation` selects the form for activations, in spec strings the default for every slot
+    but the weight. `gradient_bits` then also quantizes the incoming gradient, with noise (docs/algorithms.md B7).
+    The scheme defines its own gradient; there is none to choose. Raises ConfigError.
 
     >>> quantizer = DoReFaQuantizer(2)
     >>> quantizer.pre_observe(torch.tensor([-1.0, -0.2, 0.1, 0.5]))
@@ -73,7 +73,7 @@ class DoReFaQuantizer(FittedQuantizer):
 
     @classmethod
     def gradients(cls) -> tuple[str, ...]:
-        """None to choose from: the scheme is defined by its own."""
+        """Return no names: the scheme defines its own gradient."""
         return ()
 
     @property

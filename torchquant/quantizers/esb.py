@@ -85,7 +85,7 @@ class ESBQuantizer(ScaledQuantizer):
             shift, size = None, reduce_mean(row_mean_squares(x)).sqrt()
         largest = torch.finfo(torch.float32).max / 2 / self._float_format.largest
         alpha = (ESB_ALPHA[self.n_bits, self.significant_bits] * size).clamp(2.0**-126, largest)
-        # NaN and Inf go on as they are, for the tracker to refuse.
+        # NaN and Inf are passed on, for the tracker to refuse.
         alpha = torch.where(size.isfinite(), torch.where(size > 0, alpha, 1.0), size)
         found = (alpha,) if shift is None else (alpha, shift)
         return found if self.axis is not None else tuple(number.squeeze(0) for number in found)

@@ -37,7 +37,7 @@ from torchquant.range_observers._statistics import rows
 class LSQQuantizer(LearnedUniform):
     """A uniform grid through 0 whose step is trained (Esser et al. 2020, arXiv:1902.08153; docs/algorithms.md B5).
 
-    The first tensor observed sets the step; from then on observing changes nothing and the optimizer moves it.
+    The first observed tensor sets the step; from then on observing changes nothing and the optimizer moves it.
     `init="mse"`: the step of least squared error on that tensor, searched from the best one for a Gaussian, or
     "paper": `2 E|x| / sqrt(Qp)`, 19 times the error at 8 bits. `signed` codes or not, None: the first tensor decides,
     by whether it goes below 0. The step's gradient is scaled by `1 / sqrt(N Qp)`, N the elements that share a step, or
@@ -112,7 +112,7 @@ class LSQQuantizer(LearnedUniform):
         return torch.where((lowest < 0).any(), fitted[0], fitted[-1]) * unit
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        """The step in use."""
+        """Return the step in use."""
         return (self.bounded("step"),)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -254,7 +254,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
             return ((values - low) / step).round().clamp(0, n_steps) * step + low
 
         wide = x.to(torch.float64)
-        # Shrink towards real 0 or the end next to it, which suits what a ReLU leaves, or towards the mean.
+        # Shrink towards real 0 or the end next to it, which suits the output of a ReLU, or towards the mean.
         mean = reduce_mean(row_sums(wide) / wide.shape[1])
         found = []
         for middle in (torch.zeros_like(low).clamp(low, high), mean.nan_to_num(0.0).clamp(low, high)):
@@ -270,7 +270,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
         return torch.where(finite, or_one(step), nan), torch.where(finite, low, nan)
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """The step in use, and the offset."""
+        """Return the step in use, and the offset."""
         step = self.bounded("step")
         return step, self.number("offset") if self.has_offset else torch.zeros_like(step)
 

@@ -26,7 +26,7 @@ from torchquant.range_observers._statistics import rows
 
 
 class MidriseQuantizer(ScaledQuantizer):
-    """What the family shares: `step` and `shift` of the cells, and the middle of a cell as its value.
+    """The base of the family: cells given by `step` and `shift`, each with its midpoint as its value.
 
     `n_bits` 1..12; `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
     Raises ConfigError.
@@ -56,7 +56,7 @@ class MidriseQuantizer(ScaledQuantizer):
 
     @abstractmethod
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The statistics of each row, over all ranks. x: (C, n). (C,) each."""
+        """Compute the statistics of each row, over all ranks. x: (C, n). (C,) each."""
 
     has_shift = True
 
@@ -142,7 +142,7 @@ class VecQQuantizer(MidriseQuantizer):
         return threshold_step, step if self.n_bits == 1 else self._held(step, threshold_step)
 
     def _held(self, step: Tensor, threshold_step: Tensor) -> Tensor:
-        """The step nearest to `step` that leaves every value in its cell.
+        """Return the step nearest to `step` that leaves every value in its cell.
 
         `(k + 1/2) step` within `(k + 1/2 +- margin) threshold_step`; the outermost cells have no far end. bfloat16
         rounds the last values by up to `2**(n_bits - 9)` cells, which from 8 bits on no margin makes up for.

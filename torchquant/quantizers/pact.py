@@ -69,7 +69,7 @@ class PACTQuantizer(LearnedQuantizer):
         return first((or_one(usable_scale(alpha, 4.0)),), self.axis)
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        """alpha in use."""
+        """Return the alpha in use."""
         return (self.bounded("alpha"),)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -90,7 +90,7 @@ class PACTQuantizer(LearnedQuantizer):
 
 @checked
 def pact_penalty(model: nn.Module, weight: float = 2e-4) -> Tensor:
-    """`weight * sum of alpha**2` over the PACT quantizers of a model, to add to the loss; 0 if there are none.
+    """Return `weight * sum of alpha**2` over the PACT quantizers of a model, to add to the loss; 0 if there are none.
 
     Leave alpha out of weight decay then (`torchquant.quantizer_parameters`), or it is counted twice.
 

@@ -53,10 +53,10 @@ class QfmtQuantizer(UniformQuantizer):
         self.signed = signed
         self.rule = rule
         self.allow_clip = allow_clip
-        self.register_buffer("fewer_bits", torch.zeros(()))  # whole, and a float as all that models are averaged over
+        self.register_buffer("fewer_bits", torch.zeros(()))  # an integer, kept as a float so that it can be averaged
 
     def numbers(self) -> dict[str, Tensor]:
-        """The ends of the range, and how many integer bits fewer than they ask for."""
+        """Return the ends of the range, and how many integer bits fewer than the range needs are used."""
         return super().numbers() | {"fewer_bits": self.fewer_bits}
 
     def _set_numbers(self, **numbers: Tensor | float) -> None:
@@ -99,7 +99,7 @@ class QfmtQuantizer(UniformQuantizer):
         self.fewer_bits.copy_(torch.where(errors.isnan().any(), self.fewer_bits, best))
 
     def _errors(self, x: Tensor) -> tuple[Tensor]:
-        """Mean squared error with 0, 1, ... fewer integer bits: (N_CANDIDATES, C)."""
+        """Compute the mean squared error with 0, 1, ... fewer integer bits: (N_CANDIDATES, C)."""
         errors = []
         for fewer in range(N_CANDIDATES):
             delta, _, qmin, qmax = self._params(fewer)

@@ -19,7 +19,7 @@ class TernaryQuantizer(ScaledQuantizer):
 
     `method="twn"`: threshold 0.7 E|x|, alpha the mean above it. `"exact"`: the pair of least squared
     error. `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
-    For "exact" ranks of torch.distributed gather what each of them sees. Stored in 2 bits. Raises ConfigError.
+    For "exact", ranks of torch.distributed gather their tensors. Codes take 2 bits. Raises ConfigError.
 
     >>> import torch
     >>> quantizer = TernaryQuantizer()

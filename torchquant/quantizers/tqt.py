@@ -77,7 +77,7 @@ class TQTQuantizer(LearnedUniform):
         return first((threshold.log2(), lowest), self.axis)
 
     def grid(self) -> tuple[Tensor | int, ...]:
-        """The step."""
+        """Return the step."""
         self.get()
         return (tqt_step(self.number("log2_t").clamp(-120.0, 120.0), self.n_bits, self.is_signed),)
 

@@ -51,7 +51,7 @@ class TTQQuantizer(LearnedQuantizer):
         return first((alpha, alpha, self.t * absmax), self.axis)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Threshold, positive and negative scale in use."""
+        """Return the threshold, and the positive and negative scale in use."""
         return self.get()[2], self.bounded("positive"), self.bounded("negative")
 
     def format(self) -> Format:
