@@ -1,8 +1,8 @@
-"""Masks of one bit an element, packed and unpacked eight at a time by integer arithmetic.
+"""Masks of one bit per element, packed and unpacked eight at a time by integer arithmetic.
 
-What a clipped gradient must remember is one bit an element. PyTorch has no packed bool, but eight
-0/1 bytes are one int64, and multiplying by the right constant gathers them into one byte. What it
-costs stands in docs/decisions/0002.
+A clipped gradient must remember one bit per element. PyTorch has no packed bool, but eight
+0/1 bytes are one int64, and multiplying by the right constant gathers them into one byte. The
+cost is in docs/decisions/0002.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """(*) of exact 0 and 1, any float type -> (ceil(n / 8),) uint8, in memory order.
+    """Pack (*) of exact 0 and 1, any float type, into (ceil(n / 8),) uint8, in memory order.
 
     >>> pack_mask(torch.tensor([1.0, 0.0, 1.0, 1.0]))
     tensor([13], dtype=torch.uint8)
@@ -36,7 +36,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(bits: Tensor, shape: torch.Size, dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-    """The mask behind `bits`, of that shape and type; `channels_last` as it was when packed.
+    """Unpack `bits` to the mask, of that shape and type; `channels_last` as it was when packed.
 
     >>> unpack_mask(torch.tensor([13], dtype=torch.uint8), torch.Size([4]), torch.float32)
     tensor([1., 0., 1., 1.])

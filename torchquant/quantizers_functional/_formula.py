@@ -1,6 +1,6 @@
-"""A format of which two functions are known, as a scheme of one's own writes them; what else there is to know is tried.
+"""Formats defined by two functions, as a user's scheme writes them; all other properties are found by trying them.
 
-The formats that come with torchquant say all of this themselves.
+The formats that come with torchquant define these properties themselves.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Values = tuple[Tensor, Tensor | None]
 
 
 def _of_channels(parameters: tuple[Tensor | int, ...], index: Tensor) -> tuple[Tensor | int, ...]:
-    """The numbers of these channels. index: (k,) int64."""
+    """Return the numbers of these channels. index: (k,) int64."""
     return tuple(p[index] if isinstance(p, Tensor) and p.ndim else p for p in parameters)
 
 
 def _shaped(format: Formula | Altered, ndim: int) -> list[Any]:
-    """The parameters of the format, in shapes that broadcast against `ndim` dimensions."""
+    """Return the parameters of the format, in shapes that broadcast against `ndim` dimensions."""
     return [per_channel_view(p, ndim, format.axis) for p in format.parameters]
 
 
 @dataclass(frozen=True, eq=False)
 class Formula(Format):
-    """`encoder(x, *parameters)` and `decoder(codes, dtype, *parameters)`, the parameters in shapes that broadcast.
+    """A format of `encoder(x, *parameters)` and `decoder(codes, dtype, *parameters)`, with broadcastable parameters.
 
-    `projector(x, want_inside, *parameters)`: the nearest value, where it is not found by way of the codes. `affine()`:
-    step, zero point and code range, where the grid is uniform.
+    `projector(x, want_inside, *parameters)`: the nearest value, if it is not computed through the codes. `affine()`:
+    step, zero point and code range, if the grid is uniform.
     """
 
     encoder: Callable[..., Tensor]
@@ -67,7 +67,7 @@ class Formula(Format):
         return self.projector(x, want_inside, *_shaped(self, x.ndim))
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises NoCodesError where codes do not rise with their values."""
+        """Return what `Format.neighbours` does. Raises NoCodesError if codes do not rise with their values."""
         if not bool((self.code_values().diff(dim=-1) >= 0).all()):
             raise NoCodesError("its codes do not rise with their values, so that no code tells the level next to it")
         return super().neighbours(x)
@@ -111,7 +111,7 @@ class Formula(Format):
         return [p for i, p in enumerate(parameters) if isinstance(p, Tensor) and matters(i, p)]
 
     def integer_terms(self) -> IntegerTerms:
-        """The terms of levels that are linear in the parameters, or are rational as they are.
+        """Return the terms of levels that are linear in the parameters, or that are rational themselves.
 
         With one parameter 1 and the others 0 the decoder gives the table of that parameter, up to a common denominator
         that goes into the scale.
@@ -150,10 +150,10 @@ class Formula(Format):
 
 @dataclass(frozen=True, eq=False)
 class Altered(Format):
-    """The format `base`, with functions of a scheme below the one it is of in the place of some of its own.
+    """The format `base` of a scheme, with some functions replaced by those of a subclass of that scheme.
 
-    `encoder`, `decoder`, `projector`: as in `Formula`; None where the base's is meant. A projection that is not given
-    goes by way of the codes, if one of the other two is.
+    `encoder`, `decoder`, `projector`: as in `Formula`; None keeps the base's. Without a projector the projection goes
+    through the codes, if one of the other two is given.
     """
 
     base: Format
@@ -164,7 +164,7 @@ class Altered(Format):
 
     @property
     def _decoding(self) -> Format:
-        """The format that decodes: the base, or the formula of the own decoder."""
+        """Return the format that decodes: the base, or the formula of the replaced decoder."""
         if self.decoder is None:
             return self.base
         return Formula(self.base.codes, self.decoder, self.code_range, self.parameters, axis=self.axis)

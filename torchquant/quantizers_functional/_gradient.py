@@ -1,11 +1,11 @@
-"""How a gradient passes a quantizer: the part every format shares.
+"""How a gradient passes through a quantizer: the part that all formats share.
 
 A format is a *projection*: `project(x, want_inside, clamp) -> (value, inside)`, plain tensor maths without
 autograd on x, or on `x.clamp(*clamp)`, where `inside` is 1 for elements the format did not clip and 0 for the others.
 This file attaches a gradient to it. The value is returned as computed, so it is on the grid bit for bit; the
 popular `x + (q - x).detach()` is not (docs/decisions/0001).
 
-Masks are built as floats and kept as bits, because on a CPU what touches bool is not vectorised:
+Masks are built as floats and kept as bits, because operations on bool are not vectorised on a CPU:
 docs/decisions/0002 has the measurements.
 """
 
@@ -29,9 +29,9 @@ Ends = Callable[[], tuple[Tensor, Tensor]]
 
 
 class _PassThrough(torch.autograd.Function):
-    """Output `value`; the gradient of x is the incoming one, times `mask` where there is one.
+    """Returns `value`; the gradient of x is the incoming one, times `mask` if given.
 
-    The mask has one bit an element, laid out in memory as x was. `value` becomes the output, an ordinary tensor that
+    The mask has one bit per element, in the memory layout of x. `value` becomes the output, an ordinary tensor that
     may be written in place; see `owned`.
     """
 
@@ -57,7 +57,7 @@ class _PassThrough(torch.autograd.Function):
 class Projected:
     """A tensor and its projection, as a gradient estimator gets them.
 
-    `x`: the real tensor, with its history. `value`: what it was projected on, without. `inside`: 1 where
+    `x`: the real tensor, with its autograd history. `value`: its projection, without history. `inside`: 1 where
     the gradient may pass and 0 elsewhere, None for everywhere; the format's clipping is in it if the
     estimator `wants_inside`. `training`: whether the quantizer is in train mode. `ends()`: lowest and
     highest level, () or broadcastable against x. `step()`: distance of the levels, for uniform formats.
@@ -72,19 +72,19 @@ class Projected:
 
 
 class Gradient:
-    """How the gradient of a quantizer's output reaches its input.
+    """A gradient estimator: how the gradient of a quantizer's output reaches its input.
 
     `attach(projected)` returns `projected.value` with a gradient for `projected.x`; an estimator that
-    `softens` returns something between the two while it trains. A new one is a frozen dataclass
-    entered with `@GRADIENTS.register("name")`; its fields are its options, and every format that has what
-    it `needs` takes it. The estimators that are there: gradients.py.
+    `softens` returns something between the two while it trains. A new estimator is a frozen dataclass
+    registered with `@GRADIENTS.register("name")`; its fields are its options, and every format with the traits
+    that it `needs` accepts it. The built-in estimators are in gradients.py.
     """
 
     name: ClassVar[str]
     wants_inside: ClassVar[bool] = False
     softens: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Traits a format must have: "sign" (one bit, its values are signs), "step" (uniform)."""
+    """Traits that a format must have: "sign" (one bit, its values are signs), "step" (uniform)."""
 
     def attach(self, projected: Projected) -> Tensor:
         return pass_through(projected.x, projected.value, projected.inside)
@@ -98,7 +98,7 @@ GRADIENTS: Registry[type[Gradient]] = Registry("gradient")
 
 
 def owned(value: Tensor, x: Tensor) -> Tensor:
-    """`value` as a tensor that nobody else has, to be handed out with a gradient for x: a copy of a view, and of x.
+    """Return `value` as a tensor that nothing else refers to, for a gradient to x: a copy if it is a view or x itself.
 
     A Function returns such a tensor as one that it has changed (`mark_dirty`), which costs nothing. Returning a view
     of it would forbid writing to the output in place; writing to a view of x would change x.
@@ -110,38 +110,38 @@ def owned(value: Tensor, x: Tensor) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether `torch.jit.trace` is following."""
+    """Whether `torch.jit.trace` is tracing."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
-    """`value`; the gradient of x is the incoming one, where `inside` is 1 if it is given."""
+    """Return `value`; the gradient of x is the incoming one, only where `inside` is 1 if it is given."""
     if is_traced():
         return owned(value, x)
     return cast(Tensor, _PassThrough.apply(x, owned(value, x), inside))
 
 
 def _wants_gradient(x: Tensor) -> bool:
-    """Whether a gradient for x is to be attached. `torch.jit.trace` follows the forward only: a graph with a Python
-    function in it can be neither checked nor saved.
+    """Whether to attach a gradient for x. Not under `torch.jit.trace`, which traces the forward only: a graph with a
+    Python function in it can be neither checked nor saved.
     """
     return torch.is_grad_enabled() and x.requires_grad and not is_traced()
 
 
 def make_gradient(gradient: str | Gradient, **options: Any) -> Gradient:
-    """The estimator of that name, with its options; one that is made already is returned. Raises UnknownNameError."""
+    """Make the estimator of that name with its options; an instance is returned as is. Raises UnknownNameError."""
     if isinstance(gradient, Gradient):
         return gradient
     return GRADIENTS[gradient](**options)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type the maths runs in: float32 for half types, else the tensor's own."""
+    """Return the type in which the maths runs: float32 for half types, else the tensor's own."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def cast_back(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Grid values in the tensor's own type; a float16 that would overflow takes the largest float16."""
+    """Cast grid values back to the tensor's type; values that would overflow float16 become the largest float16."""
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
         value = value.clamp(-largest, largest)
@@ -181,7 +181,7 @@ def apply_projection(
 
 
 def where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Tensor:
-    """`inside` (or 1) where low < x < high, else 0, by native selects that stay in floats."""
+    """Return `inside` (or 1) where low < x < high, else 0, by native selects that stay in floats."""
     low, high = clamp
     mask = torch.ones_like(x) if inside is None else inside
     if high is None:

@@ -1,4 +1,4 @@
-"""Nearest of a list of levels, whatever the levels are. docs/algorithms.md A10."""
+"""Find the nearest level in any list of levels. docs/algorithms.md A10."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 SMALL = 2**14  # elements below which a binary search of each is as fast as anything else
 LARGEST_EXACT = 2**24  # whole numbers up to here are exact in float32
 OUTWARD = 2.0**-20
-"""How far beyond a threshold, as a share of it, what is to be taken for beyond it lies at least."""
+"""Smallest distance beyond a threshold, as a share of it, of a value that must count as beyond it."""
 
 
 def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
-    """Index of the level nearest to x, the middle of two goes down; int64, shape and layout of x. NaN gives L - 1.
+    """Return the index of the level nearest to x, midpoints down; int64, shape and layout of x. NaN gives L - 1.
 
     levels: (L,) sorted, or (C, L) for the slices of `axis`.
 
@@ -34,12 +34,12 @@ def nearest_level(x: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
 
 
 def nearest_of(rows: Tensor, levels: Tensor, table: Tensor) -> Tensor:
-    """What stands in `table` for the level of its row that is nearest to each element; the last entry for NaN.
+    """Look up, for each element, the entry of `table` for the nearest level of its row; the last entry for NaN.
 
     rows: (C, n). levels, table: (C, L), levels sorted. Returns (C, n) of the table's type.
 
-    On a CPU `torch.searchsorted` waits for a mispredicted branch at every step. Here all elements go down a tree of the
-    middles together, without branches, in a fraction of its time.
+    On a CPU `torch.searchsorted` waits for a mispredicted branch at every step. Here all elements descend a tree of
+    the midpoints together, without branches, in a fraction of its time.
 
     >>> nearest_of(torch.tensor([[-9.0, 0.6]]), torch.tensor([[-1.0, 1.0]]), torch.tensor([[7, 8]]))
     tensor([[7, 8]])
@@ -66,7 +66,7 @@ def nearest_of(rows: Tensor, levels: Tensor, table: Tensor) -> Tensor:
 
 
 def level_values(index: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
-    """The levels at `index`; shape and layout of index. levels: (L,), or (C, L) for the slices of `axis`."""
+    """Return the levels at `index`; shape and layout of index. levels: (L,), or (C, L) for the slices of `axis`."""
     if axis is None or levels.ndim == 1:
         return in_layout_of(levels.index_select(0, index.reshape(-1)).view(index.shape), index)
     moved = index.movedim(axis, 0)
@@ -75,9 +75,9 @@ def level_values(index: Tensor, levels: Tensor, axis: int | None = None) -> Tens
 
 
 def beyond_threshold(values: Tensor, threshold: Tensor | float) -> Tensor:
-    """The values, in their type; those that are not 0 but within the threshold are moved to just beyond it.
+    """Move nonzero values that lie within the threshold to just beyond it; the type is kept.
 
-    A scale that was fitted or trained may lie below its threshold, where it would be taken for 0.
+    A fitted or trained scale may lie below its threshold, where it would quantize to 0.
 
     >>> beyond_threshold(torch.tensor([-0.5, 0.0, 2.0]), 1.0)
     tensor([-1.0000,  0.0000,  2.0000])

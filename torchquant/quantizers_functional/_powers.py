@@ -1,4 +1,4 @@
-"""Exact powers of two by the bits of a float: no log, no pow, no rounding, fast on any device."""
+"""Exact powers of two from the bits of a float: no log, no pow, no rounding, fast on any device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LAYOUT = {
 
 
 def _bits_as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bits as another type. Graphs of `torch.jit.trace` know no such view; they get a copy."""
+    """Reinterpret the bits as another type. `torch.jit.trace` supports no such view; its graphs get a copy."""
     return torch.view_copy(x, dtype=dtype) if is_traced() else x.view(dtype)
 
 
 def floor_pow2(x: Tensor) -> Tensor:
-    """Largest power of two not above |x|, for normal x; 0 for zero and subnormal x.
+    """Return the largest power of two not above |x|, for normal x; 0 for zero and subnormal x.
 
     x: (*) float32 or float64. NaN and Inf give Inf.
 
@@ -32,7 +32,7 @@ def floor_pow2(x: Tensor) -> Tensor:
 
 
 def pow2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent, exactly. exponent: (*) integers; held to the normal numbers of `dtype`.
+    """Compute 2**exponent exactly. exponent: (*) integers; clamped to the normal numbers of `dtype`.
 
     >>> pow2(torch.tensor([-3, 0, 5]), torch.float32)
     tensor([ 0.1250,  1.0000, 32.0000])
@@ -43,7 +43,7 @@ def pow2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ceil_log2(x: Tensor) -> Tensor:
-    """Smallest integer m with x <= 2**m. x: (*) float32 or float64, normal and > 0. int64.
+    """Return the smallest integer m with x <= 2**m, int64. x: (*) float32 or float64, normal and > 0.
 
     >>> ceil_log2(torch.tensor([0.5, 0.6, 1.0, 3.0]))
     tensor([-1,  0,  0,  2])

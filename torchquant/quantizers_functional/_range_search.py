@@ -1,4 +1,4 @@
-"""Search for the range of least error: shrink the observed one step by step and keep the best."""
+"""Search for the range of least error: shrink the observed range step by step and keep the best one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def best_range(
     power: float = 2.0,
     parts: Joining = WHOLE,
 ) -> tuple[Tensor, Tensor]:
-    """The range `gamma * (low, high)`, gamma = i / steps, of least `sum of weights |v - Q(v)|**power`.
+    """Find the range `gamma * (low, high)`, gamma = i / steps, of least `sum of weights |v - Q(v)|**power`.
 
     values: (C, n); weights: (C, n) >= 0, or None for 1. low, high: (C,). `quantize(values, low, high)` gets
     (c, 1, n) values and (c, g, 1) ends. Equal errors: the largest gamma. `parts`: how the errors over parts of the rows
@@ -51,7 +51,7 @@ def best_range(
 def refitted_step(
     rows: Tensor, step: Tensor, qmin: int, qmax: int, iterations: int = 10, parts: Joining = WHOLE
 ) -> Tensor:
-    """The step of least squared error of `step * {qmin .. qmax}` on each row, near a first guess. (C,).
+    """Find the step of least squared error of `step * {qmin .. qmax}` on each row, near a first guess. (C,).
 
     rows: (C, n). step: (C,), > 0. From half to twice the guess: assign every element to its nearest code q, take
     `<x, q> / <q, q>` for the step, `iterations` times; the error never rises. The best of the starts is kept. `parts`:

@@ -1,4 +1,4 @@
-"""Sums that are fast, do not overflow, and do not depend on what else is summed beside them.
+"""Sums over rows that are fast, do not overflow, and do not depend on the other rows of the same call.
 
 A plain float32 sum is reassociated with the number of rows and threads, so a channel alone would get
 other statistics than the same channel among others; summing in float64 costs twelve memory passes.
@@ -27,7 +27,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 class Joining(NamedTuple):
-    """How the means, sums and maxima of the parts of a batch become those of the whole; what comes is not changed."""
+    """How the means, sums and maxima of the parts of a batch become those of the whole; by default unchanged."""
 
     mean: Callable[[Tensor], Tensor] = _as_it_is
     sum: Callable[[Tensor], Tensor] = _as_it_is
@@ -47,7 +47,7 @@ _shared = _Shared()
 
 @contextmanager
 def shared_sums() -> Iterator[None]:
-    """Within it what quantizers measure alike on one tensor is computed once, however many of them there are.
+    """Share, within the context, the sums that several quantizers measure on one tensor: each is computed once.
 
     >>> x = torch.tensor([[3.0, 4.0]])
     >>> with shared_sums():
@@ -66,18 +66,18 @@ def _known() -> dict[Any, tuple[Tensor, Any]] | None:
 
 
 def _once(compute: Callable[[Tensor], Result], rows: Tensor) -> Result:
-    """`compute(rows)`, kept while sums are shared; nobody may write to it."""
+    """Return `compute(rows)`, kept while sums are shared; callers must not write to it."""
     known = _known()
     if known is None:
         return compute(rows)
     key = (compute, rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, rows.device, rows._version)
     if key not in known:
-        known[key] = rows, compute(rows)  # kept together, so that nothing else comes to lie at that address
+        known[key] = rows, compute(rows)  # rows are kept too, so that no other tensor can get their address
     return known[key][1]
 
 
 def row_sums(rows: Tensor) -> Tensor:
-    """Sum of each row. rows: (C, n) float. (C,) float64.
+    """Compute the sum of each row. rows: (C, n) float. (C,) float64.
 
     >>> row_sums(torch.ones(2, 1000))
     tensor([1000., 1000.], dtype=torch.float64)
@@ -90,9 +90,9 @@ def row_sums(rows: Tensor) -> Tensor:
 
 
 def row_sums_of(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
-    """`row_sums` of each tensor that the elementwise `compute(rows)` gives, bit for bit.
+    """Compute `row_sums` of each tensor that the elementwise `compute(rows)` returns, bit for bit.
 
-    A long single row is taken in pieces on a CPU, so that what is computed between stays in the cache.
+    A long single row is processed in pieces on a CPU, so that intermediate results stay in the cache.
     """
     n = rows.shape[1]
     if len(rows) > 1 or n <= AT_ONCE or torch.compiler.is_compiling() or rows.device.type != "cpu":
@@ -107,7 +107,7 @@ def row_sums_of(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -
 
 
 def unit_rows(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
-    """(rows / unit, unit): each row divided, exactly, by the power of two below its largest magnitude.
+    """Return (rows / unit, unit): each row divided, exactly, by the power of two below its largest magnitude.
 
     rows: (C, n) float, n > 0. unit: (C,), a power of two, 1 for a row of zeros or subnormals, the same for all parts of
     a row. Squares and sums of the result neither overflow nor vanish. NaN and Inf stay in the row they are in.
@@ -120,7 +120,7 @@ def unit_rows(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
 
 
 def row_mean_squares(rows: Tensor) -> Tensor:
-    """Mean of the squares of each row, without overflow or underflow. rows: (C, n) float, n > 0. (C,) float64.
+    """Compute the mean square of each row, without overflow or underflow. rows: (C, n) float, n > 0. (C,) float64.
 
     >>> row_mean_squares(torch.tensor([[3.0, 4.0]]))
     tensor([12.5000], dtype=torch.float64)
@@ -135,12 +135,12 @@ def _mean_squares(rows: Tensor) -> Tensor:
 
 
 def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`unit_rows(rows)` to read only: others may have the same tensors."""
+    """Return `unit_rows(rows)`, read-only: other callers may hold the same tensors."""
     return _once(unit_rows, rows)
 
 
 def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of each row. rows: (C, n) float, n > 0. Two (C,) float64.
+    """Compute mean and population standard deviation of each row. rows: (C, n) float, n > 0. Two (C,) float64.
 
     The largest magnitudes of `parts` differ: what is joined is in the units of x. A constant row has deviation 0, not
     what rounding leaves of it.
@@ -162,6 +162,6 @@ def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
 
 
 def usable_scale(scale: Tensor, largest_level: float) -> Tensor:
-    """A scale for which no level overflows float32 and no quotient is lost; 0 stays 0, NaN and Inf stay as they are."""
+    """Bound the scale so that no level overflows float32 and no quotient is lost; 0, NaN and Inf stay unchanged."""
     bounded = scale.clamp(2.0**-126, torch.finfo(torch.float32).max / 2 / largest_level)
     return torch.where(scale.isfinite(), torch.where(scale > 0, bounded, torch.zeros_like(scale)), scale)

@@ -26,9 +26,9 @@ def check_affine(n_bits: int, symmetric: bool | str) -> None:
 
 
 def step(span: Tensor, n_steps: float) -> Tensor:
-    """`span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (docs/algorithms.md 0.3).
+    """Compute `span / n_steps`, 1 for an empty span, at least 2**-126 otherwise (docs/algorithms.md 0.3).
 
-    At most the largest bfloat16, which float32 goes beyond: a level of one step must not overflow there.
+    The step is at most the largest bfloat16, below that of float32: a level of one step must not overflow in bfloat16.
     """
     largest = torch.finfo(torch.bfloat16 if span.dtype == torch.float32 else span.dtype).max
     delta = (span / n_steps).clamp(2.0**-126, largest)
@@ -37,7 +37,7 @@ def step(span: Tensor, n_steps: float) -> Tensor:
 
 @explained
 def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: bool | str = False) -> AffineParams:
-    """Step, zero point and code bounds of the grid that covers [range_min, range_max] and real 0.
+    """Compute step, zero point and code bounds of the grid that covers [range_min, range_max] and real 0.
 
     range_min, range_max: () or (C,), same unit as the tensor to quantize. `symmetric`:
 
@@ -98,8 +98,8 @@ def affine_quantize(
 
     Source: docs/algorithms.md A1: divide, round half to even, then add the zero point, as ONNX
     QuantizeLinear does. `gradient`: "ste" or "clipped" (0 where the code saturates).
-    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError, for a delta that is not
-    above 0 where looking at it is free: a number, or a tensor on a CPU outside of compiled code.
+    `clamp=(low, high)` quantizes `x.clamp(low, high)` in the same pass. Raises ConfigError, for a delta not above 0
+    only where the check is free: for a number, or a tensor on a CPU outside of compiled code.
 
     >>> affine_quantize(torch.tensor([3.9, 7.2, -10.0]), 17.2 / 15, 9, 16)
     tensor([  3.4400,   6.8800, -10.3200])

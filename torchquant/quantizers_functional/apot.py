@@ -21,7 +21,7 @@ APOT_ALPHA = {2: 1.224006362, 3: 2.072508852, 4: 2.627913393, 5: 3.357734171, 6:
 
 
 def check_apot(n_bits: int, signed: bool) -> None:
-    """Raise ConfigError unless the levels are known: 2..7 bits with sign, 1..6 without."""
+    """Raise ConfigError unless the levels are defined: 2..7 bits with sign, 1..6 without."""
     least, most = (2, 7) if signed else (1, 6)
     if not (isinstance(n_bits, int) and least <= n_bits <= most):
         kind = "signed" if signed else "unsigned"
@@ -29,7 +29,7 @@ def check_apot(n_bits: int, signed: bool) -> None:
 
 
 def apot_magnitudes(bits: int) -> tuple[float, ...]:
-    """The 2**bits magnitudes, sorted, from 0 to 1. bits 1..6.
+    """Return the 2**bits magnitudes, sorted, from 0 to 1. bits 1..6.
 
     >>> apot_magnitudes(3)
     (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -51,7 +51,7 @@ APOT_MAGNITUDES = {bits: apot_magnitudes(bits) for bits in range(1, 7)}
 
 
 def apot_code_range(n_bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest code."""
+    """Return the smallest and largest code."""
     largest = int(2 ** (n_bits - signed) - 1)
     return (-largest if signed else 0), largest
 
@@ -61,14 +61,14 @@ def _magnitudes(n_bits: int, signed: bool, like: Tensor) -> Tensor:
 
 
 def apot_codes(u: Tensor, n_bits: int, signed: bool) -> Tensor:
-    """Signed index of the magnitude nearest to |u|, the middle of two goes down; in u's type, NaN stays NaN."""
+    """Return the signed index of the magnitude nearest to |u|, midpoints down; in u's type, NaN stays NaN."""
     magnitude = u.abs() if signed else u.clamp_min(0.0)
     index = nearest_level(magnitude, _magnitudes(n_bits, signed, u)).to(u.dtype)
     return (index * u.sign() if signed else index) + u.clamp(0.0, 0.0)
 
 
 def apot_values(codes: Tensor, n_bits: int, signed: bool, dtype: torch.dtype) -> Tensor:
-    """Levels in [-1, 1] of codes of any type; NaN stays NaN."""
+    """Return the levels, in [-1, 1], of codes of any type; NaN stays NaN."""
     real = codes.to(dtype)
     values = level_values(real.nan_to_num(0.0).abs().to(torch.int64), _magnitudes(n_bits, signed, real)) * real.sign()
     return values + real.clamp(0.0, 0.0)

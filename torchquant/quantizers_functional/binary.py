@@ -13,7 +13,7 @@ from torchquant.quantizers_functional.formats import ScaledFormat
 
 
 def binary_codes(x: Tensor) -> Tensor:
-    """1 where x >= 0, else 0, in x's type; NaN stays NaN."""
+    """Return 1 where x >= 0, else 0, in x's type; NaN stays NaN."""
     return x.clamp(0.0, 0.0).add_(x.ge(0.0).to(x.dtype))
 
 
@@ -30,7 +30,7 @@ class Signs(ScaledFormat):
         return codes.to(dtype) * 2.0 - 1.0
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """Clipped is what is half a level beyond the last one, |x| > 1.5 scale."""
+        """Return the nearest value; x counts as clipped half a level beyond the last one, |x| > 1.5 scale."""
         scale = self.shaped(self.scale, x)
         value = binary_codes(x).mul_(2.0).sub_(1.0).mul_(scale)
         return value, x.abs().le_(1.5 * scale) if want_inside else None

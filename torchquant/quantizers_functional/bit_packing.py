@@ -1,7 +1,7 @@
-"""Whole numbers of few bits, packed without gaps.
+"""Pack integers of few bits without gaps.
 
-Little-endian: bit k of number i is bit `(i * width + k) % 8` of byte `(i * width + k) // 8`, counted from the lowest.
-So eight numbers take `width` bytes, which is how many are worked on at a time here.
+The order is little-endian: bit k of number i is bit `(i * width + k) % 8` of byte `(i * width + k) // 8`, counted from
+the lowest. So eight numbers take `width` bytes, and the code processes eight numbers at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MAX_WIDTH = 32
 
 
 def packed_bytes(width: int, numel: int) -> int:
-    """Bytes that `numel` numbers of `width` bits take; the last byte may be part empty."""
+    """Return the bytes that `numel` numbers of `width` bits take; the last byte may be partly empty."""
     return -(-numel * width // 8)
 
 
 def pack_bits(codes: Tensor, width: int) -> Tensor:
-    """(*) whole numbers in 0 .. 2**width - 1, any integer type -> (ceil(numel * width / 8),) uint8.
+    """Pack (*) integers in 0 .. 2**width - 1, of any integer type, into (ceil(numel * width / 8),) uint8.
 
     The order is that of `codes.flatten()`; bits after the last number are 0. Raises ConfigError for a width outside
     1..32 and for numbers that do not fit.
@@ -45,7 +45,7 @@ def pack_bits(codes: Tensor, width: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, width: int, numel: int) -> Tensor:
-    """The (numel,) int64 numbers behind what `pack_bits` made. Raises ConfigError for another number of bytes.
+    """Unpack the (numel,) int64 numbers from the output of `pack_bits`. Raises ConfigError for a wrong size.
 
     >>> unpack_bits(torch.tensor([209, 0], dtype=torch.uint8), 3, 3)
     tensor([1, 2, 3])
@@ -64,7 +64,7 @@ def unpack_bits(packed: Tensor, width: int, numel: int) -> Tensor:
 
 
 def _overlaps(width: int) -> Iterator[tuple[int, int, int]]:
-    """(number, byte, how far left the number lies in the byte) of all that share bits, in eight numbers."""
+    """Yield (number, byte, left shift of the number in the byte) for each pair that shares bits, for eight numbers."""
     for number in range(8):
         first = number * width
         for byte in range(first // 8, (first + width - 1) // 8 + 1):

@@ -1,4 +1,4 @@
-"""Block formats: runs of neighbours share a scale that is a number of few bits itself. docs/algorithms.md A12."""
+"""Block formats: adjacent elements share a scale that is itself a number of few bits. docs/algorithms.md A12."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALE_BIAS = 127
 
 @dataclass(frozen=True)
 class BlockElement:
-    """What the elements of an MX block are: a mini-float, or with `form` None the 8-bit fixed point of MXINT8."""
+    """The element type of an MX block: a mini-float, or with `form` None the 8-bit fixed point of MXINT8."""
 
     form: FloatFormat | None
 
@@ -52,19 +52,19 @@ class BlockElement:
         return int(torch.tensor(self.largest).log2().floor())
 
     def nearest_(self, x: Tensor) -> Tensor:
-        """Nearest element, in place; ties to even, saturating; NaN stays NaN."""
+        """Round to the nearest element, in place; ties to even, saturating; NaN stays NaN."""
         if self.form:
             return nearest_floats_(x, self.form)
         return x.mul_(64).round_().clamp_(-127, 127).div_(64)
 
     def bits(self, values: Tensor) -> Tensor:
-        """Stored bits of elements, the sign on top. int32."""
+        """Return the stored bits of elements, the sign on top. int32."""
         form = self.form
         codes = minifloat_encode(values, form) if form else (values * 64).to(torch.int32)
         return minifloat_bits(codes, form) if form else codes & 0xFF
 
     def values(self, bits: Tensor, dtype: torch.dtype) -> Tensor:
-        """Elements of stored bits."""
+        """Return the elements of stored bits."""
         if self.form:
             top = 2 ** (self.n_bits - 1)
             magnitude = bits % top
@@ -79,9 +79,9 @@ ELEMENTS = {
 
 
 def by_blocks(x: Tensor, size: int, axis: int | None, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """`work` of x as (*, blocks, size), put back in the shape and layout of x; zeros fill the last block up.
+    """Apply `work` to x as (*, blocks, size), zero-padded, and put the result back in the shape and layout of x.
 
-    `axis` None: the rows of x, everything after axis 0, are cut into blocks (weights); else that axis is.
+    `axis` None: the rows of x, everything after axis 0, are cut into blocks (weights); else that axis is cut.
     """
     axis = axis if axis is None else min(axis, x.ndim - 1)
     moved = x.flatten(1) if axis is None and x.ndim > 1 else x.movedim(-1 if axis is None else axis, -1)
@@ -93,11 +93,11 @@ def by_blocks(x: Tensor, size: int, axis: int | None, work: Callable[[Tensor], T
 
 
 def mx_exponents(absmax: Tensor, element: BlockElement, mode: str = "floor") -> Tensor:
-    """Shared exponent p of blocks with that largest magnitude, -127..127; -127 for zeros. int64.
+    """Compute the shared exponent p of blocks with that largest magnitude, -127..127; -127 for zeros. int64.
 
     "floor": `floor(log2 absmax) - emax` (OCP MX v1.0; the top of the binade saturates). "rceil": `ceil(log2(absmax /
     largest))`, never saturates. "ceil": `ceil(log2 absmax) - emax`. "even": absmax is rounded to the fraction bits of
-    the element first, half up, then floor. All by the bits of the number, so no logarithm rounds.
+    the element first, half up, then floor. All are computed from the bits of the number, so no logarithm rounds.
 
     >>> mx_exponents(torch.tensor([6.0, 6.9, 7.0]), ELEMENTS["fp4_e2m1"], "even")
     tensor([0, 0, 1])
@@ -119,7 +119,7 @@ def mx_exponents(absmax: Tensor, element: BlockElement, mode: str = "floor") -> 
 
 
 def finite_absmax(blocks: Tensor) -> Tensor:
-    """Largest finite magnitude of each block, kept as the last dimension."""
+    """Return the largest finite magnitude of each block; the last dimension is kept."""
     magnitude = blocks.abs()
     return torch.where(magnitude.isfinite(), magnitude, torch.zeros_like(magnitude)).amax(-1, keepdim=True)
 
@@ -129,26 +129,26 @@ def _mx_scale(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mx_codes(blocks: Tensor, element: BlockElement, exponent: Tensor) -> Tensor:
-    """Codes `(p + 127) << bits | element bits`, int32. blocks: (*, blocks, size) without NaN; exponent p of each."""
+    """Return codes `(p + 127) << bits | element bits`, int32. blocks: (*, blocks, size), no NaN; exponent p of each."""
     bits = element.bits(element.nearest_(blocks / _mx_scale(exponent, blocks.dtype)))
     return (exponent + SCALE_BIAS).to(torch.int32) * 2**element.n_bits + bits
 
 
 def mx_values(codes: Tensor, element: BlockElement, dtype: torch.dtype) -> Tensor:
-    """Values of codes, one by one; the scale is in each."""
+    """Return the value of each code, which contains the scale."""
     whole = codes.to(torch.int64)
     exponent = torch.div(whole, 2**element.n_bits, rounding_mode="floor") - SCALE_BIAS
     return _saturated(element.values(whole % 2**element.n_bits, dtype) * _mx_scale(exponent, dtype))
 
 
 def mx_project(blocks: Tensor, element: BlockElement, exponent: Tensor) -> Tensor:
-    """Values on the grid of each block; NaN stays where it is, Inf saturates."""
+    """Round to the grid of each block; NaN stays where it is, Inf saturates."""
     scale = _mx_scale(exponent, blocks.dtype)
     return _saturated(element.nearest_(blocks / scale).mul_(scale))
 
 
 def _saturated(x: Tensor) -> Tensor:
-    """The largest number of the type where the largest element times the scale is beyond it."""
+    """Saturate at the largest number of the type, where the largest element times the scale exceeds it."""
     largest = torch.finfo(x.dtype).max
     return x.clamp(-largest, largest)
 
@@ -157,25 +157,25 @@ FP4, E4M3 = FORMATS["fp4_e2m1"], FORMATS["fp8_e4m3"]
 
 
 def nvfp4_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
-    """E4M3 scale of each block, in units of `tensor_scale`: `E4M3(clamp(absmax / (6 tensor_scale), 2**-6, 448))`."""
+    """Return the E4M3 block scales in units of `tensor_scale`: `E4M3(clamp(absmax / (6 tensor_scale), 2**-6, 448))`."""
     wanted = finite_absmax(blocks) / (FP4.largest * tensor_scale)
     return nearest_floats_(wanted.clamp(2.0**-6, E4M3.largest), E4M3)
 
 
 def nvfp4_project(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Values on the grid of each block; NaN stays where it is, Inf saturates. scales: as of `nvfp4_scales`."""
+    """Round to the grid of each block; NaN stays where it is, Inf saturates. scales: from `nvfp4_scales`."""
     scale = scales * tensor_scale
     return nearest_floats_(blocks / scale, FP4).mul_(scale)
 
 
 def nvfp4_codes(blocks: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Codes `scale bits << 4 | element bits`, int32. blocks: (*, blocks, size), no NaN; scales by `nvfp4_scales`."""
+    """Return codes `scale bits << 4 | element bits`, int32. blocks: (*, blocks, size), no NaN; see `nvfp4_scales`."""
     elements = minifloat_encode(nearest_floats_(blocks / (scales * tensor_scale), FP4), FP4)
     return minifloat_encode(scales, E4M3) * 16 + minifloat_bits(elements, FP4)
 
 
 def nvfp4_values(codes: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of codes, one by one; the block's scale is in each."""
+    """Return the value of each code, which contains the block's scale."""
     whole = codes.to(torch.int64)
     scales = minifloat_decode(torch.div(whole, 16, rounding_mode="floor"), E4M3, dtype)
     return BlockElement(FP4).values(whole % 16, dtype) * (scales * tensor_scale.to(dtype))
@@ -185,8 +185,8 @@ def nvfp4_values(codes: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> Ten
 class BlockFormat(OwnLevels):
     """Blocks along an axis, each with a scale; `block_axis` None cuts each row, everything after axis 0.
 
-    `scales`: what the scales of the blocks of one tensor are, (*, blocks), in the form of `own_scales`; None where
-    blocks take them from their own elements.
+    `scales`: the known scales of the blocks of one tensor, (*, blocks), in the form of `own_scales`; None if blocks
+    compute them from their own elements.
     """
 
     block: int
@@ -195,22 +195,22 @@ class BlockFormat(OwnLevels):
 
     @abstractmethod
     def own_scales(self, blocks: Tensor) -> Tensor:
-        """What the scales of blocks, (*, blocks, size), follow from their elements: (*, blocks, 1)."""
+        """Compute the scales of blocks, (*, blocks, size), from their elements: (*, blocks, 1)."""
 
     @abstractmethod
     def block_codes(self, blocks: Tensor, scales: Tensor) -> Tensor:
-        """Codes of blocks, (*, blocks, size)."""
+        """Return the codes of blocks, (*, blocks, size)."""
 
     @abstractmethod
     def block_values(self, blocks: Tensor, scales: Tensor) -> Tensor:
-        """The nearest values of blocks, (*, blocks, size)."""
+        """Return the nearest values of blocks, (*, blocks, size)."""
 
     @abstractmethod
     def element_grid(self, scales: Tensor, dtype: torch.dtype) -> Format:
-        """The format that elements have whose blocks have these scales."""
+        """Return the format of the elements of blocks with these scales."""
 
     def scales_of(self, x: Tensor) -> Tensor:
-        """The scales of the blocks of x, (*, blocks)."""
+        """Return the scales of the blocks of x, (*, blocks)."""
         found: list[Tensor] = []
 
         def note(blocks: Tensor) -> Tensor:
@@ -234,9 +234,9 @@ class BlockFormat(OwnLevels):
         return by_blocks(x, self.block, self.block_axis, with_scales)
 
     def columns(self, x: Tensor, columns: Tensor, shape: Sequence[int]) -> Tensor:
-        """x, (rows, k), on the grids of those columns, (k,) int64, of a weight of that shape whose scales are known.
+        """Quantize x, (rows, k), on the grids of these columns, (k,) int64, of a weight of that shape.
 
-        Blocks along axis 0 have rows together, so that columns are not quantized alone.
+        The scales are known. Blocks along axis 0 span several rows, so columns cannot be quantized alone.
         """
         assert self.scales is not None
         by_row = self.scales.flatten(1)
@@ -258,13 +258,13 @@ class BlockFormat(OwnLevels):
         return self._by_blocks(x, self.block_codes)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """A scale that covers the block clips nothing; the gradient passes everywhere also where scales are kept."""
+        """Return the nearest value; nothing counts as clipped, so the gradient passes, also with kept scales."""
         return self._by_blocks(x, self.block_values), None
 
 
 @dataclass(frozen=True, eq=False)
 class MXBlocks(BlockFormat):
-    """Blocks that share a power of two. Codes: see `mx_codes`."""
+    """Blocks whose elements share a power of two. Codes: see `mx_codes`."""
 
     element: BlockElement
     mode: str
@@ -274,7 +274,7 @@ class MXBlocks(BlockFormat):
         return 0, int(2 ** (self.element.n_bits + 8)) - 1
 
     def own_scales(self, blocks: Tensor) -> Tensor:
-        """The exponents."""
+        """Compute the exponents."""
         return mx_exponents(finite_absmax(blocks), self.element, self.mode)
 
     def block_codes(self, blocks: Tensor, scales: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class NVFP4Blocks(BlockFormat):
     code_range = (0, 127 * 16 + 15)
 
     def own_scales(self, blocks: Tensor) -> Tensor:
-        """The scales in units of `tensor_scale`."""
+        """Compute the scales in units of `tensor_scale`."""
         return nvfp4_scales(blocks, self.tensor_scale.to(blocks.dtype))
 
     def block_codes(self, blocks: Tensor, scales: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class NVFP4Blocks(BlockFormat):
         return nvfp4_values(codes, self.tensor_scale, dtype)
 
     def integer_terms(self) -> IntegerTerms:
-        """The products of element and block scale, times the scale of the tensor."""
+        """Return the products of element and block scale, times the scale of the tensor."""
         return scaled_terms(
             nvfp4_values(torch.arange(self.code_range[1] + 1), torch.ones(()), torch.float64), self.tensor_scale
         )

@@ -9,17 +9,17 @@ from torchquant._tensors import channel_view as channel_view
 
 
 def bn_sigma(var: Tensor, eps: float) -> Tensor:
-    """Standard deviation as batch norm uses it, `sqrt(var + eps)`."""
+    """Compute the standard deviation as batch norm uses it, `sqrt(var + eps)`."""
     return torch.sqrt(var + eps)
 
 
 def fold_factor(gamma: Tensor | None, sigma: Tensor) -> Tensor:
-    """What each output channel of the weight is multiplied with, `gamma / sigma`."""
+    """Compute the factor of each output channel of the weight, `gamma / sigma`."""
     return 1.0 / sigma if gamma is None else gamma / sigma
 
 
 def fold_bias(bias: Tensor | None, mean: Tensor, factor: Tensor, beta: Tensor | None) -> Tensor:
-    """Bias of the folded layer, `beta + (bias - mean) * factor`.
+    """Compute the bias of the folded layer, `beta + (bias - mean) * factor`.
 
     >>> fold_bias(None, torch.tensor([0.5]), torch.tensor([2.0]), torch.tensor([0.25]))
     tensor([-0.7500])

@@ -14,12 +14,12 @@ from torchquant.quantizers_functional._levels import level_values, nearest_level
 
 @explained
 def lloyd_max(rows: Tensor, n_levels: int, iterations: int = 100, zero: bool = False) -> Tensor:
-    """The levels of each row that Lloyd's algorithm ends at, sorted. rows: (C, n), n > 0. (C, n_levels) float64.
+    """Find the levels of each row by Lloyd's algorithm, sorted. rows: (C, n), n > 0. (C, n_levels) float64.
 
-    Starts at the quantiles (i + 1/2) / n_levels; then, `iterations` times, thresholds in the middle of two levels
-    and each level to the mean of its cell. A level whose cell is empty goes to the far end of the cell of largest
-    error. `zero` pins the level nearest to 0 there. With as many levels as there are values nothing is lost. Always the
-    same number of steps, so that a row alone ends where it ends among others. Max 1960; Lloyd 1982.
+    It starts at the quantiles (i + 1/2) / n_levels; then, `iterations` times, thresholds are put midway between levels
+    and each level at the mean of its cell. A level whose cell is empty goes to the far end of the cell of largest
+    error. `zero` pins the level nearest to 0 there. With as many levels as values nothing is lost. The number of steps
+    is fixed, so that a row gets the same levels alone as among others. Max 1960; Lloyd 1982.
 
     >>> lloyd_max(torch.tensor([[1.0, 1.1, 5.0, 5.2]]), 2)
     tensor([[1.0500, 5.1000]], dtype=torch.float64)
@@ -45,7 +45,7 @@ def lloyd_max(rows: Tensor, n_levels: int, iterations: int = 100, zero: bool = F
         worst = error.argmax(1, keepdim=True)
         empty = (count == 0).to(torch.int8).argmax(1, keepdim=True)
         far_end = data.gather(1, (edges.gather(1, worst + 1) - 1).clamp_min(0))
-        # Below a millionth of what rounding leaves, a cell has no error to gain from a split.
+        # Below a millionth of the rounding error, splitting a cell gains nothing.
         can_split = (count == 0).any(1, keepdim=True) & (error.gather(1, worst) > 1e-12 * squares[:, -1:])
         moved = torch.where(can_split, moved.scatter(1, empty, far_end), moved)
         levels = moved.sort(1).values
@@ -60,7 +60,7 @@ def _pinned(levels: Tensor, zero: bool) -> Tensor:
 
 
 class _ToBoth(torch.autograd.Function):
-    """`value`; both x and value get the gradient."""
+    """Returns `value`; both x and value get the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:

@@ -20,30 +20,30 @@ def check_dorefa(n_bits: int, what: str = "n_bits") -> None:
 
 
 def unit_codes(x: Tensor, n_bits: int) -> Tensor:
-    """`RHE((2**n_bits - 1) * clamp(x, 0, 1))`, in x's type; NaN stays NaN."""
+    """Compute `RHE((2**n_bits - 1) * clamp(x, 0, 1))`, in x's type; NaN stays NaN."""
     n_steps = int(2**n_bits - 1)
     return x.clamp(0.0, 1.0).mul_(n_steps).round_()
 
 
 def unit_values(codes: Tensor, n_bits: int) -> Tensor:
-    """`codes / (2**n_bits - 1)`."""
+    """Compute `codes / (2**n_bits - 1)`."""
     return codes / int(2**n_bits - 1)
 
 
 def squashed(w: Tensor, absmax: Tensor) -> Tensor:
-    """`tanh(w) / (2 tanh(absmax)) + 1/2`, in [0, 1]; 1/2 where absmax is 0."""
+    """Compute `tanh(w) / (2 tanh(absmax)) + 1/2`, in [0, 1]; 1/2 where absmax is 0."""
     largest = absmax.tanh()
     return w.tanh() / (2.0 * torch.where(largest > 0, largest, torch.ones_like(largest))) + 0.5
 
 
 def signed_values(unit: Tensor, absmax: Tensor) -> Tensor:
-    """`2 unit - 1`; 0 where absmax is 0."""
+    """Compute `2 unit - 1`; 0 where absmax is 0."""
     values = unit.mul(2.0).sub(1.0)
     return torch.where(absmax > 0, values, values * 0.0)
 
 
 def dorefa_preimage(values: Tensor, absmax: Tensor) -> Tensor:
-    """Weights in the middle of what `dorefa_weight_quantize` makes these levels of, float64."""
+    """Return weights, float64, in the middle of the intervals that `dorefa_weight_quantize` maps to these levels."""
     largest = absmax.to(torch.float64)
     return (values.to(torch.float64) * largest.tanh()).atanh().clamp(-largest, largest)
 
@@ -99,7 +99,7 @@ class _QuantizedGradient(torch.autograd.Function):
 
 
 def quantized_gradient(grad: Tensor, n_bits: int, noise: Tensor | float) -> Tensor:
-    """`2M (quantize(g / (2M) + 1/2 + noise) - 1/2)`, M the largest |g| of each sample (axis 0); 0 where M is 0."""
+    """Compute `2M (quantize(g / (2M) + 1/2 + noise) - 1/2)`, M the largest |g| per sample (axis 0); 0 where M is 0."""
     real = grad.to(compute_dtype(grad))
     largest = real.abs().flatten(1).amax(1) if real.ndim > 1 else real.abs()
     largest = largest.view(-1, *[1] * (real.ndim - 1)) if real.ndim else largest
@@ -111,9 +111,9 @@ def quantized_gradient(grad: Tensor, n_bits: int, noise: Tensor | float) -> Tens
 
 @explained
 def dorefa_gradient(x: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
-    """x as it is; in backward its gradient is quantized to n_bits, with uniform noise of one step before rounding.
+    """Return x; in backward its gradient is quantized to n_bits, with uniform noise of one step before rounding.
 
-    x: (N, *), N samples, each with a scale of its own. `generator` makes the noise repeat. The noise is
+    x: (N, *), N samples, each with a scale of its own. `generator` makes the noise repeatable. The noise is
     independent for every element, as in the paper. Source: Zhou et al. 2016, arXiv:1606.06160, eq. 12.
     Raises ConfigError.
 

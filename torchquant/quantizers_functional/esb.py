@@ -1,6 +1,6 @@
 """Elastic significant bits, ESB(b, k): sign, b-1-k exponent bits, k stored fraction bits.
 
-Exactly a sign-magnitude mini-float with subnormals, no Inf or NaN, whose first normal number is 1
+The format is exactly a sign-magnitude mini-float with subnormals, no Inf or NaN, whose first normal number is 1
 (Gong et al., TPDS 33(11) 2022, arXiv:2109.03513; docs/algorithms.md A4). k = 0 is power of two with zero,
 k = b-2 is uniform narrow, (4, 1) is FP4 E2M1.
 """
@@ -41,7 +41,7 @@ def check_esb(n_bits: int, significant_bits: int) -> None:
 
 
 class _ESBForm(FloatFormat):
-    """A mini-float of up to 14 fraction bits; `check_esb` says which there are."""
+    """A mini-float of up to 14 fraction bits; `check_esb` says which are allowed."""
 
     def __post_init__(self) -> None:
         pass
@@ -50,16 +50,16 @@ class _ESBForm(FloatFormat):
 ESB_FORMS: dict[tuple[int, int], FloatFormat] = {
     (e + k + 1, k): _ESBForm(e, k, bias=1) for e in range(1, 5) for k in range(16 - e)
 }
-"""(n_bits, significant_bits) -> the mini-float that the format is."""
+"""(n_bits, significant_bits) -> the mini-float of the format."""
 
 
 def esb_max_exponent(n_bits: int, significant_bits: int) -> int:
-    """Largest exponent N of the grid before scaling."""
+    """Return the largest exponent N of the grid before scaling."""
     return int(2 ** (n_bits - 1 - significant_bits) - 2)
 
 
 def esb_max(n_bits: int, significant_bits: int) -> float:
-    """Largest value of the grid before scaling, `2**(N+1) - 2**(N-k)`."""
+    """Return the largest value of the grid before scaling, `2**(N+1) - 2**(N-k)`."""
     return ESB_FORMS[n_bits, significant_bits].largest
 
 
@@ -86,7 +86,7 @@ def esb_quantize(
 
 
 def esb_encode(significands: Tensor, n_bits: int, significant_bits: int) -> Tensor:
-    """Codes of unscaled grid values: sign times the bit pattern `exponent . fraction`. int32, monotone.
+    """Return the codes of unscaled grid values: sign times the bit pattern `exponent . fraction`. int32, monotone.
 
     >>> esb_encode(torch.tensor([0.0, 0.5, 1.0, -6.0]), 4, 1)
     tensor([ 0,  1,  2, -7], dtype=torch.int32)
@@ -95,5 +95,5 @@ def esb_encode(significands: Tensor, n_bits: int, significant_bits: int) -> Tens
 
 
 def esb_decode(codes: Tensor, n_bits: int, significant_bits: int, dtype: torch.dtype) -> Tensor:
-    """Unscaled grid values of `codes`; the inverse of `esb_encode`."""
+    """Return the unscaled grid values of `codes`; the inverse of `esb_encode`."""
     return minifloat_decode(codes, ESB_FORMS[n_bits, significant_bits], dtype)

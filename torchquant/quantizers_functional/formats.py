@@ -1,8 +1,8 @@
 """Formats as values: which real numbers exist, and which code stands for each. docs/algorithms.md A.
 
-`Format` is the contract; here are the formats of no one family: uniform grids, lists of levels, and what those share
-that are fixed numbers times a scale. The others stand beside the maths of their family: `ScaledFloat` in minifloat.py,
-`Signs` in binary.py, and so on.
+`Format` is the contract; this file has the formats that belong to no one family: uniform grids, lists of levels, and
+the base of formats that are fixed numbers times a scale. The others are in the file of their family: `ScaledFloat` in
+minifloat.py, `Signs` in binary.py, and so on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchquant.quantizers_functional.kernels import KERNELS
 Number = Tensor | float
 Bound = Tensor | int
 IntegerTerms = list[tuple[Tensor, Tensor]]
-"""(scale, table) of each term: scale () or (C,) float64; table (L,) or (C, L) int64, one entry a code."""
+"""(scale, table) of each term: scale () or (C,) float64; table (L,) or (C, L) int64, one entry per code."""
 FLOAT_BYTES = 4
 LARGEST_DENOMINATOR = 2**20
 SMALLEST_ERROR = 2.0**-48
@@ -43,12 +43,12 @@ class AffineParams(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Format(ABC):
-    """A set of real numbers, each with a whole number for its code: a frozen value of pure maths, without a gradient.
+    """A set of real numbers, each with an integer code: a frozen value of pure maths, without a gradient.
 
     Its own numbers (scales, offsets, thresholds) are () for a whole tensor or, with `axis`, (C,): one for each slice of
-    that axis. With no axis they may have any shape that broadcasts. A format of one's own says `code_range`, `codes`
-    and `values`; `nearest` where the value can be had faster than through codes, or where another rule says what is
-    clipped. Codes rise with the values.
+    that axis. With no axis they may have any shape that broadcasts. A new format defines `code_range`, `codes` and
+    `values`, and also `nearest` for a faster way than through codes, or for another rule of clipping. Codes rise with
+    the values.
     """
 
     axis: int | None = field(default=None, kw_only=True)
@@ -60,16 +60,16 @@ class Format(ABC):
 
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
-        """Whole-number codes of the nearest values, of any type; NaN may stay NaN. x: (*) float32 or float64."""
+        """Return the integer codes of the nearest values, in any type; NaN may stay NaN. x: (*) float32 or float64."""
 
     @abstractmethod
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The values of codes, in `dtype` (float32 or float64)."""
+        """Return the values of codes, in `dtype` (float32 or float64)."""
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """The nearest value, and 1 where x was not clipped (None unless asked for), in x's type.
+        """Return the nearest value, and 1 where x was not clipped (None unless asked for), in x's type.
 
-        This one takes what lies between the lowest and the highest level for not clipped.
+        By default, values between the lowest and the highest level are not clipped.
         """
         value = self.values(self.codes(x), x.dtype)
         if not want_inside:
@@ -78,13 +78,13 @@ class Format(ABC):
         return value, torch.minimum(torch.maximum(x, low), high).eq_(x)
 
     def project(self, x: Tensor, want_inside: bool = False, clamp: Clamp | None = None) -> tuple[Tensor, Tensor | None]:
-        """`nearest` of x, or of `x.clamp(*clamp)`. x: (*) float32 or float64, without history."""
+        """Return `nearest` of x, or of `x.clamp(*clamp)`. x: (*) float32 or float64, without autograd history."""
         return self.nearest(x if clamp is None else x.clamp(*clamp), want_inside)
 
     def quantize(
         self, x: Tensor, gradient: str | Gradient = "ste", clamp: Clamp | None = None, training: bool = True
     ) -> Tensor:
-        """x, or `x.clamp(*clamp)`, on the format, in x's type, with a gradient for x; see `apply_projection`."""
+        """Quantize x, or `x.clamp(*clamp)`, in x's type, with a gradient for x; see `apply_projection`."""
         kernel = KERNELS.find(type(self), x.device.type)
 
         def ends() -> tuple[Tensor, Tensor]:
@@ -97,108 +97,108 @@ class Format(ABC):
         return apply_projection(x, project, gradient, clamp, training, ends, step)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Real to codes, int32. x: (*) of any float type, without NaN."""
+        """Map real values to codes, int32. x: (*) of any float type, without NaN."""
         return self.codes(x.to(compute_dtype(x))).to(torch.int32)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes within `code_range` to real values of any float type, where the numbers of the format are."""
+        """Map codes within `code_range` to real values of any float type, on the device of the format's numbers."""
         numbers = self.numbers()
         codes = codes.to(numbers[0].device) if numbers else codes
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return cast_back(self.values(codes, working), dtype)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest level, in x's type and in shapes that broadcast against x."""
+        """Return the lowest and the highest level, in x's type and in shapes that broadcast against x."""
         places = [torch.full([1] * x.ndim, code, device=x.device) for code in self.code_range]
         low, high = (self.values(code, x.dtype) for code in places)
         return torch.minimum(low, high), torch.maximum(low, high)
 
     def step(self, x: Tensor) -> Tensor:
-        """The distance of neighbouring levels, in x's type; for uniform formats only."""
+        """Return the distance of adjacent levels, in x's type; for uniform formats only."""
         raise NoAffineViewError(f"{self} has no one step between its levels")
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels next to x, below and above, in x's type; both the same where x is on a level or beyond the last.
+        """Return the levels next to x, below and above, in x's type; equal where x is on a level or beyond the last.
 
-        One of the two is what x is projected on. x: (*) float32 or float64, without NaN.
+        One of the two is the projection of x. x: (*) float32 or float64, without NaN.
         """
-        codes = self.codes(x).to(torch.int32)  # a scheme may give them as truths, or as bytes
+        codes = self.codes(x).to(torch.int32)  # a scheme may return bools or bytes
         value = self.values(codes, x.dtype)
         towards_x = x.gt(value).to(torch.int32) - x.lt(value).to(torch.int32)
         other = self.values((codes + towards_x).clamp(*self.code_range), x.dtype)
         return torch.minimum(value, other), torch.maximum(value, other)
 
     def preimage(self, values: Tensor) -> Tensor:
-        """Numbers that are projected on these levels, in their type: the levels, where each is in its own cell."""
+        """Return numbers whose projections are these levels, in their type: the levels, if each is in its own cell."""
         return values
 
     def of_channels(self, index: Tensor) -> Format:
-        """The format of these channels, in this order. index: (k,) int64."""
+        """Return the format of these channels, in this order. index: (k,) int64."""
         return replace(self, **{name: value[index] for name, value in vars(self).items() if _has_channels(value)})
 
     def numbers(self) -> list[Tensor]:
-        """Every tensor that the format is made of."""
+        """Return every tensor in the format."""
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def decoding_numbers(self) -> list[Tensor]:
-        """The numbers that its values depend on; a threshold, say, is only needed to encode."""
+        """Return the numbers on which its values depend; a threshold, for example, is only needed to encode."""
         return self.numbers()
 
     def side_bytes(self) -> int:
-        """Bytes that decoding needs beside the codes: 4 for each of the `decoding_numbers`."""
+        """Return the bytes that decoding needs beside the codes: 4 for each of the `decoding_numbers`."""
         return FLOAT_BYTES * sum(number.numel() for number in self.decoding_numbers())
 
     @property
     def n_channels(self) -> int | None:
-        """How many channels have numbers of their own; None per tensor."""
+        """Return how many channels have numbers of their own; None per tensor."""
         return None if self.axis is None else next((len(n) for n in self.numbers() if n.ndim), None)
 
     def code_values(self) -> Tensor:
-        """The value of every code, in the order of the codes: (L,), or (C, L) per channel; float32."""
+        """Return the value of every code, in the order of the codes: (L,), or (C, L) per channel; float32."""
         low, high = self.code_range
         codes, n_channels = torch.arange(low, high + 1), self.n_channels
         along = replace(self, axis=None if n_channels is None else 0)
         return along.decode(codes if n_channels is None else codes.expand(n_channels, -1))
 
     def levels(self) -> Tensor:
-        """The values, sorted: (L,), or (C, L) per channel; float32."""
+        """Return the values, sorted: (L,), or (C, L) per channel; float32."""
         return self.code_values().sort(-1).values
 
     def thresholds(self) -> Tensor:
-        """Where the value goes from each of `levels()` to the next: the middles. (L - 1,), (C, L - 1) per channel."""
+        """Return the thresholds between adjacent `levels()`: the midpoints. (L - 1,), (C, L - 1) per channel."""
         levels = self.levels()
         return (levels[..., 1:] + levels[..., :-1]) / 2
 
     def affine_params(self) -> AffineParams:
-        """(delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
+        """Return (delta, zero_point, qmin, qmax) of a uniform format, () or (C,) tensors and integers."""
         raise NoAffineViewError("it is not a uniform grid: it has levels() and codes, but no step and zero point")
 
     def integer_terms(self) -> IntegerTerms:
-        """The levels as sums of whole numbers times scales. Raises NoAffineViewError where there is no such form."""
+        """Return the levels as sums of integers times scales. Raises NoAffineViewError if there is no such form."""
         raise NoAffineViewError(NO_TERMS)
 
     def shaped(self, number: Number, x: Tensor) -> Tensor:
-        """A number of the format in x's type, in a shape that broadcasts against x."""
+        """Return a number of the format in x's type, in a shape that broadcasts against x."""
         return like(per_channel_view(number, x.ndim, self.axis), x)
 
 
 def _clamp(codes: Tensor, code_min: Bound, code_max: Bound) -> Tensor:
-    """A new tensor. Two binary passes for tensor bounds: `torch.clamp` with two tensors is not vectorised."""
+    """Clamp to a new tensor, in two binary passes for tensor bounds: `torch.clamp` with two is not vectorised."""
     if isinstance(code_min, int) and isinstance(code_max, int):
         return codes.clamp(code_min, code_max)
     return codes.clamp_min(like(code_min, codes)).clamp_max_(like(code_max, codes))
 
 
 def uniform_codes(x: Tensor, delta: Tensor | float, code_min: Bound, code_max: Bound) -> Tensor:
-    """`clamp(round_half_even(x / delta), code_min, code_max)` in x's type: codes counted from real 0.
+    """Compute `clamp(round_half_even(x / delta), code_min, code_max)` in x's type: codes counted from real 0.
 
-    x: (*). delta: () or broadcastable, > 0. code_min, code_max: whole numbers, () or broadcastable.
+    x: (*). delta: () or broadcastable, > 0. code_min, code_max: integers, () or broadcastable.
     """
     return _clamp(torch.div(x, like(delta, x)).round_(), code_min, code_max)
 
 
 def _absorb(clamp: Clamp, x: Tensor, delta: Tensor, code_min: Bound, code_max: Bound) -> tuple[Bound, Bound]:
-    """Code bounds that clamp x as well: rounding and dividing keep order, so bounds go through them exactly."""
+    """Return code bounds that clamp x as well: rounding and dividing are monotone, so bounds map through exactly."""
     low, high = clamp
     if low is not None:
         lowest = 0 if low == 0.0 else torch.round(like(low, x) / delta)
@@ -214,7 +214,7 @@ def _absorb(clamp: Clamp, x: Tensor, delta: Tensor, code_min: Bound, code_max: B
 class UniformGrid(Format):
     """`(code - zero_point) * scale / divisor + offset`, qmin <= code <= qmax, rounded half to even.
 
-    `offset` is for grids that real 0 need not be on; `divisor` for a scale that is known as a multiple of the step.
+    `offset` is for grids that need not contain real 0; `divisor` for a scale that is a known multiple of the step.
 
     >>> grid = UniformGrid(torch.tensor(0.5), 1, 0, 3)
     >>> grid.levels(), grid.encode(torch.tensor([-9.0, 0.2, 0.6]))
@@ -240,16 +240,16 @@ class UniformGrid(Format):
         return per_channel_view(self.zero_point, ndim, self.axis)
 
     def _bounds(self, ndim: int) -> tuple[Bound, Bound]:
-        """The code range counted from real 0: [qmin - zero_point, qmax - zero_point].
+        """Return the code range counted from real 0: [qmin - zero_point, qmax - zero_point].
 
-        Rounding, adding the zero point, clamping and taking it off again is the same as clamping to
-        these bounds, for whole numbers exactly, and two passes cheaper.
+        Clamping to these bounds equals, exactly for integers, rounding, adding the zero point, clamping and
+        subtracting it again, and is two passes cheaper.
         """
         zero_point = self._zero_point(ndim)
         return self.qmin - zero_point, self.qmax - zero_point
 
     def project(self, x: Tensor, want_inside: bool = False, clamp: Clamp | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `Format.project`; clipped is what the rounded code is, and a clamp moves the bounds of the codes."""
+        """Project as `Format.project` does; x is clipped where its rounded code is; a clamp moves the code bounds."""
         if self.offset is not None:
             return super().project(x, want_inside, clamp)
         step, bounds = self.step(x), self._bounds(x.ndim)
@@ -279,7 +279,7 @@ class UniformGrid(Format):
         return like(low, step) * step, like(high, step) * step
 
     def _own_step(self) -> Tensor:
-        """The step in the type it is kept in, () or (C,)."""
+        """Return the step in the type in which it is kept, () or (C,)."""
         step = torch.as_tensor(self.scale).detach()
         return step if self.divisor == 1 else step / self.divisor
 
@@ -290,7 +290,7 @@ class UniformGrid(Format):
         return edges if self.offset is None else edges + torch.as_tensor(self.offset).detach()[..., None]
 
     def affine_params(self) -> AffineParams:
-        """Raises NoAffineViewError for an offset that is no whole number of steps."""
+        """Return the affine view. Raises NoAffineViewError for an offset that is no whole number of steps."""
         step, zero_point = self._own_step(), self.zero_point
         if self.offset is not None:
             offset = torch.as_tensor(self.offset).detach().to(torch.float64)
@@ -300,7 +300,7 @@ class UniformGrid(Format):
         return AffineParams(step, zero_point, *self.code_range)
 
     def side_bytes(self) -> int:
-        """4 bytes a step; as many as a code has for a zero point, if one is not 0."""
+        """Return 4 bytes per step; a zero point takes as many bytes as a code, if any zero point is not 0."""
         try:
             step, zero_point, qmin, qmax = self.affine_params()
         except NoAffineViewError:
@@ -320,19 +320,19 @@ class UniformGrid(Format):
 
 @dataclass(frozen=True, eq=False)
 class ScaledFormat(Format):
-    """Fixed numbers times a scale, plus a shift where there is one: `unit_value(code) * scale + shift`."""
+    """Fixed numbers times a scale, plus an optional shift: `unit_value(code) * scale + shift`."""
 
     scale: Number
     shift: Number | None = field(default=None, kw_only=True)
 
     @property
     def largest(self) -> float:
-        """The largest of the fixed numbers."""
+        """Return the largest of the fixed numbers."""
         return 1.0
 
     @abstractmethod
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The fixed numbers behind codes."""
+        """Return the fixed numbers of codes."""
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         unit = self.unit_values(codes, dtype)
@@ -343,7 +343,7 @@ class ScaledFormat(Format):
         return [torch.as_tensor(number) for number in (self.scale, self.shift) if number is not None]
 
     def integer_terms(self) -> IntegerTerms:
-        """The fixed numbers up to a common denominator, which goes into the scale; one more term for a shift."""
+        """Return the fixed numbers times a common denominator, which goes into the scale; a shift is one more term."""
         low, high = self.code_range
         return scaled_terms(self.unit_values(torch.arange(low, high + 1), torch.float64), self.scale, self.shift)
 
@@ -386,7 +386,7 @@ class Levels(Format):
 
 
 class OwnLevels(Format):
-    """What formats share whose blocks or tokens have levels of their own, found in the elements each time."""
+    """The base of formats whose blocks or tokens have levels of their own, computed from their elements each time."""
 
     def code_values(self) -> Tensor:
         raise NoCodesError("it has no one list of levels; each of its parts has its own")
@@ -401,12 +401,12 @@ def _wide(number: Number) -> Tensor:
 
 
 def _ones(number: Number | None, n_codes: int) -> tuple[Tensor, Tensor]:
-    """The term of a number that is in every level."""
+    """Return the term of a number that is in every level."""
     return _wide(0.0 if number is None else number), torch.ones(n_codes, dtype=torch.int64)
 
 
 def scaled_terms(table: Tensor, scale: Number, shift: Number | None = None) -> IntegerTerms:
-    """The integer terms of `scale * table + shift`. table: (L,) float64. Raises NoAffineViewError if there are none."""
+    """Return the integer terms of `scale * table + shift`. table: (L,) float64. Raises NoAffineViewError if none."""
     denominator = common_denominator(table)
     if denominator is None:
         raise NoAffineViewError(NO_TERMS)
@@ -417,12 +417,12 @@ def scaled_terms(table: Tensor, scale: Number, shift: Number | None = None) -> I
 
 
 def common_denominator(table: Tensor) -> int | None:
-    """The least D for which `table * D` is whole, to within rounding; None if it is above `LARGEST_DENOMINATOR`.
+    """Return the least D for which `table * D` is integer, up to rounding; None if above `LARGEST_DENOMINATOR`.
 
     >>> common_denominator(torch.tensor([0.5, 0.75, 2.0], dtype=torch.float64))
     4
     """
-    from fractions import Fraction  # needed seldom, and it would slow the import of torchquant down
+    from fractions import Fraction  # seldom needed, and it would slow down the import of torchquant
 
     result = 1
     for value in table.unique().tolist():

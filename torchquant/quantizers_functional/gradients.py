@@ -1,7 +1,7 @@
 """The gradient estimators: one small class each. Formulas: docs/algorithms.md B.
 
-What an estimator is given and returns: `_gradient.py`. Estimators that own learned parameters are quantizers of
-their own (LSQ, PACT and others).
+`_gradient.py` has the contract of estimators. Estimators with learned parameters are quantizers of their own (LSQ,
+PACT and others).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient, Proj
 @GRADIENTS.register("ste")
 @dataclass(frozen=True, repr=False)
 class STE(Gradient):
-    """B1, straight through: the gradient passes as it is."""
+    """B1, straight through: the gradient passes unchanged."""
 
     name = "ste"
 
@@ -52,7 +52,7 @@ class HardTanh(Gradient):
 @GRADIENTS.register("approxsign")
 @dataclass(frozen=True, repr=False)
 class ApproxSign(Gradient):
-    """B3, for 1-bit formats: times `max(0, 2 - 2|x|)` (Liu et al. 2018, Bi-Real Net, arXiv:1808.00278)."""
+    """B3, for 1-bit formats: the gradient times `max(0, 2 - 2|x|)` (Liu et al. 2018, Bi-Real Net, arXiv:1808.00278)."""
 
     name = "approxsign"
     needs = frozenset({"sign"})
@@ -85,7 +85,7 @@ class EWGS(Gradient):
             low, high = _ends(self, projected)
             half = ((high - low) / 2).to(projected.value.dtype)
             safe = torch.where(half > 0, half, torch.ones_like(half))
-            # Outside, where the mask takes it away, it may be infinite; 0 times that would not be 0.
+            # Outside, where the mask removes it, it may be infinite, and 0 times infinity is not 0.
             lean = (projected.x.detach() - projected.value).div_(safe).nan_to_num_(0.0).clamp_(-1.0, 1.0)
             mask = torch.ones_like(projected.value) if projected.inside is None else projected.inside
         value = owned(projected.value, projected.x)
@@ -210,7 +210,7 @@ def _step(gradient: Gradient, projected: Projected) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """Output `value`; the gradient of x is the incoming one times `factor`."""
+    """Returns `value`; the gradient of x is the incoming one times `factor`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Leaning(torch.autograd.Function):
-    """Output `value`; the gradient of x is `g + |g| * lean` where `mask` is 1, else 0."""
+    """Returns `value`; the gradient of x is `g + |g| * lean` where `mask` is 1, else 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, lean: Tensor, mask: Tensor) -> Tensor:

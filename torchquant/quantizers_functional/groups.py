@@ -1,4 +1,4 @@
-"""Groups: runs of neighbours in the rows of a weight, each with numbers of its own."""
+"""Groups: adjacent elements in the rows of a weight, with one set of numbers per group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchquant.quantizers_functional.formats import Format, OwnLevels
 
 
 def cut_groups(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The whole groups (groups, size) and the shorter last ones (rows, rest); either may be empty.
+    """Return the whole groups (groups, size) and the shorter last ones (rows, rest); either may be empty.
 
     >>> whole, last = cut_groups(torch.arange(6.0).view(2, 3), 2)
     >>> whole.tolist(), last.tolist()
@@ -32,7 +32,7 @@ def join_groups(whole: Tensor, last: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Groups(OwnLevels):
-    """A format per row of groups, and one per row of the shorter last groups; None where there are no such groups."""
+    """A format with one row per whole group, and one with a row per shorter last group; None if there are none."""
 
     size: int
     whole: Format | None
@@ -54,7 +54,7 @@ class Groups(OwnLevels):
         return below, self._by_parts(x, lambda format, part: format.neighbours(part)[1])
 
     def columns(self, x: Tensor, columns: Tensor) -> Tensor:
-        """x, (rows, k), on the grids that those columns, (k,) int64, of a row of the weight have."""
+        """Quantize x, (rows, k), on the grids of these columns, (k,) int64, of the weight's rows."""
         n_rows = len(x)
         n_whole = 0 if self.whole is None else (self.whole.n_channels or 0) // n_rows
         group = columns // self.size

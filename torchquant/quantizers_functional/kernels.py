@@ -1,4 +1,4 @@
-"""The seam for fused kernels: what projects on a format, by the format's class and the kind of device."""
+"""The registry of fused kernels, which replace the projection of a format, by its class and the kind of device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torchquant.errors import NameClashError
 from torchquant.quantizers_functional._gradient import Clamp
 
 Kernel = Callable[[Any, Tensor, bool, Clamp | None], tuple[Tensor, Tensor | None]]
-"""`kernel(format, x, want_inside, clamp)`: what `format.project(x, want_inside, clamp)` gives, bit for bit."""
+"""`kernel(format, x, want_inside, clamp)` returns `format.project(x, want_inside, clamp)`, bit for bit."""
 
 
 class KernelTable:
-    """Which kernel stands for the projection of a format on a device; without one, pure PyTorch runs, the reference.
+    """The kernel for the projection of a format on a device; without one, the reference in pure PyTorch runs.
 
-    A kernel gets float32 or float64 tensors outside of autograd and must not change them. What a format gives to
-    codes, levels and gradients is not its affair, nor are the schemes that train their own numbers.
+    A kernel gets float32 or float64 tensors outside of autograd and must not change them. It does not affect a
+    format's codes, levels and gradients, nor the schemes that train their own numbers.
 
     >>> from torchquant.quantizers_functional.formats import UniformGrid
     >>> @KERNELS.register(UniformGrid, "cpu")
@@ -33,7 +33,7 @@ class KernelTable:
         self._kernels: dict[tuple[type, str], Kernel] = {}
 
     def register(self, format: type, device: str) -> Callable[[Kernel], Kernel]:
-        """Return a decorator that enters a kernel for a class of formats on a kind of device, such as "cuda"."""
+        """Return a decorator that registers a kernel for a class of formats on a kind of device, such as "cuda"."""
 
         def enter(kernel: Kernel) -> Kernel:
             known = self._kernels.setdefault((format, device), kernel)
@@ -48,7 +48,7 @@ class KernelTable:
         del self._kernels[format, device]
 
     def find(self, format: type, device: str) -> Kernel | None:
-        """The kernel, None where there is none."""
+        """Return the kernel, None if there is none."""
         return self._kernels.get((format, device)) if self._kernels else None
 
 

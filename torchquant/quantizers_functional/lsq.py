@@ -43,7 +43,7 @@ NARROW_STEP = {
 
 
 def lsq_codes(n_bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest code. Raises ConfigError."""
+    """Return the smallest and largest code. Raises ConfigError."""
     least, most = (2, max(FULL_STEP)) if signed else (1, max(NARROW_STEP) - 1)
     if not (isinstance(n_bits, int) and least <= n_bits <= most):
         kind = "signed" if signed else "unsigned"
@@ -52,7 +52,7 @@ def lsq_codes(n_bits: int, signed: bool) -> tuple[int, int]:
 
 
 class _LearnedStep(torch.autograd.Function):
-    """`step * round(clamp(x / step, qmin, qmax))` with the gradients of docs/algorithms.md B5 for x and step."""
+    """Computes `step * round(clamp(x / step, qmin, qmax))` with the gradients of docs/algorithms.md B5."""
 
     @staticmethod
     def forward(

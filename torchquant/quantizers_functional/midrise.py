@@ -38,9 +38,9 @@ def check_midrise(n_bits: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class MidriseGrid(ScaledFormat):
-    """The middles `(k + 1/2) * scale + shift` of 2**n_bits equal cells around `shift`.
+    """The midpoints `(k + 1/2) * scale + shift` of 2**n_bits equal cells around `shift`.
 
-    `cell`: the width of the cells, where the middles are fitted to it and not its own. Codes -2**(n-1) .. 2**(n-1) - 1.
+    `cell`: the width of the cells, if it differs from a fitted `scale`. Codes -2**(n-1) .. 2**(n-1) - 1.
     """
 
     n_bits: int
@@ -70,13 +70,13 @@ class MidriseGrid(ScaledFormat):
         return codes.to(dtype) + 0.5
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """Clipped is what is beyond the outermost cells."""
+        """Return the nearest value; x counts as clipped beyond the outermost cells."""
         value = self.values(self.codes(x), x.dtype)
         reach = self.shaped(self._cell, x) * 2 ** (self.n_bits - 1)
         return value, self._centred(x).abs().le_(reach) if want_inside else None
 
     def thresholds(self) -> Tensor:
-        """The edges of the cells, without the outer two."""
+        """Return the edges of the cells, without the outer two."""
         cell, (low, high) = torch.as_tensor(self._cell), self.code_range
         edges = torch.arange(low + 1, high + 1, device=cell.device) * cell[..., None]
         return edges if self.shift is None else edges + torch.as_tensor(self.shift)[..., None]

@@ -19,7 +19,7 @@ SPECIAL = ("none", "fn", "ieee", "fnuz")
 @checked
 @dataclass(frozen=True)
 class FloatFormat:
-    """Widths of exponent and fraction, bias, and which codes are not numbers.
+    """A mini-float format: widths of exponent and fraction, bias, and which codes are not numbers.
 
     `special`: "none", all codes are numbers; "fn", only the all-ones code is NaN (OCP E4M3); "ieee", the
     highest exponent is Inf and NaN (E5M2); "fnuz", only the code of -0 is NaN. `bias` None is
@@ -70,7 +70,7 @@ class FloatFormat:
 
     @property
     def largest_power(self) -> float:
-        """Largest power of two among the numbers, of the binade that the largest number is in."""
+        """Largest power of two among the numbers, the start of the binade of the largest number."""
         return float(2.0 ** (max(self.largest_code // 2**self.mantissa_bits, 1) - self.offset))
 
     @property
@@ -93,12 +93,12 @@ FORMATS = {
 
 
 def nearest_floats(x: Tensor, form: FloatFormat) -> Tensor:
-    """Nearest number of the format, ties to even, saturating; NaN stays NaN. x: (*) float32 or float64."""
+    """Round to the nearest number, ties to even, saturating; NaN stays NaN. x: (*) float32 or float64."""
     return nearest_floats_(x.clone(), form)
 
 
 def nearest_floats_(x: Tensor, form: FloatFormat) -> Tensor:
-    """`nearest_floats`, in place."""
+    """Do `nearest_floats` in place."""
     spacing = floor_pow2(x).clamp_(form.smallest_normal, form.largest_power).mul_(2.0**-form.mantissa_bits)
     return x.div_(spacing).round_().mul_(spacing).clamp_(-form.largest, form.largest)
 
@@ -122,7 +122,7 @@ def minifloat_quantize(
 
 
 def minifloat_encode(values: Tensor, form: FloatFormat) -> Tensor:
-    """Codes of unscaled numbers of the format: sign times the bits `exponent . fraction`. int32, monotone."""
+    """Return codes of unscaled numbers of the format: sign times the bits `exponent . fraction`. int32, monotone."""
     magnitude = values.abs()
     fractions = 2**form.mantissa_bits
     binade = floor_pow2(magnitude).clamp_min(form.smallest_normal)
@@ -133,7 +133,7 @@ def minifloat_encode(values: Tensor, form: FloatFormat) -> Tensor:
 
 
 def minifloat_decode(codes: Tensor, form: FloatFormat, dtype: torch.dtype) -> Tensor:
-    """Unscaled numbers of `codes`; the inverse of `minifloat_encode`."""
+    """Return the unscaled numbers of `codes`; the inverse of `minifloat_encode`."""
     magnitude = codes.abs().to(torch.int64)
     fractions = 2**form.mantissa_bits
     exponent = (torch.div(magnitude, fractions, rounding_mode="floor") - 1).clamp_min(0)
@@ -142,9 +142,9 @@ def minifloat_decode(codes: Tensor, form: FloatFormat, dtype: torch.dtype) -> Te
 
 
 def minifloat_bits(codes: Tensor, form: FloatFormat) -> Tensor:
-    """The stored bit patterns of signed codes: the sign in the top bit. (*) int32 -> (*) int32.
+    """Return the stored bit patterns of signed codes: the sign in the top bit. (*) int32 -> (*) int32.
 
-    -0 has no code and so no pattern here; NaN and Inf neither.
+    -0, NaN and Inf have no code and so no pattern here.
 
     >>> minifloat_bits(torch.tensor([-1, 0, 7]), FORMATS["fp4_e2m1"])
     tensor([9, 0, 7])
@@ -180,7 +180,7 @@ class ScaledFloat(ScaledFormat):
         return minifloat_encode(nearest_floats_(self._centred(x) / self.shaped(self.scale, x), self.form), self.form)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """Clipped is what is beyond the largest number."""
+        """Return the nearest value; x counts as clipped beyond the largest number."""
         centred, scale = self._centred(x), self.shaped(self.scale, x)
         value = nearest_floats_(centred / scale, self.form).mul_(scale)
         value = value if self.shift is None else value.add_(self.shaped(self.shift, x))

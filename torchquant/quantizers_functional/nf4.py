@@ -40,7 +40,7 @@ class NormalFloat(ScaledFormat):
     code_range = (0, 15)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Fifteen comparisons: counting the middles below x is exact and needs no search. NaN stays NaN."""
+        """Count the fifteen midpoints below x, which is exact and needs no search. NaN stays NaN."""
         scaled = x / self.shaped(self.scale, x)
         codes = scaled.clamp(0.0, 0.0)
         for low, high in pairwise(NF4_LEVELS):
@@ -53,7 +53,7 @@ class NormalFloat(ScaledFormat):
         return values + codes.to(dtype).clamp(0.0, 0.0) if codes.is_floating_point() else values
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """Clipped is what is beyond the largest level, |x| > scale."""
+        """Return the nearest value; x counts as clipped beyond the largest level, |x| > scale."""
         value = self.values(self.codes(x), x.dtype)
         return value, x.abs().le_(self.shaped(self.scale, x)) if want_inside else None
 

@@ -13,7 +13,7 @@ from torchquant.quantizers_functional.uniform import integer_codes, like
 
 
 class _Clipped(torch.autograd.Function):
-    """`step * round(clamp(x, 0, alpha) / step)`; the gradient goes to x inside and to alpha above it."""
+    """Computes `step * round(clamp(x, 0, alpha) / step)`; the gradient goes to x inside and to alpha above it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, n_steps: int) -> Tensor:

@@ -28,12 +28,12 @@ def check_pot(n_bits: int) -> None:
 
 
 def pot_max(n_bits: int) -> float:
-    """Largest magnitude before scaling."""
+    """Return the largest magnitude before scaling."""
     return float(2.0 ** (2 ** (n_bits - 1) - 1))
 
 
 def pot_magnitudes(x: Tensor, alpha: Tensor | float, n_bits: int) -> Tensor:
-    """Nearest power of two of the unscaled grid to |x| / alpha; the middle of two goes up. NaN stays NaN."""
+    """Return the power of two of the unscaled grid nearest to |x| / alpha; midpoints go up. NaN stays NaN."""
     safe = like(alpha, x)
     safe = torch.where(safe > 0, safe, torch.ones_like(safe))
     scaled = x.abs().div_(safe)
@@ -41,7 +41,7 @@ def pot_magnitudes(x: Tensor, alpha: Tensor | float, n_bits: int) -> Tensor:
 
 
 def signs(x: Tensor) -> Tensor:
-    """1 for x >= 0, else -1, in x's type; NaN gives -1."""
+    """Return 1 for x >= 0, else -1, in x's type; NaN gives -1."""
     return x.ge(0.0).to(x.dtype).mul_(2.0).sub_(1.0)
 
 
@@ -66,13 +66,13 @@ def pot_quantize(
 
 
 def pot_encode(magnitudes: Tensor, negative: Tensor) -> Tensor:
-    """Codes: i for a positive value, -1 - i for a negative one; they rise with the value. int32."""
+    """Return codes: i for a positive value, -1 - i for a negative one; they rise with the value. int32."""
     exponents = magnitudes.log2().round().to(torch.int32)
     return torch.where(negative, -1 - exponents, exponents)
 
 
 def pot_decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unscaled values of `codes`; the inverse of `pot_encode`."""
+    """Return the unscaled values of `codes`; the inverse of `pot_encode`."""
     is_negative = codes < 0
     magnitude = pow2(torch.where(is_negative, -1 - codes, codes), dtype)
     return torch.where(is_negative, -magnitude, magnitude)
@@ -99,7 +99,7 @@ class PowersOfTwo(ScaledFormat):
         return pot_decode(codes.to(torch.int32), dtype)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """Clipped is what is beyond the largest level."""
+        """Return the nearest value; x counts as clipped beyond the largest level."""
         scale = self.shaped(self.scale, x)
         value = pot_magnitudes(x, scale, self.n_bits).mul_(signs(x)).mul_(scale)
         return value, x.abs().le_(scale * self.largest) if want_inside else None

@@ -28,7 +28,7 @@ def check_qfmt(n_bits: int, signed: bool, rule: str) -> None:
 
 @explained
 def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: bool, rule: str = "nosat") -> Tensor:
-    """Integer bits m of the Q-format that covers the range. () or (C,) in, int64 of that shape out.
+    """Compute the integer bits m of the Q-format that covers the range. () or (C,) in, int64 of that shape out.
 
     `rule="nosat"`: the smallest m whose clipping error never exceeds the rounding error. Two's
     complement reaches -2**m exactly but only 2**m - delta on top, so the ends need different rules:
@@ -61,7 +61,7 @@ def qfmt_int_bits(range_min: Tensor, range_max: Tensor, n_bits: int, signed: boo
 
 @explained
 def qfmt_params(int_bits: Tensor, n_bits: int, signed: bool, dtype: torch.dtype) -> AffineParams:
-    """Step and code bounds of Q(int_bits, n_bits - int_bits - signed). Codes are always n_bits wide.
+    """Compute step and code bounds of Q(int_bits, n_bits - int_bits - signed). Codes are always n_bits wide.
 
     >>> qfmt_params(torch.tensor(1), 8, True, torch.float32)
     AffineParams(delta=tensor(0.0156), zero_point=0, qmin=-128, qmax=127)

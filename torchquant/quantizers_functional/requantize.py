@@ -1,4 +1,4 @@
-"""From integer sums to integer codes: the multiplications of integer-only inference (arXiv:1712.05877, section 2.2).
+"""Map integer sums to integer codes: the multiplications of integer-only inference (arXiv:1712.05877, section 2.2).
 
 `rounding` names one of four arithmetics:
 
@@ -24,18 +24,18 @@ from torchquant.errors import ConfigError
 ROUNDINGS = ("ort", "exact", "single", "double")
 INT32_MAX = 2**31 - 1
 ADD_SHIFT = 20
-"""Bits that both inputs of an addition are shifted up by in fixed point, as TFLite does for 8-bit codes."""
+"""Number of bits by which fixed point shifts up both inputs of an addition, as TFLite does for 8-bit codes."""
 
 
 def check_rounding(rounding: str) -> str:
-    """The name, if there is such an arithmetic. Raises ConfigError."""
+    """Return the name if there is such an arithmetic. Raises ConfigError."""
     if rounding not in ROUNDINGS:
         raise ConfigError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     return rounding
 
 
 def fixed_point(multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """(M0, e), int64: `multiplier` is nearly `M0 * 2**(e - 31)`, 2**30 <= M0 < 2**31. Raises ConfigError.
+    """Return (M0, e), int64: `multiplier` is nearly `M0 * 2**(e - 31)`, 2**30 <= M0 < 2**31. Raises ConfigError.
 
     multiplier: float64 > 0 and finite. Relative error at most 2**-31.
 
@@ -51,7 +51,7 @@ def fixed_point(multiplier: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def requantize(acc: Tensor, multiplier: Tensor, rounding: str) -> Tensor:
-    """`acc * multiplier` rounded to whole numbers (int64) by one of `ROUNDINGS`.
+    """Round `acc * multiplier` to integers (int64) by one of `ROUNDINGS`.
 
     acc: (*) int64 within int32. multiplier: float64 > 0 that broadcasts against it. Raises ConfigError.
 
@@ -75,14 +75,14 @@ def requantize(acc: Tensor, multiplier: Tensor, rounding: str) -> Tensor:
 
 
 def _doubling_high_multiply(a: Tensor, b: Tensor) -> Tensor:
-    """gemmlowp's SaturatingRoundingDoublingHighMul: `a * b / 2**31`, halves upwards."""
+    """Compute gemmlowp's SaturatingRoundingDoublingHighMul: `a * b / 2**31`, halves upwards."""
     product = a.clamp(-INT32_MAX - 1, INT32_MAX) * b
     nudge = torch.where(product >= 0, 2**30, 1 - 2**30)
     return torch.div(product + nudge, 2**31, rounding_mode="trunc").clamp_max(INT32_MAX)
 
 
 def _rounding_shift(x: Tensor, shift: Tensor) -> Tensor:
-    """gemmlowp's RoundingDivideByPOT: `x / 2**shift`, halves away from 0."""
+    """Compute gemmlowp's RoundingDivideByPOT: `x / 2**shift`, halves away from 0."""
     shift = shift.clamp_max(62)
     mask = (torch.ones_like(shift) << shift) - 1
     threshold = (mask >> 1) + (x < 0)
@@ -92,11 +92,11 @@ def _rounding_shift(x: Tensor, shift: Tensor) -> Tensor:
 def requantize_sum(
     terms: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, zero_point: Tensor, rounding: str
 ) -> Tensor:
-    """Codes (int64, not yet clamped) of a sum of two quantized tensors on another grid.
+    """Compute the codes (int64, not yet clamped) of a sum of two quantized tensors on another grid.
 
     terms: two of (codes int64, scale, zero point); `scale` and `zero_point` are the result's. Scales
-    float64 holding float32 values. ort: what ONNX Runtime's x86-64 addition computes, in float32 with fused
-    multiply-adds, zero point added before rounding; its ARM kernel computes otherwise. single, double: TFLite's
+    are float64 holding float32 values. ort: as ONNX Runtime's x86-64 addition, in float32 with fused
+    multiply-adds, zero point added before rounding; its ARM kernel differs. single, double: TFLite's
     addition, both inputs shifted up by 20 bits and brought to a common scale.
     """
     (a, scale_a, zero_a), (b, scale_b, zero_b) = terms
@@ -117,7 +117,7 @@ def requantize_sum(
 
 
 def requantize_product(acc: Tensor, multiplier: Tensor, zero_point: Tensor, rounding: str) -> Tensor:
-    """Codes (int64, not yet clamped) of an elementwise product; ort adds the zero point before it rounds."""
+    """Compute the codes (int64, not yet clamped) of an elementwise product; ort adds the zero point before rounding."""
     if check_rounding(rounding) == "ort":
         scaled = acc.to(torch.float32) * multiplier.to(torch.float32)
         return torch.round(scaled + zero_point.to(torch.float32)).to(torch.int64)
@@ -125,7 +125,7 @@ def requantize_product(acc: Tensor, multiplier: Tensor, zero_point: Tensor, roun
 
 
 def multiplier_of(scale: Tensor, divisor: int, output_scale: Tensor, rounding: str) -> Tensor:
-    """`scale / (divisor * output_scale)` in float64; for ort in float32, in the order its kernels take.
+    """Compute `scale / (divisor * output_scale)` in float64; for ort in float32, in the order of its kernels.
 
     scale: float64, of an accumulator: exact as the product of two float32 scales.
     """
@@ -136,7 +136,7 @@ def multiplier_of(scale: Tensor, divisor: int, output_scale: Tensor, rounding: s
 
 
 def _float32(x: Tensor) -> Tensor:
-    """Rounded to float32, held in float64."""
+    """Round to float32, held in float64."""
     return x.to(torch.float32).to(torch.float64)
 
 
@@ -145,5 +145,5 @@ def _float32_ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """`a * b + c` rounded once to float32; the product of two float32 numbers is exact in float64."""
+    """Compute `a * b + c` rounded once to float32; the product of two float32 numbers is exact in float64."""
     return _float32(a.to(torch.float64) * b.to(torch.float64) + c.to(torch.float64))

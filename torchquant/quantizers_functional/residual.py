@@ -17,7 +17,7 @@ METHODS = ("alternating", "refined", "greedy")
 
 
 def check_residual(n_bits: int, method: str) -> None:
-    """Raise ConfigError unless n_bits is 1..8 and the method known."""
+    """Raise ConfigError unless n_bits is 1..8 and the method is known."""
     if not (isinstance(n_bits, int) and 1 <= n_bits <= 8):
         raise ConfigError(f"n_bits must be a whole number from 1 to 8, got {n_bits!r}")
     if method not in METHODS:
@@ -25,14 +25,14 @@ def check_residual(n_bits: int, method: str) -> None:
 
 
 def sign_patterns(n_bits: int, like: Tensor) -> Tensor:
-    """All choices of signs, (2**n_bits, n_bits) of -1 and 1, in the type of `like`."""
+    """Return all choices of signs, (2**n_bits, n_bits) of -1 and 1, in the type of `like`."""
     bits = _bits(torch.arange(2**n_bits, device=like.device)[None], n_bits).T
     return bits.to(like.dtype) * 2.0 - 1.0
 
 
 @explained
 def residual_levels(alphas: Tensor) -> Tensor:
-    """The 2**b sums `+-a_1 +-a_2 ...`, sorted. alphas: (..., b). (..., 2**b).
+    """Return the 2**b sums `+-a_1 +-a_2 ...`, sorted. alphas: (..., b). (..., 2**b).
 
     >>> residual_levels(torch.tensor([2.0, 0.5]))
     tensor([-2.5000, -1.5000,  1.5000,  2.5000])
@@ -52,14 +52,14 @@ class SignSums(Levels):
 
     @classmethod
     def of(cls, alphas: Tensor, axis: int | None = None) -> SignSums:
-        """The format with these scales."""
+        """Make the format with these scales."""
         return cls(residual_levels(alphas), alphas, axis=axis)
 
     def decoding_numbers(self) -> list[Tensor]:
         return [self.alphas]
 
     def integer_terms(self) -> IntegerTerms:
-        """One sign tensor a scale."""
+        """Return one sign table per scale."""
         alphas = self.alphas.to(torch.float64).cpu()
         n = alphas.shape[-1]
         signs = sign_patterns(n, alphas)
@@ -71,7 +71,7 @@ class SignSums(Levels):
 def residual_alphas(
     rows: Tensor, n_bits: int, method: str = "alternating", iterations: int = 5, parts: Joining = WHOLE
 ) -> Tensor:
-    """The scales of each row. rows: (C, n), n > 0. (C, n_bits) float64.
+    """Find the scales of each row. rows: (C, n), n > 0. (C, n_bits) float64.
 
     "greedy": scale i is the mean magnitude of what is left after i - 1 steps (Guo et al. 2017, network sketching).
     "refined": after each step all scales so far are fitted again by least squares. "alternating": from there,
@@ -123,17 +123,17 @@ def _signs(x: Tensor) -> Tensor:
 
 
 def _bits(codes: Tensor, n_bits: int) -> Tensor:
-    """0 and 1, the highest first. codes: (..., 1, n). (..., n_bits, n)."""
+    """Return the bits of codes as 0 and 1, the highest first. codes: (..., 1, n). (..., n_bits, n)."""
     return codes >> torch.arange(n_bits - 1, -1, -1, dtype=codes.dtype, device=codes.device)[:, None] & 1
 
 
 def _along(rows: Tensor, signs: Tensor) -> Tensor:
-    """Mean of rows times signs. rows: (C, n). signs: (C, b, n). (C, b) float64."""
+    """Compute the mean of rows times signs. rows: (C, n). signs: (C, b, n). (C, b) float64."""
     return (row_sums((rows[:, None] * signs).flatten(0, 1)) / rows.shape[1]).unflatten(0, signs.shape[:2])
 
 
 def _least_squares(signs: Tensor, along: Tensor, parts: Joining) -> Tensor:
-    """The scales of least squared error for given signs, by the normal equations; the least-norm ones if singular."""
+    """Find the least-squares scales for given signs by the normal equations; the least-norm ones if singular."""
     n = signs.shape[-1]
     if signs.shape[1] == 1:
         return along
@@ -145,7 +145,7 @@ def _least_squares(signs: Tensor, along: Tensor, parts: Joining) -> Tensor:
 
 
 def _distinct_inverses(sums: Tensor, n: int) -> Tensor:
-    """Pseudo-inverses of the matrices `sums / n`, each of them computed once. sums: (C, b, b), whole, at most n."""
+    """Compute pseudo-inverses of the matrices `sums / n`, equal ones once. sums: (C, b, b), integer, at most n."""
     b = sums.shape[1]
     n_keys = (2 * n + 1) ** (b * (b - 1) // 2)
     # Above 4 the last digit of LAPACK depends on the place in the batch.
@@ -159,7 +159,7 @@ def _distinct_inverses(sums: Tensor, n: int) -> Tensor:
 
 
 def _inverses(matrices: Tensor) -> Tensor:
-    """`torch.linalg.pinv(matrices, hermitian=True, rtol=1e-10)`, bit for bit, without what that does beside."""
+    """Compute `torch.linalg.pinv(matrices, hermitian=True, rtol=1e-10)`, bit for bit, without its overhead."""
     values, vectors = torch.linalg.eigh(matrices)
     size = values.abs()
     inverses = torch.where(size > 1e-10 * size.amax(1, keepdim=True), values.reciprocal(), 0.0)

@@ -1,4 +1,4 @@
-"""Ternary quantization: {-alpha, 0, +alpha}, with alpha and the threshold from the data."""
+"""Ternary quantization: {-alpha, 0, +alpha}, with alpha and the threshold fitted to the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ("twn", "exact")
 
 
 def ternary_codes(x: Tensor, threshold: Tensor | float) -> Tensor:
-    """`sign(x)` where |x| > threshold (strictly), else 0, in x's type. NaN stays NaN."""
+    """Return `sign(x)` where |x| > threshold (strictly), else 0, in x's type. NaN stays NaN."""
     zero_or_nan = x.clamp(0.0, 1.0).mul_(0.0)
     return x.abs().gt_(like(threshold, x)).mul_(x.sign()).add_(zero_or_nan)
 
@@ -39,7 +39,7 @@ class Ternary(ScaledFormat):
         return codes.to(dtype)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """Clipped is what is half a level beyond the last one, |x| > 1.5 scale."""
+        """Return the nearest value; x counts as clipped half a level beyond the last one, |x| > 1.5 scale."""
         scale = self.shaped(self.scale, x)
         return self.codes(x).mul_(scale), x.abs().le_(1.5 * scale) if want_inside else None
 
@@ -74,7 +74,7 @@ def ternary_quantize(
 
 @explained
 def ternary_params(rows: Tensor, method: str = "twn", parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
-    """Threshold and alpha of each row. rows: (C, n) float, n > 0. Returns two (C,) float64.
+    """Find threshold and alpha of each row. rows: (C, n) float, n > 0. Returns two (C,) float64.
 
     `parts`: how the sums of "twn" over parts of the rows are joined; "exact" takes whole rows.
 

@@ -1,4 +1,4 @@
-"""A symmetric grid for each row of the last axis, from the row itself: per-token granularity."""
+"""Per-token granularity: a symmetric grid for each row of the last axis, computed from the row itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def check_token_bits(n_bits: int) -> None:
 
 
 def largest_code(n_bits: int) -> int:
-    """Codes go from minus this to this."""
+    """Return the largest code; the smallest is its negative."""
     return int(2 ** (n_bits - 1)) - 1
 
 
 def token_scales(x: Tensor, n_bits: int) -> Tensor:
-    """The step of each row, `max|x| / largest_code`, rounded to a bfloat16; in the type of x, (..., 1).
+    """Compute the step of each row, `max|x| / largest_code`, rounded to a bfloat16; in the type of x, (..., 1).
 
-    Eight bits of mantissa, so that steps times codes are exact in float32. Infinite elements and NaN do not count.
+    With its eight bits of mantissa, steps times codes are exact in float32. Infinite elements and NaN do not count.
     """
     if x.ndim and not x.shape[-1]:
         return x.new_ones((*x.shape[:-1], 1))
@@ -38,20 +38,20 @@ def token_scales(x: Tensor, n_bits: int) -> Tensor:
 
 
 def token_steps(x: Tensor, scale: Tensor, n_bits: int) -> Tensor:
-    """`clamp(RHE(x / scale))`, whole numbers in the type of x; NaN stays NaN."""
+    """Compute `clamp(RHE(x / scale))`, integers in the type of x; NaN stays NaN."""
     end = largest_code(n_bits)
     return torch.round(x / scale).clamp(-end, end)
 
 
 def token_codes(x: Tensor, n_bits: int) -> Tensor:
-    """Codes that tell all: the 16 bits of the row's scale above the n_bits of the element, int32."""
+    """Return self-contained codes: the 16 bits of the row's scale above the n_bits of the element, int32."""
     scale = token_scales(x, n_bits)
     steps = token_steps(x, scale, n_bits).to(torch.int32) + largest_code(n_bits)
     return scale.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32) * 2**n_bits + steps
 
 
 def token_values(codes: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
-    """Grid values of such codes, in `dtype`."""
+    """Return the grid values of the codes of `token_codes`, in `dtype`."""
     codes = codes.to(torch.int32)
     scale = (codes >> n_bits).to(torch.int16).contiguous().view(torch.bfloat16).to(dtype)
     return ((codes & (2**n_bits - 1)) - largest_code(n_bits)).to(dtype) * scale
@@ -78,6 +78,6 @@ class TokenGrid(OwnLevels):
         return UniformGrid(token_scales(x, self.n_bits), 0, -end, end).neighbours(x)
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
-        """A scale that covers the token clips nothing."""
+        """Return the nearest value; nothing is clipped, since the scale covers the token."""
         scale = token_scales(x, self.n_bits)
         return token_steps(x, scale, self.n_bits) * scale, None

@@ -15,7 +15,7 @@ from torchquant.quantizers_functional.uniform import integer_codes, like
 
 
 class _PowerOfTwoStep(torch.autograd.Function):
-    """`2**(ceil(log2_t) - bits)`; the gradient passes straight through the ceil."""
+    """Computes `2**(ceil(log2_t) - bits)`; the gradient passes straight through the ceil."""
 
     @staticmethod
     def forward(ctx: Any, log2_t: Tensor, bits: int) -> Tensor:
@@ -30,7 +30,7 @@ class _PowerOfTwoStep(torch.autograd.Function):
 
 
 class _TrainedThreshold(torch.autograd.Function):
-    """`step * clamp(round(x / step))`; clipped is what the rounded code is, not the quotient."""
+    """Computes `step * clamp(round(x / step))`; the rounded code, not the quotient, decides what is clipped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -56,7 +56,7 @@ class _TrainedThreshold(torch.autograd.Function):
 
 
 def tqt_step(log2_t: Tensor, n_bits: int, signed: bool = True) -> Tensor:
-    """`2**ceil(log2_t) / 2**(n_bits - 1)` (signed) or `/ 2**n_bits`, exactly; differentiable in log2_t."""
+    """Compute `2**ceil(log2_t) / 2**(n_bits - 1)` (signed) or `/ 2**n_bits`, exactly; differentiable in log2_t."""
     return cast(Tensor, _PowerOfTwoStep.apply(log2_t, n_bits - 1 if signed else n_bits))
 
 

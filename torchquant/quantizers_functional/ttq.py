@@ -16,12 +16,12 @@ from torchquant.quantizers_functional.formats import Format, IntegerTerms
 
 
 def ttq_codes(x: Tensor, threshold: Tensor) -> Tensor:
-    """`sign(x)` where |x| > threshold (strictly), else 0, in x's type. NaN stays NaN."""
+    """Return `sign(x)` where |x| > threshold (strictly), else 0, in x's type. NaN stays NaN."""
     return (x.gt(threshold).to(x.dtype) - x.lt(-threshold).to(x.dtype)).add_(x.clamp(0.0, 0.0))
 
 
 def ttq_values(codes: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """`positive` for 1, `-negative` for -1. codes: (*) float."""
+    """Return `positive` for 1, `-negative` for -1. codes: (*) float."""
     return codes.clamp_min(0.0) * positive + codes.clamp_max(0.0) * negative
 
 

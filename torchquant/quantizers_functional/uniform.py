@@ -1,4 +1,4 @@
-"""Whole-number codes of uniform formats, and quantizing on them without a quantizer. The maths: `UniformGrid`."""
+"""Integer codes of uniform formats, and quantization on them without a quantizer. The maths is in `UniformGrid`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_BITS = 32
 
 
 def integer_codes(n_bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest of the n-bit integers, two's complement if signed. Raises ConfigError.
+    """Return the smallest and largest n-bit integer, two's complement if signed. Raises ConfigError.
 
     >>> integer_codes(4, True), integer_codes(4, False)
     ((-8, 7), (0, 15))
