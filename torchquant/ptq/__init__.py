@@ -1,8 +1,8 @@
 """Post-training quantization: algorithms that choose weights, scales and roundings without training the model.
 
-`run` carries stages out (`engine.py`: their order and the passes, `streams.py`: forwards that stop before each layer,
-`work.py`: what is done at one layer, `resuming.py`: its folder). A stage is a class in `PTQ` (`stage.py`), each in a
-file of `algorithms/`; the maths is in `functional/`.
+`run` runs stages (`engine.py`: their order and the passes, `streams.py`: forwards that stop before each layer,
+`work.py`: the stages at one layer, `resuming.py`: the folder of a run). A stage is a class in `PTQ` (`stage.py`), each
+in a file of `algorithms/`; the maths is in `functional/`.
 """
 
 from torchquant.ptq import algorithms as algorithms

@@ -1,4 +1,4 @@
-"""The one engine of all post-training algorithms: stages in their order, layers in the order they run."""
+"""The engine of all post-training algorithms: it runs stages in their order, and layers in order of execution."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def run(
 
     `stages`: names with options, in the order they run: "fold_bn", "calibrate", "gptq:act_order", "bias_correction";
     `torchquant ptq --list` prints all. `batches`: inputs as for `torchquant.calibrate`, kept for all stages; stages
-    that look at no inputs need none. `out`: a folder for results; a run of the same model, stages and batches that was
-    killed goes on there, and ends bit for bit as if it had not been. `keep`: "best" undoes a rounding whose error is
-    above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and not to, by path, with
-    wildcards. `seed`: of what is drawn at random. `on_step(report)` is called after each step.
+    that use no inputs need none. `out`: a folder for results; a killed run of the same model, stages and batches
+    resumes there, and its result is bit for bit that of an uninterrupted run. `keep`: "best" undoes a rounding whose
+    error is above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and to leave out,
+    by path, with wildcards. `seed`: for random numbers. `on_step(report)` is called after each step.
 
-    Layer stages that follow each other run in one pass over all batches: each forward waits before every layer until
-    all batches are there, so each layer sees its inputs as the rounded layers before it leave them, and nothing is run
-    twice. The float outputs that algorithms match come from a second pass beside it, over a copy of the float model.
-    Memory: the model twice, what the forwards of all batches hold at one layer, and the Gram matrices of one layer.
+    Consecutive layer stages run in one pass over all batches: each forward waits before every layer until all batches
+    have arrived, so each layer gets its inputs from the rounded layers before it, and nothing is run twice. The float
+    outputs that algorithms match come from a second, parallel pass over a copy of the float model. Memory: the model
+    twice, the tensors that the forwards of all batches hold at one layer, and the Gram matrices of one layer.
 
-    A batch norm that is folded into a layer is folded for good first, and frozen. Raises ConfigError for stages that
-    cannot follow each other, a model without quantizers, and batches that are missing; what an algorithm cannot do at a
-    layer is said in the report, and the layer is rounded to nearest.
+    A batch norm that is folded into a layer is folded permanently first, and frozen. Raises ConfigError for stages in
+    an impossible order, a model without quantizers, and missing batches; if an algorithm cannot work on a layer, the
+    report says so, and the layer is rounded to nearest.
 
     >>> import torchquant as tq
     >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
@@ -110,7 +110,7 @@ def run(
 
 
 def _check_order(stages: Sequence[Stage]) -> None:
-    """Raise ConfigError where a stage would undo what one before it did."""
+    """Raise ConfigError if a stage would undo the changes of an earlier one."""
     if not stages:
         raise ConfigError("there are no stages to run; give names such as 'gptq', see PTQ")
     done: dict[str, Stage] = {}
@@ -176,7 +176,7 @@ class _Engine:
         self.advance: Callable[[], None] = lambda: None
 
     def count(self, stages: Sequence[Stage]) -> int:
-        """How many steps the stages are."""
+        """Return how many steps the stages take."""
         return sum(len(self.layers) if isinstance(stage, LayerStage) else 1 for stage in stages)
 
     def report(self, step: StepReport) -> None:
@@ -212,7 +212,7 @@ class _Engine:
         self.n_passes += 1
 
     def _prepare(self, stages: Sequence[LayerStage]) -> None:
-        """Fold batch norms for good, note the float model, and give every weight its numbers."""
+        """Fold batch norms permanently, copy the float model, and give every weight its numbers."""
         if self.reference is not None:
             return
         for path, wrapper in self.layers.items():
@@ -239,7 +239,7 @@ class _Engine:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _inputs_of_layers(self, needs: frozenset[str], wants_float: bool) -> Iterable[tuple[str, LayerData]]:
-        """Each layer, when every batch that reaches it is there, with what it reads; it may be changed then."""
+        """Yield each layer with its inputs, when every batch that reaches it has arrived; it may be changed then."""
         assert self.reference is not None
         order = list(self.layers)
         calls = [self._call(self.model, batch) for batch in self.inputs]
@@ -264,7 +264,7 @@ class _Engine:
         return lambda: call_with(model, batch, "a batch")
 
     def _data(self, path: str, needs: frozenset[str], now: list[Pass], floats: list[Pass]) -> LayerData:
-        """What the layer reads in all passes that wait before it."""
+        """Collect the layer's inputs in all passes that wait before it."""
         data = LayerData(path, needs, self._generator(path))
         if self.saved.has(self.n_passes, path):
             return data
@@ -286,7 +286,7 @@ class _Engine:
         return data
 
     def _kept(self, i: int, x: Any) -> Tensor | None:
-        """Which tokens of a batch are not padding, if its attention mask says so."""
+        """Return which tokens of a batch are not padding, if its attention mask tells."""
         batch = self.inputs[i]
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if isinstance(mask, Tensor) and isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == mask.shape:
@@ -294,7 +294,7 @@ class _Engine:
         return None
 
     def _work(self, path: str, stages: Sequence[LayerStage], data: LayerData, note: str = "") -> None:
-        """Run the stages at one layer and make the result its weight."""
+        """Run the stages at one layer and set its weight to the result."""
         wrapper = self.layers[path]
         if (steps := self.saved.restore(self.n_passes, path, wrapper)) is not None:
             for step in steps:

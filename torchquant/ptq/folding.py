@@ -1,4 +1,4 @@
-"""Batch norms folded into their layers for good, so that a rounded weight stays exactly what it is."""
+"""Fold batch norms permanently into their layers, so that a rounded weight stays exactly as it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchquant.qmodule.bn_folding import running_bias, running_factor
 
 @torch.no_grad()
 def fold_for_good(layers: Mapping[str, QWrapper]) -> list[str]:
-    """Fold the batch norm of each layer that has folding on into its weight. Returns the paths of those that had one.
+    """Fold the batch norm of each layer with folding on into its weight. Returns the paths of the layers that had one.
 
-    The batch norm stays, with the factor 1 and the folded bias, and is frozen: on statistics of batches it would be
-    another one. State dicts keep their keys. A layer whose batch norm is folded for good already is not changed.
+    The batch norm stays, with the factor 1 and the folded bias, and is frozen: on batch statistics it would compute
+    something else. State dicts keep their keys. A layer whose batch norm is already permanently folded is not changed.
     """
     done = []
     for path, wrapper in layers.items():
@@ -35,7 +35,7 @@ def fold_for_good(layers: Mapping[str, QWrapper]) -> list[str]:
 
 
 def _neutralize(bn: _BatchNorm, bias: Tensor) -> None:
-    """Let the batch norm add the bias and nothing else."""
+    """Reduce the batch norm to adding the bias."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     bn.running_mean.zero_()
@@ -44,4 +44,4 @@ def _neutralize(bn: _BatchNorm, bias: Tensor) -> None:
         bn.weight, bn.bias = torch.nn.Parameter(torch.ones_like(bias)), torch.nn.Parameter(torch.zeros_like(bias))
     bn.weight.fill_(1.0)
     bn.bias.copy_(bias)
-    bn.weight.div_(running_factor(bn))  # what adding eps rounds away
+    bn.weight.div_(running_factor(bn))  # undoes the rounding error of adding eps

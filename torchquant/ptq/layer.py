@@ -1,4 +1,4 @@
-"""What an algorithm sees of one layer: its weight as a matrix, its grid, and what it reads."""
+"""An algorithm's view of one layer: its weight as a matrix, its grid, and statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torchquant.quantizers import Quantizer
 
 
 class Layer:
-    """A weight that is quantized. Algorithms read it; the engine alone changes it.
+    """A quantized weight. Algorithms read it; only the engine changes it.
 
     `weight`: (groups, rows, K) float32 or wider, the real weight that QUANT_EVAL quantizes, a batch norm folded in.
     `rounded`: the same on its grid, once an algorithm has chosen; None before. `path`: its name in messages.
@@ -41,30 +41,30 @@ class Layer:
         self.rounded = rounded
 
     def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
-        """x, (groups, rows, k), on the grids of these columns, (groups, k) int64."""
+        """Quantize x, (groups, rows, k), on the grids of these columns, (groups, k) int64."""
         if len(x) == 1 or not self.quantizer.levels_vary or bool((columns == columns[:1]).all()):
             return self.quantizer.nearest(x.flatten(0, 1), columns[0]).view(x.shape)
         every = [self.quantizer.nearest(x.flatten(0, 1), own).view(x.shape)[i] for i, own in enumerate(columns)]
         return torch.stack(every)
 
     def quantized(self, weight: Tensor | None = None) -> Tensor:
-        """A weight, or the own one, rounded to nearest: (groups, rows, K)."""
+        """Round a weight, by default the layer's own, to nearest: (groups, rows, K)."""
         weight = self.weight if weight is None else weight
         return self.quantizer(weight.reshape(self.shape)).detach().view(weight.shape)
 
     def neighbours(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels below and above each weight: two (groups, rows, K)."""
+        """Return the levels below and above each weight: two (groups, rows, K)."""
         below, above = self.quantizer.neighbours(weight.reshape(self.shape))
         return below.view(weight.shape), above.view(weight.shape)
 
 
 @dataclass
 class LayerData:
-    """What a layer reads, summed over all batches; only what the stages asked for is there.
+    """Statistics of a layer's inputs over all batches; only those that the stages asked for are present.
 
-    `n`: rows, tokens or patches. All of them are means over the rows: `gram` (groups, K, K) of the inputs of now,
-    `cross_gram` (groups, K, K) of these, transposed, with those in the float model; `mean_input` and
-    `mean_float_input` (groups, K). `generator`: for what is drawn at random.
+    `n`: the number of rows, that is tokens or patches. All statistics are means over the rows: `gram` (groups, K, K)
+    of the current inputs, `cross_gram` (groups, K, K) of these, transposed, with the inputs in the float model;
+    `mean_input` and `mean_float_input` (groups, K). `generator`: for random numbers.
     """
 
     path: str
@@ -74,7 +74,7 @@ class LayerData:
     _sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, rows: Tensor, float_rows: Tensor | None) -> None:
-        """Count a piece of rows in: (groups, n, K), of both models."""
+        """Add a block of rows, (groups, n, K), of both models."""
         self.n += rows.shape[1]
         found = {"gram": lambda: gram_sum(rows), "means": lambda: rows.to(torch.float64).sum(1)}
         if float_rows is not None:
@@ -108,22 +108,22 @@ class LayerData:
         return self._mean("float_means")
 
     def check(self, damp: float) -> None:
-        """Raise for a Gram matrix that says nothing of the layer."""
+        """Raise for a Gram matrix that carries no information about the layer."""
         check_gram(self.gram, self.n, damp)
 
     def corrected(self, weight: Tensor, damp: float = 0.01) -> Tensor:
-        """The weight that comes nearest to the float outputs from the inputs of now: (groups, rows, K)."""
+        """Solve for the weight whose outputs on the current inputs are nearest to the float ones: (groups, rows, K)."""
         return corrected_weight(weight, self.gram, self.cross_gram, damp)
 
     def error(self, weight: Tensor, rounded: Tensor) -> Tensor:
-        """Mean squared error of each output that a rounded weight makes: (groups, rows)."""
+        """Compute the mean squared error of each output under a rounded weight: (groups, rows)."""
         return output_error((weight - rounded).to(torch.float64), self.gram)
 
 
 def rows_read(wrapper: QWrapper, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
-    """The rows that the product of a wrapped layer reads when it is called with x, in pieces (groups, n, K).
+    """Yield the input rows of the product in a wrapped layer when it is called with x, in blocks (groups, n, K).
 
-    keep: (...) truths, of the tokens that count.
+    keep: (...) bool, true for the tokens that count.
     """
     x = wrapper.quantized_input(x)
     if isinstance(wrapper.row, InputFirstPattern):
@@ -142,7 +142,7 @@ def rows_read(wrapper: QWrapper, x: Tensor, keep: Tensor | None = None) -> Itera
 def make_rows(
     wrapper: QWrapper, x: Any, real: Any, float_x: Any, keep: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows of the quantized and the float layer side by side; None where there is no float one."""
+    """Yield rows of the quantized and the float layer in pairs; None if there is no float layer."""
     if real is None:
         for piece in rows_read(wrapper, x, keep):
             yield piece, None

@@ -1,4 +1,4 @@
-"""Recipes: which plan, which stages; as one line, as a YAML file, or by the name of a ready one."""
+"""Recipes: a plan and its stages, as one line, as a YAML file, or by the name of a built-in recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 1
 @checked
 @dataclass(frozen=True)
 class Recipe:
-    """What to run: rules for the plan, and stages. `names`, `skip`, `keep` as in `run`. Raises ConfigError.
+    """A recipe: rules for the plan, and stages. `names`, `skip`, `keep` as in `run`. Raises ConfigError.
 
     >>> Recipe.parse("gptq:damp=0.05,act_order,bias_correction").stages
     ('gptq:damp=0.05,act_order', 'bias_correction')
@@ -35,12 +35,12 @@ class Recipe:
 
     @property
     def made(self) -> list[Stage]:
-        """The stages."""
+        """Make the stages."""
         return [make_stage(stage) for stage in self.stages]
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Read stages from one line: names with commas between, options behind a colon, with commas between as well."""
+        """Read stages from one line: names separated by commas; options, separated by commas too, after a colon."""
         stages: list[str] = []
         for item in (part.strip() for part in text.split(",")):
             is_stage = item.partition(":")[0] in PTQ
@@ -54,7 +54,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a YAML file: `stages`, and `plan`, `keep`, `names`, `skip` where they are not the defaults."""
+        """Read a YAML file: `stages`, and optionally `plan`, `keep`, `names`, `skip`."""
         found = read_yaml(path)
         allowed = ("torchquant_ptq", "plan", "stages", "keep", "names", "skip")
         if not isinstance(found, Mapping) or found.get("torchquant_ptq") != FORMAT:
@@ -72,7 +72,7 @@ class Recipe:
 
 
 def is_file(name: str) -> bool:
-    """Whether it names a file that is there; not what no file system takes."""
+    """Whether the name is that of an existing file; False for names that no file system accepts."""
     try:
         return Path(name).is_file()
     except (OSError, ValueError):
@@ -86,12 +86,12 @@ RECIPES: dict[str, Recipe] = {
     "transformer-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
     "llm-w4-gptq": Recipe(("gptq:act_order",), ({"types": ["Linear", "Conv1D"], "weight": "affine:4/group=128"},)),
 }
-"""Ready recipes by name."""
+"""Built-in recipes by name."""
 
 
 @checked
 def find_recipe(name: str) -> Recipe:
-    """A ready recipe by its name, a YAML file, or stages in one line. Raises ConfigError."""
+    """Return a recipe from the name of a built-in one, a YAML file, or stages in one line. Raises ConfigError."""
     if name in RECIPES:
         return RECIPES[name]
     if is_file(name):

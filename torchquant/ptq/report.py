@@ -1,4 +1,4 @@
-"""What a post-training run did: a line for each layer and stage; it prints, and is saved as JSON and CSV."""
+"""The report of a post-training run: one line per layer and stage, printed, and saved as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StepReport:
     """One stage at one layer, or at the whole model (`path` "").
 
     `nearest_error`, `error`: mean squared error of the layer's outputs over their mean square, rounded to nearest and
-    as it is now; None where no inputs were looked at. `changed`: share of the weights that are not what rounding to
-    nearest gives. `rows`: of inputs that were seen. `note`: what is to be known, "" if nothing.
+    after the stage; None if no inputs were used. `changed`: share of the weights that differ from rounding to nearest.
+    `rows`: number of input rows used. `note`: a remark for the reader, "" if none.
     """
 
     stage: str
@@ -35,7 +35,7 @@ class StepReport:
 
     @property
     def gain(self) -> float | None:
-        """By how many dB the error is below that of rounding to nearest."""
+        """Return by how many dB the error is below that of rounding to nearest."""
         if not self.nearest_error or not self.error:
             return None
         from math import log10
@@ -45,13 +45,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class PTQReport(ShownAsTables):
-    """All steps of a run, in their order. Prints as a table."""
+    """All steps of a run, in order. Prints as a table."""
 
     stages: tuple[str, ...]
     steps: tuple[StepReport, ...]
 
     def table(self) -> str:
-        """A line a step."""
+        """Return a table with one line per step."""
         rows = [
             [
                 step.stage,
@@ -71,12 +71,12 @@ class PTQReport(ShownAsTables):
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, as `save` writes it."""
+        """Return the report as plain data, as `save` writes it."""
         return {"torchquant_ptq": FORMAT, "stages": list(self.stages), "steps": [asdict(step) for step in self.steps]}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "the data") -> PTQReport:
-        """What `to_dict` gave; `where` names it in messages. Raises ConfigError."""
+        """Make the report from the output of `to_dict`; `where` names the data in messages. Raises ConfigError."""
         check_format(where, data, "torchquant_ptq", FORMAT, "a report of a post-training run")
         try:
             return cls(tuple(data["stages"]), tuple(StepReport(**step) for step in data["steps"]))
@@ -96,7 +96,7 @@ class PTQReport(ShownAsTables):
 
 
 def by_stage(steps: Iterable[StepReport]) -> dict[str, list[StepReport]]:
-    """Stage -> its steps."""
+    """Return stage -> its steps."""
     found: dict[str, list[StepReport]] = {}
     for step in steps:
         found.setdefault(step.stage, []).append(step)

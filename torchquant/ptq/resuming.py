@@ -1,4 +1,4 @@
-"""The folder of a run: each layer's result in a file of its own, so that a killed run goes on behind the last."""
+"""The folder of a run: each layer's result is a file of its own, so that a killed run resumes after the last one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = "run.json"
 
 
 class Steps:
-    """Results by pass and layer. Without a folder nothing is kept."""
+    """Results by pass and layer. Without a folder nothing is saved."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -39,7 +39,7 @@ class Steps:
         inputs: Sequence[Any],
         settings: tuple[Any, ...],
     ) -> Steps:
-        """Open the folder of a run, which must be the same run as before. Raises ConfigError."""
+        """Open the folder of a run. Raises ConfigError if the folder is that of another run."""
         if out is None:
             return cls()
         folder = Path(out)
@@ -68,12 +68,12 @@ class Steps:
         return None if self.folder is None else self.folder / f"{n_pass}-{name}.pt"
 
     def has(self, n_pass: int, path: str) -> bool:
-        """Whether the layer was done in this pass."""
+        """Whether the result of the layer in this pass is saved."""
         file = self._file(n_pass, path)
         return file is not None and file.exists()
 
     def save(self, n_pass: int, path: str, wrapper: QWrapper, steps: Sequence[StepReport]) -> None:
-        """Keep the layer as it is now."""
+        """Save the layer in its current state."""
         file = self._file(n_pass, path)
         if file is not None:
             quantizer, tensors = _parts(wrapper)
@@ -85,7 +85,7 @@ class Steps:
             write_whole(file, lambda temporary: torch.save(kept, temporary))
 
     def restore(self, n_pass: int, path: str, wrapper: QWrapper) -> list[StepReport] | None:
-        """Make the layer what was kept, and give its steps; None if nothing was."""
+        """Restore the layer from its saved result and return its steps; None if nothing was saved."""
         file = self._file(n_pass, path)
         if file is None or not file.exists():
             return None
@@ -99,7 +99,7 @@ class Steps:
 
 
 def _parts(wrapper: QWrapper) -> tuple[Quantizer, dict[str, Tensor]]:
-    """The quantizer of a layer's weight, and the tensors that stages change."""
+    """Return the quantizer of a layer's weight, and the tensors that stages change."""
     (slot,) = wrapper.weight_slots()
     assert slot.quantizer is not None
     held = bias_of(wrapper)
@@ -107,7 +107,7 @@ def _parts(wrapper: QWrapper) -> tuple[Quantizer, dict[str, Tensor]]:
 
 
 def digest(value: Any) -> str:
-    """A fingerprint of all tensors and plain values in a structure."""
+    """Compute a fingerprint of all tensors and plain values in a structure."""
     found = hashlib.sha256()
     for leaf in tree_leaves(dict(value) if isinstance(value, Mapping) else value):
         if isinstance(leaf, Tensor):

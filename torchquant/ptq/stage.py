@@ -1,4 +1,4 @@
-"""What a post-training algorithm is: a class with facts and one method, in the registry `PTQ`."""
+"""The contract of post-training algorithms: a class with facts and one method, in the registry `PTQ`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torchquant.ptq.layer import Layer, LayerData
 PTQ: Registry[type[Stage]] = Registry("post-training stage")
 """Every stage by its name."""
 NEEDS = ("gram", "cross_gram", "means", "float_means")
-"""What a layer's stage can ask for; see `LayerData`."""
+"""Statistics that a layer stage can ask for; see `LayerData`."""
 CHANGES = ("structure", "ranges", "weights", "numbers", "roundings", "bias")
-"""What a stage can change, in the order in which stages may follow each other."""
+"""The kinds of change that a stage can make, in the order in which stages may follow each other."""
 
 
 class Stage(ABC):
-    """A step of a recipe. `changes`: what of a layer it changes, of `CHANGES`. `source`: paper, or "own"."""
+    """A step of a recipe. `changes`: the kind of change, one of `CHANGES`. `source`: paper, or "own"."""
 
     changes: ClassVar[str]
     source: ClassVar[str] = "own"
     when: ClassVar[str] = ""
-    """When to use it, in a few words."""
+    """When to use the stage, in a few words."""
     spec = ""
-    """As it was written in the recipe."""
+    """The stage as written in the recipe."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -46,15 +46,15 @@ class ModelStage(Stage):
 
     @abstractmethod
     def run(self, model: nn.Module, batches: list[Any]) -> str:
-        """Change the model. Returns what was done, in words for the report."""
+        """Change the model. Returns a text for the report that says what was done."""
 
 
 class LayerStage(Stage):
-    """A stage that works on one layer after the other, each as its inputs have become by then."""
+    """A stage that works on one layer after the other, each with its inputs from the layers changed before it."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `LayerData` has to hold, of `NEEDS`."""
+        """Return which of `NEEDS` must be in `LayerData`."""
         return frozenset()
 
 
@@ -72,14 +72,14 @@ class Rounding(LayerStage):
 
     @abstractmethod
     def round(self, layer: Layer, data: LayerData) -> Tensor:
-        """The weight on its grid: (groups, rows, K), as `layer.weight`; the engine makes it the weight."""
+        """Return the weight on its grid: (groups, rows, K), as `layer.weight`; the engine then sets it."""
 
 
 class Matching(LayerStage):
-    """A stage that makes the output of a layer equal to another output.
+    """A stage that matches the output of a layer to another output.
 
-    `match`: "float", the outputs of the float model, so that errors of the layers before are made good; "layer", the
-    float layer on the inputs that it gets now.
+    `match`: "float", the outputs of the float model, so that errors of earlier layers are compensated; "layer", the
+    outputs of the float layer on its current inputs.
     """
 
     def __init__(self, match: str = "float") -> None:
@@ -92,22 +92,22 @@ class Matching(LayerStage):
         return frozenset({"gram", "cross_gram"} if self.match == "float" else {"gram"})
 
     def target(self, layer: Layer, data: LayerData) -> Tensor:
-        """The real weight whose output on the inputs of now is nearest to what is matched: (groups, rows, K)."""
+        """Return the real weight whose output on the current inputs is nearest to the target: (groups, rows, K)."""
         return data.corrected(layer.weight) if self.match == "float" else layer.weight
 
 
 class MatchingRounding(Matching, Rounding):
-    """A rounding by the error of the layer's output; see `Matching`."""
+    """Chooses levels by the error of the layer's output; see `Matching`."""
 
 
 class WeightChange(LayerStage):
-    """Changes the real weights before they are rounded; the quantizer takes new numbers from them."""
+    """Changes the real weights before they are rounded; the quantizer then derives new numbers from them."""
 
     changes = "weights"
 
     @abstractmethod
     def change(self, layer: Layer, data: LayerData) -> Tensor:
-        """The new real weight, (groups, rows, K)."""
+        """Return the new real weight, (groups, rows, K)."""
 
 
 class NumberSearch(LayerStage):
@@ -117,22 +117,22 @@ class NumberSearch(LayerStage):
 
     @abstractmethod
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
-        """All numbers of the quantizer, by the names of `Quantizer.numbers`."""
+        """Return all numbers of the quantizer, by the names of `Quantizer.numbers`."""
 
 
 class BiasChange(LayerStage):
-    """Changes the bias to make good what the weights lost."""
+    """Changes the bias to compensate the error of the rounded weights."""
 
     changes = "bias"
 
     @abstractmethod
     def bias(self, layer: Layer, data: LayerData) -> Tensor:
-        """What is added to the output of each channel, (C,)."""
+        """Return the correction to add to the output of each channel, (C,)."""
 
 
 @checked
 def make_stage(spec: str | Mapping[str, Any] | Stage) -> Stage:
-    """The stage that a spec names: "gptq", "gptq:damp=0.05,act_order", {"gptq": {"damp": 0.05}}, or a stage itself.
+    """Make the stage that a spec names: "gptq", "gptq:damp=0.05,act_order", {"gptq": {"damp": 0.05}}, or a stage.
 
     Raises UnknownNameError, ConfigError for an option that the stage does not have.
 

@@ -1,8 +1,8 @@
-"""Forward passes of many batches, side by side: each stops before every layer, until all have come as far.
+"""Forward passes of many batches in lockstep: each stops before every layer until all have arrived there.
 
-A pass runs in a thread of its own, and one thread runs at a time. So a layer meets the inputs of all batches at once,
-as the layers before it leave them, and nothing runs twice: no forward is cut into blocks, traced, or begun again. What
-is kept meanwhile is what the forwards themselves hold at that place.
+Each pass runs in its own thread, and one thread runs at a time. So the inputs of all batches meet at a layer, computed
+by the changed layers before it, and nothing runs twice: no forward is cut into blocks, traced, or restarted. The only
+tensors kept meanwhile are those that the forwards themselves hold at that point.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Call = Callable[[], object]
 
 
 class _Stopped(BaseException):
-    """Unwinds a pass that is not to go on; no forward catches it by accident."""
+    """Unwinds a pass that shall not continue; no forward catches it by accident."""
 
 
 class Pass:
-    """One forward, which waits before each of the modules that are looked at.
+    """One forward, which waits before each of the watched modules.
 
-    `at`: the name of the module it waits before, None at its end. `args`, `kwargs`: what the module is about to get.
+    `at`: the name of the module it waits before, None at its end. `args`, `kwargs`: the arguments of the coming call.
     """
 
     def __init__(self, call: Call) -> None:
@@ -77,7 +77,7 @@ class Pass:
             raise self._error
 
     def stop(self) -> None:
-        """End the pass where it waits."""
+        """End the pass at the point where it waits."""
         if self._has_begun and self._thread.is_alive():
             self._is_stopped = True
             self._may_go.release()
@@ -89,7 +89,7 @@ _here = threading.local()
 
 @contextmanager
 def passes(modules: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[list[Pass]]:
-    """A pass for each call, which waits before each of the modules, not begun yet; they are ended on the way out."""
+    """Make one pass per call, not yet started, that waits before each of the modules; all are ended on exit."""
 
     def stop_before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The stages of a pass at one layer, one after the other: what each changes, and what is undone."""
+"""Run the stages of a pass at one layer, one after the other, and undo those that increase the error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torchquant.qmodule import QWrapper
 
 
 class LayerWork:
-    """One layer in one pass.
+    """The work on one layer in one pass.
 
-    `keep`: "best" undoes what makes the error larger than that of rounding to nearest.
+    `keep`: "best" undoes a stage that makes the error larger than that of rounding to nearest.
     """
 
     def __init__(self, wrapper: QWrapper, real: Any, data: LayerData, keep: str, note: str) -> None:
@@ -36,7 +36,7 @@ class LayerWork:
         self.is_changed = False
 
     def run(self, stage: LayerStage, name: str) -> StepReport:
-        """Run one stage, unless nothing is known of what the layer reads; then it is rounded to nearest."""
+        """Run one stage; if nothing is known of the layer's inputs, round to nearest instead."""
         began = time.perf_counter()
         notes = [self.note] if self.note else []
         if stage.needs and not self.data.n:
@@ -79,7 +79,7 @@ class LayerWork:
         self.layer.rounded, self.is_changed = rounded, True
 
     def _undo(self) -> None:
-        """Round to nearest, on the numbers and from the weight that the layer came with."""
+        """Round to nearest, with the numbers and the weight that the layer had before the pass."""
         slot, quantizer = self.layer.slot, self.layer.quantizer
         quantizer.unpin()
         slot.set_weight(self.real.reshape(self.layer.shape).to(slot.weight.dtype))
@@ -132,7 +132,7 @@ class LayerWork:
         return []
 
     def _error(self, rounded: Tensor) -> float | None:
-        """Mean squared error of the outputs, over their mean square; None if nothing is known of the inputs."""
+        """Compute the mean squared error of the outputs over their mean square; None if no inputs are known."""
         if "gram" not in self.data.wanted or not self.data.n:
             return None
         gram = self.data.gram
@@ -144,7 +144,7 @@ class LayerWork:
         return found / total if total > 0 else 0.0
 
     def commit(self) -> None:
-        """Make what was chosen the weight of the layer; what was only looked at is as before."""
+        """Set the layer's weight to the chosen levels; the quantizer of a layer without a change is unpinned again."""
         if self.layer.rounded is not None:
             self.layer.slot.commit(self.layer.rounded)
         elif not self.is_changed and not self.was_pinned:
@@ -152,7 +152,7 @@ class LayerWork:
 
 
 def bias_of(wrapper: QWrapper) -> tuple[nn.Parameter, Tensor | None] | None:
-    """The bias behind the weight, and what one unit of the layer's output is in it; None if there is none."""
+    """Return the bias after the weight, and the size of one unit of the layer's output in it; None if there is none."""
     if wrapper.bn is not None and wrapper.bn.bias is not None:
         if wrapper.fold_mode is not None:
             return wrapper.bn.bias, None
