@@ -53,7 +53,7 @@ def tokens(*shape, seed=0):
     return torch.randint(0, 2000, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "lstm")])
 def test_a_language_model_is_its_codes_for_any_length(tmp_path, kind):
     model = quantized(Language(KINDS[kind]), [(tokens(4, 7),)])
     path = export_onnx(model, tmp_path / "m.onnx", tokens(2, 7), dynamic_shapes=({1: "length"},), verify=False)

@@ -20,11 +20,11 @@ from torchquant.utils import state_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-TORCHVISION_FAST = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf"]
+TORCHVISION_FAST = ["mobilenet_v3_small", "squeezenet1_1"]
 TORCHVISION_SLOW = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
     *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnext50_32x4d", "swin_t", "swin_v2_t", "vgg11_bn"),
-    *("vit_b_16", "wide_resnet50_2"),
+    *("vit_b_16", "wide_resnet50_2", "shufflenet_v2_x0_5", "regnet_y_400mf"),
 ]
 TIMM_FAST = ["mobilenetv3_small_100", "test_vit", "test_convnext"]
 TIMM_SLOW = [

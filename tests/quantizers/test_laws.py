@@ -110,7 +110,13 @@ def test_every_code_comes_back(name: str, axis: int | None, i: int) -> None:
     assert torch.equal(quantizer.encode(quantizer.decode(along)), along)
 
 
-@pytest.mark.parametrize("text", ["affine:4,symmetric=narrow/group=16", "esb:4,k=1/group=5", "nf4/group=64"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "esb:4,k=1/group=5",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("affine:4,symmetric=narrow/group=16", "nf4/group=64")),
+    ],
+)
 def test_groups_keep_the_laws(text: str) -> None:
     report = tq.check_quantizer(tq.make_quantizer(text), torch.randn(4, 40))
     assert set(report.skipped) == {"per_channel", "levels_used"}

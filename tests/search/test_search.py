@@ -299,8 +299,8 @@ def width_search(budget: str, start: float | None, **options: Any) -> Search:
     return PrecisionLearning(small_net(), [{"weight": LEARNED}], batches(1)[0][0], budget, settings)
 
 
-@pytest.mark.parametrize("start", [2.0, 5.0, 8.0])
-@pytest.mark.parametrize("bits", [3, 4.5])
+@pytest.mark.parametrize("start", [2.0, 8.0, pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [3, pytest.param(4.5, marks=pytest.mark.slow)])
 def test_a_budget_is_met_from_any_start(bits: float, start: float) -> None:
     search = width_search(f"bits<={bits}", start, epochs=30, warmup=0)
     search.run(batches(8))
