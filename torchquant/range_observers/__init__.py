@@ -1,4 +1,4 @@
-"""Range observers: which real interval a quantizer covers."""
+"""Range observers, which determine the real interval that a quantizer covers."""
 
 from typing import TYPE_CHECKING
 

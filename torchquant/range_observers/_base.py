@@ -24,7 +24,7 @@ class RangeObserver(StatisticTracker):
     statistics: tuple[str, ...] = ("range_min", "range_max")
     joined_by = {"range_min": "min", "range_max": "max"}
     made_by = "BatchMinMax() is one"
-    """What messages advise where something else is given for an observer."""
+    """Advice in messages when another object is given in place of an observer."""
     range_min: Tensor
     range_max: Tensor
 
@@ -33,7 +33,7 @@ class RangeObserver(StatisticTracker):
         self.observe_batch(x.clamp(*clamp))
 
     def get_ranges(self) -> tuple[Tensor, Tensor]:
-        """(range_min, range_max), () or (C,) each. Raises UnobservedRangeError before any data."""
+        """Return (range_min, range_max), () or (C,) each. Raises UnobservedRangeError before any data."""
         range_min, range_max, *_ = self.get()
         return range_min, range_max
 

@@ -1,4 +1,4 @@
-"""A site that is called several times in one forward: its calls count as one batch."""
+"""Sites that are called several times in one forward: their calls count as one batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torchquant.range_observers._pins import Pinnable
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, where the device has it: the type of Python's numbers, so that both give the same bits."""
+    """Return float64 if the device has it: the type of Python's floats, so that both give the same bits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _joined(how: str, so_far: Tensor, value: Tensor, share: Tensor) -> Tensor:
-    """A statistic of the calls so far and of one more, which has `share` of all their elements."""
+    """Join a statistic of the calls so far with that of one more call, which has `share` of all their elements."""
     if how in ("min", "max"):
         return torch.minimum(so_far, value) if how == "min" else torch.maximum(so_far, value)
     if how == "rms":
@@ -27,11 +27,11 @@ def _joined(how: str, so_far: Tensor, value: Tensor, share: Tensor) -> Tensor:
 
 
 class CallsOfABatch(Pinnable):
-    """What a tracker keeps while the calls of one batch come: the average before them, and their joined statistics.
+    """The state of a tracker during the calls of one batch: the average before them, and their joined statistics.
 
-    `n_calls` successive observations are one batch. They are joined as the ends, means or sizes that they are
-    (`joined_by`) before they enter the average over batches. Until the last call has come the calls so far stand for
-    the batch, and ends are never narrower than they were before it.
+    `n_calls` successive observations are one batch. They are joined as ends, means or sizes, as `joined_by` says,
+    before they enter the average over batches. Until the last call has come, the calls so far stand for the batch,
+    and ends are never narrower than they were before it.
     """
 
     statistics: tuple[str, ...]
@@ -39,8 +39,8 @@ class CallsOfABatch(Pinnable):
     momentum: float
     starts_at_first: bool
     joined_by: ClassVar[Mapping[str, str]] = {}
-    """Statistic -> "min", "max" or "rms": of several calls it is the least, the largest, or the root of the mean square
-    of theirs; otherwise the mean. Means weigh the elements of each call."""
+    """Statistic -> "min", "max" or "rms": several calls are joined by the minimum, the maximum, or the root mean
+    square; other statistics by the mean. Means are weighted by the elements of each call."""
     _n_calls = 1
     _calls_to_start = 0
 
@@ -51,7 +51,7 @@ class CallsOfABatch(Pinnable):
 
     @property
     def n_calls(self) -> int:
-        """How many successive observations are one batch; 1 unless the site is called more often in a forward."""
+        """Number of successive observations in one batch; 1 unless the site is called several times in a forward."""
         return self._n_calls
 
     @n_calls.setter
@@ -67,24 +67,24 @@ class CallsOfABatch(Pinnable):
 
     @property
     def is_start_complete(self) -> bool:
-        """Whether all calls of the first batch have come: from then on it is the first batch that `set_once` means."""
+        """Whether all calls of the first batch have come, which fixes the statistics in `set_once`."""
         return self._calls_to_start == 0
 
     def _begin_batch(self) -> None:
-        """The next observation is the first of a batch."""
+        """Make the next observation the first of a batch."""
         if self._n_calls > 1:
             cast(Tensor, self._buffers["calls_taken"]).zero_()
             self._calls_to_start = 0 if self.is_observed else self._n_calls
 
     def _size_calls(self) -> None:
-        """Give the buffers beside the statistics, which no checkpoint holds, the shapes of those."""
+        """Give the extra buffers, which no checkpoint holds, the shapes of the statistics."""
         for name in self.statistics if self._n_calls > 1 else ():
             for part in ("before", "joined"):
                 like = torch.zeros_like(cast(Tensor, self._buffers[name]))
                 self.register_buffer(f"{name}_{part}", like, persistent=False)
 
     def _next_call(self) -> None:
-        """A call has passed, whether it showed something or not."""
+        """Count a call, whether it had elements or not."""
         if self._n_calls == 1:
             return
         taken = cast(Tensor, self._buffers["calls_taken"])
@@ -93,9 +93,9 @@ class CallsOfABatch(Pinnable):
             self._calls_to_start -= 1
 
     def _take_in_call(self, values: Sequence[Tensor], count: Tensor, usable: Tensor) -> None:
-        """Average the calls of the batch so far in, in place of what its calls before this one gave.
+        """Average in the calls of the batch so far, in place of those before this call.
 
-        values: of this call, finite. count: its elements. usable: 0 for a call that shows nothing.
+        values: statistics of this call, finite. count: its elements. usable: 0 for a call to be ignored.
         """
         numbers = [cast(Tensor, self._buffers[name]) for name in ("calls_taken", "elements_taken", "weight_before")]
         taken, elements, kept_weight = numbers

@@ -1,4 +1,4 @@
-"""What observers share that count all they see in a histogram, and choose the range from it when it is asked for."""
+"""The base of observers that count all data in a histogram and choose the range from it on demand."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from torchquant.range_observers._histogram import Bins, histogram, rebinned, wid
 from torchquant.range_observers._statistics import StatisticTracker, ends_of, ordinary_zeros, rows
 
 AT_ONCE = 2**18  # bins of an intermediate tensor
-FEW = 2**14  # elements of a batch that are counted together with those of the next
-MOST_KEPT, MOST_BATCHES = 2**17, 64  # elements, and batches, that wait to be counted
-OBSERVERS_AT_ONCE = 8  # whose ranges are chosen in one search
+FEW = 2**14  # elements of a batch that is small enough to be counted together with the next ones
+MOST_KEPT, MOST_BATCHES = 2**17, 64  # largest numbers of elements, and of batches, that wait to be counted
+OBSERVERS_AT_ONCE = 8  # observers whose ranges are chosen in one search
 
 
 def _numbers(low: Tensor, high: Tensor) -> list[float]:
-    """Ends as numbers that fall when a range grows; on a CPU a few of them are compared quicker than tensors."""
+    """Return the ends as numbers that fall when a range grows; on a CPU a few numbers compare faster than tensors."""
     return [low.item(), -high.item()] if low.numel() == 1 else [*low.tolist(), *(-high).tolist()]
 
 
 class CountingObserver(RangeObserver):
-    """Counts what it sees; a subclass writes `choose`, which is called once for all batches since it was called last.
+    """Counts its data; a subclass writes `choose`, which is called once for all batches since the last choice.
 
     `n_bins` equal bins over the range seen so far; a batch beyond it extends the range and the old counts are
-    spread over the new bins. `decay`: what the old counts are worth when a batch comes: 1 keeps everything
+    spread over the new bins. `decay` is the weight of the old counts when a batch comes: 1 keeps everything
     (activations), 0 the last batch only (weights). Ranks of torch.distributed add their counts.
     Source: docs/algorithms.md C3.
 
-    Batches are only counted; the range is chosen when it is asked for next: by `get_ranges`, by a quantizer, by
+    Batches are only counted; the range is chosen when it is next needed: by `get_ranges`, by a quantizer, by
     `state_dict`, or when a QModule enters a state. With `decay=0` it is chosen at once, and no counts are kept.
     """
 
@@ -48,14 +48,14 @@ class CountingObserver(RangeObserver):
     histogram_min: Tensor
     histogram_max: Tensor
     _is_range_due = False
-    """Whether batches were counted since the range was chosen; until it is, the range is all that was seen."""
+    """Whether batches were counted since the last choice of the range; until the next, it covers all data seen."""
     _bins: Any = (None, None)
-    """Ends of what was seen, as `_numbers`, with the type of its elements, and the bins over it; for the next batch."""
+    """Ends of the data seen, as `_numbers`, with their type, and the bins over them, for the next batch."""
     _uncounted: tuple[Tensor, ...] | list[Tensor] = ()
-    """Rows of small batches, inside what was seen, that are still to be counted: a few at once cost as much as one."""
+    """Rows of small batches inside the range seen that are yet to be counted: a few at once cost as much as one."""
     chosen_by: ClassVar[tuple[str, ...]] = ()
-    """The attributes that `choose` reads: observers that are alike in them are searched as rows of one search. None:
-    each is searched by itself, as in a subclass that overrides `choose` without saying what it reads."""
+    """The attributes that `choose` reads: observers with equal ones are rows of one search. Without any, each observer
+    has its own search, as in a subclass that overrides `choose` without declaring them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,16 +74,16 @@ class CountingObserver(RangeObserver):
 
     @abstractmethod
     def choose(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range, from counts (C, n_bins) of what lies from low (C,) to high (C,). Two (C,), inside of those."""
+        """Choose the range from counts (C, n_bins) of the data from low (C,) to high (C,). Two (C,), within these."""
 
     @property
     def keeps_counts(self) -> bool:
-        """Whether counts are kept from one observation to the next; without them the range is chosen at each."""
+        """Whether counts are kept between observations; without them every observation chooses the range."""
         return self.decay > 0.0 or self.n_calls > 1
 
     @property
     def widths(self) -> Mapping[str, int]:  # type: ignore[override]
-        """Bins a row of the buffer `counts`."""
+        """Number of bins per row of the buffer `counts`."""
         return {"counts": self.n_bins if self.keeps_counts else 0}
 
     @property
@@ -92,7 +92,7 @@ class CountingObserver(RangeObserver):
 
     @property
     def counts(self) -> Tensor:
-        """Elements of each bin, (n_bins,) or (C, n_bins) float64."""
+        """Number of elements in each bin, (n_bins,) or (C, n_bins) float64."""
         if "counts" not in self._buffers:  # not made yet
             raise AttributeError("counts")
         self._count_the_rest()
@@ -115,7 +115,7 @@ class CountingObserver(RangeObserver):
         return cast(Tensor, self._buffers[name])
 
     def settle(self) -> None:
-        """Choose the range, if batches were counted since it was chosen last."""
+        """Choose the range, if batches were counted since the last choice."""
         if self._is_range_due:
             self._is_range_due = False
             self._choose_range()
@@ -125,7 +125,7 @@ class CountingObserver(RangeObserver):
 
     @torch.no_grad()
     def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts (C, n_bins) of all that was seen, and its ends (C,), in float64."""
+        """Return the counts (C, n_bins) of all data seen, and the ends (C,), in float64."""
         counts, low, high = (
             (statistic if self.axis is not None else statistic[None]).to(torch.float64)
             for statistic in (self.counts, self.histogram_min, self.histogram_max)
@@ -137,16 +137,16 @@ class CountingObserver(RangeObserver):
             cast(Tensor, self._buffers[name]).view(-1).copy_(end)
 
     def _alike(self) -> tuple[Any, ...] | None:
-        """What observers have in common that can be rows of one search; None for one that cannot."""
+        """Return a key, equal for observers that can be rows of one search; None if this one cannot."""
         low, high = (cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max"))
         if not self.chosen_by or self.axis is not None or low.device.type != "cpu":
             return None
-        is_one_sided = low.item() >= 0.0 or high.item() <= 0.0  # then its ends are not searched each by itself
+        is_one_sided = low.item() >= 0.0 or high.item() <= 0.0  # then its ends are not searched separately
         return type(self), self.n_bins, is_one_sided, *(getattr(self, name) for name in self.chosen_by)
 
     @torch.no_grad()
     def _chosen(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range from counts (C, n_bins) of all that was seen from low to high, (C,); not beyond those."""
+        """Choose the range from counts (C, n_bins) of all data seen from low to high, (C,); never beyond these."""
         chosen, has_mass = self.choose(counts, low, high), counts.sum(1) > 0
         return (
             torch.where(has_mass, torch.clamp(chosen[0], low, high), low),
@@ -154,7 +154,7 @@ class CountingObserver(RangeObserver):
         )
 
     def _size_calls(self) -> None:
-        """Give the counts their width; calls are joined in them, with no buffers beside."""
+        """Give the counts their width; calls are joined in them, without extra buffers."""
         shape = self._shape_of("counts", self.counts.shape[:-1])
         if self.counts.shape != torch.Size(shape):
             self._buffers["counts"] = ordinary_zeros(shape, self.counts)
@@ -162,7 +162,7 @@ class CountingObserver(RangeObserver):
     def _take_in(
         self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
     ) -> None:
-        """Take the numbers as they are: the calls of a batch are joined in the counts."""
+        """Store the numbers unchanged: the calls of a batch are joined in the counts."""
         self._average_in(values, seen, usable)
         self._next_call()
         self._is_range_due = self.keeps_counts
@@ -172,7 +172,7 @@ class CountingObserver(RangeObserver):
             super()._observe(x, measure)
 
     def _adds(self, x: Tensor) -> bool:
-        """Add the counts of x, if nothing else changes: the quick way for most batches, those inside what was seen."""
+        """Add the counts of x if nothing else changes: the fast path for most batches, those inside the range seen."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or world_size() > 1 or x.numel() == 0:
             return False
         if self.decay != 1.0 or self.nonfinite != "raise" or not self.is_observed:
@@ -180,7 +180,7 @@ class CountingObserver(RangeObserver):
         x = x.detach()
         known = self._known()
         now = _numbers(*(torch.aminmax(x) if self.axis is None else ends_of(rows(x, self.axis))))
-        # Not so where there is NaN, or another number of channels.
+        # The fast path excludes NaN, and another number of channels.
         if len(now) != len(known) or not all(old <= new for old, new in zip(known, now, strict=True)):
             return False
         if x.numel() > FEW:
@@ -196,7 +196,7 @@ class CountingObserver(RangeObserver):
         return _numbers(*(cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max")))
 
     def _add_later(self, x: Tensor) -> None:
-        """Count the rows x, which may be written to from now on, together with others."""
+        """Count the rows x later, together with others; the caller may overwrite x from now on."""
         waiting = self._uncounted
         is_full = len(waiting) >= MOST_BATCHES or len(waiting) * x.numel() > MOST_KEPT
         if waiting and (is_full or waiting[0].dtype != x.dtype):
@@ -208,14 +208,14 @@ class CountingObserver(RangeObserver):
             self.__dict__["_uncounted"] = [x.clone()]
 
     def _count_the_rest(self) -> None:
-        """Count the batches that were put off."""
+        """Count the deferred batches."""
         if self._uncounted and not torch.compiler.is_compiling():
             waiting, self.__dict__["_uncounted"] = self._uncounted, ()
             self._add_counts(torch.cat(list(waiting), 1))
 
     @torch.no_grad()
     def _add_counts(self, x: Tensor) -> None:
-        """Add the counts of rows (C, n) inside what was seen."""
+        """Add the counts of rows (C, n) inside the range seen."""
         x = x.to(compute_dtype(x))
         known = self._known(), x.dtype
         if self._bins[0] != known:
@@ -226,7 +226,7 @@ class CountingObserver(RangeObserver):
         cast(Tensor, self._buffers["counts"]).view(len(x), -1).add_(found)
 
     def _kept(self) -> float | Tensor:
-        """What the old counts are worth now: all of it where they are of the same batch."""
+        """Return the weight of the old counts: 1 if they are of the same batch."""
         if self.n_calls == 1 or self.decay == 1.0:
             return self.decay
         return torch.where(cast(Tensor, self._buffers["calls_taken"]) == 0, self.decay, 1.0)
@@ -253,14 +253,14 @@ class CountingObserver(RangeObserver):
         return reduce_sum(histogram(data, low, high, self.n_bins, self.counts_zeros))
 
     def _chosen_at_once(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range for rows alone, some of them at a time; NaN and Inf stay."""
+        """Choose the range from these rows alone, some rows at a time; NaN and Inf stay."""
         at_once = len(x) if world_size() > 1 else max(1, AT_ONCE // self.n_bins)
         parts = list(zip(x.split(at_once), low.split(at_once), high.split(at_once), strict=True))
         chosen = [self._chosen(self._count(part, *self.ends_of_bins(*ends)), *ends) for part, *ends in parts]
         return torch.cat([ends[0] for ends in chosen]), torch.cat([ends[1] for ends in chosen])
 
     def _joined(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ends and counts of x and of what is known, from x and its ends."""
+        """Join the ends and counts of x with those so far, from x and its ends."""
         if not self.is_observed:
             return low, high, self._count(x, *self.ends_of_bins(low, high))
         # Where no rank has elements there is no new batch.
@@ -276,7 +276,7 @@ class CountingObserver(RangeObserver):
         return low, high, self._count(x, *ends) + kept[:, None] * rebinned(counts, *before, *ends)
 
     def ends_of_bins(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last edge of the bins over a range seen."""
+        """Return the first and last edge of the bins over a range seen."""
         limit = torch.finfo(torch.float32).max
         low, high = (end.nan_to_num(0.0).clamp(-limit, limit) for end in (low, high))
         if self.of_magnitude:
@@ -322,11 +322,11 @@ class CountingObserver(RangeObserver):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._size_calls()  # a former pickle has counts also where none are kept
+        self._size_calls()  # an older pickle has counts even if none are kept
 
 
 def settle_together(trackers: Iterable[StatisticTracker]) -> None:
-    """Settle all of them; ranges that are chosen alike in one search, which costs little more than one of them."""
+    """Settle all trackers; similar choices of ranges share one search, which costs little more than a single choice."""
     groups: dict[tuple[Any, ...], list[CountingObserver]] = defaultdict(list)
     for tracker in trackers:
         alike = tracker._alike() if isinstance(tracker, CountingObserver) and tracker._is_range_due else None

@@ -1,7 +1,7 @@
-"""Agreement over the ranks of torch.distributed on the numbers of their joined batch.
+"""Make the ranks of torch.distributed agree on the numbers of their joined batch.
 
-Each rank sees a share of a batch, of any size, also none. Sums and extremes are those of the joined batch; the mean of
-a rank weighs as much as the share it is of. Without a process group every function returns its input.
+Each rank has a share of a batch, of any size, even empty. Sums and extremes are those of the joined batch; the mean of
+a rank is weighted by the size of its share. Without a process group every function returns its input.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torchquant.quantizers_functional._row_statistics import WHOLE, Joining
 
 _IS_BUILT = dist.is_available()
 _counts: list[int] = []
-"""Elements a row of the share that this rank is observing; the last one counts."""
+"""Elements per row of the share that this rank is observing; the last entry counts."""
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without an initialised process group."""
+    """Return the number of ranks, 1 without an initialised process group."""
     return dist.get_world_size() if _IS_BUILT and dist.is_initialized() else 1
 
 
 @contextmanager
 def observing(count: int) -> Iterator[None]:
-    """Within it this rank's part of every mean is of `count` elements a row, and with 0 it adds nothing to anything."""
+    """Weight this rank's part of every mean, within the context, by `count` elements per row; 0 adds nothing at all."""
     _counts.append(count)
     try:
         yield
@@ -46,7 +46,7 @@ def _is_empty() -> bool:
 
 
 def reduce_max(x: Tensor) -> Tensor:
-    """Element-wise maximum of x over all ranks, -Inf where none has an element; Inf where any rank has NaN."""
+    """Return the element-wise maximum of x over all ranks, -Inf if none has an element; Inf where any rank has NaN."""
     if world_size() == 1:
         return x
     # A reduction may lose NaN.
@@ -56,7 +56,7 @@ def reduce_max(x: Tensor) -> Tensor:
 
 
 def reduce_sum(x: Tensor) -> Tensor:
-    """Element-wise sum of x over all ranks."""
+    """Return the element-wise sum of x over all ranks."""
     if world_size() == 1:
         return x
     joined = torch.zeros_like(x) if _is_empty() else x.clone()
@@ -65,7 +65,7 @@ def reduce_sum(x: Tensor) -> Tensor:
 
 
 def reduce_mean(x: Tensor) -> Tensor:
-    """Element-wise mean over the joined batch, from the means x over this rank's share; NaN if no rank has elements."""
+    """Return the element-wise mean over the joined batch, from the means x of the ranks' shares; NaN if it is empty."""
     if world_size() == 1:
         return x
     wide = x.flatten().to(torch.float32 if x.device.type == "mps" else torch.float64)
@@ -77,15 +77,15 @@ _RANKS = Joining(reduce_mean, reduce_sum, reduce_max)
 
 
 def ranks() -> Joining:
-    """How the numbers of this rank's share become those of the joined batch."""
+    """Return how the numbers of this rank's share become those of the joined batch."""
     return WHOLE if world_size() == 1 else _RANKS
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks, joined: (C, n) on each rank to (C, N). Rows that are equal on all ranks are given once.
+    """Join the rows of all ranks: (C, n) on each rank to (C, N). Rows that are equal on all ranks are returned once.
 
-    For numbers that no sums of parts give, such as a sorted order. Every rank holds the joined batch for a moment. NaN,
-    one a row, if no rank has elements.
+    It is for numbers that do not follow from sums of parts, such as a sorted order. Every rank holds the joined batch
+    for a moment. If no rank has elements, the result is one NaN per row.
     """
     if world_size() == 1:
         return rows

@@ -11,10 +11,10 @@ AT_ONCE = 2**18  # elements of an intermediate tensor, which then stay in the ca
 
 
 class Bins:
-    """`n_bins` equal bins a row, from low to high, (C,), low < high; what is outside belongs to the end bins.
+    """`n_bins` equal bins per row, from low to high, (C,), low < high; elements outside belong to the end bins.
 
-    An element is placed in its own type, `dtype`, not in float64, which would cost a pass of its own: what lies within
-    a rounding of an edge may go to either side of it.
+    An element is placed in its own type, `dtype`, not in float64, which would cost an extra pass: an element within a
+    rounding error of an edge may go to either side of it.
     """
 
     def __init__(self, low: Tensor, high: Tensor, n_bins: int, dtype: torch.dtype) -> None:
@@ -27,7 +27,7 @@ class Bins:
         return rows.sub(self.low).mul_(self.scale).clamp_(0, self.n_bins - 1)
 
     def count(self, rows: Tensor, with_zeros: bool = True) -> Tensor:
-        """How many elements of each row each bin has, (C, n_bins) float64; of those that are 0 none, if so asked.
+        """Count the elements of each row in each bin, (C, n_bins) float64; elements that are 0 only if `with_zeros`.
 
         rows: (C, n), finite, in the bins' type.
         """
@@ -42,7 +42,7 @@ class Bins:
             found = [self._counted(piece) for piece in pieces]
             counts = found[0] if len(found) == 1 else torch.stack(found).sum(0)
             counts = counts.view(len(rows), self.n_bins).to(torch.float64)
-            # A sum of floats is the quickest way to count.
+            # A sum of floats is the fastest way to count.
             zeros = [] if with_zeros else [torch.eq(p, 0.0, out=torch.empty_like(p)).sum(1) for p in pieces]
             zeros = [n_zeros for n_zeros in zeros if any(n_zeros.tolist())]
         for n_zeros in zeros:
@@ -50,7 +50,7 @@ class Bins:
         return counts
 
     def _counted(self, rows: Tensor) -> Tensor:
-        """Counts of all rows, flat, by the quickest function of a CPU: one that takes 32-bit numbers."""
+        """Return the counts of all rows, flat, by the fastest function on a CPU, which takes 32-bit numbers."""
         n_rows = len(rows)
         index = self._place(rows).to(torch.int32 if n_rows * self.n_bins < 2**31 else torch.int64)
         if n_rows > 1:
@@ -59,19 +59,19 @@ class Bins:
 
 
 def histogram(rows: Tensor, low: Tensor, high: Tensor, n_bins: int, with_zeros: bool = True) -> Tensor:
-    """Counts of (C, n) rows in equal bins from low to high, (C,), as `Bins` has it. (C, n_bins) float64."""
+    """Count (C, n) rows in equal bins from low to high, (C,), as `Bins` does. (C, n_bins) float64."""
     rows = rows.to(compute_dtype(rows))
     return Bins(low, high, n_bins, rows.dtype).count(rows, with_zeros)
 
 
 def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The same ends, apart where they were equal: by a millionth of their size, at least 1e-6."""
+    """Return the ends, moved apart where they are equal: by a millionth of their size, at least 1e-6."""
     margin = torch.where(high > low, torch.zeros_like(low), (low.abs() * 1e-6).clamp_min(1e-6))
     return low - margin, high + margin
 
 
 def mass_below(counts: Tensor, low: Tensor, high: Tensor, at: Tensor) -> Tensor:
-    """Mass of each row below the points `at`, evenly spread inside a bin. counts: (C, B); at: (C, k). (C, k)."""
+    """Compute each row's mass below the points `at`, spread evenly in a bin. counts: (C, B); at: (C, k). (C, k)."""
     n_bins = counts.shape[1]
     position = ((at - low[:, None]) * (n_bins / (high - low)[:, None])).clamp(0.0, n_bins)
     index = position.floor().clamp(max=n_bins - 1).to(torch.int64)
@@ -80,19 +80,19 @@ def mass_below(counts: Tensor, low: Tensor, high: Tensor, at: Tensor) -> Tensor:
 
 
 def bin_edges(low: Tensor, high: Tensor, n_bins: int) -> Tensor:
-    """(C, n_bins + 1) edges of equal bins."""
+    """Return the (C, n_bins + 1) edges of equal bins."""
     steps = torch.arange(n_bins + 1, dtype=torch.float64, device=low.device) / n_bins
     return low[:, None] + (high - low)[:, None] * steps
 
 
 def rebinned(counts: Tensor, low: Tensor, high: Tensor, new_low: Tensor, new_high: Tensor) -> Tensor:
-    """The same mass in bins over a wider range, by the share of each old bin in each new one."""
+    """Move the mass to bins over a wider range, by the share of each old bin in each new one."""
     edges = bin_edges(new_low, new_high, counts.shape[1])
     return mass_below(counts, low, high, edges).diff(dim=1)
 
 
 def quantile(counts: Tensor, low: Tensor, high: Tensor, share: float) -> Tensor:
-    """The point below which `share` of the mass of each row lies. (C,)."""
+    """Return the point below which `share` of the mass of each row lies. (C,)."""
     n_bins = counts.shape[1]
     cumulated = counts.cumsum(1)
     wanted = cumulated[:, -1:] * share
@@ -104,9 +104,9 @@ def quantile(counts: Tensor, low: Tensor, high: Tensor, share: float) -> Tensor:
 
 
 def entropy_bins(counts: Tensor, n_levels: int) -> tuple[Tensor, Tensor]:
-    """How many bins of each row to keep so that `n_levels` levels lose the least information; docs/algorithms.md C6.
+    """Find how many bins of each row to keep so that `n_levels` levels lose least information; docs/algorithms.md C6.
 
-    counts: (C, B) of magnitudes. For each i from n_levels to B the first i bins, with what is beyond added to the
+    counts: (C, B) of magnitudes. For each i from n_levels to B the first i bins, with the mass beyond added to the
     last, are compared with the same bins averaged over n_levels groups. Returns the smallest i of least
     Kullback-Leibler divergence and that divergence, two (C,).
     """
@@ -116,11 +116,11 @@ def entropy_bins(counts: Tensor, n_levels: int) -> tuple[Tensor, Tensor]:
 
 
 def entropy_share(counts: Tensor, n_levels: Tensor, most_levels: int, error: Tensor, stride: int) -> Tensor:
-    """The share of its bins that each row keeps to lose the least information at no more error than all bins have.
+    """Find the share of bins that each row keeps to lose least information, at no more error than all bins have.
 
     counts: (C, B) of magnitudes. n_levels: (C,), from 1 to `most_levels`. error: (C, B + 1), the squared error when as
     many bins are kept. The divergence counts how much mass goes to the last level, not how far it is moved, so alone it
-    cuts off all that is much larger than most. Every `stride`-th number of bins is tried, the largest first. (C,).
+    cuts off all outliers. Every `stride`-th number of bins is tried, the largest first. (C,).
     """
     kept = torch.arange(counts.shape[1], 0, -stride, device=counts.device)
     is_allowed = (kept >= n_levels[:, None]) & (error[:, kept] <= error[:, -1:])
@@ -128,7 +128,7 @@ def entropy_share(counts: Tensor, n_levels: Tensor, most_levels: int, error: Ten
     is_eager = not torch.compiler.is_compiling() and counts.device.type == "cpu"
     best = []
     for row, levels, allowed in zip(counts, n_levels, is_allowed, strict=True):
-        if is_eager:  # what is not allowed need not be computed
+        if is_eager:  # widths that are not allowed need not be computed
             tried = kept[allowed]
             best.append(tried[_divergences(row, tried, most_levels, levels).argmin()])
         else:
@@ -137,7 +137,7 @@ def entropy_share(counts: Tensor, n_levels: Tensor, most_levels: int, error: Ten
 
 
 def clip_error(counts: Tensor, high: Tensor) -> Tensor:
-    """The squared error of clipping at each edge. counts: (C, B) in equal bins from 0 to high, (C,). (C, B + 1)."""
+    """Compute the squared error of a clip at each edge. counts: (C, B), equal bins from 0 to high, (C,). (C, B + 1)."""
     width = (high / counts.shape[1])[:, None]
     middles = torch.arange(counts.shape[1], dtype=counts.dtype, device=counts.device) + 0.5
     edges = _from_zero(torch.ones_like(middles))
@@ -148,26 +148,26 @@ def clip_error(counts: Tensor, high: Tensor) -> Tensor:
 
 
 def _from_zero(parts: Tensor) -> Tensor:
-    """Cumulated sums of (..., B) numbers before each of them and after the last, (..., B + 1)."""
+    """Compute the cumulative sums of (..., B) numbers, from 0 on, (..., B + 1)."""
     return torch.cat([torch.zeros_like(parts[..., :1]), parts.cumsum(-1)], -1)
 
 
 def _divergences(counts: Tensor, kept: Tensor, most_levels: int, n_levels: Tensor) -> Tensor:
-    """The divergences of C6 where the first `kept` of the (B,) counts are kept. kept: (k,). n_levels: (). (k,).
+    """Compute the divergences of C6 if the first `kept` of the (B,) counts are kept. kept: (k,). n_levels: (). (k,).
 
-    All from cumulated sums: of p the kept part and what is beyond, of q the mean over the occupied bins of a group.
+    All follow from cumulative sums: p is the kept part and the mass beyond, q the mean over a group's occupied bins.
     """
     mass, n_occupied = _from_zero(counts), _from_zero((counts > 0).to(counts.dtype))
     information = _from_zero(torch.xlogy(counts, counts))
     total = counts.sum().clamp_min(1e-300)
     last = counts[kept - 1]
     last_full = last + total - mass[kept]
-    # Bins floor(j i / L) .. floor((j + 1) i / L) - 1 are group j; of those behind the L-th none.
+    # Bins floor(j i / L) .. floor((j + 1) i / L) - 1 are group j; the groups after the L-th are empty.
     group = torch.arange(most_levels + 1, device=counts.device)
     ends = group.minimum(n_levels) * kept[:, None] // n_levels
     is_last = (group[1:] == n_levels).to(counts.dtype)
     full = mass[ends].diff(dim=1)
-    # The last bin is occupied by what is beyond it, too.
+    # The mass beyond the last bin also occupies that bin.
     last_occupied = ((last == 0) & (last_full > 0)).to(counts.dtype)
     group_occupied = n_occupied[ends].diff(dim=1).addcmul_(last_occupied[:, None], is_last)
     level = full / mass[kept].clamp_min(1e-300)[:, None]

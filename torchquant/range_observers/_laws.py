@@ -1,4 +1,4 @@
-"""The laws every range observer must keep, as a function anybody can call on theirs."""
+"""The laws that every range observer must keep, as a function to check your own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torchquant.range_observers._base import RangeObserver
 
 @dataclass(frozen=True)
 class _Case:
-    """An observer that has seen nothing, and what to show it: (4, 3, 60) with the slices of its axis unlike."""
+    """An observer that has seen nothing, and a tensor for it: (4, 3, 60) with the slices of its axis unlike."""
 
     fresh: RangeObserver
     seen: RangeObserver
     x: Tensor
 
     def observed(self, *batches: Tensor, first: RangeObserver | None = None) -> RangeObserver:
-        """A copy of what has seen nothing, or of `first`, after these batches."""
+        """Return a copy of the observer that has seen nothing, or of `first`, after these batches."""
         observer = copy.deepcopy(first or self.fresh)
         for batch in batches:
             observer.observe_batch(batch)
@@ -43,7 +43,7 @@ def _same(a: RangeObserver, b: RangeObserver) -> bool:
 
 
 def ordered(case: _Case) -> None:
-    """The range is () or (C,), finite, and its minimum is not above its maximum, also of a constant."""
+    """The range is () or (C,), finite, and its minimum is not above its maximum, even for a constant."""
     expected = () if case.fresh.axis is None else (case.x.shape[case.fresh.axis],)
     constants = (case.observed(torch.full_like(case.x, value)) for value in (0.0, -3.0, 1e-30, 1e30))
     for observer in (case.seen, *constants):
@@ -76,7 +76,7 @@ def nonfinite(case: _Case) -> None:
 
 
 def per_channel(case: _Case) -> None:
-    """A slice alone has the range of the same slice among others."""
+    """A slice alone gets the same range as among others."""
     axis = case.fresh.axis
     for i in range(0 if axis is None else case.x.shape[axis]):
         assert axis is not None
@@ -86,13 +86,13 @@ def per_channel(case: _Case) -> None:
 
 
 def memoryless(case: _Case) -> None:
-    """What says it `is_memoryless` is not changed by the tensor it has just seen."""
+    """An observer that `is_memoryless` does not change when it observes the same tensor again."""
     if case.fresh.is_memoryless:
         _require(_same(case.observed(case.x, first=case.seen), case.seen), "the same tensor seen twice changes it")
 
 
 def survives(case: _Case) -> None:
-    """A state_dict (strict, weights only) goes on as the observer itself does."""
+    """An observer loaded from a state_dict (strict, weights only) continues like the original."""
     observer, loaded, file = case.observed(first=case.seen), case.observed(), io.BytesIO()
     torch.save(observer.state_dict(), file)
     file.seek(0)
@@ -129,8 +129,8 @@ _LAWS: tuple[Callable[[_Case], None], ...] = (
 def check_observer(observer: RangeObserver) -> tuple[str, ...]:
     """Run the laws of range observers on yours, and return their names; nothing happens to the one you pass.
 
-    It is shown tensors of shape (4, 3, 60). Raises LawViolation that names every law that fails and what was seen;
-    ConfigError for an axis that these do not have.
+    It observes tensors of shape (4, 3, 60). Raises LawViolation, which names every failed law and the evidence;
+    ConfigError for an axis that these tensors do not have.
 
     >>> from torchquant.range_observers import BatchMinMax
     >>> check_observer(BatchMinMax(axis=0))[:3]

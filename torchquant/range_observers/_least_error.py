@@ -12,23 +12,23 @@ from torchquant.quantizers_functional.affine import AffineParams, affine_params
 from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.range_observers._histogram import bin_edges
 
-RATIO = 0.6  # of the first factors, one to the next
+RATIO = 0.6  # ratio of successive first factors
 N_FACTORS = 10  # the last of them 1/99
-ROUNDS = 6  # of closer looks: the last factors are 0.8 % apart
+ROUNDS = 6  # rounds of refinement: the last factors are 0.8 % apart
 
 ErrorOf = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class RangeErrors:
-    """Errors (C, g) of ranges with the ends (C, g) and (C, g). `least`: what no error is below, quicker to compute."""
+    """Errors (C, g) of ranges with the ends (C, g) and (C, g). `least`: a lower bound that is faster to compute."""
 
     of: ErrorOf
     least: ErrorOf | None = None
 
 
 class SquaredError:
-    """Squared error of uniform grids on rows of counts, the mass of a bin evenly spread inside it: exact.
+    """The exact squared error of uniform grids on rows of counts, with the mass of a bin spread evenly inside it.
 
     With F(t) the mass below t, H its integral and l the highest level, the error of a grid with the step d and the
     thresholds t is the mean of (x - l)**2 less 2 d times the sum of H(t): the mass left of a threshold moves down a
@@ -52,7 +52,7 @@ class SquaredError:
         self.variance = (counts * spread).sum(1, keepdim=True)
 
     def __call__(self, params: AffineParams) -> Tensor:
-        """(C, g) errors, over all of a row's mass, of the grids with delta (C, g) and zero_point (C, g) or a number."""
+        """Return the (C, g) errors, over a row's total mass, of grids; delta (C, g), zero_point (C, g) or a number."""
         delta, zero_point, qmin, qmax = params
         highest, lowest = _end_levels(params)
         error = self.variance + self.total * (highest - self.mean).square()
@@ -66,14 +66,14 @@ class SquaredError:
         return error - 2 * within + delta.square() / 12 * (self._mass(highest) - self._mass(lowest))
 
     def clipping(self, params: AffineParams) -> Tensor:
-        """(C, g) the part of the errors that is made beyond the last levels, less what it may be wrong by."""
+        """Return the (C, g) part of the errors from beyond the last levels, less its own possible error."""
         highest, lowest = _end_levels(params)
         above, below = self._double_integral(torch.cat([highest, lowest], 1)).chunk(2, 1)
         rounding = 1e-11 * self.total * (self.width * self.n_bins).square()
         return self.variance + self.total * (highest - self.mean).square() - 2 * (above - below) - rounding
 
     def _place(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bin, distance from its first edge, and distance beyond the last edge, of points (C, k)."""
+        """Return the bin, distance from its first edge, and distance beyond the last edge, of points (C, k)."""
         position = (at - self.low) / self.width
         index = position.clamp(0, self.n_bins - 1).to(torch.int64)
         inside = (position.clamp(0, self.n_bins) - index) * self.width
@@ -109,7 +109,7 @@ def _cumulated(parts: Tensor) -> Tensor:
 def histogram_error(
     counts: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool | str, power: float
 ) -> RangeErrors:
-    """The errors |x - Q(x)|**power of affine grids on a histogram; for other powers than 2 at the middles of bins."""
+    """Make the errors |x - Q(x)|**power of affine grids on a histogram; for powers other than 2 at bin midpoints."""
     if power == 2.0:
         squared = SquaredError(counts, low, high)
         return RangeErrors(
@@ -124,7 +124,7 @@ def histogram_error(
 def format_error(
     counts: Tensor, low: Tensor, high: Tensor, format_over: Callable[[Tensor, Tensor], Format], power: float
 ) -> RangeErrors:
-    """The errors |x - Q(x)|**power of the formats over ranges, at the middles of the bins of a histogram."""
+    """Make the errors |x - Q(x)|**power of the formats over ranges, at the midpoints of the bins of a histogram."""
     edges = bin_edges(low, high, counts.shape[1])
     middles = ((edges[:, 1:] + edges[:, :-1]) / 2)[:, None]
 
@@ -137,7 +137,7 @@ def format_error(
 
 
 def least_error_range(errors: RangeErrors, low: Tensor, high: Tensor, is_symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The range of least error inside [low, high], (C,) each. Equal errors: the widest.
+    """Find the range of least error inside [low, high], (C,) each. Equal errors: the widest.
 
     The ends are shrunk by factors, both by the same where the grid is symmetric: first by the powers of `RATIO`,
     then by factors nearer and nearer to the best so far.
@@ -166,9 +166,9 @@ def least_error_range(errors: RangeErrors, low: Tensor, high: Tensor, is_symmetr
 def _errors_that_matter(
     errors: RangeErrors, low: Tensor, high: Tensor, known: Tensor | None, is_other: Tensor
 ) -> Tensor:
-    """The errors (C, g) of the ranges that may be better than the first of each row; of others it may be infinite.
+    """Compute the errors (C, g) of the ranges that may be better than the first of each row; others may be infinite.
 
-    known: (C, 1) of the first. is_other: (C, g), whether a range is not the same as one before it.
+    known: (C, 1), the error of the first. is_other: (C, g), whether a range differs from all before it.
     """
     if known is None:
         known = errors.of(low[:, :1], high[:, :1])

@@ -1,4 +1,4 @@
-"""Pins: numbers that stay as they are, whatever is observed, in memory and in checkpoints."""
+"""Pins: numbers that stay fixed, whatever is observed, in memory and in checkpoints."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 OBSERVING = frozenset({"pre_observe", "post_observe", "observe_batch", "observe_clamped"})
-"""The methods of quantizers and observers that look at tensors."""
+"""The methods of quantizers and observers that observe tensors."""
 
 
 def _unless_pinned(observe: Callable[..., None]) -> Callable[..., None]:
-    """A method that does nothing while its module is pinned."""
+    """Make a method that does nothing while its module is pinned."""
 
     @wraps(observe)
     def observe_unless_pinned(self: Pinnable, *args: Any, **kwargs: Any) -> None:
@@ -32,14 +32,14 @@ def _unless_pinned(observe: Callable[..., None]) -> Callable[..., None]:
 class Pinnable(nn.Module):
     """A module that can be told to keep its numbers: observing then changes nothing, and no optimizer moves them.
 
-    The methods named in `OBSERVING` do nothing while it is pinned, also those that a subclass writes anew.
-    The buffers in `kept` are there only while it is pinned, so that a `state_dict` without pins has the keys that it
-    always had; a checkpoint brings its pins along, and one without takes them off. `pinned` is the shape of the weight
-    whose numbers are kept, as floats, since models are averaged over all that they save.
+    The methods named in `OBSERVING` do nothing while it is pinned, even those that a subclass overrides.
+    The buffers in `kept` exist only while it is pinned, so that a `state_dict` without pins has the same keys as ever;
+    loading a checkpoint with pins pins the module, and one without unpins it. `pinned` is the shape of the weight
+    whose numbers are kept, as floats, since models are averaged over everything that they save.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("pinned",)
-    """Buffers that are there while the module is pinned."""
+    """Buffers that exist while the module is pinned."""
     _frozen: tuple[str, ...] = ()
     """Parameters that the pin has frozen."""
 
@@ -50,11 +50,11 @@ class Pinnable(nn.Module):
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the numbers are kept as they are."""
+        """Whether the numbers are kept fixed."""
         return self._buffers.get("pinned") is not None
 
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
-        """Be pinned, with these tensors for the buffers in `kept`."""
+        """Pin the module, with these tensors for the buffers in `kept`."""
         if not self.is_pinned:
             self._frozen = tuple(name for name, parameter in self.named_parameters() if parameter.requires_grad)
         for name, tensor in tensors.items():
@@ -63,7 +63,7 @@ class Pinnable(nn.Module):
             parameter.requires_grad_(False)
 
     def _release(self) -> None:
-        """Be pinned no longer."""
+        """Unpin the module."""
         for name in self.kept:
             self._buffers.pop(name, None)
         for name in self._frozen:
@@ -71,7 +71,7 @@ class Pinnable(nn.Module):
         self._frozen = ()
 
     def expect_pins(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Be pinned if this state was saved so, and unpinned if not; the numbers themselves are loaded afterwards."""
+        """Pin the module if the saved state is pinned, else unpin it; the numbers themselves are loaded afterwards."""
         if prefix + "pinned" in state_dict:
             device = next((tensor.device for tensor in (*self.buffers(), *self.parameters())), None)
             saved = {name: state_dict.get(prefix + name, torch.zeros(0)) for name in self.kept}
@@ -88,11 +88,11 @@ class Pinnable(nn.Module):
 
     @staticmethod
     def _was_saved(state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> bool:
-        """Whether the state is one of a model that has this module: a float checkpoint does not tell of pins."""
+        """Whether the state is that of a model with this module: a float checkpoint says nothing about pins."""
         return bool(local_metadata) or any(key.startswith(prefix) for key in state_dict)
 
     def _wide_buffers(self) -> Iterable[str]:
-        """Names of the buffers that are never narrower than float32."""
+        """Return the names of the buffers that are never narrower than float32."""
         return self.kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

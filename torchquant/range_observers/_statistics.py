@@ -1,6 +1,6 @@
-"""What every observer and every data-driven quantizer shares: statistics that survive.
+"""The base of all observers and data-driven quantizers: statistics that are averaged and saved.
 
-A tracker declares names of statistics and says how to measure them on one tensor. This file keeps
+A tracker declares names of statistics and how to measure them on one tensor. This file keeps
 them in buffers, averages them over batches, holds them in at least float32, refuses NaN and Inf,
 and loads them back.
 """
@@ -27,12 +27,12 @@ from torchquant.range_observers._distributed import observing, reduce_max, reduc
 
 NONFINITE = ("raise", "ignore")
 UNSEEN = -1e6
-"""`observed_weight` before the first batch: a mean with models that saw data stays below 0 until the share of those
-that saw none is below a millionth, so no average passes off numbers that are half nothing as observed."""
+"""`observed_weight` before the first batch: a mean with models that saw data stays below 0 until the share of models
+that saw none is below a millionth, so an average with unobserved numbers never counts as observed."""
 
 
 def ends_of(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest element of each row of (C, n), (C,) each."""
+    """Return the smallest and largest element of each row of (C, n), (C,) each."""
     if len(rows) == 1:
         low, high = torch.aminmax(rows)
         return low.view(1), high.view(1)
@@ -41,7 +41,7 @@ def ends_of(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_saved(value: Any, key: str) -> None:
-    """Raise NonFiniteError if what a checkpoint holds under a key is not finite."""
+    """Raise NonFiniteError if the value of a key in a checkpoint is not finite."""
     if isinstance(value, Tensor) and not value.is_meta and not bool(torch.isfinite(value).all()):
         raise NonFiniteError(
             f"{key} of the state_dict holds NaN or Inf, which no quantizer can use; calibrate again, or look for what "
@@ -50,12 +50,12 @@ def check_saved(value: Any, key: str) -> None:
 
 
 def _version(buffer: Tensor) -> int:
-    """How often a tensor was written to; one made in inference mode does not count."""
+    """Return how often a tensor was written to; a tensor made in inference mode does not count its writes."""
     return -1 if buffer.is_inference() else buffer._version
 
 
 def _is_finite(value: Tensor | float) -> bool:
-    """Whether all of value is finite. A sum that is a number has only numbers in it, and is cheap."""
+    """Whether all of value is finite. A finite sum has only finite terms, and a sum is cheap."""
     if isinstance(value, Tensor):
         return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
     return math.isfinite(value)
@@ -75,12 +75,12 @@ def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> 
 
 @checked
 class StatisticTracker(CallsOfABatch):
-    """Statistics of the tensors it is shown, averaged over batches.
+    """Statistics of the observed tensors, averaged over batches.
 
     `momentum` 0 keeps the last batch only; mu in (0, 1) keeps an exponential average with bias
     correction: after t batches the weights are `(1-mu) mu**(t-i) / (1-mu**t)`. `axis` None measures
     the whole tensor, an integer measures each slice of that axis. `nonfinite="raise"` refuses a
-    tensor with NaN or Inf, `"ignore"` takes each of them for 0.
+    tensor with NaN or Inf, `"ignore"` replaces each of them by 0.
 
     Buffers, one per statistic: () or (C,), at least float32 whatever `.half()` does to the model;
     and `observed_weight` (), above 0 once data was seen. A subclass sets `statistics` and writes
@@ -88,19 +88,19 @@ class StatisticTracker(CallsOfABatch):
     empty takes part with the others and adds nothing; a tensor that is empty everywhere changes nothing.
 
     On a CPU a refused tensor raises at once. On an accelerator and in compiled code a check would
-    stall or break the graph: there such a batch leaves the statistics as they were.
+    stall or break the graph: there such a batch does not change the statistics.
     """
 
     statistics: tuple[str, ...]
     set_once: frozenset[str] = frozenset()
-    """Statistics that the first tensor sets for good."""
+    """Statistics that the first tensor sets permanently."""
     starts_at_first: bool = False
     """Whether an average starts at the first batch, with no bias correction after it."""
     widths: Mapping[str, int] = {}
-    """Statistics that are a row of so many numbers, (L,) or (C, L), and not one number."""
+    """Width of the statistics that are a row of L numbers, (L,) or (C, L), not a single number."""
     _is_observed = False
     _noted: tuple[Tensor, int] | None = None
-    """The buffer that told whether there are statistics, and its version then."""
+    """The buffer that last said whether there are statistics, and its version then."""
     observed_weight: Tensor
 
     def __init__(self, momentum: float = 0.0, axis: int | None = None, nonfinite: str = "raise") -> None:
@@ -122,23 +122,23 @@ class StatisticTracker(CallsOfABatch):
 
     @property
     def is_observed(self) -> bool:
-        """Whether there are statistics: what the buffers say, whoever wrote them.
+        """Whether the buffers hold statistics, whoever wrote them.
 
-        Loaders and averages of models write them one by one. The answer is kept until the buffer is another one or, on
-        a CPU, was written to; on an accelerator asking would stall, and compiled code cannot ask. Both go by what was
-        found on entering the state, which always looks.
+        Loaders and averages of models write them one by one. The answer is cached until the buffer is replaced or, on
+        a CPU, written to; on an accelerator a check would stall, and compiled code cannot check. Both use the answer
+        from the last change of state, which always checks.
         """
         if not torch.compiler.is_compiling() and self._is_news():
             self._take_note()
         return self._is_observed
 
     def look_again(self) -> bool:
-        """`is_observed`, asked of the buffers anew: writing through `.data` leaves no trace."""
+        """Check the buffers again and return `is_observed`: a write through `.data` leaves no trace."""
         self._noted = None
         return self.is_observed
 
     def _is_news(self) -> bool:
-        """Whether the buffer may tell another thing than it did."""
+        """Whether the buffer may have changed since the last check."""
         weight = cast(Tensor, self._buffers["observed_weight"])
         noted = self._noted
         if noted is not None and noted[0] is weight and self._is_observed:
@@ -147,7 +147,7 @@ class StatisticTracker(CallsOfABatch):
         return not (weight.is_meta or isinstance(weight, FakeTensor) or is_functorch_wrapped_tensor(weight))
 
     def _take_note(self) -> None:
-        """Take note of what the buffers say, which somebody else may have written."""
+        """Record what the buffers say, which other code may have written."""
         self._note(bool(self.observed_weight > 0))
 
     def _note(self, is_observed: bool) -> None:
@@ -159,18 +159,18 @@ class StatisticTracker(CallsOfABatch):
 
     @abstractmethod
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The statistics of x, () or (C,) each, over all ranks. x has at least one element.
+        """Measure the statistics of x, () or (C,) each, over all ranks. x has at least one element.
 
         A rank without elements measures zeros instead, which the functions that join ranks leave out.
         """
 
     def allocate(self, n_channels: int) -> None:
-        """Give per-channel buffers their size before the first batch; no-op per tensor."""
+        """Give per-channel buffers their size before the first batch; does nothing for per-tensor statistics."""
         if self.axis is not None:
             self._expect_channels(torch.Size([n_channels]))
 
     def observe_batch(self, x: Tensor) -> None:
-        """Take one tensor into the statistics. An empty tensor changes nothing."""
+        """Update the statistics with one tensor. An empty tensor changes nothing."""
         self._observe(x, self.measure)
 
     @property
@@ -202,11 +202,11 @@ class StatisticTracker(CallsOfABatch):
             usable = torch.stack(finite).all().to(widest(x.device))
             self._take_in([torch.nan_to_num(m) for m in measured], x, seen.to(usable.dtype).clamp_min(0.0), usable)
         else:
-            # Reading a number is free here, and arithmetic on numbers costs a tenth of that on small tensors.
+            # Reading a number is free here, and arithmetic on numbers costs a tenth of arithmetic on small tensors.
             values = [m if m.ndim else m.item() for m in measured]
             if not all(map(_is_finite, values)):
                 self._next_call()
-                # All ranks see the same numbers, so all of them come here and ask.
+                # All ranks have the same numbers, so all of them reach this check.
                 if world_size() > 1 and not reduce_max(torch.tensor(float(x.numel() > 0))):
                     return
                 raise NonFiniteError(self._why_refused(x))
@@ -228,11 +228,11 @@ class StatisticTracker(CallsOfABatch):
 
     @property
     def _is_settled(self) -> bool:
-        """Whether nothing that is still to come changes the statistics."""
+        """Whether no later batch can change the statistics."""
         return self.set_once.issuperset(self.statistics) and self.is_observed and self.is_start_complete
 
     def over_ranks(self, x: Tensor, measure: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The statistics of what all ranks have of a batch, x being this rank's share of it."""
+        """Measure the statistics of a batch over all ranks; x is this rank's share of it."""
         if world_size() == 1:
             return measure(x)
         with observing(self._elements_a_row(x)):
@@ -242,7 +242,7 @@ class StatisticTracker(CallsOfABatch):
         return x.numel() // (1 if self.axis is None else max(x.shape[self.axis], 1))
 
     def _stand_in(self, x: Tensor) -> Tensor:
-        """Zeros in place of a tensor without elements, as many as its form needs."""
+        """Make zeros in place of an empty tensor, as many as its shape needs."""
         shape = [size or 1 for size in x.shape]
         known = cast(Tensor, self._buffers[self.statistics[0]]).shape
         if self.axis is not None and x.shape[self.axis] == 0 and known[0] > 0:
@@ -252,7 +252,7 @@ class StatisticTracker(CallsOfABatch):
     def _take_in(
         self, values: Sequence[Tensor | float], x: Tensor, seen: Tensor | float, usable: Tensor | float
     ) -> None:
-        """Average one measurement of x in, given the observed weight so far; `usable` 0 changes nothing."""
+        """Average in one measurement of x, given the observed weight so far; `usable` 0 changes nothing."""
         if self.n_calls > 1:
             count = reduce_sum(torch.full((), self._elements_a_row(x), dtype=widest(x.device), device=x.device))
             self._take_in_call([torch.as_tensor(value) for value in values], count, torch.as_tensor(usable))
@@ -330,10 +330,10 @@ class StatisticTracker(CallsOfABatch):
         self._begin_batch()
 
     def settle(self) -> None:  # noqa: B027 - most have nothing to put off
-        """Do what was put off while batches came, such as a search; called before the statistics are read or saved."""
+        """Do work deferred while batches came, such as a search; called before the statistics are read or saved."""
 
     def get(self) -> tuple[Tensor, ...]:
-        """The statistics, () or (C,) each. Raises UnobservedRangeError before the first batch."""
+        """Return the statistics, () or (C,) each. Raises UnobservedRangeError before the first batch."""
         if not self.is_observed:
             raise UnobservedRangeError(
                 f"{type(self).__name__} has seen no data; run a batch in QModuleState.CALIBRATION "

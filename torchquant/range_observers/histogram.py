@@ -1,4 +1,4 @@
-"""Observers that keep a histogram of all they have seen and choose the range from it when it is asked for."""
+"""Observers that keep a histogram of all data seen and choose the range from it on demand."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torchquant.range_observers._counting import CountingObserver
 from torchquant.range_observers._histogram import clip_error, entropy_share, quantile
 from torchquant.range_observers._least_error import format_error, histogram_error, least_error_range
 
-STRIDE = 16  # from one number of bins that is tried for the least information lost to the next
+STRIDE = 16  # step between the numbers of bins that are tried for the least loss of information
 TWO_SIDED = (False, "asymmetric-narrow")  # grids whose ends are independent of one another
 
 
 @OBSERVERS.register("histogram")
 class HistogramObserver(CountingObserver):
-    """Range that holds `percentile` percent of everything seen, half of the rest cut off at each end.
+    """The range that holds `percentile` percent of all data seen; half of the rest is cut off at each end.
 
     `n_bins` equal bins over the range seen so far; a batch beyond it extends the range and the old counts are
-    spread over the new bins. `decay`: what the old counts are worth when a batch comes: 1 keeps everything
+    spread over the new bins. `decay` is the weight of the old counts when a batch comes: 1 keeps everything
     (activations), 0 the last batch only (weights). Ranks of torch.distributed add their counts.
     Source: docs/algorithms.md C3, C4.
 
-    Batches are only counted; the range is chosen when it is asked for next: by `get_ranges`, by a quantizer, by
+    Batches are only counted; the range is chosen when it is next needed: by `get_ranges`, by a quantizer, by
     `state_dict`, or when a QModule enters a state. With `decay=0` it is chosen at once, and no counts are kept.
 
     >>> observer = HistogramObserver(percentile=98.0, decay=1.0)
@@ -61,7 +61,7 @@ class HistogramObserver(CountingObserver):
 
 @OBSERVERS.register("mse")
 class MSEObserver(CountingObserver):
-    """The range whose affine grid has the least error on everything seen, over a histogram.
+    """The range whose affine grid has the least error on all data seen, over a histogram.
 
     `n_bits`, `symmetric`: the grid, as in `affine_params`. The ends of all that was seen are shrunk, each by a factor
     of its own unless the grid is symmetric: first by the powers of 0.6 down to 1/99, then by factors nearer and nearer
@@ -81,7 +81,7 @@ class MSEObserver(CountingObserver):
     format_over: Callable[[Tensor, Tensor], Format] | None = None
     """(low, high) -> the format over that range; None: an affine grid. A quantizer of another format sets its own."""
     shrinks_alike = True
-    """Whether the ends of such a range are shrunk by the same factor."""
+    """Whether both ends of the range of such a format are shrunk by the same factor."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class MSEObserver(CountingObserver):
 
 @OBSERVERS.register("entropy")
 class EntropyObserver(CountingObserver):
-    """The clip of least information lost, on a histogram of magnitudes (TensorRT 2017; docs/algorithms.md C6).
+    """The clip that loses least information, on a histogram of magnitudes (TensorRT 2017; docs/algorithms.md C6).
 
     `n_bits`, `symmetric`: the grid, as in `affine_params`; the levels on the longer side of 0 are compared, all
     2**n_bits of data on one side. Both sides are clipped alike, and neither beyond the data. Deviations, for data that

@@ -1,4 +1,4 @@
-"""Minimum and maximum: of the last batch, or an exponential average over batches."""
+"""Minimum and maximum: of the last batch, of all batches, or averaged exponentially over batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _MinMax(RangeObserver):
     def observe_clamped(self, x: Tensor, clamp: Clamp) -> None:
         """Observe `x.clamp(*clamp)`: clamping is monotone, so it commutes with min and max.
 
-        Not where ranks join theirs: the ends of no elements, and those that stand for NaN, are infinite.
+        This does not hold if ranks join their ends: the ends of no elements, or those that mark NaN, are infinite.
         """
         if world_size() > 1:
             super().observe_clamped(x, clamp)
@@ -44,9 +44,9 @@ class _MinMax(RangeObserver):
 
 @OBSERVERS.register("minmax")
 class BatchMinMax(_MinMax):
-    """Range of the last batch seen. The published default for weights.
+    """The range of the last batch seen, the published default for weights.
 
-    `axis`: None, or the axis whose slices have a range each. Ranks of torch.distributed agree on
+    `axis`: None, or the axis each of whose slices has its own range. Ranks of torch.distributed agree on
     the range of their joined batch. Source: docs/algorithms.md C1.
 
     >>> observer = BatchMinMax()
@@ -61,7 +61,7 @@ class BatchMinMax(_MinMax):
 
 @OBSERVERS.register("running")
 class RunningMinMax(_MinMax):
-    """Range of everything seen: smallest minimum, largest maximum (docs/algorithms.md C1).
+    """The range of all data seen: smallest minimum, largest maximum (docs/algorithms.md C1).
 
     >>> observer = RunningMinMax()
     >>> for batch in ([-1.0, 2.0], [-3.0, 1.0]):
@@ -85,7 +85,7 @@ class RunningMinMax(_MinMax):
 
 @OBSERVERS.register("ema")
 class ExpAvgMinMax(_MinMax):
-    """Exponential average of each batch's range, with bias correction. For activations.
+    """An exponential average of the batches' ranges, with bias correction, for activations.
 
     `momentum` in (0, 1). `init="first"` starts the average at the first batch instead, without correction (Jacob et
     al. 2018; NNI, with momentum 0.99). Source: docs/algorithms.md C2, the published torchquant rule; `range_min` and

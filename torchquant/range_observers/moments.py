@@ -51,7 +51,7 @@ def _mean(x: Tensor) -> Tensor:
 
 @OBSERVERS.register("meanstd")
 class MeanStdObserver(RangeObserver):
-    """Mean plus and minus `k` standard deviations, never beyond the data (docs/algorithms.md C8).
+    """The range of the mean plus and minus `k` standard deviations, never beyond the data (docs/algorithms.md C8).
 
     `momentum` averages over batches; ranks of torch.distributed agree on the moments of their joined batch.
 
@@ -112,10 +112,10 @@ class ACIQObserver(RangeObserver):
         self.family = family
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        wide = rows(x, self.axis).to(torch.float64)  # whose fourth powers neither overflow nor vanish
+        wide = rows(x, self.axis).to(torch.float64)  # in which fourth powers neither overflow nor vanish
         low, high = _extremes(wide)
         is_relu = low >= 0
-        # Of what a ReLU left, the moments about 0 of the positive part: those of the whole bell around 0.
+        # For the output of a ReLU, the moments of the positive part about 0 are those of the whole bell around 0.
         centre = torch.where(is_relu, torch.zeros_like(low), _mean(wide))
         centred = wide - centre[:, None]
         counted = torch.where(is_relu[:, None], (wide > 0).to(torch.float64), torch.ones_like(centred))
@@ -134,7 +134,7 @@ class ACIQObserver(RangeObserver):
         return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 
     def _best(self, wide: Tensor, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The range, (C,) ends each, with the least modelled error on rows (C, n); the first of equals."""
+        """Choose the range, (C,) ends each, with the least modelled error on rows (C, n); the first of equals."""
         share = _mean((wide != 0).to(torch.float64))
         errors = []
         for low, high in ranges:

@@ -18,7 +18,7 @@ FEW = 2**13  # elements that are sorted in part at once
 
 @OBSERVERS.register("percentile")
 class PercentileObserver(RangeObserver):
-    """Range that holds `percentile` percent of the magnitudes of a batch, exactly (docs/algorithms.md C4).
+    """The range that holds `percentile` percent of the magnitudes of a batch, exactly (docs/algorithms.md C4).
 
     The clip is the ceil(p n)-th of the n sorted magnitudes; the range never goes beyond the smallest and the largest
     element, so 100 is minimum and maximum. With `low_percentile` the two ends are those percentiles of the
@@ -62,19 +62,19 @@ class PercentileObserver(RangeObserver):
             low, high = torch.maximum(lowest, -clip), torch.minimum(highest, clip)
         else:
             low, high = _percentile(x, self.low_percentile), _percentile(x, self.percentile)
-        # NaN and Inf of x are to be refused, also where they are cut off.
+        # NaN and Inf of x must be refused, even if they are cut off.
         refused = torch.where(highest.isfinite() & lowest.isfinite(), 0.0, torch.nan).to(x.dtype)
         low, high = low + refused, high + refused
         return (low, high) if self.axis is not None else (low[0], high[0])
 
 
 def _place(percentile: float, n: int) -> int:
-    """ceil(p n), p in percent; at least 1."""
+    """Compute ceil(p n), p in percent; at least 1."""
     return min(max(math.ceil(percentile / 100.0 * n), 1), n)
 
 
 def _percentile(x: Tensor, percentile: float) -> Tensor:
-    """The ceil(p n)-th smallest of each row, p in percent; the smallest for p = 0."""
+    """Return the ceil(p n)-th smallest of each row, p in percent; the smallest for p = 0."""
     if world_size() > 1:
         return _percentile_of_ranks(x, percentile)
     n = x.shape[1]
@@ -85,10 +85,10 @@ def _percentile(x: Tensor, percentile: float) -> Tensor:
 
 
 def _kth_largest(x: Tensor, k: int) -> Tensor:
-    """The k-th largest of x, (n,), quicker than by a partial sort where k is small.
+    """Return the k-th largest of x, (n,), faster than by a partial sort if k is small.
 
-    Of sqrt(n k) blocks at least k hold an element that is not below the k-th largest of their maxima: so the k-th
-    largest of all is not below that either, and the blocks below it need no look.
+    At least k of sqrt(n k) blocks have an element not below the k-th largest of their maxima: so the k-th largest of
+    all is not below that either, and the blocks below it need not be searched.
     """
     n_blocks = math.isqrt(len(x) * k)
     width = len(x) // max(n_blocks, 1)
@@ -99,20 +99,20 @@ def _kth_largest(x: Tensor, k: int) -> Tensor:
     least = largest.kthvalue(n_blocks - k + 1).values
     if not bool((least < largest).any()) and not bool(
         (least < rest).any()
-    ):  # as where many elements are the largest of all, or one is NaN
+    ):  # for example if many elements equal the largest one, or one is NaN
         return least
     kept = torch.cat([blocks.index_select(1, (largest >= least).nonzero().squeeze(1)).flatten(), rest])
     return kept.kthvalue(len(kept) - k + 1).values
 
 
 def _percentile_of_ranks(x: Tensor, percentile: float) -> Tensor:
-    """The same of the rows that all ranks have together: its bits, byte by byte from the highest, by counting."""
+    """Compute the percentile of the rows of all ranks: its bits, byte by byte from the highest, by counting."""
     real = x.to(compute_dtype(x))
     n_bytes = real.element_size()
     whole, turned = (torch.int64, 2**63 - 1) if n_bytes == 8 else (torch.int32, 2**31 - 1)
     total = reduce_sum(torch.full((len(x), 1), x.shape[1], dtype=torch.float64, device=x.device))
     place = torch.minimum((percentile / 100.0 * total).ceil().clamp_min(1.0), total)
-    # Whole numbers that rise with the real ones: of a negative number all bits but the sign are turned over.
+    # Integers that rise with the real numbers: all bits of a negative number but the sign are flipped.
     bits = real.view(whole).to(torch.int64)
     keys = torch.where(bits < 0, bits ^ turned, bits)
     counted, found = torch.ones_like(keys, dtype=torch.float64), torch.zeros_like(keys[:, :1])
