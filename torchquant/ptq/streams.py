@@ -64,7 +64,7 @@ class Pass:
             raise _Stopped
 
     def advance(self) -> None:
-        """Run to the next module, or to the end. Raises what the forward raises."""
+        """Run to the next module, or to the end. Raises any error that the forward raises."""
         if not self._has_begun:
             self._has_begun = True
             self._thread.start()

@@ -1,8 +1,8 @@
 """Forward passes of a layer whose batch norm is folded into its weight (docs/algorithms.md D2).
 
-Each training mode answers the same question differently: what does the network see while the
-running statistics, which the deployed weight contains, still move? `B` batch statistics, `R`
-running statistics, `Q` the weight quantizer (or nothing), `f` the fold factor gamma / sigma.
+The training modes differ in what the network computes while the running statistics, which the
+deployed weight contains, still change. In the table, `B` is batch statistics, `R` running
+statistics, `Q` the weight quantizer (or nothing), `f` the fold factor gamma / sigma.
 
 | mode | forward in training | layer runs |
 |---|---|---|

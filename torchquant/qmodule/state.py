@@ -117,7 +117,7 @@ class QModule(Holder):
         self._seen: list[tuple[Tensor, int]] = []
         """The tensors from which the last observed weight comes, and their versions."""
         self.path = ""
-        """Where the module sits in its model; written by `set_qmodule_state`, read by messages."""
+        """The module's path in its model; written by `set_qmodule_state`, used in messages."""
 
     @property
     def state(self) -> QModuleState:

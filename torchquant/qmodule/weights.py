@@ -190,7 +190,7 @@ class QWeights(QModule):
         }
         if not isinstance(layer, nn.RNNBase):
             return run_with(layer, weights, *args, **kwargs)
-        own = layer._flat_weights  # what its forward reads, whatever its parameters are
+        own = layer._flat_weights  # its forward reads these, not its parameters
         layer._flat_weights = [weights.get(n, w) for n, w in zip(layer._flat_weights_names, own, strict=True)]
         try:
             return layer.forward(*args, **kwargs)

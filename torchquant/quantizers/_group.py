@@ -27,7 +27,7 @@ class GroupQuantizer(Quantizer):
 
     A weight (out, in, ...) is read as `out` rows; each row is cut into groups of `size`, and the
     last may be shorter: its statistics are its own, nothing is padded into them. `quantizer` works per
-    channel on axis 0. For weights: the number of rows must stay what it was. Raises ConfigError.
+    channel on axis 0. For weights: the number of rows must not change. Raises ConfigError.
 
     >>> from torchquant.quantizers import AffineQuantizer
     >>> from torchquant.range_observers import BatchMinMax

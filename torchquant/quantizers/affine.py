@@ -48,7 +48,7 @@ class AffineQuantizer(UniformQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[AffineQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         settings: list[tuple[int, bool | str, bool]]
         settings = [
             (8, False, True),

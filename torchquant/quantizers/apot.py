@@ -90,7 +90,7 @@ class APoTQuantizer(LearnedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[APoTQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, axis=axis), cls(3, False, normalize=False, axis=axis), cls(7, init="paper", axis=axis)]
 
     def extra_repr(self) -> str:

@@ -63,5 +63,5 @@ class BinaryQuantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[BinaryQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls("mean", axis), cls("mean", axis, gradient_clip=True)]

@@ -140,7 +140,7 @@ class MXQuantizer(_BlockQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MXQuantizer]:
-        """Instances that stand for the scheme in the laws; per channel there is none."""
+        """Return the instances on which the laws are checked; there are none per channel."""
         if axis is not None:
             return []
         return [cls(4, "fp4_e2m1"), cls(8, "fp8_e4m3", "rceil", block_axis=1), cls(8, "int8", "even", block=7)]
@@ -197,7 +197,7 @@ class NVFP4Quantizer(FittedQuantizer, _BlockQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NVFP4Quantizer]:
-        """Instances that stand for the scheme in the laws; per channel there is none."""
+        """Return the instances on which the laws are checked; there are none per channel."""
         return [] if axis is not None else [cls(), cls(False, block_axis=1)]
 
     def extra_repr(self) -> str:

@@ -71,7 +71,7 @@ class CodebookQuantizer(LevelList, LearnedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[CodebookQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(3, iterations=10, axis=axis), cls(2, zero=True, learn=True, iterations=10, axis=axis)]
 
     def extra_repr(self) -> str:

@@ -120,7 +120,7 @@ class DoReFaQuantizer(FittedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[DoReFaQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, axis=axis), cls(3, True, 6, axis=axis), cls(1, axis=axis), cls(8, axis=axis)]
 
     def extra_repr(self) -> str:

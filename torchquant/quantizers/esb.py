@@ -103,7 +103,7 @@ class ESBQuantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ESBQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, 1, axis, gradient_clip=True), cls(3, 0, axis), cls(8, 4, axis), cls(4, 1, axis, center=True)]
 
     def extra_repr(self) -> str:

@@ -123,7 +123,7 @@ class LSQQuantizer(LearnedUniform):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[LSQQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, axis=axis), cls(8, axis=axis, init="paper"), cls(2, axis=axis)]
 
     def extra_repr(self) -> str:
@@ -174,7 +174,7 @@ class EWGSQuantizer(LSQQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[LSQQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, delta=0.1, axis=axis), cls(2, delta=0.0, axis=axis)]
 
 
@@ -183,9 +183,9 @@ class LSQPlusQuantizer(LearnedQuantizer):
     """LSQ with a better start, and for activations a trained offset too (Bhalgat et al. 2020, arXiv:2004.09576).
 
     Without `offset` (weights): signed codes, `init="paper"` the step `max(|mean - 3 std|, |mean + 3 std|) / 2**(n-1)`,
-    "mse" the one of least error on a Gaussian. With it: `x^ = step * RHE(clamp((x - offset) / step)) + offset` with
+    "mse" that of least error on a Gaussian. With `offset`: `x^ = step * RHE(clamp((x - offset) / step)) + offset` with
     codes 0 .. 2**n - 1, both started where the squared error of the first tensor is least. Real 0 is then between two
-    levels until `snap()` moves the offset to a whole number of steps; only then has it an affine view.
+    levels until `snap()` moves the offset to a whole number of steps; only then is there an affine view.
     Gradient of the offset: 0 inside the codes, 1 outside; docs/algorithms.md B6. Raises ConfigError.
 
     >>> quantizer = LSQPlusQuantizer(4, offset=True)
@@ -295,7 +295,7 @@ class LSQPlusQuantizer(LearnedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[LSQPlusQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, True, axis=axis), cls(4, axis=axis), cls(8, init="paper", axis=axis)]
 
     def extra_repr(self) -> str:

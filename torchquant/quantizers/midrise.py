@@ -69,7 +69,7 @@ class MidriseQuantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[Any]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, axis, gradient_clip=True), cls(1, axis), cls(8, axis)]
 
     def extra_repr(self) -> str:
@@ -163,7 +163,7 @@ class VecQQuantizer(MidriseQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[VecQQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(3, axis, gradient_clip=True), cls(2, axis), cls(1, axis)]
 
 

@@ -115,7 +115,7 @@ class MinifloatQuantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[MinifloatQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         fp8 = FORMATS["fp8_e4m3"]
         return [
             cls(8, fp8.exponent_bits, fp8.mantissa_bits, special=fp8.special, axis=axis, gradient_clip=True),

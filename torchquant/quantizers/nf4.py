@@ -54,5 +54,5 @@ class NF4Quantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[NF4Quantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(axis, gradient_clip=True), cls(axis)]

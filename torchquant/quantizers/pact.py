@@ -21,7 +21,7 @@ from torchquant.range_observers._statistics import per_channel_view, rows
 class PACTQuantizer(LearnedQuantizer):
     """Activations clipped to [0, alpha], alpha trained (Choi et al. 2018, arXiv:1805.06085; docs/algorithms.md B4).
 
-    Replaces a ReLU: what is below 0 gives 0. `init="mse"` starts alpha where the error is least on the positive half
+    It replaces a ReLU: values below 0 become 0. `init="mse"` starts alpha where the error is least on the positive half
     of a Gaussian of that size, a number starts it there (paper: 6.0). Add `pact_penalty(model)` to the
     loss: without it, and with nothing clipped, alpha has no gradient. alpha is never used below a thousandth
     of its first value. Raises ConfigError.
@@ -81,7 +81,7 @@ class PACTQuantizer(LearnedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[PACTQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, axis=axis), cls(8, axis=axis)]
 
     def extra_repr(self) -> str:

@@ -58,7 +58,7 @@ class PotQuantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[PotQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(3, axis, gradient_clip=True), cls(1, axis), cls(5, axis)]
 
     def extra_repr(self) -> str:

@@ -115,7 +115,7 @@ class QfmtQuantizer(UniformQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[QfmtQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         signed = [cls(8, True, BatchMinMax(axis), clip, rule) for clip, rule in ((True, "nosat"), (False, "mse"))]
         return [*signed, cls(4, True, BatchMinMax(axis), rule="sat"), cls(4, False, BatchMinMax(axis), allow_clip=True)]
 

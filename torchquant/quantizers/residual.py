@@ -70,7 +70,7 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[ResidualQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(3, axis=axis, gradient_clip=True), cls(3, "greedy", axis=axis), cls(2, "refined", axis=axis)]
 
     def extra_repr(self) -> str:

@@ -66,5 +66,5 @@ class TernaryQuantizer(ScaledQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[TernaryQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls("twn", axis, gradient_clip=True), cls("exact", axis)]

@@ -88,7 +88,7 @@ class TQTQuantizer(LearnedUniform):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[TQTQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(4, axis=axis), cls(8, init="absmax", axis=axis), cls(3, init="3sigma", axis=axis)]
 
     def extra_repr(self) -> str:

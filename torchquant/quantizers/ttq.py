@@ -63,5 +63,5 @@ class TTQQuantizer(LearnedQuantizer):
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[TTQQuantizer]:
-        """Instances that stand for the scheme in the laws."""
+        """Return the instances on which the laws are checked."""
         return [cls(axis=axis), cls(0.1, axis=axis)]

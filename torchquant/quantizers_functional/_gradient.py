@@ -104,7 +104,7 @@ def owned(value: Tensor, x: Tensor) -> Tensor:
     of it would forbid writing to the output in place; writing to a view of x would change x.
     """
     if torch.compiler.is_compiling():
-        return value.clone()  # fused with what computes it
+        return value.clone()  # fused with the computation of value
     is_shared = value._is_view() or value.untyped_storage()._cdata == x.untyped_storage()._cdata
     return value.clone() if is_shared else value
 
@@ -162,7 +162,7 @@ def apply_projection(
     `gradient`: one of `GRADIENTS`, by name or made. `clamp=(low, high)` quantizes
     `torch.clamp(x, low, high)` in the same pass; the gradient is then that of the clamp followed by the
     quantizer, strict at both ends as in `torch.relu` and `torch.nn.functional.hardtanh`. Half types are
-    computed in float32 and cast back. `training`, `ends` and `step` go on to the estimator, see `Projected`.
+    computed in float32 and cast back. `training`, `ends` and `step` are passed to the estimator, see `Projected`.
     """
     gradient = make_gradient(gradient)
     if not x.is_floating_point():

@@ -35,7 +35,7 @@ class Joining(NamedTuple):
 
 
 WHOLE = Joining()
-"""How to join statistics where no other rank has a part of the rows."""
+"""The way to join statistics if no other rank has a part of the rows."""
 
 
 class _Shared(threading.local):
@@ -142,8 +142,8 @@ def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     """Compute mean and population standard deviation of each row. rows: (C, n) float, n > 0. Two (C,) float64.
 
-    The largest magnitudes of `parts` differ: what is joined is in the units of x. A constant row has deviation 0, not
-    what rounding leaves of it.
+    The largest magnitudes of `parts` differ, so the joined numbers are in the units of x. A constant row has deviation
+    exactly 0, without rounding error.
 
     >>> row_moments(torch.tensor([[1.0, 3.0]]))
     (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))

@@ -73,7 +73,7 @@ def residual_alphas(
 ) -> Tensor:
     """Find the scales of each row. rows: (C, n), n > 0. (C, n_bits) float64.
 
-    "greedy": scale i is the mean magnitude of what is left after i - 1 steps (Guo et al. 2017, network sketching).
+    "greedy": scale i is the mean magnitude of the residual after i - 1 steps (Guo et al. 2017, network sketching).
     "refined": after each step all scales so far are fitted again by least squares. "alternating": from there,
     `iterations` times, every element takes the nearest sum and the scales are fitted to that (Xu et al. 2018).
     Deviation from the AutoQNN code: each scale is recorded before it is subtracted (docs/algorithms.md I-16). `parts`:

@@ -61,7 +61,7 @@ class SquaredError:
             offset = zero_point[..., None] if isinstance(zero_point, Tensor) else zero_point
             at = (codes - offset) * delta[..., None]
             return error - 2 * delta * self._integral(at.flatten(1)).unflatten(1, at.shape[1:]).sum(-1)
-        # Levels closer together than the bins: the sum becomes an integral, less what a step hides, d**2 / 12.
+        # Levels closer together than the bins: the sum becomes an integral, less the part within a step, d**2 / 12.
         within = self._double_integral(highest) - self._double_integral(lowest)
         return error - 2 * within + delta.square() / 12 * (self._mass(highest) - self._mass(lowest))
 

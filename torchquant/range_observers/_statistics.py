@@ -70,7 +70,7 @@ def _move_towards(held: Tensor, value: Tensor | float, rate: Tensor | float) -> 
     else:
         wide = widest(held.device)
         moved = held.to(wide) * (1.0 - rate) + value.detach().to(wide) * rate
-        held.view(-1).copy_(moved.view(-1))  # compiled code of torch 2.11 loses what is written to a () float64 tensor
+        held.view(-1).copy_(moved.view(-1))  # compiled code of torch 2.11 loses writes to a () float64 tensor
 
 
 @checked

@@ -82,12 +82,13 @@ class MeanStdObserver(RangeObserver):
 class ACIQObserver(RangeObserver):
     """The analytic clip for a Gaussian or a Laplace distribution of the data's size (Banner 2019, arXiv:1810.05723).
 
-    `n_bits` 1..8. `family`: "gauss" and "laplace" are the published formulas; "auto" takes of their clips, and no clip,
-    the one of least modelled error on the data themselves: what it cuts off, and step**2 / 12 for what is not 0. Data
-    that never go below 0 are taken for what a ReLU left: range [0, clip], clip of one bit more from the moments of
-    x > 0. The range never goes beyond the data. Deviations: the constants are recomputed and agree with the published
-    ones after rounding (docs/algorithms.md C7, H7); C7 chooses the family by the kurtosis, which says nothing of data
-    that are neither, such as the outputs of a sigmoid. `momentum` averages over batches; ranks average their moments.
+    `n_bits` 1..8. `family`: "gauss" and "laplace" are the published formulas; "auto" takes the one of their clips, or
+    none, with the least modelled error on the data themselves: that of the clipped part, and step**2 / 12 for elements
+    other than 0. Data that never go below 0 are treated as the output of a ReLU: range [0, clip], clip of one bit more
+    from the moments of x > 0. The range never goes beyond the data. Deviations: the constants are recomputed and agree
+    with the published ones after rounding (docs/algorithms.md C7, H7); C7 chooses the family by the kurtosis, which
+    says nothing about other data, such as the outputs of a sigmoid. `momentum` averages over batches; ranks average
+    their moments.
 
     >>> observer = ACIQObserver(4, family="gauss")
     >>> observer.observe_batch(torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(1e-5, 1 - 1e-5, 20001)))
