@@ -197,7 +197,7 @@ def test_a_token_has_a_scale_of_its_own() -> None:
     }.items():
         with pytest.raises(ConfigError, match=words):
             tq.make_quantizer(wrong, "input")
-    with pytest.raises(ConfigError, match="tokens are of inputs and outputs"):
+    with pytest.raises(ConfigError, match="/token is for inputs and outputs"):
         tq.make_quantizer(TOKENS, "weight")
 
 

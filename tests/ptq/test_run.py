@@ -323,7 +323,7 @@ def test_more_of_what_cannot_be_run(net: nn.Module) -> None:
     with pytest.raises(ConfigError, match="the model has no quantized layers"):
         ptq.run(net, ["gptq"], BATCHES)
     model = quantized(net, "affine:4")
-    with pytest.raises(ConfigError, match="select no layer of one product among first"):
+    with pytest.raises(ConfigError, match="select no layer with a single product; the quantized weights are first"):
         ptq.run(model, ["gptq"], BATCHES, names=["layers.*"])
     ptq.run(model, ["gptq"], BATCHES, names=["head"])
     with pytest.raises(ConfigError, match="has been rounded already"):

@@ -216,10 +216,10 @@ def test_a_rounding_that_is_lost_is_said_and_undone() -> None:
     before = slot.weight.detach().clone()
     values = slot.seen().detach() + 0.01
     with pytest.raises(
-        RoundingLostError, match=r"weight: 1?\d of 12 values are not what AffineQuantizer makes"
+        RoundingLostError, match=r"weight: 1?\d of 12 values are not levels of AffineQuantizer"
     ) as caught:
         slot.commit(values)
-    assert "neighbours, nearest or quantize give" in str(caught.value)
+    assert "Use values from neighbours, nearest or quantize" in str(caught.value)
     assert torch.equal(slot.weight, before)
     assert not module.weight_quantizer.is_pinned
     with pytest.raises(NonFiniteError):

@@ -122,7 +122,7 @@ def test_buffers_that_saw_nothing_do_not_pass_for_observed(write: Callable[..., 
     model(batch())
     write(model, fresh(rules))
     tq.set_qmodule_state(model, S.QUANT_EVAL)
-    with pytest.raises(UnobservedRangeError, match="has seen no data.*EMA.* is to start after that"):
+    with pytest.raises(UnobservedRangeError, match="has seen no data.*Start .*EMA.* after that"):
         model(batch())
 
 

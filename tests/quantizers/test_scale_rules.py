@@ -118,7 +118,7 @@ def test_the_rule_of_the_scheme_stays_the_default(x: Tensor) -> None:
         ("fp8_e4m3,scale=pow2,observer=mse", "scale=pow2 says where the scale comes from"),
         ("bnn,observer=mse", "scale=one says where the scale comes from"),
         ("ternary,method=exact,observer=mse", "method=exact says where the scale comes from"),
-        ("esb:4,k=1,observer=mse,symmetric=narrow", "symmetric=narrow is of affine grids"),
+        ("esb:4,k=1,observer=mse,symmetric=narrow", "symmetric=narrow is for affine grids"),
         ("codebook:4,observer=mse", "codebook has no observer"),
         ("esb:4,k=1,percentile=99", "esb has no percentile .*; it has .*observer"),
     ],

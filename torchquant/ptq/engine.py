@@ -122,9 +122,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
                     f"put {_name(stage)} first"
                 )
         if "bias" in done and stage.changes in ("numbers", "roundings"):
-            raise ConfigError(
-                f"{_name(stage)} comes after {_name(done['bias'])}, which corrects what it does; swap them"
-            )
+            raise ConfigError(f"{_name(stage)} comes after {_name(done['bias'])}, which corrects its error; swap them")
         done[stage.changes] = stage
 
 
@@ -153,7 +151,10 @@ def _layers(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> tupl
             left[slot.label] = f"what its weight multiplies is inside {type(slot.module.layer).__name__}"
     if not chosen:
         known = ", ".join(slot.path for slot in slots[:9])
-        raise ConfigError(f"names {list(names)} without {list(skip)} select no layer of one product among {known}, ...")
+        raise ConfigError(
+            f"names {list(names)} without {list(skip)} "
+            f"select no layer with a single product; the quantized weights are {known}, ..."
+        )
     return chosen, left
 
 

@@ -57,7 +57,7 @@ class Steps:
             if other:
                 raise ConfigError(
                     f"{folder} holds a run with other {', '.join(other)}; take another folder, or the same model, "
-                    "stages and batches to go on with it"
+                    "stages and batches to resume it"
                 )
         else:
             write_json(path, head)

@@ -53,7 +53,7 @@ def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises ConfigError for a model that was not made from a float one.
     """
     if not hasattr(model, "float_keys"):
-        raise ConfigError(f"{type(model).__name__} was not made from a float model; its state_dict is all there is")
+        raise ConfigError(f"{type(model).__name__} was not made from a float model; use its state_dict instead")
     state = model.state_dict()
     return {float_key: state[key] for float_key, key in float_keys(model)}
 

@@ -171,7 +171,7 @@ class Holder(nn.Module):
         kind, name = type(self).__name__, self.held_as
         return UnsupportedPatternError(
             f"the {name} of a {kind} is run with its weight quantized, past its forward; {type(module).__name__} "
-            f"cannot take the place of the {type(self.held).__name__} there, what it computes would be left out. "
+            f"cannot take the place of the {type(self.held).__name__} there: its own forward would not be run. "
             f"Put an adapter, such as LoRA, on the float model and quantize that, or put it around the {kind} itself: "
             f"model.fc = Adapter(model.fc), not model.fc.{name} = Adapter(model.fc.{name})"
         )

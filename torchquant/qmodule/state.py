@@ -217,7 +217,7 @@ class QModule(Holder):
             raise UnobservedRangeError(
                 f"{self.path or type(self).__name__}: the {site} quantizer ({type(quantizer).__name__}) has seen no "
                 "data. Run a batch in QModuleState.CALIBRATION (or QUANT_AWARE_TRAIN), or set its range by hand "
-                "with force_ranges(min, max). A running average of models (EMA) is to start after that"
+                "with force_ranges(min, max). Start a running average of models (EMA) after that"
             )
         quantized = quantizer(x, **kwargs)
         quantizer.post_observe(quantized)

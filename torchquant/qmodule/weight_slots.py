@@ -127,10 +127,10 @@ class WeightSlot:
         if n_lost:
             wanted, became = float(values[lost][0]), float(found[lost][0])
             raise RoundingLostError(
-                f"{self.key}: {n_lost} of {values.numel()} values are not what {type(quantizer).__name__} makes of the "
-                f"weight that holds them, the first of them {wanted!r}, which becomes {became!r}. "
-                "Take values that neighbours, nearest or quantize give of the pinned quantizer, and fold a batch norm "
-                "for good before rounding"
+                f"{self.key}: {n_lost} of {values.numel()} values are not levels of {type(quantizer).__name__} for the "
+                f"weight that holds them; the first of them, {wanted!r}, becomes {became!r}. "
+                "Use values from neighbours, nearest or quantize of the pinned quantizer, and fold a batch norm "
+                "permanently before rounding"
             )
 
     @torch.no_grad()

@@ -228,7 +228,7 @@ class Quantizer(CalibratedState, ABC):
         if self.levels_vary:
             raise ConfigError(
                 f"{type(self).__name__} cannot be pinned: each {self.about.granularity[0]} takes its numbers from its "
-                "own elements every time. Take a scheme whose numbers a weight gives"
+                "own elements every time. Take a scheme whose numbers follow from the weight"
             )
         return {}
 

@@ -62,7 +62,7 @@ class ScaledQuantizer(FittedQuantizer):
                 given = f"{name}={getattr(self, name)}"
                 raise ConfigError(f"{given} says where the scale comes from, and an observer does; give one of the two")
         if getattr(observer, "symmetric", False) is not False:
-            raise ConfigError(f"symmetric={observer.symmetric} is of affine grids; {type(self).__name__} has its own")
+            raise ConfigError(f"symmetric={observer.symmetric} is for affine grids; {type(self).__name__} has its own")
         if isinstance(observer, MSEObserver):
             observer.format_over = self.format_over
             observer.shrinks_alike = not self.has_shift

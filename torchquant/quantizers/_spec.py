@@ -176,7 +176,7 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
 
 def _of_tokens(spec: QuantSpec, site: str) -> Quantizer:
     if site == "weight":
-        raise ConfigError(f"spec {str(spec)!r}: tokens are of inputs and outputs; weights have channels and groups")
+        raise ConfigError(f"spec {str(spec)!r}: /token is for inputs and outputs; weights take /channel or /group")
     is_symmetric = spec.scheme == "affine" and spec.options == (("symmetric", "narrow"),)
     if not is_symmetric or spec.n_bits is None or spec.gradient not in (None, "ste"):
         raise ConfigError(

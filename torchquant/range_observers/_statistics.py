@@ -44,8 +44,8 @@ def check_saved(value: Any, key: str) -> None:
     """Raise NonFiniteError if the value of a key in a checkpoint is not finite."""
     if isinstance(value, Tensor) and not value.is_meta and not bool(torch.isfinite(value).all()):
         raise NonFiniteError(
-            f"{key} of the state_dict holds NaN or Inf, which no quantizer can use; calibrate again, or look for what "
-            "made it before it was saved"
+            f"{key} of the state_dict holds NaN or Inf, which no quantizer can use; calibrate again, or find where "
+            "it arose before it was saved"
         )
 
 
