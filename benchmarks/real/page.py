@@ -164,7 +164,7 @@ def missed(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for net, cells in results["cells"].get("peers", {}).items():
         standing = Standing(cells, results["ours"], results["dynamic"])
         if standing.own is None:
-            found.append((net, "accuracy", "none of the ready sets runs"))
+            found.append((net, "accuracy", "none of the rule sets runs"))
         for goal, is_dynamic in (("accuracy", False), ("accuracy, dynamic", True)):
             top = standing.ahead(is_dynamic)
             if top is not None and top[1] > AHEAD_DB:
@@ -287,7 +287,7 @@ def _defaults(networks: Mapping[str, Cells], factors: Mapping[str, Sequence[str]
         return
     yield "## What the defaults were chosen from\n"
     yield (
-        "A ready set with one thing set by hand, everything else as it is; of activations the observer, of weights the "
+        "A rule set with one thing set by hand, everything else as it is; of activations the observer, of weights the "
         "rule and the granularity. Behind the dB: time of the calibration over that of the float model on the same "
         'inputs. Bold: the best of the row. "mean rank": 1 is the best; "mean loss": dB behind the best of the row, '
         "what fails left out.\n"

@@ -1,7 +1,7 @@
 """Why a goal is missed and what comes next, by network and goal; the page prints them beside the figure."""
 
 _DYNAMIC = (
-    "The range of each call covers what no calibration batch held. Ready sets have ranges of tokens for what "
+    "The range of each call covers what no calibration batch held. The rule sets have ranges of tokens for what "
     "transformers multiply, not for convolutions. Next: a range for each sample before convolutions."
 )
 _SATURATES = (
@@ -35,6 +35,11 @@ _SMALL_SHARE = (
     f"good part of the whole. {_GROWS}"
 )
 
+_SEARCHES = (
+    "The searches of the ranges and the observation of the weights come once, whatever the number of batches; each "
+    f"batch is read once more by its observers. Another process used the second core meanwhile. {_GROWS}"
+)
+
 REMARKS: dict[str, str] = {
     "face_small: accuracy, dynamic": _DYNAMIC,
     "pitch: accuracy": _RANGES,
@@ -44,6 +49,9 @@ REMARKS: dict[str, str] = {
     "voice: speed": _NOISE,
     "voice: calibration": _SMALL_CALLS,
     "face_small: calibration": _SMALL_SHARE,
+    "face: calibration": _SEARCHES,
+    "speaker: calibration": _SEARCHES,
+    "pitch_small: calibration": _SEARCHES,
 }
 """'NETWORK: GOAL' -> cause and next step. Goals: accuracy; accuracy, dynamic; export; speed; certificate; calibration.
 """

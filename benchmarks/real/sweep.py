@@ -1,4 +1,4 @@
-"""Ready sets with one choice changed at a time: what each observer, weight rule, fold and granularity gives."""
+"""Rule sets with one choice changed at a time: what each observer, weight rule, fold and granularity gives."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 """What is chosen -> what there is to choose."""
 TIMED = dict.fromkeys(("w8a8", "w8a8-transformer"), ("observer", "weight rule"))
-"""Ready set -> the factors whose calibration is timed; at other widths it is the same work."""
+"""Rule set -> the factors whose calibration is timed; at other widths it is the same work."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A ready set with one factor set by hand, everything else as it is."""
+    """A rule set with one factor set by hand, everything else as it is."""
 
     rules: str
     factor: str
@@ -92,7 +92,7 @@ def choices(network: str) -> Iterator[Choice]:
 
 
 def timed_observers() -> Iterator[Choice]:
-    """The observers whose calibration has a goal, each in the ready set that observes the most."""
+    """The observers whose calibration has a goal, each in the rule set that observes the most."""
     for observer in GOALS:
         yield Choice("w8a8", "observer", observer)
 

@@ -54,7 +54,7 @@ class PTQConfig:
 
     model: str = model_argument()
     recipe: str = option("cnn-w4a8", f"{', '.join(RECIPES)}, a YAML file, or stages: gptq,bias_correction.")
-    rules: str | None = option(None, "Another plan than the recipe's: a ready set, or a YAML file.")
+    rules: str | None = option(None, "A plan other than the recipe's: a rule set, or a YAML file.")
     data: str = data_option()
     checkpoint: str | None = checkpoint_option()
     float_epochs: int = option(30, "Epochs of float training; 0: none.")

@@ -1,4 +1,4 @@
-"""Ways to quantize a network: the ready sets of torchquant, and other tools on the same calibration inputs."""
+"""Ways to quantize a network: the rule sets of torchquant, and other tools on the same calibration inputs."""
 
 from benchmarks.real.peers import brevitas, nncf, ort, ours, torchao
 

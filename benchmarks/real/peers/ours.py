@@ -40,7 +40,7 @@ def simulated(network: Real, folder: Path, rules: str) -> Quantized:
 
 
 def file_of(network: Real, folder: Path, rules: str) -> Path:
-    """The file of a ready set, written once."""
+    """The file of a rule set, written once."""
     path = folder / f"torchquant-{rules}.onnx"
     if not path.exists():
         model = calibrated(network, rules)
@@ -57,11 +57,11 @@ SETS: dict[str, tuple[str, ...]] = {
     name: TRANSFORMERS if name.endswith("-transformer") else ()
     for name in ("w8a8", "w8a8-products", "w8a8-transformer", "w4a8", "w4a8-transformer")
 }
-"""Ready set -> the networks that it is for, () for all."""
+"""Rule set -> the networks that it is for, () for all."""
 FILES = ("int8-ort",)
 PEERS = {
     **{
-        name: Peer((), partial(simulated, rules=name), "ready set, simulated in torch", networks=networks)
+        name: Peer((), partial(simulated, rules=name), "rule set, simulated in torch", networks=networks)
         for name, networks in SETS.items()
         if name.startswith("w8a8")
     },
@@ -69,7 +69,7 @@ PEERS = {
         f"{name} file": Peer(
             ("onnx", "onnxscript", "onnxruntime"),
             partial(in_ort, rules=name),
-            "ready set, the ONNX file in ONNX Runtime",
+            "rule set, the ONNX file in ONNX Runtime",
         )
         for name in FILES
     },
