@@ -97,6 +97,12 @@ def test_any_tensor_at_all(name: str, array: object, dtype: torch.dtype) -> None
         assert torch.equal(quantizer.decode(quantizer.encode(finite), dtype), quantizer(finite))
 
 
+def test_a_threshold_whose_step_float32_does_not_have() -> None:
+    quantizer, x = QUANTIZERS["tqt"].examples(None)[1], torch.tensor([4.3857463e-37], dtype=torch.float64)
+    quantizer.pre_observe(x)
+    assert torch.equal(quantizer.decode(quantizer.encode(x), x.dtype), quantizer(x))
+
+
 @pytest.mark.parametrize(("name", "axis", "i"), CASES)
 def test_every_code_comes_back(name: str, axis: int | None, i: int) -> None:
     """`encode(decode(code))` is the code, for all codes of every format of up to 8 bits."""

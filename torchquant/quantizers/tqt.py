@@ -79,11 +79,16 @@ class TQTQuantizer(LearnedUniform):
     def grid(self) -> tuple[Tensor | int, ...]:
         """Return the step."""
         self.get()
-        return (tqt_step(self.number("log2_t").clamp(-120.0, 120.0), self.n_bits, self.is_signed),)
+        return (tqt_step(self._log2_t, self.n_bits, self.is_signed),)
+
+    @property
+    def _log2_t(self) -> Tensor:
+        """The logarithm of the threshold, where its step is a normal number of float32."""
+        return self.number("log2_t").clamp(self.n_bits - 126.0, 120.0)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         self.get()
-        log2_t = per_channel_view(self.number("log2_t").clamp(-120.0, 120.0), x.ndim, self.axis)
+        log2_t = per_channel_view(self._log2_t, x.ndim, self.axis)
         return tqt_quantize(x, log2_t, self.n_bits, self.is_signed)
 
     @classmethod
