@@ -53,7 +53,7 @@ def run(
     """Run post-training algorithms on a quantized model, in place; it is in QUANT_EVAL afterwards.
 
     `stages`: names with options, in the order they run: "fold_bn", "calibrate", "gptq:act_order", "bias_correction";
-    `torchquant ptq --list` prints all. `batches`: inputs as for `torchquant.calibrate`, kept for all stages; stages
+    `torchquant algorithms` prints all. `batches`: inputs as for `torchquant.calibrate`, kept for all stages; stages
     that use no inputs need none. `out`: a folder for results; a killed run of the same model, stages and batches
     resumes there, and its result is bit for bit that of an uninterrupted run. `keep`: "best" undoes a rounding whose
     error is above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and to leave out,
@@ -174,6 +174,7 @@ class _Engine:
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
         self.n_passes = 0
+        self.again: set[str] = set()
         self.advance: Callable[[], None] = lambda: None
 
     def count(self, stages: Sequence[Stage]) -> int:
@@ -200,7 +201,7 @@ class _Engine:
         left = dict(self.layers)
         if needs:
             wants_float = bool(needs & {"cross_gram", "float_means"})
-            self.again: set[str] = set()
+            self.again.clear()
             for path, data in self._inputs_of_layers(needs, wants_float):
                 self._work(path, stages, data)
                 del left[path]

@@ -72,10 +72,14 @@ class LayerData:
     generator: torch.Generator
     n: int = 0
     _sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _means: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _corrected: tuple[Tensor, float, Tensor] | None = field(default=None, repr=False)
 
     def add(self, rows: Tensor, float_rows: Tensor | None) -> None:
         """Add a block of rows, (groups, n, K), of both models."""
         self.n += rows.shape[1]
+        self._means.clear()
+        self._corrected = None
         found = {"gram": lambda: gram_sum(rows), "means": lambda: rows.to(torch.float64).sum(1)}
         if float_rows is not None:
             found["cross_gram"] = lambda: gram_sum(rows, float_rows)
@@ -89,7 +93,9 @@ class LayerData:
             raise ConfigError(f"{self.path}: the algorithm asks for {name!r}, which is not among what it needs")
         if name not in self._sums:
             raise ConfigError(f"{self.path}: no calibration batch reached this layer; give batches that do")
-        return self._sums[name] / self.n
+        if name not in self._means:
+            self._means[name] = self._sums[name] / self.n
+        return self._means[name]
 
     @property
     def gram(self) -> Tensor:
@@ -113,7 +119,9 @@ class LayerData:
 
     def corrected(self, weight: Tensor, damp: float = 0.01) -> Tensor:
         """Solve for the weight whose outputs on the current inputs are nearest to the float ones: (groups, rows, K)."""
-        return corrected_weight(weight, self.gram, self.cross_gram, damp)
+        if self._corrected is None or self._corrected[0] is not weight or self._corrected[1] != damp:
+            self._corrected = (weight, damp, corrected_weight(weight, self.gram, self.cross_gram, damp))
+        return self._corrected[2]
 
     def error(self, weight: Tensor, rounded: Tensor) -> Tensor:
         """Compute the mean squared error of each output under a rounded weight: (groups, rows)."""

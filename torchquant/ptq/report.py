@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,6 @@ class StepReport:
         """Return by how many dB the error is below that of rounding to nearest."""
         if not self.nearest_error or not self.error:
             return None
-        from math import log10
-
         return 10.0 * log10(self.nearest_error / self.error)
 
 
@@ -93,11 +91,3 @@ class PTQReport(ShownAsTables):
         """Read the `ptq.json` of a folder. Raises ConfigError."""
         path = Path(folder) / "ptq.json"
         return cls.from_dict(read_json(path), f"{path}")
-
-
-def by_stage(steps: Iterable[StepReport]) -> dict[str, list[StepReport]]:
-    """Return stage -> its steps."""
-    found: dict[str, list[StepReport]] = {}
-    for step in steps:
-        found.setdefault(step.stage, []).append(step)
-    return found

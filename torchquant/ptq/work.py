@@ -14,6 +14,7 @@ from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import BiasChange, LayerStage, NumberSearch, Rounding, WeightChange
 from torchquant.qmodule import QWrapper
+from torchquant.qmodule.bn_folding import running_factor
 
 
 class LayerWork:
@@ -156,8 +157,6 @@ def bias_of(wrapper: QWrapper) -> tuple[nn.Parameter, Tensor | None] | None:
     if wrapper.bn is not None and wrapper.bn.bias is not None:
         if wrapper.fold_mode is not None:
             return wrapper.bn.bias, None
-        from torchquant.qmodule.bn_folding import running_factor
-
         return wrapper.bn.bias, running_factor(wrapper.bn)
     bias = getattr(wrapper.layer, "bias", None)
     return None if bias is None else (bias, None)

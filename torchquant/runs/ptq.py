@@ -19,7 +19,7 @@ from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
 from torchquant.runs.data import TrainBatches, TrainingData, load_data
-from torchquant.runs.folder import CONTENTS, claimed, write_checkpoint
+from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import build_model, tried
 from torchquant.runs.settings import (
@@ -142,11 +142,7 @@ def _run(
             on_step=lambda step: shown.advance(0.0, f"{step.stage} {step.path}"),
         )
 
-    if not (folder / "quantized.pt").exists():
-        work()
-        write_checkpoint(folder / "quantized.pt", model)
-    else:
-        stages.run("quantized.pt", model, lambda: None)
+    stages.run("quantized.pt", model, work)
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     result = PTQResult(float_accuracy, nearest_accuracy, accuracy_on(model, data))
     write_json(folder / "result.json", asdict(result))

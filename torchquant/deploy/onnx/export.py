@@ -23,7 +23,7 @@ from torchquant.errors import ConfigError, ExportError, require
 from torchquant.plan import QuantPlan
 
 OpenAxes = Sequence[Mapping[int, Any]]
-"""For each input, axis -> the name of its size, or a torch.export.Dim."""
+"""A mapping for each input: axis -> the name of its size, or a torch.export.Dim."""
 MAX_BYTES = 2**31 - 1
 """Largest size of a single ONNX file in bytes."""
 

@@ -37,7 +37,7 @@ def clipped_normal_mean(mean: Tensor, deviation: Tensor, low: float = 0.0, high:
 def bias_correction(
     weight: Tensor, rounded: Tensor, mean_input: Tensor, mean_float_input: Tensor | None = None
 ) -> Tensor:
-    """What to add to the bias so that the mean of each output is the float model's: (..., rows).
+    """Compute the change of the bias that makes the mean of each output the float model's: (..., rows).
 
     weight, rounded: (..., rows, K), before and after. mean_input: (..., K), of what the layer reads now; with
     `mean_float_input`, what it reads in the float model, errors of earlier layers are made good as well. The means are
@@ -67,7 +67,7 @@ def channel_means(means: Tensor, kernel_elements: int, groups: int = 1) -> Tenso
 
 @explained
 def absorbed_bias(beta: Tensor, gamma: Tensor, deviations: float = 3.0) -> Tensor:
-    """What a channel always exceeds, which the next layer's bias can take over: `max(0, beta - 3 |gamma|)`, (C,).
+    """Compute what a channel always exceeds, which the next bias can take over: `max(0, beta - 3 |gamma|)`, (C,).
 
     beta, gamma: (C,), of the folded batch norm, or the mean and deviation of data. With c of them `b1 -= c` and
     `b2 += sum W2 c` (`absorbed_output`) leaves a ReLU network as it is where x >= c: for a normal x but .13 % of the
@@ -82,7 +82,7 @@ def absorbed_bias(beta: Tensor, gamma: Tensor, deviations: float = 3.0) -> Tenso
 
 @explained
 def absorbed_output(weight: Tensor, absorbed: Tensor, groups: int = 1) -> Tensor:
-    """What the next layer's bias gets for an absorbed bias: (C_out,). weight: (C_out, C_in / groups, ...); (C_in,).
+    """Compute the next layer's share of an absorbed bias: (C_out,). weight: (C_out, C_in / groups, ...); (C_in,).
 
     >>> absorbed_output(torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 0.5]))
     tensor([4.])

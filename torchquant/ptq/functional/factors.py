@@ -18,7 +18,7 @@ def dead_columns(gram: Tensor) -> Tensor:
 
 
 def dead_filling(gram: Tensor) -> Tensor:
-    """What the diagonal lacks where a column is dead, its mean; 0 elsewhere: (..., K)."""
+    """Return the mean of the diagonal where a column is dead, 0 elsewhere: (..., K)."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     return dead_columns(gram) * torch.where(mean > 0, mean, 1.0)
 
