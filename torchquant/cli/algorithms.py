@@ -23,6 +23,7 @@ def columns(name: str) -> dict[str, str]:
         "looks at": ", ".join(needs) or "no data",
         "options": options,
         "when": kind.when,
+        "cost": kind.cost or "-",
         "source": kind.source,
     }
 

@@ -31,6 +31,8 @@ class Stage(ABC):
     source: ClassVar[str] = "own"
     when: ClassVar[str] = ""
     """When to use the stage, in a few words."""
+    cost: ClassVar[str] = ""
+    """Operations for one layer of `rows` outputs and K inputs, beside the forward pass that all stages share."""
     spec = ""
     """The stage as written in the recipe."""
 

@@ -30,6 +30,7 @@ class AdaRound(MatchingRounding):
 
     source = "Nagel et al. 2020, arXiv:2004.10568"
     when = "convolutional networks at 4 bits; slower than gptq"
+    cost = "1000 rows K^2"
 
     def __init__(self, match: str = "float", steps: int = 1000, rate: float = 1e-2, weight: float = 1e-2) -> None:
         super().__init__(match)

@@ -20,6 +20,7 @@ class AutoRound(MatchingRounding):
 
     source = "Cheng et al. 2023, arXiv:2309.05516"
     when = "like adaround, in fewer steps"
+    cost = "200 rows K^2"
 
     def __init__(self, match: str = "float", steps: int = 200) -> None:
         super().__init__(match)

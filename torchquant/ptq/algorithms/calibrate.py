@@ -17,6 +17,7 @@ class Calibrate(ModelStage):
     changes = "ranges"
     needs_data = True
     when = "before roundings, and again behind them"
+    cost = "a forward pass"
 
     def __init__(self, batches: int | None = None) -> None:
         self.n_batches = batches

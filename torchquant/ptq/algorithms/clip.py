@@ -22,6 +22,7 @@ class Clip(NumberSearch):
 
     source = "Lin et al. 2024, arXiv:2306.00978, section 3.2"
     when = "before gptq; large outliers in the weights"
+    cost = "20 roundings"
     needs = frozenset({"gram"})
 
     def __init__(self, least: float = 0.5, steps: int = 20) -> None:

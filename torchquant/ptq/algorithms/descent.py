@@ -17,6 +17,7 @@ class Descent(MatchingRounding):
     """
 
     when = "behind gptq or another rounding; any level can be reached"
+    cost = "3 rows K^2"
 
     def __init__(self, match: str = "float", sweeps: int = 3) -> None:
         super().__init__(match)

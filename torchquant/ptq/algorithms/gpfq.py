@@ -15,6 +15,7 @@ class GPFQ(Rounding):
 
     source = "Zhang, Zhou, Saab 2023, arXiv:2201.11113"
     when = "like gptq, without an inverse"
+    cost = "rows K^2"
     needs = frozenset({"gram", "cross_gram"})
 
     def round(self, layer: Layer, data: LayerData) -> Tensor:

@@ -20,6 +20,7 @@ class GPTQ(MatchingRounding):
 
     source = "Frantar et al. 2023, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692"
     when = "4 bits and less, any layer; the first to try"
+    cost = "K^3 + rows K^2"
 
     def __init__(self, match: str = "float", damp: float = 0.01, act_order: bool = False, block: int = 128) -> None:
         super().__init__(match)

@@ -19,6 +19,7 @@ class MagR(WeightChange):
 
     source = "Zhang et al. 2024, arXiv:2406.00800"
     when = "before gptq at 3 bits and less, a scale for each channel"
+    cost = "150 K^2 rows"
     needs = frozenset({"gram"})
 
     def __init__(self, alpha: float = 0.01, steps: int = 150) -> None:

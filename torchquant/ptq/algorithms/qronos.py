@@ -18,6 +18,7 @@ class Qronos(Rounding):
 
     source = "Zhang et al. 2025, arXiv:2505.11695"
     when = "like gptq, where earlier layers have left much to make good"
+    cost = "K^3 + rows K^2"
     needs = frozenset({"gram", "cross_gram"})
 
     def __init__(self, damp: float = 1e-3, block: int = 128) -> None:

@@ -22,6 +22,7 @@ class Refit(Matching, NumberSearch):
 
     source = "Hubara et al. 2020, arXiv:2006.10518, section 3.1"
     when = "behind a rounding"
+    cost = "rows K^2"
 
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
         full = numbers_by_channel(layer)
