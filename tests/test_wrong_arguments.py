@@ -87,6 +87,10 @@ OF_NO_END = {"epochs", "steps_per_epoch", "samples", "iterations", "draws", "pat
 """Counts that may be as large as one likes, and take so long."""
 
 
+SOMETIMES = ("export_qonnx", "runtime_exact", "to_integer", "CostModel", "measure_latency", "FusedMobileNetV2")
+"""What does its whole work on most of what it is fed, and shares its checks with others."""
+
+
 def entries() -> list[tuple[str, str]]:
     return [(address, name) for address in CALLS for name in CALLS[address]]
 
@@ -176,7 +180,11 @@ def found(address: str, name: str) -> Any:
     return getattr(importlib.import_module(address), name)
 
 
-@pytest.mark.parametrize(("address", "name"), entries(), ids=lambda value: value.removeprefix("torchquant."))
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [pytest.param(*entry, marks=pytest.mark.slow if entry[1] in SOMETIMES else ()) for entry in entries()],
+    ids=lambda value: value.removeprefix("torchquant."),
+)
 def test_wrong_arguments_are_answered(address: str, name: str) -> None:
     function, make = found(address, name), CALLS[address][name]
     with limited(SECONDS), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

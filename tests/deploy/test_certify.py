@@ -339,7 +339,10 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("between", BETWEEN)
+ALWAYS = ("pad with 50", "softmax", "split and joined", "type")
+
+
+@pytest.mark.parametrize("between", [pytest.param(b, marks=() if b in ALWAYS else pytest.mark.slow) for b in BETWEEN])
 def test_what_a_model_does_between_its_layers(between, tmp_path):
     model, x = hand_built(BETWEEN[between])
     assert certify(model, export_onnx(model, tmp_path / "net.onnx", x[:2]), x).passed

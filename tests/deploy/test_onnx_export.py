@@ -159,7 +159,11 @@ def assert_agrees(model, x, path, optimize, off_share=0.02):
     assert same >= (0.9 if model.head.weight_quantizer.n_bits == 8 else 0.7)
 
 
-SAVED = [("w8-a8", False), ("w4-a4", True), ("w8-asymmetric-a8-narrow", False)]
+SAVED = [
+    ("w4-a4", True),
+    pytest.param("w8-a8", False, marks=pytest.mark.slow),
+    pytest.param("w8-asymmetric-a8-narrow", False, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("scheme", "fold_bn"), SAVED)

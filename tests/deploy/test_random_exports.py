@@ -122,7 +122,7 @@ def random_net(seed):
     return net, torch.randn(8, 3, 16, 16)
 
 
-@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
 @torch.no_grad()
 def test_a_file_in_a_plain_session_is_quant_eval(seed, tmp_path):
     net, x = random_net(seed)

@@ -15,7 +15,7 @@ from tests.graph.random_net_features import FEATURES
 from tests.graph.random_net_laws import check
 from tests.graph.random_nets import draw, make
 
-N_SEEDS, N_MORE, AT_ONCE = 4, 2004, 20
+N_SEEDS, N_MORE, AT_ONCE = 2, 2002, 20
 
 
 def require_laws(seed: int) -> None:

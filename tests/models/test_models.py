@@ -464,5 +464,6 @@ def test_models_compile_in_one_graph(name: str) -> None:
     compile_and_train(fused, images())
 
 
+@pytest.mark.slow
 def test_same_padding_and_memory_efficient_swish_compile_in_one_graph() -> None:
     compile_and_train(fuse(small_model("efficientnet-b0")).conv_stem, images(8))

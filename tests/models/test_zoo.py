@@ -20,15 +20,22 @@ from torchquant.utils import state_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-TORCHVISION_FAST = ["mobilenet_v3_small", "squeezenet1_1"]
+TORCHVISION_FAST = ["mobilenet_v3_small"]
 TORCHVISION_SLOW = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
     *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnext50_32x4d", "swin_t", "swin_v2_t", "vgg11_bn"),
-    *("vit_b_16", "wide_resnet50_2", "shufflenet_v2_x0_5", "regnet_y_400mf"),
+    *("squeezenet1_1", "vit_b_16", "wide_resnet50_2", "shufflenet_v2_x0_5", "regnet_y_400mf"),
 ]
-TIMM_FAST = ["mobilenetv3_small_100", "test_vit", "test_convnext"]
+TIMM_FAST = ["test_vit", "test_convnext"]
 TIMM_SLOW = [
-    *("resnet18", "efficientnet_lite0", "tf_efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224"),
+    *(
+        "mobilenetv3_small_100",
+        "resnet18",
+        "efficientnet_lite0",
+        "tf_efficientnet_b0",
+        "convnext_atto",
+        "vit_tiny_patch16_224",
+    ),
     *("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "regnetx_002", "ghostnet_100", "repvgg_a0"),
     *("mixer_s32_224", "edgenext_xx_small", "levit_128s", "poolformer_s12", "densenet121"),
 ]
@@ -205,7 +212,9 @@ def llama(hf: Any, ids: Tensor) -> tuple[nn.Module, Any]:
     return hf.LlamaForCausalLM(config), {"input_ids": ids, "use_cache": False}
 
 
-@pytest.mark.parametrize("build", [bert, gpt2, vit, llama], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build", [bert, llama, *(pytest.param(f, marks=pytest.mark.slow) for f in (gpt2, vit))], ids=lambda f: f.__name__
+)
 def test_transformers(build: Callable[[Any, Tensor], tuple[nn.Module, Any]]) -> None:
     hf = pytest.importorskip("transformers")
     net, inputs = build(hf, torch.randint(0, 99, (2, 12)))

@@ -37,8 +37,6 @@ def test_every_scheme_keeps_the_laws(name: str, axis: int | None, i: int) -> Non
 COMPILED_ALWAYS = {
     ("affine", None),
     ("esb", 0),
-    ("ternary", 0),
-    ("qfmt", None),
     ("lsq", 0),
     ("mx", None),
 }
@@ -79,7 +77,7 @@ def test_per_channel_equals_a_loop_of_per_tensor_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     array=hnp.arrays("float32", hnp.array_shapes(min_dims=1, max_dims=3, max_side=6), elements=st.floats(width=32)),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),

@@ -234,7 +234,9 @@ class _Observing(nn.Module):
     "name",
     ["histogram", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mse", "entropy", "percentile", "aciq"))],
 )
-@pytest.mark.parametrize("quantizes", [False, True], ids=["calibration", "training"])
+@pytest.mark.parametrize(
+    "quantizes", [pytest.param(False, marks=pytest.mark.slow), True], ids=["calibration", "training"]
+)
 def test_compiled_and_exported_code_counts_and_searches_as_eager_code_does(name: str, quantizes: bool) -> None:
     batches = [normal(300), normal(300) * 2 + 0.5]
     made_here = [_Observing(tq.make_quantizer(f"affine:6,observer={name}", site="output"), quantizes) for _ in "123"]

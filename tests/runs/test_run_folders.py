@@ -184,7 +184,7 @@ def test_rules_that_changed_under_the_same_name_are_another_job(work: Work, tmp_
     assert work.quantize(out).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["own.py", "blocks_of_mine.py"])
+@pytest.mark.parametrize("name", [pytest.param("own.py", marks=pytest.mark.slow), "blocks_of_mine.py"])
 @pytest.mark.parametrize("kind", ["quantize", "search", "export"])
 def test_a_model_file_that_changed_is_noticed(name: str, kind: str, finished: Any, tmp_path: Path) -> None:
     """The file of the model, and one that it takes a class from."""
@@ -492,7 +492,7 @@ HARMLESS = {"without contents", "without evaluated", "wrong evaluated", "newer p
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("allocate", "search") else []) for kind in REWRITTEN],
+    [pytest.param(kind, marks=[] if kind == "compare" else [pytest.mark.slow]) for kind in REWRITTEN],
 )
 def test_a_damaged_file_is_named_in_one_line_or_made_again(kind: str, finished: Any, tmp_path: Path) -> None:
     work, runs = finished
@@ -544,7 +544,7 @@ def test_a_damaged_run_is_not_exported(name: str, kind: str, finished: Any, tmp_
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("search", ["config.json", "result.json", "history.json", "choices.csv"]),
+        pytest.param("search", ["config.json", "result.json", "history.json", "choices.csv"], marks=pytest.mark.slow),
         ("allocate", ["pareto.json", "result.json"]),
     ],
 )
@@ -576,7 +576,10 @@ def test_a_damaged_leaderboard_is_named(finished: Any, tmp_path: Path) -> None:
         assert names_it_if_refused(lambda: read_leaderboard(path), str(path))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("quantize", "qat.progress.pt"), ("search", "search.progress.pt")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("quantize", "qat.progress.pt"), pytest.param("search", "search.progress.pt", marks=pytest.mark.slow)],
+)
 def test_damaged_progress_is_named(kind: str, name: str, finished: Any, tmp_path: Path) -> None:
     work, runs = finished
     out = tmp_path / "out"

@@ -94,8 +94,12 @@ def test_a_single_candidate_is_that_scheme_bit_for_bit(spec: str) -> None:
     [
         # the least squared error on N(0, 1) of the tables H1 to H4
         (2, ["clipq:2", "esb:2,k=0", "pot:2", "residual:2,method=greedy"], "clipq:2"),
-        (3, ["clipq:3", "esb:3,k=0", "pot:3", "residual:3,method=greedy"], "clipq:3"),
-        (4, ["clipq:4", "esb:4,k=1", "pot:4", "residual:4,method=greedy"], "clipq:4"),
+        pytest.param(
+            3, ["clipq:3", "esb:3,k=0", "pot:3", "residual:3,method=greedy"], "clipq:3", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            4, ["clipq:4", "esb:4,k=1", "pot:4", "residual:4,method=greedy"], "clipq:4", marks=pytest.mark.slow
+        ),
         (5, ["clipq:5", "esb:5,k=2", "pot:5", "residual:5,method=greedy"], "esb:5,k=2"),
     ],
 )

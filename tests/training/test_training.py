@@ -219,7 +219,8 @@ def qat_step(net: SmallNet, run: nn.Module, x: Tensor, labels: Tensor) -> dict[s
     return {"loss": loss.detach()} | {name: p.grad for name, p in net.named_parameters()} | dict(ranges(net))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_qat_step_equals_eager(backend: str) -> None:
     """Without a graph break; in float64, where another order of summation moves no code."""
     torch._dynamo.reset()
