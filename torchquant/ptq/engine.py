@@ -8,7 +8,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,16 +15,18 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, one_line
 from torchquant.graph.recording import call_with
 from torchquant.ptq.folding import fold_for_good
-from torchquant.ptq.layer import LayerData, make_rows
+from torchquant.ptq.layer import LayerData
+from torchquant.ptq.reads import paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps
 from torchquant.ptq.stage import CHANGES, LayerStage, ModelStage, Stage, make_stage
 from torchquant.ptq.streams import Pass, passes
+from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
-from torchquant.qmodule import QModuleState, QWrapper
+from torchquant.qmodule import QModuleState, WeightSlot
 from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.training.batches import check_batches, inputs_of, place, progress_bar, taken
 from torchquant.utils import qmodules, set_qmodule_state, weight_slots
@@ -85,9 +86,9 @@ def run(
     asking = [s for s in made if (s.needs_data if isinstance(s, ModelStage) else isinstance(s, LayerStage) and s.needs)]
     if asking and not inputs:
         raise ConfigError(f"{_name(asking[0])} looks at inputs and needs batches, got none")
-    layers, left = _layers(model, names, skip)
+    units, left = find_units(model, names, skip)
     engine = _Engine(
-        model, layers, inputs, keep, seed, on_step, Steps.of(out, model, made, inputs, (keep, names, skip, seed))
+        model, units, inputs, keep, seed, on_step, Steps.of(out, model, made, inputs, (keep, names, skip, seed))
     )
     with (
         torch.no_grad(),
@@ -95,8 +96,8 @@ def run(
         progress_bar("post-training", engine.count(made), show_progress, on_step) as advance,
     ):
         engine.advance = advance
-        for path, why in left.items():
-            engine.report(StepReport("(none)", path, note=f"stays rounded to nearest: {why}"))
+        for label, why in left.items():
+            engine.report(StepReport("(none)", label, note=f"stays rounded to nearest: {why}"))
         for is_layer_stage, group in itertools.groupby(made, lambda stage: isinstance(stage, LayerStage)):
             if is_layer_stage:
                 engine.run_layers([stage for stage in group if isinstance(stage, LayerStage)])
@@ -130,46 +131,23 @@ def _name(stage: Stage) -> str:
     return stage.spec or type(stage).__name__
 
 
-def _layers(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> tuple[dict[str, QWrapper], dict[str, str]]:
-    """Find each layer that the names select, by path, and say why other quantized weights are not among them."""
-    slots = [slot for slot in weight_slots(model) if slot.quantizer is not None]
-    if not any(isinstance(slot, LayerSlot) for slot in slots):
-        raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
-    chosen: dict[str, QWrapper] = {}
-    left: dict[str, str] = {}
-    for slot in slots:
-        others = [other.label for other in slots if other is not slot and other.weight is slot.weight]
-        if not any(fnmatchcase(slot.path, name) for name in names) or any(
-            fnmatchcase(slot.path, name) for name in skip
-        ):
-            continue
-        if others:
-            left[slot.label] = f"its weight is that of {', '.join(others)} too"
-        elif isinstance(slot, LayerSlot):
-            chosen[slot.path] = slot.module
-        else:
-            left[slot.label] = f"what its weight multiplies is inside {type(slot.module.layer).__name__}"
-    if not chosen:
-        known = ", ".join(slot.path for slot in slots[:9])
-        raise ConfigError(
-            f"names {list(names)} without {list(skip)} "
-            f"select no layer with a single product; the quantized weights are {known}, ..."
-        )
-    return chosen, left
-
-
 class _Engine:
+    """The state of a run. `units`: the weights to work on, by the path of their modules, at which forwards wait."""
+
     def __init__(
         self,
         model: nn.Module,
-        layers: dict[str, QWrapper],
+        units: Sequence[WeightSlot],
         inputs: list[Any],
         keep: str,
         seed: int,
         on_step: OnStep | None,
         saved: Steps,
     ) -> None:
-        self.model, self.layers, self.inputs, self.keep, self.seed = model, layers, inputs, keep, seed
+        self.model, self.inputs, self.keep, self.seed = model, inputs, keep, seed
+        self.units: dict[str, list[WeightSlot]] = {}
+        for slot in units:
+            self.units.setdefault(slot.path, []).append(slot)
         self.on_step, self.saved = on_step, saved
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
@@ -179,7 +157,8 @@ class _Engine:
 
     def count(self, stages: Sequence[Stage]) -> int:
         """Return how many steps the stages take."""
-        return sum(len(self.layers) if isinstance(stage, LayerStage) else 1 for stage in stages)
+        n_units = sum(map(len, self.units.values()))
+        return sum(n_units if isinstance(stage, LayerStage) else 1 for stage in stages)
 
     def report(self, step: StepReport) -> None:
         self.steps.append(step)
@@ -198,55 +177,62 @@ class _Engine:
         self._prepare(stages)
         needs = frozenset().union(*(stage.needs for stage in stages))
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
-        left = dict(self.layers)
+        left = {slot.label: slot for slots in self.units.values() for slot in slots}
         if needs:
             wants_float = bool(needs & {"cross_gram", "float_means"})
             self.again.clear()
-            for path, data in self._inputs_of_layers(needs, wants_float):
-                self._work(path, stages, data)
-                del left[path]
+            for slot, data, notes in self._inputs_of_units(needs, wants_float):
+                self._work(slot, stages, data, notes)
+                del left[slot.label]
             for path in sorted(self.again):
                 note = "is called again where it is rounded already: the inputs of its first call alone were looked at"
                 self.report(StepReport(_name(stages[0]), path, note=note))
-        for path in left:
-            data = LayerData(path, needs, self._generator(path))
-            self._work(path, stages, data, "no batch reached it" if needs else "")
+        for slot in left.values():
+            data = LayerData(slot.label, needs, self._generator(slot.label))
+            self._work(slot, stages, data, ["no batch reached it"] if needs else [])
         self.n_passes += 1
 
     def _prepare(self, stages: Sequence[LayerStage]) -> None:
         """Fold batch norms permanently, copy the float model, and give every weight its numbers."""
         if self.reference is not None:
             return
-        for path, wrapper in self.layers.items():
-            slot = wrapper.weight_slots()[0]
-            if wrapper.weight_quantizer.is_pinned:  # type: ignore[union-attr]
+        for slot in (slot for slots in self.units.values() for slot in slots):
+            if slot.quantizer.is_pinned:  # type: ignore[union-attr]
                 raise ConfigError(
-                    f"{path}: its weight has been rounded already, so that its real weights are gone; run all stages "
-                    "in one call, or load the float weights and call unpin() of its quantizer"
+                    f"{slot.label}: its weight has been rounded already, so that its real weights are gone; run all "
+                    "stages in one call, or load the float weights and call unpin() of its quantizer"
                 )
             if slot.is_computed:
                 raise ConfigError(
-                    f"{path}: its weight is computed from other parameters; make it a plain one, or skip=[{path!r}]"
+                    f"{slot.label}: its weight is computed from other parameters; make it a plain one, or "
+                    f"skip=[{slot.label!r}]"
                 )
-        fold_for_good(self.layers)
+        fold_for_good({path: slots[0].module for path, slots in self.units.items() if isinstance(slots[0], LayerSlot)})
         self.reference = copy.deepcopy(self.model).eval()
         set_qmodule_state(self.reference, QModuleState.BYPASSED)
-        self.float_layers = {path: self.reference.get_submodule(path) for path in self.layers}
+        self.float_units = {slot.label: slot for slot in weight_slots(self.reference)}
         for _, module in qmodules(self.model):
             if any(not q.is_ready for slot in module.weight_slots() if (q := slot.quantizer) is not None):
                 module.observe_weight()
 
-    def _generator(self, path: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed} {self.n_passes} {path}".encode()).digest()
+    def _generator(self, label: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {self.n_passes} {label}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def _inputs_of_layers(self, needs: frozenset[str], wants_float: bool) -> Iterable[tuple[str, LayerData]]:
-        """Yield each layer with its inputs, when every batch that reaches it has arrived; it may be changed then."""
+    def _inputs_of_units(
+        self, needs: frozenset[str], wants_float: bool
+    ) -> Iterable[tuple[WeightSlot, LayerData, list[str]]]:
+        """Yield each weight with its inputs, when every batch that reaches it has arrived; it may be changed then.
+
+        A module with several weights gives one after the other, each with what the changed ones before it compute.
+        """
         assert self.reference is not None
-        order = list(self.layers)
+        order = list(self.units)
         calls = [self._call(self.model, batch) for batch in self.inputs]
         float_calls = [self._call(self.reference, batch) for batch in self.inputs if wants_float]
-        with passes(self.layers, calls) as now, passes(self.float_layers, float_calls) as floats:
+        modules = {path: slots[0].module for path, slots in self.units.items()}
+        float_modules = {path: self.reference.get_submodule(path) for path in modules}
+        with passes(modules, calls) as now, passes(float_modules, float_calls) as floats:
             for one in (*now, *floats):
                 one.advance()
             done: set[str] = set()
@@ -254,7 +240,8 @@ class _Engine:
                 path = next((path for path in order if path in heads and path not in done), None)
                 if path is not None:
                     done.add(path)
-                    yield path, self._data(path, needs, now, floats)
+                    for slot in self.units[path]:
+                        yield slot, *self._data(slot, needs, now, floats)
                 for i, one in enumerate(now):
                     if one.at in done:
                         self.again.update({one.at} - {path})
@@ -265,50 +252,49 @@ class _Engine:
     def _call(self, model: nn.Module, batch: Any) -> Callable[[], object]:
         return lambda: call_with(model, batch, "a batch")
 
-    def _data(self, path: str, needs: frozenset[str], now: list[Pass], floats: list[Pass]) -> LayerData:
-        """Collect the layer's inputs in all passes that wait before it."""
-        data = LayerData(path, needs, self._generator(path))
-        if self.saved.has(self.n_passes, path):
-            return data
-        wrapper, real = self.layers[path], self.float_layers[path] if floats else None
+    def _data(
+        self, slot: WeightSlot, needs: frozenset[str], now: list[Pass], floats: list[Pass]
+    ) -> tuple[LayerData, list[str]]:
+        """Collect the inputs of a weight in all passes that wait before its module, and remarks on them."""
+        data = LayerData(slot.label, needs, self._generator(slot.label))
+        if self.saved.has(self.n_passes, slot):
+            return data, []
+        real = self.float_units[slot.label]
         for i, one in enumerate(now):
-            if one.at != path:
+            if one.at != slot.path:
                 continue
-            float_x = None
-            if floats:
-                if floats[i].at != path:
-                    raise ConfigError(
-                        f"{path}: batch {i} does not reach it in the float model as it does in the quantized one, so "
-                        "there is nothing to match; use match=layer, or skip it"
-                    )
-                float_x = _first(floats[i])
-            keep = self._kept(i, _first(one))
-            for rows, float_rows in make_rows(wrapper, _first(one), real, float_x, keep):
-                data.add(rows, float_rows)
-        return data
+            if floats and floats[i].at != slot.path:
+                raise ConfigError(
+                    f"{slot.path}: batch {i} does not reach it in the float model as it does in the quantized one, so "
+                    "there is nothing to match; use match=layer, or skip it"
+                )
+            call, mask = (one.args, one.kwargs), self._mask(i)
+            uses = uses_of(slot, call, mask)
+            if uses is not None:
+                data.add_uses(uses, slot.rows().shape[-1])
+                continue
+            try:
+                float_call = (floats[i].args, floats[i].kwargs) if floats else None
+                for rows, float_rows in paired_rows(slot, call, real, float_call, mask):
+                    data.add(rows, float_rows)
+            except ConfigError as error:
+                return data, [one_line(error)]
+        never = 0 if data.uses is None else int((data.uses == 0).sum())
+        return data, [f"{never} of its {len(slot.weight)} rows were never looked up and stay nearest"] if never else []
 
-    def _kept(self, i: int, x: Any) -> Tensor | None:
+    def _mask(self, i: int) -> Tensor | None:
         """Return which tokens of a batch are not padding, if its attention mask tells."""
         batch = self.inputs[i]
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == mask.shape:
-            return mask.to(torch.bool)
-        return None
+        return mask.to(torch.bool) if isinstance(mask, Tensor) else None
 
-    def _work(self, path: str, stages: Sequence[LayerStage], data: LayerData, note: str = "") -> None:
-        """Run the stages at one layer and set its weight to the result."""
-        wrapper = self.layers[path]
-        if (steps := self.saved.restore(self.n_passes, path, wrapper)) is not None:
-            for step in steps:
-                self.report(step)
-            return
-        worker = LayerWork(wrapper, self.float_layers[path], data, self.keep, note)
-        steps = [worker.run(stage, _name(stage)) for stage in stages]
-        worker.commit()
-        self.saved.save(self.n_passes, path, wrapper, steps)
+    def _work(self, slot: WeightSlot, stages: Sequence[LayerStage], data: LayerData, notes: Sequence[str]) -> None:
+        """Run the stages at one weight and set it to the result."""
+        steps = self.saved.restore(self.n_passes, slot)
+        if steps is None:
+            worker = LayerWork(slot, self.float_units[slot.label], data, self.keep, notes)
+            steps = [worker.run(stage, _name(stage)) for stage in stages]
+            worker.commit()
+            self.saved.save(self.n_passes, slot, steps)
         for step in steps:
             self.report(step)
-
-
-def _first(one: Pass) -> Any:
-    return one.args[0] if one.args else next(iter(one.kwargs.values()))

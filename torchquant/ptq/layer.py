@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.ptq.functional.gram import (
-    check_gram,
-    conv_rows,
-    gram_sum,
-    linear_rows,
-    output_error,
-    transposed_conv_rows,
-)
+from torchquant.ptq.functional.gram import check_gram, gram_sum, output_error
 from torchquant.ptq.functional.mismatch import corrected_weight
-from torchquant.qmodule import QWrapper, WeightSlot
-from torchquant.qmodule.own_forward import read_of_product
-from torchquant.qmodule.patterns import InputFirstPattern
+from torchquant.qmodule import WeightSlot
 from torchquant.quantizers import Quantizer
 
 
@@ -58,34 +48,54 @@ class Layer:
         return below.view(weight.shape), above.view(weight.shape)
 
 
+Rows = Tensor | Sequence[Tensor]
+"""Input rows (groups, n, K) of a layer, or such blocks for its first groups, for the next ones, and so on."""
+
+
 @dataclass
 class LayerData:
     """Statistics of a layer's inputs over all batches; only those that the stages asked for are present.
 
-    `n`: the number of rows, that is tokens or patches. All statistics are means over the rows: `gram` (groups, K, K)
-    of the current inputs, `cross_gram` (groups, K, K) of these, transposed, with the inputs in the float model;
-    `mean_input` and `mean_float_input` (groups, K). `generator`: for random numbers.
+    `n`: the number of rows, that is tokens or patches; of the group with most, if groups have inputs of their own. All
+    statistics are means over the rows: `gram` (groups, K, K) of the current inputs, `cross_gram` (groups, K, K) of
+    these, transposed, with the inputs in the float model; `mean_input` and `mean_float_input` (groups, K). `uses`:
+    how often each row of a table was looked up, (rows,); None for a layer that multiplies. `generator`: for random
+    numbers.
     """
 
     path: str
     wanted: frozenset[str]
     generator: torch.Generator
     n: int = 0
+    uses: Tensor | None = None
+    _counts: Tensor | float = field(default=0.0, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _means: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _corrected: tuple[Tensor, float, Tensor] | None = field(default=None, repr=False)
 
-    def add(self, rows: Tensor, float_rows: Tensor | None) -> None:
-        """Add a block of rows, (groups, n, K), of both models."""
-        self.n += rows.shape[1]
+    def add(self, rows: Rows, float_rows: Rows | None) -> None:
+        """Add rows of both models."""
+        blocks, others = _blocks(rows), None if float_rows is None else _blocks(float_rows)
+        counts = torch.cat([torch.full((len(b),), b.shape[1], dtype=torch.float64, device=b.device) for b in blocks])
+        found = {"gram": lambda: torch.cat([gram_sum(block) for block in blocks]), "means": lambda: _row_sums(blocks)}
+        if others is not None:
+            found["cross_gram"] = lambda: torch.cat(list(map(gram_sum, blocks, others)))
+            found["float_means"] = lambda: _row_sums(others)
+        self._add(counts, {name: found[name]() for name in self.wanted & found.keys()})
+
+    def add_uses(self, uses: Tensor, n_columns: int) -> None:
+        """Add how often each row of a table of n_columns was looked up, (rows,): its weights are read as they are."""
+        self.uses = uses if self.uses is None else self.uses + uses
+        count = uses.sum().to(torch.float64)[None]
+        unit = count[:, None, None] * torch.eye(n_columns, dtype=torch.float64, device=uses.device)
+        self._add(count, dict.fromkeys(self.wanted & {"gram", "cross_gram"}, unit))
+
+    def _add(self, counts: Tensor, sums: Mapping[str, Tensor]) -> None:
+        self.n += int(counts.max())
+        self._counts = self._counts + counts
         self._means.clear()
         self._corrected = None
-        found = {"gram": lambda: gram_sum(rows), "means": lambda: rows.to(torch.float64).sum(1)}
-        if float_rows is not None:
-            found["cross_gram"] = lambda: gram_sum(rows, float_rows)
-            found["float_means"] = lambda: float_rows.to(torch.float64).sum(1)
-        for name in self.wanted & found.keys():
-            value = found[name]()
+        for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def _mean(self, name: str) -> Tensor:
@@ -94,7 +104,9 @@ class LayerData:
         if name not in self._sums:
             raise ConfigError(f"{self.path}: no calibration batch reached this layer; give batches that do")
         if name not in self._means:
-            self._means[name] = self._sums[name] / self.n
+            total = self._sums[name]
+            assert isinstance(self._counts, Tensor)
+            self._means[name] = total / self._counts.clamp_min(1.0).view(-1, *[1] * (total.ndim - 1))
         return self._means[name]
 
     @property
@@ -124,35 +136,17 @@ class LayerData:
         return self._corrected[2]
 
     def error(self, weight: Tensor, rounded: Tensor) -> Tensor:
-        """Compute the mean squared error of each output under a rounded weight: (groups, rows)."""
-        return output_error((weight - rounded).to(torch.float64), self.gram)
+        """Compute the mean squared error of each output under a rounded weight: (groups, rows).
+
+        The rows of a table count as often as they were looked up.
+        """
+        found = output_error((weight - rounded).to(self.gram.dtype), self.gram)
+        return found if self.uses is None else found * self.uses / self.n
 
 
-def rows_read(wrapper: QWrapper, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the input rows of the product in a wrapped layer when it is called with x, in blocks (groups, n, K).
-
-    keep: (...) bool, true for the tokens that count.
-    """
-    x = wrapper.quantized_input(x)
-    if isinstance(wrapper.row, InputFirstPattern):
-        yield linear_rows(x, keep)
-        return
-    function, x, geometry = read_of_product(lambda: wrapper.layer.forward(x))
-    if function.__name__ == "linear":
-        yield linear_rows(x, keep)
-        return
-    kernel = wrapper.weight_slots()[0].seen().shape[2:]
-    batch = x if x.ndim == len(kernel) + 2 else x[None]
-    rows = transposed_conv_rows if "transpose" in function.__name__ else conv_rows
-    yield from rows(batch, kernel, **geometry)
+def _blocks(rows: Rows) -> Sequence[Tensor]:
+    return [rows] if isinstance(rows, Tensor) else rows
 
 
-def make_rows(
-    wrapper: QWrapper, x: Any, real: Any, float_x: Any, keep: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield rows of the quantized and the float layer in pairs; None if there is no float layer."""
-    if real is None:
-        for piece in rows_read(wrapper, x, keep):
-            yield piece, None
-        return
-    yield from zip(rows_read(wrapper, x, keep), rows_read(real, float_x, keep), strict=True)
+def _row_sums(blocks: Sequence[Tensor]) -> Tensor:
+    return torch.cat([block.to(torch.float64).sum(1) for block in blocks])

@@ -18,7 +18,7 @@ from torchquant.errors import ConfigError
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import Stage
 from torchquant.ptq.work import bias_of
-from torchquant.qmodule import QWrapper
+from torchquant.qmodule import WeightSlot
 from torchquant.quantizers import Quantizer
 
 HEAD = "run.json"
@@ -63,20 +63,20 @@ class Steps:
             write_json(path, head)
         return cls(folder)
 
-    def _file(self, n_pass: int, path: str) -> Path | None:
-        name = hashlib.sha256(path.encode()).hexdigest()[:16]
+    def _file(self, n_pass: int, slot: WeightSlot) -> Path | None:
+        name = hashlib.sha256(slot.label.encode()).hexdigest()[:16]
         return None if self.folder is None else self.folder / f"{n_pass}-{name}.pt"
 
-    def has(self, n_pass: int, path: str) -> bool:
+    def has(self, n_pass: int, slot: WeightSlot) -> bool:
         """Whether the result of the layer in this pass is saved."""
-        file = self._file(n_pass, path)
+        file = self._file(n_pass, slot)
         return file is not None and file.exists()
 
-    def save(self, n_pass: int, path: str, wrapper: QWrapper, steps: Sequence[StepReport]) -> None:
+    def save(self, n_pass: int, slot: WeightSlot, steps: Sequence[StepReport]) -> None:
         """Save the layer in its current state."""
-        file = self._file(n_pass, path)
+        file = self._file(n_pass, slot)
         if file is not None:
-            quantizer, tensors = _parts(wrapper)
+            quantizer, tensors = _parts(slot)
             kept = {
                 "quantizer": quantizer.state_dict(),
                 "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
@@ -84,13 +84,13 @@ class Steps:
             }
             write_whole(file, lambda temporary: torch.save(kept, temporary))
 
-    def restore(self, n_pass: int, path: str, wrapper: QWrapper) -> list[StepReport] | None:
+    def restore(self, n_pass: int, slot: WeightSlot) -> list[StepReport] | None:
         """Restore the layer from its saved result and return its steps; None if nothing was saved."""
-        file = self._file(n_pass, path)
+        file = self._file(n_pass, slot)
         if file is None or not file.exists():
             return None
         kept = read_saved(file)
-        quantizer, tensors = _parts(wrapper)
+        quantizer, tensors = _parts(slot)
         quantizer.load_state_dict(kept["quantizer"])
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -98,11 +98,10 @@ class Steps:
         return [StepReport(**step) for step in kept["steps"]]
 
 
-def _parts(wrapper: QWrapper) -> tuple[Quantizer, dict[str, Tensor]]:
+def _parts(slot: WeightSlot) -> tuple[Quantizer, dict[str, Tensor]]:
     """Return the quantizer of a layer's weight, and the tensors that stages change."""
-    (slot,) = wrapper.weight_slots()
     assert slot.quantizer is not None
-    held = bias_of(wrapper)
+    held = bias_of(slot)
     return slot.quantizer, {"weight": slot.weight} | ({} if held is None else {"bias": held[0]})
 
 

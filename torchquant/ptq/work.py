@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchquant.errors import ConfigError, NoCodesError, NonFiniteError, one_line
-from torchquant.ptq.functional.gram import output_error
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import BiasChange, LayerStage, NumberSearch, Rounding, WeightChange
-from torchquant.qmodule import QWrapper
+from torchquant.qmodule import WeightSlot
 from torchquant.qmodule.bn_folding import running_factor
+from torchquant.qmodule.weight_slots import LayerSlot
 
 
 class LayerWork:
@@ -23,14 +23,13 @@ class LayerWork:
     `keep`: "best" undoes a stage that makes the error larger than that of rounding to nearest.
     """
 
-    def __init__(self, wrapper: QWrapper, real: Any, data: LayerData, keep: str, note: str) -> None:
-        self.wrapper, self.data, self.keep, self.note = wrapper, data, keep, note
-        (slot,) = wrapper.weight_slots()
+    def __init__(self, slot: WeightSlot, real: WeightSlot, data: LayerData, keep: str, notes: Sequence[str]) -> None:
+        self.data, self.keep, self.notes = data, keep, tuple(notes)
         assert slot.quantizer is not None
         self.was_pinned = slot.quantizer.is_pinned
         rounded = slot.quantizer(slot.seen()).detach().view(slot.rows().shape) if self.was_pinned else None
         slot.quantizer.pin(slot.seen(), observe=not slot.quantizer.is_ready)
-        self.layer = Layer(slot, real.weight_slots()[0].rows(), rounded)
+        self.layer = Layer(slot, real.rows(), rounded)
         self.real = self.layer.weight
         self.nearest = self.layer.quantized()
         self.numbers = {name: number.clone() for name, number in slot.quantizer.numbers().items()}
@@ -39,7 +38,7 @@ class LayerWork:
     def run(self, stage: LayerStage, name: str) -> StepReport:
         """Run one stage; if nothing is known of the layer's inputs, round to nearest instead."""
         began = time.perf_counter()
-        notes = [self.note] if self.note else []
+        notes = list(self.notes)
         if stage.needs and not self.data.n:
             if isinstance(stage, Rounding):
                 self._undo()
@@ -65,11 +64,11 @@ class LayerWork:
             if isinstance(stage, Rounding):
                 return self._round(stage)
             if isinstance(stage, WeightChange):
-                return self._change_weight(stage.change(self.layer, self.data))
+                return self._change_weight(self._where_used(stage.change(self.layer, self.data), self.layer.weight))
             if isinstance(stage, NumberSearch):
                 return self._set_numbers(stage)
             assert isinstance(stage, BiasChange)
-            return self._add_bias(stage.bias(self.layer, self.data))
+            return self._add_bias(stage)
         except (ConfigError, NoCodesError, NonFiniteError) as error:
             if isinstance(stage, Rounding):
                 self._undo()
@@ -90,7 +89,7 @@ class LayerWork:
         self._take(self.nearest)
 
     def _round(self, stage: Rounding) -> list[str]:
-        rounded = stage.round(self.layer, self.data).to(self.nearest.dtype)
+        rounded = self._where_used(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
         before, after = self._error(self.nearest), self._error(rounded)
         if self.keep == "best" and before is not None and after is not None and not after <= before:
             self._undo()
@@ -123,25 +122,30 @@ class LayerWork:
             return [f"undone: its error was {after:.3g}, {before:.3g} without"]
         return []
 
-    def _add_bias(self, change: Tensor) -> list[str]:
-        held = bias_of(self.wrapper)
+    def _add_bias(self, stage: BiasChange) -> list[str]:
+        held = bias_of(self.layer.slot)
         if held is None:
             return ["left as it is: the layer has no bias to correct"]
         bias, factor = held
+        change = stage.bias(self.layer, self.data)
         with torch.no_grad():
             bias.add_((change if factor is None else change * factor).to(bias.dtype))
         return []
+
+    def _where_used(self, new: Tensor, former: Tensor) -> Tensor:
+        """Return the new weight; the former one for the rows of a table that were never looked up."""
+        uses = self.data.uses
+        return new if uses is None else torch.where(uses.view(1, -1, 1) > 0, new, former)
 
     def _error(self, rounded: Tensor) -> float | None:
         """Compute the mean squared error of the outputs over their mean square; None if no inputs are known."""
         if "gram" not in self.data.wanted or not self.data.n:
             return None
-        gram = self.data.gram
-        if not bool(gram.isfinite().all()):
+        if not bool(self.data.gram.isfinite().all()):
             return None
         target = self.data.corrected(self.real) if "cross_gram" in self.data.wanted else self.real
-        total = float(output_error(self.real.to(gram.dtype), gram).sum())
-        found = float(output_error((target - rounded).to(gram.dtype), gram).sum())
+        total = float(self.data.error(self.real, torch.zeros_like(self.real)).sum())
+        found = float(self.data.error(target, rounded).sum())
         return found / total if total > 0 else 0.0
 
     def commit(self) -> None:
@@ -152,11 +156,9 @@ class LayerWork:
             self.layer.quantizer.unpin()
 
 
-def bias_of(wrapper: QWrapper) -> tuple[nn.Parameter, Tensor | None] | None:
+def bias_of(slot: WeightSlot) -> tuple[Tensor, Tensor | None] | None:
     """Return the bias after the weight, and the size of one unit of the layer's output in it; None if there is none."""
-    if wrapper.bn is not None and wrapper.bn.bias is not None:
-        if wrapper.fold_mode is not None:
-            return wrapper.bn.bias, None
-        return wrapper.bn.bias, running_factor(wrapper.bn)
-    bias = getattr(wrapper.layer, "bias", None)
-    return None if bias is None else (bias, None)
+    bn = slot.module.bn if isinstance(slot, LayerSlot) else None
+    if bn is not None and bn.bias is not None:
+        return bn.bias, None if slot.module.fold_mode is not None else running_factor(bn)
+    return None if slot.bias is None else (slot.bias, None)

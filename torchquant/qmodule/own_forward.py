@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torchquant.errors import ConfigError
+
 PRODUCTS: dict[type[nn.Module], Any] = {
     nn.Linear: F.linear,
     nn.Conv1d: F.conv1d,
@@ -111,6 +113,53 @@ def read_of_product(run: Callable[[], object]) -> tuple[Any, Tensor, dict[str, A
     except _ReadError:
         pass
     return read.found
+
+
+class _Watched(TorchFunctionMode):
+    """Records the inputs of the products with one weight, and the names of other functions that get it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.transposed = weight, weight.mT
+        self.inputs: list[Tensor] = []
+        self.others: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        if not isinstance(result, Tensor) or not any(x is self.weight or x is self.transposed for x in given):
+            return result
+        if func in _TRANSPOSES:
+            return self.transposed
+        if len(args) > 1 and (
+            (func is F.linear and args[1] is self.weight) or (func in _MATMULS and args[1] is self.transposed)
+        ):
+            self.inputs.append(args[0].detach())
+        else:
+            self.others.add(getattr(func, "__name__", str(func)))
+        return result
+
+
+_TRANSPOSES = (torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+
+
+def inputs_of_products(weight: Tensor, run: Callable[[], object]) -> list[Tensor]:
+    """Return the inputs of all products with a weight, `F.linear(x, weight)` or `x @ weight.T`, while `run` runs.
+
+    Raises ConfigError if there are none, or if the weight is used otherwise too.
+
+    >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
+    >>> inputs_of_products(weight, lambda: torch.tanh(x @ weight.T))
+    [tensor([[1., 1.]])]
+    """
+    watched = _Watched(weight)
+    with watched:
+        run()
+    if watched.others or not watched.inputs:
+        used = f"goes into {', '.join(sorted(watched.others))}" if watched.others else "is not used"
+        raise ConfigError(f"its weight {used}, where products F.linear(x, weight) or x @ weight.T can be followed")
+    return watched.inputs
 
 
 def run_own(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, NoCodesError, RoundingLostError
+from torchquant.qmodule.patterns import stock_type
+from torchquant.qmodule.weighted import weights_pattern
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -57,6 +59,19 @@ class WeightSlot:
         return f"weight_quantizers.{quantizer_key(self.name)}"
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias of what the weight computes, one value for each output channel; None if there is none."""
+        if "weight" not in self.name:
+            return None
+        row, n = weights_pattern(stock_type(self.module.layer)), len(self.weight)
+        name, part = (row.biases if row else {}).get(self.name, (self.name.replace("weight", "bias"), 0))
+        try:
+            whole: Tensor | None = parameter_of(self.module.layer, name)
+        except AttributeError:
+            return None
+        return whole if whole is None or len(whole) == n else whole[part * n : (part + 1) * n]
+
+    @property
     def is_computed(self) -> bool:
         """Whether hooks, a parametrization or a forward compute the weight, so that it cannot be set."""
         weight = self.weight
@@ -64,8 +79,9 @@ class WeightSlot:
 
     @property
     def n_groups(self) -> int:
-        """The groups of a convolution, each with its own inputs for its output channels; 1 for other layers."""
-        return 1
+        """The groups of output channels with inputs of their own: of a convolution, of an attention's projections."""
+        row = weights_pattern(stock_type(self.module.layer))
+        return 1 if row is None else row.groups.get(self.name, 1)
 
     def seen(self) -> Tensor:
         """Return the weight as QUANT_EVAL quantizes it: output channel on axis 0, with a folded batch norm if any.
@@ -175,6 +191,10 @@ class LayerSlot(WeightSlot):
     @property
     def n_groups(self) -> int:
         return int(getattr(self.module.layer, "groups", 1))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module.layer, "bias", None)
 
     def seen(self) -> Tensor:
         self.module._recompute_weights()

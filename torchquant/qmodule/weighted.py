@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -21,11 +22,15 @@ class WeightsPattern:
 
     `weights`: the names of the parameters that are weights, each with the output channel on axis 0; None: every
     parameter with "weight" in its own name. `values`: the first arguments of its forward, which carry real values; ()
-    for a lookup such as an embedding. Intermediate results inside the module stay float.
+    for a lookup such as an embedding. `groups`: weights whose rows are in groups, each with inputs of its own, and how
+    many. `biases`: weights whose bias is part of a longer parameter: its name, and the row at which the part begins, in
+    multiples of the weight's rows. Intermediate results inside the module stay float.
     """
 
     weights: tuple[str, ...] | None = None
     values: tuple[str, ...] = ("input",)
+    groups: Mapping[str, int] = field(default_factory=dict, hash=False)
+    biases: Mapping[str, tuple[str, int]] = field(default_factory=dict, hash=False)
 
     def check(self, kind: type[nn.Module]) -> None:
         """Raise ConfigError unless the forward of a class begins with the arguments in `values`."""
@@ -47,7 +52,11 @@ WEIGHTED: dict[type[nn.Module] | str, WeightsPattern] = {
     nn.LSTMCell: WeightsPattern(),
     nn.GRUCell: WeightsPattern(),
     nn.RNNCell: WeightsPattern(),
-    nn.MultiheadAttention: WeightsPattern(values=("query", "key", "value")),
+    nn.MultiheadAttention: WeightsPattern(
+        values=("query", "key", "value"),
+        groups={"in_proj_weight": 3},
+        biases={f"{name}_proj_weight": ("in_proj_bias", i) for i, name in enumerate("qkv")},
+    ),
 }
 """Classes that QWeights wraps; subclasses of the torch classes with the same forward count too."""
 

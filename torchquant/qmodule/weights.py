@@ -154,21 +154,23 @@ class QWeights(QModule):
         return self._is_new_weight([quantizer for _, quantizer in quantized], [weight for weight, _ in quantized])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.input_quantizer is not None:
-            args, kwargs = self._quantized_inputs(args, kwargs)
+        args, kwargs = self.quantized_inputs(args, kwargs)
         y = self._call_held(self._weighted, *args, **kwargs)
         if isinstance(y, tuple):
             return (self._run_acts_quantizer("output", self.acts_quantizer, y[0]), *y[1:])
         return self._run_acts_quantizer("output", self.acts_quantizer, y)
 
-    def _quantized_inputs(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Observe and quantize the inputs that carry values, with one range; a tensor given twice counts once."""
+    def quantized_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Observe and quantize the inputs that carry values, with one range; a tensor given twice counts once.
+
+        Returns the arguments with which the module is run.
+        """
         quantizer = self.input_quantizer
+        if quantizer is None:
+            return args, kwargs
 
         def quantized(given: list[Any]) -> list[Any]:
-            if len(given) <= 1 or quantizer is None or not self.state.is_act_observed:
+            if len(given) <= 1 or not self.state.is_act_observed:
                 return [self._run_acts_quantizer("input", quantizer, x) for x in given]
             quantizer.pre_observe(
                 torch.cat([x.flatten() for x in given]) if quantizer.axis is None else torch.cat(given)
@@ -183,11 +185,7 @@ class QWeights(QModule):
             self._observe_weights()
         if not self.state.is_weight_quantized:
             return layer.forward(*args, **kwargs)
-        weights = {
-            name: self._quantize_site(name, quantizer, weight)
-            for name, weight, quantizer in self._weights()
-            if quantizer is not None
-        }
+        weights = self.weights_in_use()
         if not isinstance(layer, nn.RNNBase):
             return run_with(layer, weights, *args, **kwargs)
         own = layer._flat_weights  # its forward reads these, not its parameters
@@ -196,6 +194,16 @@ class QWeights(QModule):
             return layer.forward(*args, **kwargs)
         finally:
             layer._flat_weights = own
+
+    def weights_in_use(self) -> dict[str, Tensor]:
+        """Map the name of each weight that the current state quantizes to its quantized value."""
+        if not self.state.is_weight_quantized:
+            return {}
+        return {
+            name: self._quantize_site(name, quantizer, weight)
+            for name, weight, quantizer in self._weights()
+            if quantizer is not None
+        }
 
 
 def values_mapped(

@@ -28,7 +28,7 @@ def linear_rows(x: Tensor, keep: Tensor | None = None) -> Tensor:
     >>> linear_rows(torch.zeros(2, 5, 3), torch.arange(5).lt(4).expand(2, 5)).shape
     torch.Size([1, 8, 3])
     """
-    return (x.flatten(0, -2) if keep is None else x[keep])[None]
+    return (x.reshape(-1, x.shape[-1]) if keep is None else x[keep])[None]
 
 
 @explained

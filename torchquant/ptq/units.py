@@ -1,0 +1,40 @@
+"""The weights that a run works on, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from torchquant.errors import ConfigError
+from torchquant.qmodule import WeightSlot
+from torchquant.utils import weight_slots
+
+
+def find_units(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> tuple[list[WeightSlot], dict[str, str]]:
+    """List each weight that the names select, and say why other quantized weights are not among them."""
+    slots = [slot for slot in weight_slots(model) if slot.quantizer is not None]
+    if not slots:
+        raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
+    chosen: list[WeightSlot] = []
+    left: dict[str, str] = {}
+    for slot in slots:
+        others = [other.label for other in slots if other is not slot and other.weight is slot.weight]
+        if not _matches(slot, names) or _matches(slot, skip):
+            continue
+        if others:
+            left[slot.label] = f"its weight is that of {', '.join(others)} too"
+        else:
+            chosen.append(slot)
+    if not chosen:
+        known = ", ".join(slot.label for slot in slots[:9])
+        raise ConfigError(
+            f"names {list(names)} without {list(skip)} "
+            f"select no weight that is only in one place; the quantized weights are {known}, ..."
+        )
+    return chosen, left
+
+
+def _matches(slot: WeightSlot, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (slot.path, slot.label) for pattern in names)
