@@ -30,6 +30,10 @@ class Layer:
         self.weight = real.detach().to(torch.promote_types(real.dtype, torch.float32))
         self.rounded = rounded
 
+    def numbers(self) -> dict[str, Tensor]:
+        """Return a copy of the numbers of the quantizer, by name."""
+        return {name: number.clone() for name, number in self.quantizer.numbers().items()}
+
     def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
         """Quantize x, (groups, rows, k), on the grids of these columns, (groups, k) int64."""
         if len(x) == 1 or not self.quantizer.levels_vary or bool((columns == columns[:1]).all()):

@@ -9,7 +9,9 @@ from torchquant.ptq.algorithms import descent as descent
 from torchquant.ptq.algorithms import fold_bn as fold_bn
 from torchquant.ptq.algorithms import gpfq as gpfq
 from torchquant.ptq.algorithms import gptq as gptq
+from torchquant.ptq.algorithms import hqq as hqq
 from torchquant.ptq.algorithms import magr as magr
 from torchquant.ptq.algorithms import nearest as nearest
+from torchquant.ptq.algorithms import opt_rtn as opt_rtn
 from torchquant.ptq.algorithms import qronos as qronos
 from torchquant.ptq.algorithms import refit as refit

@@ -10,14 +10,15 @@ from torchquant.errors import ConfigError
 from torchquant.ptq.functional.clipping import best_ratios
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, NumberSearch
+from torchquant.quantizers._group import GroupQuantizer
 
 
 @PTQ.register("clip")
 class Clip(NumberSearch):
-    """Shrink the range of each channel to where the output error of rounding to nearest is least.
+    """Shrink the range of each channel or group to where the output error of rounding to nearest is least.
 
-    Any scheme whose numbers are in the units of the weight, of which there is one for each channel or one for all.
-    `steps` ratios from 1 down to `least`.
+    Any scheme whose numbers are in the units of the weight, one for each channel, for each group, or for all. Products
+    of columns of two groups are left out. `steps` ratios from 1 down to `least`.
     """
 
     source = "Lin et al. 2024, arXiv:2306.00978, section 3.2"
@@ -30,23 +31,33 @@ class Clip(NumberSearch):
             raise ConfigError(f"clip needs 0 < least < 1 and steps >= 2, got {least} and {steps}")
         self.ratios = [1.0 - (1.0 - least) * step / (steps - 1) for step in range(steps)]
 
+    def importance(self, data: LayerData) -> Tensor:
+        """Return what weighs the errors of the weights: (groups, K, K), or (groups, K) for columns by themselves."""
+        return data.gram
+
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
-        full = numbers_by_channel(layer)
+        grouped = layer.quantizer if isinstance(layer.quantizer, GroupQuantizer) else None
+        full = numbers_by_channel(layer) if grouped is None else layer.numbers()
 
         def quantize(weight: Tensor, ratio: float) -> Tensor:
             layer.quantizer.set_numbers(**{name: number * ratio for name, number in full.items()})
             return layer.quantized(weight)
 
         try:
-            best = best_ratios(layer.weight, data.gram, quantize, self.ratios)
+            size = None if grouped is None else grouped.size
+            best = best_ratios(layer.weight, self.importance(data), quantize, self.ratios, size).flatten(0, 1)
         finally:
             layer.quantizer.set_numbers(**full)
-        return scaled_numbers(layer, full, best.flatten())
+        if grouped is None:
+            return scaled_numbers(layer, full, best.flatten())
+        n_whole = layer.weight.shape[-1] // grouped.size
+        own = {"whole": best[:, :n_whole].flatten(), "last": best[:, -1]}
+        return {name: number * own[name.partition("_")[0]].to(number) for name, number in full.items()}
 
 
 def numbers_by_channel(layer: Layer) -> dict[str, Tensor]:
     """The numbers of the quantizer. Raises ConfigError where there is not one for all or one for each channel."""
-    found = {name: number.clone() for name, number in layer.quantizer.numbers().items()}
+    found = layer.numbers()
     if not found or layer.quantizer.levels_vary:
         raise ConfigError(f"{type(layer.quantizer).__name__} has no numbers that can be set channel by channel")
     return found
