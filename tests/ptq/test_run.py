@@ -350,3 +350,13 @@ def test_passes_end_where_something_goes_wrong() -> None:
             one.advance()
     assert not other._thread.is_alive()
     assert not layer._forward_pre_hooks
+
+
+def test_few_rows_are_told_and_still_of_use() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(4, 32)
+    model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:3/channel"}], x)
+    (step,) = ptq.run(model, ["gptq"], [x]).steps
+    assert step.note == "4 rows of 32 inputs make a singular Gram matrix"
+    assert step.gain is not None
+    assert step.gain > 3.0

@@ -156,6 +156,13 @@ def pinned(rank: int | None) -> dict[str, Tensor]:
     return {f"before.{key}": value for key, value in before.items()} | snapshot(model)
 
 
+def rounded(rank: int | None) -> dict[str, Tensor]:
+    """State after post-training algorithms on the batches of which this rank sees a part."""
+    model = small_model()
+    tq.ptq.run(model, ["calibrate", "gptq", "refit", "bias_correction"], [part_of(x, rank) for x, _ in batches()])
+    return snapshot(model)
+
+
 def refused(rank: int) -> bool:
     """Whether a NaN that only the last rank sees is refused on this rank."""
     x = torch.ones(4)
@@ -174,6 +181,7 @@ def work(rank: int, folder: str) -> None:
     try:
         result = {"calibrated": calibrated(rank), "trained": trained(rank), "fitted": fitted(rank)}
         result |= {"refused": refused(rank), "searched": searched(rank), "pinned": pinned(rank)}
+        result |= {"rounded": rounded(rank)}
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -253,3 +261,10 @@ def test_pins_hold_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
 
 def test_nan_on_one_rank_is_refused_on_all(ranks: list[dict[str, Any]]) -> None:
     assert [rank["refused"] for rank in ranks] == [True, True]
+
+
+def test_weights_are_rounded_by_the_inputs_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    alone = rounded(None)
+    for rank in ranks:
+        torch.testing.assert_close(rank["rounded"], alone, rtol=0, atol=1e-9)
+        torch.testing.assert_close(rank["rounded"], ranks[0]["rounded"], rtol=0, atol=0)

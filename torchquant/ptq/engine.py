@@ -28,7 +28,8 @@ from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
 from torchquant.qmodule import QModuleState, WeightSlot
 from torchquant.qmodule.weight_slots import LayerSlot
-from torchquant.training.batches import check_batches, inputs_of, place, progress_bar, taken
+from torchquant.range_observers._distributed import reduce_max
+from torchquant.training.batches import check_batches, inputs_of, is_first_rank, place, progress_bar, taken
 from torchquant.utils import qmodules, set_qmodule_state, weight_slots
 
 OnStep = Callable[[StepReport], object]
@@ -64,6 +65,9 @@ def run(
     have arrived, so each layer gets its inputs from the rounded layers before it, and nothing is run twice. The float
     outputs that algorithms match come from a second, parallel pass over a copy of the float model. Memory: the model
     twice, the tensors that the forwards of all batches hold at one layer, and the Gram matrices of one layer.
+
+    In a process group every rank gives its own batches, and all have the result of the joined ones; with `out`, each
+    rank after the first keeps what a killed run resumes from in a folder below it.
 
     A batch norm that is folded into a layer is folded permanently first, and frozen. Raises ConfigError for stages in
     an impossible order, a model without quantizers, and missing batches; if an algorithm cannot work on a layer, the
@@ -105,7 +109,7 @@ def run(
                 engine.run_models([stage for stage in group if isinstance(stage, ModelStage)])
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     report = PTQReport(tuple(stage.spec or type(stage).__name__ for stage in made), tuple(engine.steps))
-    if out is not None:
+    if out is not None and is_first_rank():
         report.save(out)
     return report
 
@@ -236,12 +240,14 @@ class _Engine:
             for one in (*now, *floats):
                 one.advance()
             done: set[str] = set()
-            while heads := {one.at for one in now} - {None}:
-                path = next((path for path in order if path in heads and path not in done), None)
+            while (place := _agreed_place(order, {one.at for one in now if one.at is not None}, done)) <= len(order):
+                path = order[place] if place < len(order) else None
                 if path is not None:
                     done.add(path)
                     for slot in self.units[path]:
-                        yield slot, *self._data(slot, needs, now, floats)
+                        data, notes = self._data(slot, needs, now, floats)
+                        data.join_ranks(slot.rows())
+                        yield slot, data, notes
                 for i, one in enumerate(now):
                     if one.at in done:
                         self.again.update({one.at} - {path})
@@ -298,3 +304,12 @@ class _Engine:
             self.saved.save(self.n_passes, slot, steps)
         for step in steps:
             self.report(step)
+
+
+def _agreed_place(order: Sequence[str], waiting: set[str], done: set[str]) -> int:
+    """Return the place in the order of the next module to work on: the first at which a forward of any rank waits.
+
+    The length of the order if all modules at which forwards wait are done; one more if none waits.
+    """
+    place = min((order.index(path) for path in waiting - done), default=len(order) + (not waiting))
+    return -int(reduce_max(torch.tensor(-place)))

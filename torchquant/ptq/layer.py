@@ -13,6 +13,7 @@ from torchquant.ptq.functional.gram import check_gram, gram_sum, output_error
 from torchquant.ptq.functional.mismatch import corrected_weight
 from torchquant.qmodule import WeightSlot
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
 
 
 class Layer:
@@ -101,6 +102,23 @@ class LayerData:
         self._corrected = None
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def join_ranks(self, weight: Tensor) -> None:
+        """Sum all statistics over the ranks of a process group; weight: (groups, rows, K)."""
+        if world_size() == 1:
+            return
+        groups, rows, k = weight.shape
+        square, flat = (groups, k, k), (groups, k)
+        shapes = {"gram": square, "cross_gram": square, "means": flat, "float_means": flat, "uses": (rows,)}
+        mine = self._sums if self.uses is None else self._sums | {"uses": self.uses}
+        known = reduce_max(torch.tensor([float(name in mine) for name in shapes], device=weight.device))
+        joined = {}
+        for name, shape in (item for item, is_known in zip(shapes.items(), known, strict=True) if is_known):
+            own = mine[name].to(torch.float64) if name in mine else weight.new_zeros(shape, dtype=torch.float64)
+            joined[name] = reduce_sum(own)
+        self.uses = joined.pop("uses", None)
+        self._sums, self.n = joined, int(reduce_sum(torch.tensor(self.n, device=weight.device)))
+        self._counts = reduce_sum(self._counts + weight.new_zeros(groups, dtype=torch.float64))
 
     def _mean(self, name: str) -> Tensor:
         if name not in self.wanted:

@@ -20,6 +20,8 @@ from torchquant.ptq.stage import Stage
 from torchquant.ptq.work import bias_of
 from torchquant.qmodule import WeightSlot
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._distributed import reduce_max
+from torchquant.training.batches import is_first_rank
 
 HEAD = "run.json"
 
@@ -42,7 +44,7 @@ class Steps:
         """Open the folder of a run. Raises ConfigError if the folder is that of another run."""
         if out is None:
             return cls()
-        folder = Path(out)
+        folder = Path(out) if is_first_rank() else Path(out) / f"rank{torch.distributed.get_rank()}"
         folder.mkdir(parents=True, exist_ok=True)
         head = {
             "stages": [stage.spec or type(stage).__name__ for stage in stages],
@@ -68,9 +70,9 @@ class Steps:
         return None if self.folder is None else self.folder / f"{n_pass}-{name}.pt"
 
     def has(self, n_pass: int, slot: WeightSlot) -> bool:
-        """Whether the result of the layer in this pass is saved."""
+        """Tell whether the result of the layer in this pass is saved, on every rank of a process group."""
         file = self._file(n_pass, slot)
-        return file is not None and file.exists()
+        return file is not None and not reduce_max(torch.tensor(not file.exists()))
 
     def save(self, n_pass: int, slot: WeightSlot, steps: Sequence[StepReport]) -> None:
         """Save the layer in its current state."""
@@ -86,9 +88,10 @@ class Steps:
 
     def restore(self, n_pass: int, slot: WeightSlot) -> list[StepReport] | None:
         """Restore the layer from its saved result and return its steps; None if nothing was saved."""
-        file = self._file(n_pass, slot)
-        if file is None or not file.exists():
+        if not self.has(n_pass, slot):
             return None
+        file = self._file(n_pass, slot)
+        assert file is not None
         kept = read_saved(file)
         quantizer, tensors = _parts(slot)
         quantizer.load_state_dict(kept["quantizer"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError, NoCodesError, NonFiniteError, one_line
+from torchquant.ptq.functional.gram import few_rows
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import BiasChange, LayerStage, NumberSearch, Rounding, WeightChange
@@ -39,6 +40,8 @@ class LayerWork:
         """Run one stage; if nothing is known of the layer's inputs, round to nearest instead."""
         began = time.perf_counter()
         notes = list(self.notes)
+        if "gram" in stage.needs and self.data.n and self.data.uses is None:
+            notes += filter(None, [few_rows(self.data.n, self.real.shape[-1])])
         if stage.needs and not self.data.n:
             if isinstance(stage, Rounding):
                 self._undo()
@@ -113,7 +116,7 @@ class LayerWork:
         codes = None if former is None else quantizer.encode(former.reshape(self.layer.shape))
         quantizer.set_numbers(**new)
         if codes is not None:
-            self.layer.rounded = quantizer.decode(codes, torch.float32).view(self.real.shape).to(self.real.dtype)
+            self.layer.rounded = quantizer.decode(codes, self.real.dtype).view(self.real.shape)
         after = self._error(self.layer.quantized() if self.layer.rounded is None else self.layer.rounded)
         self.is_changed = True
         if self.keep == "best" and before is not None and after is not None and not after <= before:

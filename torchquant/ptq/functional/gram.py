@@ -7,7 +7,6 @@ computes `rows @ weight.mT` of its weight (g, out / g, K), whose K inputs are in
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -139,10 +138,10 @@ def gram_sum(rows: Tensor, others: Tensor | None = None) -> Tensor:
 
 @explained
 def check_gram(gram: Tensor, n: int, damp: float) -> None:
-    """Refuse a Gram matrix that says nothing of the layer, and warn where only damping makes it invertible.
+    """Refuse a Gram matrix that says nothing of the layer, or that only damping would make invertible without any.
 
     gram: (..., K, K), the sum or mean over n rows. Raises NonFiniteError for NaN or Inf; ConfigError where no row came,
-    all are 0, or fewer rows than columns come without damping. Warns where n < K.
+    all are 0, or fewer rows than columns come without damping.
 
     >>> check_gram(torch.zeros(1, 2, 2), 8, 0.01)
     Traceback (most recent call last):
@@ -157,12 +156,13 @@ run the calibration batches through it
             f"the Gram matrix of {n} rows of {n_columns} inputs is all zeros: the layer has read nothing; "
             "run the calibration batches through it"
         )
-    if n >= n_columns:
-        return
-    few = f"{n} rows of {n_columns} inputs make a singular Gram matrix"
-    if damp <= 0:
-        raise ConfigError(f"{few}; give damp > 0, or more calibration data")
-    warnings.warn(f"{few}, which damping alone makes invertible; more calibration data is better", stacklevel=2)
+    if n < n_columns and damp <= 0:
+        raise ConfigError(f"{few_rows(n, n_columns)}; give damp > 0, or more calibration data")
+
+
+def few_rows(n: int, n_columns: int) -> str:
+    """Describe a Gram matrix of n rows of as many inputs; "" if the rows are enough for it to be invertible."""
+    return f"{n} rows of {n_columns} inputs make a singular Gram matrix" if n < n_columns else ""
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
