@@ -349,6 +349,9 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "InputFirstPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
         "LayerPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
         "WeightsPattern": lambda: {"weights": ("weight",), "values": ("input",)},
+        "ChannelScale": lambda: {"factor": torch.ones(4), "axis": -1},
+        "LowRank": lambda: {"down": torch.ones(1, 4), "up": torch.ones(3, 1)},
+        "Rotation": lambda: {"signs": torch.ones(4), "matrices": [torch.eye(2)], "axis": -1},
         "QWeights": lambda: {
             **{"layer": nn.Embedding(4, 3), "weight_quantizers": {"weight": q()}, "acts_quantizer": q()},
             "input_quantizer": q(),
@@ -503,7 +506,7 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
         RECORD: ("About", "LawReport", "SchemeEntry"),
         "a type alias": ("QuantizerFactory",),
     },
-    "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints",), RECORD: ("WeightSlot", "WeightsPattern")},
+    "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints", "InputTransform"), RECORD: ("WeightSlot", "WeightsPattern")},
     "torchquant.utils": {RECORD: ("SiteReport", "StateReport")},
     "torchquant.training": {RECORD: ("OscillationReport",), "a type alias": ("Loss", "Metric", "OnEpoch")},
     "torchquant.search": {RECORD: ("Allocation", "EpochRecord", "Pareto", "ParetoPoint", "Sensitivity")},

@@ -14,6 +14,7 @@ from torchquant.graph.calls import Signature
 from torchquant.graph.edit import GraphEditor
 from torchquant.graph.guards import Guard
 from torchquant.graph.ops import activation_of, out_of_place
+from torchquant.graph.own_inputs import expect_slots
 from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
@@ -57,7 +58,12 @@ def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:
     link_float_state(root, float_state)
     watch_fused_paths(root)
     root.conversion = writer.conversion  # type: ignore[assignment]
+    root.register_load_state_dict_pre_hook(_expect_slots)
     return root
+
+
+def _expect_slots(root: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    expect_slots(root, state_dict, prefix)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -66,6 +72,10 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(conversion, Conversion):
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
     for module in list(model.modules()):
+        if isinstance(module, QWrapper) and module.has_slots:
+            slot = module.weight_slots()[0]
+            with torch.no_grad():
+                slot.weight.copy_(module.float_weight_of(slot.weight))
         if isinstance(module, QModule):
             layer = module.held
             if layer is not None:
@@ -75,7 +85,7 @@ def revert(model: nn.Module) -> nn.Module:
             remove(module)
     for owner, name, child in reversed(conversion.swaps):
         if child is None:
-            del owner._modules[name]
+            owner._modules.pop(name, None)  # `read_own_input` may have removed it
         else:
             owner._modules[name] = child
     for activation in conversion.inplace:
@@ -84,6 +94,9 @@ def revert(model: nn.Module) -> nn.Module:
     unwatch_fused_paths(float_model)
     del model.conversion
     unlink_float_state(model)
+    for key, hook in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook) is _expect_slots:
+            del model._load_state_dict_pre_hooks[key]
     return float_model
 
 

@@ -85,6 +85,10 @@ class Variant:
         self.run = _compiled(self.graph)
         self._find_atoms()
 
+    def replace_graph(self, graph: fx.Graph) -> None:
+        """Run another graph from now on; copies of the model keep the former one."""
+        self.graph, self.run = graph, _compiled(graph)
+
     def _find_atoms(self) -> None:
         plain = [g for g in self.guards if g.module is not None and g.value[0] in _ATOMS]
         self.atoms = [(guard.module, guard.name, guard.value[1]) for guard in plain if guard.module is not None]

@@ -5,6 +5,10 @@ from torchquant.qmodule import other_packages as other_packages
 from torchquant.qmodule.float_checkpoints import FloatCheckpoints as FloatCheckpoints
 from torchquant.qmodule.float_checkpoints import float_state_dict as float_state_dict
 from torchquant.qmodule.float_checkpoints import link_float_state as link_float_state
+from torchquant.qmodule.input_transform import ChannelScale as ChannelScale
+from torchquant.qmodule.input_transform import InputTransform as InputTransform
+from torchquant.qmodule.input_transform import LowRank as LowRank
+from torchquant.qmodule.input_transform import Rotation as Rotation
 from torchquant.qmodule.op import QOp as QOp
 from torchquant.qmodule.patterns import ActivationPattern as ActivationPattern
 from torchquant.qmodule.patterns import InputFirstPattern as InputFirstPattern
@@ -19,14 +23,18 @@ from torchquant.qmodule.wrapper import QWrapper as QWrapper
 
 __all__ = [
     "ActivationPattern",
+    "ChannelScale",
     "FloatCheckpoints",
     "InputFirstPattern",
+    "InputTransform",
     "LayerPattern",
+    "LowRank",
     "QModule",
     "QModuleState",
     "QOp",
     "QWeights",
     "QWrapper",
+    "Rotation",
     "WeightSlot",
     "WeightsPattern",
     "float_state_dict",

@@ -11,6 +11,7 @@ from torchquant._arguments import checked
 from torchquant._renamed import renamed_attribute, renamed_names
 from torchquant.errors import ConfigError
 from torchquant.qmodule.fused_part import current_keys, rename_moved_keys
+from torchquant.qmodule.input_slots import InputSlots
 
 KeyPair = tuple[str, str]  # (key in the float model, key in the quantized model) of one tensor
 
@@ -50,12 +51,21 @@ def unlink_float_state(model: nn.Module) -> None:
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return weights and buffers under the keys of the float model; the tensors share memory with the model's.
 
+    A weight behind a transform, or beside a low-rank product, is returned as it would be without them: a new tensor.
     Raises ConfigError for a model that was not made from a float one.
     """
     if not hasattr(model, "float_keys"):
         raise ConfigError(f"{type(model).__name__} was not made from a float model; use its state_dict instead")
     state = model.state_dict()
+    state |= {key: wrapper.float_weight_of(state[key]) for key, wrapper in _transformed(model).items()}
     return {float_key: state[key] for float_key, key in float_keys(model)}
+
+
+def _transformed(model: nn.Module) -> dict[str, InputSlots]:
+    """Map the keys of the weights that belong to transforms or low-rank products to their wrappers."""
+    own = {id(m.weight_slots()[0].weight): m for m in model.modules() if isinstance(m, InputSlots) and m.has_slots}
+    state = model.state_dict(keep_vars=True) if own else {}
+    return {key: own[id(value)] for key, value in state.items() if id(value) in own}
 
 
 def float_keys(model: nn.Module) -> list[KeyPair]:
@@ -78,6 +88,9 @@ def _translate(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
         del state_dict[key]
     shared = {key for _, key in pairs}
     state_dict.update({key: value for key, value in own.items() if key not in shared})
+    for key, wrapper in _transformed(model).items():
+        if prefix + key in translated:
+            translated[prefix + key] = wrapper.stored_weight_of(translated[prefix + key])
     state_dict.update(translated)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
+from torchquant.qmodule.input_slots import InputSlots
 from torchquant.qmodule.patterns import (
     PATTERNS,
     LayerPattern,
@@ -23,14 +24,14 @@ from torchquant.qmodule.patterns import (
     run_by_functional_call,
     split_pattern,
 )
-from torchquant.qmodule.state import QModule, QModuleState, saved_flag
+from torchquant.qmodule.state import QModuleState, saved_flag
 from torchquant.qmodule.weight_slots import LayerSlot, WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
 
 @checked
-class QWrapper(QModule):
+class QWrapper(InputSlots):
     """Wraps `layer [+ batch norm] [+ activation]`; quantizes its weight and its output.
 
     `layers`: a module, a Sequential or a list; the table in `patterns.py` has the allowed patterns.
@@ -39,7 +40,8 @@ class QWrapper(QModule):
     activation, `input_quantizer` the input, `bias_quantizer` the bias that the layer is run with, whenever
     the weight is observed or quantized, `preactivation_quantizer` the input of the activation: after a
     convolution, ONNX Runtime's integer kernels need codes there. A slot whose quantizer is None, the default, stays
-    float.
+    float. `transform_input` puts a float transform before the input quantizer, `set_low_rank` a product beside the
+    layer's; both work in every state.
 
     `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
@@ -87,6 +89,7 @@ class QWrapper(QModule):
         self.input_quantizer = input_quantizer
         self.bias_quantizer = bias_quantizer
         self.preactivation_quantizer = preactivation_quantizer
+        self.input_transform = self.low_rank = None
         if preactivation_quantizer is not None and self.activation is None:
             raise ConfigError("a preactivation is quantized before an activation; give an activation too")
         if bias_quantizer is not None and weight_quantizer is None:
@@ -106,20 +109,21 @@ class QWrapper(QModule):
 
     def forward(self, x: Tensor, *, fused: bool = False) -> Tensor:
         state = self._state
+        real = x if self.input_transform is None else self.input_transform(x)
         if self.is_split and state is QModuleState.BYPASSED and not fused:
-            return self.layer(x)
-        x = self.quantized_input(x)
+            return self._with_low_rank(self.layer(real), real)
+        x = self._run_acts_quantizer("input", self.input_quantizer, real)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
-            y = self._normalized(self.layer(x))
+            y = self._normalized(self._with_low_rank(self.layer(x), real))
         elif not state.is_weight_quantized or self.fold_mode is None:
-            y = self._normalized(self._call_held(self._weighted, x))
+            y = self._normalized(self._with_low_rank(self._call_held(self._weighted, x), real))
         else:
             if isinstance(self.layer, nn.Linear) and x.ndim != 2:
                 raise ConfigError(
                     f"{self.path or 'QWrapper'}: a batch norm folds into a Linear for inputs (N, features) only, got "
                     f"shape {tuple(x.shape)}, where the batch norm works along another axis; use fold_bn=False"
                 )
-            y = self._call_held(self._folded, x)
+            y = self._with_low_rank(self._call_held(self._folded, x), real)
         if self.preactivation_quantizer is not None:
             y = self._run_acts_quantizer("preactivation", self.preactivation_quantizer, y)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
@@ -135,6 +139,9 @@ class QWrapper(QModule):
     def _folded(self, x: Tensor) -> Tensor:
         assert self.fold_mode is not None
         return folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self.bias_in_use, x)
+
+    def _with_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if self.low_rank is None else y + self.low_rank_output(x)
 
     def _normalized(self, y: Tensor) -> Tensor:
         return y if self.bn is None else self.bn(y)
@@ -160,7 +167,8 @@ class QWrapper(QModule):
         return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Observe and quantize the input x as the state says; the result is the input of the layer."""
+        """Transform, observe and quantize the input x as the state says; the result is the input of the layer."""
+        x = x if self.input_transform is None else self.input_transform(x)
         return self._run_acts_quantizer("input", self.input_quantizer, x)
 
     def fold_factor(self) -> Tensor | None:
@@ -242,6 +250,8 @@ class QWrapper(QModule):
         weight.
         """
         layer = copy.deepcopy(self.layer)
+        if self.has_slots:
+            layer.weight.copy_(self.float_weight_of(self._weight))
         if self.bn is None:
             return layer
         if isinstance(self.row, OwnForwardPattern) and self._weight is not self.layer.weight:
@@ -250,7 +260,8 @@ class QWrapper(QModule):
                 "one that a batch norm is folded into"
             )
         check_fold(True, self.bn, self._channels_first_weight().shape[0])
-        weight = self._channels_first_weight(running_factor(self.bn))
+        weight = self.row.channels_first(self.layer, layer.weight) if self.has_slots else self._channels_first_weight()
+        weight = weight * channel_view(running_factor(self.bn), weight.ndim, 0)
         layer.weight = nn.Parameter(self.row.channels_first(self.layer, weight).contiguous())
         layer.bias = nn.Parameter(running_bias(self.bn, self.bias_in_use))
         return layer
@@ -271,6 +282,8 @@ class QWrapper(QModule):
         super().__setstate__(state)
         if "preactivation_quantizer" not in (*self.__dict__, *self._modules):  # a pickle of 0.1
             self.preactivation_quantizer = None
+        if "low_rank" not in (*self.__dict__, *self._modules):  # an older pickle
+            self.input_transform = self.low_rank = None
 
     def get_extra_state(self) -> Tensor:
         return torch.cat([super().get_extra_state(), torch.tensor([float(self.bn_frozen)])])

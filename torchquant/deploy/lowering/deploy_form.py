@@ -36,8 +36,9 @@ from torchquant.graph.ops import operator_of_module
 from torchquant.graph.recording import call_with
 from torchquant.graph.traced import reseal
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
-from torchquant.qmodule.bn_folding import running_bias
+from torchquant.qmodule.bn_folding import running_bias, running_factor
 from torchquant.qmodule.fused_part import FusedPart
+from torchquant.qmodule.input_slots import beside
 from torchquant.qmodule.patterns import activation_clamp, stock_type
 
 
@@ -65,6 +66,8 @@ class DeployLayer(StandIn):
         self.preactivation = acts_site(wrapper.preactivation_quantizer, f"{path}.preactivation", keep_signed)
         self.layer = wrapper.layer
         self.row = wrapper.row
+        self.input_transform = wrapper.input_transform
+        self.low_rank = wrapper.low_rank
         self.has_codes = wrapper.weight_quantizer is not None
         self.sum_bias: nn.Parameter | None = None
         self.stored_bias = nn.ModuleList()  # one, or one per call where the inputs of the calls have different scales
@@ -81,9 +84,14 @@ class DeployLayer(StandIn):
                 bias = wrapper.bias_quantizer(bias)
             if wrapper.fold_mode is None and wrapper.bn is not None and self.bn is None:
                 bias = running_bias(wrapper.bn, bias)
+                if self.low_rank is not None:
+                    self.low_rank.up.mul_(running_factor(wrapper.bn)[:, None])
             self.sum_bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor, *, fused: bool = True) -> Tensor:
+        if self.input_transform is not None:
+            x = self.input_transform(in_float("input_transform", x))
+        real = x
         x = self.input(x)
         run = active_run()
         known = x.codes if isinstance(x, IntegerTensor) else None
@@ -93,6 +101,9 @@ class DeployLayer(StandIn):
             run.site = self.path
             self.input_scales.append(None if known is None else known.scale)
         y = self.row.run(self.layer, x, self.weight(), self._bias(known)) if self.has_codes else self.layer(x)
+        if self.low_rank is not None:
+            real = real.real() if isinstance(real, IntegerTensor) else real
+            y = in_float("low_rank", y) + beside(self.low_rank, self.row, self.layer, real)
         y = self.preactivation(y if self.bn is None else self.bn(y))
         return self.output(y if self.activation is None else self.activation(y))
 
@@ -129,6 +140,14 @@ class DeployLayer(StandIn):
         same = all(torch.equal(scale, scales[0]) for scale in scales)
         for scale in scales[:1] if same else scales:
             self.stored_bias.append(self._on_grid_of(scale))
+
+
+def in_float(what: str, x: Tensor) -> Tensor:
+    """Return the real numbers of x for a computation in float32, which an integer run notes."""
+    run = active_run()
+    if run is not None:
+        run.note_float(what)
+    return x.real() if isinstance(x, IntegerTensor) else x
 
 
 class DeployOp(StandIn):

@@ -28,6 +28,7 @@ from torchquant.deploy.packed.weight_codes import (
     unpack_codes,
 )
 from torchquant.errors import ConfigError, ExportError, require
+from torchquant.graph.own_inputs import expect_slots
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.qmodule.fused_part import current_keys
@@ -127,6 +128,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     tensors, metadata = read_safetensors(path)
     head = read_head(path, tensors, metadata)
     loaded = _built(path, head, model)
+    expect_slots(loaded, tensors)
     none = torch.zeros(0, dtype=torch.uint8)
     bits = {key: (tensors.pop(key + CODES, none), tensors.pop(key + SHARED, none)) for key in head.weights}
     slots = quantized_slots(loaded)
