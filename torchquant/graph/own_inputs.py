@@ -11,7 +11,7 @@ from torch import fx, nn
 from torchquant.errors import ConfigError
 from torchquant.graph.flat import flattened, unflattened
 from torchquant.graph.traced import TracedModule
-from torchquant.qmodule import QWrapper
+from torchquant.qmodule.input_slots import InputSlots
 from torchquant.quantizers import Quantizer
 from torchquant.utils import qmodules
 
@@ -22,9 +22,8 @@ def input_quantizer_of(model: nn.Module, path: str) -> Quantizer | None:
     A layer that reads the quantized output of another site has none.
     """
     wrapper = model.get_submodule(path)
-    if isinstance(wrapper, QWrapper) and wrapper.input_quantizer is not None:
-        found: Quantizer = wrapper.input_quantizer
-        return found
+    if isinstance(wrapper, InputSlots) and wrapper.input_quantizer is not None:
+        return wrapper.input_quantizer
     return next((reads.op.acts_quantizer for reads in _reads(model, path)), None)
 
 
@@ -36,7 +35,7 @@ def read_own_input(model: nn.Module, path: str) -> None:
     the site before, stays as it is.
     """
     wrapper = model.get_submodule(path)
-    assert isinstance(wrapper, QWrapper)
+    assert isinstance(wrapper, InputSlots)
     touched = []
     for traced in {id(reads.traced): reads.traced for reads in _reads(model, path)}.values():
         _take_over(traced, wrapper, path.removeprefix(_prefix(model, traced)))
@@ -82,14 +81,14 @@ def _calls(traced: TracedModule, graph: fx.Graph, local: str) -> list[tuple[fx.N
     return found
 
 
-def _take_over(traced: TracedModule, wrapper: QWrapper, local: str) -> None:
+def _take_over(traced: TracedModule, wrapper: InputSlots, local: str) -> None:
     """Edit copies of the graphs of one traced module; copies of the model share the graphs themselves."""
     followed = traced.followed
     for variant in followed.variants:
         graph = unflattened(flattened(variant.graph))
         for call, source in _calls(traced, graph, local):
             if wrapper.input_quantizer is None:
-                op = traced.get_submodule(str(source.target))
+                op: Any = traced.get_submodule(str(source.target))
                 wrapper.input_quantizer = copy.deepcopy(op.acts_quantizer)
             call.args = (source.args[0], *call.args[1:])
             if not source.users:
@@ -112,7 +111,7 @@ def expect_slots(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
     has a slot that the state lacks.
     """
     for path, module in list(qmodules(model)):
-        if not isinstance(module, QWrapper):
+        if not isinstance(module, InputSlots):
             continue
         place = f"{prefix}{path}." if path else prefix
         if why := module.why_not_loaded(state_dict, place):

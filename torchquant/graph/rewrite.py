@@ -21,6 +21,7 @@ from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.float_checkpoints import link_float_state, unlink_float_state
 from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
+from torchquant.qmodule.input_slots import InputSlots
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weights import weight_names
@@ -72,7 +73,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(conversion, Conversion):
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
     for module in list(model.modules()):
-        if isinstance(module, QWrapper) and module.has_slots:
+        if isinstance(module, InputSlots) and module.has_slots:
             slot = module.weight_slots()[0]
             with torch.no_grad():
                 slot.weight.copy_(module.float_weight_of(slot.weight))

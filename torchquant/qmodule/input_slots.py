@@ -17,8 +17,15 @@ from torchquant.qmodule.input_transform import (
     expected_transforms,
     on_input_channels,
 )
-from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern, run_by_functional_call
+from torchquant.qmodule.patterns import (
+    PATTERNS,
+    InputFirstPattern,
+    LayerPattern,
+    row_of_type,
+    run_by_functional_call,
+)
 from torchquant.qmodule.state import QModule
+from torchquant.quantizers import Quantizer
 from torchquant.range_observers._statistics import StatisticTracker
 
 
@@ -30,10 +37,18 @@ class InputSlots(QModule):
     """
 
     layer: Any
-    row: LayerPattern
+    _layer_type: type[nn.Module]
     fold_factor: Callable[[], Tensor | None]
+    input_quantizer: Quantizer | None
     input_transform: nn.Sequential | None
     low_rank: LowRank | None
+
+    @property
+    def row(self) -> LayerPattern:
+        """The pattern of the layer, which runs it with another weight."""
+        row = PATTERNS.get(self._layer_type) or row_of_type(self._layer_type)
+        assert isinstance(row, LayerPattern)
+        return row
 
     @property
     def is_linear(self) -> bool:

@@ -183,11 +183,11 @@ def expected_transforms(saved: Mapping[str, Tensor], axis: int) -> nn.Sequential
         place, _, name = key.partition(".")
         places.setdefault(int(place), {})[name] = tensor
     made = []
-    for place in sorted(places):
-        kinds = [KINDS[name] for name in places[place] if name in KINDS]
+    for _, tensors in sorted(places.items()):
+        kinds = [KINDS[name] for name in tensors if name in KINDS]
         if len(kinds) != 1:
-            raise ConfigError(f"a checkpoint holds an input transform of unknown kind: {', '.join(places[place])}")
-        made.append(kinds[0].expected(places[place], axis))
+            raise ConfigError(f"a checkpoint holds an input transform of unknown kind: {', '.join(tensors)}")
+        made.append(kinds[0].expected(tensors, axis))
     return nn.Sequential(*made)
 
 

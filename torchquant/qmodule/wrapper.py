@@ -14,13 +14,10 @@ from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import check_fold, folded_forward, running_bias, running_factor
 from torchquant.qmodule.input_slots import InputSlots
 from torchquant.qmodule.patterns import (
-    PATTERNS,
-    LayerPattern,
     OwnForwardPattern,
     plain_type,
     read_quietly,
     row_of,
-    row_of_type,
     run_by_functional_call,
     split_pattern,
 )
@@ -145,13 +142,6 @@ class QWrapper(InputSlots):
 
     def _normalized(self, y: Tensor) -> Tensor:
         return y if self.bn is None else self.bn(y)
-
-    @property
-    def row(self) -> LayerPattern:
-        """The pattern of the layer, which runs it with another weight."""
-        row = PATTERNS.get(self._layer_type) or row_of_type(self._layer_type)
-        assert isinstance(row, LayerPattern)
-        return row
 
     @property
     def _weight(self) -> Tensor:
