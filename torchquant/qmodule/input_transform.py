@@ -122,7 +122,7 @@ class Rotation(InputTransform):
         self.sizes = tuple(len(matrix) for matrix in matrices)
         self.block = math.prod(self.sizes)
         if signs.ndim != 1 or any(m.ndim != 2 or m.shape[0] != m.shape[1] for m in matrices):
-            raise ConfigError("a Rotation takes signs (K,) and square matrices")
+            raise ConfigError(f"signs must be (K,) and matrices square, got {_shapes(signs)} and {_shapes(*matrices)}")
         if not matrices or len(signs) % self.block:
             raise ConfigError(f"runs of {self.block} channels do not divide {len(signs)}; take a size that does")
         self.register_buffer("signs", signs.detach().to(torch.float32).clone())
@@ -216,7 +216,7 @@ class LowRank(nn.Module):
 
     def __init__(self, down: Tensor, up: Tensor) -> None:
         super().__init__()
-        if up.ndim != 2 or not up.shape[1] or len(down) % up.shape[1]:
+        if up.ndim != 2 or down.ndim < 2 or not up.shape[1] or len(down) % up.shape[1]:
             raise ConfigError(f"down must be (groups * rank, ...) and up (rows, rank), got {_shapes(down, up)}")
         self.down = nn.Parameter(down.detach().clone())
         self.up = nn.Parameter(up.detach().clone())
