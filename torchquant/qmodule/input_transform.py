@@ -124,7 +124,7 @@ class Rotation(InputTransform):
         if signs.ndim != 1 or any(m.ndim != 2 or m.shape[0] != m.shape[1] for m in matrices):
             raise ConfigError(f"signs must be (K,) and matrices square, got {_shapes(signs)} and {_shapes(*matrices)}")
         if not matrices or len(signs) % self.block:
-            raise ConfigError(f"runs of {self.block} channels do not divide {len(signs)}; take a size that does")
+            raise ConfigError(f"runs of {self.block} do not divide the {len(signs)} channels of signs {_shapes(signs)}")
         self.register_buffer("signs", signs.detach().to(torch.float32).clone())
         for i, matrix in enumerate(matrices):
             self.register_buffer(f"matrix_{i}", matrix.detach().to(torch.float32).clone())
