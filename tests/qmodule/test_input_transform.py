@@ -212,8 +212,8 @@ def test_half_types() -> None:
         (lambda: ChannelScale(torch.ones(8), axis=-2), "the transform is for 8 on axis -2"),
         (lambda: ChannelScale(torch.ones(8), axis=1), "axis counts from the end"),
         (lambda: ChannelScale(torch.zeros(8)), "one finite number above 0 for each channel"),
-        (lambda: Rotation(torch.ones(8), [torch.eye(3)]), "runs of 3 do not divide the 8 channels"),
-        (lambda: Rotation(torch.ones(8), []), "do not divide the 8 channels"),
+        (lambda: Rotation(torch.ones(8), [torch.eye(3)]), "must be a multiple of 3, got signs"),
+        (lambda: Rotation(torch.ones(8), []), "signs must be .K,. and matrices square"),
         (lambda: LowRank(torch.ones(3, 8), torch.ones(6, 2)), "down must be"),
     ],
 )

@@ -121,10 +121,10 @@ class Rotation(InputTransform):
         super().__init__(axis)
         self.sizes = tuple(len(matrix) for matrix in matrices)
         self.block = math.prod(self.sizes)
-        if signs.ndim != 1 or any(m.ndim != 2 or m.shape[0] != m.shape[1] for m in matrices):
+        if signs.ndim != 1 or not matrices or any(m.ndim != 2 or m.shape[0] != m.shape[1] for m in matrices):
             raise ConfigError(f"signs must be (K,) and matrices square, got {_shapes(signs)} and {_shapes(*matrices)}")
-        if not matrices or len(signs) % self.block:
-            raise ConfigError(f"runs of {self.block} do not divide the {len(signs)} channels of signs {_shapes(signs)}")
+        if len(signs) % self.block:
+            raise ConfigError(f"the number of signs must be a multiple of {self.block}, got signs {_shapes(signs)}")
         self.register_buffer("signs", signs.detach().to(torch.float32).clone())
         for i, matrix in enumerate(matrices):
             self.register_buffer(f"matrix_{i}", matrix.detach().to(torch.float32).clone())
