@@ -34,6 +34,8 @@ from torchquant.utils import qmodules, set_qmodule_state, weight_slots
 
 OnStep = Callable[[StepReport], object]
 KEEP = ("best", "always")
+MOST_ROWS, ROWS_OF_AN_INPUT = 8192, 16
+"""A layer that reads more rows (tokens, patches) than either is known by about so many of them, spread evenly."""
 
 
 @checked
@@ -63,7 +65,8 @@ def run(
 
     Consecutive layer stages run in one pass over all batches: each forward waits before every layer until all batches
     have arrived, so each layer gets its inputs from the rounded layers before it, and nothing is run twice. The float
-    outputs that algorithms match come from a second, parallel pass over a copy of the float model. Memory: the model
+    outputs that algorithms match come from a second, parallel pass over a copy of the float model. A layer that reads
+    many tokens or patches is known by some of them, spread evenly; the report says how many. Memory: the model
     twice, the tensors that the forwards of all batches hold at one layer, and the Gram matrices of one layer.
 
     In a process group every rank gives its own batches, and all have the result of the joined ones; with `out`, each
@@ -266,6 +269,7 @@ class _Engine:
         if self.saved.has(self.n_passes, slot):
             return data, []
         real = self.float_units[slot.label]
+        most_rows = max(MOST_ROWS, ROWS_OF_AN_INPUT * slot.rows().shape[-1]) // len(self.inputs)
         for i, one in enumerate(now):
             if one.at != slot.path:
                 continue
@@ -281,7 +285,7 @@ class _Engine:
                 continue
             try:
                 float_call = (floats[i].args, floats[i].kwargs) if floats else None
-                for rows, float_rows in paired_rows(slot, call, real, float_call, mask):
+                for rows, float_rows in paired_rows(slot, call, real, float_call, mask, most_rows):
                     data.add(rows, float_rows)
             except ConfigError as error:
                 return data, [one_line(error)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
+from torchquant.ptq.functional.columns import Nearest
 from torchquant.ptq.functional.gram import check_gram, gram_sum, output_error
 from torchquant.ptq.functional.mismatch import corrected_weight
 from torchquant.qmodule import WeightSlot
@@ -35,12 +36,21 @@ class Layer:
         """Return a copy of the numbers of the quantizer, by name."""
         return {name: number.clone() for name, number in self.quantizer.numbers().items()}
 
-    def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
-        """Quantize x, (groups, rows, k), on the grids of these columns, (groups, k) int64."""
-        if len(x) == 1 or not self.quantizer.levels_vary or bool((columns == columns[:1]).all()):
-            return self.quantizer.nearest(x.flatten(0, 1), columns[0]).view(x.shape)
-        every = [self.quantizer.nearest(x.flatten(0, 1), own).view(x.shape)[i] for i, own in enumerate(columns)]
-        return torch.stack(every)
+    @property
+    def nearest(self) -> Nearest:
+        """Return the function that quantizes x, (groups, rows, k), on the grids of columns, (groups, k) int64.
+
+        It has the numbers that the quantizer has now.
+        """
+        rounder, varies = self.quantizer.column_rounder(), self.quantizer.levels_vary
+
+        def nearest(x: Tensor, columns: Tensor) -> Tensor:
+            if len(x) == 1 or not varies or bool((columns == columns[:1]).all()):
+                return rounder(x.flatten(0, 1), columns[0]).view(x.shape)
+            every = [rounder(x.flatten(0, 1), own).view(x.shape)[i] for i, own in enumerate(columns)]
+            return torch.stack(every)
+
+        return nearest
 
     def quantized(self, weight: Tensor | None = None) -> Tensor:
         """Round a weight, by default the layer's own, to nearest: (groups, rows, K)."""
@@ -82,9 +92,9 @@ class LayerData:
         """Add rows of both models."""
         blocks, others = _blocks(rows), None if float_rows is None else _blocks(float_rows)
         counts = torch.cat([torch.full((len(b),), b.shape[1], dtype=torch.float64, device=b.device) for b in blocks])
-        found = {"gram": lambda: torch.cat([gram_sum(block) for block in blocks]), "means": lambda: _row_sums(blocks)}
+        found = {"gram": lambda: _joined([*map(gram_sum, blocks)]), "means": lambda: _row_sums(blocks)}
         if others is not None:
-            found["cross_gram"] = lambda: torch.cat(list(map(gram_sum, blocks, others)))
+            found["cross_gram"] = lambda: _joined([*map(gram_sum, blocks, others)])
             found["float_means"] = lambda: _row_sums(others)
         self._add(counts, {name: found[name]() for name in self.wanted & found.keys()})
 
@@ -93,15 +103,14 @@ class LayerData:
         self.uses = uses if self.uses is None else self.uses + uses
         count = uses.sum().to(torch.float64)[None]
         unit = count[:, None, None] * torch.eye(n_columns, dtype=torch.float64, device=uses.device)
-        self._add(count, dict.fromkeys(self.wanted & {"gram", "cross_gram"}, unit))
+        self._add(count, {name: unit.clone() for name in self.wanted & {"gram", "cross_gram"}})
 
     def _add(self, counts: Tensor, sums: Mapping[str, Tensor]) -> None:
+        assert not self._means, "a mean has been taken already"
         self.n += int(counts.max())
         self._counts = self._counts + counts
-        self._means.clear()
-        self._corrected = None
         for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
 
     def join_ranks(self, weight: Tensor) -> None:
         """Sum all statistics over the ranks of a process group; weight: (groups, rows, K)."""
@@ -123,12 +132,13 @@ class LayerData:
     def _mean(self, name: str) -> Tensor:
         if name not in self.wanted:
             raise ConfigError(f"{self.path}: the algorithm asks for {name!r}, which is not among what it needs")
-        if name not in self._sums:
+        if name not in self._sums and name not in self._means:
             raise ConfigError(f"{self.path}: no calibration batch reached this layer; give batches that do")
         if name not in self._means:
-            total = self._sums[name]
+            total = self._sums.pop(name)
             assert isinstance(self._counts, Tensor)
-            self._means[name] = total / self._counts.clamp_min(1.0).view(-1, *[1] * (total.ndim - 1))
+            counts = self._counts.clamp_min(1.0).view(-1, *[1] * (total.ndim - 1))
+            self._means[name] = total.div_(counts)  # in place: these are the largest tensors of a run
         return self._means[name]
 
     @property
@@ -171,4 +181,8 @@ def _blocks(rows: Rows) -> Sequence[Tensor]:
 
 
 def _row_sums(blocks: Sequence[Tensor]) -> Tensor:
-    return torch.cat([block.to(torch.float64).sum(1) for block in blocks])
+    return _joined([block.sum(1, dtype=torch.float64) for block in blocks])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -25,16 +25,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call of a QModule."""
 
 
-def rows_read(slot: WeightSlot, call: Call, mask: Tensor | None = None) -> Iterator[Rows]:
+def rows_read(slot: WeightSlot, call: Call, mask: Tensor | None = None, most_rows: int | None = None) -> Iterator[Rows]:
     """Yield the input rows of a weight when its module is called, in blocks.
 
-    mask: (N, tokens) bool, true for the tokens that count; used for inputs with these first two axes. Raises
+    mask: (N, tokens) bool, true for the tokens that count; used for inputs with these first two axes. most_rows: a
+    layer that reads more gives about so many of them, spread evenly; modules with several weights give all. Raises
     ConfigError if the module uses the weight for something else than products with it.
     """
     args, kwargs = call
     if isinstance(slot, LayerSlot):
         x = args[0] if args else next(iter(kwargs.values()))
-        yield from _product_rows(slot.module, x, _matching(mask, x))
+        yield from _product_rows(slot.module, x, _matching(mask, x), most_rows)
         return
     module: QWeights = slot.module
     args, kwargs = module.quantized_inputs(args, kwargs)
@@ -44,14 +45,20 @@ def rows_read(slot: WeightSlot, call: Call, mask: Tensor | None = None) -> Itera
 
 
 def paired_rows(
-    slot: WeightSlot, call: Call, real: WeightSlot, real_call: Call | None, mask: Tensor | None = None
+    slot: WeightSlot,
+    call: Call,
+    real: WeightSlot,
+    real_call: Call | None,
+    mask: Tensor | None = None,
+    most_rows: int | None = None,
 ) -> Iterator[tuple[Rows, Rows | None]]:
     """Yield rows of the quantized and of the float module in pairs; None for the second without a call of it."""
     if real_call is None:
-        for rows in rows_read(slot, call, mask):
+        for rows in rows_read(slot, call, mask, most_rows):
             yield rows, None
         return
-    yield from zip(rows_read(slot, call, mask), rows_read(real, real_call, mask), strict=True)
+    found = rows_read(slot, call, mask, most_rows), rows_read(real, real_call, mask, most_rows)
+    yield from zip(*found, strict=True)
 
 
 def uses_of(slot: WeightSlot, call: Call, mask: Tensor | None = None) -> Tensor | None:
@@ -82,20 +89,20 @@ def _given(layer: nn.Module, call: Call) -> dict[str, Any]:
     return inspect.signature(layer.forward).bind(*call[0], **call[1]).arguments
 
 
-def _product_rows(wrapper: Any, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+def _product_rows(wrapper: Any, x: Tensor, keep: Tensor | None, most_rows: int | None) -> Iterator[Tensor]:
     """Yield the input rows of the product in a wrapped layer."""
     x = wrapper.quantized_input(x)
     if isinstance(wrapper.row, InputFirstPattern):
-        yield linear_rows(x, keep)
+        yield linear_rows(x, keep, most_rows)
         return
     function, x, geometry = read_of_product(lambda: wrapper.layer.forward(x))
     if function.__name__ == "linear":
-        yield linear_rows(x, keep)
+        yield linear_rows(x, keep, most_rows)
         return
     kernel = wrapper.weight_slots()[0].seen().shape[2:]
     batch = x if x.ndim == len(kernel) + 2 else x[None]
     rows = transposed_conv_rows if "transpose" in function.__name__ else conv_rows
-    yield from rows(batch, kernel, **geometry)
+    yield from rows(batch, kernel, **geometry, most_rows=most_rows)
 
 
 def _recurrent_rows(module: QWeights, name: str, call: Call, mask: Tensor | None) -> Rows:

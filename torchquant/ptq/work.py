@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class LayerWork:
             name,
             self.layer.path,
             time.perf_counter() - began,
-            self._error(self.nearest),
+            self.nearest_error,
             self._error(q),
             float(q.ne(self.nearest).to(torch.float32).mean()),
             self.data.n,
@@ -93,7 +94,7 @@ class LayerWork:
 
     def _round(self, stage: Rounding) -> list[str]:
         rounded = self._where_used(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
-        before, after = self._error(self.nearest), self._error(rounded)
+        before, after = self.nearest_error, self._error(rounded)
         if self.keep == "best" and before is not None and after is not None and not after <= before:
             self._undo()
             return [f"undone: its error was {after:.3g}, rounding to nearest {before:.3g}"]
@@ -140,6 +141,15 @@ class LayerWork:
         uses = self.data.uses
         return new if uses is None else torch.where(uses.view(1, -1, 1) > 0, new, former)
 
+    @cached_property
+    def nearest_error(self) -> float | None:
+        """Compute the error of rounding the real weight to nearest; see `_error`."""
+        return self._error(self.nearest)
+
+    @cached_property
+    def _signal(self) -> float:
+        return float(self.data.error(self.real, torch.zeros_like(self.real)).sum())
+
     def _error(self, rounded: Tensor) -> float | None:
         """Compute the mean squared error of the outputs over their mean square; None if no inputs are known."""
         if "gram" not in self.data.wanted or not self.data.n:
@@ -147,9 +157,8 @@ class LayerWork:
         if not bool(self.data.gram.isfinite().all()):
             return None
         target = self.data.corrected(self.real) if "cross_gram" in self.data.wanted else self.real
-        total = float(self.data.error(self.real, torch.zeros_like(self.real)).sum())
         found = float(self.data.error(target, rounded).sum())
-        return found / total if total > 0 else 0.0
+        return found / self._signal if self._signal > 0 else 0.0
 
     def commit(self) -> None:
         """Set the layer's weight to the chosen levels; the quantizer of a layer without a change is unpinned again."""

@@ -211,6 +211,18 @@ class Quantizer(CalibratedState, ABC):
             return self._nearest_in_place(x, columns)
         return self.quantize(x)
 
+    def column_rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that computes `nearest` with the current numbers: the same in less time, for many calls.
+
+        >>> from torchquant.quantizers import ESBQuantizer
+        >>> quantizer = ESBQuantizer(3, 0)
+        >>> quantizer.force(0.5)
+        >>> quantizer.column_rounder()(torch.tensor([[0.6], [-9.0]]), torch.tensor([0]))
+        tensor([[ 0.5000],
+                [-2.0000]])
+        """
+        return self.nearest
+
     def _nearest_in_place(self, x: Tensor, columns: Tensor) -> Tensor:
         """Compute `nearest` for any pinned scheme, with x put in its place in a whole weight."""
         columns_shape = [int(size) for size in self.pinned.tolist()[1:]]

@@ -13,7 +13,14 @@ from torchquant._tensors import per_channel_view
 from torchquant.errors import ConfigError, NoCodesError, NonFiniteError
 from torchquant.quantizers._contract import Quantizer
 from torchquant.quantizers_functional._formula import Altered, Formula
-from torchquant.quantizers_functional._gradient import GRADIENTS, Clamp, Gradient, make_gradient
+from torchquant.quantizers_functional._gradient import (
+    GRADIENTS,
+    Clamp,
+    Gradient,
+    cast_back,
+    compute_dtype,
+    make_gradient,
+)
 from torchquant.quantizers_functional.formats import AffineParams, Format, UniformGrid
 from torchquant.range_observers import RangeObserver
 from torchquant.range_observers._statistics import StatisticTracker
@@ -91,6 +98,13 @@ class GridQuantizer(Quantizer):
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Map real values to values on the grid; `clamp=(low, high)` quantizes `x.clamp(low, high)` in one pass."""
         return self.format().quantize(x, self.gradient, clamp, self.training)
+
+    def column_rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
+        is_own = type(self).quantize is not GridQuantizer.quantize or type(self).nearest is not GridQuantizer.nearest
+        if is_own or self.levels_vary or self.axis not in (None, 0):
+            return super().column_rounder()
+        form = self.format()
+        return lambda x, columns: cast_back(form.project(x.to(compute_dtype(x)))[0], x.dtype)
 
     @torch.no_grad()
     def side_bytes(self, x: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -83,9 +84,12 @@ class GroupQuantizer(Quantizer):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
+        return self.column_rounder()(x, columns)
+
+    def column_rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
         form = self.format()
         assert isinstance(form, Groups)
-        return cast_back(form.columns(x.to(compute_dtype(x)), columns), x.dtype)
+        return lambda x, columns: cast_back(form.columns(x.to(compute_dtype(x)), columns), x.dtype)
 
     @torch.no_grad()
     def preimage(self, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -49,8 +49,13 @@ class _BlockQuantizer(OwnScaleQuantizer):
     def nearest(self, x: Tensor, columns: Tensor) -> Tensor:
         if not self.is_pinned or self.block_axis == 0:
             return super().nearest(x, columns)
-        shape = [int(size) for size in self.pinned.tolist()]
-        return cast_back(self._block_format().columns(x.to(compute_dtype(x)), columns, shape), x.dtype)
+        return self.column_rounder()(x, columns)
+
+    def column_rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if not self.is_pinned or self.block_axis == 0:
+            return super().column_rounder()
+        form, shape = self._block_format(), [int(size) for size in self.pinned.tolist()]
+        return lambda x, columns: cast_back(form.columns(x.to(compute_dtype(x)), columns, shape), x.dtype)
 
     def numbers(self) -> dict[str, Tensor]:
         """Return the kept numbers of a weight: the scales of its blocks."""

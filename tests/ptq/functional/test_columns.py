@@ -25,7 +25,7 @@ from tests.ptq.oracles import (
     row_scales,
 )
 from torchquant.ptq.functional.columns import activation_order, gptq, obq, round_columns
-from torchquant.ptq.functional.factors import inverse_factor
+from torchquant.ptq.functional.factors import upper_factor
 from torchquant.quantizers_functional.formats import Levels
 
 GRIDS = TABLE["grids"]
@@ -256,7 +256,7 @@ def test_order_keeps_groups_whole() -> None:
 def test_input_is_not_changed() -> None:
     weight, gram = W.clone(), GRAM.clone()
     gptq(weight, gram, INTEGERS)
-    round_columns(weight, inverse_factor(gram), INTEGERS)
+    round_columns(weight, upper_factor(gram), INTEGERS)
     obq(weight, gram, INTEGERS)
     assert torch.equal(weight, W)
     assert torch.equal(gram, GRAM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -77,11 +78,26 @@ def test_rows_of_a_transposed_convolution(n_axes: int, arguments: dict[str, Any]
     torch.testing.assert_close(outputs_of(pieces, weight), layer(x).movedim(1, -1).flatten(0, -2))
 
 
-@pytest.mark.parametrize("most_elements", [64, 2**25])
-def test_each_third_patch_is_the_same_in_pieces_and_at_once(most_elements: int) -> None:
-    x = torch.randn(3, 2, 5, 5)
-    every, some = (torch.cat(list(conv_rows(x, (2, 2), every=p, most_elements=most_elements)), 1) for p in (1, 3))
-    assert torch.equal(some, every[:, ::3])
+def test_some_of_many_patches_lie_in_steps_that_begin_elsewhere_in_each_image() -> None:
+    places = torch.arange(4 * 12 * 10.0).view(4, 1, 12, 10)
+    (rows,) = conv_rows(places, (1, 1), most_rows=120)
+    images = [rows[rows // 120 == i].long() % 120 for i in range(4)]
+    lattices = [[sorted({*of.tolist()}) for of in (image // 10, image % 10)] for image in images]
+    assert all(b - a == 2 for lattice in lattices for axis in lattice for a, b in itertools.pairwise(axis))
+    assert len({(lattice[0][0], lattice[1][0]) for lattice in lattices}) > 2
+    assert {0, 119} <= {int(i) for image in images for i in image}
+    assert 100 <= rows.shape[1] <= 140
+
+
+@pytest.mark.parametrize(("rows", "arguments"), [(conv_rows, {"padding": 1}), (transposed_conv_rows, {"stride": 2})])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_some_of_many_patches_are_among_all(rows: Any, arguments: dict[str, int], groups: int) -> None:
+    x = torch.randn(1, 2, 8, 6)
+    every, some = (torch.cat(list(rows(x, (2, 2), **arguments, groups=groups, most_rows=n)), 1) for n in (None, 40))
+    where = [int((every == row[:, None]).all(-1).all(0).nonzero()) for row in some.unbind(1)]
+    assert where == sorted(where)
+    assert len({place % 2 for place in where}) == 2  # also of one image all phases of a stride
+    assert torch.equal(linear_rows(x[0, 0], most_rows=3), x[None, 0, 0, 1::3])
 
 
 def test_sums_of_batches_are_the_sum_of_all_and_padding_tokens_are_left_out() -> None:

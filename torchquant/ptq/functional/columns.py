@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import checked
-from torchquant.ptq.functional.factors import dead_columns, inverse_factor
+from torchquant.ptq.functional.factors import dead_columns, inverse_factor, upper_factor
 
 Nearest = Callable[[Tensor, Tensor], Tensor]
 """`nearest(x, columns)`: x, (..., rows, k), on the grids of those columns, (..., k) int64, of the weight."""
@@ -47,36 +47,40 @@ def round_columns(
 ) -> Tensor:
     """Round the columns of a weight from the first to the last, each error made good in the later ones.
 
-    weight: (..., rows, K), columns in the order in which they are rounded; factor: (..., K, K), `inverse_factor` of the
+    weight: (..., rows, K), columns in the order in which they are rounded; factor: (..., K, K), `upper_factor` of the
     Gram matrix in the same order; columns: (..., K) int64, the places of the columns in the grid. What a block of
     `block` columns does to those behind it is done at once, which changes nothing but the time. `begin_group` is told
     before the first column of each `group` columns. Returns grid values in weight's type.
-    Source: Frantar et al. 2023, arXiv:2210.17323, algorithm 1.
+    Source: Frantar et al. 2023, arXiv:2210.17323, algorithm 1, as Babai's nearest plane (Chen et al. 2025,
+    arXiv:2507.18553), which is the same without an inverse.
 
-    >>> factor = inverse_factor(torch.tensor([[2.0, 1.6], [1.6, 2.0]]), damp=0.0)
+    >>> factor = upper_factor(torch.tensor([[2.0, 1.6], [1.6, 2.0]]), damp=0.0)
     >>> round_columns(torch.tensor([[0.4, 0.4]]), factor, lambda x, columns: x.round())
     tensor([[0., 1.]])
     """
-    left = factor.new_empty(weight.mT.shape).copy_(weight.mT)  # a column of the weight lies in one piece
+    wide = factor.new_empty(weight.mT.shape).copy_(weight.mT)  # a column of the weight lies in one piece
     n_columns, kind = weight.shape[-1], grid_type(weight)
     if columns is None:
         columns = torch.arange(n_columns, device=weight.device).expand(*weight.shape[:-2], n_columns)
-    rounded = torch.empty_like(left, dtype=weight.dtype)
+    rounded, errors, pulled = torch.empty_like(wide, dtype=weight.dtype), torch.empty_like(wide), torch.zeros_like(wide)
     starts = sorted({*range(0, n_columns, block), *range(0, n_columns, group or n_columns)})
     for start, end in zip(starts, [*starts[1:], n_columns], strict=True):
         if begin_group is not None and start % (group or n_columns) == 0:
             whole = slice(start, start + (group or n_columns))
-            begin_group(left[..., whole, :].mT.to(kind, copy=True), columns[..., whole])
-        errors = left.new_empty(*left.shape[:-2], end - start, left.shape[-1])
-        for j in range(start, end):
-            now, later = slice(j, j + 1), slice(j + 1, end)
-            real = left[..., now, :]
-            grid = nearest(real.mT.to(kind), columns[..., now]).mT
-            rounded[..., now, :] = grid
-            error = (real - grid) / factor[..., now, now]
-            errors[..., j - start : j - start + 1, :] = error
-            left[..., later, :] -= factor[..., now, later].mT * error
-        left[..., end:, :] -= factor[..., start:end, end:].mT @ errors
+            moved = torch.linalg.solve_triangular(factor[..., whole, whole].mT, pulled[..., whole, :], upper=False)
+            begin_group((wide[..., whole, :] + moved).mT.to(kind, copy=True), columns[..., whole])
+        now = slice(start, end)
+        own, found = factor[..., now, now], errors[..., now, :]
+        diagonal = own.diagonal(dim1=-2, dim2=-1)
+        unit = (own / diagonal[..., None, :]).mT.contiguous()
+        wanted = wide[..., now, :] + pulled[..., now, :] / diagonal[..., None]
+        for j in range(end - start):
+            real = wanted[..., j : j + 1, :] + unit[..., j : j + 1, :j] @ found[..., :j, :]
+            place = slice(start + j, start + j + 1)
+            grid = nearest(real.mT.to(kind), columns[..., place]).mT
+            rounded[..., place, :] = grid
+            torch.sub(wide[..., place, :], grid, out=found[..., j : j + 1, :])
+        pulled[..., end:, :] += factor[..., now, end:].mT @ found
     return rounded.mT.contiguous()
 
 
@@ -96,7 +100,7 @@ def gptq(
 
     weight: (..., rows, K). gram: (..., K, K), mean or sum of the products of inputs. order: (..., K) int64, a
     permutation such as `activation_order(gram)`; None for the stored order. A column that was never read is rounded to
-    nearest, or with `zero_dead` set to 0. Others: `round_columns`, `inverse_factor`. Returns grid values of its shape.
+    nearest, or with `zero_dead` set to 0. Others: `round_columns`, `upper_factor`. Returns grid values of its shape.
     Source: Frantar et al. 2023, arXiv:2210.17323, algorithm 1. On the integers without clipping, from the last column
     to the first, it is Babai's nearest plane (arXiv:2507.18553): the error is at most a quarter of the sum of the
     squared pivots. Deviation: dead columns keep their weights, since a column dead on few inputs may live later.
@@ -107,11 +111,11 @@ def gptq(
     if zero_dead:
         weight = weight.masked_fill(dead_columns(gram)[..., None, :], 0.0)
     if order is None:
-        return round_columns(weight, inverse_factor(gram, damp), nearest, None, block, group, begin_group)
+        return round_columns(weight, upper_factor(gram, damp), nearest, None, block, group, begin_group)
     along = order[..., None, :].expand(weight.shape)
     both = order[..., :, None], order[..., None, :]
     ordered = gram.take_along_dim(both[0], -2).take_along_dim(both[1], -1)
-    factor = inverse_factor(ordered, damp)
+    factor = upper_factor(ordered, damp)
     rounded = round_columns(weight.gather(-1, along), factor, nearest, order, block, group, begin_group)
     return torch.empty_like(rounded).scatter_(-1, along, rounded)
 

@@ -60,19 +60,30 @@ def damped_cholesky(gram: Tensor, damp: float = 0.01, retries: int = 3) -> tuple
     )
 
 
-def inverse_factor(gram: Tensor, damp: float = 0.01, retries: int = 3) -> Tensor:
-    """The upper U with `U.mT @ U` the inverse of the damped Gram matrix: (..., K, K).
+def upper_factor(gram: Tensor, damp: float = 0.01, retries: int = 3) -> Tensor:
+    """The upper U with `U @ U.mT` the damped Gram matrix: (..., K, K).
 
-    Damping, dead columns, types and errors are those of `damped_cholesky`. Rows of U are what rounding a column does
-    to the columns after it. Source: Frantar et al. 2023, arXiv:2210.17323, section 3.3. Deviation: the matrix is
-    factored from its last column on and the factor inverted, in place of factor, inverse and factor again.
+    Damping, dead columns, types and errors are those of `damped_cholesky`. Row i of U, over its diagonal, is what the
+    rounding error of column i does to the columns after it.
+
+    >>> upper_factor(torch.tensor([[2.0, 1.6], [1.6, 2.0]]), damp=0.0)
+    tensor([[0.8485, 1.1314],
+            [0.0000, 1.4142]], dtype=torch.float64)
+    """
+    return damped_cholesky(gram.flip(-1, -2), damp, retries)[0].flip(-1, -2)
+
+
+def inverse_factor(gram: Tensor, damp: float = 0.01, retries: int = 3) -> Tensor:
+    """The upper U with `U.mT @ U` the inverse of the damped Gram matrix, the inverse of `upper_factor`: (..., K, K).
+
+    Source: Frantar et al. 2023, arXiv:2210.17323, section 3.3. Deviation: the matrix is factored from its last column
+    on and the factor inverted, in place of factor, inverse and factor again.
 
     >>> inverse_factor(torch.tensor([[2.0, 1.6], [1.6, 2.0]]), damp=0.0)
     tensor([[ 1.1785, -0.9428],
             [ 0.0000,  0.7071]], dtype=torch.float64)
     """
-    lower, _ = damped_cholesky(gram.flip(-1, -2), damp, retries)
-    upper = lower.flip(-1, -2)
+    upper = upper_factor(gram, damp, retries)
     one = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
     return torch.linalg.solve_triangular(upper, one.expand_as(upper), upper=True)
 

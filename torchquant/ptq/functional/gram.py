@@ -15,19 +15,44 @@ from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError, NonFiniteError
+from torchquant.ptq.functional.factors import WIDEST_FLOAT64
 
 MOST_ELEMENTS = 2**25
 """Elements of a piece of unfolded patches."""
 Sizes = int | Sequence[int]
 
 
-def linear_rows(x: Tensor, keep: Tensor | None = None) -> Tensor:
+def sampling_steps(sizes: Sequence[int], n_images: int, most_rows: int | None) -> tuple[int, ...]:
+    """The steps along axes of these sizes that take at most about `most_rows` places of n images, and of each the most.
+
+    A step has no divisor in common with the size where there are fewer images than steps, so that the places taken are
+    not all of one phase of a stride.
+
+    >>> sampling_steps((12, 10), 8, 160), sampling_steps((12, 10), 1, 20), sampling_steps((100,), 1, None)
+    ((3, 2), (5, 3), (1,))
+    """
+    share = 1.0 if most_rows is None else max(1.0, n_images * math.prod(sizes) / max(1, most_rows))
+    steps = []
+    for left, size in zip(range(len(sizes), 0, -1), sizes, strict=True):
+        step = min(math.ceil(share ** (1 / left) - 1e-9), size)
+        while n_images < step and math.gcd(step, size) > 1:
+            step += 1
+        steps.append(step)
+        share = max(1.0, share / step)
+    return tuple(steps)
+
+
+def linear_rows(x: Tensor, keep: Tensor | None = None, most_rows: int | None = None) -> Tensor:
     """The rows (1, n, K) of an input (..., K). keep: (...) truths; tokens where it is False are padding and left out.
+
+    most_rows: of more rows, each p-th is taken; see `sampling_steps`.
 
     >>> linear_rows(torch.zeros(2, 5, 3), torch.arange(5).lt(4).expand(2, 5)).shape
     torch.Size([1, 8, 3])
     """
-    return (x.reshape(-1, x.shape[-1]) if keep is None else x[keep])[None]
+    rows = x.reshape(-1, x.shape[-1]) if keep is None else x[keep]
+    (step,) = sampling_steps(rows.shape[:1], 1, most_rows)
+    return rows[step // 2 :: step][None]
 
 
 @explained
@@ -39,13 +64,14 @@ def conv_rows(
     dilation: Sizes = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
-    every: int = 1,
+    most_rows: int | None = None,
     most_elements: int = MOST_ELEMENTS,
 ) -> Iterator[Tensor]:
     """Patches that a convolution reads, in pieces (groups, n, K) of at most about `most_elements` elements.
 
     x: (N, C, *spatial), one to three dimensions; the other arguments are those of `torch.nn.Conv2d`. The padding is
-    among what the patches hold. K = C / groups * prod(kernel_size). Only each `every`-th patch is given.
+    among what the patches hold. K = C / groups * prod(kernel_size). most_rows: of more patches,
+    some are given, in steps along each axis; see `sampling_steps`.
 
     >>> [piece.shape for piece in conv_rows(torch.ones(2, 4, 5, 5), (3, 3), groups=2)]
     [torch.Size([2, 18, 18])]
@@ -58,7 +84,7 @@ def conv_rows(
     else:
         sides = [(side, side) for side in _each(padding, n_axes)]
     padded = _pad(x, sides, "constant" if padding_mode == "zeros" else padding_mode)
-    return _pieces(_windows(padded, kernel_size, strides, dilations), n_axes, groups, every, most_elements)
+    return _pieces(_windows(padded, kernel_size, strides, dilations), n_axes, groups, most_rows, most_elements)
 
 
 @explained
@@ -70,7 +96,7 @@ def transposed_conv_rows(
     output_padding: Sizes = 0,
     dilation: Sizes = 1,
     groups: int = 1,
-    every: int = 1,
+    most_rows: int | None = None,
     most_elements: int = MOST_ELEMENTS,
 ) -> Iterator[Tensor]:
     """Patches behind each output of a transposed convolution, as `conv_rows`: it is one over x spread out by zeros.
@@ -88,7 +114,7 @@ def transposed_conv_rows(
     spans = [d * (k - 1) - p for d, k, p in zip(dilations, kernel_size, _each(padding, n_axes), strict=True)]
     sides = [(span, span + extra) for span, extra in zip(spans, _each(output_padding, n_axes), strict=True)]
     windows = _windows(_pad(spread, sides, "constant"), kernel_size, [1] * n_axes, dilations)
-    return _pieces(windows.flip(tuple(range(-n_axes, 0))), n_axes, groups, every, most_elements)
+    return _pieces(windows.flip(tuple(range(-n_axes, 0))), n_axes, groups, most_rows, most_elements)
 
 
 def _each(sizes: Sizes, n_axes: int) -> Sequence[int]:
@@ -106,26 +132,47 @@ def _windows(x: Tensor, kernel_size: Sequence[int], strides: Sequence[int], dila
     return x
 
 
-def _pieces(windows: Tensor, n_axes: int, groups: int, every: int, most_elements: int) -> Iterator[Tensor]:
+def _pieces(windows: Tensor, n_axes: int, groups: int, most_rows: int | None, most_elements: int) -> Iterator[Tensor]:
+    outputs = windows.shape[2 : 2 + n_axes]
+    steps = sampling_steps(outputs, len(windows), most_rows)
+    if max(steps) > 1:
+        taken = [_patches_last(windows[i : i + 1][_lattice(i, steps)], n_axes, groups) for i in range(len(windows))]
+        yield torch.cat(taken, 2).mT
+        return
     per_image = math.prod(windows.shape[1:])
     per_line = max(1, per_image // windows.shape[2])
-    seen = 0
     for images in windows.split(max(1, most_elements // max(1, per_image))):
         lines = images.shape[2] if per_image <= most_elements else max(1, most_elements // per_line)
         for piece in images.split(lines, 2):
-            grouped = piece.unflatten(1, (groups, -1)).movedim(2, 2 + n_axes).movedim(1, 0)
-            rows = grouped.flatten(2 + n_axes).flatten(1, 1 + n_axes)
-            first, seen = -seen % every, seen + rows.shape[1]
-            yield rows[:, first::every]
+            yield _patches_last(piece, n_axes, groups).mT
+
+
+def _patches_last(windows: Tensor, n_axes: int, groups: int) -> Tensor:
+    """Copy windows (N, C, *outputs, *kernel_size) to (groups, K, n), the order in which they lie in the image."""
+    kernel = tuple(range(2 + n_axes, windows.ndim))
+    columns = windows.movedim(0, 1).movedim(kernel, tuple(range(1, 1 + n_axes))).flatten(1 + n_axes)
+    return columns.unflatten(0, (groups, -1)).flatten(1, 1 + n_axes)
+
+
+def _lattice(image: int, steps: Sequence[int]) -> tuple[slice, ...]:
+    """Return the index of the places that are taken in an image: they begin elsewhere in each, so that some are edges.
+
+    The first places are those of the low-discrepancy sequence of Roberts 2018 (the R sequence).
+    """
+    ratio = 1.0
+    for _ in range(64):  # the root of ratio ** (n + 1) = ratio + 1
+        ratio = (1.0 + ratio) ** (1 / (len(steps) + 1))
+    starts = (int(step * math.fmod((image + 0.5) * ratio ** -(axis + 1), 1.0)) for axis, step in enumerate(steps))
+    return (slice(None), slice(None), *(slice(start, None, step) for start, step in zip(starts, steps, strict=True)))
 
 
 @explained
 def gram_sum(rows: Tensor, others: Tensor | None = None) -> Tensor:
-    """`rows.mT @ rows`, or `rows.mT @ others` for the cross Gram matrix; (g, K, K) float64.
+    """`rows.mT @ rows`, or `rows.mT @ others` for the cross Gram matrix; (g, K, K) float64, above 2048 inputs float32.
 
     rows, others: (g, n, K) of the same n; `rows` are those of the quantized stream where both streams come. Add the
     sums of batches and ranks and divide once by the number of rows. The products are of float32 at least: sums in
-    bfloat16 make matrices that are not positive definite.
+    bfloat16 make matrices that are not positive definite. Larger matrices are factored in float32 too.
 
     >>> gram_sum(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
     tensor([[[10., 14.],
@@ -133,7 +180,8 @@ def gram_sum(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     left = rows.to(wide)
-    return (left.mT @ (left if others is None else others.to(wide))).to(torch.float64)
+    found = left.mT @ (left if others is None else others.to(wide))
+    return found if found.shape[-1] > WIDEST_FLOAT64 else found.to(torch.float64)
 
 
 @explained

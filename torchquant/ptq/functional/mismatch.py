@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchquant._arguments import checked, explained
 from torchquant.ptq.functional.columns import Nearest, grid_type, round_columns
-from torchquant.ptq.functional.factors import damped_cholesky, dead_filling, inverse_factor, largest_eigenvalue
+from torchquant.ptq.functional.factors import damped_cholesky, dead_filling, largest_eigenvalue, upper_factor
 
 
 @explained
@@ -88,8 +88,9 @@ def qronos(
     first = nearest(real.to(grid_type(weight)), columns[..., :1]).to(weight.dtype)
     if weight.shape[-1] == 1:
         return first
-    factor = inverse_factor(damped[..., 1:, 1:], damp=0.0)
+    factor = upper_factor(damped[..., 1:, 1:], damp=0.0)
     rest = (target[..., 1:] - first.to(wide.dtype) @ damped[..., :1, 1:]).to(factor.dtype)
-    solved = (rest @ factor.mT @ factor).to(grid_type(weight))
+    half = torch.linalg.solve_triangular(factor.mT, rest, upper=False, left=False)
+    solved = torch.linalg.solve_triangular(factor, half, upper=True, left=False).to(grid_type(weight))
     later = round_columns(solved, factor, nearest, columns[..., 1:], block)
     return torch.cat([first, later.to(weight.dtype)], -1)

@@ -52,6 +52,8 @@ def columns(case: Case) -> None:
         require(
             torch.equal(found, expected[:, index]), f"nearest of the columns {index.tolist()} differs from quantize"
         )
+        same = torch.equal(quantizer.column_rounder()(case.sample.flatten(1)[:, index], index), found)
+        require(same, f"column_rounder of the columns {index.tolist()} differs from nearest")
 
 
 def roundings(case: Case) -> None:
