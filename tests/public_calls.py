@@ -457,6 +457,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "torchquant.models": {"FusedMobileNetV2": fused("FusedMobileNetV2"), "FusedResNet": fused("FusedResNet")},
     "torchquant.ptq": {
         "Recipe": lambda: {"stages": ("gptq",), "rules": "w4a8", "keep": "best", "names": ("*",), "skip": ()},
+        "find_blocks": on_model(names=(), slots=None),
         "find_recipe": lambda: {"name": "gptq"},
         "make_stage": lambda: {"spec": "gptq"},
         "run": on_model(
@@ -472,6 +473,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             with_targets=True,
             on_step=None,
             show_progress=False,
+            blocks=(),
         ),
     },
     "torchquant.plan": {"read_yaml": lambda: {"path": yaml_file()}},

@@ -122,8 +122,9 @@ PUBLIC: dict[str, list[str]] = {
         "PlanChange", "QuantPlan", "RULE_SETS", "Rules", "quantize", "read_yaml",
     ],
     "torchquant.ptq": [
-        "BiasChange", "Layer", "LayerData", "MatchingRounding", "ModelStage", "NumberSearch", "PTQ", "PTQReport",
-        "RECIPES", "Recipe", "Rounding", "StepReport", "WeightChange", "find_recipe", "make_stage", "run",
+        "BiasChange", "Block", "BlockData", "BlockStage", "Blocks", "Layer", "LayerData", "MatchingRounding",
+        "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Recipe", "Rounding", "StepReport",
+        "WeightChange", "find_blocks", "find_recipe", "make_stage", "run",
     ],
     "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "run_ptq"],
     "torchquant.runs.demo": [

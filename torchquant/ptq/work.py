@@ -45,7 +45,7 @@ class LayerWork:
             notes += filter(None, [few_rows(self.data.n, self.real.shape[-1])])
         if stage.needs and not self.data.n:
             if isinstance(stage, Rounding):
-                self._undo()
+                self.undo()
                 notes.append("rounded to nearest")
             else:
                 notes.append("left as it is")
@@ -75,14 +75,15 @@ class LayerWork:
             return self._add_bias(stage)
         except (ConfigError, NoCodesError, NonFiniteError) as error:
             if isinstance(stage, Rounding):
-                self._undo()
+                self.undo()
                 return [f"rounded to nearest: {one_line(error)}"]
             return [f"left as it is: {one_line(error)}"]
 
-    def _take(self, rounded: Tensor) -> None:
+    def take(self, rounded: Tensor) -> None:
+        """Let the layer be rounded to these levels."""
         self.layer.rounded, self.is_changed = rounded, True
 
-    def _undo(self) -> None:
+    def undo(self) -> None:
         """Round to nearest, with the numbers and the weight that the layer had before the pass."""
         slot, quantizer = self.layer.slot, self.layer.quantizer
         quantizer.unpin()
@@ -90,15 +91,15 @@ class LayerWork:
         quantizer.pin(slot.seen(), observe=False)
         if self.numbers:
             quantizer.set_numbers(**self.numbers)
-        self._take(self.nearest)
+        self.take(self.nearest)
 
     def _round(self, stage: Rounding) -> list[str]:
         rounded = self._where_used(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
         before, after = self.nearest_error, self._error(rounded)
         if self.keep == "best" and before is not None and after is not None and not after <= before:
-            self._undo()
+            self.undo()
             return [f"undone: its error was {after:.3g}, rounding to nearest {before:.3g}"]
-        self._take(rounded)
+        self.take(rounded)
         return []
 
     def _change_weight(self, weight: Tensor) -> list[str]:

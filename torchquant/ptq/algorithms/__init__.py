@@ -3,6 +3,7 @@
 from torchquant.ptq.algorithms import adaround as adaround
 from torchquant.ptq.algorithms import autoround as autoround
 from torchquant.ptq.algorithms import bias_correction as bias_correction
+from torchquant.ptq.algorithms import brecq as brecq
 from torchquant.ptq.algorithms import calibrate as calibrate
 from torchquant.ptq.algorithms import clip as clip
 from torchquant.ptq.algorithms import descent as descent
