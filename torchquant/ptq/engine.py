@@ -102,8 +102,8 @@ def run(
         raise ConfigError(f"{_name(asking[0])} looks at inputs and needs batches, got none")
     if world_size() > 1 and (apart := [stage for stage in made if stage.unit == "block"]):
         raise ConfigError(
-            f"{_name(apart[0])} learns in one process, got a process group of {world_size()} ranks; run it in one process "
-            "with all batches, and load its state_dict on the ranks"
+            f"{_name(apart[0])} learns in one process, got a process group of {world_size()} ranks; run it in one "
+            "process with all batches, and load the state_dict on the ranks"
         )
     units, left = find_units(model, names, skip)
     settings = (keep, names, skip, seed, *([blocks] if blocks else []))
