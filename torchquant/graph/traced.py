@@ -87,7 +87,7 @@ class Variant:
 
     def replace_graph(self, graph: fx.Graph) -> None:
         """Run another graph from now on; copies of the model keep the former one."""
-        self.graph, self.run = graph, _compiled(graph)
+        self.graph, self.run = graph, compiled(graph)
 
     def _find_atoms(self) -> None:
         plain = [g for g in self.guards if g.module is not None and g.value[0] in _ATOMS]
