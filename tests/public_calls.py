@@ -175,6 +175,7 @@ def fit_arguments(**options: Any) -> Callable[[], Arguments]:
         "max_batches": 1,
         "device": "cpu",
         "show_progress": False,
+        "teacher": net(),
     }
 
 
@@ -295,6 +296,9 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"rows": ROWS, "n_bits": 2, "method": "alternating", "iterations": 2, "parts": Joining()},
         },
         "residual_levels": lambda: {"alphas": torch.tensor([[1.0, 0.5]])},
+        "seq_quantize": lambda: {
+            **{"x": X, "alpha": torch.tensor(1.0), "n_bits": 2, "ternary": True, "gradient_scale": 1.0, "present": 1.0}
+        },
         "ternary_params": lambda: {"rows": ROWS, "method": "twn", "parts": Joining()},
         "ternary_quantize": projected(threshold=0.2, alpha=0.5),
         "tqt_quantize": lambda: {"x": X, "log2_t": torch.tensor(1.0), "n_bits": 4, "signed": True},
@@ -304,6 +308,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     },
     "torchquant.quantizers": {
         "APoTQuantizer": learned(n_bits=4, signed=True, init="mse", normalize=True),
+        "AbsMeanQuantizer": fitted(),
         "BinaryQuantizer": fitted(scale="mean"),
         "ClipQQuantizer": fitted(n_bits=4),
         "CodebookQuantizer": learned(n_bits=3, zero=True, learn=True, iterations=3, momentum=0.0),
@@ -323,6 +328,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "PACTQuantizer": learned(n_bits=4, init="mse"),
         "PotQuantizer": fitted(n_bits=4),
         "ResidualQuantizer": fitted(n_bits=2, method="alternating", iterations=2),
+        "SEQQuantizer": learned(n_bits=2, ternary=True),
         "TQTQuantizer": learned(n_bits=4, signed=True, init="mse"),
         "TTQQuantizer": learned(t=0.05),
         "UL2QQuantizer": fitted(n_bits=4),
@@ -372,6 +378,10 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "torchquant.utils": {"qmodules": on_model(), "weight_slots": on_model()},
     "torchquant.training": {
         "BitSchedule": on_model(bits={0: 8, 3: 4}, weight="affine:{n}", acts="affine:{n}"),
+        "Distillation": lambda: {
+            **{"teacher": net(), "share": 0.5, "temperature": 2.0, "features": {"0": "0"}, "feature_weight": 1.0},
+            **{"attention_maps": {"0": "0"}, "scores": lambda outputs: outputs},
+        },
         "GradientSchedule": on_model(gradient="clipped"),
         "OscillationTracker": on_model(freeze_above=0.5, momentum=0.01),
         "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
@@ -381,7 +391,10 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"batches": [X], "max_batches": 1, "device": "cpu", "state": tq.QModuleState.QUANT_EVAL},
             **{"on_batch": lambda n: None, "with_targets": False, "show_progress": False},
         ),
+        "attention_map_loss": lambda: {"student": X, "teacher": X},
         "dampening_loss": on_model(weight=1e-3),
+        "distillation_loss": lambda: {"student": X, "teacher": X, "temperature": 2.0},
+        "feature_loss": lambda: {"student": X, "teacher": X},
         "evaluate": on_model(
             **{"batches": BATCHES, "metric": nn.functional.cross_entropy, "max_batches": 1, "device": "cpu"},
             **{"on_batch": lambda n: None, "show_progress": False},

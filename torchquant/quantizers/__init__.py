@@ -21,6 +21,7 @@ from torchquant.quantizers._level_list import LevelList as LevelList
 from torchquant.quantizers._spec import QuantSpec as QuantSpec
 from torchquant.quantizers._spec import find_scheme as find_scheme
 from torchquant.quantizers._spec import make_quantizer as make_quantizer
+from torchquant.quantizers.absmean import AbsMeanQuantizer as AbsMeanQuantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers.apot import APoTQuantizer as APoTQuantizer
 from torchquant.quantizers.binary import BinaryQuantizer as BinaryQuantizer
@@ -43,6 +44,7 @@ from torchquant.quantizers.pact import pact_penalty as pact_penalty
 from torchquant.quantizers.pot import PotQuantizer as PotQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
 from torchquant.quantizers.residual import ResidualQuantizer as ResidualQuantizer
+from torchquant.quantizers.seq import SEQQuantizer as SEQQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 from torchquant.quantizers.tqt import TQTQuantizer as TQTQuantizer
 from torchquant.quantizers.ttq import TTQQuantizer as TTQQuantizer
@@ -57,6 +59,7 @@ __all__ = [
     "QUANTIZERS",
     "APoTQuantizer",
     "About",
+    "AbsMeanQuantizer",
     "AffineQuantizer",
     "BinaryQuantizer",
     "ClipQQuantizer",
@@ -84,6 +87,7 @@ __all__ = [
     "Quantizer",
     "QuantizerFactory",
     "ResidualQuantizer",
+    "SEQQuantizer",
     "SchemeEntry",
     "TQTQuantizer",
     "TTQQuantizer",

@@ -8,10 +8,10 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
 from torchquant.quantizers._scaled import ScaledQuantizer
-from torchquant.quantizers_functional._row_statistics import row_sums, unit_rows, usable_scale
+from torchquant.quantizers_functional._row_statistics import row_mean_magnitudes, usable_scale
 from torchquant.quantizers_functional.binary import Signs
 from torchquant.quantizers_functional.formats import ScaledFormat
-from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._distributed import ranks
 from torchquant.range_observers._statistics import rows
 
 
@@ -51,8 +51,7 @@ class BinaryQuantizer(ScaledQuantizer):
         self.scale = scale
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        units, unit = unit_rows(rows(x, self.axis))
-        alpha = usable_scale(reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit), 1.0)
+        alpha = usable_scale(row_mean_magnitudes(rows(x, self.axis), ranks()), 1.0)
         if self.scale == "one":  # 0 for zeros; NaN and Inf are passed on for the tracker to refuse
             alpha = torch.where(alpha.isfinite(), (alpha > 0).to(alpha.dtype), alpha)
         return (alpha if self.axis is not None else alpha.squeeze(0),)

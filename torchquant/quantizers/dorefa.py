@@ -9,8 +9,8 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
-from torchquant.quantizers._learned import first
-from torchquant.quantizers_functional._row_statistics import row_sums, unit_rows, usable_scale
+from torchquant.quantizers._learned import first, largest_of
+from torchquant.quantizers_functional._row_statistics import row_mean_magnitudes, usable_scale
 from torchquant.quantizers_functional.binary import binary_codes, binary_quantize
 from torchquant.quantizers_functional.dorefa import (
     check_dorefa,
@@ -23,7 +23,7 @@ from torchquant.quantizers_functional.dorefa import (
     unit_codes,
     unit_values,
 )
-from torchquant.range_observers._distributed import reduce_max, reduce_mean
+from torchquant.range_observers._distributed import ranks
 from torchquant.range_observers._statistics import rows
 
 
@@ -83,9 +83,8 @@ class DoReFaQuantizer(FittedQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
         if self.n_bits > 1 or self.activation:
-            return first((reduce_max(torch.maximum(x.amax(1), -x.amin(1))),), self.axis)
-        units, unit = unit_rows(x)
-        return first((usable_scale(reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit), 1.0),), self.axis)
+            return first((largest_of(x),), self.axis)
+        return first((usable_scale(row_mean_magnitudes(x, ranks()), 1.0),), self.axis)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         (scale,) = self.grid_for(x)

@@ -35,6 +35,7 @@ from torchquant.quantizers_functional.qfmt import qfmt_params as qfmt_params
 from torchquant.quantizers_functional.qfmt import qfmt_quantize as qfmt_quantize
 from torchquant.quantizers_functional.residual import residual_alphas as residual_alphas
 from torchquant.quantizers_functional.residual import residual_levels as residual_levels
+from torchquant.quantizers_functional.seq import seq_quantize as seq_quantize
 from torchquant.quantizers_functional.ternary import ternary_params as ternary_params
 from torchquant.quantizers_functional.ternary import ternary_quantize as ternary_quantize
 from torchquant.quantizers_functional.tqt import tqt_quantize as tqt_quantize
@@ -75,6 +76,7 @@ __all__ = [
     "qfmt_quantize",
     "residual_alphas",
     "residual_levels",
+    "seq_quantize",
     "ternary_params",
     "ternary_quantize",
     "tqt_quantize",

@@ -134,6 +134,16 @@ def _mean_squares(rows: Tensor) -> Tensor:
     return row_sums(squares) / units.shape[1] * unit.to(torch.float64).square()
 
 
+def row_mean_magnitudes(rows: Tensor, parts: Joining = WHOLE) -> Tensor:
+    """Compute the mean magnitude E|x| of each row, without overflow or underflow. rows: (C, n), n > 0. (C,) float64.
+
+    >>> row_mean_magnitudes(torch.tensor([[-3.0, 4.0]]))
+    tensor([3.5000], dtype=torch.float64)
+    """
+    units, unit = unit_rows(rows)
+    return parts.mean(row_sums(units.abs_()) / units.shape[1] * unit)
+
+
 def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return `unit_rows(rows)`, read-only: other callers may hold the same tensors."""
     return _once(unit_rows, rows)
