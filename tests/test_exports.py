@@ -31,7 +31,8 @@ PUBLIC: dict[str, list[str]] = {
         "ternary_params", "ternary_quantize", "tqt_quantize", "ttq_quantize",
     ],
     "torchquant.quantizers": [
-        "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer", "CodebookQuantizer",
+        "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer",
+        "CodebookQuantizer",
         "DoReFaQuantizer", "ESBQuantizer", "EWGSQuantizer", "FittedQuantizer", "GridQuantizer",
         "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "LearnedQuantizer",
         "LearnedUniform", "LevelList", "MXQuantizer", "MinifloatQuantizer", "NF4Quantizer", "NVFP4Quantizer",

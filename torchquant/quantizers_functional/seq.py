@@ -50,21 +50,22 @@ class _Stretched(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, alpha: Tensor, present: Tensor, n_bits: int, ternary: bool, gradient_scale: float
     ) -> Tensor:
-        value = seq_format(alpha, n_bits, ternary, present).project(x)[0]
-        ctx.save_for_backward(x, alpha, value)
-        ctx.is_binary, ctx.gradient_scale = n_bits == 1, gradient_scale
-        return value
+        ctx.save_for_backward(x, alpha, present)
+        ctx.options = n_bits, ternary, gradient_scale
+        return seq_format(alpha, n_bits, ternary, present).project(x)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
-        x, alpha, value = ctx.saved_tensors
+        x, alpha, present = ctx.saved_tensors
+        n_bits, ternary, gradient_scale = ctx.options
         position = x / alpha
         inside = position.abs().le(CLIP).to(grad.dtype)
         for_alpha = None
         if ctx.needs_input_grad[1]:
-            moved = value / alpha if ctx.is_binary else value / alpha - position * inside
-            for_alpha = (grad * moved).sum_to_size(alpha.shape) * ctx.gradient_scale
+            level = seq_format(alpha, n_bits, ternary, present).project(x)[0] / alpha
+            moved = level if n_bits == 1 else level - position * inside
+            for_alpha = (grad * moved).sum_to_size(alpha.shape) * gradient_scale
         return grad * inside if ctx.needs_input_grad[0] else None, for_alpha, None, None, None, None
 
 
