@@ -391,7 +391,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"batches": [X], "max_batches": 1, "device": "cpu", "state": tq.QModuleState.QUANT_EVAL},
             **{"on_batch": lambda n: None, "with_targets": False, "show_progress": False},
         ),
-        "attention_map_loss": lambda: {"student": X, "teacher": X},
+        "attention_map_loss": lambda: {"student": X[None], "teacher": X[None]},
         "dampening_loss": on_model(weight=1e-3),
         "distillation_loss": lambda: {"student": X, "teacher": X, "temperature": 2.0},
         "feature_loss": lambda: {"student": X, "teacher": X},

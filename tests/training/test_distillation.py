@@ -48,6 +48,10 @@ def test_attention_maps_do_not_see_size_nor_the_number_of_channels() -> None:
     close(attention_map_loss(x, 3 * x.repeat(1, 2, 1, 1)), 0.0)
     one, other = (torch.zeros(1, 1, 2, dtype=torch.float64).index_fill_(2, torch.tensor([i]), 5.0) for i in (0, 1))
     close(attention_map_loss(one, other), 2.0)  # maps at right angles
+    with pytest.raises(
+        ConfigError, match=r"an attention map needs features of shape \(N, channels, \.\.\.\), with pos"
+    ):
+        attention_map_loss(x[0, 0], x[0, 0])
 
 
 @pytest.mark.parametrize("loss", [distillation_loss, feature_loss, attention_map_loss])

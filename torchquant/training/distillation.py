@@ -63,6 +63,11 @@ def attention_map_loss(student: Tensor, teacher: Tensor) -> Tensor:
     >>> float(attention_map_loss(x, 2 * x)) < 1e-12
     True
     """
+    if min(student.ndim, teacher.ndim) < 3:
+        raise ConfigError(
+            f"an attention map needs features of shape (N, channels, ...), with positions; got {shown(student)} and "
+            f"{shown(teacher)}"
+        )
     maps = [F.normalize(x.square().mean(1).flatten(1), dim=1) for x in (student, teacher)]
     _check_alike(*maps, 2)
     return (maps[0] - maps[1]).square().sum(1).mean()
