@@ -264,6 +264,22 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     },
     "torchquant.quantizers_functional": {
         "FloatFormat": lambda: {"exponent_bits": 4, "mantissa_bits": 3, "bias": 7, "special": "none"},
+        "adabin_quantize": lambda: {
+            **{"x": X, "alpha": torch.tensor(1.0), "beta": torch.tensor(0.5), "gradient_scale": 1.0, "present": 1.0}
+        },
+        "irnet_params": lambda: {"rows": ROWS, "parts": Joining()},
+        "irnet_quantize": lambda: {
+            **{"w": X, "mean": torch.tensor(0.0), "deviation": torch.tensor(1.0), "scale": torch.tensor(1.0)},
+            **{"gradient": "ede", "training": True},
+        },
+        "n2uq_quantize": lambda: {
+            **{"x": X, "widths": torch.ones(3), "step": torch.tensor(1.0), "axis": None, "gradient_scale": 1.0}
+        },
+        "qil_quantize": lambda: {
+            **{"x": X, "centre": torch.tensor(0.5), "distance": torch.tensor(0.5), "gamma": torch.tensor(1.0)},
+            **{"n_bits": 3, "activation": False},
+        },
+        "rsign_quantize": lambda: {"x": X, "threshold": torch.tensor(0.1), "scale": 1.0, "gradient_scale": 1.0},
         "affine_params": lambda: {
             **{"range_min": torch.tensor(-1.0), "range_max": torch.tensor(1.0), "n_bits": 8, "symmetric": False}
         },
@@ -284,7 +300,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "midrise_quantize": projected(step=0.1, n_bits=4, shift=0.0),
         "minifloat_quantize": projected(scale=1.0, form=FloatFormat(4, 3)),
         "nf4_quantize": projected(absmax=1.0),
-        "pact_quantize": lambda: {"x": X, "alpha": torch.tensor(1.0), "n_bits": 4},
+        "pact_quantize": lambda: {"x": X, "alpha": torch.tensor(1.0), "n_bits": 4, "calibrated": True},
         "pot_quantize": projected(alpha=1.0, n_bits=4),
         "qfmt_int_bits": lambda: {
             **{"range_min": torch.tensor(-1.0), "range_max": torch.tensor(1.0), "n_bits": 8, "signed": True},
@@ -309,10 +325,17 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "torchquant.quantizers": {
         "APoTQuantizer": learned(n_bits=4, signed=True, init="mse", normalize=True),
         "AbsMeanQuantizer": fitted(),
-        "BinaryQuantizer": fitted(scale="mean"),
+        "AdaBinActQuantizer": learned(),
+        "AdaBinQuantizer": fitted(scale="mean"),
+        "BinaryQuantizer": fitted(scale="one", stochastic=True),
+        "IRNetQuantizer": lambda: {"axis": 0, "momentum": 0.5, "nonfinite": "raise"},
+        "N2UQActQuantizer": learned(n_bits=2),
+        "N2UQQuantizer": fitted(n_bits=2),
+        "QILQuantizer": learned(n_bits=3, activation=False),
+        "RSignQuantizer": learned(),
         "ClipQQuantizer": fitted(n_bits=4),
         "CodebookQuantizer": learned(n_bits=3, zero=True, learn=True, iterations=3, momentum=0.0),
-        "DoReFaQuantizer": learned(n_bits=4, activation=True, gradient_bits=8),
+        "DoReFaQuantizer": learned(n_bits=4, activation=True, gradient_bits=8, rescale=False),
         "EWGSQuantizer": learned(n_bits=4, signed=True, delta=1e-3, init="mse", per_sample=False),
         "GroupQuantizer": lambda: {"quantizer": q("affine:8/channel"), "size": 4},
         "LSQPlusQuantizer": learned(n_bits=4, offset=True, init="mse", per_sample=False),
@@ -325,7 +348,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "NVFP4Quantizer": lambda: {
             **{"two_level": True, "block": 4, "block_axis": None, "momentum": 0.0, "nonfinite": "raise"}
         },
-        "PACTQuantizer": learned(n_bits=4, init="mse"),
+        "PACTQuantizer": learned(n_bits=4, init="mse", calibrated=True),
         "PotQuantizer": fitted(n_bits=4),
         "ResidualQuantizer": fitted(n_bits=2, method="alternating", iterations=2),
         "SEQQuantizer": learned(n_bits=2, ternary=True),
@@ -385,6 +408,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "GradientSchedule": on_model(gradient="clipped"),
         "OscillationTracker": on_model(freeze_above=0.5, momentum=0.01),
         "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
+        "RPReLU": lambda: {"num_parameters": 3, "init": 0.25},
         "Ramp": lambda: {"start": 0.0, "end": 1.0, "n_steps": 3, "shape": "linear"},
         "adapt_ewgs": ewgs_model,
         "calibrate": on_model(

@@ -22,6 +22,7 @@ PUBLIC: dict[str, list[str]] = {
         "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
+        "adabin_quantize", "irnet_params", "irnet_quantize", "n2uq_quantize", "qil_quantize", "rsign_quantize",
         "AffineParams", "FloatFormat", "Format", "GRADIENTS", "Gradient", "KERNELS", "Levels", "Projected",
         "ScaledFloat", "ScaledFormat", "Signs", "UniformGrid", "affine_params", "affine_quantize",
         "apot_quantize", "binary_quantize", "codebook_quantize", "dorefa_act_quantize", "dorefa_gradient",
@@ -31,7 +32,8 @@ PUBLIC: dict[str, list[str]] = {
         "ternary_params", "ternary_quantize", "tqt_quantize", "ttq_quantize",
     ],
     "torchquant.quantizers": [
-        "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer",
+        "AdaBinActQuantizer", "AdaBinQuantizer", "IRNetQuantizer", "N2UQActQuantizer", "N2UQQuantizer", "QILQuantizer",
+        "RSignQuantizer", "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer",
         "CodebookQuantizer",
         "DoReFaQuantizer", "ESBQuantizer", "EWGSQuantizer", "FittedQuantizer", "GridQuantizer",
         "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "LearnedQuantizer",
@@ -57,7 +59,7 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.training": [
         "BitSchedule", "Distillation", "GradientSchedule", "Loss", "Metric", "OnEpoch", "OscillationReport",
-        "OscillationTracker", "QuantizationSchedule", "Ramp", "adapt_ewgs", "attention_map_loss", "calibrate",
+        "OscillationTracker", "QuantizationSchedule", "RPReLU", "Ramp", "adapt_ewgs", "attention_map_loss", "calibrate",
         "dampening_loss", "distillation_loss", "evaluate", "feature_loss", "fit", "fit_quantized", "reestimate_bn",
     ],
     "torchquant.search": [

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About, FittedQuantizer
 from torchquant.quantizers._learned import first, largest_of
+from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._row_statistics import row_mean_magnitudes, usable_scale
 from torchquant.quantizers_functional.binary import binary_codes, binary_quantize
 from torchquant.quantizers_functional.dorefa import (
@@ -18,12 +19,13 @@ from torchquant.quantizers_functional.dorefa import (
     dorefa_gradient,
     dorefa_preimage,
     dorefa_weight_quantize,
+    sat_gain,
     signed_values,
     squashed,
     unit_codes,
     unit_values,
 )
-from torchquant.range_observers._distributed import ranks
+from torchquant.range_observers._distributed import ranks, reduce_mean
 from torchquant.range_observers._statistics import rows
 
 
@@ -34,7 +36,9 @@ class DoReFaQuantizer(FittedQuantizer):
     Weights lose their units: the levels are in [-1, 1] whatever their scale, so a batch norm should follow. At
     1 bit: `sign(w) E|w|`. `activation` selects the form for activations, in spec strings the default for every slot
     but the weight. `gradient_bits` then also quantizes the incoming gradient, with noise (docs/algorithms.md B7).
-    The scheme defines its own gradient; there is none to choose. Raises ConfigError.
+    `rescale` (weights, per tensor) multiplies the levels by `1 / sqrt(n_out Var)`, for layers without batch norm (Jin
+    et al. 2019, SAT, arXiv:1912.10207). The scheme defines its own gradient; there is none to choose.
+    Raises ConfigError.
 
     >>> quantizer = DoReFaQuantizer(2)
     >>> quantizer.pre_observe(torch.tensor([-1.0, -0.2, 0.1, 0.5]))
@@ -42,7 +46,8 @@ class DoReFaQuantizer(FittedQuantizer):
     tensor([-1.0000, -0.3333,  0.3333,  0.3333])
     """
 
-    statistics = ("scale",)
+    statistics: tuple[str, ...] = ("scale",)
+    rescale = False
     joined_by = {"scale": "max"}
     typical_acts = "dorefa:{n}"
     about = About(
@@ -58,13 +63,19 @@ class DoReFaQuantizer(FittedQuantizer):
         gradient_bits: int | None = None,
         axis: int | None = None,
         nonfinite: str = "raise",
+        rescale: bool = False,
     ) -> None:
         check_dorefa(n_bits)
         if gradient_bits is not None:
             check_dorefa(gradient_bits, "gradient_bits")
             if not activation:
                 raise ConfigError("gradient_bits quantizes the gradient of an activation, not that of a weight")
+        if rescale and (activation or axis is not None):
+            raise ConfigError("rescale takes the variance of a whole weight: it is for weights, per tensor")
+        if rescale:
+            self.statistics = ("scale", "gain")
         super().__init__(0.0, axis, False, nonfinite)
+        self.rescale = rescale
         self.n_bits = n_bits
         self.activation = activation
         self.gradient_bits = gradient_bits
@@ -81,19 +92,24 @@ class DoReFaQuantizer(FittedQuantizer):
         return 0, 2**self.n_bits - 1
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = rows(x, self.axis)
+        each = rows(x, self.axis)
         if self.n_bits > 1 or self.activation:
-            return first((largest_of(x),), self.axis)
-        return first((usable_scale(row_mean_magnitudes(x, ranks()), 1.0),), self.axis)
+            found = first((largest_of(each),), self.axis)
+        else:
+            found = first((usable_scale(row_mean_magnitudes(each, ranks()), 1.0),), self.axis)
+        return (*found, reduce_mean(sat_gain(self._weight(x.double(), *found)))) if self.rescale else found
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        (scale,) = self.grid_for(x)
+        scale, *gain = self.grid_for(x)
         if self.activation:
             x = x if self.gradient_bits is None else dorefa_gradient(x, self.gradient_bits)
             return dorefa_act_quantize(x, self.n_bits)
-        if self.n_bits == 1:
-            return binary_quantize(x, scale)
-        return dorefa_weight_quantize(x, scale, self.n_bits)
+        if gain:
+            return cast_back(self._weight(x.to(compute_dtype(x)), scale) * gain[0], x.dtype)
+        return self._weight(x, scale)
+
+    def _weight(self, x: Tensor, scale: Tensor) -> Tensor:
+        return binary_quantize(x, scale) if self.n_bits == 1 else dorefa_weight_quantize(x, scale, self.n_bits)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         if self.activation:
@@ -106,21 +122,23 @@ class DoReFaQuantizer(FittedQuantizer):
         codes = codes.to(dtype)
         if self.activation:
             return unit_values(codes, self.n_bits)
-        if self.n_bits == 1:
-            return (codes * 2.0 - 1.0) * grid[0].to(dtype)
-        return signed_values(unit_values(codes, self.n_bits), grid[0].to(dtype))
+        scale, *gain = (number.to(dtype) for number in grid)
+        binary = self.n_bits == 1
+        values = (codes * 2.0 - 1.0) * scale if binary else signed_values(unit_values(codes, self.n_bits), scale)
+        return values * gain[0] if gain else values
 
     @torch.no_grad()
     def preimage(self, values: Tensor) -> Tensor:
         if self.activation or self.n_bits == 1:
             return values
-        (scale,) = self.grid_for(values)
-        return dorefa_preimage(values, scale).to(values.dtype)
+        scale, *gain = self.grid_for(values)
+        return dorefa_preimage(values / gain[0] if gain else values, scale).to(values.dtype)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[DoReFaQuantizer]:
         """Return the instances on which the laws are checked."""
-        return [cls(4, axis=axis), cls(3, True, 6, axis=axis), cls(1, axis=axis), cls(8, axis=axis)]
+        rescaled = [cls(2, rescale=True)] if axis is None else []
+        return [cls(4, axis=axis), cls(3, True, 6, axis=axis), cls(1, axis=axis), cls(8, axis=axis), *rescaled]
 
     def extra_repr(self) -> str:
         form = "activation" if self.activation else "weight"

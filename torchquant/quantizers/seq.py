@@ -36,6 +36,8 @@ class SEQQuantizer(LearnedQuantizer):
         "Liu et al. 2025, ParetoQ, arXiv:2502.02631",
         "1..7",
     )
+    initial_alpha: Tensor
+    alpha: Tensor
 
     def __init__(self, n_bits: int, ternary: bool = False, axis: int | None = None, nonfinite: str = "raise") -> None:
         check_seq(n_bits, ternary)

@@ -171,6 +171,25 @@ def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
 
 
+def mean_deviation(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
+    """Compute the mean of each row, and the mean distance to it, E|x - mean|. rows: (C, n), n > 0. Two (C,) float64.
+
+    >>> mean_deviation(torch.tensor([[1.0, 2.0, 6.0]]))
+    (tensor([3.], dtype=torch.float64), tensor([2.], dtype=torch.float64))
+    """
+    units, unit = shared_unit_rows(rows)
+    unit = unit.to(torch.float64)
+    mean = parts.mean(row_sums(units) / units.shape[1] * unit)
+    shift = (mean / unit)[:, None]
+
+    def distances(units: Tensor) -> tuple[Tensor]:
+        return (units.to(torch.float64, copy=True).sub_(shift).abs_(),)
+
+    (total,) = row_sums_of(distances, units)
+    distance = parts.mean(total / units.shape[1] * unit)
+    return mean, torch.where(distance > 1e-7 * mean.abs(), distance, torch.zeros_like(distance))
+
+
 def usable_scale(scale: Tensor, largest_level: float) -> Tensor:
     """Bound the scale so that no level overflows float32 and no quotient is lost; 0, NaN and Inf stay unchanged."""
     bounded = scale.clamp(2.0**-126, torch.finfo(torch.float32).max / 2 / largest_level)

@@ -16,6 +16,7 @@ from torchquant.training.loop import fit_quantized as fit_quantized
 from torchquant.training.oscillation import OscillationReport as OscillationReport
 from torchquant.training.oscillation import OscillationTracker as OscillationTracker
 from torchquant.training.oscillation import dampening_loss as dampening_loss
+from torchquant.training.rprelu import RPReLU as RPReLU
 from torchquant.training.schedules import BitSchedule as BitSchedule
 from torchquant.training.schedules import GradientSchedule as GradientSchedule
 from torchquant.training.schedules import QuantizationSchedule as QuantizationSchedule
@@ -31,6 +32,7 @@ __all__ = [
     "OscillationReport",
     "OscillationTracker",
     "QuantizationSchedule",
+    "RPReLU",
     "Ramp",
     "adapt_ewgs",
     "attention_map_loss",

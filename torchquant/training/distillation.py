@@ -68,9 +68,9 @@ def attention_map_loss(student: Tensor, teacher: Tensor) -> Tensor:
             f"an attention map needs features of shape (N, channels, ...), with positions; got {shown(student)} and "
             f"{shown(teacher)}"
         )
-    maps = [F.normalize(x.square().mean(1).flatten(1), dim=1) for x in (student, teacher)]
-    _check_alike(*maps, 2)
-    return (maps[0] - maps[1]).square().sum(1).mean()
+    ours, theirs = (F.normalize(x.square().mean(1).flatten(1), dim=1) for x in (student, teacher))
+    _check_alike(ours, theirs, 2)
+    return (ours - theirs).square().sum(1).mean()
 
 
 def _check_alike(student: Tensor, teacher: Tensor, least: int) -> None:
