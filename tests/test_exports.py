@@ -33,7 +33,8 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.quantizers": [
         "AdaBinActQuantizer", "AdaBinQuantizer", "IRNetQuantizer", "N2UQActQuantizer", "N2UQQuantizer", "QILQuantizer",
-        "RSignQuantizer", "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer", "ClipQQuantizer",
+        "RSignQuantizer", "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer",
+        "ClipQQuantizer",
         "CodebookQuantizer",
         "DoReFaQuantizer", "ESBQuantizer", "EWGSQuantizer", "FittedQuantizer", "GridQuantizer",
         "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "LearnedQuantizer",

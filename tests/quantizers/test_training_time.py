@@ -374,7 +374,9 @@ class TestOptions:
         gain = float(quantizer.gain)
         torch.testing.assert_close(gradients(quantizer(w), w)[0], gradients(plain(w), w)[0] * gain)
         for spec, site in (("dorefa:3,rescale/channel", "weight"), ("dorefa:3,rescale", "input")):
-            with pytest.raises(ConfigError, match="rescale takes the variance of a whole weight: it is for weights"):
+            with pytest.raises(
+                ConfigError, match="rescale=True takes the variance of a whole weight, .* got activation="
+            ):
                 tq.make_quantizer(spec, site)
 
     def test_the_calibrated_gradient_of_pact_counts_the_rounding(self) -> None:

@@ -71,7 +71,10 @@ class DoReFaQuantizer(FittedQuantizer):
             if not activation:
                 raise ConfigError("gradient_bits quantizes the gradient of an activation, not that of a weight")
         if rescale and (activation or axis is not None):
-            raise ConfigError("rescale takes the variance of a whole weight: it is for weights, per tensor")
+            raise ConfigError(
+                "rescale=True takes the variance of a whole weight, so it is for weights, per tensor; got "
+                f"activation={activation}, axis={axis}"
+            )
         if rescale:
             self.statistics = ("scale", "gain")
         super().__init__(0.0, axis, False, nonfinite)
@@ -97,7 +100,10 @@ class DoReFaQuantizer(FittedQuantizer):
             found = first((largest_of(each),), self.axis)
         else:
             found = first((usable_scale(row_mean_magnitudes(each, ranks()), 1.0),), self.axis)
-        return (*found, reduce_mean(sat_gain(self._weight(x.double(), *found)))) if self.rescale else found
+        if not self.rescale:
+            return found
+        codes = self.codes(x.to(torch.float64), *found)
+        return (*found, reduce_mean(sat_gain(self.values(codes, torch.float64, *found))))
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         scale, *gain = self.grid_for(x)

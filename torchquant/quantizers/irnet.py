@@ -47,7 +47,8 @@ class IRNetQuantizer(FittedQuantizer):
         return first(irnet_params(rows(x, self.axis), ranks()), self.axis)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return irnet_quantize(x, *self.grid_for(x), self.gradient, self.training)
+        mean, deviation, scale = self.grid_for(x)
+        return irnet_quantize(x, mean, deviation, scale, self.gradient, self.training)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         mean, deviation, _ = (number.to(x.dtype) for number in grid)
