@@ -36,8 +36,8 @@ class DoReFaQuantizer(FittedQuantizer):
     Weights lose their units: the levels are in [-1, 1] whatever their scale, so a batch norm should follow. At
     1 bit: `sign(w) E|w|`. `activation` selects the form for activations, in spec strings the default for every slot
     but the weight. `gradient_bits` then also quantizes the incoming gradient, with noise (docs/algorithms.md B7).
-    `rescale` (weights, per tensor) multiplies the levels by `1 / sqrt(n_out Var)`, for layers without batch norm (Jin
-    et al. 2019, SAT, arXiv:1912.10207). The scheme defines its own gradient; there is none to choose.
+    `rescale` (weights of 2 bits or more, per tensor) multiplies the levels by `1 / sqrt(n_out Var)`, for layers without
+    batch norm (Jin et al. 2019, SAT, arXiv:1912.10207). The scheme defines its own gradient; there is none to choose.
     Raises ConfigError.
 
     >>> quantizer = DoReFaQuantizer(2)
@@ -70,10 +70,10 @@ class DoReFaQuantizer(FittedQuantizer):
             check_dorefa(gradient_bits, "gradient_bits")
             if not activation:
                 raise ConfigError("gradient_bits quantizes the gradient of an activation, not that of a weight")
-        if rescale and (activation or axis is not None):
+        if rescale and (activation or axis is not None or n_bits == 1):
             raise ConfigError(
-                "rescale=True takes the variance of a whole weight, so it is for weights, per tensor; got "
-                f"activation={activation}, axis={axis}"
+                "rescale=True takes the variance of a whole weight, so it is for weights, per tensor, of 2 bits or "
+                f"more; got activation={activation}, axis={axis}, n_bits={n_bits}"
             )
         if rescale:
             self.statistics = ("scale", "gain")
@@ -97,25 +97,27 @@ class DoReFaQuantizer(FittedQuantizer):
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         each = rows(x, self.axis)
         if self.n_bits > 1 or self.activation:
-            found = first((largest_of(each),), self.axis)
+            scale = largest_of(each)
         else:
-            found = first((usable_scale(row_mean_magnitudes(each, ranks()), 1.0),), self.axis)
-        if not self.rescale:
-            return found
-        codes = self.codes(x.to(torch.float64), *found)
-        return (*found, reduce_mean(sat_gain(self.values(codes, torch.float64, *found))))
+            scale = usable_scale(row_mean_magnitudes(each, ranks()), 1.0)
+        found = first((scale,), self.axis)
+        return (*found, self._gain(x.to(torch.float64), *found)) if self.rescale else found
+
+    def _gain(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return the factor of the levels in [-1, 1] with which the weight has the variance of SAT; 0 for zeros."""
+        unit = unit_values(self.codes(x, scale), self.n_bits) * 2.0 - 1.0
+        return torch.where(scale == 0, scale.to(unit.dtype), reduce_mean(sat_gain(unit)))
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
         scale, *gain = self.grid_for(x)
         if self.activation:
             x = x if self.gradient_bits is None else dorefa_gradient(x, self.gradient_bits)
             return dorefa_act_quantize(x, self.n_bits)
+        if self.n_bits == 1:
+            return binary_quantize(x, scale)
         if gain:
-            return cast_back(self._weight(x.to(compute_dtype(x)), scale) * gain[0], x.dtype)
-        return self._weight(x, scale)
-
-    def _weight(self, x: Tensor, scale: Tensor) -> Tensor:
-        return binary_quantize(x, scale) if self.n_bits == 1 else dorefa_weight_quantize(x, scale, self.n_bits)
+            return cast_back(dorefa_weight_quantize(x.to(compute_dtype(x)), scale, self.n_bits) * gain[0], x.dtype)
+        return dorefa_weight_quantize(x, scale, self.n_bits)
 
     def codes(self, x: Tensor, *grid: Any) -> Tensor:
         if self.activation:
@@ -129,9 +131,11 @@ class DoReFaQuantizer(FittedQuantizer):
         if self.activation:
             return unit_values(codes, self.n_bits)
         scale, *gain = (number.to(dtype) for number in grid)
-        binary = self.n_bits == 1
-        values = (codes * 2.0 - 1.0) * scale if binary else signed_values(unit_values(codes, self.n_bits), scale)
-        return values * gain[0] if gain else values
+        if gain:
+            return (unit_values(codes, self.n_bits) * 2.0 - 1.0) * gain[0]
+        if self.n_bits == 1:
+            return (codes * 2.0 - 1.0) * scale
+        return signed_values(unit_values(codes, self.n_bits), scale)
 
     @torch.no_grad()
     def preimage(self, values: Tensor) -> Tensor:
