@@ -13,6 +13,7 @@ from tests.oracles import TRAINING_GOLDEN as GOLDENS
 from tests.ptq.oracles import close, real
 from torchquant.errors import ConfigError, NoAffineViewError
 from torchquant.quantizers import (
+    LAWS,
     AbsMeanQuantizer,
     AdaBinActQuantizer,
     AdaBinQuantizer,
@@ -382,6 +383,14 @@ class TestOptions:
                 ConfigError, match="rescale=True takes the variance of a whole weight, .* got activation="
             ):
                 tq.make_quantizer(spec, site)
+
+    def test_the_rescaled_weight_keeps_the_laws_and_has_integers(self) -> None:
+        quantizer = tq.make_quantizer("dorefa:2,rescale")
+        tq.check_quantizer(quantizer, laws=tuple(law for law in LAWS if law != "compiles"))
+        quantizer.pre_observe(torch.randn(4, 9))
+        ((scale, table),) = quantizer.integer_terms()
+        assert table.tolist() == [-3, -1, 1, 3]
+        assert float(scale) == pytest.approx(float(quantizer.gain) / 3)
 
     def test_the_calibrated_gradient_of_pact_counts_the_rounding(self) -> None:
         x, alpha = real([-1.0, 0.4, 1.3, 5.0]), real(3.0).requires_grad_()
