@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
@@ -23,8 +23,8 @@ from torchquant.ptq.block_pass import BlockPass
 from torchquant.ptq.block_work import BlockWork, block_state, load_block_state
 from torchquant.ptq.blocks import BlockPlace, find_blocks
 from torchquant.ptq.folding import fold_for_good
-from torchquant.ptq.layer import LayerData
-from torchquant.ptq.reads import paired_rows, uses_of
+from torchquant.ptq.layer import LayerData, are_alike
+from torchquant.ptq.reads import mask_of, paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
 from torchquant.ptq.stage import CHANGES, BlockStage, LayerStage, ModelStage, Stage, make_stage
@@ -41,6 +41,7 @@ OnStep = Callable[[StepReport], object]
 KEEP = ("best", "always")
 MOST_ROWS, ROWS_OF_AN_INPUT = 8192, 16
 """A layer that reads more rows (tokens, patches) than either is known by about so many of them, spread evenly."""
+_OTHERS = "in {} of {} batches other tokens reach it in the float model, where its own output is matched"
 
 
 @checked
@@ -171,6 +172,7 @@ class _Engine:
         self.units: dict[str, list[WeightSlot]] = {}
         for slot in units:
             self.units.setdefault(slot.path, []).append(slot)
+        self.masks = [mask_of(batch, i) for i, batch in enumerate(inputs)]
         self.on_step, self.saved = on_step, saved
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
@@ -262,7 +264,7 @@ class _Engine:
                 for slot in self.units[path]:
                     data, notes = self._data(slot, needs, now, floats)
                     data.join_ranks(slot.rows())
-                    yield slot, data, notes
+                    yield slot, data, [note for note in (data.remark, *notes) if note]
 
     def _call(self, model: nn.Module, batch: Any) -> Callable[[], object]:
         return lambda: call_with(model, batch, "a batch")
@@ -271,7 +273,7 @@ class _Engine:
         self, slot: WeightSlot, needs: frozenset[str], now: list[Pass], floats: list[Pass]
     ) -> tuple[LayerData, list[str]]:
         """Collect the inputs of a weight in all passes that wait before its module, and remarks on them."""
-        data = LayerData(slot.label, needs, self._generator(slot.label))
+        data, others = LayerData(slot.label, needs, self._generator(slot.label)), set()
         if self.saved.has(self.n_passes, slot.label):
             return data, []
         real = self.float_units[slot.label]
@@ -279,30 +281,21 @@ class _Engine:
         for i, one in enumerate(now):
             if one.at != slot.path:
                 continue
-            if floats and floats[i].at != slot.path:
-                raise ConfigError(
-                    f"{slot.path}: batch {i} does not reach it in the float model as it does in the quantized one, so "
-                    "there is nothing to match; use match=layer, or skip it"
-                )
-            call, mask = (one.args, one.kwargs), self._mask(i)
+            call, mask = (one.args, one.kwargs), self.masks[i]
             uses = uses_of(slot, call, mask)
             if uses is not None:
                 data.add_uses(uses, slot.rows().shape[-1])
                 continue
+            float_call = (floats[i].args, floats[i].kwargs) if floats and floats[i].at == slot.path else None
             try:
-                float_call = (floats[i].args, floats[i].kwargs) if floats else None
                 for rows, float_rows in paired_rows(slot, call, real, float_call, mask, most_rows):
+                    if floats and not are_alike(rows, float_rows):
+                        others.add(i)
+                        float_rows = rows
                     data.add(rows, float_rows)
             except ConfigError as error:
-                return data, [one_line(error)]
-        never = 0 if data.uses is None else int((data.uses == 0).sum())
-        return data, [f"{never} of its {len(slot.weight)} rows were never looked up and stay nearest"] if never else []
-
-    def _mask(self, i: int) -> Tensor | None:
-        """Return which tokens of a batch are not padding, if its attention mask tells."""
-        batch = self.inputs[i]
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return mask.to(torch.bool) if isinstance(mask, Tensor) else None
+                return LayerData(slot.label, needs, self._generator(slot.label)), [one_line(error)]
+        return data, [_OTHERS.format(len(others), len(now))] if others else []
 
     def _work(self, slot: WeightSlot, stages: Sequence[LayerStage], data: LayerData, notes: Sequence[str]) -> None:
         """Run the stages at one weight and set it to the result."""
@@ -322,9 +315,8 @@ class _Engine:
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         left = {block.path: block for block in self.blocks}
         self.again.clear()
-        masks = [self._mask(i) for i in range(len(self.inputs))]
         is_done = partial(self.saved.has, self.n_passes)
-        one = BlockPass(self.model, self.reference, self.inputs, masks, self._generator, is_done, self.again)
+        one = BlockPass(self.model, self.reference, self.inputs, self.masks, self._generator, is_done, self.again)
         for block, modules, data in one.run(self.blocks):
             self._work_block(block, modules, stages, data)
             del left[block.path]

@@ -140,9 +140,21 @@ def meetings(order: Sequence[str], now: Sequence[Pass], floats: Sequence[Pass], 
         for i, one in enumerate(now):
             if one.at in done:
                 again.update({one.at} - {name})
+                left = one.at
                 one.advance()
-                if floats and floats[i].at is not None:
-                    floats[i].advance()
+                if floats:
+                    _follow(floats[i], left, one.at, order)
+
+
+def _follow(other: Pass, left: str | None, at: str | None, order: Sequence[str]) -> None:
+    """Move the float forward on to where the quantized one has come from `left`, past what that did not call.
+
+    Where the two take different ways, as through experts, a module that comes before in the order was not called.
+    """
+    if other.at == left:
+        other.advance()
+    while at is not None and other.at not in (None, at) and order.index(other.at) < order.index(at):
+        other.advance()
 
 
 def _agreed_place(order: Sequence[str], waiting: set[str], done: set[str]) -> int:

@@ -68,7 +68,7 @@ class LayerWork:
             if isinstance(stage, Rounding):
                 return self._round(stage)
             if isinstance(stage, WeightChange):
-                return self._change_weight(self._where_used(stage.change(self.layer, self.data), self.layer.weight))
+                return self._change_weight(self._where_known(stage.change(self.layer, self.data), self.layer.weight))
             if isinstance(stage, NumberSearch):
                 return self._set_numbers(stage)
             assert isinstance(stage, BiasChange)
@@ -94,7 +94,7 @@ class LayerWork:
         self.take(self.nearest)
 
     def _round(self, stage: Rounding) -> list[str]:
-        rounded = self._where_used(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
+        rounded = self._where_known(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
         before, after = self.nearest_error, self._error(rounded)
         if self.keep == "best" and before is not None and after is not None and not after <= before:
             self.undo()
@@ -137,10 +137,10 @@ class LayerWork:
             bias.add_((change if factor is None else change * factor).to(bias.dtype))
         return []
 
-    def _where_used(self, new: Tensor, former: Tensor) -> Tensor:
-        """Return the new weight; the former one for the rows of a table that were never looked up."""
-        uses = self.data.uses
-        return new if uses is None else torch.where(uses.view(1, -1, 1) > 0, new, former)
+    def _where_known(self, new: Tensor, former: Tensor) -> Tensor:
+        """Return the new weight; the former one where too little is known of the inputs."""
+        is_known = self.data.is_known
+        return new if is_known is None else torch.where(is_known, new, former)
 
     @cached_property
     def nearest_error(self) -> float | None:
