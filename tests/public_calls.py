@@ -511,6 +511,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             on_step=None,
             show_progress=False,
             blocks=(),
+            cache_bytes=1000,
         ),
     },
     "torchquant.plan": {"read_yaml": lambda: {"path": yaml_file()}},

@@ -17,6 +17,7 @@ from torchquant.graph.segments import Segment, in_segments
 from torchquant.graph.traced import graphs_running
 from torchquant.ptq.block import BlockCall, BlockData
 from torchquant.ptq.blocks import BlockPlace
+from torchquant.ptq.overflow import Overflow
 from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import is_real
@@ -27,14 +28,15 @@ from torchquant.utils import qmodules
 class BlockPass:
     """The pass. `reference`: the float model. `masks`: of each batch, which tokens are not padding, or None.
 
-    `generator`: makes the one of a block. `is_done`: whether a block needs no data, since its result is saved. `again`:
-    gets the paths of blocks that are called again.
+    `overflow`: limits the memory of what forwards wait with. `generator`: makes the one of a block. `is_done`: whether
+    a block needs no data, since its result is saved. `again`: gets the paths of blocks that are called again.
     """
 
     model: nn.Module
     reference: nn.Module
     inputs: Sequence[Any]
     masks: Sequence[Tensor | None]
+    overflow: Overflow | None
     generator: Callable[[str], torch.Generator]
     is_done: Callable[[str], bool]
     again: set[str]
@@ -46,8 +48,8 @@ class BlockPass:
             graphs_running(),
             in_segments(self.model, named) as modules,
             in_segments(self.reference, named) as float_modules,
-            passes(modules, [self._call(self.model, batch) for batch in self.inputs]) as now,
-            passes(float_modules, [self._call(self.reference, batch) for batch in self.inputs]) as floats,
+            passes(modules, [self._call(self.model, batch) for batch in self.inputs], self.overflow) as now,
+            passes(float_modules, [self._call(self.reference, b) for b in self.inputs], self.overflow) as floats,
         ):
             for path in meetings(list(named), now, floats, self.again):
                 data = BlockData(path, self.generator(path))

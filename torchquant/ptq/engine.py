@@ -24,6 +24,7 @@ from torchquant.ptq.block_work import BlockWork, block_state, load_block_state
 from torchquant.ptq.blocks import BlockPlace, find_blocks
 from torchquant.ptq.folding import fold_for_good
 from torchquant.ptq.layer import LayerData, are_alike
+from torchquant.ptq.overflow import Overflow
 from torchquant.ptq.reads import mask_of, paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
@@ -60,6 +61,7 @@ def run(
     on_step: OnStep | None = None,
     show_progress: bool | None = None,
     blocks: Sequence[str] = (),
+    cache_bytes: int | None = None,
 ) -> PTQReport:
     """Run post-training algorithms on a quantized model, in place; it is in QUANT_EVAL afterwards.
 
@@ -69,7 +71,9 @@ def run(
     resumes there, and its result is bit for bit that of an uninterrupted run. `keep`: "best" undoes a rounding whose
     error is above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and to leave out,
     by path, with wildcards. `seed`: for random numbers. `on_step(report)` is called after each step. `blocks`: paths of
-    the modules that block stages match as a whole, with wildcards; () finds them, see `find_blocks`.
+    the modules that block stages match as a whole, with wildcards; () finds them, see `find_blocks`. `cache_bytes`:
+    memory for the inputs with which the forwards of all batches wait before a layer; those beyond it lie in temporary,
+    memory-mapped files, and the result is the same. None sets no limit.
 
     Consecutive layer stages run in one pass over all batches: each forward waits before every layer until all batches
     have arrived, so each layer gets its inputs from the rounded layers before it, and nothing is run twice. The float
@@ -95,6 +99,8 @@ def run(
     _check_order(made)
     if keep not in KEEP:
         raise ConfigError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+    if cache_bytes is not None and cache_bytes < 0:
+        raise ConfigError(f"cache_bytes must be a number of bytes >= 0, or None for no limit, got {cache_bytes}")
     check_batches(batches, max_batches)
     where = place(model, device)
     inputs = [inputs_of(model, b, i, with_targets) for i, b in enumerate(taken(batches, max_batches, where))]
@@ -109,7 +115,8 @@ def run(
     units, left = find_units(model, names, skip)
     settings = (keep, names, skip, seed, *([blocks] if blocks else []))
     saved = Steps.of(out, model, made, inputs, settings)
-    engine = _Engine(model, units, find_blocks(model, blocks, units), inputs, keep, seed, on_step, saved)
+    overflow = None if cache_bytes is None else Overflow(cache_bytes, inputs)
+    engine = _Engine(model, units, find_blocks(model, blocks, units), inputs, keep, seed, on_step, saved, overflow)
     with (
         torch.no_grad(),
         in_mode(False, model),
@@ -120,6 +127,10 @@ def run(
             engine.report(StepReport("(none)", label, note=f"stays rounded to nearest: {why}"))
         for unit, group in itertools.groupby(made, lambda stage: stage.unit):
             engine.run_all(unit, list(group))
+        if overflow is not None:
+            engine.report(
+                StepReport("(none)", "", note=f"{overflow.moved} bytes of waiting inputs were put into files")
+            )
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     report = PTQReport(tuple(stage.spec or type(stage).__name__ for stage in made), tuple(engine.steps))
     if out is not None and is_first_rank():
@@ -167,13 +178,14 @@ class _Engine:
         seed: int,
         on_step: OnStep | None,
         saved: Steps,
+        overflow: Overflow | None,
     ) -> None:
         self.model, self.blocks, self.inputs, self.keep, self.seed = model, blocks, inputs, keep, seed
         self.units: dict[str, list[WeightSlot]] = {}
         for slot in units:
             self.units.setdefault(slot.path, []).append(slot)
         self.masks = [mask_of(batch, i) for i, batch in enumerate(inputs)]
-        self.on_step, self.saved = on_step, saved
+        self.on_step, self.saved, self.overflow = on_step, saved, overflow
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
         self.n_passes = 0
@@ -259,7 +271,10 @@ class _Engine:
         float_calls = [self._call(self.reference, batch) for batch in self.inputs if wants_float]
         modules = {path: slots[0].module for path, slots in self.units.items()}
         float_modules = {path: self.reference.get_submodule(path) for path in modules}
-        with passes(modules, calls) as now, passes(float_modules, float_calls) as floats:
+        with (
+            passes(modules, calls, self.overflow) as now,
+            passes(float_modules, float_calls, self.overflow) as floats,
+        ):
             for path in meetings(list(self.units), now, floats, self.again):
                 for slot in self.units[path]:
                     data, notes = self._data(slot, needs, now, floats)
@@ -316,7 +331,9 @@ class _Engine:
         left = {block.path: block for block in self.blocks}
         self.again.clear()
         is_done = partial(self.saved.has, self.n_passes)
-        one = BlockPass(self.model, self.reference, self.inputs, self.masks, self._generator, is_done, self.again)
+        one = BlockPass(
+            self.model, self.reference, self.inputs, self.masks, self.overflow, self._generator, is_done, self.again
+        )
         for block, modules, data in one.run(self.blocks):
             self._work_block(block, modules, stages, data)
             del left[block.path]

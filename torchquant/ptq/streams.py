@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchquant.ptq.overflow import Overflow
 from torchquant.range_observers._distributed import reduce_max
 
 Call = Callable[[], object]
@@ -30,12 +31,12 @@ class Pass:
     `at`: the name of the module it waits before, None at its end. `module`, `args`, `kwargs`: the coming call.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, overflow: Overflow | None = None) -> None:
         self.at: str | None = None
         self.module: nn.Module | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
-        self._call = call
+        self._call, self._overflow = call, overflow
         self._error: BaseException | None = None
         self._may_go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self._is_stopped = False
@@ -63,6 +64,8 @@ class Pass:
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.at, self.module, self.args, self.kwargs = at, module, args, dict(kwargs or {})
+        if self._overflow is not None:
+            self._overflow.hold(self, (self.args, self.kwargs))
         self._waits.release()
 
     def arrive(self, at: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,10 +100,12 @@ _here = threading.local()
 
 
 @contextmanager
-def passes(modules: Mapping[str, nn.Module | list[nn.Module]], calls: list[Call]) -> Iterator[list[Pass]]:
+def passes(
+    modules: Mapping[str, nn.Module | list[nn.Module]], calls: list[Call], overflow: Overflow | None = None
+) -> Iterator[list[Pass]]:
     """Make one pass per call, not yet started, that waits before each of the modules; all are ended on exit.
 
-    Several modules may have one name, of which a pass calls one.
+    Several modules may have one name, of which a pass calls one. `overflow`: limits the memory of what they wait with.
     """
 
     def stop_before(name: str) -> Any:
@@ -111,7 +116,7 @@ def passes(modules: Mapping[str, nn.Module | list[nn.Module]], calls: list[Call]
 
         return hook
 
-    mine = [Pass(call) for call in calls]
+    mine = [Pass(call, overflow) for call in calls]
     named = [(name, m) for name, some in modules.items() for m in (some if isinstance(some, list) else [some])]
     hooks = [m.register_forward_pre_hook(stop_before(name), with_kwargs=True) for name, m in named]
     try:
