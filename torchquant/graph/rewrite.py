@@ -42,12 +42,16 @@ _HOOKS = (
 
 @dataclass
 class Conversion:
-    """The changes of a model, in order: (module, name, the child that was there before or None)."""
+    """The changes of a model, in order: (module, name, the child that was there before or None).
+
+    `example`: the example inputs of `quantize`, as tensors without values; None without them.
+    """
 
     root: nn.Module | None = None
     swaps: list[tuple[nn.Module, str, nn.Module | None]] = field(default_factory=list)
     inplace: list[Any] = field(default_factory=list)
     """Activations that wrote to their input, which version 0.1 kept from it."""
+    example: Any = None
 
 
 def rewrite(captured: Captured, plans: Mapping[str, SitePlan]) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, StaysFloatWarning
@@ -70,6 +71,9 @@ def quantize(
             raise ConfigError(told)
         warnings.warn(told, StaysFloatWarning, stacklevel=3)  # the caller of the wrapper that `checked` made
     quantized.plan = plan  # type: ignore[assignment]
+    if example_inputs is not None:
+        made: Any = quantized.conversion
+        made.example = tree_map_only(Tensor, lambda x: x.detach().to("meta"), example_inputs)
     return quantized
 
 

@@ -285,7 +285,7 @@ def batch_norm(run: Run, call: Call) -> Tensor | None:
 def _scaled_and_shifted(run: Run, call: Call, weight: Any, bias: Any, axis: int | None) -> Tensor | None:
     if weight is None or not all(run.is_weight(t) for t in (weight, bias) if t is not None):
         return None
-    end = run.end(Parameters, (weight,) if bias is None else (weight, bias), weight.numel(), "norm")
+    end = run.end(Parameters, (weight,) if bias is None else (weight, bias), weight.numel(), "norm", bias=bias)
     if axis is None:
         return end.ids.view(weight.shape).expand(call.result.shape)
     return placed(end.ids, axis, call.result.shape)
@@ -299,13 +299,21 @@ def embedding(run: Run, call: Call) -> Tensor | None:
     return run.end(Parameters, (table,), table.shape[1], "embedding").ids.expand(call.result.shape)
 
 
+def bounds_of(call: Call) -> tuple[Any, Any]:
+    """Return the lower and the upper bound of a clamp, None without one."""
+    if call.name == "relu":
+        return 0.0, None
+    if call.name == "relu6":
+        return 0.0, 6.0
+    if call.name == "hardtanh":
+        return call.get(1, "min_val", -1.0), call.get(2, "max_val", 1.0)
+    return call.get(1, "min"), call.get(2, "max")
+
+
 def bounds(run: Run, call: Call) -> Tensor | None:
     """Follow a clamp from 0 on, as of a ReLU; a factor would move an upper bound."""
     ids = run.ids_of(call.x)
-    low, high = {
-        "relu6": lambda: (0.0, 6.0),
-        "hardtanh": lambda: (call.get(1, "min_val", -1.0), call.get(2, "max_val", 1.0)),
-    }.get(call.name, lambda: (call.get(1, "min"), call.get(2, "max")))()
+    low, high = bounds_of(call)
     if ids is None or low != 0 or isinstance(high, Tensor):
         return run.stop(call)
     run.note(ids, POSITIVE)

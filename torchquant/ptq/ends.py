@@ -44,6 +44,9 @@ class End(ABC):
     def multiply(self, factors: Tensor) -> None:
         """Multiply each channel by its factor, (C,): what a producer gives, how much of it a reader takes."""
 
+    bias: Tensor | None = field(default=None, repr=False)
+    """The bias that is added to its channels, or by a reader to its output."""
+
     @property
     def is_quantized(self) -> bool:
         """Whether it is part of a quantized weight."""
@@ -63,7 +66,6 @@ class _OfProduct(End):
 
     groups: int = 1
     first: bool = True
-    bias: Tensor | None = field(default=None, repr=False)
 
     def _multiply_weight(self, factors: Tensor) -> None:
         weight = self.tensors[0]
@@ -89,6 +91,11 @@ class Columns(_OfProduct):
 
     def multiply(self, factors: Tensor) -> None:
         self._multiply_weight(factors)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether its output has a bias that can be changed."""
+        return (self.bias if self.slot is None else bias_of(self.slot)) is not None
 
     def absorb(self, shift: Tensor) -> None:
         """Add to the bias what an input larger by (C,) adds to the output. Raises ConfigError without a bias."""

@@ -1,10 +1,13 @@
 """One file for each algorithm; importing it enters it in `PTQ`."""
 
+from torchquant.ptq.algorithms import absorb as absorb
 from torchquant.ptq.algorithms import adaround as adaround
+from torchquant.ptq.algorithms import analytic_bias as analytic_bias
 from torchquant.ptq.algorithms import autoround as autoround
 from torchquant.ptq.algorithms import bias_correction as bias_correction
-from torchquant.ptq.algorithms import brecq as brecq
+from torchquant.ptq.algorithms import bn_ranges as bn_ranges
 from torchquant.ptq.algorithms import calibrate as calibrate
+from torchquant.ptq.algorithms import cle as cle
 from torchquant.ptq.algorithms import clip as clip
 from torchquant.ptq.algorithms import descent as descent
 from torchquant.ptq.algorithms import fold_bn as fold_bn
