@@ -13,6 +13,7 @@ from tests import DATA
 
 Array = npt.NDArray[np.float64]
 GOLDEN: dict[str, Any] = json.loads((DATA.parent / "golden.json").read_text())
+TRAINING_GOLDEN: dict[str, Any] = json.loads((DATA.parent / "training" / "goldens.json").read_text())
 
 
 def affine(x: Array, delta: float, zero_point: int, n_levels: int) -> Array:

@@ -175,6 +175,7 @@ def fit_arguments(**options: Any) -> Callable[[], Arguments]:
         "max_batches": 1,
         "device": "cpu",
         "show_progress": False,
+        "teacher": net(),
     }
 
 
@@ -263,6 +264,22 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     },
     "torchquant.quantizers_functional": {
         "FloatFormat": lambda: {"exponent_bits": 4, "mantissa_bits": 3, "bias": 7, "special": "none"},
+        "adabin_quantize": lambda: {
+            **{"x": X, "alpha": torch.tensor(1.0), "beta": torch.tensor(0.5), "gradient_scale": 1.0, "present": 1.0}
+        },
+        "irnet_params": lambda: {"rows": ROWS, "parts": Joining()},
+        "irnet_quantize": lambda: {
+            **{"w": X, "mean": torch.tensor(0.0), "deviation": torch.tensor(1.0), "scale": torch.tensor(1.0)},
+            **{"gradient": "ede", "training": True},
+        },
+        "n2uq_quantize": lambda: {
+            **{"x": X, "widths": torch.ones(3), "step": torch.tensor(1.0), "axis": None, "gradient_scale": 1.0}
+        },
+        "qil_quantize": lambda: {
+            **{"x": X, "centre": torch.tensor(0.5), "distance": torch.tensor(0.5), "gamma": torch.tensor(1.0)},
+            **{"n_bits": 3, "activation": False},
+        },
+        "rsign_quantize": lambda: {"x": X, "threshold": torch.tensor(0.1), "scale": 1.0, "gradient_scale": 1.0},
         "affine_params": lambda: {
             **{"range_min": torch.tensor(-1.0), "range_max": torch.tensor(1.0), "n_bits": 8, "symmetric": False}
         },
@@ -283,7 +300,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "midrise_quantize": projected(step=0.1, n_bits=4, shift=0.0),
         "minifloat_quantize": projected(scale=1.0, form=FloatFormat(4, 3)),
         "nf4_quantize": projected(absmax=1.0),
-        "pact_quantize": lambda: {"x": X, "alpha": torch.tensor(1.0), "n_bits": 4},
+        "pact_quantize": lambda: {"x": X, "alpha": torch.tensor(1.0), "n_bits": 4, "calibrated": True},
         "pot_quantize": projected(alpha=1.0, n_bits=4),
         "qfmt_int_bits": lambda: {
             **{"range_min": torch.tensor(-1.0), "range_max": torch.tensor(1.0), "n_bits": 8, "signed": True},
@@ -295,6 +312,9 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"rows": ROWS, "n_bits": 2, "method": "alternating", "iterations": 2, "parts": Joining()},
         },
         "residual_levels": lambda: {"alphas": torch.tensor([[1.0, 0.5]])},
+        "seq_quantize": lambda: {
+            **{"x": X, "alpha": torch.tensor(1.0), "n_bits": 2, "ternary": True, "gradient_scale": 1.0, "present": 1.0}
+        },
         "ternary_params": lambda: {"rows": ROWS, "method": "twn", "parts": Joining()},
         "ternary_quantize": projected(threshold=0.2, alpha=0.5),
         "tqt_quantize": lambda: {"x": X, "log2_t": torch.tensor(1.0), "n_bits": 4, "signed": True},
@@ -304,10 +324,18 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     },
     "torchquant.quantizers": {
         "APoTQuantizer": learned(n_bits=4, signed=True, init="mse", normalize=True),
-        "BinaryQuantizer": fitted(scale="mean"),
+        "AbsMeanQuantizer": fitted(),
+        "AdaBinActQuantizer": learned(),
+        "AdaBinQuantizer": fitted(scale="mean"),
+        "BinaryQuantizer": fitted(scale="one", stochastic=True),
+        "IRNetQuantizer": lambda: {"axis": 0, "momentum": 0.5, "nonfinite": "raise"},
+        "N2UQActQuantizer": learned(n_bits=2),
+        "N2UQQuantizer": fitted(n_bits=2),
+        "QILQuantizer": learned(n_bits=3, activation=False),
+        "RSignQuantizer": learned(),
         "ClipQQuantizer": fitted(n_bits=4),
         "CodebookQuantizer": learned(n_bits=3, zero=True, learn=True, iterations=3, momentum=0.0),
-        "DoReFaQuantizer": learned(n_bits=4, activation=True, gradient_bits=8),
+        "DoReFaQuantizer": learned(n_bits=4, activation=True, gradient_bits=8, rescale=False),
         "EWGSQuantizer": learned(n_bits=4, signed=True, delta=1e-3, init="mse", per_sample=False),
         "GroupQuantizer": lambda: {"quantizer": q("affine:8/channel"), "size": 4},
         "LSQPlusQuantizer": learned(n_bits=4, offset=True, init="mse", per_sample=False),
@@ -320,9 +348,10 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "NVFP4Quantizer": lambda: {
             **{"two_level": True, "block": 4, "block_axis": None, "momentum": 0.0, "nonfinite": "raise"}
         },
-        "PACTQuantizer": learned(n_bits=4, init="mse"),
+        "PACTQuantizer": learned(n_bits=4, init="mse", calibrated=True),
         "PotQuantizer": fitted(n_bits=4),
         "ResidualQuantizer": fitted(n_bits=2, method="alternating", iterations=2),
+        "SEQQuantizer": learned(n_bits=2, ternary=True),
         "TQTQuantizer": learned(n_bits=4, signed=True, init="mse"),
         "TTQQuantizer": learned(t=0.05),
         "UL2QQuantizer": fitted(n_bits=4),
@@ -372,16 +401,24 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "torchquant.utils": {"qmodules": on_model(), "weight_slots": on_model()},
     "torchquant.training": {
         "BitSchedule": on_model(bits={0: 8, 3: 4}, weight="affine:{n}", acts="affine:{n}"),
+        "Distillation": lambda: {
+            **{"teacher": net(), "share": 0.5, "temperature": 2.0, "features": {"0": "0"}, "feature_weight": 1.0},
+            **{"attention_maps": {"0": "0"}, "scores": lambda outputs: outputs},
+        },
         "GradientSchedule": on_model(gradient="clipped"),
         "OscillationTracker": on_model(freeze_above=0.5, momentum=0.01),
         "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
+        "RPReLU": lambda: {"num_parameters": 3, "init": 0.25},
         "Ramp": lambda: {"start": 0.0, "end": 1.0, "n_steps": 3, "shape": "linear"},
         "adapt_ewgs": ewgs_model,
         "calibrate": on_model(
             **{"batches": [X], "max_batches": 1, "device": "cpu", "state": tq.QModuleState.QUANT_EVAL},
             **{"on_batch": lambda n: None, "with_targets": False, "show_progress": False},
         ),
+        "attention_map_loss": lambda: {"student": X[None], "teacher": X[None]},
         "dampening_loss": on_model(weight=1e-3),
+        "distillation_loss": lambda: {"student": X, "teacher": X, "temperature": 2.0},
+        "feature_loss": lambda: {"student": X, "teacher": X},
         "evaluate": on_model(
             **{"batches": BATCHES, "metric": nn.functional.cross_entropy, "max_batches": 1, "device": "cpu"},
             **{"on_batch": lambda n: None, "show_progress": False},
@@ -457,6 +494,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "torchquant.models": {"FusedMobileNetV2": fused("FusedMobileNetV2"), "FusedResNet": fused("FusedResNet")},
     "torchquant.ptq": {
         "Recipe": lambda: {"stages": ("gptq",), "rules": "w4a8", "keep": "best", "names": ("*",), "skip": ()},
+        "find_blocks": on_model(names=(), slots=None),
         "find_recipe": lambda: {"name": "gptq"},
         "make_stage": lambda: {"spec": "gptq"},
         "run": on_model(
@@ -472,6 +510,8 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             with_targets=True,
             on_step=None,
             show_progress=False,
+            blocks=(),
+            cache_bytes=1000,
         ),
     },
     "torchquant.plan": {"read_yaml": lambda: {"path": yaml_file()}},

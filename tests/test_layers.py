@@ -46,7 +46,7 @@ ORDER = {unit: i for i, unit in enumerate([unit for units in ROWS for unit in un
 LAST_CORE_ROW = 4
 # Files of a plug-in folder do not know each other, except for this shared maths and `_machinery.py`.
 PLUG_INS = {
-    "quantizers_functional": {"formats", "kernels", "uniform", "affine", "minifloat"},
+    "quantizers_functional": {"formats", "kernels", "uniform", "affine", "minifloat", "midrise", "binary"},
     "range_observers": set(),
     "quantizers": set(),
 }

@@ -316,3 +316,22 @@ def test_pairs_of_rows() -> None:
     ((rows, others),) = paired_rows(a.weight_slots()[1], ((x, h), {}), b.weight_slots()[1], ((x, 2 * h), {}))
     assert torch.equal(rows[0], h)
     assert torch.equal(others[0], 2 * h)  # type: ignore[index]
+
+
+def test_a_weight_that_a_float_module_has_too_stays_as_it_is() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(10, 6))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return 2 * F.embedding(tokens, self.weight)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Scaled(), nn.Linear(6, 6), nn.Linear(6, 10))
+    net[2].weight = net[0].weight
+    model = tq.quantize(net, [{"types": ["Linear"], "weight": W}], TOKENS % 10)
+    before = model[0].weight.clone()
+    said = {step.path: step.note for step in ptq.run(model, ["gptq"], [TOKENS % 10]).steps}
+    assert said == {"1": "", "2": "stays rounded to nearest: its weight is that of 0.weight too"}
+    assert torch.equal(model[0].weight, before)

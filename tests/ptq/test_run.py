@@ -360,3 +360,20 @@ def test_few_rows_are_told_and_still_of_use() -> None:
     assert step.note == "4 rows of 32 inputs make a singular Gram matrix"
     assert step.gain is not None
     assert step.gain > 3.0
+
+
+@pytest.mark.parametrize("stage", ["gptq", "brecq:steps=3"])
+def test_a_limit_of_memory_changes_no_bit(net: nn.Module, stage: str) -> None:
+    before = [batch.data_ptr() for batch in BATCHES]
+    states, notes = [], []
+    for limit in (None, 0, 2000, 10**9):
+        model = quantized(net, "affine:4")
+        report = ptq.run(model, [stage], BATCHES, cache_bytes=limit)
+        states.append(model.state_dict())
+        notes.append(report.steps[-1].note)
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0], rtol=0, atol=0)
+    moved = [int(note.split()[0]) for note in notes[1:]]
+    assert moved[0] > moved[1] > moved[2] == 0
+    assert notes[1].endswith("bytes of waiting inputs were put into files")
+    assert [batch.data_ptr() for batch in BATCHES] == before

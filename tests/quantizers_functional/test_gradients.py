@@ -28,6 +28,9 @@ COMBINATIONS = [
 ]
 
 
+SLOW = pytest.param("rdfs", marks=pytest.mark.slow)
+
+
 def gradient_of(quantizer: GridQuantizer, x: Tensor, upstream: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     quantizer(x).backward(upstream)
@@ -69,7 +72,7 @@ def test_every_gradient_in_every_type(name: str, gradient: str, dtype: torch.dty
     wide = gradient_of(quantizer, x.double(), torch.ones(x.shape, dtype=torch.float64))
     ones = gradient_of(quantizer, x, torch.ones(x.shape, dtype=dtype)).double()
     if gradient in ("ste", "clipped"):  # elements at the very edge may round to its other side
-        assert float((wide != ones).double().mean()) < 0.05
+        assert float((wide.to(dtype) != ones.to(dtype)).double().mean()) < 0.05
 
 
 @pytest.mark.slow
@@ -87,7 +90,7 @@ def test_every_combination_compiles(name: str, gradient: str, axis: int | None) 
     assert torch.allclose(gradient_of(compiled, x, upstream), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in GRADIENTS if n not in ("hardtanh", "approxsign")])
+@pytest.mark.parametrize("name", [n for n in GRADIENTS if "sign" not in GRADIENTS[n].needs and n != "rdfs"] + [SLOW])
 def test_compiled_gradient_equals_eager(name: str) -> None:
     quantizer = tq.AffineQuantizer(3, tq.BatchMinMax(axis=0), "narrow")
     x, upstream = torch.randn(4, 50), torch.randn(4, 50)

@@ -82,12 +82,12 @@ class Variant:
     atoms: list[tuple[nn.Module, str, Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.run = _compiled(self.graph)
+        self.run = compiled(self.graph)
         self._find_atoms()
 
     def replace_graph(self, graph: fx.Graph) -> None:
         """Run another graph from now on; copies of the model keep the former one."""
-        self.graph, self.run = graph, _compiled(graph)
+        self.graph, self.run = graph, compiled(graph)
 
     def _find_atoms(self) -> None:
         plain = [g for g in self.guards if g.module is not None and g.value[0] in _ATOMS]
@@ -294,7 +294,8 @@ def _traced_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (TracedModule, kind), members)
 
 
-def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+def compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """Return the graph as a function whose first argument is the module that it reads from."""
     code = graph.python_code("self")
     name = f"<torchquant graph {next(_numbers)}>"
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)

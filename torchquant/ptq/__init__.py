@@ -1,11 +1,16 @@
 """Post-training quantization: algorithms that choose weights, scales and roundings without training the model.
 
 `run` runs stages (`engine.py`: their order and the passes, `streams.py`: forwards that stop before each layer,
-`work.py`: the stages at one layer, `resuming.py`: the folder of a run). A stage is a class in `PTQ` (`stage.py`), each
+`work.py`: the stages at one layer, `blocks.py`, `block.py`, `block_pass.py`, `block_work.py`: the same for blocks,
+`resuming.py`: the folder of a run). A stage is a class in `PTQ` (`stage.py`), each
 in a file of `algorithms/`; the maths is in `functional/`.
 """
 
 from torchquant.ptq import algorithms as algorithms
+from torchquant.ptq.block import Block as Block
+from torchquant.ptq.block import BlockData as BlockData
+from torchquant.ptq.blocks import Blocks as Blocks
+from torchquant.ptq.blocks import find_blocks as find_blocks
 from torchquant.ptq.engine import run as run
 from torchquant.ptq.layer import Layer as Layer
 from torchquant.ptq.layer import LayerData as LayerData
@@ -16,6 +21,7 @@ from torchquant.ptq.report import PTQReport as PTQReport
 from torchquant.ptq.report import StepReport as StepReport
 from torchquant.ptq.stage import PTQ as PTQ
 from torchquant.ptq.stage import BiasChange as BiasChange
+from torchquant.ptq.stage import BlockStage as BlockStage
 from torchquant.ptq.stage import MatchingRounding as MatchingRounding
 from torchquant.ptq.stage import ModelStage as ModelStage
 from torchquant.ptq.stage import NumberSearch as NumberSearch
@@ -27,6 +33,10 @@ __all__ = [
     "PTQ",
     "RECIPES",
     "BiasChange",
+    "Block",
+    "BlockData",
+    "BlockStage",
+    "Blocks",
     "Layer",
     "LayerData",
     "MatchingRounding",
@@ -37,6 +47,7 @@ __all__ = [
     "Rounding",
     "StepReport",
     "WeightChange",
+    "find_blocks",
     "find_recipe",
     "make_stage",
     "run",

@@ -8,27 +8,33 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
 from torchquant.errors import ConfigError, one_line
 from torchquant.graph.recording import call_with
+from torchquant.ptq.block import BlockData
+from torchquant.ptq.block_pass import BlockPass
+from torchquant.ptq.block_work import BlockWork, block_state, load_block_state
+from torchquant.ptq.blocks import BlockPlace, find_blocks
 from torchquant.ptq.folding import fold_for_good
-from torchquant.ptq.layer import LayerData
-from torchquant.ptq.reads import paired_rows, uses_of
+from torchquant.ptq.layer import LayerData, are_alike
+from torchquant.ptq.overflow import Overflow
+from torchquant.ptq.reads import mask_of, paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
-from torchquant.ptq.resuming import Steps
-from torchquant.ptq.stage import CHANGES, LayerStage, ModelStage, Stage, make_stage
-from torchquant.ptq.streams import Pass, passes
+from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
+from torchquant.ptq.stage import CHANGES, BlockStage, LayerStage, ModelStage, Stage, make_stage
+from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
-from torchquant.qmodule import QModuleState, WeightSlot
+from torchquant.qmodule import QModule, QModuleState, WeightSlot
 from torchquant.qmodule.weight_slots import LayerSlot
-from torchquant.range_observers._distributed import reduce_max
+from torchquant.range_observers._distributed import world_size
 from torchquant.training.batches import check_batches, inputs_of, is_first_rank, place, progress_bar, taken
 from torchquant.utils import qmodules, set_qmodule_state, weight_slots
 
@@ -36,6 +42,7 @@ OnStep = Callable[[StepReport], object]
 KEEP = ("best", "always")
 MOST_ROWS, ROWS_OF_AN_INPUT = 8192, 16
 """A layer that reads more rows (tokens, patches) than either is known by about so many of them, spread evenly."""
+_OTHERS = "in {} of {} batches other tokens reach it in the float model, where its own output is matched"
 
 
 @checked
@@ -53,6 +60,8 @@ def run(
     with_targets: bool | None = None,
     on_step: OnStep | None = None,
     show_progress: bool | None = None,
+    blocks: Sequence[str] = (),
+    cache_bytes: int | None = None,
 ) -> PTQReport:
     """Run post-training algorithms on a quantized model, in place; it is in QUANT_EVAL afterwards.
 
@@ -61,7 +70,10 @@ def run(
     that use no inputs need none. `out`: a folder for results; a killed run of the same model, stages and batches
     resumes there, and its result is bit for bit that of an uninterrupted run. `keep`: "best" undoes a rounding whose
     error is above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and to leave out,
-    by path, with wildcards. `seed`: for random numbers. `on_step(report)` is called after each step.
+    by path, with wildcards. `seed`: for random numbers. `on_step(report)` is called after each step. `blocks`: paths of
+    the modules that block stages match as a whole, with wildcards; () finds them, see `find_blocks`. `cache_bytes`:
+    memory for the inputs with which the forwards of all batches wait before a layer; those beyond it lie in temporary,
+    memory-mapped files, and the result is the same. None sets no limit.
 
     Consecutive layer stages run in one pass over all batches: each forward waits before every layer until all batches
     have arrived, so each layer gets its inputs from the rounded layers before it, and nothing is run twice. The float
@@ -87,16 +99,24 @@ def run(
     _check_order(made)
     if keep not in KEEP:
         raise ConfigError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+    if cache_bytes is not None and cache_bytes < 0:
+        raise ConfigError(f"cache_bytes must be a number of bytes >= 0, or None for no limit, got {cache_bytes}")
     check_batches(batches, max_batches)
     where = place(model, device)
     inputs = [inputs_of(model, b, i, with_targets) for i, b in enumerate(taken(batches, max_batches, where))]
-    asking = [s for s in made if (s.needs_data if isinstance(s, ModelStage) else isinstance(s, LayerStage) and s.needs)]
+    asking = [stage for stage in made if _asks_for_inputs(stage)]
     if asking and not inputs:
         raise ConfigError(f"{_name(asking[0])} looks at inputs and needs batches, got none")
+    if world_size() > 1 and (apart := [stage for stage in made if stage.unit == "block"]):
+        raise ConfigError(
+            f"{_name(apart[0])} learns in one process, got a process group of {world_size()} ranks; run it in one "
+            "process with all batches, and load the state_dict on the ranks"
+        )
     units, left = find_units(model, names, skip)
-    engine = _Engine(
-        model, units, inputs, keep, seed, on_step, Steps.of(out, model, made, inputs, (keep, names, skip, seed))
-    )
+    settings = (keep, names, skip, seed, *([blocks] if blocks else []))
+    saved = Steps.of(out, model, made, inputs, settings)
+    overflow = None if cache_bytes is None else Overflow(cache_bytes, inputs)
+    engine = _Engine(model, units, find_blocks(model, blocks, units), inputs, keep, seed, on_step, saved, overflow)
     with (
         torch.no_grad(),
         in_mode(False, model),
@@ -105,11 +125,12 @@ def run(
         engine.advance = advance
         for label, why in left.items():
             engine.report(StepReport("(none)", label, note=f"stays rounded to nearest: {why}"))
-        for is_layer_stage, group in itertools.groupby(made, lambda stage: isinstance(stage, LayerStage)):
-            if is_layer_stage:
-                engine.run_layers([stage for stage in group if isinstance(stage, LayerStage)])
-            else:
-                engine.run_models([stage for stage in group if isinstance(stage, ModelStage)])
+        for unit, group in itertools.groupby(made, lambda stage: stage.unit):
+            engine.run_all(unit, list(group))
+        if overflow is not None:
+            engine.report(
+                StepReport("(none)", "", note=f"{overflow.moved} bytes of waiting inputs were put into files")
+            )
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     report = PTQReport(tuple(stage.spec or type(stage).__name__ for stage in made), tuple(engine.steps))
     if out is not None and is_first_rank():
@@ -134,6 +155,12 @@ def _check_order(stages: Sequence[Stage]) -> None:
         done[stage.changes] = stage
 
 
+def _asks_for_inputs(stage: Stage) -> bool:
+    if isinstance(stage, ModelStage):
+        return stage.needs_data
+    return stage.unit == "block" or (isinstance(stage, LayerStage) and bool(stage.needs))
+
+
 def _name(stage: Stage) -> str:
     return stage.spec or type(stage).__name__
 
@@ -145,17 +172,20 @@ class _Engine:
         self,
         model: nn.Module,
         units: Sequence[WeightSlot],
+        blocks: Sequence[BlockPlace],
         inputs: list[Any],
         keep: str,
         seed: int,
         on_step: OnStep | None,
         saved: Steps,
+        overflow: Overflow | None,
     ) -> None:
-        self.model, self.inputs, self.keep, self.seed = model, inputs, keep, seed
+        self.model, self.blocks, self.inputs, self.keep, self.seed = model, blocks, inputs, keep, seed
         self.units: dict[str, list[WeightSlot]] = {}
         for slot in units:
             self.units.setdefault(slot.path, []).append(slot)
-        self.on_step, self.saved = on_step, saved
+        self.masks = [mask_of(batch, i) for i, batch in enumerate(inputs)]
+        self.on_step, self.saved, self.overflow = on_step, saved, overflow
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
         self.n_passes = 0
@@ -164,8 +194,13 @@ class _Engine:
 
     def count(self, stages: Sequence[Stage]) -> int:
         """Return how many steps the stages take."""
-        n_units = sum(map(len, self.units.values()))
-        return sum(n_units if isinstance(stage, LayerStage) else 1 for stage in stages)
+        counts = {"layer": sum(map(len, self.units.values())), "block": len(self.blocks), "model": 1}
+        return sum(counts[stage.unit] for stage in stages)
+
+    def run_all(self, unit: str, stages: list[Any]) -> None:
+        """Run consecutive stages that work on the same kind of unit."""
+        run: Callable[[list[Any]], None] = getattr(self, f"run_{unit}s")
+        run(stages)
 
     def report(self, step: StepReport) -> None:
         self.steps.append(step)
@@ -181,7 +216,7 @@ class _Engine:
 
     def run_layers(self, stages: list[LayerStage]) -> None:
         """Run the stages of one pass at every layer."""
-        self._prepare(stages)
+        self._prepare()
         needs = frozenset().union(*(stage.needs for stage in stages))
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         left = {slot.label: slot for slots in self.units.values() for slot in slots}
@@ -191,15 +226,13 @@ class _Engine:
             for slot, data, notes in self._inputs_of_units(needs, wants_float):
                 self._work(slot, stages, data, notes)
                 del left[slot.label]
-            for path in sorted(self.again):
-                note = "is called again where it is rounded already: the inputs of its first call alone were looked at"
-                self.report(StepReport(_name(stages[0]), path, note=note))
+            self._report_again(stages[0])
         for slot in left.values():
             data = LayerData(slot.label, needs, self._generator(slot.label))
             self._work(slot, stages, data, ["no batch reached it"] if needs else [])
         self.n_passes += 1
 
-    def _prepare(self, stages: Sequence[LayerStage]) -> None:
+    def _prepare(self) -> None:
         """Fold batch norms permanently, copy the float model, and give every weight its numbers."""
         if self.reference is not None:
             return
@@ -234,29 +267,19 @@ class _Engine:
         A module with several weights gives one after the other, each with what the changed ones before it compute.
         """
         assert self.reference is not None
-        order = list(self.units)
         calls = [self._call(self.model, batch) for batch in self.inputs]
         float_calls = [self._call(self.reference, batch) for batch in self.inputs if wants_float]
         modules = {path: slots[0].module for path, slots in self.units.items()}
         float_modules = {path: self.reference.get_submodule(path) for path in modules}
-        with passes(modules, calls) as now, passes(float_modules, float_calls) as floats:
-            for one in (*now, *floats):
-                one.advance()
-            done: set[str] = set()
-            while (place := _agreed_place(order, {one.at for one in now if one.at is not None}, done)) <= len(order):
-                path = order[place] if place < len(order) else None
-                if path is not None:
-                    done.add(path)
-                    for slot in self.units[path]:
-                        data, notes = self._data(slot, needs, now, floats)
-                        data.join_ranks(slot.rows())
-                        yield slot, data, notes
-                for i, one in enumerate(now):
-                    if one.at in done:
-                        self.again.update({one.at} - {path})
-                        one.advance()
-                        if floats and floats[i].at is not None:
-                            floats[i].advance()
+        with (
+            passes(modules, calls, self.overflow) as now,
+            passes(float_modules, float_calls, self.overflow) as floats,
+        ):
+            for path in meetings(list(self.units), now, floats, self.again):
+                for slot in self.units[path]:
+                    data, notes = self._data(slot, needs, now, floats)
+                    data.join_ranks(slot.rows())
+                    yield slot, data, [note for note in (data.remark, *notes) if note]
 
     def _call(self, model: nn.Module, batch: Any) -> Callable[[], object]:
         return lambda: call_with(model, batch, "a batch")
@@ -265,55 +288,82 @@ class _Engine:
         self, slot: WeightSlot, needs: frozenset[str], now: list[Pass], floats: list[Pass]
     ) -> tuple[LayerData, list[str]]:
         """Collect the inputs of a weight in all passes that wait before its module, and remarks on them."""
-        data = LayerData(slot.label, needs, self._generator(slot.label))
-        if self.saved.has(self.n_passes, slot):
+        data, others = LayerData(slot.label, needs, self._generator(slot.label)), set()
+        if self.saved.has(self.n_passes, slot.label):
             return data, []
         real = self.float_units[slot.label]
         most_rows = max(MOST_ROWS, ROWS_OF_AN_INPUT * slot.rows().shape[-1]) // len(self.inputs)
         for i, one in enumerate(now):
             if one.at != slot.path:
                 continue
-            if floats and floats[i].at != slot.path:
-                raise ConfigError(
-                    f"{slot.path}: batch {i} does not reach it in the float model as it does in the quantized one, so "
-                    "there is nothing to match; use match=layer, or skip it"
-                )
-            call, mask = (one.args, one.kwargs), self._mask(i)
+            call, mask = (one.args, one.kwargs), self.masks[i]
             uses = uses_of(slot, call, mask)
             if uses is not None:
                 data.add_uses(uses, slot.rows().shape[-1])
                 continue
+            float_call = (floats[i].args, floats[i].kwargs) if floats and floats[i].at == slot.path else None
             try:
-                float_call = (floats[i].args, floats[i].kwargs) if floats else None
                 for rows, float_rows in paired_rows(slot, call, real, float_call, mask, most_rows):
+                    if floats and not are_alike(rows, float_rows):
+                        others.add(i)
+                        float_rows = rows
                     data.add(rows, float_rows)
             except ConfigError as error:
-                return data, [one_line(error)]
-        never = 0 if data.uses is None else int((data.uses == 0).sum())
-        return data, [f"{never} of its {len(slot.weight)} rows were never looked up and stay nearest"] if never else []
-
-    def _mask(self, i: int) -> Tensor | None:
-        """Return which tokens of a batch are not padding, if its attention mask tells."""
-        batch = self.inputs[i]
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return mask.to(torch.bool) if isinstance(mask, Tensor) else None
+                return LayerData(slot.label, needs, self._generator(slot.label)), [one_line(error)]
+        return data, [_OTHERS.format(len(others), len(now))] if others else []
 
     def _work(self, slot: WeightSlot, stages: Sequence[LayerStage], data: LayerData, notes: Sequence[str]) -> None:
         """Run the stages at one weight and set it to the result."""
-        steps = self.saved.restore(self.n_passes, slot)
+        steps = self.saved.restore(self.n_passes, slot.label, lambda kept: load_layer_state(slot, kept))
         if steps is None:
             worker = LayerWork(slot, self.float_units[slot.label], data, self.keep, notes)
             steps = [worker.run(stage, _name(stage)) for stage in stages]
             worker.commit()
-            self.saved.save(self.n_passes, slot, steps)
+            self.saved.save(self.n_passes, slot.label, layer_state(slot), steps)
         for step in steps:
             self.report(step)
 
+    def run_blocks(self, stages: list[BlockStage]) -> None:
+        """Run the stages of one pass at every block."""
+        self._prepare()
+        assert self.reference is not None
+        set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
+        left = {block.path: block for block in self.blocks}
+        self.again.clear()
+        is_done = partial(self.saved.has, self.n_passes)
+        one = BlockPass(
+            self.model, self.reference, self.inputs, self.masks, self.overflow, self._generator, is_done, self.again
+        )
+        for block, modules, data in one.run(self.blocks):
+            self._work_block(block, modules, stages, data)
+            del left[block.path]
+        self._report_again(stages[0])
+        for block in left.values():
+            data = BlockData(block.path, self._generator(block.path))
+            self._work_block(block, {}, stages, data, "no batch reached it")
+        self.n_passes += 1
 
-def _agreed_place(order: Sequence[str], waiting: set[str], done: set[str]) -> int:
-    """Return the place in the order of the next module to work on: the first at which a forward of any rank waits.
+    def _work_block(
+        self,
+        block: BlockPlace,
+        modules: Mapping[str, QModule],
+        stages: Sequence[BlockStage],
+        data: BlockData,
+        note: str = "",
+    ) -> None:
+        """Run the stages at one block and set the weights of its layers to the result."""
+        slots = [slot for slots in self.units.values() for slot in slots if slot.label in block.layers]
+        steps = self.saved.restore(self.n_passes, block.path, lambda kept: load_block_state(slots, modules, kept))
+        if steps is None:
+            pairs = [(slot, self.float_units[slot.label]) for slot in slots]
+            worker = BlockWork(block.path, pairs, modules, data, self.keep, note)
+            steps = [worker.run(stage, _name(stage)) for stage in stages]
+            worker.commit()
+            self.saved.save(self.n_passes, block.path, block_state(slots, modules), steps)
+        for step in steps:
+            self.report(step)
 
-    The length of the order if all modules at which forwards wait are done; one more if none waits.
-    """
-    place = min((order.index(path) for path in waiting - done), default=len(order) + (not waiting))
-    return -int(reduce_max(torch.tensor(-place)))
+    def _report_again(self, stage: Stage) -> None:
+        for path in sorted(self.again):
+            note = "is called again where it is rounded already: the inputs of its first call alone were looked at"
+            self.report(StepReport(_name(stage), path, note=note))

@@ -16,6 +16,9 @@ from torchquant.qmodule import WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
 
+FEWEST = 8
+"""Inputs of a group for which it must have one row at least; with fewer rows it is rounded to nearest."""
+
 
 class Layer:
     """A quantized weight. Algorithms read it; only the engine changes it.
@@ -74,8 +77,8 @@ class LayerData:
     `n`: the number of rows, that is tokens or patches; of the group with most, if groups have inputs of their own. All
     statistics are means over the rows: `gram` (groups, K, K) of the current inputs, `cross_gram` (groups, K, K) of
     these, transposed, with the inputs in the float model; `mean_input` and `mean_float_input` (groups, K). `uses`:
-    how often each row of a table was looked up, (rows,); None for a layer that multiplies. `generator`: for random
-    numbers.
+    how often each row of a table was looked up, (rows,); None for a layer that multiplies. `has_own_rows`: whether
+    groups have inputs of their own, each with its own number of rows. `generator`: for random numbers.
     """
 
     path: str
@@ -83,6 +86,8 @@ class LayerData:
     generator: torch.Generator
     n: int = 0
     uses: Tensor | None = None
+    has_own_rows: bool = False
+    _n_columns: int = field(default=0, repr=False)
     _counts: Tensor | float = field(default=0.0, repr=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _means: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -90,6 +95,8 @@ class LayerData:
 
     def add(self, rows: Rows, float_rows: Rows | None) -> None:
         """Add rows of both models."""
+        self.has_own_rows = not isinstance(rows, Tensor)
+        self._n_columns = rows[0].shape[-1]
         blocks, others = _blocks(rows), None if float_rows is None else _blocks(float_rows)
         counts = torch.cat([torch.full((len(b),), b.shape[1], dtype=torch.float64, device=b.device) for b in blocks])
         found = {"gram": lambda: _joined([*map(gram_sum, blocks)]), "means": lambda: _row_sums(blocks)}
@@ -117,6 +124,8 @@ class LayerData:
         if world_size() == 1:
             return
         groups, rows, k = weight.shape
+        self.has_own_rows = bool(reduce_max(torch.tensor(float(self.has_own_rows), device=weight.device)))
+        self._n_columns = k
         square, flat = (groups, k, k), (groups, k)
         shapes = {"gram": square, "cross_gram": square, "means": flat, "float_means": flat, "uses": (rows,)}
         mine = self._sums if self.uses is None else self._sums | {"uses": self.uses}
@@ -140,6 +149,34 @@ class LayerData:
             counts = self._counts.clamp_min(1.0).view(-1, *[1] * (total.ndim - 1))
             self._means[name] = total.div_(counts)  # in place: these are the largest tensors of a run
         return self._means[name]
+
+    @property
+    def is_known(self) -> Tensor | None:
+        """Where enough is known of the inputs to round by them, as (groups, rows, K) or 1; None: everywhere.
+
+        Not of rows of a table that were never looked up, and of groups with inputs of their own that have fewer rows
+        than one for each `FEWEST` inputs.
+        """
+        if self.uses is not None:
+            return (self.uses > 0).view(1, -1, 1)
+        return self._has_rows.view(-1, 1, 1) if self.has_own_rows else None
+
+    @property
+    def remark(self) -> str:
+        """Say of what too little is known, "" if of nothing."""
+        if self.uses is not None:
+            never = int((self.uses == 0).sum())
+            return f"{never} of its {len(self.uses)} rows were never looked up and stay nearest" if never else ""
+        if not self.has_own_rows or bool(self._has_rows.all()):
+            return ""
+        counts = [int(n) for n in self._counts.tolist()]  # type: ignore[union-attr]
+        few = ", ".join(f"{i} ({counts[i]} rows)" for i in (~self._has_rows).nonzero().flatten().tolist())
+        return f"of its {len(counts)} groups these had few rows and stay nearest: {few}; give more batches"
+
+    @property
+    def _has_rows(self) -> Tensor:
+        assert isinstance(self._counts, Tensor)
+        return self._counts * FEWEST >= self._n_columns
 
     @property
     def gram(self) -> Tensor:
@@ -174,6 +211,11 @@ class LayerData:
         """
         found = output_error((weight - rounded).to(self.gram.dtype), self.gram)
         return found if self.uses is None else found * self.uses / self.n
+
+
+def are_alike(rows: Rows, others: Rows | None) -> bool:
+    """Whether two sets of rows have the same shapes, so that their rows can be pairs."""
+    return others is not None and [b.shape for b in _blocks(rows)] == [b.shape for b in _blocks(others)]
 
 
 def _blocks(rows: Rows) -> Sequence[Tensor]:

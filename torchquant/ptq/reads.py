@@ -7,7 +7,9 @@ are watched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,9 +22,29 @@ from torchquant.qmodule import QWeights, WeightSlot
 from torchquant.qmodule.own_forward import inputs_of_products, read_of_product
 from torchquant.qmodule.patterns import InputFirstPattern, run_with, stock_type
 from torchquant.qmodule.weight_slots import LayerSlot, parameter_of
+from torchquant.qmodule.weighted import weights_pattern
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call of a QModule."""
+
+
+def mask_of(batch: Any, i: int) -> Tensor | None:
+    """Return which tokens of batch i are not padding, (N, tokens) bool, if it is a mapping with an attention mask.
+
+    Layers know this mask by its shape. Warns, and returns None, if tokens of a decoder have the same shape.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    decoder = batch.get("decoder_input_ids")
+    if isinstance(decoder, Tensor) and decoder.shape == mask.shape:
+        warnings.warn(
+            f"batch {i}: its decoder_input_ids have the shape of its attention_mask, so that layers cannot tell whose "
+            "padding it is, and none is left out; give decoder and encoder other lengths",
+            stacklevel=2,
+        )
+        return None
+    return mask.to(torch.bool)
 
 
 def rows_read(slot: WeightSlot, call: Call, mask: Tensor | None = None, most_rows: int | None = None) -> Iterator[Rows]:
@@ -57,6 +79,10 @@ def paired_rows(
         for rows in rows_read(slot, call, mask, most_rows):
             yield rows, None
         return
+    if slot.name in _stacks_of(slot.module.layer):  # which tokens go to which matrix is decided by the quantized model
+        values = _given(real.module.layer, real_call)
+        names = weights_pattern(stock_type(slot.module.layer)).values  # type: ignore[union-attr]
+        real_call = ((), {**_given(slot.module.layer, call), **{name: values[name] for name in names}})
     found = rows_read(slot, call, mask, most_rows), rows_read(real, real_call, mask, most_rows)
     yield from zip(*found, strict=True)
 
@@ -79,9 +105,12 @@ def uses_of(slot: WeightSlot, call: Call, mask: Tensor | None = None) -> Tensor 
 
 
 def _matching(mask: Tensor | None, x: Any) -> Tensor | None:
-    """Return the mask if it is that of the first two axes of x, (N, tokens, features)."""
-    fits = mask is not None and isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == mask.shape
-    return mask if fits else None
+    """Return the mask if it is that of the first axes of x, (N, tokens, features) or (N * tokens, features)."""
+    if mask is None or not isinstance(x, Tensor):
+        return None
+    if x.ndim == 2 and len(x) == mask.numel():
+        return mask.flatten()
+    return mask if x.ndim == 3 and x.shape[:2] == mask.shape else None
 
 
 def _given(layer: nn.Module, call: Call) -> dict[str, Any]:
@@ -156,10 +185,30 @@ def _attention_rows(module: QWeights, name: str, call: Call, mask: Tensor | None
 
 
 def _watched_rows(module: QWeights, name: str, call: Call, mask: Tensor | None) -> Rows:
+    """Rows of a weight in a class of one's own; of a stack of matrices a block for each.
+
+    A decorator of the forward that runs something faster in its place is passed by.
+    """
     layer, weights = module.layer, module.weights_in_use()
     weight = weights.get(name, parameter_of(layer, name)).detach().clone()
-    found = inputs_of_products(weight, lambda: run_with(layer, weights | {name: weight}, *call[0], **call[1]))
-    return torch.cat([linear_rows(x, _matching(mask, x)) for x in found], 1)
+    others: dict[str, Any] = {**weights, name: weight}
+    if "forward" not in layer.__dict__:
+        others["forward"] = MethodType(inspect.unwrap(type(layer).forward), layer)
+    is_stack = name in _stacks_of(layer)
+    if is_stack and mask is not None:
+        given = _given(layer, call)
+        n = mask.numel()
+        call = (), {k: x[mask.flatten()] if isinstance(x, Tensor) and len(x) == n else x for k, x in given.items()}
+    found = inputs_of_products(weight, lambda: run_with(layer, others, *call[0], **call[1]))
+    blocks = {i: torch.cat([linear_rows(x, _matching(mask, x)) for x in inputs], 1) for i, inputs in found.items()}
+    none = weight.new_zeros(1, 0, weight.shape[-1])
+    return [blocks.get(i, none) for i in range(len(weight))] if is_stack else blocks[0]
+
+
+def _stacks_of(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a module that are stacks of matrices."""
+    row = weights_pattern(stock_type(layer))
+    return () if row is None else row.stacks
 
 
 READERS: dict[type[nn.Module], Callable[[QWeights, str, Call, Tensor | None], Rows]] = {

@@ -14,6 +14,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.plan import read_yaml
 from torchquant.ptq.stage import PTQ, Stage, make_stage
+from torchquant.qmodule.weighted import WEIGHTED, class_name
 
 FORMAT = 1
 
@@ -79,6 +80,7 @@ def is_file(name: str) -> bool:
         return False
 
 
+_EXPERTS = [class_name(kind) for kind, row in WEIGHTED.items() if row.stacks]
 RECIPES: dict[str, Recipe] = {
     "cnn-w8a8": Recipe(("calibrate", "nearest", "bias_correction"), "w8a8"),
     "cnn-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8"),
@@ -88,7 +90,9 @@ RECIPES: dict[str, Recipe] = {
         ({"weight": "affine:8,symmetric=narrow", "input": "affine:8", "output": "affine:8", "fold_bn": True},),
     ),
     "transformer-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
-    "llm-w4-gptq": Recipe(("gptq:act_order",), ({"types": ["Linear", "Conv1D"], "weight": "affine:4/group=128"},)),
+    "llm-w4-gptq": Recipe(
+        ("gptq:act_order",), ({"types": ["Linear", "Conv1D", *_EXPERTS], "weight": "affine:4/group=128"},)
+    ),
 }
 """Built-in recipes by name."""
 

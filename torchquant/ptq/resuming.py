@@ -1,10 +1,10 @@
-"""The folder of a run: each layer's result is a file of its own, so that a killed run resumes after the last one."""
+"""The folder of a run: the result of each layer or block is a file, so that a killed run resumes after the last one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,40 +65,48 @@ class Steps:
             write_json(path, head)
         return cls(folder)
 
-    def _file(self, n_pass: int, slot: WeightSlot) -> Path | None:
-        name = hashlib.sha256(slot.label.encode()).hexdigest()[:16]
+    def _file(self, n_pass: int, label: str) -> Path | None:
+        name = hashlib.sha256(label.encode()).hexdigest()[:16]
         return None if self.folder is None else self.folder / f"{n_pass}-{name}.pt"
 
-    def has(self, n_pass: int, slot: WeightSlot) -> bool:
-        """Tell whether the result of the layer in this pass is saved, on every rank of a process group."""
-        file = self._file(n_pass, slot)
+    def has(self, n_pass: int, label: str) -> bool:
+        """Tell whether the result of the layer or block in this pass is saved, on every rank of a process group."""
+        file = self._file(n_pass, label)
         return file is not None and not reduce_max(torch.tensor(not file.exists()))
 
-    def save(self, n_pass: int, slot: WeightSlot, steps: Sequence[StepReport]) -> None:
-        """Save the layer in its current state."""
-        file = self._file(n_pass, slot)
+    def save(self, n_pass: int, label: str, state: Mapping[str, Any], steps: Sequence[StepReport]) -> None:
+        """Save the result of a pass at a layer or block: its state, as plain data and tensors, and its steps."""
+        file = self._file(n_pass, label)
         if file is not None:
-            quantizer, tensors = _parts(slot)
-            kept = {
-                "quantizer": quantizer.state_dict(),
-                "tensors": {name: tensor.detach() for name, tensor in tensors.items()},
-                "steps": [asdict(step) for step in steps],
-            }
+            kept = {**state, "steps": [asdict(step) for step in steps]}
             write_whole(file, lambda temporary: torch.save(kept, temporary))
 
-    def restore(self, n_pass: int, slot: WeightSlot) -> list[StepReport] | None:
-        """Restore the layer from its saved result and return its steps; None if nothing was saved."""
-        if not self.has(n_pass, slot):
+    def restore(
+        self, n_pass: int, label: str, put_back: Callable[[Mapping[str, Any]], None]
+    ) -> list[StepReport] | None:
+        """Give a saved state to `put_back` and return the steps; None if nothing was saved."""
+        if not self.has(n_pass, label):
             return None
-        file = self._file(n_pass, slot)
+        file = self._file(n_pass, label)
         assert file is not None
         kept = read_saved(file)
-        quantizer, tensors = _parts(slot)
-        quantizer.load_state_dict(kept["quantizer"])
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(kept["tensors"][name])
+        put_back(kept)
         return [StepReport(**step) for step in kept["steps"]]
+
+
+def layer_state(slot: WeightSlot) -> dict[str, Any]:
+    """Return what stages change in a layer: the state of its weight's quantizer, and tensors."""
+    quantizer, tensors = _parts(slot)
+    return {"quantizer": quantizer.state_dict(), "tensors": {name: t.detach() for name, t in tensors.items()}}
+
+
+@torch.no_grad()
+def load_layer_state(slot: WeightSlot, kept: Mapping[str, Any]) -> None:
+    """Set a layer to what `layer_state` returned."""
+    quantizer, tensors = _parts(slot)
+    quantizer.load_state_dict(kept["quantizer"])
+    for name, tensor in tensors.items():
+        tensor.copy_(kept["tensors"][name])
 
 
 def _parts(slot: WeightSlot) -> tuple[Quantizer, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from torchquant._arguments import check_constructor, checked
 from torchquant._registry import Registry, did_you_mean
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
+from torchquant.ptq.block import Block, BlockData
 from torchquant.ptq.layer import Layer, LayerData
 
 PTQ: Registry[type[Stage]] = Registry("post-training stage")
@@ -33,6 +34,8 @@ class Stage(ABC):
     """When to use the stage, in a few words."""
     cost: ClassVar[str] = ""
     """Operations for one layer of `rows` outputs and K inputs, beside the forward pass that all stages share."""
+    unit: str
+    """What the stage works on at a time: "model", "layer" or "block"."""
     spec = ""
     """The stage as written in the recipe."""
 
@@ -44,6 +47,7 @@ class Stage(ABC):
 class ModelStage(Stage):
     """A stage that works on the whole model."""
 
+    unit = "model"
     needs_data: ClassVar[bool] = False
 
     @abstractmethod
@@ -54,10 +58,30 @@ class ModelStage(Stage):
 class LayerStage(Stage):
     """A stage that works on one layer after the other, each with its inputs from the layers changed before it."""
 
+    unit = "layer"
+
     @property
     def needs(self) -> frozenset[str]:
         """Return which of `NEEDS` must be in `LayerData`."""
         return frozenset()
+
+
+class BlockStage(Stage):
+    """A stage that works on one block after the other, each with its inputs from the blocks changed before it."""
+
+    unit = "block"
+
+    @property
+    def by_gradients(self) -> bool:
+        """Return whether errors are weighed by the gradients of the model's loss; see `BlockData.weigh`."""
+        return False
+
+    @abstractmethod
+    def optimize(self, block: Block, data: BlockData) -> Mapping[str, Tensor]:
+        """Return the weights of the layers on their grids, by path, each as `Layer.weight`.
+
+        It may set the numbers of the quantizers in the block; the engine puts them back where it undoes the stage.
+        """
 
 
 class Rounding(LayerStage):

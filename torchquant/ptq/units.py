@@ -17,10 +17,11 @@ def find_units(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> t
     slots = [slot for slot in weight_slots(model) if slot.quantizer is not None]
     if not slots:
         raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
+    labels, places = {slot.key: slot.label for slot in slots}, _places(model)
     chosen: list[WeightSlot] = []
     left: dict[str, str] = {}
     for slot in slots:
-        others = [other.label for other in slots if other is not slot and other.weight is slot.weight]
+        others = [labels.get(name, name) for name in places.get(id(slot.weight), ()) if name != slot.key]
         if not _matches(slot, names) or _matches(slot, skip):
             continue
         if others:
@@ -34,6 +35,19 @@ def find_units(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> t
             f"select no weight that is only in one place; the quantized weights are {known}, ..."
         )
     return chosen, left
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Map the id of each parameter to its names, one for each place; a module in two places counts once."""
+    found: dict[int, list[str]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module._parameters) in seen:  # a wrapper has the parameters of the layer it holds
+            continue
+        seen.add(id(module._parameters))
+        for name, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return found
 
 
 def _matches(slot: WeightSlot, names: Sequence[str]) -> bool:

@@ -45,7 +45,7 @@ class LayerWork:
             notes += filter(None, [few_rows(self.data.n, self.real.shape[-1])])
         if stage.needs and not self.data.n:
             if isinstance(stage, Rounding):
-                self._undo()
+                self.undo()
                 notes.append("rounded to nearest")
             else:
                 notes.append("left as it is")
@@ -68,21 +68,22 @@ class LayerWork:
             if isinstance(stage, Rounding):
                 return self._round(stage)
             if isinstance(stage, WeightChange):
-                return self._change_weight(self._where_used(stage.change(self.layer, self.data), self.layer.weight))
+                return self._change_weight(self._where_known(stage.change(self.layer, self.data), self.layer.weight))
             if isinstance(stage, NumberSearch):
                 return self._set_numbers(stage)
             assert isinstance(stage, BiasChange)
             return self._add_bias(stage)
         except (ConfigError, NoCodesError, NonFiniteError) as error:
             if isinstance(stage, Rounding):
-                self._undo()
+                self.undo()
                 return [f"rounded to nearest: {one_line(error)}"]
             return [f"left as it is: {one_line(error)}"]
 
-    def _take(self, rounded: Tensor) -> None:
+    def take(self, rounded: Tensor) -> None:
+        """Let the layer be rounded to these levels."""
         self.layer.rounded, self.is_changed = rounded, True
 
-    def _undo(self) -> None:
+    def undo(self) -> None:
         """Round to nearest, with the numbers and the weight that the layer had before the pass."""
         slot, quantizer = self.layer.slot, self.layer.quantizer
         quantizer.unpin()
@@ -90,15 +91,15 @@ class LayerWork:
         quantizer.pin(slot.seen(), observe=False)
         if self.numbers:
             quantizer.set_numbers(**self.numbers)
-        self._take(self.nearest)
+        self.take(self.nearest)
 
     def _round(self, stage: Rounding) -> list[str]:
-        rounded = self._where_used(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
+        rounded = self._where_known(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
         before, after = self.nearest_error, self._error(rounded)
         if self.keep == "best" and before is not None and after is not None and not after <= before:
-            self._undo()
+            self.undo()
             return [f"undone: its error was {after:.3g}, rounding to nearest {before:.3g}"]
-        self._take(rounded)
+        self.take(rounded)
         return []
 
     def _change_weight(self, weight: Tensor) -> list[str]:
@@ -136,10 +137,10 @@ class LayerWork:
             bias.add_((change if factor is None else change * factor).to(bias.dtype))
         return []
 
-    def _where_used(self, new: Tensor, former: Tensor) -> Tensor:
-        """Return the new weight; the former one for the rows of a table that were never looked up."""
-        uses = self.data.uses
-        return new if uses is None else torch.where(uses.view(1, -1, 1) > 0, new, former)
+    def _where_known(self, new: Tensor, former: Tensor) -> Tensor:
+        """Return the new weight; the former one where too little is known of the inputs."""
+        is_known = self.data.is_known
+        return new if is_known is None else torch.where(is_known, new, former)
 
     @cached_property
     def nearest_error(self) -> float | None:

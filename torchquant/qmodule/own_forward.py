@@ -116,25 +116,33 @@ def read_of_product(run: Callable[[], object]) -> tuple[Any, Tensor, dict[str, A
 
 
 class _Watched(TorchFunctionMode):
-    """Records the inputs of the products with one weight, and the names of other functions that get it."""
+    """Records the inputs of the products with one weight, and the names of other functions that get it.
+
+    `matrices`: the weight, or those of its matrices that were picked by a number, each with its number.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight, self.transposed = weight, weight.mT
-        self.inputs: list[Tensor] = []
+        self.matrices: list[tuple[Tensor, int]] = [(weight, 0)]
+        self.transposed: list[tuple[Tensor, int]] = []
+        self.inputs: dict[int, list[Tensor]] = {}
         self.others: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = [*args, *(kwargs or {}).values()]
-        if not isinstance(result, Tensor) or not any(x is self.weight or x is self.transposed for x in given):
+        if not isinstance(result, Tensor) or all(_number(x, self.matrices + self.transposed) is None for x in given):
             return result
-        if func in _TRANSPOSES:
-            return self.transposed
-        if len(args) > 1 and (
-            (func is F.linear and args[1] is self.weight) or (func in _MATMULS and args[1] is self.transposed)
-        ):
-            self.inputs.append(args[0].detach())
+        second = args[1] if len(args) > 1 else None
+        of_matrix, of_transposed = _number(args[0], self.matrices), _number(second, self.transposed)
+        if func is Tensor.__getitem__ and args[0] is self.matrices[0][0] and (index := _index(second)) is not None:
+            self.matrices.append((result, index))
+        elif func in _TRANSPOSES and of_matrix is not None:
+            self.transposed.append((result, of_matrix))
+        elif func is F.linear and (number := _number(second, self.matrices)) is not None:
+            self.inputs.setdefault(number, []).append(args[0].detach())
+        elif func in _MATMULS and of_transposed is not None:
+            self.inputs.setdefault(of_transposed, []).append(args[0].detach())
         else:
             self.others.add(getattr(func, "__name__", str(func)))
         return result
@@ -144,14 +152,26 @@ _TRANSPOSES = (torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
 
-def inputs_of_products(weight: Tensor, run: Callable[[], object]) -> list[Tensor]:
+def _number(x: Any, known: list[tuple[Tensor, int]]) -> int | None:
+    """Return the number of the matrix that x is; None if it is none of them."""
+    return next((number for matrix, number in known if matrix is x), None)
+
+
+def _index(x: Any) -> int | None:
+    """Return the index that picks one matrix of a stack; None for any other index."""
+    is_one = isinstance(x, int) or (isinstance(x, Tensor) and x.ndim == 0 and x.dtype != torch.bool)
+    return int(x) if is_one else None
+
+
+def inputs_of_products(weight: Tensor, run: Callable[[], object]) -> dict[int, list[Tensor]]:
     """Return the inputs of all products with a weight, `F.linear(x, weight)` or `x @ weight.T`, while `run` runs.
 
-    Raises ConfigError if there are none, or if the weight is used otherwise too.
+    A stack of matrices, (groups, outputs, inputs), is multiplied as `weight[i]`; the inputs are by that number, 0 for
+    a single matrix. Raises ConfigError if the weight is used otherwise too, or not at all.
 
     >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
     >>> inputs_of_products(weight, lambda: torch.tanh(x @ weight.T))
-    [tensor([[1., 1.]])]
+    {0: [tensor([[1., 1.]])]}
     """
     watched = _Watched(weight)
     with watched:

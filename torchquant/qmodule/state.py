@@ -163,6 +163,10 @@ class QModule(Holder):
         found = {site: self._modules.get(name) for site, name in _QUANTIZERS.items()}
         return {site: quantizer for site, quantizer in found.items() if isinstance(quantizer, Quantizer)}
 
+    def replace_quantizer(self, slot: str, new: Quantizer) -> None:
+        """Replace the quantizer of a slot for activations: "input", "preactivation", "output"."""
+        setattr(self, _QUANTIZERS[slot], new)
+
     def weight_slots(self) -> list[WeightSlot]:
         """List the module's own weights, quantized or not; a slot is the one way to read, set and quantize a weight."""
         return []

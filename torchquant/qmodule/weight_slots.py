@@ -81,7 +81,9 @@ class WeightSlot:
     def n_groups(self) -> int:
         """The groups of output channels with inputs of their own: of a convolution, of an attention's projections."""
         row = weights_pattern(stock_type(self.module.layer))
-        return 1 if row is None else row.groups.get(self.name, 1)
+        if row is None:
+            return 1
+        return len(self.weight) if self.name in row.stacks else row.groups.get(self.name, 1)
 
     def seen(self) -> Tensor:
         """Return the weight as QUANT_EVAL quantizes it: output channel on axis 0, with a folded batch norm if any.
@@ -89,7 +91,7 @@ class WeightSlot:
         Gradients flow back to the real weight.
         """
         self.module._recompute_weights()
-        return self.weight
+        return matrix_of(self.module.layer, self.name)
 
     def rows(self) -> Tensor:
         """Return `seen()` as matrices: (groups, output channels / groups, inputs of each of these channels)."""
@@ -161,11 +163,13 @@ class WeightSlot:
                 "remove_weight_norm, remove_spectral_norm, prune.remove or remove_parametrizations of torch.nn.utils"
             )
         real = self._as_stored(values)
-        self.weight.copy_(real if where is None else torch.where(self.channels_first(where), real, self.weight))
+        self.weight.copy_(
+            real if where is None else torch.where(self.channels_first(where).view_as(real), real, self.weight)
+        )
 
     def _as_stored(self, values: Tensor) -> Tensor:
         """Return the real weight for which `seen` returns these values."""
-        return values
+        return values.view_as(self.weight)
 
     def channels_first(self, values: Tensor) -> Tensor:
         """Move the output channel of values in the layer's layout to axis 0; the operation is its own inverse."""
@@ -220,6 +224,12 @@ def parameter_of(layer: nn.Module, name: str) -> Tensor:
     owner, _, last = name.rpartition(".")
     value: Tensor = getattr(layer.get_submodule(owner), last)
     return value
+
+
+def matrix_of(layer: nn.Module, name: str) -> Tensor:
+    """Return a parameter with one output channel in each row of axis 0: of a stack of matrices all their rows."""
+    row, weight = weights_pattern(stock_type(layer)), parameter_of(layer, name)
+    return weight if row is None or name not in row.stacks else weight.flatten(0, 1)
 
 
 def quantizer_key(name: str) -> str:

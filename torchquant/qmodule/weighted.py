@@ -23,13 +23,15 @@ class WeightsPattern:
     `weights`: the names of the parameters that are weights, each with the output channel on axis 0; None: every
     parameter with "weight" in its own name. `values`: the first arguments of its forward, which carry real values; ()
     for a lookup such as an embedding. `groups`: weights whose rows are in groups, each with inputs of its own, and how
-    many. `biases`: weights whose bias is part of a longer parameter: its name, and the row at which the part begins, in
-    multiples of the weight's rows. Intermediate results inside the module stay float.
+    many. `stacks`: weights with a matrix for each of several groups, (groups, outputs, inputs), such as experts; each
+    row of each matrix is an output channel. `biases`: weights whose bias is part of a longer parameter: its name, and
+    where the part begins, in multiples of the weight's rows. Intermediate results inside the module stay float.
     """
 
     weights: tuple[str, ...] | None = None
     values: tuple[str, ...] = ("input",)
     groups: Mapping[str, int] = field(default_factory=dict, hash=False)
+    stacks: tuple[str, ...] = ()
     biases: Mapping[str, tuple[str, int]] = field(default_factory=dict, hash=False)
 
     def check(self, kind: type[nn.Module]) -> None:

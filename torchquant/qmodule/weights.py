@@ -13,7 +13,7 @@ from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
 from torchquant.qmodule.patterns import LayerPattern, row_of, run_with, stock_type
 from torchquant.qmodule.state import QModule
-from torchquant.qmodule.weight_slots import WeightSlot, parameter_of, quantizer_key
+from torchquant.qmodule.weight_slots import WeightSlot, matrix_of, parameter_of, quantizer_key
 from torchquant.qmodule.weighted import WEIGHTED, class_name, weights_pattern
 from torchquant.quantizers import Quantizer
 
@@ -64,7 +64,7 @@ def float_weights(layer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     if isinstance(row, LayerPattern):
         weight = row.weight_and_bias(layer)[0]
         return {"weight": (weight, row.channels_first(layer, weight))}
-    return {name: (parameter_of(layer, name),) * 2 for name in weight_names(layer)}
+    return {name: (parameter_of(layer, name), matrix_of(layer, name)) for name in weight_names(layer)}
 
 
 @checked
@@ -136,7 +136,7 @@ class QWeights(QModule):
     def _weights(self) -> list[tuple[str, Tensor, Quantizer | None]]:
         own = self.quantizers()
         names = dict.fromkeys([*weight_names(self.layer), *self._names.values()])  # all that have a quantizer
-        return [(name, parameter_of(self.layer, name), own.get(name)) for name in names]
+        return [(name, matrix_of(self.layer, name), own.get(name)) for name in names]
 
     @torch.no_grad()
     def observe_weight(self) -> None:
@@ -150,8 +150,9 @@ class QWeights(QModule):
                 quantizer.pre_observe(weight)
 
     def _has_new_weights(self) -> bool:
-        quantized = [(weight, quantizer) for _, weight, quantizer in self._weights() if quantizer is not None]
-        return self._is_new_weight([quantizer for _, quantizer in quantized], [weight for weight, _ in quantized])
+        quantized = [(name, quantizer) for name, _, quantizer in self._weights() if quantizer is not None]
+        stored = [parameter_of(self.layer, name) for name, _ in quantized]
+        return self._is_new_weight([quantizer for _, quantizer in quantized], stored)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.quantized_inputs(args, kwargs)
@@ -200,7 +201,7 @@ class QWeights(QModule):
         if not self.state.is_weight_quantized:
             return {}
         return {
-            name: self._quantize_site(name, quantizer, weight)
+            name: self._quantize_site(name, quantizer, weight).view_as(parameter_of(self.layer, name))
             for name, weight, quantizer in self._weights()
             if quantizer is not None
         }

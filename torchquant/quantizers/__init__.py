@@ -21,6 +21,9 @@ from torchquant.quantizers._level_list import LevelList as LevelList
 from torchquant.quantizers._spec import QuantSpec as QuantSpec
 from torchquant.quantizers._spec import find_scheme as find_scheme
 from torchquant.quantizers._spec import make_quantizer as make_quantizer
+from torchquant.quantizers.absmean import AbsMeanQuantizer as AbsMeanQuantizer
+from torchquant.quantizers.adabin import AdaBinActQuantizer as AdaBinActQuantizer
+from torchquant.quantizers.adabin import AdaBinQuantizer as AdaBinQuantizer
 from torchquant.quantizers.affine import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers.apot import APoTQuantizer as APoTQuantizer
 from torchquant.quantizers.binary import BinaryQuantizer as BinaryQuantizer
@@ -29,6 +32,7 @@ from torchquant.quantizers.blocks import NVFP4Quantizer as NVFP4Quantizer
 from torchquant.quantizers.codebook import CodebookQuantizer as CodebookQuantizer
 from torchquant.quantizers.dorefa import DoReFaQuantizer as DoReFaQuantizer
 from torchquant.quantizers.esb import ESBQuantizer as ESBQuantizer
+from torchquant.quantizers.irnet import IRNetQuantizer as IRNetQuantizer
 from torchquant.quantizers.lsq import EWGSQuantizer as EWGSQuantizer
 from torchquant.quantizers.lsq import LSQPlusQuantizer as LSQPlusQuantizer
 from torchquant.quantizers.lsq import LSQQuantizer as LSQQuantizer
@@ -37,12 +41,17 @@ from torchquant.quantizers.midrise import UL2QQuantizer as UL2QQuantizer
 from torchquant.quantizers.midrise import VecQQuantizer as VecQQuantizer
 from torchquant.quantizers.midrise import ZoomQQuantizer as ZoomQQuantizer
 from torchquant.quantizers.minifloat import MinifloatQuantizer as MinifloatQuantizer
+from torchquant.quantizers.n2uq import N2UQActQuantizer as N2UQActQuantizer
+from torchquant.quantizers.n2uq import N2UQQuantizer as N2UQQuantizer
 from torchquant.quantizers.nf4 import NF4Quantizer as NF4Quantizer
 from torchquant.quantizers.pact import PACTQuantizer as PACTQuantizer
 from torchquant.quantizers.pact import pact_penalty as pact_penalty
 from torchquant.quantizers.pot import PotQuantizer as PotQuantizer
 from torchquant.quantizers.qfmt import QfmtQuantizer as QfmtQuantizer
+from torchquant.quantizers.qil import QILQuantizer as QILQuantizer
 from torchquant.quantizers.residual import ResidualQuantizer as ResidualQuantizer
+from torchquant.quantizers.rsign import RSignQuantizer as RSignQuantizer
+from torchquant.quantizers.seq import SEQQuantizer as SEQQuantizer
 from torchquant.quantizers.ternary import TernaryQuantizer as TernaryQuantizer
 from torchquant.quantizers.tqt import TQTQuantizer as TQTQuantizer
 from torchquant.quantizers.ttq import TTQQuantizer as TTQQuantizer
@@ -57,6 +66,9 @@ __all__ = [
     "QUANTIZERS",
     "APoTQuantizer",
     "About",
+    "AbsMeanQuantizer",
+    "AdaBinActQuantizer",
+    "AdaBinQuantizer",
     "AffineQuantizer",
     "BinaryQuantizer",
     "ClipQQuantizer",
@@ -67,6 +79,7 @@ __all__ = [
     "FittedQuantizer",
     "GridQuantizer",
     "GroupQuantizer",
+    "IRNetQuantizer",
     "LSQPlusQuantizer",
     "LSQQuantizer",
     "LawReport",
@@ -75,15 +88,20 @@ __all__ = [
     "LevelList",
     "MXQuantizer",
     "MinifloatQuantizer",
+    "N2UQActQuantizer",
+    "N2UQQuantizer",
     "NF4Quantizer",
     "NVFP4Quantizer",
     "PACTQuantizer",
     "PotQuantizer",
+    "QILQuantizer",
     "QfmtQuantizer",
     "QuantSpec",
     "Quantizer",
     "QuantizerFactory",
+    "RSignQuantizer",
     "ResidualQuantizer",
+    "SEQQuantizer",
     "SchemeEntry",
     "TQTQuantizer",
     "TTQQuantizer",

@@ -35,6 +35,8 @@ class LearnedQuantizer(FittedQuantizer):
     learned: tuple[str, ...]
     lowest: Tensor
     """Statistic of schemes that allow `signed=None`: a first tensor with values below 0 makes the codes signed."""
+    present: Tensor
+    """Statistic of schemes without a level at 0, see `ever_present`."""
     _goes_below_zero = True
 
     def __init__(self, axis: int | None = None, nonfinite: str = "raise", momentum: float = 0.0) -> None:
@@ -125,6 +127,15 @@ class LearnedQuantizer(FittedQuantizer):
             held.copy_(torch.as_tensor(value))
         self._decide_sign()
 
+    def ever_present(self, absmax: Tensor) -> Tensor:
+        """Return 1 for each row that holds a number other than 0, or held one before; the statistic `present`.
+
+        Schemes without a level at 0 multiply their levels by it, so that zeros stay zeros and nothing else does.
+        absmax: (C,), the largest magnitudes of the rows over all ranks. (C,) float64.
+        """
+        now = (absmax > 0).to(torch.float64)
+        return torch.maximum(now, self.present) if self.is_observed else now
+
     def bounded(self, name: str) -> Tensor:
         """Return a positive parameter as it is used: never below a thousandth of its first value.
 
@@ -164,6 +175,11 @@ def scaled_gradient(parameter: Tensor, scale: float) -> Tensor:
 def lowest_of(x: Tensor) -> Tensor:
     """Return the smallest value of each row, over all ranks. x: (C, n). (C,)."""
     return -reduce_max(-x.amin(1))
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """Return the largest magnitude of each row, over all ranks. x: (C, n). (C,)."""
+    return reduce_max(torch.maximum(x.amax(1), -x.amin(1)))
 
 
 def where_signed(signed: bool | None, lowest: Tensor, if_signed: float, if_not: float) -> Tensor:

@@ -13,7 +13,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers._base import FittedQuantizer
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._row_statistics import usable_scale
-from torchquant.quantizers_functional.formats import Format, ScaledFormat
+from torchquant.quantizers_functional.formats import Format, ScaledFormat, UniformGrid
 from torchquant.range_observers import MSEObserver, RangeObserver
 
 
@@ -36,7 +36,7 @@ class ScaledQuantizer(FittedQuantizer):
     """The scale of a tensor of zeros; 0 if no level is 0, so that zeros stay zeros."""
 
     @abstractmethod
-    def format_with(self, *numbers: Tensor) -> ScaledFormat:
+    def format_with(self, *numbers: Tensor) -> ScaledFormat | UniformGrid:
         """Return the format with these numbers, in the order of `grid()`."""
 
     def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:

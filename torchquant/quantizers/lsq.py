@@ -20,6 +20,7 @@ from torchquant.quantizers._learned import (
 )
 from torchquant.quantizers_functional._range_search import best_range, refitted_step
 from torchquant.quantizers_functional._row_statistics import (
+    row_mean_magnitudes,
     row_mean_squares,
     row_moments,
     row_sums,
@@ -98,9 +99,8 @@ class LSQQuantizer(LearnedUniform):
             rms = reduce_mean(row_mean_squares(x)).sqrt()
             step = torch.where(rms > 0, self._least_error(x, or_one(rms * factor), lowest), rms)
         else:
-            units, unit = unit_rows(x)
             largest_code = where_signed(self.signed, lowest, 2 ** (self.n_bits - 1) - 1, 2**self.n_bits - 1)
-            step = 2.0 * reduce_mean(row_sums(units.abs_()) / units.shape[1] * unit) / largest_code**0.5
+            step = 2.0 * row_mean_magnitudes(x, ranks()) / largest_code**0.5
         return first((or_one(usable_scale(step, 2.0**self.n_bits)), lowest), self.axis)
 
     def _least_error(self, x: Tensor, guess: Tensor, lowest: Tensor) -> Tensor:

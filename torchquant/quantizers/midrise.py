@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
-from torchquant.quantizers._scaled import ScaledQuantizer
+from torchquant.quantizers._midrise import MidriseQuantizer
 from torchquant.quantizers_functional._row_statistics import (
     row_mean_squares,
     row_moments,
@@ -19,64 +15,8 @@ from torchquant.quantizers_functional._row_statistics import (
     usable_scale,
 )
 from torchquant.quantizers_functional.formats import ScaledFormat
-from torchquant.quantizers_functional.midrise import MIDRISE_STEP, MidriseGrid, check_midrise
-from torchquant.quantizers_functional.uniform import integer_codes
+from torchquant.quantizers_functional.midrise import MidriseGrid
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean, reduce_sum
-from torchquant.range_observers._statistics import rows
-
-
-class MidriseQuantizer(ScaledQuantizer):
-    """The base of the family: cells given by `step` and `shift`, each with its midpoint as its value.
-
-    `n_bits` 1..12; `axis` None or the channel axis; `momentum` as in `StatisticTracker`, 0 for weights.
-    Raises ConfigError.
-    """
-
-    statistics: tuple[str, ...] = ("step", "shift")
-    joined_by: ClassVar[Mapping[str, str]] = {"step": "rms", "threshold_step": "rms"}
-
-    def __init__(
-        self,
-        n_bits: int,
-        axis: int | None = None,
-        momentum: float = 0.0,
-        gradient_clip: bool = False,
-        nonfinite: str = "raise",
-    ) -> None:
-        check_midrise(n_bits)
-        super().__init__(momentum, axis, gradient_clip, nonfinite)
-        self.n_bits = n_bits
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return integer_codes(self.n_bits, True)
-
-    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(s if self.axis is not None else s.squeeze(0) for s in self.fit(rows(x, self.axis)))
-
-    @abstractmethod
-    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the statistics of each row, over all ranks. x: (C, n). (C,) each."""
-
-    has_shift = True
-
-    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        return scale, shift
-
-    def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        step, shift = numbers
-        return MidriseGrid(step, self.n_bits, shift=shift, axis=self.axis)
-
-    @classmethod
-    def examples(cls, axis: int | None = None) -> list[Any]:
-        """Return the instances on which the laws are checked."""
-        return [cls(4, axis, gradient_clip=True), cls(1, axis), cls(8, axis)]
-
-    def extra_repr(self) -> str:
-        return f"n_bits={self.n_bits}, {super().extra_repr()}"
-
-    def _step(self, rms: Tensor) -> Tensor:
-        return usable_scale(MIDRISE_STEP[self.n_bits] * rms, 2.0**self.n_bits)
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -102,7 +42,7 @@ class UL2QQuantizer(MidriseQuantizer):
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         mean, deviation = row_moments(x, ranks())
-        return self._step(deviation), mean
+        return self.best_step(deviation), mean
 
 
 @QUANTIZERS.register("vecq")
@@ -127,7 +67,7 @@ class VecQQuantizer(MidriseQuantizer):
     )
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        threshold_step = self._step(_rms(x))
+        threshold_step = self.best_step(_rms(x))
         units, unit = shared_unit_rows(x)
         scaled = (threshold_step / unit).to(units.dtype)[:, None]
 
@@ -196,16 +136,9 @@ class ClipQQuantizer(MidriseQuantizer):
         super().__init__(n_bits, axis, momentum, gradient_clip, nonfinite)
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self._step(_rms(x)),)
+        return (self.best_step(_rms(x)),)
 
     has_shift = False
-
-    def numbers_at(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        return (scale,)
-
-    def format_with(self, *numbers: Tensor) -> ScaledFormat:
-        (scale,) = numbers
-        return MidriseGrid(scale, self.n_bits, axis=self.axis)
 
 
 @QUANTIZERS.register("zoomq")

@@ -23,8 +23,9 @@ class PACTQuantizer(LearnedQuantizer):
 
     It replaces a ReLU: values below 0 become 0. `init="mse"` starts alpha where the error is least on the positive half
     of a Gaussian of that size, a number starts it there (paper: 6.0). Add `pact_penalty(model)` to the
-    loss: without it, and with nothing clipped, alpha has no gradient. alpha is never used below a thousandth
-    of its first value. Raises ConfigError.
+    loss: without it, and with nothing clipped, alpha has no gradient. `calibrated`: the gradient of alpha counts the
+    rounding error too (Jin et al. 2019, SAT, arXiv:1912.10207). alpha is never used below a thousandth of its first
+    value. Raises ConfigError.
 
     >>> quantizer = PACTQuantizer(4, init=6.0)
     >>> quantizer.pre_observe(torch.tensor([1.0]))
@@ -43,11 +44,17 @@ class PACTQuantizer(LearnedQuantizer):
     about = About(
         "clamp(x, 0, alpha) in 2**n - 1 equal steps, alpha learned", "Choi et al. 2018, arXiv:1805.06085", "1..11"
     )
+    calibrated = False
     initial_alpha: Tensor
     alpha: Tensor
 
     def __init__(
-        self, n_bits: int, init: float | str = "mse", axis: int | None = None, nonfinite: str = "raise"
+        self,
+        n_bits: int,
+        init: float | str = "mse",
+        axis: int | None = None,
+        nonfinite: str = "raise",
+        calibrated: bool = False,
     ) -> None:
         lsq_codes(n_bits, False)
         if not (init == "mse" or (isinstance(init, int | float) and init > 0)):
@@ -55,6 +62,7 @@ class PACTQuantizer(LearnedQuantizer):
         super().__init__(axis, nonfinite)
         self.n_bits = n_bits
         self.init = init
+        self.calibrated = calibrated
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -73,7 +81,8 @@ class PACTQuantizer(LearnedQuantizer):
         return (self.bounded("alpha"),)
 
     def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return pact_quantize(x, per_channel_view(self.bounded("alpha"), x.ndim, self.axis), self.n_bits)
+        alpha = per_channel_view(self.bounded("alpha"), x.ndim, self.axis)
+        return pact_quantize(x, alpha, self.n_bits, self.calibrated)
 
     def format(self) -> Format:
         low, high = self.code_range

@@ -20,7 +20,9 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
 
     `method`: "alternating" (Xu et al. 2018), "refined", or "greedy", the published one, which stops gaining after four
     bits. Every element takes the nearest sum, in training and afterwards: greedy signs with stored scales would
-    not give the nearest. Codes count the sums from the lowest. Raises ConfigError.
+    not give the nearest. Codes count the sums from the lowest. `lqnets` averages the scales over batches, one refit for
+    each (Zhang et al. 2018, LQ-Nets, arXiv:1807.10029; deviation: a batch starts from greedy scales, where the paper
+    starts from the average). Raises ConfigError.
 
     >>> quantizer = ResidualQuantizer(2)
     >>> quantizer.force(torch.tensor([2.0, 0.5]))
@@ -30,7 +32,7 @@ class ResidualQuantizer(LevelList, FittedQuantizer):
 
     statistics = ("alphas",)
     joined_by = {"alphas": "rms"}
-    presets = {"resq": {"method": "greedy"}}
+    presets = {"resq": {"method": "greedy"}, "lqnets": {"method": "alternating", "iterations": 1, "momentum": 0.9}}
     about = About(
         "sum of a_i sign_i, scales by least squares",
         "Guo et al. 2017, arXiv:1706.02021; Xu et al. 2018, arXiv:1802.00150",

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.quantizers._base import QUANTIZERS, About
-from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
+from torchquant.quantizers._learned import LearnedQuantizer, first, largest_of, or_one
 from torchquant.quantizers_functional.formats import Format
 from torchquant.quantizers_functional.ternary import ternary_params
 from torchquant.quantizers_functional.ttq import TernaryPair, ttq_quantize
-from torchquant.range_observers._distributed import ranks, reduce_max
+from torchquant.range_observers._distributed import ranks
 from torchquant.range_observers._statistics import rows
 
 
@@ -46,7 +46,7 @@ class TTQQuantizer(LearnedQuantizer):
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
         x = rows(x, self.axis)
-        absmax = reduce_max(torch.maximum(x.amax(1), -x.amin(1))).to(torch.float64)
+        absmax = largest_of(x).to(torch.float64)
         alpha = or_one(ternary_params(x, "twn", ranks())[1])
         return first((alpha, alpha, self.t * absmax), self.axis)
 

@@ -116,7 +116,7 @@ def is_traced() -> bool:
 
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
     """Return `value`; the gradient of x is the incoming one, only where `inside` is 1 if it is given."""
-    if is_traced():
+    if not _wants_gradient(x):  # compiled code cannot call a Function that no gradient asks for
         return owned(value, x)
     return cast(Tensor, _PassThrough.apply(x, owned(value, x), inside))
 

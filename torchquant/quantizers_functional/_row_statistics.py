@@ -134,6 +134,16 @@ def _mean_squares(rows: Tensor) -> Tensor:
     return row_sums(squares) / units.shape[1] * unit.to(torch.float64).square()
 
 
+def row_mean_magnitudes(rows: Tensor, parts: Joining = WHOLE) -> Tensor:
+    """Compute the mean magnitude E|x| of each row, without overflow or underflow. rows: (C, n), n > 0. (C,) float64.
+
+    >>> row_mean_magnitudes(torch.tensor([[-3.0, 4.0]]))
+    tensor([3.5000], dtype=torch.float64)
+    """
+    units, unit = unit_rows(rows)
+    return parts.mean(row_sums(units.abs_()) / units.shape[1] * unit)
+
+
 def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return `unit_rows(rows)`, read-only: other callers may hold the same tensors."""
     return _once(unit_rows, rows)
@@ -159,6 +169,25 @@ def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     (squares,) = row_sums_of(centred_squares, units)
     deviation = parts.mean(squares / units.shape[1] * unit.square()).sqrt()
     return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
+
+
+def mean_deviation(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
+    """Compute the mean of each row, and the mean distance to it, E|x - mean|. rows: (C, n), n > 0. Two (C,) float64.
+
+    >>> mean_deviation(torch.tensor([[1.0, 2.0, 6.0]]))
+    (tensor([3.], dtype=torch.float64), tensor([2.], dtype=torch.float64))
+    """
+    units, unit = shared_unit_rows(rows)
+    unit = unit.to(torch.float64)
+    mean = parts.mean(row_sums(units) / units.shape[1] * unit)
+    shift = (mean / unit)[:, None]
+
+    def distances(units: Tensor) -> tuple[Tensor]:
+        return (units.to(torch.float64, copy=True).sub_(shift).abs_(),)
+
+    (total,) = row_sums_of(distances, units)
+    distance = parts.mean(total / units.shape[1] * unit)
+    return mean, torch.where(distance > 1e-7 * mean.abs(), distance, torch.zeros_like(distance))
 
 
 def usable_scale(scale: Tensor, largest_level: float) -> Tensor:

@@ -36,6 +36,17 @@ class Signs(ScaledFormat):
         return value, x.abs().le_(1.5 * scale) if want_inside else None
 
 
+@dataclass(frozen=True, eq=False)
+class DrawnSigns(Signs):
+    """{-scale, scale}, scale with probability `clamp((x + 1) / 2, 0, 1)`; codes are those of the sign."""
+
+    def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+        """Draw a level for each element, with torch's generator of the device; x counts as clipped as in `Signs`."""
+        chance = (x * 0.5 + 0.5).clamp_(0.0, 1.0)
+        value, inside = super().nearest(chance - torch.rand_like(chance), want_inside)
+        return value, inside if inside is None else super().nearest(x, True)[1]
+
+
 @explained
 def binary_quantize(
     x: Tensor, alpha: Tensor | float, gradient: str | Gradient = "ste", clamp: Clamp | None = None

@@ -68,6 +68,21 @@ def dorefa_weight_quantize(w: Tensor, absmax: Tensor | float, n_bits: int) -> Te
 
 
 @explained
+def sat_gain(w_hat: Tensor) -> Tensor:
+    """Compute `1 / sqrt(n_out Var(w_hat))`, by which SAT multiplies the weight of a layer without batch norm; ().
+
+    w_hat: (out, in, ...), quantized; n_out: its outputs times the positions of the kernel. 1 where all numbers are
+    equal. Source: Jin et al. 2019, SAT, arXiv:1912.10207, eq. 8.
+
+    >>> sat_gain(torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
+    tensor(0.7071)
+    """
+    n_out = w_hat.numel() // (w_hat.shape[1] if w_hat.ndim > 1 else 1)
+    size = w_hat.var(correction=0) * n_out
+    return torch.where(size > 0, size, torch.ones_like(size)).rsqrt()
+
+
+@explained
 def dorefa_act_quantize(x: Tensor, n_bits: int) -> Tensor:
     """Quantize `clamp(x, 0, 1)` to 2**n_bits levels. Gradient 1 where 0 <= x <= 1, else 0.
 

@@ -232,6 +232,11 @@ class UniformGrid(Format):
     def code_range(self) -> tuple[int, int]:
         return int(self.qmin), int(self.qmax)
 
+    @property
+    def largest(self) -> float:
+        """Return the largest magnitude of its levels, in scales."""
+        return max(abs(code - int(self.zero_point)) for code in self.code_range) / self.divisor
+
     def step(self, x: Tensor) -> Tensor:
         scale = self.shaped(self.scale, x)
         return scale if self.divisor == 1 else scale / self.divisor

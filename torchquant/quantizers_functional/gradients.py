@@ -17,6 +17,9 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, unpack_mask
 from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient, Projected, owned, pass_through
 
+WAVE = math.sqrt(2.0) * math.pi
+"""The factor of the amplitude in `rdfs`."""
+
 
 @GRADIENTS.register("ste")
 @dataclass(frozen=True, repr=False)
@@ -60,6 +63,62 @@ class ApproxSign(Gradient):
     def attach(self, projected: Projected) -> Tensor:
         with torch.no_grad():
             factor = _times((2.0 - 2.0 * projected.x.detach().abs()).clamp_min_(0.0), projected.inside)
+        return cast(Tensor, _Scaled.apply(projected.x, owned(projected.value, projected.x), factor))
+
+
+@GRADIENTS.register("ede")
+@dataclass(frozen=True, repr=False)
+class ErrorDecay(Gradient):
+    """B13, error decay estimator, for 1-bit formats: the gradient times `k t (1 - tanh(t x)**2)`, `k = max(1 / t, 1)`.
+
+    Small t is nearly straight through, large t nearly the sign itself. Schedule it from 0.1 to 10, as the paper does:
+    `GradientSchedule(model, "ede", t=Ramp(0.1, 10.0, n_steps, "geometric"))`. Source: Qin et al. 2020, IR-Net,
+    arXiv:1909.10788, eq. 9-10.
+    """
+
+    name = "ede"
+    needs = frozenset({"sign"})
+    t: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.t < math.inf:
+            raise ConfigError(f"t must be above 0 and finite, got {self.t!r}")
+
+    def attach(self, projected: Projected) -> Tensor:
+        with torch.no_grad():
+            slope = 1.0 - torch.tanh(self.t * projected.x.detach()).square_()
+            factor = _times(slope.mul_(max(1.0, self.t)), projected.inside)
+        return cast(Tensor, _Scaled.apply(projected.x, owned(projected.value, projected.x), factor))
+
+
+@GRADIENTS.register("rdfs")
+@dataclass(frozen=True, repr=False)
+class DampedFourier(Gradient):
+    """B14, rotated damped Fourier surrogate: the gradient times `(1 - S) / (1 + S)`, for uniform formats.
+
+    `S = sqrt(2) pi amplitude cos(pi d)` with d the distance to the level in steps: 1 on a threshold, smallest on a
+    level, so that weights near a threshold move most. 0 where the format clips. `amplitude` 0 is the clipped
+    straight-through; below `1 / (sqrt(2) pi)` the factor stays positive. Source: StableQAT, arXiv:2601.19320.
+    """
+
+    name = "rdfs"
+    needs = frozenset({"step"})
+    wants_inside = True
+    amplitude: float = 0.21
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.amplitude * WAVE < 1.0:
+            raise ConfigError(
+                f"amplitude must be at least 0 and below {1.0 / WAVE:.4f}, where the factor is positive everywhere, "
+                f"got {self.amplitude!r}"
+            )
+
+    def attach(self, projected: Projected) -> Tensor:
+        with torch.no_grad():
+            distance = (projected.x.detach() - projected.value).div_(_step(self, projected)).clamp_(-0.5, 0.5)
+            wave = distance.mul_(math.pi).cos_().mul_(WAVE * self.amplitude)
+            factor = (1.0 - wave).div_(1.0 + wave).to(projected.value.dtype).nan_to_num_(0.0)
+            factor = _times(factor, projected.inside)
         return cast(Tensor, _Scaled.apply(projected.x, owned(projected.value, projected.x), factor))
 
 

@@ -39,6 +39,7 @@ from torchquant.runs.settings import (
     seed_option,
 )
 from torchquant.runs.stages import Stages
+from torchquant.training import Distillation
 from torchquant.utils import SiteReport, set_qmodule_state, state_report
 
 __all__ = ["JobConfig", "JobResult", "run_job"]
@@ -56,7 +57,8 @@ class JobConfig:
     "package.module:function" of an installed package.
     `rules`: the name of a rule set, or a YAML file with a list of rules or with a saved plan. `data`: see `load_data`.
     `mode`: "ptq" calibrates, "qat" trains after that. `checkpoint`: a float state_dict; without it the float model is
-    trained for `float_epochs`. `contents`: name -> sha256 of the files that take part, as a run recorded them; None:
+    trained for `float_epochs`. `distill`: the share of the loss of "qat" that is the distance to the predictions of the
+    float model. `contents`: name -> sha256 of the files that take part, as a run recorded them; None:
     compute them now. Raises ConfigError.
     """
 
@@ -70,6 +72,7 @@ class JobConfig:
     learning_rate: float = option(1e-3, "Learning rate of float training; qat uses a third of it.")
     calibration_batches: int = option(8, "Batches of the calibration.")
     seed: int = seed_option()
+    distill: float | None = option(None, "qat: share of the loss, above 0 to 1, that is learned from the float model.")
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +80,11 @@ class JobConfig:
         if self.mode not in MODES:
             raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}")
         check_at_least(self, float_epochs=0, epochs=1, calibration_batches=1)
-        check_above_zero(self, "learning_rate")
+        check_above_zero(self, "learning_rate", "distill")
+        if self.distill is not None and (self.distill > 1.0 or self.mode != "qat"):
+            raise ConfigError(
+                f"distill is a share of the loss of mode qat, above 0 and at most 1; got {self.distill} in {self.mode}"
+            )
         check_seed(self.seed)
 
 
@@ -145,7 +152,7 @@ def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stag
     ptq_accuracy = accuracy_on(model, data)
     shown.message(f"calibrated: accuracy {ptq_accuracy:.2%}, {len(plan.sites)} sites, {len(plan.floats)} left float")
     shown.advance(1.0, "training")
-    qat_accuracy = _trained(model, config, data, stages) if config.mode == "qat" else None
+    qat_accuracy = _trained(model, net, config, data, stages) if config.mode == "qat" else None
     write_checkpoint(folder / "quantized.pt", model)
     result = JobResult(
         float_accuracy,
@@ -162,14 +169,15 @@ def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stag
     return result
 
 
-def _trained(model: nn.Module, config: JobConfig, data: TrainingData, stages: Stages) -> float:
-    """Train quantization-aware and return the accuracy."""
+def _trained(model: nn.Module, net: nn.Module, config: JobConfig, data: TrainingData, stages: Stages) -> float:
+    """Train quantization-aware, with the float network as the teacher if one is asked for; return the accuracy."""
+    teacher = None if config.distill is None else Distillation(net, config.distill)
     tell, progress = stages.tell("quantized", config.epochs), stages.folder / "qat.progress.pt"
     rate = config.learning_rate / 3.0
     stages.run(
         "trained.pt",
         model,
-        lambda: train(model, data, config.epochs, rate, config.seed, tell, progress, quantized=True),
+        lambda: train(model, data, config.epochs, rate, config.seed, tell, progress, quantized=True, teacher=teacher),
         progress.name,
     )
     set_qmodule_state(model, QModuleState.QUANT_EVAL)

@@ -2,6 +2,10 @@
 
 from torchquant.training.bn_stats import reestimate_bn as reestimate_bn
 from torchquant.training.calibration import calibrate as calibrate
+from torchquant.training.distillation import Distillation as Distillation
+from torchquant.training.distillation import attention_map_loss as attention_map_loss
+from torchquant.training.distillation import distillation_loss as distillation_loss
+from torchquant.training.distillation import feature_loss as feature_loss
 from torchquant.training.evaluation import Metric as Metric
 from torchquant.training.evaluation import evaluate as evaluate
 from torchquant.training.ewgs import adapt_ewgs as adapt_ewgs
@@ -12,6 +16,7 @@ from torchquant.training.loop import fit_quantized as fit_quantized
 from torchquant.training.oscillation import OscillationReport as OscillationReport
 from torchquant.training.oscillation import OscillationTracker as OscillationTracker
 from torchquant.training.oscillation import dampening_loss as dampening_loss
+from torchquant.training.rprelu import RPReLU as RPReLU
 from torchquant.training.schedules import BitSchedule as BitSchedule
 from torchquant.training.schedules import GradientSchedule as GradientSchedule
 from torchquant.training.schedules import QuantizationSchedule as QuantizationSchedule
@@ -19,6 +24,7 @@ from torchquant.training.schedules import Ramp as Ramp
 
 __all__ = [
     "BitSchedule",
+    "Distillation",
     "GradientSchedule",
     "Loss",
     "Metric",
@@ -26,11 +32,15 @@ __all__ = [
     "OscillationReport",
     "OscillationTracker",
     "QuantizationSchedule",
+    "RPReLU",
     "Ramp",
     "adapt_ewgs",
+    "attention_map_loss",
     "calibrate",
     "dampening_loss",
+    "distillation_loss",
     "evaluate",
+    "feature_loss",
     "fit",
     "fit_quantized",
     "reestimate_bn",

@@ -21,6 +21,7 @@ from torchquant.errors import ConfigError
 from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.training.batches import check_batches, count, is_first_rank, pair_of, place, progress_bar, taken
+from torchquant.training.distillation import Distillation, teaching
 from torchquant.utils import observe_weights, quantizer_parameters, set_qmodule_state
 
 OnEpoch = Callable[[int, float], None]
@@ -46,6 +47,7 @@ def fit(
     max_batches: int | None = None,
     device: str | torch.device | None = None,
     show_progress: bool | None = None,
+    teacher: nn.Module | Distillation | None = None,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate; leaves the model in eval mode.
 
@@ -57,7 +59,8 @@ def fit(
     training is saved after each epoch; if it exists, training resumes from it and ends with the same numbers, bit for
     bit. `generator`: the generator of `batches`, saved there too. `warm_up`: share of the steps in which the rate
     rises. `device`: the device for the model and the batches; None: that of the model. `show_progress`: a progress bar;
-    None: one if `on_epoch` is not given, rich is installed, and the output is a terminal. With torch.distributed,
+    None: one if `on_epoch` is not given, rich is installed, and the output is a terminal. `teacher`: a model, such as
+    the float one, whose predictions are learned too; a `Distillation` says how. With torch.distributed,
     gradients are averaged over the ranks; the first rank writes `progress`, and all ranks read it. Raises ConfigError
     for no epochs or no batches.
 
@@ -78,12 +81,17 @@ def fit(
     course = _Course(model, learning_rate, epochs * n_steps, warm_up, generator)
     model.train()
     first = 1 + (0 if progress is None or not progress.exists() else course.resume(progress))
-    with progress_bar("training", (epochs - first + 1) * n_steps, show_progress, on_epoch) as advance:
+    n_left = (epochs - first + 1) * n_steps
+    with (
+        progress_bar("training", n_left, show_progress, on_epoch) as advance,
+        teaching(model, teacher, where) as lesson,
+    ):
         for epoch in range(first, epochs + 1):
             losses = []
             stream = taken(_of_epoch(batches), max_batches, where)
             for inputs, targets in (pair_of(batch, i) for i, batch in enumerate(stream)):
-                value = one_number(loss(call_with(module, inputs, "a batch"), targets), "the loss")
+                outputs = call_with(module, inputs, "a batch")
+                value = lesson(one_number(loss(outputs, targets), "the loss"), outputs, inputs)
                 course.step(value)
                 losses.append(value.detach())
                 advance()

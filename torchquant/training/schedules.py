@@ -16,13 +16,15 @@ from torchquant.quantizers import GridQuantizer, Quantizer, make_quantizer
 from torchquant.quantizers_functional import GRADIENTS, Gradient
 from torchquant.utils import freeze_bn, observe_weights, qmodules, set_qmodule_state
 
-SHAPES = ("linear", "cosine")
+SHAPES = ("linear", "cosine", "geometric")
 
 
 @checked
 @dataclass(frozen=True)
 class Ramp:
-    """A number that changes from `start` to `end` in `n_steps` steps and stays there; "linear" or "cosine".
+    """A number that changes from `start` to `end` in `n_steps` steps and stays there.
+
+    `shape`: "linear", "cosine", or "geometric", which multiplies by the same factor at every step.
 
     >>> ramp = Ramp(1.0, 0.0, 100)
     >>> ramp(0), ramp(25), ramp(500)
@@ -39,9 +41,13 @@ class Ramp:
             raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
         if self.n_steps < 1:
             raise ConfigError(f"n_steps must be at least 1, got {self.n_steps!r}")
+        if self.shape == "geometric" and not (self.start > 0 and self.end > 0):
+            raise ConfigError(f"a geometric ramp goes between numbers above 0, got {self.start!r} and {self.end!r}")
 
     def __call__(self, step: int) -> float:
         done = min(max(step / self.n_steps, 0.0), 1.0)
+        if self.shape == "geometric":
+            return float(self.start * (self.end / self.start) ** done)
         done = done if self.shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
         return self.start + (self.end - self.start) * done
 

@@ -162,7 +162,8 @@ class Quantizer(nn.Module):
             for slot in weight_slots(self.bound_model):
                 if (quantizer := slot.quantizer) is not None:
                     quantized = slot.channels_first(quantizer(slot.seen()))
-                    parameter_of(exported.get_submodule(slot.path), slot.name).copy_(quantized)
+                    stored = parameter_of(exported.get_submodule(slot.path), slot.name)
+                    stored.copy_(quantized.view_as(stored))
         state = exported.state_dict()
         write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
         config = calibration_config(self.bound_model, self.layers)

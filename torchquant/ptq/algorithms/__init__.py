@@ -6,6 +6,7 @@ from torchquant.ptq.algorithms import analytic_bias as analytic_bias
 from torchquant.ptq.algorithms import autoround as autoround
 from torchquant.ptq.algorithms import bias_correction as bias_correction
 from torchquant.ptq.algorithms import bn_ranges as bn_ranges
+from torchquant.ptq.algorithms import brecq as brecq
 from torchquant.ptq.algorithms import calibrate as calibrate
 from torchquant.ptq.algorithms import cle as cle
 from torchquant.ptq.algorithms import clip as clip

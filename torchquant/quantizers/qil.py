@@ -1,0 +1,95 @@
+"""Quantization interval learning. Maths: quantizers_functional/qil.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.quantizers._base import QUANTIZERS, About
+from torchquant.quantizers._learned import LearnedQuantizer, first, or_one
+from torchquant.quantizers_functional._row_statistics import row_mean_squares, usable_scale
+from torchquant.quantizers_functional.lsq import NARROW_STEP
+from torchquant.quantizers_functional.qil import check_qil, qil_preimage, qil_quantize, qil_transform, unit_grid
+from torchquant.range_observers._distributed import reduce_mean
+from torchquant.range_observers._statistics import rows
+
+
+@QUANTIZERS.register("qil")
+class QILQuantizer(LearnedQuantizer):
+    """A trained interval of magnitudes: smaller ones become 0, larger ones 1 (Jung et al. 2019, arXiv:1808.05779).
+
+    Weights lose their units, as with `dorefa`: the levels are in [-1, 1] whatever their scale, so a batch norm should
+    follow. Trained: centre and half length of the interval, and for weights the power gamma of the position in it.
+    `activation` selects the form for activations, levels in [0, 1] without a power; in spec strings the default for
+    every slot but the weight. The paper starts from a network of more bits; here the interval starts at 0, and ends
+    where the error of a Gaussian is least. Raises ConfigError.
+
+    >>> quantizer = QILQuantizer(3)
+    >>> quantizer.pre_observe(torch.tensor([0.62, -0.41, 0.1, 0.9]))
+    >>> quantizer.set_numbers(centre=0.5, distance=0.35, gamma=1.0)
+    >>> quantizer(torch.tensor([0.62, -0.41, 0.1, 0.9]))
+    tensor([ 0.6667, -0.3333,  0.0000,  1.0000])
+    """
+
+    is_idempotent = False
+    joined_by = {"initial_centre": "rms", "initial_distance": "rms"}
+    typical_acts = "qil:{n}"
+    about = About(
+        "sign(x) RHE(q clamp((|x| - centre + distance) / (2 distance), 0, 1)**gamma) / q, all three learned",
+        "Jung et al. 2019, QIL, arXiv:1808.05779",
+        "2..8 (1..8)",
+    )
+
+    def __init__(
+        self, n_bits: int, activation: bool = False, axis: int | None = None, nonfinite: str = "raise"
+    ) -> None:
+        check_qil(n_bits, activation)
+        self.learned = ("centre", "distance") if activation else ("centre", "distance", "gamma")
+        self.statistics = tuple(f"initial_{name}" for name in self.learned)
+        super().__init__(axis, nonfinite)
+        self.n_bits = n_bits
+        self.activation = activation
+        self.signed = not activation
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return unit_grid(self.n_bits, self.activation).code_range
+
+    def measure(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = rows(x.clamp_min(0.0) if self.activation else x, self.axis)
+        rms = reduce_mean(row_mean_squares(x)).sqrt()
+        step = 2**0.5 * NARROW_STEP[self.n_bits + 1] if self.activation else NARROW_STEP[self.n_bits]
+        half = or_one(usable_scale(rms * (step * self.code_range[1] / 2), 4.0))
+        return first((half, half, torch.ones_like(half))[: len(self.learned)], self.axis)
+
+    def grid(self) -> tuple[Tensor, ...]:
+        """Return centre and distance, and gamma for weights."""
+        return tuple(self.bounded(name) for name in self.learned)
+
+    def quantize(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        centre, distance, *gamma = self.grid_for(x)
+        return qil_quantize(x, centre, distance, self.n_bits, gamma[0] if gamma else None, self.activation)
+
+    def codes(self, x: Tensor, *grid: Any) -> Tensor:
+        centre, distance, *gamma = (number.to(x.dtype) for number in grid)
+        unit = qil_transform(x, centre, distance, gamma[0] if gamma else None)
+        return unit_grid(self.n_bits, self.activation).codes(unit)
+
+    def values(self, codes: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+        return unit_grid(self.n_bits, self.activation).values(codes, dtype)
+
+    @torch.no_grad()
+    def preimage(self, values: Tensor) -> Tensor:
+        centre, distance, *gamma = self.grid_for(values)
+        return qil_preimage(values.float(), centre, distance, gamma[0] if gamma else None).to(values.dtype)
+
+    @classmethod
+    def examples(cls, axis: int | None = None) -> list[QILQuantizer]:
+        """Return the instances on which the laws are checked."""
+        return [cls(3, axis=axis), cls(2, True, axis)]
+
+    def extra_repr(self) -> str:
+        form = "activation" if self.activation else "weight"
+        return f"n_bits={self.n_bits}, {form}, {super().extra_repr()}"
