@@ -377,7 +377,9 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "ActivationPattern": lambda: {"clamp": (0.0, None)},
         "InputFirstPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
         "LayerPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
-        "WeightsPattern": lambda: {"weights": ("weight",), "values": ("input",)},
+        "WeightsPattern": lambda: {
+            **{"weights": ("weight",), "values": ("input",), "groups": {}, "stacks": (), "biases": {}},
+        },
         "ChannelScale": lambda: {"factor": torch.ones(4), "axis": -1},
         "LowRank": lambda: {"down": torch.ones(1, 4), "up": torch.ones(3, 1)},
         "Rotation": lambda: {"signs": torch.ones(4), "matrices": [torch.eye(2)], "axis": -1},
