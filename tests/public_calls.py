@@ -410,6 +410,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "GradientSchedule": on_model(gradient="clipped"),
         "OscillationTracker": on_model(freeze_above=0.5, momentum=0.01),
         "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
+        "ProgressiveFreezing": on_model(freeze_at=[2, 4], every=1),
         "RPReLU": lambda: {"num_parameters": 3, "init": 0.25},
         "Ramp": lambda: {"start": 0.0, "end": 1.0, "n_steps": 3, "shape": "linear"},
         "adapt_ewgs": ewgs_model,
@@ -550,7 +551,10 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints", "InputTransform"), RECORD: ("WeightSlot", "WeightsPattern")},
     "torchquant.utils": {RECORD: ("SiteReport", "StateReport")},
-    "torchquant.training": {RECORD: ("OscillationReport",), "a type alias": ("Loss", "Metric", "OnEpoch")},
+    "torchquant.training": {
+        RECORD: ("Instability", "OscillationReport"),
+        "a type alias": ("Loss", "Metric", "OnEpoch"),
+    },
     "torchquant.search": {RECORD: ("Allocation", "EpochRecord", "Pareto", "ParetoPoint", "Sensitivity")},
     "torchquant.search_run": {
         RECORD: ("SearchRunResult", "StudyResult", "Trial"),

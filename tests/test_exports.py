@@ -59,7 +59,8 @@ PUBLIC: dict[str, list[str]] = {
         "quantizer_parameters", "set_qmodule_state", "state_report", "weight_slots",
     ],
     "torchquant.training": [
-        "BitSchedule", "Distillation", "GradientSchedule", "Loss", "Metric", "OnEpoch", "OscillationReport",
+        "BitSchedule", "Distillation", "GradientSchedule", "Instability", "Loss", "Metric", "OnEpoch",
+        "OscillationReport", "ProgressiveFreezing",
         "OscillationTracker", "QuantizationSchedule", "RPReLU", "Ramp", "adapt_ewgs", "attention_map_loss", "calibrate",
         "dampening_loss", "distillation_loss", "evaluate", "feature_loss", "fit", "fit_quantized", "reestimate_bn",
     ],

@@ -16,6 +16,8 @@ from torchquant.training.loop import fit_quantized as fit_quantized
 from torchquant.training.oscillation import OscillationReport as OscillationReport
 from torchquant.training.oscillation import OscillationTracker as OscillationTracker
 from torchquant.training.oscillation import dampening_loss as dampening_loss
+from torchquant.training.profit import Instability as Instability
+from torchquant.training.profit import ProgressiveFreezing as ProgressiveFreezing
 from torchquant.training.rprelu import RPReLU as RPReLU
 from torchquant.training.schedules import BitSchedule as BitSchedule
 from torchquant.training.schedules import GradientSchedule as GradientSchedule
@@ -26,11 +28,13 @@ __all__ = [
     "BitSchedule",
     "Distillation",
     "GradientSchedule",
+    "Instability",
     "Loss",
     "Metric",
     "OnEpoch",
     "OscillationReport",
     "OscillationTracker",
+    "ProgressiveFreezing",
     "QuantizationSchedule",
     "RPReLU",
     "Ramp",
