@@ -69,6 +69,7 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
     assert (out / "sites.csv").read_text().startswith("path,site,state,scheme")
 
 
+@pytest.mark.slow
 def test_a_job_learns_from_its_float_model_if_asked(own_model: str, tmp_path: Path) -> None:
     brief = {"rules": "w4a4-lsq", "float_epochs": 1, "epochs": 1}
     states = []
@@ -77,9 +78,12 @@ def test_a_job_learns_from_its_float_model_if_asked(own_model: str, tmp_path: Pa
         states.append(torch.load(tmp_path / name / "trained.pt", weights_only=True))
     assert any(not torch.equal(states[0][key], value) for key, value in states[1].items())
     assert json.loads((tmp_path / "taught" / "config.json").read_text())["distill"] == 0.9
+
+
+def test_the_share_that_is_learned_from_the_float_model() -> None:
     for wrong in ({"distill": 1.5}, {"distill": 0.5, "mode": "ptq"}):
         with pytest.raises(ConfigError, match="distill is a share of the loss of mode qat, above 0 and at most 1; got"):
-            config(own_model, **wrong)
+            config("demo", **wrong)
 
 
 def test_a_stopped_job_goes_on_and_ends_the_same(own_model: str, tmp_path: Path) -> None:
