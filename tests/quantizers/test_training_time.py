@@ -299,6 +299,10 @@ class TestQIL:
             high, low = (transformed(*map(real, at)).sum() for at in moved)
             close(gradient, float(high - low) / 2e-6, 1e-6)
 
+    def test_its_form_for_activations_keeps_the_laws(self) -> None:
+        laws = ("on_grid", "monotone", "keeps_form", "edge_cases", "nonfinite", "trained", "gradient_size", "survives")
+        assert tq.check_quantizer(QILQuantizer(2, True), laws=laws).passed == laws
+
     def test_activations_have_no_power_and_a_distance_beyond_the_centre_is_the_centre(self) -> None:
         quantizer = tq.make_quantizer("qil:2", site="input")
         quantizer.pre_observe(torch.randn(100))

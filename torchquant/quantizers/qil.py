@@ -88,7 +88,7 @@ class QILQuantizer(LearnedQuantizer):
     @classmethod
     def examples(cls, axis: int | None = None) -> list[QILQuantizer]:
         """Return the instances on which the laws are checked."""
-        return [cls(3, axis=axis), cls(2, True, axis)]
+        return [cls(3, axis=axis)]
 
     def extra_repr(self) -> str:
         form = "activation" if self.activation else "weight"
