@@ -500,6 +500,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "find_blocks": on_model(names=(), slots=None),
         "find_recipe": lambda: {"name": "gptq"},
         "make_stage": lambda: {"spec": "gptq"},
+        "quantized_cache": lambda: {"keys": 4, "values": 4, "group": 32, "residual": 128},
         "run": on_model(
             stages=["nearest"],
             batches=BATCHES,

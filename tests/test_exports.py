@@ -128,8 +128,8 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.ptq": [
         "BiasChange", "Block", "BlockData", "BlockStage", "Blocks", "Layer", "LayerData", "MatchingRounding",
-        "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Recipe", "Rounding", "StepReport",
-        "WeightChange", "find_blocks", "find_recipe", "make_stage", "run",
+        "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Recipe", "Rounding",
+        "StepReport", "WeightChange", "find_blocks", "find_recipe", "make_stage", "quantized_cache", "run",
     ],
     "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "run_ptq"],
     "torchquant.runs.demo": [

@@ -3,7 +3,8 @@
 `run` runs stages (`engine.py`: their order and the passes, `streams.py`: forwards that stop before each layer,
 `work.py`: the stages at one layer, `blocks.py`, `block.py`, `block_pass.py`, `block_work.py`: the same for blocks,
 `resuming.py`: the folder of a run). A stage is a class in `PTQ` (`stage.py`), each
-in a file of `algorithms/`; the maths is in `functional/`.
+in a file of `algorithms/`; the maths is in `functional/`. `quantized_cache` (`kv_cache.py`) keeps keys and values of
+attention in few bits.
 """
 
 from torchquant.ptq import algorithms as algorithms
@@ -12,6 +13,7 @@ from torchquant.ptq.block import BlockData as BlockData
 from torchquant.ptq.blocks import Blocks as Blocks
 from torchquant.ptq.blocks import find_blocks as find_blocks
 from torchquant.ptq.engine import run as run
+from torchquant.ptq.kv_cache import quantized_cache as quantized_cache
 from torchquant.ptq.layer import Layer as Layer
 from torchquant.ptq.layer import LayerData as LayerData
 from torchquant.ptq.recipe import RECIPES as RECIPES
@@ -50,5 +52,6 @@ __all__ = [
     "find_blocks",
     "find_recipe",
     "make_stage",
+    "quantized_cache",
     "run",
 ]
