@@ -597,8 +597,16 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},
     "torchquant.models": {"its package makes nets of millions of weights": ("FusedEfficientNet",)},
     "torchquant.ptq": {
-        RECORD: ("Layer", "LayerData", "PTQReport", "StepReport"),
-        ABSTRACT: ("BiasChange", "MatchingRounding", "ModelStage", "NumberSearch", "Rounding", "WeightChange"),
+        RECORD: ("Block", "BlockData", "Blocks", "Layer", "LayerData", "PTQReport", "StepReport"),
+        ABSTRACT: (
+            "BiasChange",
+            "BlockStage",
+            "MatchingRounding",
+            "ModelStage",
+            "NumberSearch",
+            "Rounding",
+            "WeightChange",
+        ),
     },
     "torchquant.plan": {RECORD: ("PlanChange",), "a type alias": ("Rules",)},
 }
