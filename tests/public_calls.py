@@ -597,10 +597,12 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},
     "torchquant.models": {"its package makes nets of millions of weights": ("FusedEfficientNet",)},
     "torchquant.ptq": {
-        RECORD: ("Block", "BlockData", "Blocks", "Layer", "LayerData", "PTQReport", "StepReport"),
+        RECORD: ("Block", "BlockData", "Blocks", "Layer", "LayerData", "PTQReport", "Readers", "StepReport"),
         ABSTRACT: (
             "BiasChange",
             "BlockStage",
+            "InputStage",
+            "LowRankChange",
             "MatchingRounding",
             "ModelStage",
             "NumberSearch",

@@ -127,9 +127,10 @@ PUBLIC: dict[str, list[str]] = {
         "PlanChange", "QuantPlan", "RULE_SETS", "Rules", "quantize", "read_yaml",
     ],
     "torchquant.ptq": [
-        "BiasChange", "Block", "BlockData", "BlockStage", "Blocks", "Layer", "LayerData", "MatchingRounding",
-        "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Recipe", "Rounding",
-        "StepReport", "WeightChange", "find_blocks", "find_recipe", "make_stage", "quantized_cache", "run",
+        "BiasChange", "Block", "BlockData", "BlockStage", "Blocks", "InputStage", "Layer", "LayerData",
+        "LowRankChange", "MatchingRounding", "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Readers",
+        "Recipe", "Rounding", "StepReport", "WeightChange", "find_blocks", "find_recipe", "make_stage",
+        "quantized_cache", "run",
     ],
     "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "run_ptq"],
     "torchquant.runs.demo": [

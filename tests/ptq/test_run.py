@@ -24,7 +24,12 @@ SLOW_SPECS = (
     *("codebook:2", "fp4_e2m1/channel", "nf4/group=4", "mxfp4"),
 )
 SPECS = [*QUICK_SPECS, *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW_SPECS)]
-QUICK = {"adaround": "adaround:steps=30,rate=0.1", "autoround": "autoround:steps=10", "magr": "magr:steps=10"}
+QUICK = {
+    "adaround": "adaround:steps=30,rate=0.1",
+    "autoround": "autoround:steps=10",
+    "magr": "magr:steps=10",
+    **{name: f"{name}:rank=2" for name in ("low_rank", "svdquant")},
+}
 STAGES = [QUICK.get(name, name) for name in ptq.PTQ if issubclass(ptq.PTQ[name], LayerStage)]
 
 

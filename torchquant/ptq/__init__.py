@@ -16,6 +16,7 @@ from torchquant.ptq.engine import run as run
 from torchquant.ptq.kv_cache import quantized_cache as quantized_cache
 from torchquant.ptq.layer import Layer as Layer
 from torchquant.ptq.layer import LayerData as LayerData
+from torchquant.ptq.readers import Readers as Readers
 from torchquant.ptq.recipe import RECIPES as RECIPES
 from torchquant.ptq.recipe import Recipe as Recipe
 from torchquant.ptq.recipe import find_recipe as find_recipe
@@ -24,6 +25,8 @@ from torchquant.ptq.report import StepReport as StepReport
 from torchquant.ptq.stage import PTQ as PTQ
 from torchquant.ptq.stage import BiasChange as BiasChange
 from torchquant.ptq.stage import BlockStage as BlockStage
+from torchquant.ptq.stage import InputStage as InputStage
+from torchquant.ptq.stage import LowRankChange as LowRankChange
 from torchquant.ptq.stage import MatchingRounding as MatchingRounding
 from torchquant.ptq.stage import ModelStage as ModelStage
 from torchquant.ptq.stage import NumberSearch as NumberSearch
@@ -39,12 +42,15 @@ __all__ = [
     "BlockData",
     "BlockStage",
     "Blocks",
+    "InputStage",
     "Layer",
     "LayerData",
+    "LowRankChange",
     "MatchingRounding",
     "ModelStage",
     "NumberSearch",
     "PTQReport",
+    "Readers",
     "Recipe",
     "Rounding",
     "StepReport",

@@ -23,16 +23,18 @@ from torchquant.ptq.block_pass import BlockPass
 from torchquant.ptq.block_work import BlockWork, block_state, load_block_state
 from torchquant.ptq.blocks import BlockPlace, find_blocks
 from torchquant.ptq.folding import fold_for_good
+from torchquant.ptq.inputs import InputWork, has_slots
 from torchquant.ptq.layer import LayerData, are_alike
 from torchquant.ptq.overflow import Overflow
 from torchquant.ptq.reads import mask_of, paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
-from torchquant.ptq.stage import CHANGES, BlockStage, LayerStage, ModelStage, Stage, make_stage
+from torchquant.ptq.stage import CHANGES, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
 from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
 from torchquant.qmodule import QModule, QModuleState, WeightSlot
+from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.range_observers._distributed import world_size
 from torchquant.training.batches import check_batches, inputs_of, is_first_rank, place, progress_bar, taken
@@ -127,6 +129,7 @@ def run(
             engine.report(StepReport("(none)", label, note=f"stays rounded to nearest: {why}"))
         for unit, group in itertools.groupby(made, lambda stage: stage.unit):
             engine.run_all(unit, list(group))
+        engine.observe_again()
         if overflow is not None:
             engine.report(
                 StepReport("(none)", "", note=f"{overflow.moved} bytes of waiting inputs were put into files")
@@ -143,6 +146,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
     if not stages:
         raise ConfigError("there are no stages to run; give names such as 'gptq', see PTQ")
     done: dict[str, Stage] = {}
+    units: set[str] = set()
     for stage in stages:
         for later in ("roundings", "bias"):
             if later in done and CHANGES.index(stage.changes) < CHANGES.index("numbers") and stage.changes != "ranges":
@@ -152,11 +156,18 @@ def _check_order(stages: Sequence[Stage]) -> None:
                 )
         if "bias" in done and stage.changes in ("numbers", "roundings"):
             raise ConfigError(f"{_name(stage)} comes after {_name(done['bias'])}, which corrects its error; swap them")
+        if stage.changes == "structure" and (before := [done[c] for c in ("weights", "numbers") if c in done]):
+            raise ConfigError(
+                f"{_name(stage)} changes structure, and {_name(before[0])} works on what comes of it; swap them"
+            )
+        if isinstance(stage, ModelStage) and not stage.allows_transforms and "input" in units:
+            raise ConfigError(f"{_name(stage)} cannot work on layers with transforms before them; put it first")
         done[stage.changes] = stage
+        units.add(stage.unit)
 
 
 def _asks_for_inputs(stage: Stage) -> bool:
-    if isinstance(stage, ModelStage):
+    if isinstance(stage, ModelStage | InputStage):
         return stage.needs_data
     return stage.unit == "block" or (isinstance(stage, LayerStage) and bool(stage.needs))
 
@@ -189,12 +200,14 @@ class _Engine:
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
         self.n_passes = 0
+        self.is_stale = False
         self.again: set[str] = set()
         self.advance: Callable[[], None] = lambda: None
 
     def count(self, stages: Sequence[Stage]) -> int:
         """Return how many steps the stages take."""
         counts = {"layer": sum(map(len, self.units.values())), "block": len(self.blocks), "model": 1}
+        counts["input"] = len(self.units)
         return sum(counts[stage.unit] for stage in stages)
 
     def run_all(self, unit: str, stages: list[Any]) -> None:
@@ -210,9 +223,36 @@ class _Engine:
 
     def run_models(self, stages: Sequence[ModelStage]) -> None:
         for stage in stages:
+            if not stage.allows_transforms and any(has_slots(slots[0]) for slots in self.units.values()):
+                raise ConfigError(f"{_name(stage)} cannot work on layers with transforms before them; run it first")
             began = time.perf_counter()
             note = stage.run(self.model, self.inputs)
             self.report(StepReport(_name(stage), "", time.perf_counter() - began, note=note))
+
+    def run_inputs(self, stages: Sequence[InputStage]) -> None:
+        """Run stages for inputs, one after the other, in the float model, whose function stays."""
+        calls = [self._call(self.model, batch) for batch in self.inputs]
+        for stage in stages:
+            self._check_units()
+            work = InputWork(self.model, stage, _name(stage), self.keep, self.report)
+            work.run_all({path: slots[0] for path, slots in self.units.items()}, calls, self.masks, self._generator)
+            self.n_passes += 1
+            self.is_stale = True
+
+    def observe_again(self) -> None:
+        """Observe the ranges that stages for inputs have made invalid, unless a stage has done so since."""
+        if not self.is_stale:
+            return
+        self.is_stale = False
+        sites = [(m.path, site, q) for _, m in qmodules(self.model) for site, q in m.quantizers().items()]
+        lost = [path for path, site, q in sites if site in ACTIVATIONS and not q.is_ready]
+        if lost and not self.inputs:
+            raise ConfigError(
+                f"{lost[0]}: what it reads has changed, and its range must be observed again; give batches"
+            )
+        self._observe_weights()
+        if lost:
+            self.run_all("model", [make_stage("calibrate")])
 
     def run_layers(self, stages: list[LayerStage]) -> None:
         """Run the stages of one pass at every layer."""
@@ -234,8 +274,23 @@ class _Engine:
 
     def _prepare(self) -> None:
         """Fold batch norms permanently, copy the float model, and give every weight its numbers."""
+        self.observe_again()
         if self.reference is not None:
             return
+        self._check_units()
+        self.reference = copy.deepcopy(self.model).eval()
+        set_qmodule_state(self.reference, QModuleState.BYPASSED)
+        self.float_units = {slot.label: slot for slot in weight_slots(self.reference)}
+        self._observe_weights()
+
+    def _observe_weights(self) -> None:
+        """Let quantizers observe the weights that none has observed yet."""
+        for _, module in qmodules(self.model):
+            if any(not q.is_ready for slot in module.weight_slots() if (q := slot.quantizer) is not None):
+                module.observe_weight()
+
+    def _check_units(self) -> None:
+        """Fold batch norms permanently. Raises ConfigError for a weight that no stage can change."""
         for slot in (slot for slots in self.units.values() for slot in slots):
             if slot.quantizer.is_pinned:  # type: ignore[union-attr]
                 raise ConfigError(
@@ -248,12 +303,6 @@ class _Engine:
                     f"skip=[{slot.label!r}]"
                 )
         fold_for_good({path: slots[0].module for path, slots in self.units.items() if isinstance(slots[0], LayerSlot)})
-        self.reference = copy.deepcopy(self.model).eval()
-        set_qmodule_state(self.reference, QModuleState.BYPASSED)
-        self.float_units = {slot.label: slot for slot in weight_slots(self.reference)}
-        for _, module in qmodules(self.model):
-            if any(not q.is_ready for slot in module.weight_slots() if (q := slot.quantizer) is not None):
-                module.observe_weight()
 
     def _generator(self, label: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed} {self.n_passes} {label}".encode()).digest()

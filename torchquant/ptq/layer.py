@@ -24,16 +24,21 @@ class Layer:
     """A quantized weight. Algorithms read it; only the engine changes it.
 
     `weight`: (groups, rows, K) float32 or wider, the real weight that QUANT_EVAL quantizes, a batch norm folded in.
-    `rounded`: the same on its grid, once an algorithm has chosen; None before. `path`: its name in messages.
+    `rounded`: the same on its grid, once an algorithm has chosen; None before. `beside`: the weight that a low-rank
+    product beside the layer stands for, None without one; `weight` is then without it. `path`: its name in messages.
     """
 
-    def __init__(self, slot: WeightSlot, real: Tensor, rounded: Tensor | None = None) -> None:
+    def __init__(
+        self, slot: WeightSlot, real: Tensor, rounded: Tensor | None = None, beside: Tensor | None = None
+    ) -> None:
         assert slot.quantizer is not None
         self.slot, self.path = slot, slot.label
         self.quantizer: Quantizer = slot.quantizer
         self.shape = slot.seen().shape
         self.weight = real.detach().to(torch.promote_types(real.dtype, torch.float32))
-        self.rounded = rounded
+        self.rounded, self.beside = rounded, beside
+        if beside is not None:
+            self.weight = self.weight - beside
 
     def numbers(self) -> dict[str, Tensor]:
         """Return a copy of the numbers of the quantizer, by name."""

@@ -90,6 +90,7 @@ RECIPES: dict[str, Recipe] = {
         ({"weight": "affine:8,symmetric=narrow", "input": "affine:8", "output": "affine:8", "fold_bn": True},),
     ),
     "transformer-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
+    "llm-w4a8-rotate": Recipe(("rotate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
     "llm-w4-gptq": Recipe(
         ("gptq:act_order",), ({"types": ["Linear", "Conv1D", *_EXPERTS], "weight": "affine:4/group=128"},)
     ),

@@ -19,11 +19,13 @@ from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import Stage
 from torchquant.ptq.work import bias_of
 from torchquant.qmodule import WeightSlot
+from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.quantizers import Quantizer
 from torchquant.range_observers._distributed import reduce_max
 from torchquant.training.batches import is_first_rank
 
 HEAD = "run.json"
+PREFIX = "low_rank."
 
 
 class Steps:
@@ -97,7 +99,10 @@ class Steps:
 def layer_state(slot: WeightSlot) -> dict[str, Any]:
     """Return what stages change in a layer: the state of its weight's quantizer, and tensors."""
     quantizer, tensors = _parts(slot)
-    return {"quantizer": quantizer.state_dict(), "tensors": {name: t.detach() for name, t in tensors.items()}}
+    kept: dict[str, Any] = {"quantizer": quantizer.state_dict()}
+    if isinstance(slot, LayerSlot) and slot.module.low_rank is not None:
+        kept["low_rank"] = slot.module.low_rank.state_dict(prefix=PREFIX)
+    return kept | {"tensors": {name: t.detach() for name, t in tensors.items()}}
 
 
 @torch.no_grad()
@@ -105,6 +110,9 @@ def load_layer_state(slot: WeightSlot, kept: Mapping[str, Any]) -> None:
     """Set a layer to what `layer_state` returned."""
     quantizer, tensors = _parts(slot)
     quantizer.load_state_dict(kept["quantizer"])
+    if "low_rank" in kept:
+        slot.module.expect_slots(kept["low_rank"], "")
+        slot.module.low_rank.load_state_dict({k.removeprefix(PREFIX): v for k, v in kept["low_rank"].items()})
     for name, tensor in tensors.items():
         tensor.copy_(kept["tensors"][name])
 

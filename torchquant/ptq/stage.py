@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.ptq.block import Block, BlockData
 from torchquant.ptq.layer import Layer, LayerData
+from torchquant.ptq.readers import Readers
+from torchquant.qmodule import InputTransform
 
 PTQ: Registry[type[Stage]] = Registry("post-training stage")
 """Every stage by its name."""
@@ -35,7 +37,7 @@ class Stage(ABC):
     cost: ClassVar[str] = ""
     """Operations for one layer of `rows` outputs and K inputs, beside the forward pass that all stages share."""
     unit: str
-    """What the stage works on at a time: "model", "layer" or "block"."""
+    """What the stage works on at a time: "model", "input", "layer" or "block"."""
     spec = ""
     """The stage as written in the recipe."""
 
@@ -49,10 +51,31 @@ class ModelStage(Stage):
 
     unit = "model"
     needs_data: ClassVar[bool] = False
+    allows_transforms: ClassVar[bool] = False
+    """Whether the stage works on layers with transforms before their inputs, and low-rank products beside them."""
 
     @abstractmethod
     def run(self, model: nn.Module, batches: list[Any]) -> str:
         """Change the model. Returns a text for the report that says what was done."""
+
+
+class InputStage(Stage):
+    """Puts a transform before the layers that read one value; the engine takes the candidate of least output error.
+
+    Without a transform is a candidate too, unless the run keeps everything. The ranges of the inputs are then observed
+    again.
+    """
+
+    unit = "input"
+    changes = "structure"
+    needs_data: ClassVar[bool] = True
+
+    @abstractmethod
+    def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:
+        """Yield transforms for the inputs of these layers, each with a text for the report.
+
+        Raises ConfigError that says why there is none.
+        """
 
 
 class LayerStage(Stage):
@@ -119,7 +142,11 @@ class Matching(LayerStage):
 
     def target(self, layer: Layer, data: LayerData) -> Tensor:
         """Return the real weight whose output on the current inputs is nearest to the target: (groups, rows, K)."""
-        return data.corrected(layer.weight) if self.match == "float" else layer.weight
+        if self.match == "layer":
+            return layer.weight
+        if layer.beside is None:
+            return data.corrected(layer.weight)
+        return data.corrected(layer.weight + layer.beside) - layer.beside
 
 
 class MatchingRounding(Matching, Rounding):
@@ -144,6 +171,31 @@ class NumberSearch(LayerStage):
     @abstractmethod
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
         """Return all numbers of the quantizer, by the names of `Quantizer.numbers`."""
+
+
+class LowRankChange(LayerStage):
+    """Puts a product of low rank beside the quantized one, which is then to stand for the rest of the weight."""
+
+    def __init__(self, rank: int = 32) -> None:
+        if rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {rank}")
+        self.rank = rank
+
+    def check_rank(self, layer: Layer) -> None:
+        """Raise ConfigError for a rank at which the product has as many values as the weight."""
+        _, rows, columns = layer.weight.shape
+        if self.rank * (rows + columns) >= rows * columns:
+            raise ConfigError(
+                f"a product of rank {self.rank} has as many values as its weight of {rows} rows and {columns} columns; "
+                "take a smaller rank"
+            )
+
+    @abstractmethod
+    def terms(self, layer: Layer, data: LayerData) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the factors, (groups, rows, rank) and (groups, rank, K), and the rounded weight; None: to be rounded.
+
+        A rounded weight may have new numbers of the quantizer, which it then has.
+        """
 
 
 class BiasChange(LayerStage):

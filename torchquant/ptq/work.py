@@ -13,7 +13,7 @@ from torchquant.errors import ConfigError, NoCodesError, NonFiniteError, one_lin
 from torchquant.ptq.functional.gram import few_rows
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.report import StepReport
-from torchquant.ptq.stage import BiasChange, LayerStage, NumberSearch, Rounding, WeightChange
+from torchquant.ptq.stage import BiasChange, LayerStage, LowRankChange, NumberSearch, Rounding, WeightChange
 from torchquant.qmodule import WeightSlot
 from torchquant.qmodule.bn_folding import running_factor
 from torchquant.qmodule.weight_slots import LayerSlot
@@ -31,8 +31,9 @@ class LayerWork:
         self.was_pinned = slot.quantizer.is_pinned
         rounded = slot.quantizer(slot.seen()).detach().view(slot.rows().shape) if self.was_pinned else None
         slot.quantizer.pin(slot.seen(), observe=not slot.quantizer.is_ready)
-        self.layer = Layer(slot, real.rows(), rounded)
-        self.real = self.layer.weight
+        self.was_beside, own = beside_of(slot), beside_of(real)
+        self.real = _wide(real.rows() if own is None else real.rows() + own)
+        self.layer = Layer(slot, self.real, rounded, self.was_beside)
         self.nearest = self.layer.quantized()
         self.numbers = {name: number.clone() for name, number in slot.quantizer.numbers().items()}
         self.is_changed = False
@@ -57,7 +58,7 @@ class LayerWork:
             self.layer.path,
             time.perf_counter() - began,
             self.nearest_error,
-            self._error(q),
+            self._error(q, self.layer.beside),
             float(q.ne(self.nearest).to(torch.float32).mean()),
             self.data.n,
             "; ".join(notes),
@@ -71,6 +72,8 @@ class LayerWork:
                 return self._change_weight(self._where_known(stage.change(self.layer, self.data), self.layer.weight))
             if isinstance(stage, NumberSearch):
                 return self._set_numbers(stage)
+            if isinstance(stage, LowRankChange):
+                return self._put_beside(stage)
             assert isinstance(stage, BiasChange)
             return self._add_bias(stage)
         except (ConfigError, NoCodesError, NonFiniteError) as error:
@@ -87,7 +90,11 @@ class LayerWork:
         """Round to nearest, with the numbers and the weight that the layer had before the pass."""
         slot, quantizer = self.layer.slot, self.layer.quantizer
         quantizer.unpin()
-        slot.set_weight(self.real.reshape(self.layer.shape).to(slot.weight.dtype))
+        if self.layer.beside is not self.was_beside:
+            slot.module.set_low_rank(None)
+            self.layer.beside = None
+        self.layer.weight = self.real if self.was_beside is None else self.real - self.was_beside
+        slot.set_weight(self.layer.weight.reshape(self.layer.shape).to(slot.weight.dtype))
         quantizer.pin(slot.seen(), observe=False)
         if self.numbers:
             quantizer.set_numbers(**self.numbers)
@@ -95,7 +102,7 @@ class LayerWork:
 
     def _round(self, stage: Rounding) -> list[str]:
         rounded = self._where_known(stage.round(self.layer, self.data).to(self.nearest.dtype), self.layer.quantized())
-        before, after = self.nearest_error, self._error(rounded)
+        before, after = self.nearest_error, self._error(rounded, self.layer.beside)
         if self.keep == "best" and before is not None and after is not None and not after <= before:
             self.undo()
             return [f"undone: its error was {after:.3g}, rounding to nearest {before:.3g}"]
@@ -113,17 +120,46 @@ class LayerWork:
     def _set_numbers(self, stage: NumberSearch) -> list[str]:
         quantizer, former = self.layer.quantizer, self.layer.rounded
         old = {name: number.clone() for name, number in quantizer.numbers().items()}
-        before = self._error(self.layer.quantized() if former is None else former)
+        before = self._error(self.layer.quantized() if former is None else former, self.layer.beside)
         new = dict(stage.numbers(self.layer, self.data))
         codes = None if former is None else quantizer.encode(former.reshape(self.layer.shape))
         quantizer.set_numbers(**new)
         if codes is not None:
             self.layer.rounded = quantizer.decode(codes, self.real.dtype).view(self.real.shape)
-        after = self._error(self.layer.quantized() if self.layer.rounded is None else self.layer.rounded)
+        after = self._error(
+            self.layer.quantized() if self.layer.rounded is None else self.layer.rounded, self.layer.beside
+        )
         self.is_changed = True
         if self.keep == "best" and before is not None and after is not None and not after <= before:
             quantizer.set_numbers(**old)
             self.layer.rounded = former
+            return [f"undone: its error was {after:.3g}, {before:.3g} without"]
+        return []
+
+    def _put_beside(self, stage: LowRankChange) -> list[str]:
+        slot, quantizer, layer = self.layer.slot, self.layer.quantizer, self.layer
+        if not isinstance(slot, LayerSlot):
+            return ["left as it is: a low-rank product is for layers with one weight"]
+        if layer.beside is not None:
+            return ["left as it is: the layer has a low-rank product already"]
+        former, numbers, real = layer.rounded, layer.numbers(), layer.weight
+        before = self._error(layer.quantized() if former is None else former)
+        up, down, rounded = stage.terms(layer, self.data)
+        slot.module.set_low_rank(up, down)
+        layer.beside = beside_of(slot)
+        layer.weight = real - layer.beside
+        if rounded is None:
+            self._change_weight(layer.weight)
+        else:
+            self.take(rounded)
+        after = self._error(layer.quantized() if rounded is None else rounded, layer.beside)
+        if self.keep == "best" and before is not None and after is not None and not after <= before:
+            slot.module.set_low_rank(None)
+            layer.beside = None
+            self._change_weight(real)
+            if numbers:
+                quantizer.set_numbers(**numbers)
+            layer.rounded = former
             return [f"undone: its error was {after:.3g}, {before:.3g} without"]
         return []
 
@@ -145,20 +181,20 @@ class LayerWork:
     @cached_property
     def nearest_error(self) -> float | None:
         """Compute the error of rounding the real weight to nearest; see `_error`."""
-        return self._error(self.nearest)
+        return self._error(self.nearest, self.was_beside)
 
     @cached_property
     def _signal(self) -> float:
         return float(self.data.error(self.real, torch.zeros_like(self.real)).sum())
 
-    def _error(self, rounded: Tensor) -> float | None:
+    def _error(self, rounded: Tensor, beside: Tensor | None = None) -> float | None:
         """Compute the mean squared error of the outputs over their mean square; None if no inputs are known."""
         if "gram" not in self.data.wanted or not self.data.n:
             return None
         if not bool(self.data.gram.isfinite().all()):
             return None
         target = self.data.corrected(self.real) if "cross_gram" in self.data.wanted else self.real
-        found = float(self.data.error(target, rounded).sum())
+        found = float(self.data.error(target if beside is None else target - beside, rounded).sum())
         return found / self._signal if self._signal > 0 else 0.0
 
     def commit(self) -> None:
@@ -167,6 +203,16 @@ class LayerWork:
             self.layer.slot.commit(self.layer.rounded)
         elif not self.is_changed and not self.was_pinned:
             self.layer.quantizer.unpin()
+
+
+def beside_of(slot: WeightSlot) -> Tensor | None:
+    """Return the weight that the low-rank product of a layer stands for, as `rows`; None without one."""
+    low_rank = slot.module.low_rank if isinstance(slot, LayerSlot) else None
+    return None if low_rank is None else _wide(low_rank.product().detach().reshape(slot.rows().shape))
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def bias_of(slot: WeightSlot) -> tuple[Tensor, Tensor | None] | None:

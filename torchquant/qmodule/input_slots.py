@@ -56,11 +56,16 @@ class InputSlots(QModule):
         return _is_linear(self.row, self.layer)
 
     @property
+    def has_known_channels(self) -> bool:
+        """Whether the axis of the input channels is known: for linear layers and convolutions."""
+        return self.is_linear or (hasattr(self.layer, "kernel_size") and hasattr(self.layer, "groups"))
+
+    @property
     def channel_axis(self) -> int:
         """The axis of the input channels, counted from the end. Raises ConfigError for a layer of unknown geometry."""
         if self.is_linear:
             return -1
-        if not hasattr(self.layer, "kernel_size") or not hasattr(self.layer, "groups"):
+        if not self.has_known_channels:
             raise ConfigError(
                 f"{self._who()}: it is not known which axis of its input holds the channels; input transforms and "
                 "low-rank products are for linear layers and convolutions"
@@ -104,7 +109,7 @@ class InputSlots(QModule):
         steps = [] if self.input_transform is None else list(self.input_transform)
         self.input_transform = nn.Sequential(*steps, transform.to(weight.device))
         self._store(changed)
-        self._forget("weight", "input")
+        self.forget_ranges("weight", "input")
 
     @torch.no_grad()
     def remove_input_transform(self) -> None:
@@ -112,7 +117,7 @@ class InputSlots(QModule):
         if self.input_transform is not None:
             self._store(on_input_channels(self._stored(), self.weight_slots()[0].n_groups, self._off))
             self.input_transform = None
-            self._forget("weight", "input")
+            self.forget_ranges("weight", "input")
 
     def set_low_rank(self, up: Tensor | None, down: Tensor | None = None) -> None:
         """Put a low-rank product beside the quantized one; the weight is not changed. None removes it.
@@ -178,7 +183,7 @@ class InputSlots(QModule):
     def _store(self, channels_first: Tensor) -> None:
         self.weight_slots()[0].weight.copy_(self.row.channels_first(self.layer, channels_first))
 
-    def _forget(self, *sites: str) -> None:
+    def forget_ranges(self, *sites: str) -> None:
         """Forget the ranges of these slots, and observe the weight again if it had been observed."""
         quantizers = self.quantizers()
         was_ready = "weight" in quantizers and quantizers["weight"].is_ready
@@ -228,15 +233,17 @@ def _is_linear(row: LayerPattern, layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or isinstance(row, InputFirstPattern)
 
 
+def product_with(row: LayerPattern, layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Run a layer with another weight, output channel first, and without its bias."""
+    has_bias = row.run is run_by_functional_call and getattr(layer, "bias", None) is not None
+    bias = weight.new_zeros(len(weight)) if has_bias else None  # which would otherwise add its own
+    return row.run(layer, x, row.channels_first(layer, weight), bias)
+
+
 def beside(low_rank: LowRank, row: LayerPattern, layer: Any, x: Tensor) -> Tensor:
     """Compute the low-rank product beside a layer; a convolution runs with `down` as its weight."""
-
-    def run(x: Tensor, weight: Tensor) -> Tensor:
-        has_bias = row.run is run_by_functional_call and getattr(layer, "bias", None) is not None
-        bias = weight.new_zeros(len(weight)) if has_bias else None  # which would otherwise add its own
-        return row.run(layer, x, row.channels_first(layer, weight), bias)
-
-    y: Tensor = low_rank(x, None if _is_linear(row, layer) else run)
+    run = None if _is_linear(row, layer) else lambda x, weight: product_with(row, layer, x, weight)
+    y: Tensor = low_rank(x, run)
     return y
 
 

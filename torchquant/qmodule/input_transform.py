@@ -201,9 +201,13 @@ def on_input_channels(weight: Tensor, n_groups: int, change: Callable[[Tensor], 
     tensor([[ 3.],
             [10.]])
     """
-    grouped = weight.to(torch.float64).unflatten(0, (n_groups, -1)).movedim((0, 2), (-2, -1))
-    changed = change(grouped.flatten(-2)).unflatten(-1, grouped.shape[-2:])
+    changed = change(by_input_channel(weight.to(torch.float64), n_groups)).unflatten(-1, (n_groups, weight.shape[1]))
     return changed.movedim((-2, -1), (0, 2)).flatten(0, 1).to(weight.dtype)
+
+
+def by_input_channel(weight: Tensor, n_groups: int) -> Tensor:
+    """Lay out a weight (rows, K / n_groups, ...) as (rows / n_groups, ..., K), the channels of all groups in order."""
+    return weight.unflatten(0, (n_groups, -1)).movedim((0, 2), (-2, -1)).flatten(-2)
 
 
 @checked

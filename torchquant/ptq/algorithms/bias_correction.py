@@ -23,5 +23,6 @@ class BiasCorrection(Matching, BiasChange):
     def bias(self, layer: Layer, data: LayerData) -> Tensor:
         rounded = layer.quantized() if layer.rounded is None else layer.rounded
         float_means = data.mean_float_input if self.match == "float" else None
-        weight = layer.weight.to(data.mean_input.dtype)
-        return bias_correction(weight, rounded.to(weight.dtype), data.mean_input, float_means).flatten()
+        beside = 0.0 if layer.beside is None else layer.beside
+        weight, rounded = ((w + beside).to(data.mean_input.dtype) for w in (layer.weight, rounded))
+        return bias_correction(weight, rounded, data.mean_input, float_means).flatten()

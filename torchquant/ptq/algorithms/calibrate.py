@@ -15,6 +15,7 @@ class Calibrate(ModelStage):
     """Show the batches to every observer; weights that are rounded already keep their grids."""
 
     changes = "ranges"
+    allows_transforms = True
     needs_data = True
     when = "before roundings, and again behind them"
     cost = "a forward pass"

@@ -17,6 +17,7 @@ class FoldBN(ModelStage):
     """Fold every batch norm into the layer before it, where the plan folds it, and freeze it."""
 
     changes = "structure"
+    allows_transforms = True
     when = "first; layer stages do it by themselves"
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:

@@ -1,0 +1,34 @@
+"""AWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torchquant.errors import ConfigError
+from torchquant.ptq.functional.input_scales import awq_candidates
+from torchquant.ptq.readers import Readers
+from torchquant.ptq.stage import PTQ, InputStage
+from torchquant.qmodule import ChannelScale, InputTransform
+
+
+@PTQ.register("awq")
+class AWQ(InputStage):
+    """Multiply the weights of channels with large inputs by a scale, so that their rounding errors count less.
+
+    The scales are `mean|x|^rho`, with rho searched from 0 to 1 in `steps` steps by the output error of all layers that
+    read the value. Deviation: inputs are quantized too where the plan does so. Its search of clipped ranges is the
+    stage `clip`, behind it.
+    """
+
+    source = "Lin et al. 2024, arXiv:2306.00978"
+    when = "first, weights at 4 bits and less"
+    cost = "20 rows K n"
+
+    def __init__(self, steps: int = 20) -> None:
+        if steps < 2:
+            raise ConfigError(f"awq needs steps >= 2, got {steps}")
+        self.steps = steps
+
+    def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:
+        for rho, scales in awq_candidates(readers.input_mean(), self.steps)[1:]:
+            yield f"rho {rho:.4g}", ChannelScale(1.0 / scales, readers.axis)

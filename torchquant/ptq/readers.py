@@ -1,0 +1,228 @@
+"""Layers that read one value, found by the tensor that arrives at them, and their output error behind a transform."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.graph.own_inputs import input_quantizer_of
+from torchquant.ptq.streams import passes
+from torchquant.qmodule.input_slots import InputSlots, product_with
+from torchquant.qmodule.input_transform import InputTransform, by_input_channel, on_input_channels
+from torchquant.quantizers import Quantizer
+from torchquant.range_observers._distributed import reduce_max, reduce_sum
+from torchquant.range_observers._statistics import StatisticTracker
+
+MOST_ROWS = 2048
+"""The largest number of rows (tokens, positions) on which the error of a transform is measured."""
+Call = Callable[[], object]
+
+
+@dataclass
+class Readers:
+    """Layers that read the same value. `values`: the value in each batch that reached them, without padding tokens.
+
+    `input_quantizers`: those that will quantize what the layers read, None for inputs that stay float, or that are
+    quantized before a transform can change them. `generator`: for random numbers.
+    """
+
+    wrappers: dict[str, InputSlots]
+    values: list[Tensor]
+    input_quantizers: dict[str, Quantizer | None]
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        self.first = next(iter(self.wrappers.values()))
+        self.axis = self.first.channel_axis
+        self.sample = _sample(self.values, self.axis)
+        self.wanted = {
+            path: [product_with(w.row, w.layer, x, self._seen(w)) for x in self.sample]
+            for path, w in self.wrappers.items()
+        }
+
+    @staticmethod
+    def _seen(wrapper: InputSlots) -> Tensor:
+        return wrapper.weight_slots()[0].seen().detach()
+
+    @property
+    def n_groups(self) -> int:
+        """The groups of channels that no transform may mix, the most of any layer."""
+        return math.lcm(*(w.weight_slots()[0].n_groups for w in self.wrappers.values()))
+
+    @property
+    def n_channels(self) -> int:
+        """The channels of the value."""
+        slot = self.first.weight_slots()[0]
+        return int(self._seen(self.first).shape[1]) * slot.n_groups
+
+    def format_blocks(self) -> list[int]:
+        """Return the sizes of the blocks that have a scale of their own, of formats such as MX."""
+        quantizers = [w.weight_slots()[0].quantizer for w in self.wrappers.values()]
+        found = (getattr(q, "block", None) for q in (*quantizers, *self.input_quantizers.values()))
+        return [size for size in found if isinstance(size, int)]
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of all values."""
+        return sum(x.numel() // x.shape[self.axis] for x in self.values)
+
+    def _over_channels(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return [reduce(x.movedim(self.axis, -1).flatten(0, -2)) for x in self.values]
+
+    def input_max(self) -> Tensor:
+        """Return the largest magnitude of each channel, (K,)."""
+        return reduce_max(torch.stack(self._over_channels(lambda rows: rows.abs().amax(0))).amax(0))
+
+    def input_mean(self) -> Tensor:
+        """Return the mean magnitude of each channel, (K,)."""
+        total = torch.stack(self._over_channels(lambda rows: rows.abs().sum(0))).sum(0)
+        return reduce_sum(total) / reduce_sum(torch.tensor(float(self.n_rows), device=total.device))
+
+    def weight_max(self) -> Tensor:
+        """Return the largest magnitude of the weights that each channel is multiplied with, (K,)."""
+        found = [by_input_channel(self._seen(w), w.weight_slots()[0].n_groups) for w in self.wrappers.values()]
+        return torch.cat([weight.abs().flatten(0, -2) for weight in found]).amax(0)
+
+    def error(self, transform: InputTransform | None) -> float:
+        """Compute the squared error of all outputs over their squares, with everything rounded behind the transform."""
+        lost = total = 0.0
+        for path, wrapper in self.wrappers.items():
+            slot = wrapper.weight_slots()[0]
+            weight, change = self._seen(wrapper), nn.Identity() if transform is None else transform
+            if transform is not None:
+                weight = on_input_channels(weight, slot.n_groups, transform.on_weight)
+            weight = _rounded([weight], [weight], slot.quantizer)[0]
+            observed = [change(x) for x in self.values] if self.input_quantizers[path] is not None else []
+            seen = _rounded([change(x) for x in self.sample], observed, self.input_quantizers[path])
+            for x, wanted in zip(seen, self.wanted[path], strict=True):
+                found = product_with(wrapper.row, wrapper.layer, x, weight)
+                lost += float((found - wanted).square().sum())
+                total += float(wanted.square().sum())
+        lost, total = reduce_sum(torch.tensor([lost, total], dtype=torch.float64)).tolist()
+        return lost / total if total > 0 else 0.0
+
+
+def _rounded(given: Sequence[Tensor], observed: Sequence[Tensor], quantizer: Quantizer | None) -> list[Tensor]:
+    """Quantize tensors by a copy of the quantizer that has observed others."""
+    if quantizer is None:
+        return list(given)
+    own = copy.deepcopy(quantizer)
+    own.unpin()
+    for part in own.modules():
+        if isinstance(part, StatisticTracker):
+            part.n_calls = 1
+            part.reset()
+    if observed:  # as one tensor: ranks may have different numbers of batches
+        own.pre_observe(torch.cat([x.flatten() for x in observed]) if own.axis is None else torch.cat(list(observed)))
+    return [own(x).detach() for x in given]
+
+
+def _sample(values: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """Return evenly spaced rows of the values, or whole inputs of a convolution, of about `MOST_ROWS` rows together."""
+    n_rows = sum(x.numel() // x.shape[axis] for x in values)
+    step = max(1, round(n_rows / MOST_ROWS))
+    if axis == -1:
+        return [torch.cat([x.flatten(0, -2) for x in values])[::step]] if values else []
+    batches = [x if x.ndim > -axis else x[None] for x in values]
+    return [batch[::step] for batch in batches]
+
+
+def same_values(wrappers: Mapping[str, nn.Module], calls: Sequence[Call]) -> list[list[str]]:
+    """Group layers by the tensor that arrives at them, in order of execution, by path; no forward names it.
+
+    Each layer is grouped in the first call that reaches it; layers that none reaches are left out.
+    """
+    groups: list[list[str]] = []
+    placed: set[str] = set()
+    for call in calls:
+        arrived: dict[int, tuple[Any, list[str]]] = {}
+
+        def note(path: str, x: Any, arrived: dict[int, tuple[Any, list[str]]] = arrived) -> None:
+            known = arrived.get(id(x))
+            if path in placed:
+                return
+            placed.add(path)
+            if known is None or known[0]() is not x:  # the id of a tensor that is gone may come again
+                arrived[id(x)] = weakref.ref(x), []
+                groups.append(arrived[id(x)][1])
+            arrived[id(x)][1].append(path)
+
+        def hook_of(path: str, note: Callable[[str, Any], None] = note) -> Any:
+            return lambda module, args, kwargs: note(path, args[0] if args else next(iter(kwargs.values())))
+
+        hooks = [w.register_forward_pre_hook(hook_of(path), with_kwargs=True) for path, w in wrappers.items()]
+        try:
+            call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(placed) == len(wrappers):
+            break
+    return groups
+
+
+def each_readers(
+    model: nn.Module,
+    wrappers: Mapping[str, InputSlots],
+    calls: Sequence[Call],
+    masks: Sequence[Tensor | None],
+    generator_of: Callable[[str], torch.Generator],
+) -> Iterator[Readers]:
+    """Yield the readers of each value, when every batch that reaches them has arrived; they may be changed then.
+
+    Without calls each layer is given alone, without values.
+    """
+    groups = same_values(wrappers, calls) if calls else [[path] for path in wrappers]
+    groups = [part for group in groups for part in _alike(group, wrappers)]
+
+    def made(paths: Sequence[str], values: list[Tensor]) -> Readers:
+        quantizers = {path: input_quantizer_of(model, path) for path in paths}
+        steps = wrappers[paths[0]].input_transform
+        values = values if steps is None else [steps(x) for x in values]
+        return Readers({path: wrappers[path] for path in paths}, values, quantizers, generator_of(paths[0]))
+
+    if not calls:
+        yield from (made(paths, []) for paths in groups)
+        return
+    of_first = {paths[0]: paths for paths in groups}
+    with passes({path: wrappers[path] for path in of_first}, list(calls)) as now:
+        for one in now:
+            one.advance()
+        done: set[str] = set()
+        while heads := {one.at for one in now} - {None}:
+            path = next((path for path in of_first if path in heads and path not in done), None)
+            if path is not None:
+                done.add(path)
+                arrived = [(one.args or tuple(one.kwargs.values()))[0] for one in now if one.at == path]
+                kept = [mask for one, mask in zip(now, masks, strict=True) if one.at == path]
+                yield made(of_first[path], [_unpadded(x, mask) for x, mask in zip(arrived, kept, strict=True)])
+            for one in now:
+                if one.at in done:
+                    one.advance()
+
+
+def _alike(paths: Sequence[str], wrappers: Mapping[str, InputSlots]) -> list[list[str]]:
+    """Split readers of one value into those with the same transforms before them already."""
+    parts: list[tuple[dict[str, Tensor], list[str]]] = []
+    for path in paths:
+        steps = wrappers[path].input_transform
+        own = {} if steps is None else steps.state_dict()
+        for other, members in parts:
+            if own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own):
+                members.append(path)
+                break
+        else:
+            parts.append((own, [path]))
+    return [members for _, members in parts]
+
+
+def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    fits = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+    return x[mask].detach() if fits else x.detach()
