@@ -146,8 +146,9 @@ class LayerWork:
         before = self._error(layer.quantized() if former is None else former)
         up, down, rounded = stage.terms(layer, self.data)
         slot.module.set_low_rank(up, down)
-        layer.beside = beside_of(slot)
-        layer.weight = real - layer.beside
+        beside = layer.beside = beside_of(slot)
+        assert beside is not None
+        layer.weight = real - beside
         if rounded is None:
             self._change_weight(layer.weight)
         else:
