@@ -148,7 +148,7 @@ class Listed(nn.Module):
         return self.last(torch.relu(out))
 
 
-@pytest.mark.parametrize("shift", [0.0, 2.0, -1.0])
+@pytest.mark.parametrize("shift", [0.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (2.0, -1.0))])
 def test_other_routes_of_the_float_model_do_not_stop_a_run(shift: float) -> None:
     torch.manual_seed(1)
     net, batches = Listed(shift).eval(), list(torch.randn(40, 8).split(4))
