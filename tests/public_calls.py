@@ -498,6 +498,14 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "torchquant.ptq": {
         "Recipe": lambda: {"stages": ("gptq",), "rules": "w4a8", "keep": "best", "names": ("*",), "skip": ()},
         "find_blocks": on_model(names=(), slots=None),
+        "distilled_inputs": lambda: {
+            "model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),
+            "shape": (2, 4),
+            "batches": 1,
+            "steps": 1,
+            "learning_rate": 0.1,
+            "seed": 0,
+        },
         "find_recipe": lambda: {"name": "gptq"},
         "make_stage": lambda: {"spec": "gptq"},
         "quantized_cache": lambda: {"keys": 4, "values": 4, "group": 32, "residual": 128},

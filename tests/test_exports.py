@@ -129,8 +129,8 @@ PUBLIC: dict[str, list[str]] = {
     "torchquant.ptq": [
         "BiasChange", "Block", "BlockData", "BlockStage", "Blocks", "InputStage", "Layer", "LayerData",
         "LowRankChange", "MatchingRounding", "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Readers",
-        "Recipe", "Rounding", "StepReport", "WeightChange", "find_blocks", "find_recipe", "make_stage",
-        "quantized_cache", "run",
+        "Recipe", "Rounding", "StepReport", "WeightChange", "distilled_inputs", "find_blocks", "find_recipe",
+        "make_stage", "quantized_cache", "run",
     ],
     "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "run_ptq"],
     "torchquant.runs.demo": [

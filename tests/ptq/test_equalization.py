@@ -186,3 +186,50 @@ def test_a_change_of_the_function_is_undone(monkeypatch):
         tq.ptq.run(model, ["cle"], [X])
     monkeypatch.undo()
     torch.testing.assert_close(bypassed(model, X), net(X), rtol=1e-5, atol=1e-5)
+
+
+class Encoder(nn.Module):
+    """A pre-norm block with attention and a gated product."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.middle, self.last = nn.LayerNorm(8), nn.RMSNorm(8), nn.LayerNorm(8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(8, 12, bias=False), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.before(x)
+        q, k, v = (f(h).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.middle(x)
+        x = x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        return self.head(self.last(x)) + self.last(x).mean()
+
+
+def test_norms_are_folded_into_their_readers():
+    torch.manual_seed(0)
+    net, x = Encoder().double().eval(), torch.randn(2, 5, 8).double()
+    for norm in (net.before, net.middle, net.last):
+        norm.weight.data.normal_()
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.data.normal_()
+    model = quantized(net, x)
+    note = tq.ptq.run(model, ["fold_norm"], [x]).steps[-1].note
+    torch.testing.assert_close(bypassed(model, x), net(x), rtol=1e-12, atol=1e-12)
+    assert note == "2 norms; last is left: read by mean in the model"
+    for norm in (model.before, model.middle):
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+    assert not model.before.bias.any()
+    assert model.last.bias.any()
+
+
+def test_values_and_gated_products_are_equalized():
+    torch.manual_seed(0)
+    net, x = Encoder().double().eval(), torch.randn(2, 5, 8).double()
+    model = quantized(net, x)
+    tq.ptq.run(model, ["cle"], [x])
+    torch.testing.assert_close(bypassed(model, x), net(x), rtol=1e-12, atol=1e-12)
+    assert [one.name for one in channel_sets(model, x).sets] == [
+        *("before -> q, k, v", "v -> o", "middle -> gate, up", "up -> down")
+    ]

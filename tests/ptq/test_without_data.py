@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchquant as tq
 from tests.ptq.test_equalization import X, bypassed, mobile, quantized, sqnr
 from torchquant.ptq.folding import fold_for_good, statistics_of
+from torchquant.ptq.functional.without_data import statistics_error
 from torchquant.ptq.moments import MomentsRun
 from torchquant.qmodule import QWrapper
 
@@ -148,3 +149,42 @@ def test_options_out_of_range():
         tq.ptq.make_stage("bn_ranges:deviations=0")
     with pytest.raises(tq.errors.ConfigError, match="deviations must not be negative, got -1"):
         tq.ptq.make_stage("absorb:deviations=-1")
+
+
+@torch.no_grad()
+def distance(net: nn.Module, x: Tensor) -> float:
+    """Return how far what the batch norms read is from what they remember."""
+    errors = []
+
+    def look(norm, args):
+        errors.append(statistics_error(args[0], norm.running_mean, (norm.running_var + norm.eps).sqrt()))
+
+    handles = [m.register_forward_pre_hook(look) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    net(x)
+    for handle in handles:
+        handle.remove()
+    return float(torch.stack(errors).sum())
+
+
+def test_distilled_inputs_have_the_statistics_of_the_norms():
+    net = mobile(spread=0.0)
+    start, made = (tq.ptq.distilled_inputs(net, (16, 3, 8, 8), steps=steps)[0] for steps in (0, 100))
+    losses = [distance(net, x) for x in (start, made)]
+    assert losses[1] < 0.5 * losses[0]
+    again = tq.ptq.distilled_inputs(net, (16, 3, 8, 8), steps=100)[0]
+    assert torch.equal(made, again)
+    assert all(p.grad is None for p in net.parameters())
+    model = quantized(net, X)
+    tq.ptq.run(model, ["calibrate", "gptq", "bias_correction"], [made])
+    assert sqnr(model, X, net(X).detach()) > 20
+
+
+def test_distilled_inputs_need_batch_norms():
+    with pytest.raises(tq.errors.ConfigError, match="has no batch norm"):
+        tq.ptq.distilled_inputs(nn.Linear(3, 3), (4, 3))
+    model = quantized(mobile(), X)
+    tq.ptq.run(model, ["fold_bn"])
+    with pytest.raises(tq.errors.ConfigError, match="before its batch norms are folded"):
+        tq.ptq.distilled_inputs(model, (4, 3, 8, 8))
+    with pytest.raises(tq.errors.ConfigError, match="at least 2 inputs"):
+        tq.ptq.distilled_inputs(mobile(), (1, 3, 8, 8))

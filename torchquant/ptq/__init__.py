@@ -12,6 +12,7 @@ from torchquant.ptq.block import Block as Block
 from torchquant.ptq.block import BlockData as BlockData
 from torchquant.ptq.blocks import Blocks as Blocks
 from torchquant.ptq.blocks import find_blocks as find_blocks
+from torchquant.ptq.distilled import distilled_inputs as distilled_inputs
 from torchquant.ptq.engine import run as run
 from torchquant.ptq.kv_cache import quantized_cache as quantized_cache
 from torchquant.ptq.layer import Layer as Layer
@@ -55,6 +56,7 @@ __all__ = [
     "Rounding",
     "StepReport",
     "WeightChange",
+    "distilled_inputs",
     "find_blocks",
     "find_recipe",
     "make_stage",

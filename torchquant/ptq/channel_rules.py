@@ -216,18 +216,17 @@ def product(run: Run, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None
     sides = {"groups": layout.groups, "bias": bias}
     n = weight.shape[0], weight.shape[1] * layout.groups
     n_rows, n_columns = (n[1], n[0]) if layout.swapped else n
+    tensors = (weight,) if bias is None else (weight, bias)
     if ids is not None:
         taken = along(ids, layout.axis)
         if taken is None:
             run.stop(call, x)
         else:
             columns = run.end(
-                Columns, (weight,), n_columns, family, first=layout.swapped, is_padded=layout.is_padded, **sides
+                Columns, tensors, n_columns, family, first=layout.swapped, is_padded=layout.is_padded, **sides
             )
             run.channels.join(taken, columns.ids, f"its input has channels that no layer can scale, {run.where}")
-    rows = run.end(
-        Rows, (weight,) if bias is None else (weight, bias), n_rows, family, first=not layout.swapped, **sides
-    )
+    rows = run.end(Rows, tensors, n_rows, family, first=not layout.swapped, **sides)
     if bias is not None and not run.is_weight(bias):
         run.note(rows.ids, STOP, f"its bias is computed, {run.where}")
     return placed(rows.ids, layout.axis, call.result.shape)

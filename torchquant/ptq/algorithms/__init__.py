@@ -13,6 +13,7 @@ from torchquant.ptq.algorithms import cle as cle
 from torchquant.ptq.algorithms import clip as clip
 from torchquant.ptq.algorithms import descent as descent
 from torchquant.ptq.algorithms import fold_bn as fold_bn
+from torchquant.ptq.algorithms import fold_norm as fold_norm
 from torchquant.ptq.algorithms import gpfq as gpfq
 from torchquant.ptq.algorithms import gptq as gptq
 from torchquant.ptq.algorithms import hqq as hqq
