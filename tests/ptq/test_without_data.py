@@ -168,10 +168,10 @@ def distance(net: nn.Module, x: Tensor) -> float:
 
 def test_distilled_inputs_have_the_statistics_of_the_norms():
     net = mobile(spread=0.0)
-    start, made = (tq.ptq.distilled_inputs(net, (16, 3, 8, 8), steps=steps)[0] for steps in (0, 100))
+    start, made = (tq.ptq.distilled_inputs(net, (16, 3, 8, 8), steps=steps)[0] for steps in (0, 60))
     losses = [distance(net, x) for x in (start, made)]
-    assert losses[1] < 0.5 * losses[0]
-    again = tq.ptq.distilled_inputs(net, (16, 3, 8, 8), steps=100)[0]
+    assert losses[1] < 0.7 * losses[0]
+    again = tq.ptq.distilled_inputs(net, (16, 3, 8, 8), steps=60)[0]
     assert torch.equal(made, again)
     assert all(p.grad is None for p in net.parameters())
     model = quantized(net, X)
