@@ -30,7 +30,13 @@ CONVS = {"types": ["Conv2d"], "weight": "affine:8,symmetric=narrow/channel"}
 TOKENS = {"types": ["Linear"], "weight": "affine:4/channel", "input": "affine:8,symmetric=narrow/token"}
 
 
-@pytest.mark.parametrize("rules", ["int8-ort", [{**CONVS, "input": "affine:8"}, TOKENS]], ids=["int8-ort", "tokens"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param("int8-ort", marks=pytest.mark.slow, id="int8-ort"),
+        pytest.param([{**CONVS, "input": "affine:8"}, TOKENS], id="tokens"),
+    ],
+)
 def test_files_compute_what_the_model_computes(rules: object, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Net(), torch.randn(4, 8, 7, 7)

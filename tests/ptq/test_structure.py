@@ -21,7 +21,10 @@ from torchquant.qmodule import ChannelScale, Rotation
 from torchquant.utils import weight_slots
 
 SMOOTH, AWQ, LOW_RANK = GOLDENS["smoothquant"], GOLDENS["awq"], GOLDENS["low_rank"]
-INPUT_STAGES = ("smoothquant:steps=4", "awq:steps=4", "rotate:seeds=2")
+INPUT_STAGES = (
+    *(pytest.param(s, marks=pytest.mark.slow) for s in ("smoothquant:steps=4", "awq:steps=4")),
+    "rotate:seeds=2",
+)
 SPECS = ("affine:3/channel", *(pytest.param(s, marks=pytest.mark.slow) for s in ("esb:4,k=1", "nvfp4", "twn", "nf4")))
 
 
@@ -149,6 +152,7 @@ def test_every_stage_for_inputs(net: nn.Module, stage: str, weight: str) -> None
         torch.testing.assert_close(only(BATCHES[0]), net(BATCHES[0]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_outliers_in_channels_no_longer_hurt(attention: nn.Module) -> None:
     def error(*stages: str) -> float:
         rules = [{"types": ["Linear"], "weight": "affine:8/channel", "input": "affine:4"}]
@@ -198,7 +202,7 @@ def test_ranges_are_observed_again(attention: nn.Module) -> None:
     assert "blocks of 32, signs 0" in str(ptq.run(model, ["rotate", "nearest"]))
 
 
-@pytest.mark.parametrize("n_done", [3, 9])
+@pytest.mark.parametrize("n_done", [pytest.param(3, marks=pytest.mark.slow), 9])
 def test_killed_and_resumed_is_not_killed(attention: nn.Module, n_done: int, tmp_path: Path) -> None:
     stages = ["rotate:seeds=2", "svdquant:rank=2", "gptq", "bias_correction"]
     whole = tq.quantize(attention, RULES, TOKENS[0])

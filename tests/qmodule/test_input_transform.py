@@ -172,7 +172,7 @@ def test_a_checkpoint_without_the_slots_is_refused(net: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [pytest.param(s, marks=() if s.is_act_quantized and s.is_weight_quantized else pytest.mark.slow) for s in S],
+    [pytest.param(s, marks=() if s is S.QUANT_EVAL else pytest.mark.slow) for s in S],
 )
 def test_compiled_and_exported(state: S) -> None:  # type: ignore[valid-type]
     torch.manual_seed(0)
