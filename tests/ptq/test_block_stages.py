@@ -19,7 +19,9 @@ from torchquant.graph.segments import in_segments
 from torchquant.graph.traced import TracedModule
 from torchquant.ptq.block import ActivationInTraining
 from torchquant.ptq.functional.learned_rounding import expected_drop_error
-from torchquant.quantizers import Quantizer
+from torchquant.ptq.layer import Layer
+from torchquant.ptq.stretched import LearnedRatio
+from torchquant.quantizers import Quantizer, make_quantizer
 from torchquant.utils import weight_slots
 
 BRECQ = "brecq:steps=12,rate=0.2"
@@ -75,6 +77,14 @@ def distance(model: nn.Module, net: nn.Module) -> float:
         return sum(float((model(x) - net(x)).square().sum()) for x in BATCHES)
 
 
+def check_on_grid(model: nn.Module) -> None:
+    for slot in weight_slots(model):
+        assert slot.quantizer is not None
+        assert slot.quantizer.is_pinned
+        levels = slot.quantizer(slot.seen())
+        assert torch.equal(slot.quantizer.decode(slot.quantizer.encode(slot.seen())), levels), slot.key
+
+
 def test_the_best_of_all_roundings_of_two_layers() -> None:
     golden = GOLDENS["block"]
     x = X[:, :2].float()
@@ -105,16 +115,72 @@ def test_brecq_on_every_format(net: nn.Module, weight: str) -> None:
         assert step.error is not None
         assert step.nearest_error is not None
         assert step.error <= step.nearest_error
-    for slot in weight_slots(model):
-        assert slot.quantizer is not None
-        assert slot.quantizer.is_pinned
-        levels = slot.quantizer(slot.seen())
-        assert torch.equal(slot.quantizer.decode(slot.quantizer.encode(slot.seen())), levels), slot.key
+    check_on_grid(model)
     fresh = quantized(net, weight)
     fresh.load_state_dict(model.state_dict())
     fresh.eval()
     with torch.no_grad():
         assert torch.equal(fresh(BATCHES[0]), model(BATCHES[0]))
+
+
+OTHERS = ("qdrop:steps=6", "autoround:unit=block,steps=6", "omniquant:steps=6,rate=0.1", "step_tuning:steps=6")
+OTHERS += ("block_ap:steps=6",)
+CASES = [(stage, spec) for stage in OTHERS for spec in (*QUICK_SPECS, *SLOW_SPECS)]
+QUICK_CASES = [("block_ap:steps=6", "esb:4,k=1/channel"), ("autoround:unit=block,steps=6", "esb:4,k=1/channel")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "weight"),
+    [case if case in QUICK_CASES else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_every_stage(net: nn.Module, stage: str, weight: str) -> None:
+    model, again = quantized(net, weight), quantized(net, weight)
+    stages = [stage, "nearest"] if stage.startswith("omniquant") else [stage]
+    report = ptq.run(model, stages, BATCHES)
+    for step in report.steps[:4]:
+        if "has no numbers that can be set channel by channel" not in step.note:
+            assert step.error is not None
+            assert step.nearest_error is not None
+            assert step.error <= step.nearest_error
+    assert [step.error for step in ptq.run(again, stages, BATCHES).steps] == [step.error for step in report.steps]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    check_on_grid(model)
+
+
+def test_stages_that_learn_scales_lower_the_error(net: nn.Module) -> None:
+    for stages in (
+        ["omniquant:rate=0.1,steps=40"],
+        ["nearest", "step_tuning:rate=0.01,steps=40"],
+        ["block_ap:steps=40"],
+    ):
+        for weight in ("affine:2,symmetric=narrow/channel", "affine:2/group=4"):
+            steps = [s for s in ptq.run(quantized(net, weight), stages, BATCHES).steps if s.stage == stages[-1]]
+            assert max(step.gain for step in steps if step.gain is not None) > 1.0, (stages, weight)
+
+
+def test_clipping_is_learned_before_a_rounding(net: nn.Module) -> None:
+    report = ptq.run(quantized(net), ["gptq", "omniquant:steps=3"], BATCHES)
+    said = [step.note for step in report.steps if step.stage.startswith("omniquant")]
+    assert said[0] == "left as it is: first is rounded already; put omniquant before the rounding"
+
+
+def test_gradients_of_a_stretched_grid() -> None:
+    """As in LSQ: the rounding error inside, the level outside; checked on the golden of learned clipping."""
+    golden = GOLDENS["lwc"]
+    weight = real([golden["w"]]).float()
+    quantizer = make_quantizer("affine:3/channel")
+    wrapper = tq.QWrapper(nn.Linear(6, 1, bias=False), quantizer)
+    wrapper.layer.weight.data = weight
+    (slot,) = wrapper.weight_slots()
+    quantizer.pin(slot.seen())
+    learned = LearnedRatio(Layer(slot, slot.rows()))
+    learned.ratio.data.fill_(golden["sigmoid_init"])
+    found = learned.value()
+    assert torch.allclose(found.flatten(), real(golden["w_hat"]).float())
+    found.backward(2 * (found.detach() - weight))
+    step = (float(weight.max()) - float(weight.min())) / 7
+    assert learned.ratio.grad is not None
+    assert float(learned.ratio.grad) == pytest.approx(golden["dsse_dh"] * step, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +328,7 @@ def test_stages_on_layers_and_blocks_in_one_run(net: nn.Module) -> None:
         (["brecq:fisher=full"], BATCHES, "fisher must be 'none' or 'diag', got 'full'"),
         (["qdrop:drop=1.5"], BATCHES, "drop must be a number from 0 to below 1, got 1.5"),
         (["brecq:steps=0"], BATCHES, "brecq needs steps >= 1"),
+        (["autoround:unit=model"], BATCHES, "unit must be 'layer' or 'block', got 'model'"),
         (["brecq", "magr"], BATCHES, "magr changes weights, which brecq has settled before it"),
     ],
 )

@@ -16,7 +16,10 @@ def columns(name: str) -> dict[str, str]:
     kind = PTQ[name]
     parameters = inspect.signature(kind).parameters.values()
     options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
-    needs = sorted(kind().needs) if issubclass(kind, LayerStage) else ["batches"] * getattr(kind, "needs_data", False)
+    if issubclass(kind, LayerStage):
+        needs = sorted(kind().needs)
+    else:
+        needs = ["blocks"] if kind.unit == "block" else ["batches"] * getattr(kind, "needs_data", False)
     return {
         "stage": name,
         "changes": kind.changes,

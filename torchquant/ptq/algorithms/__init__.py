@@ -6,6 +6,7 @@ from torchquant.ptq.algorithms import analytic_bias as analytic_bias
 from torchquant.ptq.algorithms import autoround as autoround
 from torchquant.ptq.algorithms import awq as awq
 from torchquant.ptq.algorithms import bias_correction as bias_correction
+from torchquant.ptq.algorithms import block_ap as block_ap
 from torchquant.ptq.algorithms import bn_ranges as bn_ranges
 from torchquant.ptq.algorithms import brecq as brecq
 from torchquant.ptq.algorithms import calibrate as calibrate
@@ -20,9 +21,12 @@ from torchquant.ptq.algorithms import hqq as hqq
 from torchquant.ptq.algorithms import low_rank as low_rank
 from torchquant.ptq.algorithms import magr as magr
 from torchquant.ptq.algorithms import nearest as nearest
+from torchquant.ptq.algorithms import omniquant as omniquant
 from torchquant.ptq.algorithms import opt_rtn as opt_rtn
+from torchquant.ptq.algorithms import qdrop as qdrop
 from torchquant.ptq.algorithms import qronos as qronos
 from torchquant.ptq.algorithms import refit as refit
 from torchquant.ptq.algorithms import rotate as rotate
 from torchquant.ptq.algorithms import smoothquant as smoothquant
+from torchquant.ptq.algorithms import step_tuning as step_tuning
 from torchquant.ptq.algorithms import svdquant as svdquant

@@ -1,14 +1,14 @@
-"""BRECQ and QDrop."""
+"""BRECQ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torchquant.errors import ConfigError
-from torchquant.ptq.block import ActivationInTraining, Block, BlockData, FixedWeight, WeightInTraining, optimize
+from torchquant.ptq.block import ActivationInTraining, Block, BlockData, WeightInTraining, optimize
 from torchquant.ptq.functional.learned_rounding import (
     hard_weight,
     rectified_sigmoid,
@@ -19,6 +19,7 @@ from torchquant.ptq.functional.learned_rounding import (
 )
 from torchquant.ptq.layer import Layer
 from torchquant.ptq.stage import PTQ, BlockStage
+from torchquant.ptq.stretched import stretch_activations
 
 
 class LearnedRounding(WeightInTraining):
@@ -98,53 +99,10 @@ class BRECQ(BlockStage):
             optimize(data, [([w.logits for w in weights.values()], self.rate)], self.steps, self.drop, penalty)
         rounded = {path: w.rounded() for path, w in weights.items()}
         if self.activation_steps:
-            self._stretch(block, data, {path: FixedWeight(block.layers[path], w) for path, w in rounded.items()})
+            stretch_activations(block, data, rounded, self.activation_steps, self.activation_rate, self.drop)
         return rounded
 
     def _dropping(self, block: Block, data: BlockData) -> dict[str, ActivationInTraining]:
         if not self.drop:
             return {}
         return {key: ActivationInTraining(q, self.drop, data.generator) for key, q in block.activations().items()}
-
-    def _stretch(self, block: Block, data: BlockData, weights: Mapping[str, WeightInTraining]) -> None:
-        """Learn the ranges of the activations, as a ratio to what they are; kept where the error falls."""
-        learned = {
-            key: ActivationInTraining(q, self.drop, data.generator)
-            for key, q in block.activations().items()
-            if q.numbers()
-        }
-        with block.replaced(weights):
-            before = data.error()
-        with block.replaced(weights, learned):
-            optimize(
-                data, [([a.ratio for a in learned.values()], self.activation_rate)], self.activation_steps, self.drop
-            )
-        self._scale(learned.values(), 1.0)
-        with block.replaced(weights):
-            if not data.error() <= before:
-                self._scale(learned.values(), -1.0)
-
-    def _scale(self, learned: Iterable[ActivationInTraining], sign: float) -> None:
-        for a in learned:
-            ratio = a.ratio.detach().clamp_min(1e-3) ** sign
-            a.quantizer.set_numbers(**{name: number * ratio for name, number in a.quantizer.numbers().items()})
-
-
-@PTQ.register("qdrop")
-class QDrop(BRECQ):
-    """BRECQ with half of the elements of all activations not quantized while learning, at random."""
-
-    source = "Wei et al. 2022, arXiv:2203.05740"
-    when = "like brecq, activations of few bits"
-
-    def __init__(
-        self,
-        steps: int = 300,
-        rate: float = 1e-2,
-        weight: float = 0.1,
-        drop: float = 0.5,
-        fisher: str = "none",
-        activation_steps: int = 0,
-        activation_rate: float = 1e-3,
-    ) -> None:
-        super().__init__(steps, rate, weight, drop, fisher, activation_steps, activation_rate)

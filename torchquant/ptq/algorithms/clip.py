@@ -10,7 +10,7 @@ from torchquant.errors import ConfigError
 from torchquant.ptq.functional.clipping import best_ratios
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, NumberSearch
-from torchquant.quantizers._group import GroupQuantizer
+from torchquant.ptq.stretched import group_size, stretched
 
 
 @PTQ.register("clip")
@@ -36,23 +36,18 @@ class Clip(NumberSearch):
         return data.gram
 
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
-        grouped = layer.quantizer if isinstance(layer.quantizer, GroupQuantizer) else None
-        full = numbers_by_channel(layer) if grouped is None else layer.numbers()
+        size = group_size(layer)
+        full = numbers_by_channel(layer) if size is None else layer.numbers()
 
         def quantize(weight: Tensor, ratio: float) -> Tensor:
             layer.quantizer.set_numbers(**{name: number * ratio for name, number in full.items()})
             return layer.quantized(weight)
 
         try:
-            size = None if grouped is None else grouped.size
             best = best_ratios(layer.weight, self.importance(data), quantize, self.ratios, size).flatten(0, 1)
         finally:
             layer.quantizer.set_numbers(**full)
-        if grouped is None:
-            return scaled_numbers(layer, full, best.flatten())
-        n_whole = layer.weight.shape[-1] // grouped.size
-        own = {"whole": best[:, :n_whole].flatten(), "last": best[:, -1]}
-        return {name: number * own[name.partition("_")[0]].to(number) for name, number in full.items()}
+        return stretched(full, best, layer.weight.shape[-1], size)
 
 
 def numbers_by_channel(layer: Layer) -> dict[str, Tensor]:
@@ -61,11 +56,3 @@ def numbers_by_channel(layer: Layer) -> dict[str, Tensor]:
     if not found or layer.quantizer.levels_vary:
         raise ConfigError(f"{type(layer.quantizer).__name__} has no numbers that can be set channel by channel")
     return found
-
-
-def scaled_numbers(layer: Layer, numbers: Mapping[str, Tensor], ratios: Tensor) -> dict[str, Tensor]:
-    """The numbers times a ratio for each channel, (C,); where there is one number for all, times their median."""
-    one = ratios.median()
-    return {
-        n: number * (ratios.to(number) if number.numel() == len(ratios) > 1 else one) for n, number in numbers.items()
-    }

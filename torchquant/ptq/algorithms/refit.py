@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torchquant.ptq.algorithms.clip import numbers_by_channel, scaled_numbers
+from torchquant.ptq.algorithms.clip import numbers_by_channel
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, Matching, NumberSearch
+from torchquant.ptq.stretched import stretched
 
 
 @PTQ.register("refit")
@@ -33,4 +34,4 @@ class Refit(Matching, NumberSearch):
         if all(number.numel() == 1 for number in full.values()):
             along, power = along.sum().expand(along.shape), power.sum().expand(power.shape)
         ratios = torch.where((power > 0) & (along > 0), along / power.where(power > 0, 1.0), 1.0)
-        return scaled_numbers(layer, full, ratios)
+        return stretched(full, ratios[:, None], layer.weight.shape[-1], None)
