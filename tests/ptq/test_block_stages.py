@@ -158,6 +158,15 @@ def test_stages_that_learn_scales_lower_the_error(net: nn.Module) -> None:
             assert max(step.gain for step in steps if step.gain is not None) > 1.0, (stages, weight)
 
 
+def test_brecq_starts_from_a_rounding_before_it(net: nn.Module) -> None:
+    model, expected = quantized(net), quantized(net)
+    ptq.run(expected, ["gptq"], BATCHES)
+    report = ptq.run(model, ["gptq", "brecq:steps=1,rate=1e-6"], BATCHES)
+    assert [step.note for step in report.steps if step.stage.startswith("brecq")] == ["", "", "", ""]
+    pairs = zip(weight_slots(model), weight_slots(expected), strict=True)
+    assert all(torch.equal(now.seen(), before.seen()) for now, before in pairs)
+
+
 def test_clipping_is_learned_before_a_rounding(net: nn.Module) -> None:
     report = ptq.run(quantized(net), ["gptq", "omniquant:steps=3"], BATCHES)
     said = [step.note for step in report.steps if step.stage.startswith("omniquant")]

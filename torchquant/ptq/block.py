@@ -33,7 +33,7 @@ class WeightInTraining(Quantizer):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer
+        self.layer = layer
 
     def value(self) -> Tensor:
         """Return the weight, (groups, rows, K)."""

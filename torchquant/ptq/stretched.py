@@ -15,6 +15,8 @@ from torchquant.quantizers_functional._gradient import pass_through
 
 BEYOND = 1e30
 """A value beyond the last level of every grid."""
+NEAR = 1e-4
+"""A share of the range of a grid that is less than a gap at its ends."""
 
 
 class StretchedWeight(WeightInTraining):
@@ -33,8 +35,7 @@ class StretchedWeight(WeightInTraining):
         n_groups = 1 if self.size is None else -(-n_columns // self.size)
         is_one = self.size is None and not any(n.numel() == n_channels > 1 for n in self.full.values())
         self.shape = (1, 1) if is_one else (n_channels, n_groups)
-        ends = (layer.quantized(torch.full_like(layer.weight, sign * BEYOND)) for sign in (-1, 1))
-        self.low, self.high = ends
+        self.low, self.high = _ends(layer)
 
     def ratios(self) -> Tensor:
         """Return the ratio of each channel and group, with gradients."""
@@ -42,7 +43,7 @@ class StretchedWeight(WeightInTraining):
 
     def spread(self, ratios: Tensor) -> Tensor:
         """Return the ratio of each weight, as the weight."""
-        layer: Layer = self.layer
+        layer = self.layer
         if self.size is not None:
             ratios = ratios.repeat_interleave(self.size, 1)[:, : layer.weight.shape[-1]]
         return ratios if len(ratios) == 1 else ratios.view(*layer.weight.shape[:2], -1)
@@ -75,6 +76,15 @@ class LearnedRatio(StretchedWeight):
         if self.fixed is not None:
             return self.fixed * self.spread(self.ratios())
         return self.on_grid(self.layer.weight)
+
+
+def _ends(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return, for each weight, the points half a gap below the lowest level and above the highest."""
+    low, high = (layer.quantized(torch.full_like(layer.weight, sign * BEYOND)) for sign in (-1, 1))
+    (lowest, second), (last_but_one, highest) = (
+        layer.neighbours(end + NEAR * (other - end)) for end, other in ((low, high), (high, low))
+    )
+    return low - (second - lowest) / 2, high + (highest - last_but_one) / 2
 
 
 def group_size(layer: Layer) -> int | None:

@@ -21,14 +21,28 @@ from torchquant.ptq.layer import Layer
 from torchquant.ptq.stage import PTQ, BlockStage
 from torchquant.ptq.stretched import stretch_activations
 
+NEAR = 1e-3
+"""A share of the way from a level to a weight that stays below the next level."""
+
 
 class LearnedRounding(WeightInTraining):
-    """A weight between its neighbours, which moves to one of them while it is learned."""
+    """A weight between two levels, which moves to one of them while it is learned.
+
+    The levels are its neighbours; where an earlier rounding has chosen a level, that one and the next towards the
+    weight, three quarters of the way to the chosen one at first.
+    """
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
-        self.below, self.above = layer.neighbours(layer.weight)
-        self.logits = nn.Parameter(rounding_logits(layer.weight, self.below, self.above))
+        weight, chosen = layer.weight, layer.rounded
+        if chosen is None:
+            self.below, self.above = layer.neighbours(weight)
+            start = weight
+        else:
+            self.below, self.above = layer.neighbours(chosen + NEAR * (weight - chosen))
+            share = torch.where(chosen == self.above, 0.75, 0.25)
+            start = torch.lerp(self.below, self.above, share)
+        self.logits = nn.Parameter(rounding_logits(start, self.below, self.above))
 
     def value(self) -> Tensor:
         return soft_weight(rectified_sigmoid(self.logits), self.below, self.above)
@@ -46,11 +60,12 @@ class LearnedRounding(WeightInTraining):
 class BRECQ(BlockStage):
     """Learn for all weights of a block whether they go up or down, by gradients of the error of the block's output.
 
-    On any grid that has neighbours. `steps` of Adam at `rate`, each on one batch, the regulariser weighted by `weight`.
-    `drop`: the share of elements that are not quantized while learning, at random, of the block's input and of the
-    activations in it (QDrop). `fisher`: "none" weighs all outputs alike, "diag" by the squared gradients of the
-    divergence of the model's prediction from the float one; it runs the model once more for each block and batch.
-    `activation_steps`: of Adam at `activation_rate`, which then stretch the ranges of the activations in the block.
+    On any grid that has neighbours; behind another rounding it starts from that. `steps` of Adam at `rate`, each on one
+    batch, the regulariser weighted by `weight`. `drop`: the share of elements that are not quantized while learning, at
+    random, of the block's input and of the activations in it (QDrop). `fisher`: "none" weighs all outputs alike, "diag"
+    by the squared gradients of the divergence of the model's prediction from the float one; it runs the model once more
+    for each block and batch. `activation_steps`: of Adam at `activation_rate`, which then stretch the ranges of the
+    activations in the block.
     Deviation: errors are relative to the square of the float output, so that one `weight` serves all blocks.
     """
 
