@@ -240,7 +240,7 @@ def test_padding_tokens_are_left_out(attention: nn.Module) -> None:
 def test_block_formats_are_rotated_in_their_blocks() -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(64, 8)), torch.randn(20, 64)
-    for spec, block in (("mxfp4", 32), ("nvfp4", 16), ("affine:4/channel", 64)):
+    for spec, block in (("mxfp4", 32), ("nvfp4", 16), ("affine:4/channel", 64), ("affine:4/group=32", 64)):
         model = tq.quantize(net, [{"types": ["Linear"], "weight": spec}], x)
         assert ptq.run(model, ["rotate"], [x], keep="always").steps[0].note == f"blocks of {block}, signs 0"
 

@@ -120,7 +120,8 @@ def _rounded(given: Sequence[Tensor], observed: Sequence[Tensor], quantizer: Qua
             part.n_calls = 1
             part.reset()
     if observed:  # as one tensor: ranks may have different numbers of batches
-        own.pre_observe(torch.cat([x.flatten() for x in observed]) if own.axis is None else torch.cat(list(observed)))
+        alike = len({x.shape[1:] for x in observed}) == 1
+        own.pre_observe(torch.cat(list(observed) if alike else [x.flatten() for x in observed]))
     return [own(x).detach() for x in given]
 
 
