@@ -11,6 +11,10 @@ from torchquant.ptq.paths import ChannelSets, channel_sets
 
 def scaled(net: nn.Module, x: Tensor, quantize: bool = True) -> tuple[ChannelSets, list[str]]:
     """Scale every set of a float64 model by random factors and check that its function stays; return the sets."""
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+                tensor.uniform_(0.3, 2.0)
     model = (tq.quantize(net.eval(), "w8a8", x) if quantize else net).eval()
     with torch.no_grad():
         before = model(x)
