@@ -1,4 +1,4 @@
-"""Brevitas: each layer by itself, or the traced graph; weights int8 per channel, activations per tensor."""
+"""Brevitas: each layer by itself, or the traced graph; weights per channel, activations of 8 bits per tensor."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from benchmarks.real.peers._base import Peer, Quantized
 from torchquant.errors import require
 
 Layers = dict[type[nn.Module], Any]
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
-def _layer_map(given: Layers, suffix: str, reads: bool) -> Layers:
+def _layer_map(given: Layers, suffix: str, reads: bool, bits: int = 8) -> Layers:
     """A map of Brevitas with weights per channel and no quantized bias. `suffix`: of its quantizers, "" or "MSE".
 
     `reads`: whether the layers quantize what they read, with a zero point.
     """
     scaled = require("brevitas.quant.scaled_int", "bench")
     shifted = require("brevitas.quant.shifted_scaled_int", "bench")
-    weight = getattr(scaled, f"Int8WeightPerChannelFloat{suffix}")
+    weight = type("Weight", (getattr(scaled, f"Int8WeightPerChannelFloat{suffix}"),), {"bit_width": bits})
     acts = {"input_quant": getattr(shifted, f"ShiftedUint8ActPerTensorFloat{suffix}")} if reads else {}
-    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
     return {
         kind: (entry[0], {**entry[1], "weight_quant": weight, "bias_quant": None, **acts})
-        if entry is not None and kind in plain
+        if entry is not None and kind in PLAIN
         else entry
         for kind, entry in given.items()
     }
@@ -48,6 +48,35 @@ def graph(network: Real, folder: Path) -> Quantized:
     traced = tools.preprocess_for_quantize(copy.deepcopy(network.model), equalize_iters=0)
     chosen = _layer_map(tools.COMPUTE_LAYER_MAP, "", reads=False)
     return _calibrated(network, tools.quantize(traced, compute_layer_map=chosen))
+
+
+ALGORITHMS = ("nearest", "gptq", "gpfq", "bias_correction")
+"""Its post-training algorithms that `rounded` runs."""
+
+
+@torch.no_grad()
+def rounded(network: Real, algorithm: str, suffix: str = "MSE", bits: int = 4) -> nn.Module:
+    """The network rounded by an algorithm of Brevitas; the first and the last layer stay float.
+
+    GPTQ and GPFQ take the columns with the largest inputs first, and the quantized activations.
+    """
+    tools, model = require("brevitas.graph.quantize", "bench"), copy.deepcopy(network.model)
+    layers = [name for name, module in model.named_modules() if isinstance(module, PLAIN)]
+    chosen = _layer_map(tools.LAYERWISE_COMPUTE_LAYER_MAP, suffix, reads=True, bits=bits)
+    model = tools.layerwise_quantize(model, chosen, name_blacklist=[layers[0], layers[-1]])
+    model = _calibrated(network, model).call
+    if algorithm in ("gptq", "gpfq"):
+        mode = getattr(require(f"brevitas.graph.{algorithm}", "bench"), f"{algorithm}_mode")
+        with mode(model, act_order=True) as running:
+            for _ in range(running.num_layers):
+                for batch in network.calibration:
+                    running.model(*batch)
+                running.update()
+    elif algorithm == "bias_correction":
+        with require("brevitas.graph.calibrate", "bench").bias_correction_mode(model):
+            for batch in network.calibration:
+                model(*batch)
+    return model
 
 
 def _calibrated(network: Real, model: nn.Module) -> Quantized:
