@@ -37,7 +37,7 @@ CLASSIFIERS = ("lite0", "pitch_small")
 PLAIN, PEER = "w4a8 ", "brevitas "
 WAYS = (
     *("w8a8 nearest", "w4a8-minmax nearest", "w4a8 nearest", "w4a8 nearest,bias_correction"),
-    *("w4a8-minmax gptq:act_order", "w4a8 gptq:act_order", "w4a8 adaround:steps=300", "w4a8 autoround"),
+    *("w4a8-minmax gptq:act_order", "w4a8 gptq:act_order", "w4a8 adaround", "w4a8 autoround"),
     "w4a8 gptq:act_order,descent,bias_correction",
     *(f"{PEER}{algorithm}" for algorithm in brevitas.ALGORITHMS),
 )

@@ -508,6 +508,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         },
         "find_recipe": lambda: {"name": "gptq"},
         "make_stage": lambda: {"spec": "gptq"},
+        "preview": on_model(stages=["nearest"], names=("*",), skip=(), blocks=()),
         "quantized_cache": lambda: {"keys": 4, "values": 4, "group": 32, "residual": 128},
         "run": on_model(
             stages=["nearest"],
@@ -605,7 +606,18 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},
     "torchquant.models": {"its package makes nets of millions of weights": ("FusedEfficientNet",)},
     "torchquant.ptq": {
-        RECORD: ("Block", "BlockData", "Blocks", "Layer", "LayerData", "PTQReport", "Readers", "StepReport"),
+        RECORD: (
+            "Block",
+            "BlockData",
+            "Blocks",
+            "Layer",
+            "LayerData",
+            "PTQReport",
+            "Preview",
+            "Readers",
+            "StepReport",
+            "UnitPreview",
+        ),
         ABSTRACT: (
             "BiasChange",
             "BlockStage",

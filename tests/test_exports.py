@@ -128,11 +128,11 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.ptq": [
         "BiasChange", "Block", "BlockData", "BlockStage", "Blocks", "InputStage", "Layer", "LayerData",
-        "LowRankChange", "MatchingRounding", "ModelStage", "NumberSearch", "PTQ", "PTQReport", "RECIPES", "Readers",
-        "Recipe", "Rounding", "StepReport", "WeightChange", "distilled_inputs", "find_blocks", "find_recipe",
-        "make_stage", "quantized_cache", "run",
+        "LowRankChange", "MatchingRounding", "ModelStage", "NumberSearch", "PTQ", "PTQReport", "Preview", "RECIPES",
+        "Readers", "Recipe", "Rounding", "StepReport", "UnitPreview", "WeightChange", "distilled_inputs", "find_blocks",
+        "find_recipe", "make_stage", "preview", "quantized_cache", "run",
     ],
-    "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "run_ptq"],
+    "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "preview_ptq", "run_ptq"],
     "torchquant.runs.demo": [
         "DemoConfig", "DemoResult", "OnnxResult", "SCHEMES", "Scheme", "SchemeResult", "run_demo",
     ],

@@ -93,8 +93,16 @@ def test_the_command_goes_all_the_way_and_on(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
+    planned = CliRunner().invoke(cli.build_app(), [*words, "--dry-run", "--blocks"], env={"COLUMNS": "200"})
+    assert planned.exit_code == 0, planned.output
+    assert "5 steps; each batch runs 2 times through the quantized model and 1 times" in planned.output
+    assert "bytes of Gram matrices" in planned.output
+    assert "block  class" in planned.output
+    assert not out.exists()
     first = CliRunner().invoke(cli.build_app(), words)
     assert first.exit_code == 0, first.output
+    assert len(json.loads((out / "steps" / "ptq.json").read_text())["steps"]) == 5
+    assert "<h1>Post-training run</h1>" in (out / "steps" / "report.html").read_text()
     assert "the recipe" in first.output
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "float.pt", "plan.yaml", "calibrated.pt", "quantized.pt", "result.json", "steps"} <= names

@@ -157,6 +157,40 @@ def test_each_forward_runs_once_in_each_stream(net: nn.Module) -> None:
     assert calls["now"] == len(BATCHES)
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ["nearest"],
+        ["gptq"],
+        ["gptq:match=layer", "bias_correction"],
+        ["calibrate", "gptq", "calibrate", "bias_correction"],
+    ],
+)
+def test_a_run_does_what_its_preview_says(net: nn.Module, stages: list[str]) -> None:
+    model, calls, held = quantized(net, "affine:4/channel"), {"now": 0, "float": 0}, {}
+    planned = ptq.preview(model, stages)
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls["float" if module.first.state == tq.QModuleState.BYPASSED else "now"] += 1
+
+    handle = model.register_forward_pre_hook(count)
+    find = ptq.LayerData.error
+
+    def watched(data: ptq.LayerData, *args: Tensor) -> Tensor:
+        held[data.path] = sum(t.nbytes for name, t in (data._sums | data._means).items() if "gram" in name)
+        return find(data, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ptq.LayerData, "error", watched)
+        report = ptq.run(model, stages, BATCHES)
+    handle.remove()
+    assert planned.n_steps == len(report.steps)
+    assert calls == {"now": planned.passes * len(BATCHES), "float": planned.float_passes * len(BATCHES)}
+    assert [unit.path for unit in planned.units] == list(dict.fromkeys(step.path for step in report.steps if step.path))
+    assert all(held.get(unit.path, 0) == unit.gram_bytes for unit in planned.units)
+    assert sum(unit.weights for unit in planned.units) == sum(slot.weight.numel() for slot in weight_slots(model))
+
+
 @pytest.mark.parametrize("n_done", [1, 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4, 5, 7, 8, 9))])
 def test_killed_and_resumed_is_not_killed(net: nn.Module, n_done: int, tmp_path: Path) -> None:
     stages = ["gptq", "descent", "calibrate", "bias_correction"] if n_done % 2 else ["gptq", "bias_correction"]

@@ -7,16 +7,22 @@ from typing import Annotated
 
 from torchquant.ptq import PTQReport
 from torchquant.runs.console import Terminal
-from torchquant.runs.ptq import PTQConfig, run_ptq
+from torchquant.runs.ptq import PTQConfig, preview_ptq, run_ptq
 
 
 def command(
     config: PTQConfig,
     out: Annotated[Path, "Folder for plan, steps, checkpoints, results; a stopped run goes on."] = Path("ptq_out"),
+    dry_run: Annotated[bool, "Print units, steps, forward passes and bytes of the run, and do nothing."] = False,
+    blocks: Annotated[bool, "Print the blocks of the model, and do nothing."] = False,
     strict: Annotated[bool, "Fail if more stays float than the rules ask."] = False,
 ) -> None:
     """Round a model after training: GPTQ, AdaRound and others; `torchquant algorithms` lists them."""
     terminal = Terminal()
+    if dry_run or blocks:
+        planned, found = preview_ptq(config, strict)
+        terminal.message("\n\n".join(str(part) for part, is_asked in ((planned, dry_run), (found, blocks)) if is_asked))
+        return
     result = run_ptq(config, out, terminal, strict)
     report = PTQReport.load(out / "steps")
     terminal.table(f"torchquant ptq {config.model}", *result.table(), f"{len(report.steps)} steps")

@@ -17,6 +17,9 @@ from torchquant.ptq.engine import run as run
 from torchquant.ptq.kv_cache import quantized_cache as quantized_cache
 from torchquant.ptq.layer import Layer as Layer
 from torchquant.ptq.layer import LayerData as LayerData
+from torchquant.ptq.previews import Preview as Preview
+from torchquant.ptq.previews import UnitPreview as UnitPreview
+from torchquant.ptq.previews import preview as preview
 from torchquant.ptq.readers import Readers as Readers
 from torchquant.ptq.recipe import RECIPES as RECIPES
 from torchquant.ptq.recipe import Recipe as Recipe
@@ -51,15 +54,18 @@ __all__ = [
     "ModelStage",
     "NumberSearch",
     "PTQReport",
+    "Preview",
     "Readers",
     "Recipe",
     "Rounding",
     "StepReport",
+    "UnitPreview",
     "WeightChange",
     "distilled_inputs",
     "find_blocks",
     "find_recipe",
     "make_stage",
+    "preview",
     "quantized_cache",
     "run",
 ]

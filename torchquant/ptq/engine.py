@@ -29,7 +29,7 @@ from torchquant.ptq.overflow import Overflow
 from torchquant.ptq.reads import mask_of, paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
-from torchquant.ptq.stage import CHANGES, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
+from torchquant.ptq.stage import CHANGES, FLOAT_NEEDS, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
 from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
@@ -98,7 +98,7 @@ def run(
     ['0', '0', '2', '2']
     """
     made = [make_stage(stage) for stage in stages]
-    _check_order(made)
+    check_order(made)
     if keep not in KEEP:
         raise ConfigError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
     if cache_bytes is not None and cache_bytes < 0:
@@ -141,7 +141,7 @@ def run(
     return report
 
 
-def _check_order(stages: Sequence[Stage]) -> None:
+def check_order(stages: Sequence[Stage]) -> None:
     """Raise ConfigError if a stage would undo the changes of an earlier one."""
     if not stages:
         raise ConfigError("there are no stages to run; give names such as 'gptq', see PTQ")
@@ -261,7 +261,7 @@ class _Engine:
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         left = {slot.label: slot for slots in self.units.values() for slot in slots}
         if needs:
-            wants_float = bool(needs & {"cross_gram", "float_means"})
+            wants_float = bool(needs & FLOAT_NEEDS)
             self.again.clear()
             for slot, data, notes in self._inputs_of_units(needs, wants_float):
                 self._work(slot, stages, data, notes)

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from math import log10
 from pathlib import Path
 from typing import Any
 
-from torchquant._files import check_format, read_json, write_csv, write_json
+from torchquant._files import check_format, read_json, write_csv, write_json, write_whole
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, one_line
 
 FORMAT = 1
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Post-training run</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733; margin: 2rem auto; max-width: 1080px; }}
+table {{ border-collapse: collapse; width: 100%; }}
+td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #e1e6ec; }}
+.before, .after {{ background: #c9d3de; font-size: .75rem; white-space: nowrap; }}
+.after {{ background: #7fb3e6; }}
+</style></head><body>
+<h1>Post-training run</h1><p>Stages: <code>{stages}</code></p>
+<h2>Error of each unit, rounded to nearest (grey) and after the step (blue), on a logarithmic scale</h2>
+<table>{bars}</table>
+<h2>Steps</h2>{table}
+</body></html>
+"""
+"""The page of a report."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +97,28 @@ class PTQReport(ShownAsTables):
         except (LookupError, TypeError) as error:
             raise ConfigError(f"{where} is not a whole report: {one_line(repr(error))}") from error
 
+    def to_html(self) -> str:
+        """Return the report as one page that loads nothing: errors before and after each step as bars, and the table."""
+        errors = [error for step in self.steps for error in (step.nearest_error, step.error) if error]
+        low = log10(min(errors, default=1.0)) - 1.0
+        scale = 100.0 / ((log10(max(errors, default=1.0)) - low) or 1.0)
+
+        def bar(name: str, error: float) -> str:
+            width = scale * (log10(error) - low) if error > 0 else 0.0
+            return f'<div class="{name}" style="width:{width:.1f}%">{error:.3g}</div>'
+
+        bars = "".join(
+            f"<tr><td>{escape(step.stage)}</td><td>{escape(step.path)}</td>"
+            f"<td>{bar('before', step.nearest_error)}{bar('after', step.error)}</td></tr>"
+            for step in self.steps
+            if step.error is not None and step.nearest_error is not None
+        )
+        return PAGE.format(stages=escape(", ".join(self.stages)), bars=bars, table=self._repr_html_())
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `ptq.json` and `steps.csv` into a folder. Returns the path of the first."""
+        """Write `ptq.json`, `steps.csv` and `report.html` into a folder. Returns the path of the first."""
+        text = self.to_html()
+        write_whole(Path(folder) / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
         write_csv(Path(folder) / "steps.csv", [f.name for f in fields(StepReport)], map(asdict, self.steps))
         return write_json(Path(folder) / "ptq.json", self.to_dict())
 

@@ -38,7 +38,7 @@ from torchquant.runs.settings import (
 from torchquant.runs.stages import Stages
 from torchquant.utils import set_qmodule_state
 
-__all__ = ["PTQConfig", "PTQResult", "run_ptq"]
+__all__ = ["PTQConfig", "PTQResult", "preview_ptq", "run_ptq"]
 
 MADE = ("float.pt", "calibrated.pt", "quantized.pt", "*.progress.pt")
 """Files that a later run of the same settings goes on from."""
@@ -95,18 +95,36 @@ def run_ptq(
     """
     with show or NullProgress() as shown:
         shown.start(3.0)
-        data, recipe = load_data(config.data, config.seed), find_recipe(config.recipe)
-        torch.manual_seed(config.seed)
-        net = build_model(config.model, data)
-        rules = recipe.rules if config.rules is None else config.rules
-        rules = read_rules("w4a8" if rules is None else rules) if isinstance(rules, str | None) else list(rules)
-        with torch.random.fork_rng(devices=[]):
-            quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2], strict=strict)
+        data, recipe, net, rules = _built(config)
+        _tried(config, data, net, rules, strict)
         files = [config.checkpoint, *files_of(config.data, config.rules)]
         files += [config.recipe] if is_file(config.recipe) else []
         settings = asdict(config) | {CONTENTS: pinned(config.contents, contents_of(files, [net], config.model))}
         with claimed(Path(out) / "config.json", settings, "another run", "run", MADE, shown.message) as folder:
             return _run(net, rules, recipe, config, data, Stages(folder, shown))
+
+
+def preview_ptq(config: PTQConfig, strict: bool = False) -> tuple[ptq.Preview, ptq.Blocks]:
+    """Say what a run would do, and which blocks its model has; nothing is trained, calibrated or written."""
+    data, recipe, net, rules = _built(config)
+    model = _tried(config, data, net, rules, strict)
+    return ptq.preview(model, recipe.stages, recipe.names, recipe.skip), ptq.find_blocks(model)
+
+
+def _built(config: PTQConfig) -> tuple[TrainingData, Recipe, nn.Module, Any]:
+    """Load the data and the recipe, and build the float model; with the rules of the plan."""
+    data, recipe = load_data(config.data, config.seed), find_recipe(config.recipe)
+    torch.manual_seed(config.seed)
+    net = build_model(config.model, data)
+    rules = recipe.rules if config.rules is None else config.rules
+    rules = read_rules("w4a8" if rules is None else rules) if isinstance(rules, str | None) else list(rules)
+    return data, recipe, net, rules
+
+
+def _tried(config: PTQConfig, data: TrainingData, net: nn.Module, rules: Any, strict: bool) -> nn.Module:
+    """Quantize a copy of the float model, so that a plan that does not fit is known at once."""
+    with torch.random.fork_rng(devices=[]):
+        return quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2], strict=strict)
 
 
 def _run(

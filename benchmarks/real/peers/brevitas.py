@@ -65,6 +65,7 @@ def rounded(network: Real, algorithm: str, suffix: str = "MSE", bits: int = 4) -
     chosen = _layer_map(tools.LAYERWISE_COMPUTE_LAYER_MAP, suffix, reads=True, bits=bits)
     model = tools.layerwise_quantize(model, chosen, name_blacklist=[layers[0], layers[-1]])
     model = _calibrated(network, model).call
+    model(*network.calibration[0])  # its weight quantizers take their numbers from a forward pass behind calibration
     if algorithm in ("gptq", "gpfq"):
         mode = getattr(require(f"brevitas.graph.{algorithm}", "bench"), f"{algorithm}_mode")
         with mode(model, act_order=True) as running:

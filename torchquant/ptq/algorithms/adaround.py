@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
+from torchquant.ptq.functional.gram import output_error
 from torchquant.ptq.functional.learned_rounding import (
     hard_weight,
     rectified_sigmoid,
@@ -42,7 +43,7 @@ class AdaRound(MatchingRounding):
         target = self.target(layer, data).to(torch.float32)
         below, above = (level.to(torch.float32) for level in layer.neighbours(target.to(layer.weight.dtype)))
         gram = data.gram.to(torch.float32)
-        signal = ((layer.weight.to(torch.float32) @ gram) * layer.weight).sum(-1).mean().clamp_min(1e-30)
+        signal = output_error(layer.weight, gram).mean().clamp_min(1e-30)
         free = above > below
         with torch.enable_grad():
             logits = rounding_logits(target, below, above).requires_grad_(True)
@@ -50,7 +51,7 @@ class AdaRound(MatchingRounding):
             for step in range(self.steps):
                 share = rectified_sigmoid(logits)
                 difference = soft_weight(share, below, above) - target
-                loss = ((difference @ gram) * difference).sum(-1).sum() / signal
+                loss = output_error(difference, gram).sum() / signal
                 beta = rounding_beta(step, self.steps)
                 if beta is not None:
                     loss = loss + self.weight * rounding_regulariser(share[free], beta) / target.shape[-1]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.ptq.block import Block, BlockData, WeightInTraining
+from torchquant.ptq.functional.gram import output_error
 from torchquant.ptq.functional.learned_rounding import rounding_share
 from torchquant.ptq.functional.sign_rounding import offset_rounding, sign_rates, sign_rounding, sign_step
 from torchquant.ptq.layer import Layer, LayerData
@@ -53,8 +54,7 @@ class AutoRound(MatchingRounding, BlockStage):
         gram = data.gram.to(torch.float32)
 
         def loss(rounded: Tensor) -> Tensor:
-            difference = rounded - target
-            return ((difference @ gram) * difference).sum()
+            return output_error(rounded - target, gram).sum()
 
         with torch.enable_grad():
             return sign_rounding(target, below, above, loss, self.steps, layer.quantizer.n_bits)[0]

@@ -217,12 +217,16 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     """Squared error that a difference of weights makes at each output, `d H d'`: (..., rows).
 
     difference: (..., rows, K). gram: (..., K, K), or (..., K) for its diagonal alone. In the units of the Gram matrix:
-    the mean over its rows if it is a mean.
+    the mean over its rows if it is a mean. A gradient for the difference, `2 d H`, takes no product of its own: the
+    matrix is symmetric.
 
     >>> output_error(torch.tensor([[0.4, 0.4]]), torch.tensor([[2.0, 1.6], [1.6, 2.0]]))
     tensor([1.1520])
     """
     difference = difference.to(gram.dtype)
     if gram.ndim == difference.ndim:
-        return ((difference @ gram) * difference).sum(-1)
+        fixed = difference.detach()
+        pulled = fixed @ gram
+        error = (pulled * fixed).sum(-1)
+        return error + 2.0 * (pulled * (difference - fixed)).sum(-1) if difference.requires_grad else error
     return (difference.square() @ gram[..., None])[..., 0]
