@@ -98,7 +98,7 @@ class PTQReport(ShownAsTables):
             raise ConfigError(f"{where} is not a whole report: {one_line(repr(error))}") from error
 
     def to_html(self) -> str:
-        """Return the report as one page that loads nothing: errors before and after each step as bars, and the table."""
+        """Return the report as one page that loads nothing: the errors before and after as bars, and the table."""
         errors = [error for step in self.steps for error in (step.nearest_error, step.error) if error]
         low = log10(min(errors, default=1.0)) - 1.0
         scale = 100.0 / ((log10(max(errors, default=1.0)) - low) or 1.0)

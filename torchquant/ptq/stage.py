@@ -24,7 +24,7 @@ PTQ: Registry[type[Stage]] = Registry("post-training stage")
 NEEDS = ("gram", "cross_gram", "means", "float_means")
 """Statistics that a layer stage can ask for; see `LayerData`."""
 FLOAT_NEEDS = frozenset({"cross_gram", "float_means"})
-"""Those for which the float model runs along."""
+"""Statistics that need the inputs in the float model, which then runs along."""
 CHANGES = ("structure", "ranges", "weights", "numbers", "roundings", "bias")
 """The kinds of change that a stage can make, in the order in which stages may follow each other."""
 

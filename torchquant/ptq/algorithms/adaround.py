@@ -31,9 +31,9 @@ class AdaRound(MatchingRounding):
 
     source = "Nagel et al. 2020, arXiv:2004.10568"
     when = "convolutional networks at 4 bits; slower than gptq"
-    cost = "1000 rows K^2"
+    cost = "300 rows K^2"
 
-    def __init__(self, match: str = "float", steps: int = 1000, rate: float = 1e-2, weight: float = 1e-2) -> None:
+    def __init__(self, match: str = "float", steps: int = 300, rate: float = 0.1, weight: float = 0.1) -> None:
         super().__init__(match)
         if steps < 1 or not rate > 0:
             raise ConfigError(f"adaround needs steps >= 1 and rate > 0, got {steps} and {rate}")
