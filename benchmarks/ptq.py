@@ -146,14 +146,14 @@ def _shown(cells: dict[str, Any], way: str) -> str:
 
 def _gains(cells: dict[str, Any]) -> list[str]:
     """Lines on what each algorithm gains over rounding to nearest on the same scales and on those of minmax."""
-    wanted = {way.partition(":")[0].removeprefix(PLAIN): way for way in WAYS if way.startswith(PLAIN)}
+    wanted = {way.removeprefix(PLAIN): way for found in cells.values() for way in found if way.startswith(PLAIN)}
     lines = ["", "Gain over rounding to nearest on the same scales, and on those of the largest weight, in dB:", ""]
     for name, found in cells.items():
         near = [found.get(f"{rules} nearest", {}).get("db") for rules in ("w4a8", "w4a8-minmax")]
         gains = [
             f"{short} " + " / ".join("-" if base is None else f"{found[way]['db'] - base:+.1f}" for base in near)
             for short, way in wanted.items()
-            if short in ("gptq", "adaround", "autoround") and "db" in found.get(way, {})
+            if short.partition(":")[0] in ("gptq", "adaround", "autoround") and "db" in found.get(way, {})
         ]
         lines.append(f"- {name}: {', '.join(gains)}")
     return lines
