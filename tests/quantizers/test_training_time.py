@@ -253,6 +253,15 @@ class TestReActNet:
                 getattr(activation, name).fill_(golden[name])
         close(activation(real([self.golden["x"]]))[0].detach(), golden["y"])
 
+    def test_behind_a_relu_the_threshold_starts_at_the_mean(self) -> None:
+        x = torch.rand(4, 3, 50)
+        quantizer = tq.make_quantizer("rsign/channel", site="output")
+        quantizer.pre_observe(x)
+        torch.testing.assert_close(quantizer.threshold.detach(), x.mean((0, 2)))
+        other = tq.make_quantizer("rsign", site="output")
+        other.pre_observe(x - 0.1)
+        assert other.threshold.tolist() == [0.0]
+
     def test_the_slope_is_a_triangle_around_the_threshold(self) -> None:
         x, threshold = real([-1.0, 0.0, 0.5, 2.0]), real(0.25)
         x.requires_grad_(), threshold.requires_grad_()
@@ -307,8 +316,14 @@ class TestQIL:
         quantizer = tq.make_quantizer("qil:2", site="input")
         quantizer.pre_observe(torch.randn(100))
         assert sorted(dict(quantizer.named_parameters())) == ["centre", "distance"]
-        quantizer.set_numbers(centre=0.5, distance=0.9)
-        assert quantizer(torch.tensor([-1.0, 0.0, 0.5, 2.0])).tolist() == pytest.approx([0.0, 0.0, 2 / 3, 1.0])
+        quantizer.set_numbers(centre=0.5, distance=0.9, reach=3.0)
+        assert quantizer(torch.tensor([-1.0, 0.0, 0.5, 2.0])).tolist() == pytest.approx([0.0, 0.0, 2.0, 3.0])
+
+    def test_activations_start_in_their_units(self) -> None:
+        x = torch.rand(1000)
+        quantizer = tq.make_quantizer("qil:4", site="output")
+        quantizer.pre_observe(x)
+        assert float((quantizer(x).detach() - x).abs().max()) < 0.6 * float(quantizer.levels().diff()[0])
 
 
 class TestN2UQ:

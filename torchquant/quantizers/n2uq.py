@@ -22,6 +22,7 @@ class N2UQQuantizer(MidriseQuantizer):
     `step = 2**(2 - n_bits) E|x|`: of a bell-shaped weight each code has a like share. Its activations: `n2uq_act`.
     Raises ConfigError.
 
+    >>> import torch
     >>> quantizer = N2UQQuantizer(2)
     >>> quantizer.pre_observe(torch.tensor([-1.2, -0.5, -0.1, 0.2, 0.6, 1.4]))
     >>> quantizer(torch.tensor([-1.2, 0.2, 1.4]))
@@ -53,6 +54,7 @@ class N2UQActQuantizer(LearnedQuantizer):
     Values below 0 become 0. Deviations: one step in place of the paper's two scales; the gradients of the trained
     numbers are scaled as LSQ's step is. Raises ConfigError.
 
+    >>> import torch
     >>> quantizer = N2UQActQuantizer(2)
     >>> quantizer.pre_observe(torch.rand(100))
     >>> quantizer.set_numbers(cells=torch.tensor([0.6, 0.8, 1.6]), step=1.0)

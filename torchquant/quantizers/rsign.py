@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchquant.quantizers._base import QUANTIZERS, About
-from torchquant.quantizers._learned import LearnedQuantizer, first, gradient_scale, largest_of
+from torchquant.quantizers._learned import LearnedQuantizer, first, gradient_scale, largest_of, lowest_of
+from torchquant.quantizers_functional._row_statistics import row_moments
 from torchquant.quantizers_functional.formats import Format
 from torchquant.quantizers_functional.reactnet import ThresholdSigns, rsign_quantize
+from torchquant.range_observers._distributed import ranks
 from torchquant.range_observers._statistics import rows
 
 
@@ -17,9 +20,9 @@ class RSignQuantizer(LearnedQuantizer):
 
     The paper has a threshold for each channel (`rsign/channel`), XNOR weights (`xnor/channel`), the activation `RPReLU`
     of `torchquant.training`, and trains on the predictions of the float model alone (`Distillation(share=1)`). The
-    threshold starts at 0; its gradient is scaled as LSQ's step is, which the paper does not do. Raises ConfigError.
+    threshold starts at 0. Deviations: it starts at the mean where no value of the first tensor is below 0, as behind a
+    ReLU, where all signs would be alike; its gradient is scaled as LSQ's step is. Raises ConfigError.
 
-    >>> import torch
     >>> quantizer = RSignQuantizer()
     >>> quantizer.pre_observe(torch.tensor([-1.0, 0.1, 0.2]))
     >>> quantizer.set_numbers(threshold=0.15, present=1.0)
@@ -44,8 +47,10 @@ class RSignQuantizer(LearnedQuantizer):
         super().__init__(axis, nonfinite)
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        absmax = largest_of(rows(x, self.axis))
-        return first((absmax * 0.0, self.ever_present(absmax)), self.axis)
+        x = rows(x, self.axis)
+        absmax, mean = largest_of(x), row_moments(x, ranks())[0]
+        threshold = torch.where(lowest_of(x) < 0, mean * 0.0, mean)
+        return first((threshold, self.ever_present(absmax)), self.axis)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the threshold, and 1, or 0 for a tensor of zeros."""
