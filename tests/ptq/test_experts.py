@@ -164,8 +164,13 @@ def test_other_routes_of_the_float_model_do_not_stop_a_run(shift: float) -> None
 
 
 def test_masks_of_batches() -> None:
-    mask = torch.ones(2, 5, dtype=torch.long)
-    assert mask_of(torch.ones(2, 5), 0) is None
-    assert mask_of({"attention_mask": mask, "decoder_input_ids": mask[:, :3]}, 0) is not None
+    class Encoder(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return input_ids
+
+    model, mask = Encoder(), torch.ones(2, 5, dtype=torch.long)
+    assert mask_of(model, torch.ones(2, 5), 0) is None
+    assert mask_of(model, (torch.ones(2, 5), mask), 0) is not None
+    assert mask_of(model, {"attention_mask": mask, "decoder_input_ids": mask[:, :3]}, 0) is not None
     with pytest.warns(UserWarning, match="batch 3: its decoder_input_ids have the shape of its attention_mask"):
-        assert mask_of({"attention_mask": mask, "decoder_input_ids": mask}, 3) is None
+        assert mask_of(model, {"attention_mask": mask, "decoder_input_ids": mask}, 3) is None

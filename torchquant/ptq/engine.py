@@ -195,7 +195,7 @@ class _Engine:
         self.units: dict[str, list[WeightSlot]] = {}
         for slot in units:
             self.units.setdefault(slot.path, []).append(slot)
-        self.masks = [mask_of(batch, i) for i, batch in enumerate(inputs)]
+        self.masks = [mask_of(model, batch, i) for i, batch in enumerate(inputs)]
         self.on_step, self.saved, self.overflow = on_step, saved, overflow
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None

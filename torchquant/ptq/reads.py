@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant.graph.calls import arguments_of
 from torchquant.ptq.functional.gram import conv_rows, linear_rows, transposed_conv_rows
 from torchquant.ptq.layer import Rows
 from torchquant.ptq.recurrence import layer_input, states_before
@@ -28,15 +29,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call of a QModule."""
 
 
-def mask_of(batch: Any, i: int) -> Tensor | None:
-    """Return which tokens of batch i are not padding, (N, tokens) bool, if it is a mapping with an attention mask.
+def mask_of(model: nn.Module, batch: Any, i: int) -> Tensor | None:
+    """Return which tokens of batch i are not padding, (N, tokens) bool, if an argument of it is the attention_mask.
 
     Layers know this mask by its shape. Warns, and returns None, if tokens of a decoder have the same shape.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    args, kwargs = arguments_of(batch)
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
+    mask = named.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
-    decoder = batch.get("decoder_input_ids")
+    decoder = named.get("decoder_input_ids")
     if isinstance(decoder, Tensor) and decoder.shape == mask.shape:
         warnings.warn(
             f"batch {i}: its decoder_input_ids have the shape of its attention_mask, so that layers cannot tell whose "
