@@ -501,7 +501,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "distilled_inputs": lambda: {
             "model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),
             "shape": (2, 4),
-            "batches": 1,
+            "n_batches": 1,
             "steps": 1,
             "learning_rate": 0.1,
             "seed": 0,

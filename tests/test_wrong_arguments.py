@@ -83,7 +83,19 @@ SLOW = (
     *("torchquant.deploy", "torchquant.models", "torchquant.search", "torchquant.training"),
     "torchquant.quantizers._laws",
 )
-OF_NO_END = {"epochs", "steps_per_epoch", "samples", "iterations", "draws", "patience", "points", "n_steps"}
+OF_NO_END = {
+    "steps",
+    "n_batches",
+    "num_parameters",
+    "epochs",
+    "steps_per_epoch",
+    "samples",
+    "iterations",
+    "draws",
+    "patience",
+    "points",
+    "n_steps",
+}
 """Counts that may be as large as one likes, and take so long."""
 
 

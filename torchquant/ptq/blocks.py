@@ -48,6 +48,7 @@ def find_blocks(model: nn.Module, names: Sequence[str] = (), slots: Sequence[Wei
     >>> net = nn.Sequential(part(), part(), nn.Linear(4, 2))
     >>> print(find_blocks(tq.quantize(net, "w4a8", torch.ones(1, 4))))
     block  class       layers  weights
+    -----  ----------  ------  -------
     0      Sequential  1       0.0
     1      Sequential  1       1.0
     2      Linear      1       2

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
+from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.without_data import statistics_error
 
@@ -18,7 +19,7 @@ from torchquant.ptq.functional.without_data import statistics_error
 def distilled_inputs(
     model: nn.Module,
     shape: tuple[int, ...],
-    batches: int = 1,
+    n_batches: int = 1,
     steps: int = 500,
     learning_rate: float = 0.1,
     seed: int = 0,
@@ -31,7 +32,7 @@ def distilled_inputs(
     ConfigError for a model without batch norms. Source: Cai et al. 2020, arXiv:2001.00281.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    >>> [x.shape for x in distilled_inputs(net, (8, 1, 6, 6), batches=2, steps=3)]
+    >>> [x.shape for x in distilled_inputs(net, (8, 1, 6, 6), n_batches=2, steps=3)]
     [torch.Size([8, 1, 6, 6]), torch.Size([8, 1, 6, 6])]
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
@@ -43,11 +44,16 @@ def distilled_inputs(
         )
     if len(shape) < 2 or shape[0] < 2:
         raise ConfigError(f"shape must be that of a batch of at least 2 inputs, (N, ...), got {tuple(shape)}")
+    if n_batches < 1 or steps < 0 or not 0.0 < learning_rate < float("inf"):
+        raise ConfigError(
+            "n_batches must be at least 1, steps at least 0 and learning_rate a finite number above 0, got "
+            f"{shown(n_batches)}, {shown(steps)} and {shown(learning_rate)}"
+        )
     generator = torch.Generator().manual_seed(seed)
     first = next(iter(model.parameters()))
     made = []
     with in_mode(False, model):
-        for _ in range(batches):
+        for _ in range(n_batches):
             start = torch.randn(shape, generator=generator).to(first)
             made.append(_matched(model, norms, start, steps, learning_rate))
     return made

@@ -24,8 +24,8 @@ from torchquant.ptq.channels import placed
 from torchquant.ptq.folding import statistics_of
 from torchquant.ptq.functional.biases import clipped_normal_mean
 from torchquant.ptq.functional.without_data import normal_ranges
-from torchquant.qmodule import QWrapper
-from torchquant.utils import qmodules
+from torchquant.qmodule.weight_slots import LayerSlot
+from torchquant.utils import weight_slots
 
 POINTS = torch.linspace(-5.0, 5.0, 101, dtype=torch.float64)
 """Points, in deviations, at which an activation is computed to find the moments of its result."""
@@ -84,10 +84,10 @@ class MomentsRun(TorchFunctionMode):
         self.deviations, self.at_product = deviations, at_product
         self.known = WeakTensorKeyDictionary()
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
-        for _, module in qmodules(model):
-            found = statistics_of(module) if isinstance(module, QWrapper) else None
-            if found is not None and module.bn.weight is not None:
-                self.statistics[module.bn.weight.data_ptr()] = found
+        for slot in weight_slots(model):
+            found = statistics_of(slot.module) if isinstance(slot, LayerSlot) else None
+            if found is not None and slot.module.bn.weight is not None:
+                self.statistics[slot.module.bn.weight.data_ptr()] = found
 
     def begin(self, inputs: Any) -> Any:
         """Copy inputs of the model; those of real numbers are taken for standard normal."""

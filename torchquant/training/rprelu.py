@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +29,11 @@ class RPReLU(nn.Module):
         super().__init__()
         if num_parameters < 1:
             raise ConfigError(f"num_parameters must be at least 1, got {num_parameters}")
+        if not math.isfinite(init):
+            raise ConfigError(f"init must be a finite slope, got {init}")
         self.gamma = nn.Parameter(torch.zeros(num_parameters))
         self.zeta = nn.Parameter(torch.zeros(num_parameters))
-        self.beta = nn.Parameter(torch.full((num_parameters,), init))
+        self.beta = nn.Parameter(torch.full((num_parameters,), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of x, (N, channels, ...)."""
