@@ -1,7 +1,7 @@
 """Rotate and round a transformer: `python examples/round_a_transformer.py`; needs torchquant[demo].
 
-The model reads a picture of a digit as sixteen tokens, its rows. One of its channels has large values, as those of trained
-language models do.
+The model reads a picture of a digit as sixteen tokens, its rows. One of its channels has large values, as channels of
+trained language models do.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Choose the roundings of a trained CNN: `python examples/round_after_training.py`; needs torchquant[demo].
 
-For any model, in a folder where a stopped run resumes: `torchquant ptq MODEL --recipe "gptq:act_order,bias_correction"`.
+For any model, in a folder where a stopped run resumes: `torchquant ptq MODEL --recipe gptq,bias_correction`.
 """
 
 import tempfile
