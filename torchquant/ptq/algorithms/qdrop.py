@@ -16,7 +16,7 @@ class QDrop(BRECQ):
     def __init__(
         self,
         steps: int = 300,
-        rate: float = 1e-2,
+        rate: float = 0.1,
         weight: float = 0.1,
         drop: float = 0.5,
         fisher: str = "none",
