@@ -138,7 +138,8 @@ def test_every_stage_for_inputs(net: nn.Module, stage: str, weight: str) -> None
     ours = [step for step in report.steps if step.stage == stage]
     assert len(ours) == 5
     assert all(step.error <= step.nearest_error for step in ours)  # type: ignore[operator]
-    assert any(slot.module.has_slots for slot in weight_slots(model))
+    helped = any(step.error < step.nearest_error for step in ours)  # type: ignore[operator]
+    assert any(slot.module.has_slots for slot in weight_slots(model)) == helped
     ptq.run(again, [stage, "gptq"], BATCHES)
     state = again.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
