@@ -51,7 +51,7 @@ REMARKS: dict[str, str] = {
     "face_small: calibration": _SMALL_SHARE,
     "face: calibration": _SEARCHES,
     "speaker: calibration": _SEARCHES,
-    "pitch_small: calibration": _SEARCHES,
+    **{f"{net}: calibration": _SEARCHES for net in ("pitch_small", "lite0", "minilm", "conformer")},
 }
 """'NETWORK: GOAL' -> cause and next step. Goals: accuracy; accuracy, dynamic; export; speed; certificate; calibration.
 """
