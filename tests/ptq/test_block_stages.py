@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchquant as tq
+from tests.ptq.nets import with_statistics
 from tests.ptq.oracles import GOLDENS, X, real
 from tests.ptq.test_run import QUICK_SPECS, SLOW_SPECS
 from torchquant import ptq
@@ -58,11 +59,7 @@ BATCHES = list(torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    made = Net()
-    for _ in range(3):
-        made(torch.randn(16, 2, 6, 6))
-    return made.eval()
+    return with_statistics(Net)
 
 
 def quantized(net: nn.Module, weight: str = "affine:3/channel", output: str | None = "affine:6") -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchquant as tq
+from tests.ptq.nets import with_statistics
 from torchquant import ptq
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.ptq.functional.columns import gptq
@@ -53,11 +54,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    made = Net()
-    for _ in range(3):
-        made(torch.randn(16, 2, 6, 6))
-    return made.eval()
+    return with_statistics(Net)
 
 
 BATCHES = list(torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(1)).split(8))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchquant as tq
+from tests.ptq.nets import with_statistics
 from tests.ptq.oracles import GOLDENS, TABLE, close, real
 from tests.ptq.test_run import BATCHES, Net
 from torchquant import ptq
@@ -56,11 +57,7 @@ def attention() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    made = Net()
-    for _ in range(3):
-        made(torch.randn(16, 2, 6, 6))
-    return made.eval()
+    return with_statistics(Net)
 
 
 def one_layer(weight: Any, rule: dict[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What each operator does to numbers of channels: keep, move, join or end them.
+"""Rules for each operator: it keeps, moves, joins or ends numbers of channels.
 
 A rule is a function of the run and a call: it returns the numbers of the result, or None where the path ends. It is
 found by the name of the operator in the table of `graph/operators.py`, or by the name of the function.

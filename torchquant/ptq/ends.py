@@ -1,4 +1,4 @@
-"""What can absorb a factor for each channel: rows and columns of a weight, a norm's output and input, parameters.
+"""Ends of a path, which can absorb a factor for each channel: rows and columns of a weight, norms, parameters.
 
 `paths.py` finds which of them share their channels.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.biases import absorbed_output
 from torchquant.ptq.functional.equalization import input_ranges, output_ranges
-from torchquant.ptq.work import bias_of
+from torchquant.ptq.work import add_to_output, bias_of
 from torchquant.qmodule.bn_folding import running_bias
 from torchquant.qmodule.weight_slots import LayerSlot, WeightSlot
 
@@ -49,7 +49,7 @@ class End(ABC):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it is part of a quantized weight."""
+        """Tell whether it is part of a quantized weight."""
         return self.slot is not None and self.slot.quantizer is not None
 
     def scale(self, factors: Tensor) -> None:
@@ -103,7 +103,7 @@ class Columns(_OfProduct):
         if held is None or held[0] is None:
             raise ConfigError(f"{self.path} has no bias that could take over that of the layer before it")
         added = absorbed_output(self._channels_first(), shift.to(held[0]), self.groups)
-        held[0].add_(added if held[1] is None else added * held[1])
+        add_to_output((held[0], held[1]), added)
 
     def _channels_first(self) -> Tensor:
         if self.slot is not None:
@@ -122,7 +122,7 @@ class Parameters(End):
 
 @dataclass(eq=False)
 class NormInput(End):
-    """What a batch norm reads: its running mean and variance, and its weight for what eps hides of them."""
+    """The input of a batch norm: its running mean and variance, and its weight for what eps hides of them."""
 
     eps: float = 1e-5
 

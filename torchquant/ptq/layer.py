@@ -157,7 +157,7 @@ class LayerData:
 
     @property
     def is_known(self) -> Tensor | None:
-        """Where enough is known of the inputs to round by them, as (groups, rows, K) or 1; None: everywhere.
+        """Tell where enough is known of the inputs to round by them, as (groups, rows, K) or 1; None: everywhere.
 
         Not of rows of a table that were never looked up, and of groups with inputs of their own that have fewer rows
         than one for each `FEWEST` inputs.

@@ -1,4 +1,4 @@
-"""What is known of each value without data: its mean, variance and range, from batch norms and the layers between.
+"""Follow what is known of each value without data, from batch norms and layers: its mean, variance and range.
 
 One forward is followed, on noise. A batch norm gives the mean and the deviation of its output; a product with a weight
 carries them on as if its inputs were independent; an activation changes them as those of a normal value.

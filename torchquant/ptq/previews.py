@@ -1,4 +1,4 @@
-"""What a run would do: its steps, forward passes and memory, without any of them."""
+"""Preview a run: its steps, forward passes and memory, without any of them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.graph.own_inputs import input_quantizer_of
-from torchquant.ptq.streams import passes
+from torchquant.ptq.streams import meetings, passes
 from torchquant.qmodule.input_slots import InputSlots, product_with
 from torchquant.qmodule.input_transform import InputTransform, by_input_channel, on_input_channels
 from torchquant.quantizers import Quantizer
@@ -156,7 +156,7 @@ def same_values(wrappers: Mapping[str, nn.Module], calls: Sequence[Call]) -> lis
             arrived[id(x)][1].append(path)
 
         def hook_of(path: str, note: Callable[[str, Any], None] = note) -> Any:
-            return lambda module, args, kwargs: note(path, args[0] if args else next(iter(kwargs.values())))
+            return lambda module, args, kwargs: note(path, _first_argument(args, kwargs))
 
         hooks = [w.register_forward_pre_hook(hook_of(path), with_kwargs=True) for path, w in wrappers.items()]
         try:
@@ -194,19 +194,9 @@ def each_readers(
         return
     of_first = {paths[0]: paths for paths in groups}
     with passes({path: wrappers[path] for path in of_first}, list(calls)) as now:
-        for one in now:
-            one.advance()
-        done: set[str] = set()
-        while heads := {one.at for one in now} - {None}:
-            path = next((path for path in of_first if path in heads and path not in done), None)
-            if path is not None:
-                done.add(path)
-                arrived = [(one.args or tuple(one.kwargs.values()))[0] for one in now if one.at == path]
-                kept = [mask for one, mask in zip(now, masks, strict=True) if one.at == path]
-                yield made(of_first[path], [_unpadded(x, mask) for x, mask in zip(arrived, kept, strict=True)])
-            for one in now:
-                if one.at in done:
-                    one.advance()
+        for path in meetings(list(of_first), now, (), set()):
+            here = [(one, mask) for one, mask in zip(now, masks, strict=True) if one.at == path]
+            yield made(of_first[path], [_unpadded(_first_argument(one.args, one.kwargs), mask) for one, mask in here])
 
 
 def _alike(paths: Sequence[str], wrappers: Mapping[str, InputSlots]) -> list[list[str]]:
@@ -222,6 +212,10 @@ def _alike(paths: Sequence[str], wrappers: Mapping[str, InputSlots]) -> list[lis
         else:
             parts.append((own, [path]))
     return [members for _, members in parts]
+
+
+def _first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each weight multiplies, as rows of numbers: the input of a layer, or values inside a module.
+"""Collect what each weight multiplies, as rows of numbers: the input of a layer, or values inside a module.
 
 `READERS` has one function per class with several weights; in a module of any other class the products of the weight
 are watched.

@@ -168,10 +168,7 @@ class LayerWork:
         held = bias_of(self.layer.slot)
         if held is None:
             return ["left as it is: the layer has no bias to correct"]
-        bias, factor = held
-        change = stage.bias(self.layer, self.data)
-        with torch.no_grad():
-            bias.add_((change if factor is None else change * factor).to(bias.dtype))
+        add_to_output(held, stage.bias(self.layer, self.data))
         return []
 
     def _where_known(self, new: Tensor, former: Tensor) -> Tensor:
@@ -222,3 +219,10 @@ def bias_of(slot: WeightSlot) -> tuple[Tensor, Tensor | None] | None:
     if bn is not None and bn.bias is not None:
         return bn.bias, None if slot.module.fold_mode is not None else running_factor(bn)
     return None if slot.bias is None else (slot.bias, None)
+
+
+@torch.no_grad()
+def add_to_output(held: tuple[Tensor, Tensor | None], change: Tensor) -> None:
+    """Add a change, (C,), to each output channel, by the bias and the unit that `bias_of` returned."""
+    bias, factor = held
+    bias.add_((change if factor is None else change * factor).to(bias))

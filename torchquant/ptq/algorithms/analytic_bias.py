@@ -12,7 +12,7 @@ from torchquant.graph.recording import call_with, undisturbed
 from torchquant.ptq.moments import MomentsRun
 from torchquant.ptq.stage import PTQ, ModelStage
 from torchquant.ptq.structure import example_for, fold_all
-from torchquant.ptq.work import bias_of
+from torchquant.ptq.work import add_to_output, bias_of
 from torchquant.qmodule import QModuleState
 from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.utils import qmodule_state, weight_slots
@@ -56,7 +56,7 @@ class AnalyticBiasCorrection(ModelStage):
         for slot, change in changes:
             held = bias_of(slot)
             assert held is not None
-            held[0].add_((change if held[1] is None else change * held[1]).to(held[0]))
+            add_to_output(held, change)
         return "; ".join([f"{len(changes)} biases", *(f"{label} is left: {why}" for label, why in left.items())])
 
 

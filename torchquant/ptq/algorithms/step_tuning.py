@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from torchquant.ptq.block import Block, BlockData, optimize
@@ -37,5 +36,5 @@ class StepTuning(BlockStage):
         for path, layer in block.layers.items():
             codes = layer.quantizer.encode(layer.quantizer.preimage(levels[path].reshape(layer.shape)))
             layer.quantizer.set_numbers(**weights[path].numbers())
-            rounded[path] = layer.quantizer.decode(codes, torch.float32).view(levels[path].shape)
+            rounded[path] = layer.quantizer.decode(codes, layer.weight.dtype).view(levels[path].shape)
         return rounded
