@@ -16,48 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from torchquant.ptq.channel_calls import BOUNDED, FIXED, POSITIVE, Call, Rule
+from torchquant.ptq.channel_scales import batch_norm, divides, embedding, joins, multiplies, norm, squares
 from torchquant.ptq.channels import STOP, UNKNOWN, ZERO, along, placed, reduced, repeated
-from torchquant.ptq.ends import Columns, NormInput, Parameters, Rows
+from torchquant.ptq.ends import Columns, Rows
 
 if TYPE_CHECKING:
     from torchquant.ptq.paths import Run
-
-POSITIVE = "positive"
-"""Note: the factor must be positive."""
-FIXED = "fixed"
-"""Note: what is added to a channel before the operator is not added to its result."""
-BOUNDED = "bounded"
-"""Note: values end at a bound that a factor would move; `where` is the activation, or "" for a function."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of torch in a run. `result`: what it returned, or the first of several tensors."""
-
-    function: Callable[..., Any]
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Tensor
-
-    def get(self, i: int, name: str, default: Any = None) -> Any:
-        """Return an argument by its place or name."""
-        return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
-
-    @property
-    def x(self) -> Any:
-        return self.get(0, "input")
-
-
-Rule = Callable[["Run", Call], Any]
 
 
 def keeps(*notes: str) -> Rule:
     """Make the rule of an operator that commutes with a factor of each element."""
 
     def rule(run: Run, call: Call) -> Tensor | None:
+        if not notes and run.parameter(call.x) is not None:
+            run.copied(call.x, call.result)
+            return None
         ids = run.ids_of(call.x)
-        for note in notes if ids is not None else ():
+        for note in notes:
             run.note(ids, note)
         return ids
 
@@ -121,6 +97,9 @@ def reduces(*notes: str) -> Rule:
             return joins(run, call)
         listed = list(range(ids.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
         listed = [dim % ids.ndim for dim in listed]
+        if call.x in run.squares and call.name in ("mean", "sum"):
+            run.channels.confine(ids, listed)
+            return None
         found = reduced(ids, listed)
         if found is None:
             return run.stop(call)
@@ -129,45 +108,6 @@ def reduces(*notes: str) -> Rule:
         return found if found.ndim == call.result.ndim else found.squeeze(listed)
 
     return rule
-
-
-def joins(run: Run, call: Call) -> Tensor | None:
-    """Make the numbers of two operands one: an addition."""
-    found = []
-    for value in (call.x, call.get(1, "other")):
-        if isinstance(value, Tensor):
-            ids = run.ids_of(value)
-            found.append(torch.zeros(value.shape, dtype=torch.int64) if ids is None else ids)
-        else:
-            found.append(torch.tensor(UNKNOWN if value else ZERO))
-    joined = run.channels.join(found[0], found[1], f"added to what no layer can scale, {run.where}")
-    run.note(joined, FIXED)
-    return joined
-
-
-def multiplies(run: Run, call: Call) -> Tensor | None:
-    """Follow one factor of a product; the other one cannot change. A parameter alone is what gives the channels."""
-    factors = [run.ids_of(value, parameters=False) for value in (call.x, call.get(1, "other"))]
-    if all(ids is not None for ids in factors):
-        run.stop(call, call.x)
-    ids = factors[1] if factors[1] is not None else factors[0]
-    if ids is None:
-        given = [run.ids_of(value) for value in (call.x, call.get(1, "other"))]
-        ids = given[0] if given[0] is not None else given[1]
-    return _times(run, call, ids)
-
-
-def divides(run: Run, call: Call) -> Tensor | None:
-    """Follow what is divided."""
-    run.stop(call, call.get(1, "other"))
-    return run.stop(call, call.x) if call.kwargs.get("rounding_mode") else _times(run, call, run.ids_of(call.x))
-
-
-def _times(run: Run, call: Call, ids: Tensor | None) -> Tensor | None:
-    if ids is None:
-        return None
-    run.note(ids, FIXED)
-    return ids.expand(call.result.shape)
 
 
 def matrix_products(run: Run, call: Call) -> Tensor | None:
@@ -181,6 +121,7 @@ def matrix_products(run: Run, call: Call) -> Tensor | None:
     if found is None:
         return run.stop(call, b)
     run.note(found, FIXED)
+    run.channels.confine(found, [-1])
     return found.expand(call.result.shape)
 
 
@@ -193,6 +134,7 @@ def attention(run: Run, call: Call) -> Tensor | None:
     found = None if ids is None else reduced(ids, [ids.ndim - 2])
     if found is None:
         return run.stop(call, value)
+    run.channels.confine(found, [-1])
     repeats = call.result.shape[-3] // found.shape[-3] if found.ndim > 2 and found.shape[-3] > 1 else 1
     return (found.repeat_interleave(repeats, -3) if repeats > 1 else found).expand(call.result.shape)
 
@@ -256,48 +198,6 @@ def convolution(run: Run, call: Call) -> Tensor | None:
     )
 
 
-def norm(run: Run, call: Call) -> Tensor | None:
-    """End the path in a norm, and begin one at its scale and shift."""
-    run.stop(call, call.x)
-    bias = None if call.name == "rms_norm" else call.get(3, "bias")
-    return _scaled_and_shifted(run, call, call.get(2, "weight"), bias, 1 if call.name == "group_norm" else None)
-
-
-def batch_norm(run: Run, call: Call) -> Tensor | None:
-    """A batch norm in evaluation: what it reads can be scaled, and what it gives."""
-    mean, variance, weight, bias = (
-        call.get(i, name) for i, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)
-    )
-    ids = run.ids_of(call.x)
-    if ids is not None:
-        taken = along(ids, 1)
-        if call.get(5, "training", False) or mean is None or taken is None:
-            run.stop(call, call.x)
-        else:
-            tensors = (mean, variance, *(() if weight is None else (weight,)))
-            end = run.end(NormInput, tensors, len(mean), "norm", eps=call.get(7, "eps", 1e-5))
-            run.note(end.ids, FIXED)
-            run.channels.join(taken, end.ids, f"its input has channels that no layer can scale, {run.where}")
-    return _scaled_and_shifted(run, call, weight, bias, 1)
-
-
-def _scaled_and_shifted(run: Run, call: Call, weight: Any, bias: Any, axis: int | None) -> Tensor | None:
-    if weight is None or not all(run.is_weight(t) for t in (weight, bias) if t is not None):
-        return None
-    end = run.end(Parameters, (weight,) if bias is None else (weight, bias), weight.numel(), "norm", bias=bias)
-    if axis is None:
-        return end.ids.view(weight.shape).expand(call.result.shape)
-    return placed(end.ids, axis, call.result.shape)
-
-
-def embedding(run: Run, call: Call) -> Tensor | None:
-    """Begin a path at a table of embeddings."""
-    table = call.get(1, "weight")
-    if not run.is_weight(table):
-        return None
-    return run.end(Parameters, (table,), table.shape[1], "embedding").ids.expand(call.result.shape)
-
-
 def bounds_of(call: Call) -> tuple[Any, Any]:
     """Return the lower and the upper bound of a clamp, None without one."""
     if call.name == "relu":
@@ -359,6 +259,7 @@ RULES: dict[str, Rule] = {
     "multiply": multiplies,
     "div": divides,
     "divide": divides,
+    **dict.fromkeys(("pow", "__pow__", "square"), squares),
     "matmul": matrix_products,
     "attention": attention,
     "linear": linear,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STOP = "stop"
-"""Note: the path ends, for a reason."""
+STOP, NORMED = "stop", "normed"
+"""Notes: the path ends, for a reason; it ends in a norm, where factors end but no rotation."""
+ALONE = "alone"
+"""Note: each channel is treated by itself, so that a rotation of the channels would change the result."""
 ZERO, UNKNOWN = -1, 0
 """Numbers of a zero, which any factor leaves as it is, and of a value that no weight can scale."""
 
@@ -14,13 +16,17 @@ ZERO, UNKNOWN = -1, 0
 class Channels:
     """Gives numbers, joins them, and notes what each can take.
 
-    `n`: how many were given; `notes`: (numbers, what, where), in the order of the run.
+    `n`: how many were given; `notes`: (numbers, what, where), in the order of the run. `linked`: pairs of numbers
+    before and behind a norm, which a rotation changes alike; `runs`: (R, d), rows of numbers that a rotation may mix.
     """
 
     def __init__(self) -> None:
         self.n = 1
         self.pairs: list[Tensor] = []
+        self.linked: list[Tensor] = []
+        self.runs: list[Tensor] = []
         self.notes: list[tuple[Tensor, str, object]] = []
+        self._stopped: set[int] = set()
 
     def new(self, n: int) -> Tensor:
         """Return n new numbers, (n,)."""
@@ -32,6 +38,12 @@ class Channels:
         found = compact(ids).unique()
         if len(found := found[found > UNKNOWN]):
             self.notes.append((found, what, where))
+            self._stopped.update(found.tolist() if what in (STOP, NORMED) else ())
+
+    def are_stopped(self, ids: Tensor) -> bool:
+        """Tell whether a path has ended already for each of these numbers."""
+        found = compact(ids)
+        return self._stopped.issuperset(found[found > UNKNOWN].unique().tolist())
 
     def join(self, a: Tensor, b: Tensor, why: str) -> Tensor:
         """Make the numbers of two tensors, of shapes that broadcast, one; return those of the result.
@@ -48,12 +60,37 @@ class Channels:
             self.pairs.append(torch.stack([first[both], second[both]]).unique(dim=1))
         return torch.where(a == ZERO, b, torch.where(b == UNKNOWN, b, a))
 
-    def labels(self) -> Tensor:
-        """Return the least number that each number is one with, (n,)."""
+    def link(self, before: Tensor, behind: Tensor) -> None:
+        """Note that a rotation of one tensor's channels is the same rotation of the other's, of the same shape."""
+        first, second = (flat.flatten() for flat in compact_both(before, behind))
+        for one, other in ((first, second), (second, first)):
+            self.note(one[other <= UNKNOWN], ALONE, "a norm reads it together with what no layer gives")
+        both = (first > UNKNOWN) & (second > UNKNOWN)
+        self.linked.append(torch.stack([first[both], second[both]]).unique(dim=1))
+
+    def again(self, ids: Tensor) -> Tensor:
+        """Return new numbers in the places of a tensor's, linked to them."""
+        small = compact(ids)
+        values, places = small.unique(return_inverse=True)
+        fresh = torch.where(values > UNKNOWN, self.new(len(values)), values)[places]
+        self.link(small, fresh)
+        return fresh.expand(ids.shape)
+
+    def confine(self, ids: Tensor, dims: list[int]) -> None:
+        """Note that a rotation may mix the numbers along these dimensions only."""
+        small = compact(ids)
+        dims = sorted(dim % small.ndim for dim in dims)
+        self.runs.append(
+            small.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).unique(dim=0)
+        )
+
+    def labels(self, linked: bool = False) -> Tensor:
+        """Return the least number that each number is one with, (n,). `linked`: also across norms."""
         labels = torch.arange(self.n)
-        if not self.pairs:
+        pairs = [*self.pairs, *(self.linked if linked else ())]
+        if not pairs:
             return labels
-        first, second = torch.cat(self.pairs, 1)
+        first, second = torch.cat(pairs, 1)
         while True:
             least = torch.minimum(labels[first], labels[second])
             found = labels.scatter_reduce(0, labels[first], least, "amin").scatter_reduce(

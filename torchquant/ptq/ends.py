@@ -121,6 +121,22 @@ class Parameters(End):
 
 
 @dataclass(eq=False)
+class Scale(Parameters):
+    """Scale and shift of a norm, or a parameter that a value is multiplied with, plus `offset`."""
+
+    offset: float = 0.0
+
+    def multiply(self, factors: Tensor) -> None:
+        self.tensors[0].add_(self.offset)
+        super().multiply(factors)
+        self.tensors[0].sub_(self.offset)
+
+    def values(self) -> Tensor:
+        """What each channel is multiplied with, (C,) float64."""
+        return self.tensors[0].detach().double().flatten().cpu() + self.offset
+
+
+@dataclass(eq=False)
 class NormInput(End):
     """The input of a batch norm: its running mean and variance, and its weight for what eps hides of them."""
 

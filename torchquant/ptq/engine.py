@@ -23,6 +23,7 @@ from torchquant.ptq.block_pass import BlockPass
 from torchquant.ptq.block_work import BlockWork, block_state, load_block_state
 from torchquant.ptq.blocks import BlockPlace, find_blocks
 from torchquant.ptq.folding import fold_for_good
+from torchquant.ptq.input_folding import InputFolding
 from torchquant.ptq.inputs import InputWork, has_slots
 from torchquant.ptq.layer import LayerData, are_alike
 from torchquant.ptq.overflow import Overflow
@@ -234,7 +235,8 @@ class _Engine:
         calls = [self._call(self.model, batch) for batch in self.inputs]
         for stage in stages:
             self._check_units()
-            work = InputWork(self.model, stage, _name(stage), self.keep, self.report)
+            folding = InputFolding(self.model, self.inputs[0]) if stage.fold and self.inputs else None
+            work = InputWork(self.model, stage, _name(stage), self.keep, self.report, folding)
             work.run_all({path: slots[0] for path, slots in self.units.items()}, calls, self.masks, self._generator)
             self.n_passes += 1
             self.is_stale = True

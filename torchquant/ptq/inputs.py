@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, NonFiniteError, one_line
 from torchquant.graph.own_inputs import read_own_input
+from torchquant.ptq.input_folding import InputFolding
+from torchquant.ptq.paths import ChannelSet
 from torchquant.ptq.readers import Call, Readers, each_readers
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import InputStage
-from torchquant.qmodule import InputTransform, QModuleState, WeightSlot
+from torchquant.qmodule import ChannelScale, InputTransform, QModuleState, WeightSlot
 from torchquant.qmodule.input_slots import InputSlots
 from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.utils import qmodule_state
@@ -38,14 +40,22 @@ def why_not(slot: WeightSlot) -> str:
 class InputWork:
     """The work of one stage, called `name` in reports.
 
-    `keep`: "best" leaves inputs as they are where no candidate lowers the error.
+    `keep`: "best" leaves inputs as they are where no candidate lowers the error. `folding`: where scales can go in
+    place of a product before the layers, None for nowhere.
     """
 
     def __init__(
-        self, model: nn.Module, stage: InputStage, name: str, keep: str, report: Callable[[StepReport], None]
+        self,
+        model: nn.Module,
+        stage: InputStage,
+        name: str,
+        keep: str,
+        report: Callable[[StepReport], None],
+        folding: InputFolding | None = None,
     ) -> None:
         self.model, self.stage, self.name, self.keep, self.report = model, stage, name, keep, report
         self.changed: dict[str, InputSlots] = {}
+        self.folding = folding
 
     def run_all(
         self,
@@ -65,6 +75,8 @@ class InputWork:
         for path, wrapper in self.changed.items():  # while forwards wait, their model must keep its modules
             read_own_input(self.model, path)
             wrapper.forget_ranges("input")
+        if self.folding is not None:
+            self.folding.apply(self.name)
         for path, why in left.items():
             self.report(StepReport(self.name, path, note=f"left as it is: {why}"))
 
@@ -72,10 +84,12 @@ class InputWork:
         """Choose a transform and put it before all readers. Returns one report for each of them."""
         began = time.perf_counter()
         before = after = None
+        place = None if self.folding is None else self.folding.place_for(list(readers.wrappers))
+        readers.channels = place[1] if isinstance(place, tuple) else None
         try:
             before = readers.error(None) if readers.values else None
             label, best, after = self._best(readers, before)
-            note = label if best is None else self._put(readers, best, label)
+            note = label if best is None else self._placed(readers, best, label, place)
         except (ConfigError, NonFiniteError) as error:
             note, after = f"left as it is: {one_line(error)}", before
         seconds = (time.perf_counter() - began) / len(readers.wrappers)
@@ -92,6 +106,14 @@ class InputWork:
             if is_first or (best[2] is not None and error < best[2]):
                 best = label, transform, error
         return best
+
+    def _placed(
+        self, readers: Readers, transform: InputTransform, label: str, place: tuple[ChannelSet, Tensor] | str | None
+    ) -> str:
+        """Fold the transform into what gives the channels, else put it before the readers; say which."""
+        if self.folding is not None and isinstance(place, tuple) and isinstance(transform, ChannelScale):
+            return f"{label}; {self.folding.choose(*place, transform.factor)}"
+        return self._put(readers, transform, label) + (f"; before the layer, because {place}" if place else "")
 
     def _put(self, readers: Readers, transform: InputTransform, label: str) -> str:
         """Put the transform before every reader, and take it off again where it changes the function of the layer."""

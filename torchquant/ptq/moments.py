@@ -19,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.recording import tensors_in
-from torchquant.ptq.channel_rules import RULES, Call, bounds_of, convolution, linear, moves
+from torchquant.ptq.channel_calls import Call
+from torchquant.ptq.channel_rules import RULES, bounds_of, convolution, linear, moves
 from torchquant.ptq.channels import placed
 from torchquant.ptq.folding import statistics_of
 from torchquant.ptq.functional.biases import clipped_normal_mean

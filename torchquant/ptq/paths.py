@@ -22,9 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
-from torchquant.ptq.channel_rules import RULES, Call
-from torchquant.ptq.channels import STOP, Channels
-from torchquant.ptq.ends import Columns, End, NormInput, Parameters
+from torchquant.ptq.channel_calls import Call
+from torchquant.ptq.channel_rules import RULES
+from torchquant.ptq.channels import NORMED, STOP, Channels
+from torchquant.ptq.ends import Columns, End, NormInput, Parameters, Scale
 from torchquant.qmodule import QModuleState
 from torchquant.qmodule.weight_slots import LayerSlot, WeightSlot
 from torchquant.utils import qmodule_state, qmodules, weight_slots
@@ -81,6 +82,11 @@ def channel_sets(model: nn.Module, example_inputs: Any) -> ChannelSets:
 
     example_inputs: as for `torchquant.quantize`.
     """
+    return _sets(followed(model, example_inputs))
+
+
+def followed(model: nn.Module, example_inputs: Any) -> Run:
+    """Follow the channels of a model through one forward, in BYPASSED and evaluation mode."""
     run = Run(model)
     is_float = next(qmodules(model), None) is None
     with (
@@ -92,7 +98,7 @@ def channel_sets(model: nn.Module, example_inputs: Any) -> ChannelSets:
     ):
         output = call_with_copies(model, example_inputs)
     run.finish(output)
-    return _sets(run)
+    return run
 
 
 class Run(TorchFunctionMode):
@@ -103,6 +109,9 @@ class Run(TorchFunctionMode):
         self.model = model
         self.channels = Channels()
         self.numbers = WeakTensorKeyDictionary()
+        self.copies = WeakTensorKeyDictionary()
+        self.scales = WeakTensorKeyDictionary()
+        self.squares = WeakTensorKeyDictionary()
         self.ends: dict[tuple[type[End], str, int], End] = {}
         self.running: list[tuple[str, nn.Module]] = []
         self.parameters = {p.data_ptr(): p for p in model.parameters() if p.numel()}
@@ -139,7 +148,7 @@ class Run(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if any(t in self.numbers or self.is_weight(t) for t in tensors_in((args, kwargs))):
+        if any(t in self.numbers or self.parameter(t) is not None for t in tensors_in((args, kwargs))):
             self._follow(func, args, kwargs, result)
         elif isinstance(result, Tensor):  # written to in place
             self.numbers.pop(result, None)
@@ -184,6 +193,26 @@ class Run(TorchFunctionMode):
         self.used.add(value.data_ptr())
         return held is value or held.shape == value.shape
 
+    def parameter(self, value: Any) -> Tensor | None:
+        """Return the parameter that a value is, or is a copy of in another type; None for others."""
+        held = self.copies.get(value, value) if isinstance(value, Tensor) else value
+        return held if self.is_weight(held) else None
+
+    def copied(self, value: Tensor, copy: Tensor) -> None:
+        """Note that a tensor is a copy of a parameter, or of a copy of one."""
+        if copy is not value:
+            self.copies[copy] = self.parameter(value)
+
+    def is_scale(self, value: Any) -> bool:
+        """Tell whether a value is a parameter, or one plus a number."""
+        return isinstance(value, Tensor) and (value in self.scales or self.parameter(value) is not None)
+
+    def scale_of(self, value: Tensor) -> End:
+        """Return the end of a value that is a scale."""
+        held = self.parameter(value)
+        found: End = self.scales[value] if held is None else self.end(Scale, (held,), held.numel(), "a scale")
+        return found
+
     def ids_of(self, value: Any, parameters: bool = True) -> Tensor | None:
         """Return the numbers of a value's elements; those of a parameter, if wanted, as what gives them."""
         if not isinstance(value, Tensor):
@@ -191,16 +220,16 @@ class Run(TorchFunctionMode):
         if value in self.numbers:
             found: Tensor = self.numbers[value]
             return found
-        if not parameters or not self.is_weight(value):
-            return None
-        return self.end(Parameters, (value,), value.numel(), "a value").ids.view(value.shape)
+        held = self.parameter(value) if parameters else None
+        return None if held is None else self.end(Parameters, (held,), held.numel(), "a value").ids.view(value.shape)
 
     def end(self, kind: type[End], tensors: tuple[Tensor, ...], n: int, family: str, **more: Any) -> End:
         """Return the end of a kind for a tensor, a new one at its first use."""
         key = kind, family, tensors[0].data_ptr()
         if key not in self.ends:
             path = next((name for t in tensors if (name := self.names.get(t.data_ptr()))), self.where)
-            path = path if family == "a value" else path.rpartition(".")[0]
+            path = path if family.startswith("a ") else path.rpartition(".")[0]
+            path = path.removesuffix(".weight") if kind is Scale else path
             slot = self.slots.get(tensors[0].data_ptr())
             self.ends[key] = kind(path, family, slot, tensors, self.channels.new(n), **more)
         return self.ends[key]
@@ -213,8 +242,12 @@ class Run(TorchFunctionMode):
     def stop(self, call: Call, value: Any = None) -> Tensor | None:
         """End the path of a value, by default of all that the call reads; the result has no numbers: None."""
         for tensor in tensors_in((call.args, call.kwargs)) if value is None else tensors_in((value,)):
-            self.note(self.ids_of(tensor), STOP, f"read by {self._named(call)}")
+            self.note(self.ids_of(tensor), STOP, self.read_by(call))
         return None
+
+    def read_by(self, call: Call) -> str:
+        """Say which call reads a value."""
+        return f"read by {self._named(call)}"
 
     def finish(self, output: Any) -> None:
         """End the paths of what the model returns, and of what cannot be known."""
@@ -255,7 +288,7 @@ def _tensors_of(output: Any) -> Iterator[Tensor]:
 def _sets(run: Run) -> ChannelSets:
     """Gather the ends that share numbers."""
     n, labels, ends = run.channels.n, run.channels.labels(), list(run.ends.values())
-    stops = [(labels[ids], str(where)) for ids, what, where in run.channels.notes if what == STOP]
+    stops = [(labels[ids], str(where)) for ids, what, where in run.channels.notes if what in (STOP, NORMED)]
     stop = torch.full((n,), len(stops))
     for i, (own, _) in reversed(list(enumerate(stops))):
         stop[own] = i
@@ -274,7 +307,7 @@ def _sets(run: Run) -> ChannelSets:
             set_of[channels] = len(sets)
             sets.append(ChannelSet(producers, readers, len(channels), {}))
     for ids, what, where in run.channels.notes:
-        for i in set_of[labels[ids]].unique().tolist() if what != STOP else ():
+        for i in set_of[labels[ids]].unique().tolist() if what not in (STOP, NORMED) else ():
             if i >= 0:
                 sets[i].notes.setdefault(what, []).append(where)
     left = tuple(

@@ -30,13 +30,15 @@ class Readers:
     """Layers that read the same value. `values`: the value in each batch that reached them, without padding tokens.
 
     `input_quantizers`: those that will quantize what the layers read, None for inputs that stay float, or that are
-    quantized before a transform can change them. `generator`: for random numbers.
+    quantized before a transform can change them. `generator`: for random numbers. `channels`: (K,), equal numbers for
+    channels that only one factor can scale; None if each can have its own.
     """
 
     wrappers: dict[str, InputSlots]
     values: list[Tensor]
     input_quantizers: dict[str, Quantizer | None]
     generator: torch.Generator
+    channels: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.first = next(iter(self.wrappers.values()))
@@ -78,17 +80,27 @@ class Readers:
 
     def input_max(self) -> Tensor:
         """Return the largest magnitude of each channel, (K,)."""
-        return reduce_max(torch.stack(self._over_channels(lambda rows: rows.abs().amax(0))).amax(0))
+        return self._shared(
+            reduce_max(torch.stack(self._over_channels(lambda rows: rows.abs().amax(0))).amax(0)), "amax"
+        )
 
     def input_mean(self) -> Tensor:
         """Return the mean magnitude of each channel, (K,)."""
         total = torch.stack(self._over_channels(lambda rows: rows.abs().sum(0))).sum(0)
-        return reduce_sum(total) / reduce_sum(torch.tensor(float(self.n_rows), device=total.device))
+        mean = reduce_sum(total) / reduce_sum(torch.tensor(float(self.n_rows), device=total.device))
+        return self._shared(mean, "mean")
 
     def weight_max(self) -> Tensor:
         """Return the largest magnitude of the weights that each channel is multiplied with, (K,)."""
         found = [by_input_channel(self._seen(w), w.weight_slots()[0].n_groups) for w in self.wrappers.values()]
-        return torch.cat([weight.abs().flatten(0, -2) for weight in found]).amax(0)
+        return self._shared(torch.cat([weight.abs().flatten(0, -2) for weight in found]).amax(0), "amax")
+
+    def _shared(self, values: Tensor, how: str) -> Tensor:
+        """Give channels of one number one value."""
+        if self.channels is None:
+            return values
+        index = self.channels.to(values.device)
+        return values.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, values, how, include_self=False)[index]
 
     def error(self, transform: InputTransform | None) -> float:
         """Compute the squared error of all outputs over their squares, with everything rounded behind the transform."""

@@ -65,12 +65,13 @@ class InputStage(Stage):
     """Puts a transform before the layers that read one value; the engine takes the candidate of least output error.
 
     Without a transform is a candidate too, unless the run keeps everything. The ranges of the inputs are then observed
-    again.
+    again. `fold`: put scales into what gives the channels, where that can be found.
     """
 
     unit = "input"
     changes = "structure"
     needs_data: ClassVar[bool] = True
+    fold = False
 
     @abstractmethod
     def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:

@@ -57,10 +57,12 @@ def example_for(model: nn.Module, batches: Sequence[Any], seed: int = 0) -> Any:
 
 
 @contextmanager
-def same_function(model: nn.Module, example: Any, ends: Iterable[End], what: str) -> Iterator[None]:
+def same_function(
+    model: nn.Module, example: Any, ends: Iterable[End], what: str, way_out: str = "leave the stage out"
+) -> Iterator[None]:
     """Check that a change of these ends leaves the float model as it is on the example.
 
-    Raises ConfigError if not, with everything as it was.
+    Raises ConfigError if not, with everything as it was; the message ends with the way out.
     """
     kept = [(tensor, tensor.detach().clone()) for end in ends for tensor in end.tensors]
     before = _outputs(model, example)
@@ -73,7 +75,7 @@ def same_function(model: nn.Module, example: Any, ends: Iterable[End], what: str
                 tensor.copy_(value)
         raise ConfigError(
             f"{what} changes what the float model computes, by {max(errors):.2g} of its largest output; it was undone. "
-            "Its forward must read a weight in a way that one run does not show; leave the stage out"
+            f"Its forward must read a weight in a way that one run does not show; {way_out}"
         )
 
 

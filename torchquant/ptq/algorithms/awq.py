@@ -17,17 +17,18 @@ class AWQ(InputStage):
 
     The scales are `mean|x|^rho`, with rho searched from 0 to 1 in `steps` steps by the output error of all layers that
     read the value. Deviation: inputs are quantized too where the plan does so. Its search of clipped ranges is the
-    stage `clip`, behind it.
+    stage `clip`, behind it. `fold`: the inputs are divided by the norm or the layer that gives them, where one forward
+    shows that nothing else reads the channels; else before the layers, and the report says why.
     """
 
     source = "Lin et al. 2024, arXiv:2306.00978"
     when = "first, weights at 4 bits and less"
     cost = "20 rows K n"
 
-    def __init__(self, steps: int = 20) -> None:
+    def __init__(self, steps: int = 20, fold: bool = True) -> None:
         if steps < 2:
             raise ConfigError(f"awq needs steps >= 2, got {steps}")
-        self.steps = steps
+        self.steps, self.fold = steps, fold
 
     def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:
         for rho, scales in awq_candidates(readers.input_mean(), self.steps)[1:]:

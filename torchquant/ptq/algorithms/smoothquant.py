@@ -17,16 +17,18 @@ class SmoothQuant(InputStage):
 
     The scales are `max|x|^alpha / max|W|^(1 - alpha)`, over all layers that read the value. `alpha`: None searches 0
     to 1 in `steps` steps, and no scales at all, by the output error of these layers with inputs and weights quantized.
+    `fold`: the division is folded into the norm or the layer that gives the channels, where one forward shows that
+    nothing else reads them; else it stands before the layers, and the report says why.
     """
 
     source = "Xiao et al. 2023, arXiv:2211.10438"
     when = "first, activations with outliers in few channels"
     cost = "21 rows K n"
 
-    def __init__(self, alpha: float | None = None, steps: int = 20) -> None:
+    def __init__(self, alpha: float | None = None, steps: int = 20, fold: bool = True) -> None:
         if steps < 1 or not 0.0 <= (alpha or 0.0) <= 1.0:
             raise ConfigError(f"smoothquant needs steps >= 1 and alpha in [0, 1], got {steps} and {alpha}")
-        self.alpha, self.steps = alpha, steps
+        self.alpha, self.steps, self.fold = alpha, steps, fold
 
     def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:
         largest = readers.input_max(), readers.weight_max()
