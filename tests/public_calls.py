@@ -241,7 +241,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         },
         "QuantSpec": lambda: {
             **{"scheme": "affine", "n_bits": 8, "options": (("symmetric", "narrow"),), "granularity": "group"},
-            **{"group": 4, "gradient": "ste"},
+            **{"group": 4, "gradient": "ste", "block": (4, 4)},
         },
         "TernaryQuantizer": fitted(method="twn"),
         "capture": lambda: {"model": net(), "example_inputs": X, "trace": True, "fuse": True, "patterns": {}},
@@ -328,6 +328,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "AdaBinActQuantizer": learned(),
         "AdaBinQuantizer": fitted(scale="mean"),
         "BinaryQuantizer": fitted(scale="one", stochastic=True),
+        "BlockwiseQuantizer": lambda: {"quantizer": q("affine:8/channel"), "sizes": (2, -1)},
         "IRNetQuantizer": lambda: {"axis": 0, "momentum": 0.5, "nonfinite": "raise"},
         "N2UQActQuantizer": learned(n_bits=2),
         "N2UQQuantizer": fitted(n_bits=2),

@@ -35,7 +35,7 @@ PUBLIC: dict[str, list[str]] = {
         "AdaBinActQuantizer", "AdaBinQuantizer", "IRNetQuantizer", "N2UQActQuantizer", "N2UQQuantizer", "QILQuantizer",
         "RSignQuantizer", "APoTQuantizer", "AbsMeanQuantizer", "About", "AffineQuantizer", "BinaryQuantizer",
         "ClipQQuantizer",
-        "CodebookQuantizer",
+        "BlockwiseQuantizer", "CodebookQuantizer",
         "DoReFaQuantizer", "ESBQuantizer", "EWGSQuantizer", "FittedQuantizer", "GridQuantizer",
         "GroupQuantizer", "LAWS", "LSQPlusQuantizer", "LSQQuantizer", "LawReport", "LearnedQuantizer",
         "LearnedUniform", "LevelList", "MXQuantizer", "MinifloatQuantizer", "NF4Quantizer", "NVFP4Quantizer",

@@ -20,6 +20,10 @@ TEXTS = [
     "esb:4,k=1/channel@ewgs",
     "esb:4,k=1,delta=0.01/group=16@ewgs",
     "twn/channel",
+    "affine:4/in_channel",
+    "lsq:4/in_channel",
+    "esb:4,k=1/block=4x-1@ewgs",
+    "affine:8/block=-1x5x1",
     "ternary:2,method=exact/channel@clipped",
 ]
 
@@ -56,6 +60,11 @@ def test_every_word_arrives_where_it_belongs() -> None:
     [
         ("affine:8/row", "granularity 'row' is not tensor, channel or group=G"),
         ("affine:8/group=0", "granularity 'group=0' is not"),
+        ("affine:8/block=4x0", "granularity 'block=4x0' is not .* block=AxB with whole sizes > 0 along the axes"),
+        ("affine:8/block=4x-2", "granularity 'block=4x-2' is not"),
+        ("affine:8/block", "granularity 'block' is not"),
+        ("affine:8/in_channel=4", "granularity 'in_channel=4' is not"),
+        ("mx:4,element=fp4_e2m1/in_channel", "mx works per tensor only"),
         ("affine:8/", "granularity '' is not"),
         ("affine:8@", "the gradient '' is not a name"),
         ("affine:8@magic", "affine takes the gradients clipped, dsq, ewgs, noise"),
@@ -90,6 +99,10 @@ def test_an_unknown_scheme_is_told_the_nearest_and_the_known() -> None:
         tq.make_quantizer("affine:8", site="bias")
     with pytest.raises(ConfigError, match="groups are for weights"):
         tq.make_quantizer("affine:8/group=32", site="output")
+    with pytest.raises(ConfigError, match="blocks of given sizes are for weights"):
+        tq.make_quantizer("affine:8/block=4x4", site="input")
+    with pytest.raises(ConfigError, match="in_channel is for weights; /channel gives each channel of an activation"):
+        tq.make_quantizer("affine:8/in_channel", site="input")
     with pytest.raises(ConfigError, match="a spec must be a string"):
         tq.make_quantizer(8)  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.graph.macs import Macs, site_macs
 from torchquant.graph.recording import tensors_in, watch_values
-from torchquant.graph.sites import Captured, Site, SitePlan
+from torchquant.graph.sites import Captured, Site, SitePlan, naming
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import float_weights
 from torchquant.quantizers import Quantizer
@@ -176,13 +176,17 @@ def plan_cost(captured: Captured, plans: Iterable[SitePlan], example_inputs: Any
                 weight_bits=weight_bits if site.is_layer else 0,
                 input_bits=max(read_bits),
                 output_bits=output_bits,
-                weight_bytes=sum(sum(stored_bytes(w, observed(plan.make("weight", site.module), w))) for w in own),
+                weight_bytes=sum(_weight_bytes(plan, site, w) for w in own),
                 activation_bytes=-(-size.output_elements * output_bits // 8),
                 bit_ops=size.macs.read * factors + inner,
                 shared_with=", ".join(dict.fromkeys(others)),
             )
         )
     return cost
+
+
+def _weight_bytes(plan: SitePlan, site: Site, weight: Tensor) -> int:
+    return sum(stored_bytes(weight, observed(plan.make("weight", site.module), weight, site.path)))
 
 
 def _stored_elsewhere(sizes: Iterable[SiteSize], chosen: Mapping[str, SitePlan]) -> dict[tuple[str, int], str]:
@@ -213,10 +217,11 @@ def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list
     return found or [(plan, "input", site)]
 
 
-def observed(quantizer: Quantizer | None, weight: Tensor) -> Quantizer | None:
-    """Let a weight quantizer observe the weight, and return it."""
+def observed(quantizer: Quantizer | None, weight: Tensor, path: str) -> Quantizer | None:
+    """Let a weight quantizer observe the weight, and return it. Raises ConfigError that names the site, `path`."""
     if quantizer is not None:
-        quantizer.allocate(weight.shape[0])
+        with naming(path, "weight"):
+            quantizer.allocate_for(weight)
         quantizer.pre_observe(weight)
     return quantizer
 

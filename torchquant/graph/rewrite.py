@@ -15,7 +15,7 @@ from torchquant.graph.edit import GraphEditor
 from torchquant.graph.guards import Guard
 from torchquant.graph.ops import activation_of, out_of_place
 from torchquant.graph.own_inputs import expect_slots
-from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined
+from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined, naming
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
 from torchquant.qmodule.float_checkpoints import link_float_state, unlink_float_state
@@ -227,7 +227,9 @@ class _Writer:
         if names:
             weights = {name: plan.make("weight", module) for name in names}
             given = {name: quantizer for name, quantizer in weights.items() if quantizer is not None}
-            return QWeights(module, given, plan.make("output", module), reads_here)
+            acts = plan.make("output", module)
+            with naming(site.path):
+                return QWeights(module, given, acts, reads_here)
         layers = [module]
         activation = self._activation(site)
         if site.batch_norm is not None:
@@ -235,7 +237,8 @@ class _Writer:
             layers.append(norm if norm_of(norm) is None else split_norm(norm))
         layers += [] if activation is None else [activation]
         weight, acts, bias, before = (plan.make(n, module) for n in ("weight", "output", "bias", "preactivation"))
-        return QWrapper(layers, weight, acts, plan.fold_bn, reads_here, bias, before)
+        with naming(site.path):
+            return QWrapper(layers, weight, acts, plan.fold_bn, reads_here, bias, before)
 
     def _activation(self, site: Site) -> nn.Module | None:
         if site.activation is None:

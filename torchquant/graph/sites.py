@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +154,15 @@ def make_for_slot(spec: str, name: str) -> Quantizer:
     return make_quantizer(spec, {"bias": "weight", "preactivation": "output"}.get(name, name))
 
 
+@contextmanager
+def naming(path: str, slot: str = "") -> Iterator[None]:
+    """Name a site, and a slot of it if given, in a ConfigError that is raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"site '{path}'{slot and ', '}{slot}: {error}") from error
+
+
 @dataclass(frozen=True)
 class SitePlan:
     """The quantizers of one site, None where it stays float. `fold_bn`: as in QWrapper."""
@@ -175,12 +185,10 @@ class SitePlan:
         choice = getattr(self, name)
         if choice is None:
             return None
-        try:
+        with naming(self.path, name):
             if isinstance(choice, str):
                 return make_for_slot(choice, name)
             made = choice(module if module is not None else nn.Identity())
-        except ConfigError as error:
-            raise ConfigError(f"site '{self.path}', {name}: {error}") from error
         if made is not None and not isinstance(made, Quantizer):
             raise ConfigError(f"site '{self.path}', {name}: a factory must return a Quantizer or None, got {made!r}")
         return made

@@ -13,7 +13,7 @@ from torchquant.ptq.functional.columns import Nearest
 from torchquant.ptq.functional.gram import check_gram, gram_sum, output_error
 from torchquant.ptq.functional.mismatch import corrected_weight
 from torchquant.qmodule import WeightSlot
-from torchquant.quantizers import Quantizer
+from torchquant.quantizers import GroupQuantizer, Quantizer
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
 
 FEWEST = 8
@@ -45,12 +45,30 @@ class Layer:
         return {name: number.clone() for name, number in self.quantizer.numbers().items()}
 
     @property
+    def group_size(self) -> int | None:
+        """How many columns have numbers in common, if not all columns of a channel have."""
+        return self.quantizer.size if isinstance(self.quantizer, GroupQuantizer) else None
+
+    def numbers_by_row(self, in_groups: bool = True) -> dict[str, Tensor]:
+        """Return `numbers` of a quantizer with one set for all, or for each channel, or for each group of a channel.
+
+        Raises ConfigError for others, and for groups unless `in_groups`.
+        """
+        found, has_groups = self.numbers(), in_groups and self.group_size is not None
+        if not found or (self.quantizer.columns_differ and not has_groups):
+            raise ConfigError(
+                f"{type(self.quantizer).__name__} has no numbers that can be set channel by channel; give the weight "
+                f"one scale (/tensor) or /channel{', or /group=N' if in_groups else ''}"
+            )
+        return found
+
+    @property
     def nearest(self) -> Nearest:
         """Return the function that quantizes x, (groups, rows, k), on the grids of columns, (groups, k) int64.
 
         It has the numbers that the quantizer has now.
         """
-        rounder, varies = self.quantizer.column_rounder(), self.quantizer.levels_vary
+        rounder, varies = self.quantizer.column_rounder(), self.quantizer.columns_differ
 
         def nearest(x: Tensor, columns: Tensor) -> Tensor:
             if len(x) == 1 or not varies or bool((columns == columns[:1]).all()):

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from torchquant.errors import ConfigError
 from torchquant.ptq.block import ActivationInTraining, Block, BlockData, FixedWeight, WeightInTraining, optimize
 from torchquant.ptq.layer import Layer
-from torchquant.quantizers._group import GroupQuantizer
 from torchquant.quantizers_functional._gradient import pass_through
 
 BEYOND = 1e30
@@ -28,9 +26,7 @@ class StretchedWeight(WeightInTraining):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
-        self.full, self.size = layer.numbers(), group_size(layer)
-        if not self.full or (layer.quantizer.levels_vary and self.size is None):
-            raise ConfigError(f"{type(layer.quantizer).__name__} has no numbers that can be set channel by channel")
+        self.full, self.size = layer.numbers_by_row(), layer.group_size
         n_channels, n_columns = layer.weight.shape[:2].numel(), layer.weight.shape[2]
         n_groups = 1 if self.size is None else -(-n_columns // self.size)
         is_one = self.size is None and not any(n.numel() == n_channels > 1 for n in self.full.values())
@@ -85,11 +81,6 @@ def _ends(layer: Layer) -> tuple[Tensor, Tensor]:
         layer.neighbours(end + NEAR * (other - end)) for end, other in ((low, high), (high, low))
     )
     return low - (second - lowest) / 2, high + (highest - last_but_one) / 2
-
-
-def group_size(layer: Layer) -> int | None:
-    """Return how many columns have numbers in common, if not all columns of a channel have."""
-    return layer.quantizer.size if isinstance(layer.quantizer, GroupQuantizer) else None
 
 
 def stretched(full: Mapping[str, Tensor], ratios: Tensor, n_columns: int, size: int | None) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ class QWeights(QModule):
         self.input_quantizer = input_quantizer
         for _, weight, quantizer in self._weights():
             if quantizer is not None:
-                quantizer.allocate(weight.shape[0])
+                quantizer.allocate_for(weight)
                 quantizer.to(weight.device)
         self._hold()
 

@@ -32,13 +32,13 @@ class QWrapper(InputSlots):
     """Wraps `layer [+ batch norm] [+ activation]`; quantizes its weight and its output.
 
     `layers`: a module, a Sequential or a list; the table in `patterns.py` has the allowed patterns.
-    `weight_quantizer` gets the weight with the output channel on axis 0, for transposed convolutions
-    too, so `axis=0` always means "per output channel". `acts_quantizer` gets the output after the
-    activation, `input_quantizer` the input, `bias_quantizer` the bias that the layer is run with, whenever
-    the weight is observed or quantized, `preactivation_quantizer` the input of the activation: after a
-    convolution, ONNX Runtime's integer kernels need codes there. A slot whose quantizer is None, the default, stays
-    float. `transform_input` puts a float transform before the input quantizer, `set_low_rank` a product beside the
-    layer's; both work in every state.
+    `weight_quantizer` gets the weight with the output channel on axis 0, for transposed convolutions too, so `axis=0`
+    always means "per output channel" and `axis=1` "per input channel", counted within each of its groups.
+    `acts_quantizer` gets the output after the activation, `input_quantizer` the input, `bias_quantizer` the bias that
+    the layer is run with, whenever the weight is observed or quantized, `preactivation_quantizer` the input of the
+    activation: after a convolution, ONNX Runtime's integer kernels need codes there. A slot whose quantizer is None,
+    the default, stays float. `transform_input` puts a float transform before the input quantizer, `set_low_rank` a
+    product beside the layer's; both work in every state.
 
     `fold_bn`: False keeps the batch norm as a layer of its own; True (the same as "corrected") or
     "running", "batch", "corrected", "rescale" quantize the weight with the batch norm folded in, as
@@ -97,7 +97,7 @@ class QWrapper(InputSlots):
         self.fold_mode = check_fold(fold_bn, self.bn, out_channels)
         self.bn_frozen = False
         if weight_quantizer is not None:
-            weight_quantizer.allocate(out_channels)
+            weight_quantizer.allocate_for(weight)
             weight_quantizer.to(weight.device)
         if bias_quantizer is not None:
             bias_quantizer.allocate(out_channels)

@@ -14,6 +14,7 @@ from torchquant.quantizers._catalogue import SchemeEntry as SchemeEntry
 from torchquant.quantizers._catalogue import catalogue as catalogue
 from torchquant.quantizers._catalogue import scheme_entry as scheme_entry
 from torchquant.quantizers._catalogue import weight_spec as weight_spec
+from torchquant.quantizers._group import BlockwiseQuantizer as BlockwiseQuantizer
 from torchquant.quantizers._group import GroupQuantizer as GroupQuantizer
 from torchquant.quantizers._learned import LearnedQuantizer as LearnedQuantizer
 from torchquant.quantizers._learned import LearnedUniform as LearnedUniform
@@ -71,6 +72,7 @@ __all__ = [
     "AdaBinQuantizer",
     "AffineQuantizer",
     "BinaryQuantizer",
+    "BlockwiseQuantizer",
     "ClipQQuantizer",
     "CodebookQuantizer",
     "DoReFaQuantizer",

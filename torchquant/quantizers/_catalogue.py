@@ -10,6 +10,9 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers._base import GridQuantizer, Quantizer
 from torchquant.quantizers._spec import find_scheme, make_quantizer, schemes, takes_observer
 
+GRANULARITIES = ("tensor", "channel", "in_channel", "group", "block")
+"""The granularities of schemes that take numbers for each slice of an axis."""
+
 
 @dataclass(frozen=True)
 class SchemeEntry:
@@ -81,7 +84,7 @@ def _entry(name: str, cls: type[Quantizer]) -> SchemeEntry:
         formula=cls.about.formula,
         paper=cls.about.paper,
         bits=cls.about.bits,
-        granularity=cls.about.granularity or (("tensor", "channel", "group") if per_channel else ("tensor",)),
+        granularity=cls.about.granularity or (GRANULARITIES if per_channel else ("tensor",)),
         gradients=cls.gradients() if issubclass(cls, GridQuantizer) else ("ste",),
         arguments=tuple(arguments),
         export=_export_forms(cls),

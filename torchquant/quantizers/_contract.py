@@ -114,6 +114,11 @@ class Quantizer(CalibratedState, ABC):
         """Whether each block or token has its own levels, so that there is no list of levels per tensor or channel."""
         return self.about.granularity in (("block",), ("token",))
 
+    @property
+    def columns_differ(self) -> bool:
+        """Whether the levels of an element of a weight depend on its column, not on its row alone."""
+        return self.levels_vary or self.axis not in (None, 0)
+
     def encode(self, x: Tensor) -> Tensor:
         """Map real values to integer codes (int32), exactly the codes of `quantize(x)`."""
         raise NoCodesError(f"{type(self).__name__} defines no codes: write encode, decode and code_range")
@@ -199,7 +204,7 @@ class Quantizer(CalibratedState, ABC):
         Columns are counted in the weight with all axes but the first flattened. Raises NoCodesError if the levels of
         an element depend on its neighbours or on the shape of the weight, and no weight is pinned.
         """
-        if not self.is_pinned and (self.levels_vary or self.axis not in (None, 0)):
+        if not self.is_pinned and self.columns_differ:
             part = self.about.granularity[0] if self.levels_vary else None
             why = (
                 f"each {part} takes its scale from all of its elements"
@@ -207,7 +212,7 @@ class Quantizer(CalibratedState, ABC):
                 else f"its channels lie on axis {self.axis}"
             )
             raise NoCodesError(f"{type(self).__name__} cannot quantize columns alone: {why}. Call pin(weight) first")
-        if self.levels_vary or self.axis not in (None, 0):
+        if self.columns_differ:
             return self._nearest_in_place(x, columns)
         return self.quantize(x)
 

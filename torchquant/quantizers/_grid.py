@@ -101,7 +101,7 @@ class GridQuantizer(Quantizer):
 
     def column_rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
         is_own = type(self).quantize is not GridQuantizer.quantize or type(self).nearest is not GridQuantizer.nearest
-        if is_own or self.levels_vary or self.axis not in (None, 0):
+        if is_own or self.columns_differ:
             return super().column_rounder()
         form = self.format()
         return lambda x, columns: cast_back(form.project(x.to(compute_dtype(x)))[0], x.dtype)

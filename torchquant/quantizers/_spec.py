@@ -1,6 +1,6 @@
 """Spec strings: one line of text that names a quantizer everywhere.
 
-    scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G|/token][@gradient]
+    scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/in_channel|/group=G|/block=AxB|/token][@gradient]
 
 `QuantSpec` is the parsed form, `make_quantizer` builds the quantizer. Neither knows any scheme:
 arguments are found by name in the signatures of the scheme and of its range observer.
@@ -20,13 +20,14 @@ from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers._base import QUANTIZERS, SLOTS, GridQuantizer, Quantizer
-from torchquant.quantizers._group import GroupQuantizer
+from torchquant.quantizers._group import BlockwiseQuantizer, GroupQuantizer
 from torchquant.quantizers._scaled import ScaledQuantizer
 from torchquant.quantizers._token import TokenQuantizer
 from torchquant.quantizers_functional._gradient import GRADIENTS, Gradient
+from torchquant.quantizers_functional.block_grid import WHOLE
 from torchquant.range_observers import OBSERVERS, RangeObserver
 
-GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/group=G|/token][@gradient]"
+GRAMMAR = "scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/in_channel|/group=G|/block=AxB|/token][@gradient]"
 _OF_ACTIVATIONS = {
     "momentum": 0.9,
     "per_sample": True,
@@ -37,6 +38,11 @@ _OF_ACTIVATIONS = {
     "block_axis": 1,
     "decay": 1.0,
 }
+_OF_WEIGHTS = {
+    "group": "groups are for weights; activations have block formats such as mxfp4",
+    "block": "blocks of given sizes are for weights; activations have block formats such as mxfp4",
+    "in_channel": "in_channel is for weights; /channel gives each channel of an activation its own numbers",
+}
 LONGEST = 200
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -46,8 +52,9 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class QuantSpec:
     """A parsed spec string. `str(spec)` gives the text back, `QuantSpec.parse` reads it.
 
-    `options` keeps the values as they were written; they get their types from the scheme. `granularity`
-    is "tensor", "channel", "group", "token" or "" (the scheme's default: per tensor); `group` is the group size.
+    `options` keeps the values as they were written; they get their types from the scheme. `granularity` is "tensor",
+    "channel", "in_channel", "group", "block", "token" or "" (the scheme's default: per tensor); `group` is the group
+    size, `block` the sizes of a block along the axes of a weight, output channel first, -1 for a whole axis.
 
     >>> spec = QuantSpec.parse("esb:4,k=1/channel@clipped")
     >>> spec.scheme, spec.n_bits, spec.options, spec.granularity, spec.gradient
@@ -62,6 +69,7 @@ class QuantSpec:
     granularity: str = ""
     group: int | None = None
     gradient: str | None = None
+    block: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
@@ -76,20 +84,13 @@ class QuantSpec:
         scheme, colon, bits = scheme.partition(":")
         _require(_NAME.fullmatch(scheme), text, f"the scheme {shown(scheme)} is not a name")
         _require(not at or _NAME.fullmatch(gradient), text, f"the gradient {shown(gradient)} is not a name")
-        kind, equals, size = granularity.partition("=")
-        if slash:
-            allowed = (
-                kind in ("tensor", "channel", "token")
-                and not equals
-                or kind == "group"
-                and _is_count(size)
-                and int(size) > 0
-            )
-            _require(
-                allowed,
-                text,
-                f"the granularity {shown(granularity)} is not tensor, channel or group=G with a whole G > 0, nor token",
-            )
+        kind, _, size = granularity.partition("=")
+        _require(
+            not slash or _is_granularity(granularity),
+            text,
+            f"the granularity {shown(granularity)} is not tensor, channel or group=G with a whole G > 0, nor "
+            "in_channel, token or block=AxB with whole sizes > 0 along the axes of a weight, -1 for a whole axis",
+        )
         _require(not colon or _is_count(bits), text, f"the width {shown(bits)} is not a whole number")
         n_bits = int(bits) if colon else None
         options: dict[str, str | None] = {}
@@ -99,13 +100,16 @@ class QuantSpec:
             _require(well_formed, text, f"the argument {shown(item)} is neither key=value nor a flag")
             _require(key not in options, text, f"the argument {shown(key)} is given twice")
             options[key] = value if has_value else None
-        return cls(scheme, n_bits, tuple(options.items()), kind, int(size) if size else None, gradient or None)
+        group = int(size) if kind == "group" else None
+        block = tuple(map(int, size.split("x"))) if kind == "block" else None
+        return cls(scheme, n_bits, tuple(options.items()), kind, group, gradient or None, block)
 
     def __str__(self) -> str:
         text = self.scheme + ("" if self.n_bits is None else f":{self.n_bits}")
         text += "".join(f",{key}" if value is None else f",{key}={value}" for key, value in self.options)
         text += f"/{self.granularity}" if self.granularity else ""
         text += f"={self.group}" if self.group is not None else ""
+        text += f"={'x'.join(map(str, self.block))}" if self.block is not None else ""
         return text + (f"@{self.gradient}" if self.gradient else "")
 
 
@@ -114,6 +118,14 @@ def _kind_of(value: object) -> str:
         return "None"
     made = ", a quantizer that is made already" if isinstance(value, Quantizer) else ""
     return f"{type(value).__name__} {getattr(value, '__name__', '')}".rstrip() + made
+
+
+def _is_granularity(text: str) -> bool:
+    kind, equals, size = text.partition("=")
+    if kind in ("group", "block"):
+        sizes = size.split("x") if kind == "block" else [size]
+        return all(_is_count(n) and int(n) > 0 or (n == "-1" and kind == "block") for n in sizes)
+    return kind in ("tensor", "channel", "in_channel", "token") and not equals
 
 
 def _is_count(text: str) -> bool:
@@ -162,16 +174,31 @@ def make_quantizer(spec: str | QuantSpec, site: str = "weight") -> Quantizer:
     spec = spec if isinstance(spec, QuantSpec) else QuantSpec.parse(spec)
     if not isinstance(site, str) or site not in SLOTS:
         raise ConfigError(f"site must be one of {', '.join(SLOTS)}, got {shown(site)}")
-    if spec.granularity == "group" and site != "weight":
-        raise ConfigError(f"spec {str(spec)!r}: groups are for weights; activations have block formats such as mxfp4")
+    if spec.granularity in _OF_WEIGHTS and site != "weight":
+        raise ConfigError(f"spec {str(spec)!r}: {_OF_WEIGHTS[spec.granularity]}")
     scheme, fixed = find_scheme(spec.scheme)
     if spec.granularity == "token":
         return _of_tokens(spec, site)
     if site not in scheme.sites:
         raise ConfigError(f"spec {str(spec)!r}: {spec.scheme} is for {' and '.join(scheme.sites)}, not for {site}")
-    axis = {"": None, "tensor": None, "channel": 0 if site == "weight" else 1, "group": 0}[spec.granularity]
+    axis, blocks = _axis_of(spec, site)
     quantizer = _Builder(spec, scheme, fixed, axis, site).build()
+    if blocks is not None:
+        return BlockwiseQuantizer(quantizer, blocks)
     return quantizer if spec.group is None else GroupQuantizer(quantizer, spec.group)
+
+
+def _axis_of(spec: QuantSpec, site: str) -> tuple[int | None, tuple[int, ...] | None]:
+    """Return the axis of the scheme's numbers, and the sizes of blocks that are more than the slices of an axis."""
+    if spec.block is None:
+        channel = 0 if site == "weight" else 1
+        axes = {"": None, "tensor": None, "channel": channel, "in_channel": 1, "group": 0}
+        return axes[spec.granularity], None
+    parted = [axis for axis, size in enumerate(spec.block) if size != WHOLE]
+    if not parted:
+        return None, None
+    is_slice = len(parted) == 1 and spec.block[parted[0]] == 1
+    return (parted[0], None) if is_slice else (0, spec.block)
 
 
 def _of_tokens(spec: QuantSpec, site: str) -> Quantizer:

@@ -35,6 +35,19 @@ class CalibratedState(Pinnable):
     def allocate(self, n_channels: int) -> None:  # noqa: B027 - most schemes have nothing to size
         """Size per-channel state for `n_channels` before the first batch."""
 
+    def allocate_for(self, weight: Tensor) -> None:
+        """Size the state for a weight, output channel on axis 0, before it is observed.
+
+        Raises ConfigError for a weight that has no such channels, groups or blocks.
+        """
+        axis = getattr(self, "axis", None) or 0
+        if not -weight.ndim <= axis < weight.ndim:
+            raise ConfigError(
+                f"a weight of shape {tuple(weight.shape)} has no axis {axis}, along which {type(self).__name__} has "
+                "its numbers; /in_channel takes weights with an axis of input channels, /channel any"
+            )
+        self.allocate(weight.shape[axis])
+
     def numbers(self) -> dict[str, Tensor]:
         """Return the numbers that determine the grid, () or (C,), by name; {} if there are none to set."""
         return {}

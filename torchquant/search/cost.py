@@ -103,7 +103,7 @@ class CostModel:
                     elements = size.output_elements if slot == "output" else 0
                     self._add(spaces[path, slot], path, slot, size.weights, elements)
             if not isinstance(own.weight, Candidates):
-                quantizers = [observed(own.make("weight", size.site.module), w) for w in size.weights]
+                quantizers = [observed(own.make("weight", size.site.module), w, path) for w in size.weights]
                 pairs = zip(size.weights, quantizers, strict=True)
                 self.fixed["bytes"] += sum(sum(stored_bytes(w, q)) for w, q in pairs)
             if not isinstance(own.output, Candidates):
@@ -126,10 +126,7 @@ class CostModel:
         made = [make_for_slot(spec, slot) for spec in options]
         bits = tuple(quantizer.n_bits for quantizer in made)
         if slot == "weight":
-            sizes = [
-                sum(float(sum(stored_bytes(w, observed(make_for_slot(spec, slot), w)))) for w in weights)
-                for spec in options
-            ]
+            sizes = [sum(_weight_bytes(spec, w, path) for w in weights) for spec in options]
             elements = sum(w.numel() for w in weights)
         else:
             sizes = [float(-(-elements * n // 8)) for n in bits]
@@ -146,12 +143,7 @@ class CostModel:
             fixed = {path: spec for path, spec in own.items() if spec is None or isinstance(spec, str)}
             free = {path: spaces[path, "weight"] for path in own if (path, "weight") in spaces}
             specs = {*fixed.values(), *(spec for space in free.values() for spec in space.options("weight"))}
-            costs = {
-                spec: float(
-                    sum(stored_bytes(weight, observed(make_for_slot(spec, "weight") if spec else None, weight)))
-                )
-                for spec in specs
-            }
+            costs = {spec: _weight_bytes(spec, weight, shared[0][0]) for spec in specs}
             found.append(_Tied(costs, (*((path, "weight") for path in free), *fixed.values())))
         return found
 
@@ -284,6 +276,11 @@ def _source(plan: SitePlan, slot: str, site: Any) -> SearchPoint | int:
     if isinstance(getattr(plan, slot), Candidates):
         return (plan.path, slot)
     return _fixed_bits(plan, slot, site.module)
+
+
+def _weight_bytes(spec: str | None, weight: Tensor, path: str) -> float:
+    quantizer = observed(make_for_slot(spec, "weight") if spec else None, weight, path)
+    return float(sum(stored_bytes(weight, quantizer)))
 
 
 def _fixed_bits(plan: SitePlan, slot: str, module: nn.Module | None) -> int:

@@ -214,7 +214,7 @@ class BitSchedule(_Schedule):
                             "unpin() on its quantizer first, or schedule widths before rounding"
                         )
                     new = self._made(self.weight, "weight", slot.quantizer)
-                    new.allocate(slot.seen().shape[0])
+                    new.allocate_for(slot.seen())
                     slot.replace_quantizer(new)
             module.observe_weight()
             for site in ("input_quantizer", "acts_quantizer") if self.acts is not None else ():

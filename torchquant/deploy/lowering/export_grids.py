@@ -186,11 +186,11 @@ def look_up(levels: Tensor, codes: Tensor) -> Tensor:
 def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
     """Return the codes and levels of a weight under any quantizer with codes; channels first. Raises ExportError."""
     check_ready(quantizer, name)
-    if quantizer.levels_vary:
+    if quantizer.columns_differ:
         raise ExportError(
-            f"{name} has scales per block or group, and their levels do not form a uniform grid. Use a uniform "
-            "scheme, such as affine:4/group=32, or one scale per tensor or channel here, write a packed file "
-            "(save_packed), or give this site None to keep it float"
+            f"{name} has scales per block or group, or input channel, and their levels do not form a uniform grid. "
+            "Use a uniform scheme, such as affine:4/group=32, or one scale per tensor or channel here, write a packed "
+            "file (save_packed), or give this site None to keep it float"
         )
     try:
         codes, (low, high) = quantizer.encode(weight), quantizer.code_range

@@ -10,7 +10,7 @@ from torchquant.errors import ConfigError
 from torchquant.ptq.functional.clipping import best_ratios
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, NumberSearch
-from torchquant.ptq.stretched import group_size, stretched
+from torchquant.ptq.stretched import stretched
 
 
 @PTQ.register("clip")
@@ -36,8 +36,7 @@ class Clip(NumberSearch):
         return data.gram
 
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
-        size = group_size(layer)
-        full = numbers_by_channel(layer) if size is None else layer.numbers()
+        size, full = layer.group_size, layer.numbers_by_row()
 
         def quantize(weight: Tensor, ratio: float) -> Tensor:
             layer.quantizer.set_numbers(**{name: number * ratio for name, number in full.items()})
@@ -48,11 +47,3 @@ class Clip(NumberSearch):
         finally:
             layer.quantizer.set_numbers(**full)
         return stretched(full, best, layer.weight.shape[-1], size)
-
-
-def numbers_by_channel(layer: Layer) -> dict[str, Tensor]:
-    """The numbers of the quantizer. Raises ConfigError where there is not one for all or one for each channel."""
-    found = layer.numbers()
-    if not found or layer.quantizer.levels_vary:
-        raise ConfigError(f"{type(layer.quantizer).__name__} has no numbers that can be set channel by channel")
-    return found

@@ -29,6 +29,6 @@ class GPTQ(MatchingRounding):
     def round(self, layer: Layer, data: LayerData) -> Tensor:
         data.check(self.damp)
         order = activation_order(data.gram) if self.act_order else None
-        if order is not None and layer.quantizer.levels_vary:  # the numbers of a column follow from its place
+        if order is not None and layer.quantizer.columns_differ:  # the numbers of a column follow from its place
             order = activation_order(data.gram.mean(0)).expand(order.shape)
         return gptq(self.target(layer, data), data.gram, layer.nearest, order, self.damp, block=self.block)

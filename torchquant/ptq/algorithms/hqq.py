@@ -12,13 +12,13 @@ from torchquant.ptq.functional.half_quadratic import at_zero, half_quadratic_zer
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, NumberSearch
 from torchquant.quantizers import AffineQuantizer, LSQPlusQuantizer, Quantizer
-from torchquant.quantizers._group import GroupQuantizer
-from torchquant.quantizers_functional.groups import cut_groups
+from torchquant.quantizers._group import PartedQuantizer
+from torchquant.range_observers._statistics import rows as rows_of
 
 
 @PTQ.register("hqq")
 class HQQ(NumberSearch):
-    """Move the zero point of each channel or group so that few weights have large errors. Needs no data.
+    """Move the zero point of each channel, group or block so that few weights have large errors. Needs no data.
 
     For uniform grids that are not symmetric. The offset of `lsqplus:4,offset` takes any zero point; a whole one, as of
     `affine:4`, is the better neighbour of it, or stays. The error is the mean of |error|. `rounds`: at most.
@@ -68,11 +68,8 @@ class HQQ(NumberSearch):
 
 def _parts(layer: Layer) -> Iterator[tuple[str, Quantizer, Tensor]]:
     """Yield each quantizer that has numbers of its own, their prefix, and the weights of each of its zero points."""
-    quantizer, weight = layer.quantizer, layer.weight.flatten(0, 1)
-    if isinstance(quantizer, GroupQuantizer):
-        parts = zip(
-            ("whole_", "last_"), (quantizer.whole, quantizer.last), cut_groups(weight, quantizer.size), strict=True
-        )
-        yield from (part for part in parts if part[1].is_ready and part[2].numel())
+    quantizer, weight = layer.quantizer, layer.weight.reshape(layer.shape)
+    if isinstance(quantizer, PartedQuantizer):
+        yield from ((f"{child}_", own, part) for child, own, part in quantizer.by_child(weight))
     else:
-        yield "", quantizer, weight if quantizer.axis is not None else weight.flatten()[None]
+        yield "", quantizer, rows_of(weight, quantizer.axis)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torchquant.ptq.algorithms.clip import numbers_by_channel
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, Matching, NumberSearch
 from torchquant.ptq.stretched import stretched
@@ -26,7 +25,7 @@ class Refit(Matching, NumberSearch):
     cost = "rows K^2"
 
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:
-        full = numbers_by_channel(layer)
+        full = layer.numbers_by_row(in_groups=False)
         target = self.target(layer, data)
         q = (layer.quantized() if layer.rounded is None else layer.rounded).to(data.gram.dtype)
         along = ((q @ data.gram) * target.to(q.dtype)).sum(-1).flatten()

@@ -100,9 +100,9 @@ class MixtureQuantizer(Quantizer):
     def is_memoryless(self) -> bool:
         return all(option.is_memoryless for option in self.options)
 
-    def allocate(self, n_channels: int) -> None:
+    def allocate_for(self, weight: Tensor) -> None:
         for option in self.options:
-            option.allocate(n_channels)  # type: ignore[operator]
+            option.allocate_for(weight)  # type: ignore[operator]
 
     def pre_observe(self, x: Tensor, clamp: Clamp | None = None) -> None:
         """Let options that take part or must not miss a batch observe x or `x.clamp(*clamp)`; each observer once."""
