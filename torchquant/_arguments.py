@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
+import math
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,42 @@ from torchquant.errors import ConfigError
 F = TypeVar("F", bound=Callable[..., Any])
 CHECKED_ELEMENTS = 1000
 """Largest number of elements of a collection that are checked."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The finite numbers that an annotation allows: at least, above, at most, below another number; None: any.
+
+    >>> fits(Annotated[float, Bounds(0, below=1)], 1.0), described(Annotated[int, Bounds(1)])
+    (False, 'a whole number >= 1')
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def allows(self, value: Any) -> bool:
+        """Tell whether a number lies within."""
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        ends = {">=": self.least, ">": self.above, "<=": self.most, "<": self.below}
+        return " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if end is not None)
+
+
+Count = Annotated[int, Bounds(1)]
+"""A whole number of at least 1."""
+Positive = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, most=1)]
+"""A number from 0 to 1."""
 
 
 def checked(target: F) -> F:
@@ -121,7 +159,8 @@ class _Check:
     def _look_at(self, parameter: Parameter, value: Any, args: tuple[Any, ...]) -> None:
         is_nan = isinstance(value, float) and value != value and not _is_open(parameter.hint)
         if value is parameter.default or (fits(parameter.hint, value) and not is_nan):
-            if type(value) in _PLAIN and (value is not parameter.default or fits(parameter.hint, value)):
+            is_plain = type(value) in _PLAIN and not _has_bounds(parameter.hint)
+            if is_plain and (value is not parameter.default or fits(parameter.hint, value)):
                 parameter.plain.add(type(value))
             return
         raise ConfigError(
@@ -169,7 +208,7 @@ class Parameter(NamedTuple):
 def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
     """Return name -> parameter; parameters that gather `*args` and `**kwargs` end the list."""
     try:
-        hints = get_type_hints(function)
+        hints = get_type_hints(function, include_extras=True)
     except NameError:  # a name that only a type checker imports
         hints = {}
     found = {}
@@ -178,6 +217,14 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
             break
         found[name] = Parameter(name, hints.get(name, Any), parameter.default, set())
     return found
+
+
+def _bounds(hint: Any) -> list[Bounds]:
+    return [extra for extra in get_args(hint)[1:] if isinstance(extra, Bounds)]
+
+
+def _has_bounds(hint: Any) -> bool:
+    return isinstance(hint, Bounds) or any(map(_has_bounds, get_args(hint)))
 
 
 def _is_open(hint: Any) -> bool:
@@ -191,6 +238,8 @@ def fits(hint: Any, value: object) -> bool:
     (True, False, False, False)
     """
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(arguments[0], value) and all(bounds.allows(value) for bounds in _bounds(hint))
     if _is_open(hint):
         return True
     if origin in (Union, types.UnionType):
@@ -285,6 +334,8 @@ def described(hint: Any, plural: bool = False) -> str:
     ('a whole number or None', 'a sequence of strings', 'a mapping from strings to Modules')
     """
     origin, arguments = get_origin(hint), [a for a in get_args(hint) if a is not Ellipsis]
+    if origin is Annotated:
+        return " ".join([described(arguments[0], plural), *map(str, _bounds(hint))])
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(described(kind, plural) for kind in arguments))
     if hint in _SIMPLE:

@@ -333,8 +333,8 @@ def test_stages_on_layers_and_blocks_in_one_run(net: nn.Module) -> None:
     [
         (["brecq"], [], "brecq looks at inputs and needs batches, got none"),
         (["brecq:fisher=full"], BATCHES, "fisher must be 'none' or 'diag', got 'full'"),
-        (["qdrop:drop=1.5"], BATCHES, "drop must be a number from 0 to below 1, got 1.5"),
-        (["brecq:steps=0"], BATCHES, "brecq needs steps >= 1"),
+        (["qdrop:drop=1.5"], BATCHES, "drop must be a number >= 0 and < 1, got 1.5"),
+        (["brecq:steps=0"], BATCHES, "steps must be a whole number >= 1, got 0"),
         (["autoround:unit=model"], BATCHES, "unit must be 'layer' or 'block', got 'model'"),
         (["brecq", "magr"], BATCHES, "magr changes weights, which brecq has settled before it"),
     ],

@@ -261,9 +261,9 @@ def test_a_transform_that_changes_the_function_is_taken_off() -> None:
 def test_what_cannot_be_done_is_said(attention: nn.Module) -> None:
     model = tq.quantize(attention, RULES, TOKENS[0])
     for stages, words in (
-        (["smoothquant:alpha=2.0", "gptq"], "alpha in .0, 1."),
-        (["rotate:block=1"], "rotate needs seeds >= 1 and block >= 2"),
-        (["svdquant:rank=0"], "rank must be at least 1, got 0"),
+        (["smoothquant:alpha=2.0", "gptq"], "alpha must be a number >= 0 and <= 1 or None, got 2.0"),
+        (["rotate:block=1"], "block must be a whole number >= 2 or None, got 1"),
+        (["svdquant:rank=0"], "rank must be a whole number >= 1, got 0"),
         (["gptq", "rotate"], "rotate changes structure, which gptq has settled before it"),
         (["magr", "rotate"], "rotate changes structure, and magr works on what comes of it; swap them"),
         (["low_rank", "svdquant"], "svdquant changes weights, which low_rank has settled before it"),

@@ -145,9 +145,9 @@ def test_the_recipe_without_data():
 
 
 def test_options_out_of_range():
-    with pytest.raises(tq.errors.ConfigError, match="deviations must be above 0, got 0"):
+    with pytest.raises(tq.errors.ConfigError, match="deviations must be a number > 0, got 0"):
         tq.ptq.make_stage("bn_ranges:deviations=0")
-    with pytest.raises(tq.errors.ConfigError, match="deviations must not be negative, got -1"):
+    with pytest.raises(tq.errors.ConfigError, match="deviations must be a number >= 0, got -1"):
         tq.ptq.make_stage("absorb:deviations=-1")
 
 

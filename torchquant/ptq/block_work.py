@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torchquant.quantizers import Quantizer
 class BlockWork:
     """The work on one block in one pass. `slots`: the weights of its layers in the quantized and in the float model.
 
+    `rounded`: the labels of weights that an earlier pass has rounded.
     Tables are rounded to nearest: for what is looked up in them that is the best.
     """
 
@@ -34,10 +35,13 @@ class BlockWork:
         data: BlockData,
         keep: str,
         note: str,
+        rounded: Collection[str],
     ) -> None:
         self.data, self.keep, self.note = data, keep, note
         self.works = {
-            now.label: LayerWork(now, real, LayerData(now.label, frozenset(), data.generator), keep, ())
+            now.label: LayerWork(
+                now, real, LayerData(now.label, frozenset(), data.generator), keep, is_rounded=now.label in rounded
+            )
             for now, real in slots
         }
         layers = {name: work.layer for name, work in self.works.items() if not is_table(work.layer.slot)}
@@ -126,10 +130,9 @@ class BlockWork:
         moved = [now.ne(self.nearest[path]).flatten() for path, now in self._weights().items()]
         return float(torch.cat(moved).to(torch.float32).mean())
 
-    def commit(self) -> None:
-        """Set the weights of the layers to the chosen levels."""
-        for work in self.works.values():
-            work.commit()
+    def commit(self) -> set[str]:
+        """Set the weights of the layers to the chosen levels. Returns the labels of those that are rounded."""
+        return {label for label, work in self.works.items() if work.commit()}
 
 
 def is_table(slot: WeightSlot) -> bool:
@@ -137,17 +140,21 @@ def is_table(slot: WeightSlot) -> bool:
     return isinstance(slot.module.layer, nn.Embedding | nn.EmbeddingBag)
 
 
-def block_state(slots: Sequence[WeightSlot], qmodules: Mapping[str, QModule]) -> dict[str, Any]:
+def block_state(
+    slots: Sequence[WeightSlot], qmodules: Mapping[str, QModule], rounded: Collection[str]
+) -> dict[str, Any]:
     """Return what stages change in a block: its layers, and the quantizers of activations."""
     return {
-        "layers": {slot.label: layer_state(slot) for slot in slots},
+        "layers": {slot.label: layer_state(slot, rounded) for slot in slots},
         "activations": {key: q.state_dict() for key, q in Block("", {}, qmodules).activations().items()},
     }
 
 
-def load_block_state(slots: Sequence[WeightSlot], qmodules: Mapping[str, QModule], kept: Mapping[str, Any]) -> None:
-    """Set a block to what `block_state` returned."""
+def load_block_state(
+    slots: Sequence[WeightSlot], qmodules: Mapping[str, QModule], kept: Mapping[str, Any], rounded: set[str]
+) -> None:
+    """Set a block to what `block_state` returned; the labels of weights that are rounded go to `rounded`."""
     for slot in slots:
-        load_layer_state(slot, kept["layers"][slot.label])
+        load_layer_state(slot, kept["layers"][slot.label], rounded)
     for key, quantizer in Block("", {}, qmodules).activations().items():
         quantizer.load_state_dict(kept["activations"][key])

@@ -32,6 +32,7 @@ from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
 from torchquant.ptq.stage import CHANGES, FLOAT_NEEDS, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
 from torchquant.ptq.streams import Pass, meetings, passes
+from torchquant.ptq.structure import check_observed
 from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
 from torchquant.qmodule import QModule, QModuleState, WeightSlot
@@ -203,6 +204,7 @@ class _Engine:
         self.n_passes = 0
         self.is_stale = False
         self.again: set[str] = set()
+        self.rounded: set[str] = set()
         self.advance: Callable[[], None] = lambda: None
 
     def count(self, stages: Sequence[Stage]) -> int:
@@ -258,8 +260,8 @@ class _Engine:
 
     def run_layers(self, stages: list[LayerStage]) -> None:
         """Run the stages of one pass at every layer."""
-        self._prepare()
         needs = frozenset().union(*(stage.needs for stage in stages))
+        self._prepare(bool(needs))
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         left = {slot.label: slot for slots in self.units.values() for slot in slots}
         if needs:
@@ -274,9 +276,14 @@ class _Engine:
             self._work(slot, stages, data, ["no batch reached it"] if needs else [])
         self.n_passes += 1
 
-    def _prepare(self) -> None:
-        """Fold batch norms permanently, copy the float model, and give every weight its numbers."""
+    def _prepare(self, runs: bool) -> None:
+        """Fold batch norms permanently, copy the float model, and give every weight its numbers.
+
+        `runs`: whether the pass runs the quantized model, which must be able to before anything is changed.
+        """
         self.observe_again()
+        if runs:
+            check_observed(self.model)
         if self.reference is not None:
             return
         self._check_units()
@@ -365,18 +372,19 @@ class _Engine:
 
     def _work(self, slot: WeightSlot, stages: Sequence[LayerStage], data: LayerData, notes: Sequence[str]) -> None:
         """Run the stages at one weight and set it to the result."""
-        steps = self.saved.restore(self.n_passes, slot.label, lambda kept: load_layer_state(slot, kept))
+        label, rounded = slot.label, self.rounded
+        steps = self.saved.restore(self.n_passes, label, lambda kept: load_layer_state(slot, kept, rounded))
         if steps is None:
-            worker = LayerWork(slot, self.float_units[slot.label], data, self.keep, notes)
+            worker = LayerWork(slot, self.float_units[label], data, self.keep, notes, label in rounded)
             steps = [worker.run(stage, _name(stage)) for stage in stages]
-            worker.commit()
-            self.saved.save(self.n_passes, slot.label, layer_state(slot), steps)
+            rounded |= {label} if worker.commit() else set()
+            self.saved.save(self.n_passes, label, layer_state(slot, rounded), steps)
         for step in steps:
             self.report(step)
 
     def run_blocks(self, stages: list[BlockStage]) -> None:
         """Run the stages of one pass at every block."""
-        self._prepare()
+        self._prepare(True)
         assert self.reference is not None
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         left = {block.path: block for block in self.blocks}
@@ -404,13 +412,16 @@ class _Engine:
     ) -> None:
         """Run the stages at one block and set the weights of its layers to the result."""
         slots = [slot for slots in self.units.values() for slot in slots if slot.label in block.layers]
-        steps = self.saved.restore(self.n_passes, block.path, lambda kept: load_block_state(slots, modules, kept))
+        rounded = self.rounded
+        steps = self.saved.restore(
+            self.n_passes, block.path, lambda kept: load_block_state(slots, modules, kept, rounded)
+        )
         if steps is None:
             pairs = [(slot, self.float_units[slot.label]) for slot in slots]
-            worker = BlockWork(block.path, pairs, modules, data, self.keep, note)
+            worker = BlockWork(block.path, pairs, modules, data, self.keep, note, rounded)
             steps = [worker.run(stage, _name(stage)) for stage in stages]
-            worker.commit()
-            self.saved.save(self.n_passes, block.path, block_state(slots, modules), steps)
+            rounded |= worker.commit()
+            self.saved.save(self.n_passes, block.path, block_state(slots, modules, rounded), steps)
         for step in steps:
             self.report(step)
 

@@ -25,24 +25,28 @@ class Layer:
 
     `weight`: (groups, rows, K) float32 or wider, the real weight that QUANT_EVAL quantizes, a batch norm folded in.
     `rounded`: the same on its grid, once an algorithm has chosen; None before. `beside`: the weight that a low-rank
-    product beside the layer stands for, None without one; `weight` is then without it. `path`: its name in messages.
+    product beside the layer stands for, None without one; it is not in `weight`. `path`: its name in messages.
     """
 
     def __init__(
-        self, slot: WeightSlot, real: Tensor, rounded: Tensor | None = None, beside: Tensor | None = None
+        self, slot: WeightSlot, weight: Tensor, rounded: Tensor | None = None, beside: Tensor | None = None
     ) -> None:
         assert slot.quantizer is not None
         self.slot, self.path = slot, slot.label
         self.quantizer: Quantizer = slot.quantizer
         self.shape = slot.seen().shape
-        self.weight = real.detach().to(torch.promote_types(real.dtype, torch.float32))
+        self.weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         self.rounded, self.beside = rounded, beside
-        if beside is not None:
-            self.weight = self.weight - beside
 
     def numbers(self) -> dict[str, Tensor]:
         """Return a copy of the numbers of the quantizer, by name."""
         return {name: number.clone() for name, number in self.quantizer.numbers().items()}
+
+    def at_its_codes(self, rounded: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Set the numbers of the quantizer; return the weight whose codes are those that `rounded` had before."""
+        codes = self.quantizer.encode(self.quantizer.preimage(rounded.reshape(self.shape)))
+        self.quantizer.set_numbers(**numbers)
+        return self.quantizer.decode(codes, rounded.dtype).view(rounded.shape)
 
     @property
     def group_size(self) -> int | None:

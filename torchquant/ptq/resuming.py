@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,18 @@ class Steps:
         return [StepReport(**step) for step in kept["steps"]]
 
 
-def layer_state(slot: WeightSlot) -> dict[str, Any]:
-    """Return what stages change in a layer: the state of its weight's quantizer, and tensors."""
+def layer_state(slot: WeightSlot, rounded: Collection[str]) -> dict[str, Any]:
+    """Return what stages change in a layer. `rounded`: the labels of rounded weights."""
     quantizer, tensors = _parts(slot)
-    kept: dict[str, Any] = {"quantizer": quantizer.state_dict()}
+    kept: dict[str, Any] = {"quantizer": quantizer.state_dict(), "is_rounded": slot.label in rounded}
     if isinstance(slot, LayerSlot) and slot.module.low_rank is not None:
         kept["low_rank"] = slot.module.low_rank.state_dict(prefix=PREFIX)
     return kept | {"tensors": {name: t.detach() for name, t in tensors.items()}}
 
 
 @torch.no_grad()
-def load_layer_state(slot: WeightSlot, kept: Mapping[str, Any]) -> None:
-    """Set a layer to what `layer_state` returned."""
+def load_layer_state(slot: WeightSlot, kept: Mapping[str, Any], rounded: set[str]) -> None:
+    """Set a layer to what `layer_state` returned; the label of a weight that is rounded goes to `rounded`."""
     quantizer, tensors = _parts(slot)
     quantizer.load_state_dict(kept["quantizer"])
     if "low_rank" in kept:
@@ -115,6 +115,8 @@ def load_layer_state(slot: WeightSlot, kept: Mapping[str, Any]) -> None:
         slot.module.low_rank.load_state_dict({k.removeprefix(PREFIX): v for k, v in kept["low_rank"].items()})
     for name, tensor in tensors.items():
         tensor.copy_(kept["tensors"][name])
+    if kept.get("is_rounded", quantizer.is_pinned):  # older files do not say
+        rounded.add(slot.label)
 
 
 def _parts(slot: WeightSlot) -> tuple[Quantizer, dict[str, Tensor]]:

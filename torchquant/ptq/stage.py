@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchquant._arguments import check_constructor, checked
+from torchquant._arguments import Count, check_constructor, checked
 from torchquant._registry import Registry, did_you_mean
 from torchquant._shown import shown
 from torchquant.errors import ConfigError, UnknownNameError
@@ -179,9 +179,7 @@ class NumberSearch(LayerStage):
 class LowRankChange(LayerStage):
     """Puts a product of low rank beside the quantized one, which is then to stand for the rest of the weight."""
 
-    def __init__(self, rank: int = 32) -> None:
-        if rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {rank}")
+    def __init__(self, rank: Count = 32) -> None:
         self.rank = rank
 
     def check_rank(self, layer: Layer) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, UnobservedRangeError
 from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
 from torchquant.graph.rewrite import Conversion
 from torchquant.graph.traced import TracedModule
@@ -111,6 +111,18 @@ def _reset(quantizer: Quantizer) -> None:
     for part in quantizer.modules():
         if isinstance(part, StatisticTracker):
             part.reset()
+
+
+def check_observed(model: nn.Module) -> None:
+    """Raise UnobservedRangeError if nothing has been observed of any activation that needs it."""
+    sites = [(m.path, name, q) for _, m in qmodules(model) for name, q in m.quantizers().items() if name in ACTIVATIONS]
+    parts = [part for _, _, q in sites for part in q.modules() if isinstance(part, StatisticTracker)]
+    lost = next(((path, name) for path, name, q in sites if not q.is_ready), None)
+    if lost is not None and not any(part.is_observed for part in parts):
+        raise UnobservedRangeError(
+            f"{lost[0]}: its {lost[1]} has no range yet, nor has any other activation, so that the quantized model "
+            "cannot run; put the stage calibrate, or bn_ranges, before this one, or call torchquant.calibrate first"
+        )
 
 
 def channel_maxima(model: nn.Module, batches: Sequence[Any], sets: Sequence[ChannelSet]) -> list[Tensor]:

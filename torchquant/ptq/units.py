@@ -17,6 +17,10 @@ def find_units(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> t
     slots = [slot for slot in weight_slots(model) if slot.quantizer is not None]
     if not slots:
         raise ConfigError("the model has no quantized layers; use torchquant.quantize(model, rules, example) first")
+    known = ", ".join(slot.label for slot in slots[:9]) + (", ..." if len(slots) > 9 else "")
+    for what, patterns in (("names", names), ("skip", skip)):
+        if missed := [pattern for pattern in patterns if not any(_matches(slot, [pattern]) for slot in slots)]:
+            raise ConfigError(f"{what}: no quantized weight is called {missed[0]!r}; there are {known}")
     labels, places = {slot.key: slot.label for slot in slots}, _places(model)
     chosen: list[WeightSlot] = []
     left: dict[str, str] = {}
@@ -29,10 +33,9 @@ def find_units(model: nn.Module, names: Sequence[str], skip: Sequence[str]) -> t
         else:
             chosen.append(slot)
     if not chosen:
-        known = ", ".join(slot.label for slot in slots[:9])
         raise ConfigError(
             f"names {list(names)} without {list(skip)} "
-            f"select no weight that is only in one place; the quantized weights are {known}, ..."
+            f"select no weight that is only in one place; the quantized weights are {known}"
         )
     return chosen, left
 

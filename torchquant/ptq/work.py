@@ -22,18 +22,31 @@ from torchquant.qmodule.weight_slots import LayerSlot
 class LayerWork:
     """The work on one layer in one pass.
 
-    `keep`: "best" undoes a stage that makes the error larger than that of rounding to nearest.
+    `real`: the weight in the float model, whose outputs are the target. `is_rounded`: whether an earlier pass has
+    rounded the weight; if not, the pass starts from what that one has left, such as a changed weight. `keep`: "best"
+    undoes a stage that makes the error larger than that of rounding to nearest.
     """
 
-    def __init__(self, slot: WeightSlot, real: WeightSlot, data: LayerData, keep: str, notes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        slot: WeightSlot,
+        real: WeightSlot,
+        data: LayerData,
+        keep: str,
+        notes: Sequence[str] = (),
+        is_rounded: bool = False,
+    ) -> None:
         self.data, self.keep, self.notes = data, keep, tuple(notes)
         assert slot.quantizer is not None
         self.was_pinned = slot.quantizer.is_pinned
-        rounded = slot.quantizer(slot.seen()).detach().view(slot.rows().shape) if self.was_pinned else None
+        rounded = slot.quantizer(slot.seen()).detach().view(slot.rows().shape) if is_rounded else None
         slot.quantizer.pin(slot.seen(), observe=not slot.quantizer.is_ready)
         self.was_beside, own = beside_of(slot), beside_of(real)
         self.real = _wide(real.rows() if own is None else real.rows() + own)
-        self.layer = Layer(slot, self.real, rounded, self.was_beside)
+        self.start = _wide(slot.rows())
+        if is_rounded:
+            self.start = self.real if self.was_beside is None else self.real - self.was_beside
+        self.layer = Layer(slot, self.start, rounded, self.was_beside)
         self.nearest = self.layer.quantized()
         self.numbers = {name: number.clone() for name, number in slot.quantizer.numbers().items()}
         self.is_changed = False
@@ -93,7 +106,7 @@ class LayerWork:
         if self.layer.beside is not self.was_beside:
             slot.module.set_low_rank(None)
             self.layer.beside = None
-        self.layer.weight = self.real if self.was_beside is None else self.real - self.was_beside
+        self.layer.weight = self.start
         slot.set_weight(self.layer.weight.reshape(self.layer.shape).to(slot.weight.dtype))
         quantizer.pin(slot.seen(), observe=False)
         if self.numbers:
@@ -110,6 +123,8 @@ class LayerWork:
         return []
 
     def _change_weight(self, weight: Tensor) -> list[str]:
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteError("its new weight has NaN or Inf")
         slot, quantizer = self.layer.slot, self.layer.quantizer
         quantizer.unpin()
         slot.set_weight(weight.reshape(self.layer.shape).to(slot.weight.dtype))
@@ -122,10 +137,10 @@ class LayerWork:
         old = {name: number.clone() for name, number in quantizer.numbers().items()}
         before = self._error(self.layer.quantized() if former is None else former, self.layer.beside)
         new = dict(stage.numbers(self.layer, self.data))
-        codes = None if former is None else quantizer.encode(former.reshape(self.layer.shape))
-        quantizer.set_numbers(**new)
-        if codes is not None:
-            self.layer.rounded = quantizer.decode(codes, self.real.dtype).view(self.real.shape)
+        if former is None:
+            quantizer.set_numbers(**new)
+        else:
+            self.layer.rounded = self.layer.at_its_codes(former, new)
         after = self._error(
             self.layer.quantized() if self.layer.rounded is None else self.layer.rounded, self.layer.beside
         )
@@ -195,12 +210,16 @@ class LayerWork:
         found = float(self.data.error(target if beside is None else target - beside, rounded).sum())
         return found / self._signal if self._signal > 0 else 0.0
 
-    def commit(self) -> None:
-        """Set the layer's weight to the chosen levels; the quantizer of a layer without a change is unpinned again."""
+    def commit(self) -> bool:
+        """Set the layer's weight to the chosen levels; the quantizer of a layer without a change is unpinned again.
+
+        Returns whether levels have been chosen.
+        """
         if self.layer.rounded is not None:
             self.layer.slot.commit(self.layer.rounded)
         elif not self.is_changed and not self.was_pinned:
             self.layer.quantizer.unpin()
+        return self.layer.rounded is not None
 
 
 def beside_of(slot: WeightSlot) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import NotNegative
 from torchquant.ptq.ends import Columns, End, Rows
 from torchquant.ptq.folding import set_statistics, statistics_of
 from torchquant.ptq.functional.biases import absorbed_bias
@@ -31,9 +31,7 @@ class BiasAbsorption(ModelStage):
     when = "after cle, where activations have one scale for the whole tensor"
     cost = "a forward pass"
 
-    def __init__(self, deviations: float = 3.0, edges: bool = False) -> None:
-        if deviations < 0:
-            raise ConfigError(f"deviations must not be negative, got {deviations}")
+    def __init__(self, deviations: NotNegative = 3.0, edges: bool = False) -> None:
         self.deviations, self.edges = deviations, edges
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import Count, NotNegative, Positive
 from torchquant.ptq.functional.gram import output_error
 from torchquant.ptq.functional.learned_rounding import (
     hard_weight,
@@ -33,10 +33,10 @@ class AdaRound(MatchingRounding):
     when = "convolutional networks at 4 bits; slower than gptq"
     cost = "300 rows K^2"
 
-    def __init__(self, match: str = "float", steps: int = 300, rate: float = 0.1, weight: float = 0.1) -> None:
+    def __init__(
+        self, match: str = "float", steps: Count = 300, rate: Positive = 0.1, weight: NotNegative = 0.1
+    ) -> None:
         super().__init__(match)
-        if steps < 1 or not rate > 0:
-            raise ConfigError(f"adaround needs steps >= 1 and rate > 0, got {steps} and {rate}")
         self.steps, self.rate, self.weight = steps, rate, weight
 
     def round(self, layer: Layer, data: LayerData) -> Tensor:

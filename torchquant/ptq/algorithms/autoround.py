@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torchquant._arguments import Count
 from torchquant.errors import ConfigError
 from torchquant.ptq.block import Block, BlockData, WeightInTraining
 from torchquant.ptq.functional.gram import output_error
@@ -42,10 +43,12 @@ class AutoRound(MatchingRounding, BlockStage):
     when = "like adaround, in fewer steps"
     cost = "200 rows K^2"
 
-    def __init__(self, match: str = "float", steps: int = 200, unit: str = "layer") -> None:
+    def __init__(self, match: str = "float", steps: Count = 200, unit: str = "layer") -> None:
         super().__init__(match)
         if unit not in ("layer", "block"):
             raise ConfigError(f"unit must be 'layer' or 'block', got {unit!r}")
+        if unit == "block" and match != "float":
+            raise ConfigError("a block matches the output of the float block; match='layer' is for unit='layer'")
         self.steps, self.unit = steps, unit
 
     def round(self, layer: Layer, data: LayerData) -> Tensor:

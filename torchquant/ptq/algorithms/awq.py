@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import Bounds
 from torchquant.ptq.functional.input_scales import awq_candidates
 from torchquant.ptq.readers import Readers
 from torchquant.ptq.stage import PTQ, InputStage
@@ -25,9 +26,7 @@ class AWQ(InputStage):
     when = "first, weights at 4 bits and less"
     cost = "20 rows K n"
 
-    def __init__(self, steps: int = 20, fold: bool = True) -> None:
-        if steps < 2:
-            raise ConfigError(f"awq needs steps >= 2, got {steps}")
+    def __init__(self, steps: Annotated[int, Bounds(2)] = 20, fold: bool = True) -> None:
         self.steps, self.fold = steps, fold
 
     def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import Count, NotNegative, Positive
 from torchquant.ptq.block import Block, BlockData, optimize
 from torchquant.ptq.layer import Layer
 from torchquant.ptq.stage import PTQ, BlockStage
@@ -45,7 +46,7 @@ class BlockAP(BlockStage):
     when = "3 bits and less, with many batches: it can move a weight by more than a level"
     cost = "300 forward and backward passes of the block"
 
-    def __init__(self, steps: int = 300, rate: float = 1e-2, scale_rate: float = 1e-3) -> None:
+    def __init__(self, steps: Count = 300, rate: Positive = 1e-2, scale_rate: NotNegative = 1e-3) -> None:
         self.steps, self.rate, self.scale_rate = steps, rate, scale_rate
 
     def optimize(self, block: Block, data: BlockData) -> Mapping[str, Tensor]:

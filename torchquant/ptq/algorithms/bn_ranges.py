@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import Positive
 from torchquant.graph.recording import call_with, undisturbed
 from torchquant.ptq.moments import MomentsRun
 from torchquant.ptq.stage import PTQ, ModelStage
@@ -34,9 +34,7 @@ class BatchNormRanges(ModelStage):
     when = "instead of calibrate, where there is no data"
     cost = "a forward pass"
 
-    def __init__(self, deviations: float = 6.0) -> None:
-        if deviations <= 0:
-            raise ConfigError(f"deviations must be above 0, got {deviations}")
+    def __init__(self, deviations: Positive = 6.0) -> None:
         self.deviations = deviations
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:

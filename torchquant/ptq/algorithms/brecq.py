@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from torchquant._arguments import Bounds, Count, NotNegative, Positive
 from torchquant.errors import ConfigError
 from torchquant.ptq.block import ActivationInTraining, Block, BlockData, optimize
 from torchquant.ptq.functional.learned_rounding import rounding_beta
@@ -35,21 +37,14 @@ class BRECQ(BlockStage):
 
     def __init__(
         self,
-        steps: int = 300,
-        rate: float = 0.1,
-        weight: float = 0.1,
-        drop: float = 0.0,
+        steps: Count = 300,
+        rate: Positive = 0.1,
+        weight: NotNegative = 0.1,
+        drop: Annotated[float, Bounds(0, below=1)] = 0.0,
         fisher: str = "none",
-        activation_steps: int = 0,
-        activation_rate: float = 1e-3,
+        activation_steps: Annotated[int, Bounds(0)] = 0,
+        activation_rate: Positive = 1e-3,
     ) -> None:
-        if steps < 1 or activation_steps < 0 or not rate > 0:
-            raise ConfigError(
-                f"brecq needs steps >= 1, activation_steps >= 0 and rate > 0, "
-                f"got {steps}, {activation_steps} and {rate}"
-            )
-        if not 0.0 <= drop < 1.0:
-            raise ConfigError(f"drop must be a number from 0 to below 1, got {drop}")
         if fisher not in ("none", "diag"):
             raise ConfigError(f"fisher must be 'none' or 'diag', got {fisher!r}")
         self.steps, self.rate, self.weight, self.drop, self.fisher = steps, rate, weight, drop, fisher

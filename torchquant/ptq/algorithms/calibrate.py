@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from torchquant._arguments import Count
 from torchquant.ptq.stage import PTQ, ModelStage
 from torchquant.training.calibration import calibrate
 
@@ -20,7 +21,7 @@ class Calibrate(ModelStage):
     when = "before roundings, and again behind them"
     cost = "a forward pass"
 
-    def __init__(self, batches: int | None = None) -> None:
+    def __init__(self, batches: Count | None = None) -> None:
         self.n_batches = batches
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._arguments import Count, NotNegative, Share
 from torchquant.errors import ConfigError
 from torchquant.ptq.ends import Columns, End, NormInput, Rows, column_ranges, row_ranges
 from torchquant.ptq.functional.equalization import equalization_factors, is_equalized
@@ -33,17 +34,12 @@ class CrossLayerEqualization(ModelStage):
 
     def __init__(
         self,
-        sweeps: int = 20,
-        bias_weight: float = 5.0,
-        activations: float = 0.0,
-        alpha: float = 0.5,
+        sweeps: Count = 20,
+        bias_weight: NotNegative = 5.0,
+        activations: Share = 0.0,
+        alpha: Share = 0.5,
         relu6: str = "keep",
     ) -> None:
-        if sweeps < 1 or bias_weight < 0 or not 0.0 <= activations <= 1.0 or not 0.0 <= alpha <= 1.0:
-            raise ConfigError(
-                "cle needs sweeps >= 1, bias_weight >= 0, and activations and alpha in [0, 1], got "
-                f"{sweeps}, {bias_weight}, {activations} and {alpha}"
-            )
         if relu6 not in ("keep", "replace"):
             raise ConfigError(f"relu6 must be 'keep' or 'replace', got {relu6!r}")
         self.sweeps, self.bias_weight, self.activations, self.alpha = sweeps, bias_weight or None, activations, alpha

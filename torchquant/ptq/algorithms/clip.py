@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from torch import Tensor
 
+from torchquant._arguments import Bounds
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.clipping import best_ratios
 from torchquant.ptq.layer import Layer, LayerData
@@ -26,9 +28,9 @@ class Clip(NumberSearch):
     cost = "20 roundings"
     needs = frozenset({"gram"})
 
-    def __init__(self, least: float = 0.5, steps: int = 20) -> None:
-        if not 0.0 < least < 1.0 or steps < 2:
-            raise ConfigError(f"clip needs 0 < least < 1 and steps >= 2, got {least} and {steps}")
+    def __init__(
+        self, least: Annotated[float, Bounds(above=0, below=1)] = 0.5, steps: Annotated[int, Bounds(2)] = 20
+    ) -> None:
         self.ratios = [1.0 - (1.0 - least) * step / (steps - 1) for step in range(steps)]
 
     def importance(self, data: LayerData) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchquant._arguments import Count
 from torchquant.ptq.functional.refits import coordinate_descent
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, MatchingRounding
@@ -19,7 +20,7 @@ class Descent(MatchingRounding):
     when = "behind gptq or another rounding; any level can be reached"
     cost = "3 rows K^2"
 
-    def __init__(self, match: str = "float", sweeps: int = 3) -> None:
+    def __init__(self, match: str = "float", sweeps: Count = 3) -> None:
         super().__init__(match)
         self.sweeps = sweeps
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchquant._arguments import Count, NotNegative
 from torchquant.ptq.functional.columns import activation_order, gptq
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, MatchingRounding
@@ -22,7 +23,9 @@ class GPTQ(MatchingRounding):
     when = "4 bits and less, any layer; the first to try"
     cost = "K^3 + rows K^2"
 
-    def __init__(self, match: str = "float", damp: float = 0.01, act_order: bool = False, block: int = 128) -> None:
+    def __init__(
+        self, match: str = "float", damp: NotNegative = 0.01, act_order: bool = False, block: Count = 128
+    ) -> None:
         super().__init__(match)
         self.damp, self.act_order, self.block = damp, act_order, block
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from torchquant._arguments import Count
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.half_quadratic import at_zero, half_quadratic_zero
 from torchquant.ptq.layer import Layer, LayerData
@@ -28,9 +29,7 @@ class HQQ(NumberSearch):
     when = "weights of groups without data; a real zero point gains most"
     cost = "20 roundings"
 
-    def __init__(self, rounds: int = 20) -> None:
-        if rounds < 1:
-            raise ConfigError(f"hqq needs rounds >= 1, got {rounds}")
+    def __init__(self, rounds: Count = 20) -> None:
         self.rounds = rounds
 
     def numbers(self, layer: Layer, data: LayerData) -> Mapping[str, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
+from torchquant._arguments import Bounds, Count, NotNegative
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.low_rank import loftq, low_rank_terms
 from torchquant.ptq.layer import Layer, LayerData
@@ -24,15 +27,15 @@ class LowRankCorrection(LowRankChange):
     cost = "K^3 + rows K^2"
     needs = frozenset({"gram"})
 
-    def __init__(self, rank: int = 32, rounds: int = 0, damp: float = 0.01) -> None:
+    def __init__(self, rank: Count = 32, rounds: Annotated[int, Bounds(0)] = 0, damp: NotNegative = 0.01) -> None:
         super().__init__(rank)
-        if rounds < 0:
-            raise ConfigError(f"rounds must be at least 0, got {rounds}")
         self.rounds, self.damp = rounds, damp
 
     def terms(self, layer: Layer, data: LayerData) -> tuple[Tensor, Tensor, Tensor | None]:
         self.check_rank(layer)
         if self.rounds:
+            if layer.rounded is not None:
+                raise ConfigError("its weight is rounded already, which rounds > 0 would lose; take rounds=0")
             return self._in_turns(layer)
         data.check(self.damp)
         rounded = layer.quantized() if layer.rounded is None else layer.rounded

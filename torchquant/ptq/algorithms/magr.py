@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchquant._arguments import Count, NotNegative
 from torchquant.ptq.functional.factors import largest_eigenvalue
 from torchquant.ptq.functional.magnitude import reduce_magnitude
 from torchquant.ptq.layer import Layer, LayerData
@@ -22,7 +23,7 @@ class MagR(WeightChange):
     cost = "150 K^2 rows"
     needs = frozenset({"gram"})
 
-    def __init__(self, alpha: float = 0.01, steps: int = 150) -> None:
+    def __init__(self, alpha: NotNegative = 0.01, steps: Count = 150) -> None:
         self.alpha, self.steps = alpha, steps
 
     def change(self, layer: Layer, data: LayerData) -> Tensor:

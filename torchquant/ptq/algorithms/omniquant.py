@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from torchquant._arguments import Count, Positive
 from torchquant.errors import ConfigError
 from torchquant.ptq.block import Block, BlockData, optimize
 from torchquant.ptq.functional.clipping import LEARNED_START
@@ -41,7 +42,7 @@ class OmniQuant(BlockStage):
     when = "before a rounding; large outliers in the weights"
     cost = "200 forward and backward passes of the block"
 
-    def __init__(self, steps: int = 200, rate: float = 1e-2) -> None:
+    def __init__(self, steps: Count = 200, rate: Positive = 1e-2) -> None:
         self.steps, self.rate = steps, rate
 
     def optimize(self, block: Block, data: BlockData) -> Mapping[str, Tensor]:

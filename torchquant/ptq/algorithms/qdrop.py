@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 from torchquant.ptq.algorithms.brecq import BRECQ
 from torchquant.ptq.stage import PTQ
 
@@ -13,14 +15,4 @@ class QDrop(BRECQ):
     source = "Wei et al. 2022, arXiv:2203.05740"
     when = "like brecq, activations of few bits"
 
-    def __init__(
-        self,
-        steps: int = 300,
-        rate: float = 0.1,
-        weight: float = 0.1,
-        drop: float = 0.5,
-        fisher: str = "none",
-        activation_steps: int = 0,
-        activation_rate: float = 1e-3,
-    ) -> None:
-        super().__init__(steps, rate, weight, drop, fisher, activation_steps, activation_rate)
+    __init__ = partialmethod(BRECQ.__init__, drop=0.5)  # type: ignore[assignment]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchquant._arguments import Count, NotNegative
 from torchquant.ptq.functional.mismatch import qronos
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, Rounding
@@ -21,7 +22,7 @@ class Qronos(Rounding):
     cost = "K^3 + rows K^2"
     needs = frozenset({"gram", "cross_gram"})
 
-    def __init__(self, damp: float = 1e-3, block: int = 128) -> None:
+    def __init__(self, damp: NotNegative = 1e-3, block: Count = 128) -> None:
         self.damp, self.block = damp, block
 
     def round(self, layer: Layer, data: LayerData) -> Tensor:

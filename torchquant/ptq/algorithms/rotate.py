@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Annotated
 
 from torch import Tensor
 
+from torchquant._arguments import Bounds, Count
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.orthogonal import hadamard, hadamard_block, hadamard_factors, random_signs
 from torchquant.ptq.readers import Readers
@@ -31,9 +33,7 @@ class Rotate(InputStage):
     cost = "rows K n for each seed"
     needs_data = False
 
-    def __init__(self, seeds: int = 1, block: int | None = None) -> None:
-        if seeds < 1 or (block is not None and block < 2):
-            raise ConfigError(f"rotate needs seeds >= 1 and block >= 2, got {seeds} and {block}")
+    def __init__(self, seeds: Count = 1, block: Annotated[int, Bounds(2)] | None = None) -> None:
         self.seeds, self.block = seeds, block
 
     def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import Count, Share
 from torchquant.ptq.functional.input_scales import smooth_candidates, smooth_scales
 from torchquant.ptq.readers import Readers
 from torchquant.ptq.stage import PTQ, InputStage
@@ -25,9 +25,7 @@ class SmoothQuant(InputStage):
     when = "first, activations with outliers in few channels"
     cost = "21 rows K n"
 
-    def __init__(self, alpha: float | None = None, steps: int = 20, fold: bool = True) -> None:
-        if steps < 1 or not 0.0 <= (alpha or 0.0) <= 1.0:
-            raise ConfigError(f"smoothquant needs steps >= 1 and alpha in [0, 1], got {steps} and {alpha}")
+    def __init__(self, alpha: Share | None = None, steps: Count = 20, fold: bool = True) -> None:
         self.alpha, self.steps, self.fold = alpha, steps, fold
 
     def candidates(self, readers: Readers) -> Iterable[tuple[str, InputTransform]]:

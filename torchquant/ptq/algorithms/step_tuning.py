@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from torchquant._arguments import Count, Positive
 from torchquant.ptq.block import Block, BlockData, optimize
 from torchquant.ptq.stage import PTQ, BlockStage
 from torchquant.ptq.stretched import LearnedRatio
@@ -24,7 +25,7 @@ class StepTuning(BlockStage):
     when = "behind a rounding; like refit, for blocks"
     cost = "200 forward and backward passes of the block"
 
-    def __init__(self, steps: int = 200, rate: float = 1e-3) -> None:
+    def __init__(self, steps: Count = 200, rate: Positive = 1e-3) -> None:
         self.steps, self.rate = steps, rate
 
     def optimize(self, block: Block, data: BlockData) -> Mapping[str, Tensor]:
@@ -32,9 +33,4 @@ class StepTuning(BlockStage):
         weights = {path: LearnedRatio(layer, levels[path]) for path, layer in block.layers.items()}
         with block.replaced(weights):
             optimize(data, [([w.ratio for w in weights.values()], self.rate)], self.steps)
-        rounded = {}
-        for path, layer in block.layers.items():
-            codes = layer.quantizer.encode(layer.quantizer.preimage(levels[path].reshape(layer.shape)))
-            layer.quantizer.set_numbers(**weights[path].numbers())
-            rounded[path] = layer.quantizer.decode(codes, layer.weight.dtype).view(levels[path].shape)
-        return rounded
+        return {p: layer.at_its_codes(levels[p], weights[p].numbers()) for p, layer in block.layers.items()}

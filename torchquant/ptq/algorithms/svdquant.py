@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from torchquant._arguments import Count, NotNegative
 from torchquant.ptq.functional.low_rank import low_rank_terms
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, LowRankChange
@@ -23,7 +24,7 @@ class SVDQuant(LowRankChange):
     cost = "K^3 + rows K^2"
     needs = frozenset({"gram"})
 
-    def __init__(self, rank: int = 32, damp: float = 0.01) -> None:
+    def __init__(self, rank: Count = 32, damp: NotNegative = 0.01) -> None:
         super().__init__(rank)
         self.damp = damp
 
