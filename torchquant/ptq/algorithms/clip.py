@@ -8,7 +8,6 @@ from typing import Annotated
 from torch import Tensor
 
 from torchquant._arguments import Bounds
-from torchquant.errors import ConfigError
 from torchquant.ptq.functional.clipping import best_ratios
 from torchquant.ptq.layer import Layer, LayerData
 from torchquant.ptq.stage import PTQ, NumberSearch
