@@ -96,8 +96,9 @@ PUBLIC: dict[str, list[str]] = {
         "core", "models", "modules", "quantizers", "utils",
     ],
     "torchquant.compat.autoqnn.core": [
-        "DEFAULT_QUANTIZE_MODULE_MAPPINGS", "QuantLayer", "accuracy", "clone_quantizer", "convert", "top1",
-        "top5", "train", "train_on_batch", "validate", "validate_on_batch",
+        "AverageMeter", "DEFAULT_QUANTIZE_MODULE_MAPPINGS", "QuantLayer", "accuracy", "adjust_learning_rate",
+        "clone_quantizer", "convert", "module_convert", "precision_loss", "save_checkpoint", "top1", "top5", "train",
+        "train_on_batch", "validate", "validate_on_batch",
     ],
     "torchquant.compat.autoqnn.models": [
         "resnet", "vgg",

@@ -28,7 +28,7 @@ ACTS = {name: name.replace("_PerChannel", "") + "Act" for name in SPECS}
 
 def built(name: str, **options: object) -> tq.Quantizer:
     make = getattr(autoqnn.quantizers, name)
-    wanted = {"bitwidth": 4, "linear_bits": 1}
+    wanted = {"bitwidth": {"Ternary": 2, "Binary": 1}.get(name.removesuffix("Act"), 4), "linear_bits": 1}
     known = inspect.signature(make).parameters
     return make(**{key: value for key, value in wanted.items() if key in known}, **options)
 
@@ -38,7 +38,9 @@ def built(name: str, **options: object) -> tq.Quantizer:
 def test_a_weight_is_quantized_as_by_our_own_name(name: str, per_channel: bool) -> None:
     theirs = built(name, per_channel=per_channel)
     ours = tq.make_quantizer(SPECS[name] + ("/channel" if per_channel else ""))
-    assert repr(theirs) == repr(ours)
+    assert repr(theirs) == repr(ours).replace(type(ours).__name__, name)
+    assert isinstance(theirs, type(ours))
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
     w = torch.randn(6, 40) + 0.3
     for q in (theirs, ours):
         q.pre_observe(w)

@@ -201,6 +201,12 @@ def _axis_of(spec: QuantSpec, site: str) -> tuple[int | None, tuple[int, ...] | 
     return (parted[0], None) if is_slice else (0, spec.block)
 
 
+def construct_as(quantizer: Quantizer, spec: str, site: str, axis: int | None) -> None:
+    """Run the constructor of the scheme that a spec names, on an object of a subclass of it. axis: of the channels."""
+    parsed = QuantSpec.parse(spec)
+    _Builder(parsed, *find_scheme(parsed.scheme), axis, site).build(quantizer)
+
+
 def _of_tokens(spec: QuantSpec, site: str) -> Quantizer:
     if site == "weight":
         raise ConfigError(f"spec {str(spec)!r}: /token is for inputs and outputs; weights take /channel or /group")
@@ -232,7 +238,8 @@ class _Builder:
         self.gradient: Gradient | None = None
         self.options = {scheme.short_names.get(key, key): value for key, value in spec.options}
 
-    def build(self) -> Quantizer:
+    def build(self, made: Quantizer | None = None) -> Quantizer:
+        """Make the quantizer, or run the scheme's constructor on `made`, an object of a subclass."""
         self._place_bits()
         self._place_gradient()
         self._take_options(self.scheme, self.parameters, self.arguments)
@@ -246,7 +253,11 @@ class _Builder:
         self._fill_for_activations(self.parameters, self.arguments)
         missing = [name for name, p in self.parameters.items() if p.default is p.empty and name not in self.arguments]
         _require(not missing, self.text, f"{self.spec.scheme} needs {', '.join(missing)}")
-        quantizer = self.scheme(**self.arguments)
+        if made is None:
+            quantizer = self.scheme(**self.arguments)
+        else:
+            quantizer = made
+            self.scheme.__init__(quantizer, **self.arguments)
         if observer is not None:
             assert isinstance(quantizer, ScaledQuantizer)
             quantizer.set_observer(observer)

@@ -22,8 +22,8 @@ FLOAT = -1
 class MixtureQuantizer(Quantizer):
     """Computes `sum_o share_o Q_o(x)` over the options of one point; in eval mode the best option alone quantizes.
 
-    `rows`: one entry per scheme, width -> spec string, as `Candidates.rows` returns them, or a list of spec strings. An
-    option is a scheme at a width. `theta` (K,) are the logits of the schemes; their shares in train mode are
+    `rows`: one entry per scheme, width -> spec string or quantizer, as `Candidates.rows` returns them, or a list of
+    spec strings. An option is a scheme at a width. `theta` (K,) are the logits; their shares in train mode are
     `softmax((theta + gumbel) / temperature)`; `hard` rounds them to one scheme in forward only (Jang et al. 2017,
     arXiv:1611.01144). `float_bitwidth` () is the width of all schemes with a width to learn; `form` chooses its
     gradient: "interp" mixes the two nearest widths in proportion to their distance (BitPruning, Nikolic et al.
@@ -44,15 +44,17 @@ class MixtureQuantizer(Quantizer):
     temperature: Tensor
 
     def __init__(
-        self, rows: Sequence[str | Mapping[int | None, str]], site: str = "weight", form: str = "interp"
+        self, rows: Sequence[str | Mapping[int | None, str | Quantizer]], site: str = "weight", form: str = "interp"
     ) -> None:
         super().__init__()
         if form not in FORMS:
             raise ConfigError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        made: list[Mapping[int | None, str]] = [{None: row} if isinstance(row, str) else row for row in rows]
+        made: list[Mapping[int | None, str | Quantizer]]
+        made = [{None: row} if isinstance(row, str) else row for row in rows]
         self.form = form
-        self.specs = [spec for row in made for spec in row.values()]
-        self.options = nn.ModuleList(make_for_slot(spec, site) for spec in self.specs)
+        given = [option for row in made for option in row.values()]
+        self.specs = [o if isinstance(o, str) else f"{type(o).__name__}:{o.n_bits}" for o in given]
+        self.options = nn.ModuleList(make_for_slot(o, site) if isinstance(o, str) else o for o in given)
         share_observers(self.options)
         widths = sorted({n for row in made for n in row if n is not None})
         self.widths = tuple(widths)

@@ -1,101 +1,22 @@
-"""AutoQNN's `convert`, and its training and validation loops."""
+"""AutoQNN's training and validation loops, and its metrics."""
 
 from __future__ import annotations
 
-import copy
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchquant.compat.autoqnn.modules import LAYERS, QuantLayer
+from torchquant._files import write_whole
+from torchquant.compat.autoqnn.core.precision import learned_widths, precision_loss
 from torchquant.errors import ConfigError
-from torchquant.graph import SitePlan, capture
-from torchquant.plan import QuantPlan
-from torchquant.qmodule.patterns import plain_type
-from torchquant.quantizers import Quantizer
-from torchquant.range_observers._statistics import StatisticTracker
-
-DEFAULT_QUANTIZE_MODULE_MAPPINGS: dict[type[nn.Module], type[nn.Module]] = {layer.kind: layer for layer in LAYERS}
-SLOTS = {"weight_quant": "weight", "bias_quant": "bias", "act_quant": "input"}
 
 Metric = Callable[[Tensor, Tensor], Tensor]
-
-
-def convert(
-    module: nn.Module,
-    mapping: Mapping[type[nn.Module], type[nn.Module]] | None = None,
-    inplace: bool = False,
-    quantize_config_dict: Mapping[str, Quantizer | None] | None = None,
-) -> nn.Module:
-    """Copy a module so that its layers quantize, also if it is a layer itself. Weights, device and mode are kept.
-
-    `mapping`: torch class -> class of `autoqnn.modules`, for the layers to convert; by default all.
-    `quantize_config_dict`: "weight_quant", "bias_quant", "act_quant" (at the input of the layer) -> a quantizer or
-    None; every layer gets a new clone of it. Raises ConfigError.
-
-    >>> from torchquant.compat import autoqnn
-    >>> model = convert(
-    ...     nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
-    ...     quantize_config_dict={
-    ...         "weight_quant": autoqnn.quantizers.FixedQuant(bitwidth=4),
-    ...         "act_quant": autoqnn.quantizers.FixedQuantAct(bitwidth=4),
-    ...     },
-    ... )
-    >>> type(model[0]).__name__
-    'Linear'
-    """
-    mapping = DEFAULT_QUANTIZE_MODULE_MAPPINGS if mapping is None else mapping
-    given = dict(quantize_config_dict or {})
-    for key, quantizer in given.items():
-        if key not in SLOTS:
-            raise ConfigError(f"the keys of quantize_config_dict must be among {', '.join(SLOTS)}; got {key!r}")
-        if quantizer is not None and not isinstance(quantizer, Quantizer):
-            raise ConfigError(f"quantize_config_dict['{key}'] must be a quantizer or None, got {quantizer!r}")
-    for kind, target in mapping.items():
-        if target not in LAYERS or target.kind is not kind:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"mapping must map a torch layer to the autoqnn.modules layer of the same name, got {kind} -> {target}"
-            )
-    plan = _plan(module, mapping, given)
-    converted = plan.apply(module, inplace)
-    planned = {site.path for site in plan.sites}
-    for path, part in converted.named_modules():
-        if path in planned:
-            kind = plain_type(part.layer)  # type: ignore[arg-type]
-            part.__class__ = mapping[kind]  # the same module, whose state follows train and eval mode
-    return converted
-
-
-def _plan(
-    module: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]], given: Mapping[str, Quantizer | None]
-) -> QuantPlan:
-    sites = []
-    for site in capture(module, trace=False, fuse=False).sites:
-        if site.module is None or not site.is_layer or plain_type(site.module) not in mapping:
-            continue
-        fields: dict[str, Any] = {
-            SLOTS[key]: _clones(quantizer)
-            for key, quantizer in given.items()
-            if quantizer is not None and SLOTS[key] in site.fields
-        }
-        sites.append(SitePlan(site.path, **fields))
-    return QuantPlan(tuple(sites), trace=False, fuse=False)
-
-
-def _clones(quantizer: Quantizer) -> Callable[[nn.Module], Quantizer]:
-    return lambda module: clone_quantizer(quantizer)
-
-
-def clone_quantizer(quantizer: Quantizer) -> Quantizer:
-    """Copy a quantizer without its observed data."""
-    clone = copy.deepcopy(quantizer)
-    for part in clone.modules():
-        if isinstance(part, StatisticTracker):
-            part.reset()
-    return clone
 
 
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
@@ -119,6 +40,49 @@ def top5(output: Tensor, target: Tensor) -> Tensor:
     return accuracy(output, target, (5,))[0]
 
 
+class AverageMeter:
+    """The last value, `val`, and the mean of all, `avg`, weighted by `n`.
+
+    >>> meter = AverageMeter()
+    >>> meter.update(1.0, n=3)
+    >>> meter.update(5.0)
+    >>> meter.val, meter.avg
+    (5.0, 2.0)
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all values."""
+        self.val: Any = 0
+        self.avg: Any = 0
+        self.sum: Any = 0
+        self.count = 0
+
+    def update(self, val: Any, n: int = 1) -> None:
+        """Take a value that stands for `n` samples."""
+        self.val = val
+        self.sum = self.sum + val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, steps: Sequence[int] = (10,)) -> None:
+    """Set all rates of an optimizer to that of its first group, a tenth of it in an epoch that `steps` lists."""
+    rate = optimizer.param_groups[0]["lr"] * (0.1 if epoch in steps else 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def save_checkpoint(state: Any, is_best: bool, filename: str | os.PathLike[str] = "checkpoint.pth.tar") -> None:
+    """Save a state with torch; the best one also as model_best.pth.tar beside it."""
+    path = Path(filename)
+    write_whole(path, lambda temporary: torch.save(state, temporary))
+    if is_best:
+        shutil.copyfile(path, path.with_name("model_best.pth.tar"))
+
+
 class _Averages:
     """Averages over batches, weighted by their sizes, and a line that shows them."""
 
@@ -133,11 +97,12 @@ class _Averages:
         self.totals = [total + value * n for total, value in zip(self.totals, found, strict=True)]
         self.count += n
 
-    def result(self) -> tuple[float, list[float]]:
+    def result(self) -> tuple[float, list[Tensor]]:
+        """Return the loss, and each metric as a tensor (), as AutoQNN does: its users call `.item()`."""
         if not self.count:
             raise ConfigError("the loader yielded no batch; give at least one")
         loss, *metrics = (total / self.count for total in self.totals)
-        return loss, metrics
+        return loss, [torch.tensor(metric, dtype=torch.float64) for metric in metrics]
 
     def line(self) -> str:
         loss, metrics = self.result()
@@ -161,12 +126,13 @@ def _run(
     metric_meds: Sequence[Metric],
     print_freq: int,
     title: str,
-) -> tuple[float, float, float, list[float]]:
+) -> tuple[float, float, float, list[Tensor]]:
     """Run one pass over a loader: (seconds per batch, of which waiting for data, loss, metrics)."""
     model.train(optimizer is not None)
     averages = _Averages(metric_meds)
     started = time.perf_counter()
     waiting, n_batches = 0.0, 0
+    learns = bool(learned_widths(model))
     with torch.set_grad_enabled(optimizer is not None):
         asked = started
         for i, batch in enumerate(loader):
@@ -176,7 +142,7 @@ def _run(
             loss = criterion(output, target)
             if optimizer is not None:
                 optimizer.zero_grad()
-                loss.backward()
+                (loss + precision_loss(model) if learns else loss).backward()
                 optimizer.step()
             averages.update(output, target, loss)
             n_batches = i + 1
@@ -195,8 +161,11 @@ def train(
     epoch: int = 1,
     metric_meds: Sequence[Metric] = (),
     print_freq: int = 10,
-) -> tuple[float, float, float, list[float]]:
-    """Train for one epoch on the model's device: (seconds per batch, of which waiting for data, loss, metrics)."""
+) -> tuple[float, float, float, list[Tensor]]:
+    """Train for one epoch on the model's device: (seconds per batch, of which waiting for data, loss, metrics).
+
+    Quantizers that learn their widths add `precision_loss(model)` to the loss that is minimized, not to the one shown.
+    """
     return _run(train_loader, model, criterion, optimizer, metric_meds, print_freq, f"Epoch: [{epoch}]")
 
 
@@ -206,7 +175,7 @@ def validate(
     criterion: Callable[[Tensor, Tensor], Tensor],
     metric_meds: Sequence[Metric] = (),
     print_freq: int = 10,
-) -> tuple[float, list[float]]:
+) -> tuple[float, list[Tensor]]:
     """Compute loss and metrics over a loader, in evaluation mode."""
     return _run(val_loader, model, criterion, None, metric_meds, print_freq, "Test: ")[2:]
 
@@ -217,7 +186,7 @@ def train_on_batch(
     criterion: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     metric_meds: Sequence[Metric] = (),
-) -> tuple[float, list[float]]:
+) -> tuple[float, list[Tensor]]:
     """Train one step on the first batch of the loader; return loss and metrics before the step."""
     first = [next(iter(train_loader))]
     return _run(first, model, criterion, optimizer, metric_meds, 1, "Step ")[2:]
@@ -228,21 +197,6 @@ def validate_on_batch(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
     metric_meds: Sequence[Metric] = (),
-) -> tuple[float, list[float]]:
+) -> tuple[float, list[Tensor]]:
     """Compute loss and metrics on the first batch of the loader."""
     return _run([next(iter(val_loader))], model, criterion, None, metric_meds, 1, "Test: ")[2:]
-
-
-__all__ = [
-    "DEFAULT_QUANTIZE_MODULE_MAPPINGS",
-    "QuantLayer",
-    "accuracy",
-    "clone_quantizer",
-    "convert",
-    "top1",
-    "top5",
-    "train",
-    "train_on_batch",
-    "validate",
-    "validate_on_batch",
-]
