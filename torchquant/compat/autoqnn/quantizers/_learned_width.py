@@ -126,10 +126,8 @@ class LearnedWidth(Quantizer):
         return self.mixture.is_memoryless
 
     def allocate(self, n_channels: int) -> None:
-        self.mixture.allocate(n_channels)
-
-    def allocate_for(self, weight: Tensor) -> None:
-        self.mixture.allocate_for(weight)
+        for option in self.mixture.options:
+            option.allocate(n_channels)  # type: ignore[operator]
 
     def numbers(self) -> dict[str, Tensor]:
         """Return the numbers of the chosen quantizer."""
