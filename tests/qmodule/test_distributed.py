@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torchquant as tq
-from torchquant.errors import NonFiniteError
+from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.search import PrecisionLearning, SearchSettings
 
 WORLD_SIZE = 2
@@ -163,6 +163,51 @@ def rounded(rank: int | None) -> dict[str, Tensor]:
     return snapshot(model)
 
 
+LEARNING = ("brecq:steps=6", "qdrop:steps=3", "autoround:unit=block,steps=4", "omniquant:steps=3", "block_ap:steps=3")
+
+
+def learned(rank: int | None) -> dict[str, Tensor]:
+    """State after stages that learn by gradients, on the batches of which this rank sees a part."""
+    parts, found = [part_of(x, rank) for x, _ in batches()], {}
+    for stage in LEARNING:
+        model = small_model()
+        report = tq.ptq.run(model, ["calibrate", stage, "step_tuning:steps=2"], parts)
+        found |= {f"{stage}.{key}": value for key, value in snapshot(model).items()}
+        found[f"{stage}.errors"] = torch.tensor([s.error for s in report.steps if s.error is not None])
+    return found
+
+
+def transformed(rank: int | None) -> dict[str, Tensor]:
+    """Scales before the inputs, and what follows from the inputs in model stages."""
+    model = small_model()
+    tq.ptq.run(model, ["smoothquant:steps=4,fold=false"], [part_of(x, rank) for x, _ in batches()], keep="always")
+    return snapshot(model)
+
+
+def uneven(rank: int | None) -> dict[str, Tensor]:
+    """State after stages for which the last rank has no batches."""
+    model, weights = small_model(), nn.Sequential(tq.QWrapper(nn.Linear(8, 8), tq.make_quantizer("affine:3/channel")))
+    tq.calibrate(model, [part_of(x, rank) for x, _ in batches()])
+    own = [x for x, _ in batches()] if not rank else []
+    tq.ptq.run(model, ["gptq", "brecq:steps=3", "bias_correction"], own)
+    tq.ptq.run(weights.double(), ["smoothquant:steps=3,fold=false", "gptq"], [x.flatten(0, 2) for x in own])
+    return snapshot(model) | {f"weights.{key}": value for key, value in snapshot(weights).items()}
+
+
+def said(rank: int) -> list[str]:
+    """What a rank is told if one has fewer batches, or meets an error."""
+    found, whole = [], [x for x, _ in batches()]
+    wrong = [torch.zeros(1, 3, 8, 8, dtype=torch.float64)] if rank else whole[:1]
+    model = small_model()
+    tq.calibrate(model, whole)
+    for stage, given in (("calibrate", whole[rank:]), ("gptq", wrong), ("brecq", wrong), ("awq:fold=false", wrong)):
+        try:
+            tq.ptq.run(model, [stage], given)
+        except (ConfigError, RuntimeError) as error:
+            found.append(f"{error}".splitlines()[0])
+    return found
+
+
 def refused(rank: int) -> bool:
     """Whether a NaN that only the last rank sees is refused on this rank."""
     x = torch.ones(4)
@@ -181,7 +226,8 @@ def work(rank: int, folder: str) -> None:
     try:
         result = {"calibrated": calibrated(rank), "trained": trained(rank), "fitted": fitted(rank)}
         result |= {"refused": refused(rank), "searched": searched(rank), "pinned": pinned(rank)}
-        result |= {"rounded": rounded(rank)}
+        result |= {"rounded": rounded(rank), "learned": learned(rank), "transformed": transformed(rank)}
+        result |= {"uneven": uneven(rank), "said": said(rank)}
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -268,3 +314,24 @@ def test_weights_are_rounded_by_the_inputs_of_all_ranks(ranks: list[dict[str, An
     for rank in ranks:
         torch.testing.assert_close(rank["rounded"], alone, rtol=0, atol=1e-9)
         torch.testing.assert_close(rank["rounded"], ranks[0]["rounded"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("what", "tolerance"), [("learned", 1e-5), ("transformed", 1e-9), ("uneven", 1e-5)])
+def test_post_training_on_ranks_equals_one_process(what: str, tolerance: float, ranks: list[dict[str, Any]]) -> None:
+    alone = {"learned": learned, "transformed": transformed, "uneven": uneven}[what](None)
+    torch.testing.assert_close(ranks[0][what], ranks[1][what], rtol=0, atol=0)
+    drawn = {key for key in alone if key.startswith("qdrop")}  # by each rank for its own part
+    found, alone = ({k: v for k, v in each.items() if k not in drawn} for each in (ranks[0][what], alone))
+    torch.testing.assert_close(found, alone, rtol=tolerance, atol=tolerance)
+
+
+def test_no_rank_waits_for_one_that_has_less_or_fails(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["said"] for rank in ranks)
+    assert first[0] == second[0]
+    assert first[0].startswith("1 of 2 ranks have fewer batches than the others")
+    assert (
+        first[1:]
+        == ["another rank of the process group has failed, and says why; this one cannot go on without it"] * 3
+    )
+    assert "a batch gives it rows of 27 inputs, and its weight has 18" in second[1]
+    assert all("to have 2 channels, but got 3" in message for message in second[2:])

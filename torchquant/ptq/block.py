@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.ptq.functional.learned_rounding import drop_quantization
 from torchquant.ptq.layer import Layer
+from torchquant.ptq.ranks import errors_on_all_ranks, mean_gradients, total
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import ACTIVATIONS, is_real
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._distributed import reduce_max, reduce_sum
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -150,7 +152,8 @@ class BlockData:
 
     `calls`, `float_calls`: one of each for every batch that reaches the block. `kept`: for each which tokens are not
     padding, or None. `gradients`: computes, for each call, the gradients of the loss of the model for the outputs.
-    `generator`: for random numbers.
+    `generator`: for random numbers. `n`: the number of calls, on all ranks of a process group; errors are those of all,
+    and each rank learns from its own.
     """
 
     def __init__(
@@ -162,7 +165,7 @@ class BlockData:
         kept: Sequence[Tensor | None] = (),
         gradients: Callable[[], list[list[Tensor]]] | None = None,
     ) -> None:
-        self.path, self.generator, self.n = path, generator, len(calls)
+        self.path, self.generator, self.n = path, generator, total(len(calls))
         self.calls, self.float_calls, self.kept, self._gradients = calls, float_calls, kept, gradients
         self._order: list[int] = []
         self.weights: list[list[Tensor]] | None = None
@@ -171,22 +174,27 @@ class BlockData:
 
     def _targets(self) -> None:
         """Run the float block on all batches; outputs that it only passes on, such as masks, do not count."""
-        self.targets = [call.outputs() for call in self.float_calls]
-        now = self.calls[0].outputs()
-        if [y.shape for y in now] != [y.shape for y in self.targets[0]]:
-            raise ConfigError(f"{self.path}: the quantized block returns other tensors than the float one")
-        differ = [not torch.equal(a, b) for a, b in zip(now, self.targets[0], strict=True)]
-        self._used = [j for j, is_other in enumerate(differ) if is_other or not any(differ)]
+        differ = torch.empty(0)
+        with errors_on_all_ranks():
+            self.targets = [call.outputs() for call in self.float_calls]
+            if self.calls:
+                now = self.calls[0].outputs()
+                if [y.shape for y in now] != [y.shape for y in self.targets[0]]:
+                    raise ConfigError(f"{self.path}: the quantized block returns other tensors than the float one")
+                differ = torch.tensor([float(not torch.equal(a, b)) for a, b in zip(now, self.targets[0], strict=True)])
+        size = int(reduce_max(torch.tensor(len(differ))))
+        differ = reduce_max(torch.cat([differ, differ.new_zeros(size - len(differ))]))
+        self._used = [j for j, is_other in enumerate(differ.tolist()) if is_other or not differ.any()]
         self.targets = [self._chosen(i, target) for i, target in enumerate(self.targets)]
         self._measure()
 
     def _measure(self) -> None:
         """Compute what errors are relative to."""
-        power, self.size = 0.0, 0
+        power, size = 0.0, 0
         for i, target in enumerate(self.targets):
             power += float(self._sum(i, target))
-            self.size += sum(y.numel() for y in target)
-        self.power = power
+            size += sum(y.numel() for y in target)
+        self.power, self.size = _sums(power, size)
 
     def weigh(self, by_gradients: bool) -> None:
         """Weigh the errors from now on, by squared gradients of the model's loss: the diagonal of the Fisher matrix."""
@@ -194,7 +202,8 @@ class BlockData:
             return
         self.weights = None
         if by_gradients and self._gradients is not None:
-            found = self._gradients()
+            with errors_on_all_ranks():
+                found = self._gradients()
             self.weights = [[g.square() for g in self._chosen(i, gradients)] for i, gradients in enumerate(found)]
         self._measure()
         if not self.power > 0:
@@ -215,13 +224,30 @@ class BlockData:
         found = self._chosen(i, self.calls[i].outputs(self.float_calls[i], drop, self.generator))
         return self._sum(i, [y - target for y, target in zip(found, self.targets[i], strict=True)])
 
+    def gradients(
+        self, learned: Sequence[Tensor], drop: float = 0.0, penalty: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Return the gradients of the error on the next batch, in a random order, and of what is added to it.
+
+        In a process group they are means over the ranks, each with its own next batch. None for what no batch reaches.
+        `drop`: the share of the input's elements that are taken from the float model.
+        """
+        found: list[Tensor | None] = [None] * len(learned)
+        with errors_on_all_ranks(), torch.enable_grad():
+            loss = self.loss(drop) if self.calls else None
+            if loss is not None and penalty is not None:
+                loss = loss + penalty
+            if loss is not None and loss.requires_grad:
+                found = list(torch.autograd.grad(loss, learned, allow_unused=True))
+        return mean_gradients(found, learned, bool(self.calls))
+
     def loss(self, drop: float = 0.0) -> Tensor:
         """Run the block on the next batch, in a random order; returns the squared error of its output, relative: ().
 
-        `drop`: the share of the input's elements that are taken from the float model.
+        `drop`: as in `gradients`.
         """
         if not self._order:
-            self._order = torch.randperm(self.n, generator=self.generator).tolist()
+            self._order = torch.randperm(len(self.calls), generator=self.generator).tolist()
         i = self._order.pop()
         share = sum(y.numel() for y in self.targets[i]) / self.size
         return self._squared(i, drop) / max(self.power * share, 1e-30)
@@ -229,10 +255,18 @@ class BlockData:
     @torch.no_grad()
     def error(self) -> float:
         """Compute the squared error of the block's output on all batches over the squares of the float output."""
-        total = sum(float(self._squared(i)) for i in range(self.n))
-        if not isfinite(total + self.power):
+        with errors_on_all_ranks():
+            own = sum(float(self._squared(i)) for i in range(len(self.calls)))
+        found, _ = _sums(own, 0)
+        if not isfinite(found + self.power):
             raise NonFiniteError(f"{self.path}: the outputs of the block have NaN or Inf on these batches")
-        return total / self.power if self.power > 0 else 0.0
+        return found / self.power if self.power > 0 else 0.0
+
+
+def _sums(number: float, count: int) -> tuple[float, int]:
+    """Return the sums over all ranks of a number and of a count."""
+    found, counted = reduce_sum(torch.tensor([number, count], dtype=torch.float64)).tolist()
+    return found, int(counted)
 
 
 def optimize(
@@ -253,12 +287,8 @@ def optimize(
     optimizer = torch.optim.Adam([{"params": parameters, "lr": rate} for parameters, rate in groups])
     with torch.enable_grad():
         for step in range(steps):
-            loss = data.loss(drop)
-            more = None if penalty is None else penalty(step)
-            loss = loss if more is None else loss + more
-            if not loss.requires_grad:  # the batch does not reach what is learned
-                continue
-            for p, gradient in zip(learned, torch.autograd.grad(loss, learned, allow_unused=True), strict=True):
+            found = data.gradients(learned, drop, None if penalty is None else penalty(step))
+            for p, gradient in zip(learned, found, strict=True):
                 p.grad = gradient
             optimizer.step()
     for p in learned:

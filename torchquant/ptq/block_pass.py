@@ -18,6 +18,7 @@ from torchquant.graph.traced import graphs_running
 from torchquant.ptq.block import BlockCall, BlockData
 from torchquant.ptq.blocks import BlockPlace
 from torchquant.ptq.overflow import Overflow
+from torchquant.ptq.ranks import errors_on_all_ranks
 from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import is_real
@@ -71,11 +72,11 @@ class BlockPass:
 
     def _data(self, path: str, modules: Sequence[nn.Module], now: Sequence[Pass], floats: Sequence[Pass]) -> BlockData:
         reached = [i for i, one in enumerate(now) if one.at == path]
-        for i in reached:
-            if floats[i].at != path:
+        with errors_on_all_ranks():
+            if apart := [i for i in reached if floats[i].at != path]:
                 raise ConfigError(
-                    f"{path}: batch {i} does not reach it in the float model as it does in the quantized one, so there "
-                    "is no output to match; leave its layers out with skip"
+                    f"{path}: batch {apart[0]} does not reach it in the float model as it does in the quantized one, "
+                    "so there is no output to match; leave its layers out with skip"
                 )
         return BlockData(
             path,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError, NoCodesError, NonFiniteError, one_line
 from torchquant.ptq.block import Block, BlockData, FixedWeight
 from torchquant.ptq.layer import LayerData
+from torchquant.ptq.ranks import are_alike
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.resuming import layer_state, load_layer_state
 from torchquant.ptq.stage import BlockStage
@@ -88,13 +89,17 @@ class BlockWork:
 
         def put_back() -> None:
             for key, quantizer in quantizers.items():
-                if numbers[key]:
+                now = quantizer.numbers()
+                if any(not torch.equal(number, now[name]) for name, number in numbers[key].items()):
                     quantizer.set_numbers(**numbers[key])
             for path, layer in self.block.layers.items():
                 layer.rounded = former[path]
 
         try:
-            for path, rounded in stage.optimize(self.block, self.data).items():
+            found = stage.optimize(self.block, self.data)
+            if not are_alike(list(found.values())):
+                raise ConfigError("the stage finds other weights on other ranks; learn by the gradients of BlockData")
+            for path, rounded in found.items():
                 self.works[path].take(rounded.to(self.nearest[path].dtype))
             after = self._error(self._weights())
         except Exception:

@@ -27,18 +27,18 @@ from torchquant.ptq.input_folding import InputFolding
 from torchquant.ptq.inputs import InputWork, has_slots
 from torchquant.ptq.layer import LayerData, are_alike
 from torchquant.ptq.overflow import Overflow
+from torchquant.ptq.ranks import errors_on_all_ranks, total
 from torchquant.ptq.reads import mask_of, paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
 from torchquant.ptq.stage import CHANGES, FLOAT_NEEDS, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
 from torchquant.ptq.streams import Pass, meetings, passes
-from torchquant.ptq.structure import check_observed
+from torchquant.ptq.structure import check_observed, example_for
 from torchquant.ptq.units import find_units
 from torchquant.ptq.work import LayerWork
 from torchquant.qmodule import QModule, QModuleState, WeightSlot
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import LayerSlot
-from torchquant.range_observers._distributed import world_size
 from torchquant.training.batches import check_batches, inputs_of, is_first_rank, place, progress_bar, taken
 from torchquant.utils import qmodules, set_qmodule_state, weight_slots
 
@@ -85,7 +85,8 @@ def run(
     many tokens or patches is known by some of them, spread evenly; the report says how many. Memory: the model
     twice, the tensors that the forwards of all batches hold at one layer, and the Gram matrices of one layer.
 
-    In a process group every rank gives its own batches, and all have the result of the joined ones; with `out`, each
+    In a process group every rank gives its own batches, and all have the result of the joined ones; a stage that learns
+    by gradients takes their mean over the ranks, so that a step looks at one batch of each. With `out`, each
     rank after the first keeps what a killed run resumes from in a folder below it.
 
     A batch norm that is folded into a layer is folded permanently first, and frozen. Raises ConfigError for stages in
@@ -109,13 +110,8 @@ def run(
     where = place(model, device)
     inputs = [inputs_of(model, b, i, with_targets) for i, b in enumerate(taken(batches, max_batches, where))]
     asking = [stage for stage in made if _asks_for_inputs(stage)]
-    if asking and not inputs:
+    if asking and not total(len(inputs)):
         raise ConfigError(f"{_name(asking[0])} looks at inputs and needs batches, got none")
-    if world_size() > 1 and (apart := [stage for stage in made if stage.unit == "block"]):
-        raise ConfigError(
-            f"{_name(apart[0])} learns in one process, got a process group of {world_size()} ranks; run it in one "
-            "process with all batches, and load the state_dict on the ranks"
-        )
     units, left = find_units(model, names, skip)
     settings = (keep, names, skip, seed, *([blocks] if blocks else []))
     saved = Steps.of(out, model, made, inputs, settings)
@@ -237,7 +233,10 @@ class _Engine:
         calls = [self._call(self.model, batch) for batch in self.inputs]
         for stage in stages:
             self._check_units()
-            folding = InputFolding(self.model, self.inputs[0]) if stage.fold and self.inputs else None
+            folding = None
+            if stage.fold and total(len(self.inputs)):
+                with errors_on_all_ranks():
+                    folding = InputFolding(self.model, example_for(self.model, self.inputs))
             work = InputWork(self.model, stage, _name(stage), self.keep, self.report, folding)
             work.run_all({path: slots[0] for path, slots in self.units.items()}, calls, self.masks, self._generator)
             self.n_passes += 1
@@ -250,7 +249,7 @@ class _Engine:
         self.is_stale = False
         sites = [(m.path, site, q) for _, m in qmodules(self.model) for site, q in m.quantizers().items()]
         lost = [path for path, site, q in sites if site in ACTIVATIONS and not q.is_ready]
-        if lost and not self.inputs:
+        if lost and not total(len(self.inputs)):
             raise ConfigError(
                 f"{lost[0]}: what it reads has changed, and its range must be observed again; give batches"
             )
@@ -335,7 +334,8 @@ class _Engine:
         ):
             for path in meetings(list(self.units), now, floats, self.again):
                 for slot in self.units[path]:
-                    data, notes = self._data(slot, needs, now, floats)
+                    with errors_on_all_ranks():
+                        data, notes = self._data(slot, needs, now, floats)
                     data.join_ranks(slot.rows())
                     yield slot, data, [note for note in (data.remark, *notes) if note]
 
@@ -350,7 +350,7 @@ class _Engine:
         if self.saved.has(self.n_passes, slot.label):
             return data, []
         real = self.float_units[slot.label]
-        most_rows = max(MOST_ROWS, ROWS_OF_AN_INPUT * slot.rows().shape[-1]) // len(self.inputs)
+        most_rows = max(MOST_ROWS, ROWS_OF_AN_INPUT * slot.rows().shape[-1]) // max(1, len(self.inputs))
         for i, one in enumerate(now):
             if one.at != slot.path:
                 continue

@@ -13,6 +13,7 @@ from torchquant.errors import ConfigError, NonFiniteError, one_line
 from torchquant.graph.own_inputs import read_own_input
 from torchquant.ptq.input_folding import InputFolding
 from torchquant.ptq.paths import ChannelSet
+from torchquant.ptq.ranks import is_any
 from torchquant.ptq.readers import Call, Readers, each_readers
 from torchquant.ptq.report import StepReport
 from torchquant.ptq.stage import InputStage
@@ -87,7 +88,7 @@ class InputWork:
         place = None if self.folding is None else self.folding.place_for(list(readers.wrappers))
         readers.channels = place[1] if isinstance(place, tuple) else None
         try:
-            before = readers.error(None) if readers.values else None
+            before = readers.error(None) if readers.n_rows else None
             label, best, after = self._best(readers, before)
             note = label if best is None else self._placed(readers, best, label, place)
         except (ConfigError, NonFiniteError) as error:
@@ -124,7 +125,7 @@ class InputWork:
             wanted = [wrapper.layer(x) for x in readers.sample[:1]]
             wrapper.transform_input(copy.deepcopy(transform))
             found = [wrapper.layer(transform(x)) for x in readers.sample[:1]]
-            if not all(map(_is_kept, found, wanted)):
+            if is_any(not all(map(_is_kept, found, wanted))):
                 weight.copy_(former)
                 wrapper.input_transform = former_steps
                 wrapper.forget_ranges("weight", "input")

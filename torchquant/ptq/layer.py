@@ -12,6 +12,7 @@ from torchquant.errors import ConfigError
 from torchquant.ptq.functional.columns import Nearest
 from torchquant.ptq.functional.gram import check_gram, gram_sum, output_error
 from torchquant.ptq.functional.mismatch import corrected_weight
+from torchquant.ptq.ranks import errors_on_all_ranks
 from torchquant.qmodule import WeightSlot
 from torchquant.quantizers import GroupQuantizer, Quantizer
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
@@ -147,10 +148,19 @@ class LayerData:
             self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
 
     def join_ranks(self, weight: Tensor) -> None:
-        """Sum all statistics over the ranks of a process group; weight: (groups, rows, K)."""
+        """Sum all statistics over the ranks of a process group; weight: (groups, rows, K).
+
+        Raises ConfigError for rows that are not of K inputs.
+        """
+        groups, rows, k = weight.shape
+        with errors_on_all_ranks():
+            if self._n_columns not in (0, k):
+                raise ConfigError(
+                    f"{self.path}: a batch gives it rows of {self._n_columns} inputs, and its weight has {k}; give "
+                    "batches that the float model takes"
+                )
         if world_size() == 1:
             return
-        groups, rows, k = weight.shape
         self.has_own_rows = bool(reduce_max(torch.tensor(float(self.has_own_rows), device=weight.device)))
         self._n_columns = k
         square, flat = (groups, k, k), (groups, k)

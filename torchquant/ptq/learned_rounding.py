@@ -34,7 +34,7 @@ class LearnedRounding(WeightInTraining):
             start = weight
         else:
             self.below, self.above = layer.neighbours(chosen + NEAR * (weight - chosen))
-            share = torch.where(chosen == self.above, 0.75, 0.25)
+            share = torch.where(chosen == self.above, 0.75, 0.25).to(chosen.dtype)
             start = torch.lerp(self.below, self.above, share)
         self.logits = nn.Parameter(rounding_logits(start, self.below, self.above))
 

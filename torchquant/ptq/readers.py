@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.graph.own_inputs import input_quantizer_of
+from torchquant.ptq.ranks import errors_on_all_ranks, is_any, joined_groups, total
 from torchquant.ptq.streams import meetings, passes
 from torchquant.qmodule.input_slots import InputSlots, product_with
 from torchquant.qmodule.input_transform import InputTransform, by_input_channel, on_input_channels
@@ -43,11 +44,16 @@ class Readers:
     def __post_init__(self) -> None:
         self.first = next(iter(self.wrappers.values()))
         self.axis = self.first.channel_axis
+        self.n_rows = total(sum(x.numel() // x.shape[self.axis] for x in self.values))
         self.sample = _sample(self.values, self.axis)
         self.wanted = {
             path: [product_with(w.row, w.layer, x, self._seen(w)) for x in self.sample]
             for path, w in self.wrappers.items()
         }
+
+    def _nothing(self) -> Tensor:
+        """Return a value without rows, which a rank observes that no batch of its own gives one."""
+        return self._seen(self.first).new_zeros(0, self.n_channels, *[1] * (-1 - self.axis))
 
     @staticmethod
     def _seen(wrapper: InputSlots) -> Tensor:
@@ -70,25 +76,19 @@ class Readers:
         found = (getattr(q, "block", None) for q in (*quantizers, *self.input_quantizers.values()))
         return [size for size in found if isinstance(size, int)]
 
-    @property
-    def n_rows(self) -> int:
-        """The number of rows of all values."""
-        return sum(x.numel() // x.shape[self.axis] for x in self.values)
-
-    def _over_channels(self, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        return [reduce(x.movedim(self.axis, -1).flatten(0, -2)) for x in self.values]
+    def _over_channels(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Reduce the rows of each value, (batches, K); one row of zeros where this rank has no values."""
+        found = [reduce(x.movedim(self.axis, -1).flatten(0, -2)) for x in self.values]
+        return torch.stack(found or [self._seen(self.first).new_zeros(self.n_channels)])
 
     def input_max(self) -> Tensor:
         """Return the largest magnitude of each channel, (K,)."""
-        return self._shared(
-            reduce_max(torch.stack(self._over_channels(lambda rows: rows.abs().amax(0))).amax(0)), "amax"
-        )
+        return self._shared(reduce_max(self._over_channels(lambda rows: rows.abs().amax(0)).amax(0)), "amax")
 
     def input_mean(self) -> Tensor:
         """Return the mean magnitude of each channel, (K,)."""
-        total = torch.stack(self._over_channels(lambda rows: rows.abs().sum(0))).sum(0)
-        mean = reduce_sum(total) / reduce_sum(torch.tensor(float(self.n_rows), device=total.device))
-        return self._shared(mean, "mean")
+        sums = reduce_sum(self._over_channels(lambda rows: rows.abs().sum(0)).sum(0))
+        return self._shared(sums / self.n_rows, "mean")
 
     def weight_max(self) -> Tensor:
         """Return the largest magnitude of the weights that each channel is multiplied with, (K,)."""
@@ -104,21 +104,22 @@ class Readers:
 
     def error(self, transform: InputTransform | None) -> float:
         """Compute the squared error of all outputs over their squares, with everything rounded behind the transform."""
-        lost = total = 0.0
+        lost = power = 0.0
         for path, wrapper in self.wrappers.items():
             slot = wrapper.weight_slots()[0]
             weight, change = self._seen(wrapper), nn.Identity() if transform is None else transform
             if transform is not None:
                 weight = on_input_channels(weight, slot.n_groups, transform.on_weight)
             weight = _rounded([weight], [weight], slot.quantizer)[0]
-            observed = [change(x) for x in self.values] if self.input_quantizers[path] is not None else []
+            observed = [change(x) for x in self.values or [self._nothing()]]
+            observed = observed if self.input_quantizers[path] is not None else []
             seen = _rounded([change(x) for x in self.sample], observed, self.input_quantizers[path])
             for x, wanted in zip(seen, self.wanted[path], strict=True):
                 found = product_with(wrapper.row, wrapper.layer, x, weight)
                 lost += float((found - wanted).square().sum())
-                total += float(wanted.square().sum())
-        lost, total = reduce_sum(torch.tensor([lost, total], dtype=torch.float64)).tolist()
-        return lost / total if total > 0 else 0.0
+                power += float(wanted.square().sum())
+        lost, power = reduce_sum(torch.tensor([lost, power], dtype=torch.float64)).tolist()
+        return lost / power if power > 0 else 0.0
 
 
 def _rounded(given: Sequence[Tensor], observed: Sequence[Tensor], quantizer: Quantizer | None) -> list[Tensor]:
@@ -192,7 +193,10 @@ def each_readers(
 
     Without calls each layer is given alone, without values.
     """
-    groups = same_values(wrappers, calls) if calls else [[path] for path in wrappers]
+    is_run = is_any(bool(calls))
+    with errors_on_all_ranks():
+        groups = same_values(wrappers, calls) if is_run else [[path] for path in wrappers]
+    groups = joined_groups(groups)
     groups = [part for group in groups for part in _alike(group, wrappers)]
 
     def made(paths: Sequence[str], values: list[Tensor]) -> Readers:
@@ -201,7 +205,7 @@ def each_readers(
         values = values if steps is None else [steps(x) for x in values]
         return Readers({path: wrappers[path] for path in paths}, values, quantizers, generator_of(paths[0]))
 
-    if not calls:
+    if not is_run:
         yield from (made(paths, []) for paths in groups)
         return
     of_first = {paths[0]: paths for paths in groups}

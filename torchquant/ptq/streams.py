@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from torchquant.ptq.overflow import Overflow
+from torchquant.ptq.ranks import errors_on_all_ranks
 from torchquant.range_observers._distributed import reduce_max
 
 Call = Callable[[], object]
@@ -134,21 +135,23 @@ def meetings(order: Sequence[str], now: Sequence[Pass], floats: Sequence[Pass], 
     `order`: names of the modules; of several at which passes wait, the first. `now`, `floats`: passes of the quantized
     and of the float model; the latter may be none. Names of modules that a pass reaches a second time go to `again`.
     """
-    for one in (*now, *floats):
-        one.advance()
+    with errors_on_all_ranks():
+        for one in (*now, *floats):
+            one.advance()
     done: set[str] = set()
     while (place := _agreed_place(order, {one.at for one in now if one.at is not None}, done)) <= len(order):
         name = order[place] if place < len(order) else None
         if name is not None:
             done.add(name)
             yield name
-        for i, one in enumerate(now):
-            if one.at in done:
-                again.update({one.at} - {name})
-                left = one.at
-                one.advance()
-                if floats:
-                    _follow(floats[i], left, one.at, order)
+        with errors_on_all_ranks():
+            for i, one in enumerate(now):
+                if one.at in done:
+                    again.update({one.at} - {name})
+                    left = one.at
+                    one.advance()
+                    if floats:
+                        _follow(floats[i], left, one.at, order)
 
 
 def _follow(other: Pass, left: str | None, at: str | None, order: Sequence[str]) -> None:

@@ -17,11 +17,13 @@ from torchquant.graph.traced import TracedModule
 from torchquant.ptq.ends import Columns, End
 from torchquant.ptq.folding import fold_for_good
 from torchquant.ptq.paths import ChannelSet, ChannelSets
+from torchquant.ptq.ranks import errors_on_all_ranks
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import LayerSlot
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._distributed import reduce_max, reduce_sum
 from torchquant.range_observers._statistics import StatisticTracker
 from torchquant.utils import qmodule_state, qmodules, weight_slots
 
@@ -67,16 +69,17 @@ def same_function(
     kept = [(tensor, tensor.detach().clone()) for end in ends for tensor in end.tensors]
     before = _outputs(model, example)
     yield
-    errors = [_error(a, b) for a, b in zip(before, _outputs(model, example), strict=True)]
-    allowed = max((torch.finfo(a.dtype).eps ** 0.5 for a in before), default=0.0)
-    if not all(error <= allowed for error in errors):
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
-        raise ConfigError(
-            f"{what} changes what the float model computes, by {max(errors):.2g} of its largest output; it was undone. "
-            f"Its forward must read a weight in a way that one run does not show; {way_out}"
-        )
+    with errors_on_all_ranks():
+        errors = [_error(a, b) for a, b in zip(before, _outputs(model, example), strict=True)]
+        allowed = max((torch.finfo(a.dtype).eps ** 0.5 for a in before), default=0.0)
+        if not all(error <= allowed for error in errors):
+            with torch.no_grad():
+                for tensor, value in kept:
+                    tensor.copy_(value)
+            raise ConfigError(
+                f"{what} changes what the float model computes, by {max(errors):.2g} of its largest output; it was "
+                f"undone. Its forward must read a weight in a way that one run does not show; {way_out}"
+            )
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
@@ -146,22 +149,23 @@ def channel_maxima(model: nn.Module, batches: Sequence[Any], sets: Sequence[Chan
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return [reduce_max(largest) for largest in found]
 
 
 def measured_statistics(model: nn.Module, batches: Sequence[Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure mean and deviation of each output channel of the layers without a batch norm, by path: two (C,)."""
-    sums: dict[str, Tensor] = {}
+    slots = [slot for slot in weight_slots(model) if isinstance(slot, LayerSlot) and slot.module.bn is None]
+    sums = {
+        slot.path: torch.zeros(3, len(slot.seen()), dtype=torch.float64, device=slot.weight.device) for slot in slots
+    }
     handles = []
-    for slot in weight_slots(model) if batches else ():
-        if not isinstance(slot, LayerSlot) or slot.module.bn is not None:
-            continue
+    for slot in slots:
 
         def look(m: nn.Module, args: Any, y: Tensor, slot: LayerSlot = slot) -> None:
             axis = -1 if slot.weight.ndim == 2 else 1 - slot.weight.ndim
             rows = y.detach().double().movedim(axis, 0).flatten(1)
             found = torch.stack([torch.full_like(rows[:, 0], rows.shape[1]), rows.sum(1), rows.square().sum(1)])
-            sums[slot.path] = sums[slot.path] + found if slot.path in sums else found
+            sums[slot.path] += found
 
         handles.append(slot.module.layer.register_forward_hook(look))
     try:
@@ -170,7 +174,8 @@ def measured_statistics(model: nn.Module, batches: Sequence[Any]) -> dict[str, t
     finally:
         for handle in handles:
             handle.remove()
-    moments = {path: (total / n, squares / n) for path, (n, total, squares) in sums.items()}
+    joined = {path: reduce_sum(found) for path, found in sums.items()}
+    moments = {path: (total / n, squares / n) for path, (n, total, squares) in joined.items() if bool(n.any())}
     return {path: (mean, (square - mean.square()).clamp_min(0.0).sqrt()) for path, (mean, square) in moments.items()}
 
 

@@ -50,18 +50,21 @@ def reduce_max(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     # A reduction may lose NaN.
-    joined = torch.full_like(x, -torch.inf) if _is_empty() else torch.where(x.isnan(), torch.inf, x)
-    dist.all_reduce(joined, op=dist.ReduceOp.MAX)
-    return joined
+    return _reduced(torch.full_like(x, -torch.inf) if _is_empty() else torch.where(x.isnan(), torch.inf, x), "MAX")
 
 
 def reduce_sum(x: Tensor) -> Tensor:
     """Return the element-wise sum of x over all ranks."""
     if world_size() == 1:
         return x
-    joined = torch.zeros_like(x) if _is_empty() else x.clone()
-    dist.all_reduce(joined, op=dist.ReduceOp.SUM)
-    return joined
+    return _reduced(torch.zeros_like(x) if _is_empty() else x.clone(), "SUM")
+
+
+def _reduced(x: Tensor, how: str) -> Tensor:
+    """Reduce a tensor of one's own over all ranks; one of the CPU on a GPU, where the process group has no other."""
+    moved = x.cuda() if x.device.type == "cpu" and dist.get_backend() == "nccl" else x
+    dist.all_reduce(moved, op=getattr(dist.ReduceOp, how))
+    return moved.to(x.device)
 
 
 def reduce_mean(x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchquant._shown import some
 from torchquant.errors import ConfigError
 from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
+from torchquant.range_observers._distributed import reduce_sum, world_size
 from torchquant.training.batches import OnBatch, check_batches, count, inputs_of, place, progress_bar, taken
 from torchquant.utils import qmodule_state, qmodules, set_qmodule_state
 
@@ -60,7 +62,7 @@ def calibrate(
         qmodule_state(model, QModuleState.CALIBRATION),
         progress_bar("calibrating", count(batches, max_batches), show_progress, on_batch) as advance,
     ):
-        for batch in taken(batches, max_batches, where, on_batch):
+        for batch in _on_all_ranks(taken(batches, max_batches, where, on_batch)):
             call_with(model, inputs_of(model, batch, n_batches, with_targets), "a batch")
             n_batches += 1
             advance()
@@ -69,6 +71,20 @@ def calibrate(
     set_qmodule_state(model, state)
     _warn_of_unseen(model)
     return n_batches
+
+
+def _on_all_ranks(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches as long as every rank of a process group has one. Raises ConfigError if others have more."""
+    end = object()
+    for batch in itertools.chain(batches, [end]):
+        ended = int(reduce_sum(torch.tensor(int(batch is end))))
+        if 0 < ended < world_size():
+            raise ConfigError(
+                f"{ended} of {world_size()} ranks have fewer batches than the others, and ranges are those of batches "
+                "joined over all ranks; give every rank the same number"
+            )
+        if batch is not end:
+            yield batch
 
 
 def _warn_of_unseen(model: nn.Module) -> None:

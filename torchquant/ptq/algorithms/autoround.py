@@ -82,10 +82,5 @@ class AutoRound(MatchingRounding, BlockStage):
 
     def _step(self, data: BlockData, weights: list[OffsetRounding], rate: float) -> None:
         offsets = [w.offset.requires_grad_() for w in weights]
-        with torch.enable_grad():
-            loss = data.loss()
-            found = (
-                torch.autograd.grad(loss, offsets, allow_unused=True) if loss.requires_grad else [None] * len(offsets)
-            )
-        for w, gradient in zip(weights, found, strict=True):
+        for w, gradient in zip(weights, data.gradients(offsets), strict=True):
             w.offset = w.offset.detach() if gradient is None else sign_step(w.offset.detach(), gradient, rate)

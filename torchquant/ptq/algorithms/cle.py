@@ -12,6 +12,7 @@ from torchquant.errors import ConfigError
 from torchquant.ptq.ends import Columns, End, NormInput, Rows, column_ranges, row_ranges
 from torchquant.ptq.functional.equalization import equalization_factors, is_equalized
 from torchquant.ptq.paths import ChannelSet, ChannelSets, channel_sets
+from torchquant.ptq.ranks import total
 from torchquant.ptq.stage import PTQ, ModelStage
 from torchquant.ptq.structure import channel_maxima, example_for, fold_all, restart_ranges, same_function, to_relu
 
@@ -46,7 +47,7 @@ class CrossLayerEqualization(ModelStage):
         self.relu6 = relu6
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:
-        if self.activations and not batches:
+        if self.activations and not total(len(batches)):
             raise ConfigError("cle with activations looks at inputs and needs batches, got none")
         fold_all(model)
         example = example_for(model, batches)
