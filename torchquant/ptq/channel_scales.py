@@ -51,6 +51,7 @@ def multiplies(run: Run, call: Call) -> Tensor | None:
             own = run.scale_of(value).ids.view(value.shape).expand(call.result.shape)
             if other is not None:
                 run.channels.link(other.expand(own.shape), own)
+            run.note(own if other is None else None, ALONE)
             return _times(run, call, own, 1.0)
     first = 0 if ids[1] is None else 1
     if ids[0] is not None and ids[1] is not None:
@@ -113,7 +114,7 @@ def norm(run: Run, call: Call) -> Tensor | None:
     own = _scaled_and_shifted(run, call, weight, bias, None)
     if own is not None and ids is not None:
         run.channels.link(ids, own)
-    run.note(ids if own is None else None, ALONE)
+    run.note(ids if own is None else own if ids is None else None, ALONE)
     return own
 
 

@@ -51,14 +51,14 @@ class Channels:
         A number that meets an unknown one stops, for the reason `why`.
         """
         shape = torch.broadcast_shapes(a.shape, b.shape)
-        a, b = a.expand(shape), b.expand(shape)
-        first, second = (flat.flatten() for flat in compact_both(a, b))
+        a, b = compact_both(a.expand(shape), b.expand(shape))
+        first, second = a.flatten(), b.flatten()
         for one, other in ((first, second), (second, first)):
             self.note(one[other == UNKNOWN], STOP, why)
         both = (first > UNKNOWN) & (second > UNKNOWN) & (first != second)
         if bool(both.any()):
             self.pairs.append(torch.stack([first[both], second[both]]).unique(dim=1))
-        return torch.where(a == ZERO, b, torch.where(b == UNKNOWN, b, a))
+        return repeated(torch.where(a == ZERO, b, torch.where(b == UNKNOWN, b, a))).expand(shape)
 
     def link(self, before: Tensor, behind: Tensor) -> None:
         """Note that a rotation of one tensor's channels is the same rotation of the other's, of the same shape."""
@@ -80,9 +80,11 @@ class Channels:
         """Note that a rotation may mix the numbers along these dimensions only."""
         small = compact(ids)
         dims = sorted(dim % small.ndim for dim in dims)
-        self.runs.append(
-            small.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).unique(dim=0)
-        )
+        rows = small.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims))
+        rows = rows.reshape(-1, rows.shape[-1]).unique(dim=0)
+        is_known = rows > UNKNOWN
+        self.note(rows[is_known & ~is_known.all(1, keepdim=True)], ALONE, "it meets what no layer gives")
+        self.runs.append(rows[is_known.all(1)])
 
     def labels(self, linked: bool = False) -> Tensor:
         """Return the least number that each number is one with, (n,). `linked`: also across norms."""

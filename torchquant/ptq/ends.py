@@ -44,6 +44,10 @@ class End(ABC):
     def multiply(self, factors: Tensor) -> None:
         """Multiply each channel by its factor, (C,): what a producer gives, how much of it a reader takes."""
 
+    def rotate(self, rotation: Tensor) -> None:
+        """Multiply each run of d channels, as a row vector, by a matrix (d, d)."""
+        raise ConfigError(f"{self.path} treats each channel by itself and cannot be rotated")
+
     bias: Tensor | None = field(default=None, repr=False)
     """The bias that is added to its channels, or by a reader to its output."""
 
@@ -73,9 +77,19 @@ class _OfProduct(End):
         view = weight.view(self.groups, -1, *weight.shape[1:])
         view.mul_(factors.to(weight).view(*shape, *[1] * (weight.ndim - 2)))
 
+    def rotate(self, rotation: Tensor) -> None:
+        weight = self.tensors[0]
+        axis = 0 if self.first else 1
+        weight.copy_(in_runs(weight.movedim(axis, -1), rotation).movedim(-1, axis))
+
 
 class Rows(_OfProduct):
     """The output channels of a linear layer or convolution, with their biases."""
+
+    def rotate(self, rotation: Tensor) -> None:
+        super().rotate(rotation)
+        if self.bias is not None:
+            self.bias.copy_(in_runs(self.bias, rotation))
 
     def multiply(self, factors: Tensor) -> None:
         self._multiply_weight(factors)
@@ -119,6 +133,10 @@ class Parameters(End):
         for tensor in self.tensors:
             tensor.mul_(factors.to(tensor).view(tensor.shape if tensor.numel() == len(factors) else (-1,)))
 
+    def rotate(self, rotation: Tensor) -> None:
+        for tensor in self.tensors:
+            tensor.copy_(in_runs(tensor, rotation))
+
 
 @dataclass(eq=False)
 class Scale(Parameters):
@@ -130,6 +148,11 @@ class Scale(Parameters):
         self.tensors[0].add_(self.offset)
         super().multiply(factors)
         self.tensors[0].sub_(self.offset)
+
+    def rotate(self, rotation: Tensor) -> None:
+        """Rotate what is added behind the scale, which is the same for all channels."""
+        if self.bias is not None:
+            self.bias.copy_(in_runs(self.bias, rotation))
 
     def values(self) -> Tensor:
         """What each channel is multiplied with, (C,) float64."""
@@ -150,6 +173,16 @@ class NormInput(End):
         variance.copy_(power - self.eps if not weight else (power - self.eps).clamp_min(0.0))
         for each in weight:
             each.mul_(((variance + self.eps) / power).sqrt())
+
+
+def in_runs(x: Tensor, rotation: Tensor) -> Tensor:
+    """Multiply each run of d elements of the last axis by a matrix (d, d), in its type; returns x's type.
+
+    >>> in_runs(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    tensor([-2.,  1., -4.,  3.])
+    """
+    parts = x.to(torch.promote_types(x.dtype, rotation.dtype)).unflatten(-1, (-1, len(rotation)))
+    return (parts @ rotation.to(parts)).flatten(-2).to(x.dtype)
 
 
 def row_ranges(slot: WeightSlot, bias_weight: float | None = None) -> Tensor:

@@ -296,7 +296,7 @@ def _sets(run: Run) -> ChannelSets:
     free = [(own := labels[end.ids])[~stopped[own]].unique() for end in ends]
     sets: list[ChannelSet] = []
     set_of = torch.full((n,), -1)
-    for group in _sharing(n, free):
+    for group in sharing(n, free):
         channels = torch.cat([free[i] for i in group]).unique()
         for i in group:
             own = labels[ends[i].ids]
@@ -316,7 +316,7 @@ def _sets(run: Run) -> ChannelSets:
     return ChannelSets(tuple(sets), left, run.unseen)
 
 
-def _sharing(n: int, free: list[Tensor]) -> list[list[int]]:
+def sharing(n: int, free: list[Tensor]) -> list[list[int]]:
     """Group what has a number in common. free: the numbers of each, below n; one without numbers is in no group."""
     owner, parent = torch.full((n,), -1), list(range(len(free)))
 

@@ -24,6 +24,7 @@ from torchquant.range_observers._statistics import StatisticTracker
 MOST_ROWS = 2048
 """The largest number of rows (tokens, positions) on which the error of a transform is measured."""
 Call = Callable[[], object]
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -104,26 +105,39 @@ class Readers:
 
     def error(self, transform: InputTransform | None) -> float:
         """Compute the squared error of all outputs over their squares, with everything rounded behind the transform."""
-        lost = power = 0.0
+        change, on_weight = (_same, _same) if transform is None else (transform, transform.on_weight)
+        lost, total = reduce_sum(torch.stack(self._lost(change, on_weight)).detach().double()).tolist()
+        return lost / total if total > 0 else 0.0
+
+    def loss(self, change: Change, on_weight: Change) -> Tensor:
+        """Compute the error behind any change of the value and its inverse on weights (..., K): (), differentiable."""
+        lost, total = self._lost(change, on_weight)
+        return lost / total.clamp_min(1e-30)
+
+    def _lost(self, change: Change, on_weight: Change) -> tuple[Tensor, Tensor]:
+        lost = total = self._seen(self.first).new_zeros(())
         for path, wrapper in self.wrappers.items():
             slot = wrapper.weight_slots()[0]
-            weight, change = self._seen(wrapper), nn.Identity() if transform is None else transform
-            if transform is not None:
-                weight = on_input_channels(weight, slot.n_groups, transform.on_weight)
+            weight = self._seen(wrapper)
+            if on_weight is not _same:
+                weight = on_input_channels(weight, slot.n_groups, on_weight)
             weight = _rounded([weight], [weight], slot.quantizer)[0]
             observed = [change(x) for x in self.values or [self._nothing()]]
             observed = observed if self.input_quantizers[path] is not None else []
             seen = _rounded([change(x) for x in self.sample], observed, self.input_quantizers[path])
             for x, wanted in zip(seen, self.wanted[path], strict=True):
                 found = product_with(wrapper.row, wrapper.layer, x, weight)
-                lost += float((found - wanted).square().sum())
-                power += float(wanted.square().sum())
-        lost, power = reduce_sum(torch.tensor([lost, power], dtype=torch.float64)).tolist()
-        return lost / power if power > 0 else 0.0
+                lost = lost + (found - wanted).square().sum()
+                total = total + wanted.square().sum()
+        return lost, total
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _rounded(given: Sequence[Tensor], observed: Sequence[Tensor], quantizer: Quantizer | None) -> list[Tensor]:
-    """Quantize tensors by a copy of the quantizer that has observed others."""
+    """Quantize tensors by a copy of the quantizer that has observed others; gradients reach the tensors."""
     if quantizer is None:
         return list(given)
     own = copy.deepcopy(quantizer)
@@ -134,8 +148,9 @@ def _rounded(given: Sequence[Tensor], observed: Sequence[Tensor], quantizer: Qua
             part.reset()
     if observed:  # as one tensor: ranks may have different numbers of batches
         alike = len({x.shape[1:] for x in observed}) == 1
-        own.pre_observe(torch.cat(list(observed) if alike else [x.flatten() for x in observed]))
-    return [own(x).detach() for x in given]
+        with torch.no_grad():
+            own.pre_observe(torch.cat([x.detach() if alike else x.detach().flatten() for x in observed]))
+    return [own(x) for x in given]
 
 
 def _sample(values: Sequence[Tensor], axis: int) -> list[Tensor]:

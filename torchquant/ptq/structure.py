@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,25 @@ def example_for(model: nn.Module, batches: Sequence[Any], seed: int = 0) -> Any:
         return torch.randn(x.shape, generator=generator).to(device, x.dtype)
 
     return tree_map_only(Tensor, filled, example)
+
+
+def untied(model: nn.Module, wanted: Callable[[], Iterable[Tensor]]) -> list[str]:
+    """Give modules that share the table of an embedding a weight of their own; return their paths.
+
+    All stay as they are unless one of the tables is among those that are `wanted` then.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    paths = {getattr(m, "layer", m): p for p, m in qmodules(model)}
+    others = [(paths.get(m, p), m) for p, m in model.named_modules() if not isinstance(m, nn.Embedding | QModule)]
+    weights = [(p, m, dict(m.named_parameters(recurse=False)).get("weight")) for p, m in others]
+    shared = [(p, m, table) for p, m, table in weights if table is not None and id(table) in tables]
+    for _, module, table in shared:
+        module.weight = nn.Parameter(table.detach().clone(), table.requires_grad)
+    kept = {id(table) for table in wanted()} if shared else set()
+    for _, module, table in shared:
+        if id(table) not in kept:
+            module.weight = table
+    return [p for p, m, table in shared if m.weight is not table]
 
 
 @contextmanager

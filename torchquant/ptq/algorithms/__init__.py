@@ -25,8 +25,10 @@ from torchquant.ptq.algorithms import omniquant as omniquant
 from torchquant.ptq.algorithms import opt_rtn as opt_rtn
 from torchquant.ptq.algorithms import qdrop as qdrop
 from torchquant.ptq.algorithms import qronos as qronos
+from torchquant.ptq.algorithms import quarot as quarot
 from torchquant.ptq.algorithms import refit as refit
 from torchquant.ptq.algorithms import rotate as rotate
 from torchquant.ptq.algorithms import smoothquant as smoothquant
+from torchquant.ptq.algorithms import spinquant as spinquant
 from torchquant.ptq.algorithms import step_tuning as step_tuning
 from torchquant.ptq.algorithms import svdquant as svdquant
