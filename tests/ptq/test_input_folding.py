@@ -123,7 +123,7 @@ def test_why_a_scale_stays_before_a_layer() -> None:
 
     pair = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     whole = [{"types": ["Linear"], "weight": "affine:4"}]
-    assert note(pair, whole, "2") == "the weight of 0 has one scale for all its channels"
+    assert note(pair, whole, "2") == "the weight of 0 has one scale for several of its channels"
     assert note(pair, RULES, "0") == "what gives its input is unknown"
     assert note(nn.Sequential(nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 4)), RULES, "2") == (
         "the values end at a bound that a factor would move"

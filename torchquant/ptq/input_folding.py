@@ -57,8 +57,8 @@ class InputFolding:
                 return f"the weight of {end.path} is computed from other parameters"
         for end in one.producers:
             quantizer = None if end.slot is None else end.slot.quantizer
-            if quantizer is not None and quantizer.axis is None and not quantizer.levels_vary:
-                return f"the weight of {end.path} has one scale for all its channels"
+            if quantizer is not None and quantizer.axis != 0 and not quantizer.levels_vary:
+                return f"the weight of {end.path} has one scale for several of its channels"
         return ""
 
     def choose(self, one: ChannelSet, index: Tensor, factor: Tensor) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import Count
 from torchquant.ptq.algorithms.fold_norm import FoldNorm
 from torchquant.ptq.algorithms.rotate import Rotate
 from torchquant.ptq.inputs import InputWork
@@ -36,9 +36,7 @@ class QuaRot(ModelStage):
     when = "first, pre-norm transformers whose activations have outliers, at 8 bits and less"
     cost = "2 forward passes, rows K n for each seed"
 
-    def __init__(self, seeds: int = 1, online: bool = True, seed: int = 0) -> None:
-        if seeds < 1:
-            raise ConfigError(f"seeds must be at least 1, got {seeds}")
+    def __init__(self, seeds: Count = 1, online: bool = True, seed: int = 0) -> None:
         self.seeds, self.online, self.seed = seeds, online, seed
 
     def run(self, model: nn.Module, batches: list[Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchquant.errors import ConfigError
+from torchquant._arguments import Count, Positive
 from torchquant.ptq.algorithms.quarot import QuaRot
 from torchquant.ptq.rotating import MeasuredRotation
 from torchquant.ptq.stage import PTQ
@@ -25,11 +25,9 @@ class SpinQuant(QuaRot):
     needs_data = True
 
     def __init__(
-        self, steps: int = 100, rate: float = 0.05, seeds: int = 3, online: bool = True, seed: int = 0
+        self, steps: Count = 100, rate: Positive = 0.05, seeds: Count = 3, online: bool = True, seed: int = 0
     ) -> None:
         super().__init__(seeds, online, seed)
-        if steps < 1 or not rate > 0:
-            raise ConfigError(f"spinquant needs steps >= 1 and rate > 0, got {steps} and {rate}")
         self.steps, self.rate = steps, rate
 
     def improved(self, one: MeasuredRotation, start: Tensor) -> Tensor:
