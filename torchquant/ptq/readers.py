@@ -106,16 +106,19 @@ class Readers:
     def error(self, transform: InputTransform | None) -> float:
         """Compute the squared error of all outputs over their squares, with everything rounded behind the transform."""
         change, on_weight = (_same, _same) if transform is None else (transform, transform.on_weight)
-        lost, total = reduce_sum(torch.stack(self._lost(change, on_weight)).detach().double()).tolist()
-        return lost / total if total > 0 else 0.0
+        lost, power = reduce_sum(torch.stack(self._lost(change, on_weight)).detach().double()).tolist()
+        return lost / power if power > 0 else 0.0
 
     def loss(self, change: Change, on_weight: Change) -> Tensor:
-        """Compute the error behind any change of the value and its inverse on weights (..., K): (), differentiable."""
-        lost, total = self._lost(change, on_weight)
-        return lost / total.clamp_min(1e-30)
+        """Compute the error behind any change of the value and its inverse on weights (..., K): (), differentiable.
+
+        In a process group it is the share of this rank, whose sum over the ranks is the error.
+        """
+        lost, power = self._lost(change, on_weight)
+        return lost / reduce_sum(power.detach()).clamp_min(1e-30)
 
     def _lost(self, change: Change, on_weight: Change) -> tuple[Tensor, Tensor]:
-        lost = total = self._seen(self.first).new_zeros(())
+        lost = power = self._seen(self.first).new_zeros(())
         for path, wrapper in self.wrappers.items():
             slot = wrapper.weight_slots()[0]
             weight = self._seen(wrapper)
@@ -128,8 +131,8 @@ class Readers:
             for x, wanted in zip(seen, self.wanted[path], strict=True):
                 found = product_with(wrapper.row, wrapper.layer, x, weight)
                 lost = lost + (found - wanted).square().sum()
-                total = total + wanted.square().sum()
-        return lost, total
+                power = power + wanted.square().sum()
+        return lost, power
 
 
 def _same(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torchquant.ptq.reads import mask_of
 from torchquant.ptq.rotation_sets import RotationSet
 from torchquant.qmodule import QModuleState
 from torchquant.qmodule.input_slots import InputSlots
+from torchquant.range_observers._distributed import reduce_sum
 from torchquant.utils import qmodule_state
 
 MOST_ROWS = 512
@@ -69,8 +70,8 @@ class MeasuredRotation:
 
     @torch.no_grad()
     def error(self, rotation: Tensor | None) -> float:
-        """Compute the loss as a number."""
-        return float(self.loss(rotation))
+        """Compute the loss as a number, over all ranks."""
+        return float(reduce_sum(self.loss(rotation)))
 
     def learned(self, start: Tensor, steps: int, rate: float) -> Tensor:
         """Lower the loss by Cayley steps from a rotation, of a falling rate; returns the best one on the way.
@@ -83,7 +84,7 @@ class MeasuredRotation:
         for step in range(steps):
             leaf = now.clone().requires_grad_()
             with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self.loss(leaf), [leaf])
+                gradient = reduce_sum(torch.autograd.grad(self.loss(leaf), [leaf])[0])
             skew = gradient @ now.mT - now @ gradient.mT
             if kept is not None:  # no turn of the constant direction
                 inner = kept.mT @ skew @ kept
@@ -112,9 +113,8 @@ def measured(model: nn.Module, sets: Sequence[RotationSet], batches: Sequence[An
     found = [MeasuredRotation(one, []) for one in sets]
     calls, masks = calls_and_masks(model, batches)
     with qmodule_state(model, QModuleState.BYPASSED):
-        for readers in each_readers(model, wrappers, calls, masks, lambda _: torch.Generator()) if batches else ():
-            if readers.values:
-                rows = torch.cat(readers.sample)
-                few = rows[:: max(1, len(rows) // MOST_ROWS)]
-                found[of_path[next(iter(readers.wrappers))]].readers.append(replace(readers, values=[few]))
+        for readers in each_readers(model, wrappers, calls, masks, lambda _: torch.Generator()):
+            if readers.n_rows:
+                rows = [x[:: max(1, len(x) // MOST_ROWS)] for x in readers.sample]
+                found[of_path[next(iter(readers.wrappers))]].readers.append(replace(readers, values=rows))
     return found
