@@ -112,9 +112,10 @@ PUBLIC: dict[str, list[str]] = {
         "KeyMap", "KeyMapRow", "load_checkpoint", "save_nni",
     ],
     "torchquant.compat.nni": [
-        "BNNQuantizer", "DoReFaQuantizer", "LsqPlusQuantizer", "LsqQuantizer", "NaiveQuantizer",
-        "ObserverQuantizer", "PtqQuantizer", "QATQuantizer", "QAT_Quantizer", "Quantizer", "TorchEvaluator",
-        "reset_quant_scheme_dtype", "set_quant_scheme_dtype",
+        "BNNQuantizer", "DeepspeedTorchEvaluator", "DoReFaQuantizer", "Evaluator", "LightningEvaluator",
+        "LsqPlusQuantizer", "LsqQuantizer", "NaiveQuantizer", "ObserverQuantizer", "PtqQuantizer", "QATQuantizer",
+        "QAT_Quantizer", "Quantizer", "TorchEvaluator", "TransformersEvaluator", "reset_quant_scheme_dtype",
+        "set_quant_scheme_dtype", "trace",
     ],
     "torchquant.deploy": [
         "Certificate", "Comparison", "FileSize", "FileSizes", "FirstDifference", "FloatOperator",

@@ -276,8 +276,8 @@ def test_global_settings_fill_what_an_entry_leaves_open() -> None:
     set_quant_scheme_dtype("weight", "per_channel_symmetric", "int")
     entry = {"quant_types": ["weight", "output"], "quant_bits": {"weight": 4, "output": 8}, "op_names": ["fc"]}
     found = layers([entry])
-    assert found == {"fc": [("output", Target(8)), ("weight", Target(4, "int", True, True))]}
-    assert layers([{**entry, "quant_dtype": {"weight": "uint"}}])["fc"][1][1] == Target(4, "uint", True, True)
+    assert found == {"fc": [("output", Target(8)), ("weight", Target(4, "int", True, "/channel"))]}
+    assert layers([{**entry, "quant_dtype": {"weight": "uint"}}])["fc"][1][1] == Target(4, "uint", True, "/channel")
 
 
 MODERN = {"op_names_re": ["conv.*"], "target_names": ["weight", "_output_"], "quant_dtype": "int4"}
@@ -297,8 +297,8 @@ def test_the_spelling_of_3_0() -> None:
         ]
     )
     assert found == {
-        "conv1": [("output", Target(4, "int", True)), ("weight", Target(4, "int", True, True))],
-        "conv2": [("output", Target(4, "int", True)), ("weight", Target(4, "int", True, True))],
+        "conv1": [("output", Target(4, "int", True)), ("weight", Target(4, "int", True, "/channel"))],
+        "conv2": [("output", Target(4, "int", True)), ("weight", Target(4, "int", True, "/channel"))],
         "relu1": [("output", Target(8, "int", True))],
         "fc": [("weight", Target(8, "uint", False))],
     }
@@ -347,7 +347,11 @@ BAD: dict[str, tuple[Any, str]] = {
         "quant_dtype must be intN or uintN with N from 1 to 31, such as 'int8', got .float8.",
     ),
     "target of 3.0": ([{**MODERN, "target_names": ["output"]}], "did you mean '_output_'"),
-    "granularity": ([{**MODERN, "granularity": [1, 2]}], r"granularity must be one of default, .*got \[1, 2\]"),
+    "granularity": ([{**MODERN, "granularity": "rows"}], r"granularity must be one of default, .*got 'rows'"),
+    "blocks": (
+        [{**MODERN, "target_names": ["weight"], "granularity": [1, 2, 3, 4, 5]}],
+        r"'weight' of 'conv1': granularity \[1, 2, 3, 4, 5\] has more axes than its shape \(4, 1, 5, 5\)",
+    ),
 }
 
 
@@ -482,7 +486,7 @@ def test_the_quantizers_of_3_0_train_through_an_evaluator(kind: Any) -> None:
     if kind is not PtqQuantizer:
         assert seen == [(2, None)]
     if kind in (LsqQuantizer, PtqQuantizer):
-        assert {"scale", "zero_point", "tracked_min", "tracked_max"} <= set(config["conv1"]["_input_"])
+        assert {"scale", "zero_point", "tracked_min", "tracked_max"} <= set(config["conv1"]["_input_0"])
 
 
 def test_lsq_calibration_comes_back(tmp_path: Path) -> None:

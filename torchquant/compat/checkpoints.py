@@ -21,6 +21,7 @@ from torchquant._registry import did_you_mean
 from torchquant._shown import some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
+from torchquant.compat.nni.state_dicts import unwrapped
 from torchquant.deploy.packed.reading import read_checkpoint
 from torchquant.errors import ConfigError
 from torchquant.models import FusedEfficientNet, FusedResNet
@@ -77,6 +78,8 @@ def load_checkpoint(
     0.bias      0.bias
     """
     state = _unwrapped(read_checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
+    state, numbers_of_nni = unwrapped(state)
+    calibration = numbers_of_nni or None if calibration is None else calibration
     own = model.state_dict()
     loaded: dict[str, Tensor] = {}
     key_map = KeyMap()
