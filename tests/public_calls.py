@@ -593,7 +593,15 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     **{
         f"torchquant.compat.{name}": {THEIRS: tuple(importlib.import_module(f"torchquant.compat.{name}").__all__)}
-        for name in ("autoqnn", "autoqnn.core", "autoqnn.models", "autoqnn.quantizers", "checkpoints", "nni")
+        for name in (
+            "autoqnn",
+            "autoqnn.core",
+            "autoqnn.datasets",
+            "autoqnn.models",
+            "autoqnn.quantizers",
+            "checkpoints",
+            "nni",
+        )
     },
     "torchquant.errors": {
         "an error": tuple(importlib.import_module("torchquant.errors").__all__),

@@ -93,12 +93,15 @@ PUBLIC: dict[str, list[str]] = {
         "build_app", "main",
     ],
     "torchquant.compat.autoqnn": [
-        "core", "models", "modules", "quantizers", "utils",
+        "core", "datasets", "models", "modules", "quantizers", "utils",
     ],
     "torchquant.compat.autoqnn.core": [
         "AverageMeter", "DEFAULT_QUANTIZE_MODULE_MAPPINGS", "QuantLayer", "accuracy", "adjust_learning_rate",
         "clone_quantizer", "convert", "module_convert", "precision_loss", "save_checkpoint", "top1", "top5", "train",
         "train_on_batch", "validate", "validate_on_batch",
+    ],
+    "torchquant.compat.autoqnn.datasets": [
+        "DataLoaderX", "autoaugment", "cifar", "cutout", "data_prefetcher", "imagenet",
     ],
     "torchquant.compat.autoqnn.models": [
         "resnet", "vgg",

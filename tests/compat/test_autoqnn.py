@@ -197,10 +197,12 @@ def test_a_model_is_viewed_as_text_or_picture(tmp_path: Path) -> None:
     nodes, edges, dot = view_module(Model(), (1, 3, 8, 8), tmp_path / "net.txt")
     assert nodes["conv"] == "conv: Conv2d"
     assert ("conv", "bn") in edges
-    assert dot.startswith("digraph Net {")
+    assert str(dot).startswith("digraph Net {")
     assert "conv: Conv2d  ->  bn" in (tmp_path / "net.txt").read_text()
-    view_module(Model(), save_path=tmp_path / "net.svg")
-    assert [p.suffix for p in tmp_path.glob("net.*") if p.name != "net.txt"] in ([".svg"], [])
+    view_module(Model(), save_path=tmp_path / "net.gv")
+    assert (tmp_path / "net.gv").read_text().startswith("digraph Net {")
+    with pytest.raises(ConfigError, match=r"save_path must end with one of \.svg, .*; got 'net\.jpg'"):
+        view_module(Model(), save_path=tmp_path / "net.jpg")
 
     class Branch(nn.Module):
         def __init__(self) -> None:
