@@ -381,6 +381,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "WeightsPattern": lambda: {
             **{"weights": ("weight",), "values": ("input",), "groups": {}, "stacks": (), "biases": {}},
         },
+        "ChannelSplit": lambda: {"index": torch.tensor([0, 1, 1]), "axis": -1},
         "ChannelScale": lambda: {"factor": torch.ones(4), "axis": -1},
         "LowRank": lambda: {"down": torch.ones(1, 4), "up": torch.ones(3, 1)},
         "Rotation": lambda: {"signs": torch.ones(4), "matrices": [torch.eye(2)], "axis": -1},

@@ -50,9 +50,9 @@ PUBLIC: dict[str, list[str]] = {
         "check_observer",
     ],
     "torchquant.qmodule": [
-        "ActivationPattern", "ChannelScale", "FloatCheckpoints", "InputFirstPattern", "InputTransform", "LayerPattern",
-        "LowRank", "QModule", "QModuleState", "QOp", "QWeights", "QWrapper", "Rotation", "WeightSlot", "WeightsPattern",
-        "float_state_dict", "link_float_state", "register_pattern",
+        "ActivationPattern", "ChannelScale", "ChannelSplit", "FloatCheckpoints", "InputFirstPattern", "InputTransform",
+        "LayerPattern", "LowRank", "QModule", "QModuleState", "QOp", "QWeights", "QWrapper", "Rotation", "WeightSlot",
+        "WeightsPattern", "float_state_dict", "link_float_state", "register_pattern",
     ],
     "torchquant.utils": [
         "SiteReport", "StateReport", "freeze_bn", "observe_weights", "qmodule_state", "qmodules",

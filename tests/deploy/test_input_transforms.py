@@ -63,3 +63,20 @@ def test_files_compute_what_the_model_computes(rules: object, tmp_path: Path) ->
     assert (torch.from_numpy(found) - y).abs().max() < 0.05 * y.abs().max()
     packed = save_packed(model, tmp_path / "model.safetensors")
     assert torch.equal(load_packed(packed, net)(x), y)
+
+
+def test_files_with_split_channels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval(), torch.randn(12, 8)
+    model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:8,symmetric=narrow", "input": "affine:8"}], x)
+    tq.ptq.run(model, ["split:ratio=0.3", "calibrate", "gptq"], [x], keep="always")
+    assert model.get_submodule("0").weight.shape[1] > 8
+    y = model(x)
+    path = export_onnx(model, tmp_path / "model.onnx", x)
+    assert certify(model, path, [x]).passed
+    import onnxruntime
+
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})
+    assert (torch.from_numpy(found) - y).abs().max() < 0.05 * y.abs().max()
+    packed = save_packed(model, tmp_path / "model.safetensors")
+    assert torch.equal(load_packed(packed, net)(x), y)

@@ -283,3 +283,34 @@ def test_what_cannot_be_done_is_said(attention: nn.Module) -> None:
     assert said[0].note == "left as it is: a transform is for layers with one weight"
     assert "a low-rank product is for layers with one weight" in said[-1].note
     assert {Rotation.named_by, ChannelScale.named_by} == {"signs", "factor"}
+
+
+def test_splitting_channels_with_large_weights_lowers_the_error() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 6)), [torch.randn(40, 16) for _ in range(2)]
+    with torch.no_grad():
+        net[0].weight[:, 3] *= 6
+        net[2].weight[1, 5] *= 9
+    rules = [{"types": ["Linear"], "weight": "affine:4", "input": "affine:8"}]
+
+    def run(*stages: str) -> tuple[nn.Module, ptq.PTQReport]:
+        model = tq.quantize(net, rules, x[0])
+        return model, ptq.run(model, [*stages, "calibrate", "gptq"], x)
+
+    split, report = run("split:ratio=0.2")
+    assert [(step.path, step.note) for step in report.steps[:2]] == [
+        ("0", "4 of 16 channels split"),
+        ("2", "3 of 12 channels split"),
+    ]
+    assert all(step.gain is not None and step.gain > 1.0 for step in report.steps[:2])
+    assert lost(split, net, x) < 0.7 * lost(run()[0], net, x)
+    with tq.qmodule_state(split, tq.QModuleState.BYPASSED):
+        assert split.get_submodule("0").weight.shape == (12, 20)
+    only = tq.quantize(net, rules, x[0])
+    ptq.run(only, ["split:ratio=0.2"], x)
+    with tq.qmodule_state(only, tq.QModuleState.BYPASSED):
+        torch.testing.assert_close(only(x[0]), net(x[0]), rtol=1e-5, atol=1e-5)
+    fresh = tq.quantize(net, rules, x[0])
+    fresh.load_state_dict(split.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(x[0]), split(x[0]))

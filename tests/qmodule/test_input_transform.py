@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from torchquant.errors import ConfigError
-from torchquant.qmodule import ChannelScale, InputTransform, LowRank, Rotation, float_state_dict
+from torchquant.graph.own_inputs import read_own_input
+from torchquant.qmodule import ChannelScale, ChannelSplit, InputTransform, LowRank, Rotation, float_state_dict
 
 S = tq.QModuleState
 TWO = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
@@ -65,8 +66,6 @@ def net() -> nn.Module:
 
 
 def with_slots(net: nn.Module, *paths: str) -> nn.Module:
-    from torchquant.graph.own_inputs import read_own_input
-
     model = tq.quantize(net, RULES, X)
     for path in paths:
         read_own_input(model, path)
@@ -165,7 +164,7 @@ def test_a_checkpoint_without_the_slots_is_refused(net: nn.Module) -> None:
         with pytest.raises(ConfigError, match="q.input_transform is not in the checkpoint, and the weights there"):
             model.load_state_dict(other.state_dict(), strict=strict)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(RuntimeError, match="input_transform is not in the checkpoint"):
+    with pytest.raises(ConfigError, match="input_transform is not in the checkpoint"):
         model.q.load_state_dict(other.q.state_dict(), strict=False)
     assert other.load_state_dict(tq.quantize(net, RULES, X).state_dict()).missing_keys == []
 
@@ -236,3 +235,60 @@ def test_more_of_what_is_refused() -> None:
     computed = tq.QWrapper(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
     with pytest.raises(ConfigError, match="its weight is computed from other parameters"):
         computed.transform_input(steps(-1)[0])
+
+
+INDEX = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 2, 2, 5])
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "unbatched"])
+def test_split_channels_leave_the_float_function(name: str) -> None:
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    expected, before = layer(x), layer.weight.detach().clone()
+    wrapper = tq.QWrapper(copy.deepcopy(layer))
+    wrapper.transform_input(ChannelSplit(INDEX, wrapper.channel_axis))
+    assert wrapper.weight.shape[1] == 11
+    put_behind = ChannelScale(torch.linspace(0.5, 2.0, 11), wrapper.channel_axis)
+    wrapper.transform_input(put_behind)
+    torch.testing.assert_close(wrapper(x), expected, rtol=1e-12, atol=1e-12)
+    assert wrapper.fold().weight.shape == before.shape
+    torch.testing.assert_close(wrapper.fold()(x), expected, rtol=1e-12, atol=1e-12)
+    fresh = tq.QWrapper(copy.deepcopy(layer))
+    fresh.load_state_dict(wrapper.state_dict())
+    assert torch.equal(fresh(x), wrapper(x))
+    wrapper.remove_input_transform()
+    torch.testing.assert_close(wrapper.weight.detach(), before, rtol=1e-12, atol=1e-12)
+
+
+def test_split_channels_in_checkpoints_and_reverted(net: nn.Module) -> None:
+    model, expected = tq.quantize(net, RULES, X), net(X)
+    for path in ("q", "head"):
+        read_own_input(model, path)
+        model.get_submodule(path).transform_input(ChannelSplit(INDEX))  # type: ignore[operator]
+    with tq.qmodule_state(model, S.BYPASSED):
+        torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-6)
+    assert {key: value.shape for key, value in float_state_dict(model).items()} == {
+        key: value.shape for key, value in net.state_dict().items()
+    }
+    tq.calibrate(model, [X], with_targets=False)
+    y = model(X)
+    fresh = tq.quantize(net, RULES, X)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(X), y)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(X), y)
+    with pytest.raises(ConfigError, match="input_transform is not in the checkpoint"):
+        model.load_state_dict(tq.quantize(net, RULES, X).state_dict())
+    reverted = model.plan.revert(model)  # type: ignore[union-attr, operator]
+    assert reverted.q.weight.shape == (8, 8)
+    assert reverted.q.in_features == 8
+    torch.testing.assert_close(reverted(X), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_split_is_said() -> None:
+    wrapper = tq.QWrapper(nn.Conv2d(8, 8, 3, groups=2))
+    with pytest.raises(ConfigError, match="groups of 4 channels cannot be split"):
+        wrapper.transform_input(ChannelSplit(INDEX, -3))
+    with pytest.raises(ConfigError, match="with each channel from 0 on"):
+        ChannelSplit(torch.tensor([0, 2]))

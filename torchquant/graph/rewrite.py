@@ -78,9 +78,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
     for module in list(model.modules()):
         if isinstance(module, InputSlots) and module.has_slots:
-            slot = module.weight_slots()[0]
-            with torch.no_grad():
-                slot.weight.copy_(module.float_weight_of(slot.weight))
+            module.store(module.layer, module.float_weight_of(module.weight_slots()[0].weight))
         if isinstance(module, QModule):
             layer = module.held
             if layer is not None:

@@ -126,9 +126,7 @@ class InputWork:
             wrapper.transform_input(copy.deepcopy(transform))
             found = [wrapper.layer(transform(x)) for x in readers.sample[:1]]
             if is_any(not all(map(_is_kept, found, wanted))):
-                weight.copy_(former)
-                wrapper.input_transform = former_steps
-                wrapper.forget_ranges("weight", "input")
+                wrapper.put_back_input(former_steps, former)
                 refused.append(path)
             else:
                 self.changed[path] = wrapper

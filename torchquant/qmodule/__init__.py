@@ -6,6 +6,7 @@ from torchquant.qmodule.float_checkpoints import FloatCheckpoints as FloatCheckp
 from torchquant.qmodule.float_checkpoints import float_state_dict as float_state_dict
 from torchquant.qmodule.float_checkpoints import link_float_state as link_float_state
 from torchquant.qmodule.input_transform import ChannelScale as ChannelScale
+from torchquant.qmodule.input_transform import ChannelSplit as ChannelSplit
 from torchquant.qmodule.input_transform import InputTransform as InputTransform
 from torchquant.qmodule.input_transform import LowRank as LowRank
 from torchquant.qmodule.input_transform import Rotation as Rotation
@@ -24,6 +25,7 @@ from torchquant.qmodule.wrapper import QWrapper as QWrapper
 __all__ = [
     "ActivationPattern",
     "ChannelScale",
+    "ChannelSplit",
     "FloatCheckpoints",
     "InputFirstPattern",
     "InputTransform",

@@ -181,7 +181,26 @@ class InputSlots(QModule):
         return self.row.channels_first(self.layer, self.weight_slots()[0].weight)
 
     def _store(self, channels_first: Tensor) -> None:
-        self.weight_slots()[0].weight.copy_(self.row.channels_first(self.layer, channels_first))
+        self.store(self.layer, self.row.channels_first(self.layer, channels_first))
+
+    @torch.no_grad()
+    def store(self, layer: nn.Module, weight: Tensor) -> None:
+        """Set the weight of the layer, or of a copy of it, as the layer stores it; channels may have been split."""
+        held = self.row.weight_and_bias(layer)[0]
+        if held.shape == weight.shape:
+            held.copy_(weight)
+            return
+        held.data = held.new_empty(weight.shape).copy_(weight)
+        n_channels = self.row.channels_first(layer, held).shape[1] * int(getattr(layer, "groups", 1))
+        for name in ("in_features", "in_channels"):
+            if hasattr(layer, name):
+                setattr(layer, name, n_channels)
+
+    def put_back_input(self, steps: nn.Sequential | None, weight: Tensor) -> None:
+        """Set the transforms and the weight, as the layer stores it, to what they were before `transform_input`."""
+        self.input_transform = steps
+        self.store(self.layer, weight)
+        self.forget_ranges("weight", "input")
 
     def forget_ranges(self, *sites: str) -> None:
         """Forget the ranges of these slots, and observe the weight again if it had been observed."""
@@ -193,6 +212,14 @@ class InputSlots(QModule):
                     part.reset()
         if was_ready:
             self.observe_weight()
+
+    def _fit_weight(self) -> None:
+        """Let the weight have as many channels as the transforms give; its numbers are loaded afterwards."""
+        assert self.input_transform is not None
+        given = self.input_transform[-1].n_given // self.weight_slots()[0].n_groups  # type: ignore[operator]
+        stored = self._stored()
+        if stored.shape[1] != given:
+            self._store(stored.new_zeros(len(stored), given, *stored.shape[2:]))
 
     def saved_slots(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the tensors of the transforms and of the low-rank product in a saved state."""
@@ -225,6 +252,7 @@ class InputSlots(QModule):
         transforms, beside = self.saved_slots(state_dict, prefix)
         if transforms and _shapes_below(self.input_transform) != {k: v.shape for k, v in transforms.items()}:
             self.input_transform = expected_transforms(transforms, self.channel_axis).to(device)
+            self._fit_weight()
         if beside and _shapes_below(self.low_rank) != {k: v.shape for k, v in beside.items()}:
             self.low_rank = LowRank(**{k: torch.zeros_like(v, device=device) for k, v in beside.items()})
 

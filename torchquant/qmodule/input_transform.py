@@ -43,6 +43,11 @@ class InputTransform(nn.Module, ABC):
         """The number of input channels that the transform is for."""
         return len(self.get_buffer(self.named_by))
 
+    @property
+    def n_given(self) -> int:
+        """The number of channels that the layer gets."""
+        return self.n_channels
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Transform an input, in its own type."""
@@ -172,7 +177,60 @@ class Rotation(InputTransform):
         return f"{self.n_channels} in runs of {self.block}, axis={self.axis}"
 
 
-KINDS: dict[str, type[InputTransform]] = {kind.named_by: kind for kind in (ChannelScale, Rotation)}
+@checked
+class ChannelSplit(InputTransform):
+    """Gives channel `index[i]` of the input as channel i, so that the large weights of a channel can be shared out.
+
+    `index`: (K',), each of the K channels once or more often; each copy has the same share of the weight, so that the
+    weight grows to K' channels. Source: Zhao et al. 2019, arXiv:1901.09504.
+
+    >>> split = ChannelSplit(torch.tensor([0, 1, 1]))
+    >>> split(torch.tensor([[3.0, 5.0]])), split.on_weight(torch.tensor([[1.0, 8.0]]))
+    (tensor([[3., 5., 5.]]), tensor([[1., 4., 4.]]))
+    """
+
+    named_by = "index"
+    index: Tensor
+
+    def __init__(self, index: Tensor, axis: int = -1) -> None:
+        super().__init__(axis)
+        counts = torch.empty(0) if index.is_floating_point() or index.ndim != 1 else torch.bincount(index)
+        if not len(counts) or bool((counts == 0).any()):
+            raise ConfigError(f"index must be whole numbers (K',) with each channel from 0 on, got {_shapes(index)}")
+        self.register_buffer("index", index.detach().to(torch.int64).clone())
+
+    @property
+    def n_channels(self) -> int:
+        return int(self.index.max()) + 1
+
+    @property
+    def n_given(self) -> int:
+        return len(self.index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.axis, self.index)
+
+    def on_weight(self, weight: Tensor) -> Tensor:
+        return weight.index_select(-1, self.index) / torch.bincount(self.index)[self.index].to(weight)
+
+    def off_weight(self, weight: Tensor) -> Tensor:
+        return weight.new_zeros(*weight.shape[:-1], self.n_channels).index_add(-1, self.index, weight)
+
+    def check_groups(self, per_group: int) -> None:
+        if per_group != self.n_channels:
+            raise ConfigError(
+                f"channels of a layer with groups of {per_group} channels cannot be split: groups would differ in size"
+            )
+
+    @classmethod
+    def expected(cls, saved: Mapping[str, Tensor], axis: int) -> ChannelSplit:
+        return cls(torch.zeros_like(saved["index"]), axis)
+
+    def extra_repr(self) -> str:
+        return f"{self.n_channels} to {self.n_given}, axis={self.axis}"
+
+
+KINDS: dict[str, type[InputTransform]] = {kind.named_by: kind for kind in (ChannelScale, Rotation, ChannelSplit)}
 """The name of the buffer in a checkpoint -> the class of the transform."""
 
 
@@ -201,7 +259,7 @@ def on_input_channels(weight: Tensor, n_groups: int, change: Callable[[Tensor], 
     tensor([[ 3.],
             [10.]])
     """
-    changed = change(by_input_channel(weight.to(torch.float64), n_groups)).unflatten(-1, (n_groups, weight.shape[1]))
+    changed = change(by_input_channel(weight.to(torch.float64), n_groups)).unflatten(-1, (n_groups, -1))
     return changed.movedim((-2, -1), (0, 2)).flatten(0, 1).to(weight.dtype)
 
 

@@ -241,7 +241,7 @@ class QWrapper(InputSlots):
         """
         layer = copy.deepcopy(self.layer)
         if self.has_slots:
-            layer.weight.copy_(self.float_weight_of(self._weight))
+            self.store(layer, self.float_weight_of(self._weight))
         if self.bn is None:
             return layer
         if isinstance(self.row, OwnForwardPattern) and self._weight is not self.layer.weight:

@@ -30,5 +30,6 @@ from torchquant.ptq.algorithms import refit as refit
 from torchquant.ptq.algorithms import rotate as rotate
 from torchquant.ptq.algorithms import smoothquant as smoothquant
 from torchquant.ptq.algorithms import spinquant as spinquant
+from torchquant.ptq.algorithms import split as split
 from torchquant.ptq.algorithms import step_tuning as step_tuning
 from torchquant.ptq.algorithms import svdquant as svdquant

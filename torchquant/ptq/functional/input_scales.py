@@ -139,3 +139,21 @@ def shared_by_heads(scales: Tensor, head_size: int, repeats: int) -> Tensor:
     tensor([3., 2.])
     """
     return scales.unflatten(0, (-1, repeats, head_size)).amax(1).flatten()
+
+
+@checked
+def split_index(weight_max: Tensor, n: int) -> Tensor:
+    """Choose n times the channel with the largest weights, which each choice shares out: the index of `ChannelSplit`.
+
+    weight_max: (K,). Returns (K + n,): all channels, then those that are given once more, in the order of choice.
+    Source: Zhao et al. 2019, arXiv:1901.09504, section 3.
+
+    >>> split_index(torch.tensor([1.0, 9.0, 4.0]), 3)
+    tensor([0, 1, 2, 1, 1, 2])
+    """
+    counts, chosen = torch.ones_like(weight_max), []
+    for _ in range(n):
+        largest = int((weight_max / counts).argmax())
+        counts[largest] += 1
+        chosen.append(largest)
+    return torch.cat([torch.arange(len(weight_max)), torch.tensor(chosen, dtype=torch.int64)])
