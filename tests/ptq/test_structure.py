@@ -25,6 +25,7 @@ SMOOTH, AWQ, LOW_RANK = GOLDENS["smoothquant"], GOLDENS["awq"], GOLDENS["low_ran
 INPUT_STAGES = (
     *(pytest.param(s, marks=pytest.mark.slow) for s in ("smoothquant:steps=4", "awq:steps=4")),
     "rotate:seeds=2",
+    pytest.param("split:ratio=0.3", marks=pytest.mark.slow),
 )
 SPECS = ("affine:3/channel", *(pytest.param(s, marks=pytest.mark.slow) for s in ("esb:4,k=1", "nvfp4", "twn", "nf4")))
 
