@@ -216,7 +216,9 @@ class InputSlots(QModule):
     def _fit_weight(self) -> None:
         """Let the weight have as many channels as the transforms give; its numbers are loaded afterwards."""
         assert self.input_transform is not None
-        given = self.input_transform[-1].n_given // self.weight_slots()[0].n_groups  # type: ignore[operator]
+        last = self.input_transform[-1]
+        assert isinstance(last, InputTransform)
+        given = last.n_given // self.weight_slots()[0].n_groups
         stored = self._stored()
         if stored.shape[1] != given:
             self._store(stored.new_zeros(len(stored), given, *stored.shape[2:]))
