@@ -112,7 +112,7 @@ PUBLIC: dict[str, list[str]] = {
         "ZoomQ", "ZoomQAct", "uL2Q", "uL2QAct",
     ],
     "torchquant.compat.checkpoints": [
-        "KeyMap", "KeyMapRow", "load_checkpoint", "save_nni",
+        "KeyMap", "KeyMapRow", "load_checkpoint", "save_autoqnn", "save_nni",
     ],
     "torchquant.compat.nni": [
         "BNNQuantizer", "DeepspeedTorchEvaluator", "DoReFaQuantizer", "Evaluator", "LightningEvaluator",

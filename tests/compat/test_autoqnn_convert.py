@@ -100,6 +100,8 @@ def test_what_no_quantizer_reaches_is_said(capsys: pytest.CaptureFixture[str]) -
         warnings.simplefilter("error")
         convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), quantize_config_dict=given())
         assert capsys.readouterr().out == ""
+        convert(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), quantize_config_dict=given())
+        assert "1           BatchNorm1d  a normalization stays float" in capsys.readouterr().out
         convert(
             nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.LSTM(2, 2)}),
             {nn.Linear: autoqnn.modules.Linear},

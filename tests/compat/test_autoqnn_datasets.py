@@ -107,6 +107,21 @@ def test_imagenet_from_its_folders(tmp_path: Path) -> None:
         datasets.imagenet.get_dataset(root)
 
 
+def test_images_of_val_are_sorted(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "val" / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"lacks val.txt and synsets.txt, which say where the images"):
+        datasets.imagenet.mvVal2ValFolders(tmp_path)
+    (tmp_path / "val.txt").write_text("a.png 1\nb.png 0\n")
+    (tmp_path / "synsets.txt").write_text("n01\nn02\n")
+    assert [datasets.imagenet.mvVal2ValFolders(tmp_path) for _ in range(2)] == [2, 0]
+    assert (tmp_path / "val" / "n02" / "a.png").is_file()
+    (tmp_path / "val.txt").write_text("c.png 1\n")
+    with pytest.raises(ConfigError, match=r"val.txt lists c.png, which is neither"):
+        datasets.imagenet.mvVal2ValFolders(tmp_path)
+
+
 def test_cutout_sets_squares_to_zero() -> None:
     image = torch.ones(3, 32, 32)
     cut = Cutout(n_holes=1, length=8)(image)

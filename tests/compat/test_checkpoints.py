@@ -19,7 +19,7 @@ from torchquant import (
     set_qmodule_state,
 )
 from torchquant.compat import autoqnn
-from torchquant.compat.checkpoints import load_checkpoint, save_nni
+from torchquant.compat.checkpoints import load_checkpoint, save_autoqnn, save_nni
 from torchquant.compat.nni import QAT_Quantizer
 from torchquant.errors import ConfigError
 from torchquant.qmodule import QWrapper
@@ -175,6 +175,104 @@ def test_autoqnn_state_dict() -> None:
     left = {row.source: row.note for row in key_map if not row.target}
     assert left["0.weight_quant.alpha"] == "measured anew from the weight"
     assert left["4.act_quant.tensor_maxval"] == "starts at an arbitrary number there; calibrate"
+
+
+def theirs(given: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Make a state dict as AutoQNN writes it: a float one, and the buffers of the quantizers of each layer."""
+    state = dict(net().state_dict())
+    for path in ("0", "4"):
+        for slot, buffers in given.items():
+            width = {"float_bitwidth": 4.0, "shadow_bitwidth": 4.0}
+            state |= {f"{path}.{slot}.{name}": torch.as_tensor(value) for name, value in (width | buffers).items()}
+    return state
+
+
+def test_autoqnn_evaluation_goes_on_with_its_numbers() -> None:
+    """Both formulas are those of its evaluation; there `round(x / alpha - 0.5)` is rounding down."""
+    quantizers = autoqnn.quantizers
+    state = theirs({"weight_quant": {"delta": 1.0, "alpha": 1.0}, "act_quant": {"alpha": 0.3}, "bias_quant": {}})
+    model = autoqnn.core.convert(
+        net(), quantize_config_dict={"weight_quant": quantizers.Ternary(), "act_quant": quantizers.ClipQAct(4)}
+    )
+    key_map = {row.source: row for row in load_checkpoint(model, state)}
+    weight = state["0.weight"]
+    codes = (weight / (1.4 * weight.abs().mean())).round().clip(-1, 1)
+    expected = codes * (codes * weight).sum() / codes.abs().sum()
+    torch.testing.assert_close(model[0].weight_quant(weight), expected)
+    x = image()
+    act = ((x / 0.3).floor().clip(-8, 7) + 0.5) * 0.3
+    torch.testing.assert_close(model[0].act_quant(x), act)
+    model.eval()
+    torch.testing.assert_close(model[0](x), torch.nn.functional.conv2d(act, expected, state.get("0.bias")))
+    assert key_map["0.act_quant.alpha"].target == "0.input_quantizer"
+    assert key_map["0.weight_quant.alpha"].note == "measured anew from the weight, as there"
+    assert key_map["0.bias_quant.float_bitwidth"].note == "quantizes nothing there"
+
+
+def test_autoqnn_keys_say_where_the_arithmetic_differs() -> None:
+    quantizers = autoqnn.quantizers
+    state = theirs({"weight_quant": {"alpha": 1.0, "beta": 0.0}, "act_quant": {"alpha": 0.3, "max_exp": 7.0}})
+    model = autoqnn.core.convert(
+        net(), quantize_config_dict={"weight_quant": quantizers.uL2Q(4), "act_quant": quantizers.PotQAct(4)}
+    )
+    notes = {row.source: row.note for row in load_checkpoint(model, state)}
+    assert notes["4.weight_quant.beta"].startswith("measured anew from the weight; there half a step is lost")
+    assert notes["4.act_quant.alpha"] == "there level 1 is missing (docs/algorithms.md I-15); calibrate"
+    assert not model[0].act_quant.is_ready
+
+
+def test_a_learned_width_and_a_class_of_the_user_load_from_autoqnn() -> None:
+    class Halves(autoqnn.quantizers.Quantization):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.register_buffer("alpha", torch.tensor(1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.alpha
+
+    state = theirs({"weight_quant": {"alpha": 0.1}, "act_quant": {"alpha": 0.5}})
+    weight = autoqnn.quantizers.VecQ(bitwidth=8, freeze_bitwidth=False)
+    model = autoqnn.core.convert(net(), quantize_config_dict={"weight_quant": weight, "act_quant": Halves()})
+    load_checkpoint(model, state)
+    assert float(model[0].weight_quant.float_bitwidth.detach()) == 4.0
+    assert float(model[4].act_quant.alpha) == 0.5
+
+
+def test_save_autoqnn_writes_its_keys(tmp_path: Path) -> None:
+    quantizers = autoqnn.quantizers
+    given = {"weight_quant": quantizers.VecQ(4), "act_quant": quantizers.FixedQuantAct(8)}
+    model = autoqnn.core.convert(net(), quantize_config_dict=given)
+    with pytest.raises(ConfigError, match="0: weight_quant has seen no data, so that it has no numbers to save"):
+        save_autoqnn(model, tmp_path / "model.pth")
+    model(image())
+    key_map = save_autoqnn(model, tmp_path / "model.pth")
+    written = torch.load(tmp_path / "model.pth", weights_only=True)
+    steps = {"lambdas", "_lamb", "alpha", "re_alpha", "max_quant_val", "min_quant_val"}
+    widths = {"float_bitwidth", "shadow_bitwidth"}
+    of = {"weight_quant": widths | steps, "bias_quant": widths, "act_quant": widths | {"exponent", "tensor_maxval"}}
+    expected = {f"{path}.{slot}.{name}" for path in ("0", "4") for slot, names in of.items() for name in names}
+    assert written.keys() == expected | net().state_dict().keys()
+    assert float(written["0.act_quant.exponent"]) == float(model[0].act_quant.affine_params().delta.log2())
+    notes = {row.target: row.note for row in key_map}
+    assert notes["0.weight_quant.alpha"].startswith("there the values are scaled by norms")
+    fresh = autoqnn.core.convert(net(), quantize_config_dict=given)
+    load_checkpoint(fresh, tmp_path / "model.pth")
+    for layer in (model, fresh):
+        layer.eval()
+    assert torch.equal(fresh[0].weight, model[0].weight)
+    low, high = model[0].act_quant.observer.get_ranges()
+    assert float(fresh[0].act_quant.observer.get_ranges()[1]) == float(max(-low, high))
+
+
+def test_what_autoqnn_does_not_have_is_not_saved(tmp_path: Path) -> None:
+    given = {"weight_quant": autoqnn.quantizers.VecQ(4, per_channel=True)}
+    model = autoqnn.core.convert(nn.Sequential(nn.Linear(3, 3)), quantize_config_dict=given)
+    with pytest.raises(ConfigError, match="0: weight_quant: AutoQNN's VecQ has no channels; use per_channel=False"):
+        save_autoqnn(model, tmp_path / "model.pth")
+    model = autoqnn.core.convert(nn.Sequential(nn.LSTM(3, 3)), quantize_config_dict=given)
+    with pytest.raises(ConfigError, match="0: AutoQNN has no quantized LSTM, so that it cannot be saved"):
+        save_autoqnn(model, tmp_path / "model.pth")
+    assert list(tmp_path.iterdir()) == []
 
 
 CONFIG = [

@@ -1,7 +1,7 @@
 """Load checkpoints of other libraries into a quantized model, strictly, with a map of where every key went.
 
 Supported are float checkpoints (torchvision, timm, any other), our own, those of the published torchquant's fused
-models, AutoQNN's state dicts, and NNI's exported model with its calibration config, which can be written too.
+models, AutoQNN's state dicts, and NNI's exported model with its calibration config; the last two can be written too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torchquant._files import write_whole
 from torchquant._registry import did_you_mean
 from torchquant._shown import some
 from torchquant._tables import ShownAsTables, text_table
+from torchquant.compat.autoqnn.checkpoints import read_quantizer, written_quantizers
 from torchquant.compat.nni.calibration import calibration_config, restore_calibration
 from torchquant.compat.nni.state_dicts import unwrapped
 from torchquant.deploy.packed.reading import read_checkpoint
@@ -29,13 +30,13 @@ from torchquant.qmodule import float_state_dict
 from torchquant.qmodule.fused_part import current_keys
 from torchquant.utils import observe_any_weights
 
-__all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_nni"]
+__all__ = ["KeyMap", "KeyMapRow", "load_checkpoint", "save_autoqnn", "save_nni"]
 
 WRAPPINGS = ("module.", "_orig_mod.", "bound_model.")
 """Prefixes that DataParallel, torch.compile and NNI put before every key."""
 ENVELOPES = ("state_dict", "model", "model_state_dict", "net")
 _QUANTIZER_KEY = re.compile(r"(_quantizers?\.|_extra_state$|(weight|bias|act)_quant\.)")
-_AUTOQNN_KEY = re.compile(r"(.*)\.(weight|bias|act)_quant\.(\w+)$")
+_AUTOQNN_KEY = re.compile(r"(?:(.*)\.)?((?:weight|bias|act)_quant)\.(\w+)$")
 _OBSERVER_KEY = re.compile(r"(.*_quantizer\.observer)\.(range_min|range_max|num_batches_observed)$")
 
 
@@ -85,6 +86,7 @@ def load_checkpoint(
     key_map = KeyMap()
     places = _places(model, own)
     observers: dict[str, dict[str, Tensor]] = {}
+    theirs: dict[tuple[str, str], dict[str, Tensor]] = {}
     unknown = []
     is_published = not any(key.endswith("observed_weight") for key in state)
     names = {key: _renamed(key, model) for key in state}
@@ -98,17 +100,25 @@ def load_checkpoint(
             for target in places[name]:
                 loaded[target] = value
                 key_map.append(KeyMapRow(key, target, ""))
-        elif _AUTOQNN_KEY.match(key):
-            key_map.append(_autoqnn_row(key))
+        elif match := _AUTOQNN_KEY.match(key):
+            theirs.setdefault((match[1] or "", match[2]), {})[match[3]] = value
         else:
             unknown.append(key)
     for prefix, numbers in observers.items():
         _take_observer(prefix, numbers, own, loaded, key_map)
+    quantizers = []
+    for (path, slot), buffers in theirs.items():
+        quantizers.append(read := read_quantizer(model, path, slot, buffers))
+        loaded |= read.loaded
+        prefix = f"{path}.{slot}".removeprefix(".")
+        key_map += [KeyMapRow(f"{prefix}.{name}", *note) for name, note in read.notes.items() if name in buffers]
     needed = {key for key in own if not _QUANTIZER_KEY.search(key)}
     _check_complete(model, unknown, sorted(needed - loaded.keys()), loaded, own)
     model.load_state_dict({**own, **loaded}, strict=True)
-    if not any(_QUANTIZER_KEY.search(key) for key in loaded):
+    if not any(_QUANTIZER_KEY.search(key) for key in loaded) or theirs:
         observe_any_weights(model)
+    for read in quantizers:
+        read.set()
     if calibration is not None:
         config = read_checkpoint(calibration) if isinstance(calibration, str | os.PathLike) else calibration
         restore_calibration(model, config)
@@ -130,6 +140,21 @@ def save_nni(
     write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
     write_whole(Path(calibration_path), lambda temporary: torch.save(config, temporary))
     return config
+
+
+def save_autoqnn(model: nn.Module, path: str | os.PathLike[str]) -> KeyMap:
+    """Write a model that AutoQNN's `convert` made, here, as a state dict that AutoQNN loads; return what is where.
+
+    The notes of the map say where AutoQNN will compute something else, and why. Raises ConfigError for layers and
+    quantizers that AutoQNN does not have.
+    """
+    floats = {key: value.detach().clone() for key, value in float_state_dict(model).items()}
+    quantizers = written_quantizers(model)
+    write_whole(
+        Path(path), lambda file: torch.save(floats | {key: value for key, (value, _) in quantizers.items()}, file)
+    )
+    rows = [KeyMapRow(key, key, "") for key in floats]
+    return KeyMap([*rows, *(KeyMapRow("", key, note) for key, (_, note) in quantizers.items())])
 
 
 def _unwrapped(state: Any) -> dict[str, Tensor]:
@@ -199,14 +224,6 @@ def _take_observer(
     loaded[f"{prefix}.observed_weight"] = torch.full_like(weight, correction)
     if count is not None:
         key_map.append(KeyMapRow(f"{prefix}.num_batches_observed", f"{prefix}.observed_weight", "1 - 0.9 ** n"))
-
-
-def _autoqnn_row(key: str) -> KeyMapRow:
-    """Report an AutoQNN key that is not loaded: weights are measured in each forward, averages start arbitrarily."""
-    kind = key.rpartition(".")[0].rpartition(".")[2]
-    if kind == "act_quant":
-        return KeyMapRow(key, "", "starts at an arbitrary number there; calibrate")
-    return KeyMapRow(key, "", "measured anew from the weight")
 
 
 def _check_complete(

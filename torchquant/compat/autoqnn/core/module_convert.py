@@ -90,7 +90,9 @@ def _plan(
     module: nn.Module, mapping: Mapping[type[nn.Module], type[nn.Module]] | None, given: Mapping[str, Quantizer]
 ) -> QuantPlan:
     captured = capture(module, trace=False, fuse=False)
-    sites, floats = [], list(captured.floats)
+    sites: list[SitePlan] = []
+    norms = [site for site in captured.sites if site.module is not None and not site.is_layer]
+    floats = [*captured.floats, *(_float(site, NORM_WHY) for site in norms)]
     layers = [site for site in captured.sites if site.module is not None and site.is_layer]
     for site in layers:
         assert site.module is not None

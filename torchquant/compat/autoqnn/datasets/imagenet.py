@@ -31,6 +31,31 @@ def check_idx(train_dataset: Any, val_dataset: Any) -> None:
         raise ConfigError(f"train and val number their classes differently: {', '.join(differing[:3])}")
 
 
+def mvVal2ValFolders(data_path: str | os.PathLike[str]) -> int:  # noqa: N802 - published name
+    """Move the images of `data_path`/val into a folder for each class; return how many were moved.
+
+    `data_path`/val.txt has a line "image label" for each, `data_path`/synsets.txt the name of a class in each line.
+    Images that lie in their folder already stay there. Raises ConfigError.
+    """
+    root = Path(data_path)
+    missing = [name for name in ("val.txt", "synsets.txt") if not (root / name).is_file()]
+    if missing:
+        raise ConfigError(f"{root} lacks {' and '.join(missing)}, which say where the images of val belong")
+    folders = (root / "synsets.txt").read_text(encoding="utf-8").split()
+    n_moved = 0
+    for line in (root / "val.txt").read_text(encoding="utf-8").splitlines():
+        image, label = line.split()
+        source, target = root / "val" / image, root / "val" / folders[int(label)] / image
+        if target.is_file():
+            continue
+        if not source.is_file():
+            raise ConfigError(f"{root / 'val.txt'} lists {image}, which is neither {source} nor {target}")
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+        n_moved += 1
+    return n_moved
+
+
 def to_one_hot(x: Tensor, num_classes: int) -> Tensor:
     """Return labels as rows with a single 1."""
     return torch.nn.functional.one_hot(x, num_classes)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from torch import fx, nn
 
 from torchquant._files import write_whole
+from torchquant.compat.autoqnn._refused import refused_names
 from torchquant.errors import ConfigError, MissingDependencyError, one_line, require
 from torchquant.graph.trace import NotTraceable, traced_graph
 
@@ -120,3 +121,9 @@ def _text(nodes: dict[str, str], edges: list[tuple[str, str]]) -> str:
     for a, b in edges:
         feeds.setdefault(a, []).append(b)
     return "\n".join(f"{label}  ->  {', '.join(feeds.get(name, ['-']))}" for name, label in nodes.items())
+
+
+__getattr__ = refused_names(
+    __name__,
+    {"clone_module": "it copies a model for meta-learning; torch.func.functional_call runs it with other tensors"},
+)
