@@ -237,9 +237,10 @@ class LayerData:
 
     def corrected(self, weight: Tensor, damp: float = 0.01) -> Tensor:
         """Solve for the weight whose outputs on the current inputs are nearest to the float ones: (groups, rows, K)."""
-        if self._corrected is None or self._corrected[0] is not weight or self._corrected[1] != damp:
-            self._corrected = (weight, damp, corrected_weight(weight, self.gram, self.cross_gram, damp))
-        return self._corrected[2]
+        known = self._corrected
+        if known is None or known[1] != damp or not torch.equal(known[0], weight):
+            known = self._corrected = (weight, damp, corrected_weight(weight, self.gram, self.cross_gram, damp))
+        return known[2]
 
     def error(self, weight: Tensor, rounded: Tensor) -> Tensor:
         """Compute the mean squared error of each output under a rounded weight: (groups, rows).

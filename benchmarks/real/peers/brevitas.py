@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,23 +51,18 @@ def graph(network: Real, folder: Path) -> Quantized:
     return _calibrated(network, tools.quantize(traced, compute_layer_map=chosen))
 
 
-ALGORITHMS = ("nearest", "gptq", "gpfq", "bias_correction")
-"""Its post-training algorithms that `rounded` runs."""
-
-
 @torch.no_grad()
-def rounded(network: Real, algorithm: str, suffix: str = "MSE", bits: int = 4) -> nn.Module:
-    """The network rounded by an algorithm of Brevitas; the first and the last layer stay float.
+def rounded(network: Real, folder: Path, algorithm: str, ends: tuple[str, ...], suffix: str = "MSE") -> Quantized:
+    """4-bit weights per channel, by an algorithm of Brevitas; the layers of these names stay float.
 
     GPTQ and GPFQ take the columns with the largest inputs first, and the quantized activations.
     """
-    tools, model = require("brevitas.graph.quantize", "bench"), copy.deepcopy(network.model)
-    layers = [name for name, module in model.named_modules() if isinstance(module, PLAIN)]
-    chosen = _layer_map(tools.LAYERWISE_COMPUTE_LAYER_MAP, suffix, reads=True, bits=bits)
-    model = tools.layerwise_quantize(model, chosen, name_blacklist=[layers[0], layers[-1]])
-    model = _calibrated(network, model).call
+    tools = require("brevitas.graph.quantize", "bench")
+    chosen = _layer_map(tools.LAYERWISE_COMPUTE_LAYER_MAP, suffix, reads=True, bits=4)
+    model = tools.layerwise_quantize(copy.deepcopy(network.model), chosen, name_blacklist=[*ends])
+    made = _calibrated(network, model)
     model(*network.calibration[0])  # its weight quantizers take their numbers from a forward pass behind calibration
-    if algorithm in ("gptq", "gpfq"):
+    if algorithm in ("gptq", "gpfq", "qronos"):
         mode = getattr(require(f"brevitas.graph.{algorithm}", "bench"), f"{algorithm}_mode")
         with mode(model, act_order=True) as running:
             for _ in range(running.num_layers):
@@ -77,7 +73,20 @@ def rounded(network: Real, algorithm: str, suffix: str = "MSE", bits: int = 4) -
         with require("brevitas.graph.calibrate", "bench").bias_correction_mode(model):
             for batch in network.calibration:
                 model(*batch)
-    return model
+    elif algorithm == "adaround":
+        _learn_rounding(model, network)
+    return made
+
+
+def _learn_rounding(model: nn.Module, network: Real) -> None:
+    """Run the learned rounding of Brevitas' examples, layer by layer, with the settings of AdaRound."""
+    examples = require("brevitas_examples.imagenet_classification.ptq.learned_round_utils", "bench")
+    settings = {"": "hard_sigmoid_round", "_loss": "regularised_mse", "_mode": "layerwise", "_lr_scheduler": None}
+    settings |= {"_lr": 1e-2, "_iters": 300, "_batch_size": 8}
+    given = Namespace(**{f"learned_round{name}": value for name, value in settings.items()})
+    pairs = [(x, torch.zeros(len(x))) for (x,) in network.calibration]
+    with torch.enable_grad():
+        examples.apply_learned_round(model, pairs, given)
 
 
 def _calibrated(network: Real, model: nn.Module) -> Quantized:

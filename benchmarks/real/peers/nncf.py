@@ -31,6 +31,26 @@ def quantized(network: Real, folder: Path, preset: str, model_type: str | None =
     return Quantized(compiled_call(model), quantized_weights(model))
 
 
+def compressed(network: Real, folder: Path, group: int = -1, algorithm: str = "") -> Quantized:
+    """4-bit weights of linear layers, a scale for each `group` weights of a row, or each row (-1); tables stay float.
+
+    `algorithm`: "awq", "scale_estimation", "gptq", or none.
+    """
+    nncf, openvino = require("nncf", "bench"), require("openvino", "openvino")
+    nncf.set_log_level(logging.ERROR)
+    feeds = [tuple(tensor.numpy() for tensor in batch) for batch in network.calibration]
+    model = nncf.compress_weights(
+        openvino.Core().read_model(float_file(network, folder)),
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=group,
+        all_layers=True,
+        backup_mode=nncf.BackupMode.NONE,
+        ignored_scope=nncf.IgnoredScope(types=["Gather"], validate=False),
+        **({"dataset": nncf.Dataset(feeds), algorithm: True, "subset_size": len(feeds)} if algorithm else {}),
+    )
+    return Quantized(compiled_call(model), quantized_weights(model))
+
+
 def compiled_call(model: Any) -> Any:
     """An OpenVINO model as a function of tensors. Its FakeQuantize nodes compute in float32.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.real.networks import Real
 from benchmarks.real.peers._base import Peer, Quantized
-from benchmarks.real.peers.onnx_files import Feeds, integer_weights, prepared_file, session_call
+from benchmarks.real.peers.onnx_files import Feeds, float_file, integer_weights, prepared_file, session_call
 from torchquant.errors import require
 
 
@@ -39,6 +41,34 @@ def dynamic(network: Real, folder: Path) -> Quantized:
     tool = require("onnxruntime.quantization", "deploy")
     tool.quantize_dynamic(str(prepared_file(network, folder)), str(path), per_channel=True)
     return Quantized(session_call(path), integer_weights(path))
+
+
+def nbits(network: Real, folder: Path, group: int, algorithm: str = "rtn") -> Quantized:
+    """4-bit weights of matrix products, a scale for each `group` weights of an output, or each output (0).
+
+    `algorithm`: "rtn", "hqq", "gptq".
+    """
+    tool = require("onnxruntime.quantization.matmul_nbits_quantizer", "deploy")
+    onnx, source = require("onnx", "deploy"), float_file(network, folder)
+    size = group or 32
+    chosen = {
+        "rtn": lambda: tool.DefaultWeightOnlyQuantConfig(size, is_symmetric=True, channel_wised_quantize=not group),
+        "hqq": lambda: tool.HQQWeightOnlyQuantConfig(size),
+        "gptq": lambda: tool.GPTQWeightOnlyQuantConfig(_Feeds(source, network.calibration), block_size=size),
+    }[algorithm]()
+    made = tool.MatMulNBitsQuantizer(onnx.load(source), 4, size, is_symmetric=True, algo_config=chosen)
+    made.process()
+    path = folder / f"ort-nbits-{group}-{algorithm}.onnx"
+    onnx.save(made.model.model, path)
+    sizes = [{a.name: a.i for a in node.attribute} for node in made.model.model.graph.node if "NBits" in node.op_type]
+    return Quantized(session_call(path), [size["K"] * size["N"] for size in sizes])
+
+
+class _Feeds(Feeds):
+    """Feeds that can be walked through, as its GPTQ does."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.feeds
 
 
 _NEEDS = ("onnx", "onnxscript", "onnxruntime")

@@ -24,6 +24,32 @@ def dynamic(network: Real, folder: Path) -> Quantized:
     return Quantized(model, [before[name] for name in changed])
 
 
+def rounded(network: Real, folder: Path, group: int = 0, algorithm: str = "affine", reads: bool = False) -> Quantized:
+    """4-bit weights of linear layers, a scale for each `group` weights of a row, or each row (0).
+
+    `algorithm`: that of its scales, "affine" or "hqq_scale_only", or "gptq". `reads`: 8 bits of each token that a layer
+    reads, its range measured.
+    """
+    tool, model = require("torchao.quantization", "networks"), copy.deepcopy(network.model)
+    before = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    grain = tool.PerGroup(group) if group else tool.PerAxis(0)
+    if algorithm == "gptq":
+        prototype = require("torchao.prototype.gptq", "networks")
+        base = tool.Int8WeightOnlyConfig()  # 4 bits want the package mslk
+        tool.quantize_(model, prototype.GPTQConfig(step="observe", base_config=base))
+        for batch in network.calibration:
+            model(*batch)
+        tool.quantize_(model, prototype.GPTQConfig(step="convert", base_config=base))
+    elif reads:
+        given = {"weight_dtype": torch.int4, "weight_granularity": grain, "intx_choose_qparams_algorithm": algorithm}
+        tool.quantize_(model, tool.Int8DynamicActivationIntxWeightConfig(**given))
+    else:
+        given = {"weight_dtype": torch.int4, "granularity": grain, "intx_choose_qparams_algorithm": algorithm}
+        tool.quantize_(model, tool.IntxWeightOnlyConfig(**given))
+    changed = [name for name, p in model.named_parameters() if name in before and _is_quantized(p)]
+    return Quantized(model, [before[name] for name in changed])
+
+
 def _is_quantized(parameter: nn.Parameter) -> bool:
     return type(parameter) is not nn.Parameter and type(parameter.data) is not torch.Tensor
 
