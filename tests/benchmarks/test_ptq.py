@@ -94,7 +94,14 @@ def content(**cells: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("db", "said"), [(20.0, "met"), (12.0, "missed")])
 def test_page_says_how_goals_fare(db: float, said: str) -> None:
-    measured = {"seconds": 2.0, "float_seconds": 0.5, "peak_mb": 110, "peak_before_mb": 100, "agrees": 0.5, "share": 1.0}
+    measured = {
+        "seconds": 2.0,
+        "float_seconds": 0.5,
+        "peak_mb": 110,
+        "peak_before_mb": 100,
+        "agrees": 0.5,
+        "share": 1.0,
+    }
     stages = measured | {"stage_seconds": 1.0, "layers": 3, "undone": 1}
     text = page(
         content(
