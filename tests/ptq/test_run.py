@@ -411,3 +411,21 @@ def test_a_limit_of_memory_changes_no_bit(net: nn.Module, stage: str) -> None:
     assert moved[0] > moved[1] > moved[2] == 0
     assert notes[1].endswith("bytes of waiting inputs were put into files")
     assert [batch.data_ptr() for batch in BATCHES] == before
+
+
+@pytest.mark.parametrize(("n_rows", "n_inputs"), [(24, 64), (24, 96), (40, 48)])
+def test_few_rows_are_damped_so_that_other_inputs_gain(n_rows: int, n_inputs: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(n_inputs, n_inputs, generator=generator) * torch.linspace(2, 0.05, n_inputs)
+    layer = nn.Linear(n_inputs, 32)
+    layer.weight.data = torch.randn(layer.weight.shape, generator=generator)
+    batch, others = (torch.randn(n, n_inputs, generator=generator) @ mixed.mT for n in (n_rows, 512))
+
+    def error(stage: str) -> float:
+        net = nn.Sequential(layer)
+        model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:4,symmetric=narrow/channel"}], batch)
+        ptq.run(model, [stage], [batch])
+        with torch.no_grad():
+            return float((model(others) - net(others)).square().mean())
+
+    assert error("gptq") < 0.95 * min(error("nearest"), error("gptq:damp=0.01"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError
 from torchquant.ptq.functional.columns import Nearest
-from torchquant.ptq.functional.gram import check_gram, gram_sum, output_error
+from torchquant.ptq.functional.gram import check_gram, damping_of, gram_sum, output_error
 from torchquant.ptq.functional.mismatch import corrected_weight
 from torchquant.ptq.ranks import errors_on_all_ranks
 from torchquant.qmodule import WeightSlot
@@ -231,12 +231,21 @@ class LayerData:
     def mean_float_input(self) -> Tensor:
         return self._mean("float_means")
 
+    @property
+    def damping(self) -> float:
+        """Return how much to add to the diagonal of the Gram matrix, in units of its mean; see `damping_of`."""
+        return damping_of(self.n, self._n_columns)
+
     def check(self, damp: float) -> None:
         """Raise for a Gram matrix that carries no information about the layer."""
         check_gram(self.gram, self.n, damp)
 
-    def corrected(self, weight: Tensor, damp: float = 0.01) -> Tensor:
-        """Solve for the weight whose outputs on the current inputs are nearest to the float ones: (groups, rows, K)."""
+    def corrected(self, weight: Tensor, damp: float | None = None) -> Tensor:
+        """Solve for the weight whose outputs on the current inputs are nearest to the float ones: (groups, rows, K).
+
+        damp: in units of the mean diagonal of the Gram matrix, None for `damping`.
+        """
+        damp = self.damping if damp is None else damp
         known = self._corrected
         if known is None or known[1] != damp or not torch.equal(known[0], weight):
             known = self._corrected = (weight, damp, corrected_weight(weight, self.gram, self.cross_gram, damp))

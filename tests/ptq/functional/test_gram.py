@@ -21,6 +21,7 @@ from torchquant.ptq.functional.factors import (
 from torchquant.ptq.functional.gram import (
     check_gram,
     conv_rows,
+    damping_of,
     few_rows,
     gram_sum,
     linear_rows,
@@ -207,3 +208,10 @@ def test_largest_eigenvalue() -> None:
     grams = random_gram(30, 7, torch.Generator().manual_seed(2), groups=4)
     close(largest_eigenvalue(grams), torch.linalg.eigvalsh(grams).amax(-1).tolist())
     close(largest_eigenvalue(torch.zeros(2, 3, 3, dtype=torch.float64)), [0.0, 0.0])
+
+
+def test_damping_grows_without_a_step_where_rows_are_few() -> None:
+    assert [damping_of(n, 100) for n in (10**6, 200, 10, 0)] == pytest.approx([0.01, 0.01, 0.95, 9.95])
+    sizes = [damping_of(n, 100) for n in range(1, 400)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert damping_of(167, 100) == pytest.approx(0.01, abs=1e-4)
