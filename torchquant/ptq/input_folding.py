@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torchquant.ptq.channel_calls import BOUNDED
 from torchquant.ptq.ends import Columns, End
 from torchquant.ptq.paths import ChannelSet, channel_sets
+from torchquant.ptq.shifted_scale import ShiftedScale
 from torchquant.ptq.structure import restart_ranges, same_function
+from torchquant.qmodule import ChannelScale
 
 
 class InputFolding:
@@ -23,7 +25,7 @@ class InputFolding:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model, self.example = model, example
         self.found = channel_sets(model, example)
-        self.chosen: list[tuple[ChannelSet, Tensor]] = []
+        self.chosen: list[tuple[ChannelSet, Tensor, Tensor | None]] = []
 
     def place_for(self, paths: Sequence[str]) -> tuple[ChannelSet, Tensor] | str:
         """Return what layers at these paths read, and the channel of it that each of theirs is, (K,); or why not."""
@@ -61,20 +63,27 @@ class InputFolding:
                 return f"the weight of {end.path} has one scale for several of its channels"
         return ""
 
-    def choose(self, one: ChannelSet, index: Tensor, factor: Tensor) -> str:
-        """Note that channels are to be multiplied by a factor, (K,); say where it goes."""
+    def choose(self, one: ChannelSet, index: Tensor, transform: ChannelScale) -> str:
+        """Note that the channels of the readers, (K,), are to be transformed; say where that goes."""
         factors = torch.ones(one.n, dtype=torch.float64)
-        factors[index] = 1.0 / factor.detach().cpu().double()
-        self.chosen.append((one, factors))
-        return f"folded into {', '.join(dict.fromkeys(end.path for end in one.producers))}"
+        factors[index] = 1.0 / transform.factor.cpu().double()
+        shift = None
+        if isinstance(transform, ShiftedScale):
+            shift = torch.zeros_like(factors)
+            shift[index] = transform.shift.cpu().double()
+        self.chosen.append((one, factors, shift))
+        said = "folded" if shift is None else "folded with a shift"
+        return f"{said} into {', '.join(dict.fromkeys(end.path for end in one.producers))}"
 
     def apply(self, stage: str) -> None:
         """Scale all that was chosen. Raises ConfigError, with everything unchanged, if that changes the function."""
-        ends = [end for one, _ in self.chosen for end in (*one.producers, *one.readers)]
+        ends = [end for one, _, _ in self.chosen for end in (*one.producers, *one.readers)]
         if not ends:
             return
         with same_function(self.model, self.example, ends, stage, "keep the scales before the layers, fold=False"):
-            for one, factors in self.chosen:
+            for one, factors, shift in self.chosen:
+                if shift is not None:
+                    one.shift(shift)
                 one.scale(factors)
         restart_ranges(self.model, ends)
 

@@ -86,7 +86,8 @@ class InputWork:
         began = time.perf_counter()
         before = after = None
         place = None if self.folding is None else self.folding.place_for(list(readers.wrappers))
-        readers.channels = place[1] if isinstance(place, tuple) else None
+        if isinstance(place, tuple):
+            readers.channels, readers.can_shift = place[1], place[0].can_shift and readers.axis == -1
         try:
             before = readers.error(None) if readers.n_rows else None
             label, best, after = self._best(readers, before)
@@ -113,7 +114,7 @@ class InputWork:
     ) -> str:
         """Fold the transform into what gives the channels, else put it before the readers; say which."""
         if self.folding is not None and isinstance(place, tuple) and isinstance(transform, ChannelScale):
-            return f"{label}; {self.folding.choose(*place, transform.factor)}"
+            return f"{label}; {self.folding.choose(*place, transform)}"
         return self._put(readers, transform, label) + (f"; before the layer, because {place}" if place else "")
 
     def _put(self, readers: Readers, transform: InputTransform, label: str) -> str:

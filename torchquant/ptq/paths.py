@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
-from torchquant.ptq.channel_calls import Call
+from torchquant.ptq.channel_calls import BOUNDED, FIXED, POSITIVE, Call
 from torchquant.ptq.channel_rules import RULES
 from torchquant.ptq.channels import NORMED, STOP, Channels
 from torchquant.ptq.ends import Columns, End, NormInput, Parameters, Scale
@@ -51,6 +51,23 @@ class ChannelSet:
                 end.scale(1.0 / factors.double())
             for end in self.readers:
                 end.scale(factors.double())
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether a shift of the channels can go from the bias of the one producer into those of all readers."""
+        takes = all(isinstance(end, Columns) and end.has_bias and not end.is_padded for end in self.readers)
+        is_passed = not {FIXED, POSITIVE, BOUNDED} & set(self.notes)
+        return takes and is_passed and len(self.producers) == 1 and self.producers[0].bias is not None
+
+    def shift(self, shift: Tensor) -> None:
+        """Take a shift, (n,), off the channels of the value; the biases of the readers make it good."""
+        with torch.no_grad():
+            for end in (*self.producers, *self.readers):
+                own = torch.where(end.index < 0, 0.0, shift[end.index])
+                if isinstance(end, Columns):
+                    end.absorb(own)
+                elif end.bias is not None:
+                    end.bias.sub_(own.to(end.bias))
 
     def gathered(self, end: End, values: Tensor) -> Tensor:
         """Bring values of an end's channels, (C,), >= 0, to the set's: the largest of each, (n,), 0 if it has none."""

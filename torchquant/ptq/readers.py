@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchquant.graph.own_inputs import input_quantizer_of
 from torchquant.ptq.ranks import errors_on_all_ranks, is_any, joined_groups, total
+from torchquant.ptq.shifted_scale import ShiftedScale
 from torchquant.ptq.streams import meetings, passes
 from torchquant.qmodule.input_slots import InputSlots, product_with
 from torchquant.qmodule.input_transform import InputTransform, by_input_channel, on_input_channels
@@ -33,7 +34,8 @@ class Readers:
 
     `input_quantizers`: those that will quantize what the layers read, None for inputs that stay float, or that are
     quantized before a transform can change them. `generator`: for random numbers. `channels`: (K,), equal numbers for
-    channels that only one factor can scale; None if each can have its own.
+    channels that only one factor can scale; None if each can have its own. `can_shift`: whether what gives the channels
+    and all readers have biases that can make good a shift.
     """
 
     wrappers: dict[str, InputSlots]
@@ -41,6 +43,7 @@ class Readers:
     input_quantizers: dict[str, Quantizer | None]
     generator: torch.Generator
     channels: Tensor | None = None
+    can_shift: bool = False
 
     def __post_init__(self) -> None:
         self.first = next(iter(self.wrappers.values()))
@@ -84,40 +87,49 @@ class Readers:
 
     def input_max(self) -> Tensor:
         """Return the largest magnitude of each channel, (K,)."""
-        return self._shared(reduce_max(self._over_channels(lambda rows: rows.abs().amax(0)).amax(0)), "amax")
+        return self.shared(reduce_max(self._over_channels(lambda rows: rows.abs().amax(0)).amax(0)), "amax")
 
     def input_mean(self) -> Tensor:
         """Return the mean magnitude of each channel, (K,)."""
         sums = reduce_sum(self._over_channels(lambda rows: rows.abs().sum(0)).sum(0))
-        return self._shared(sums / self.n_rows, "mean")
+        return self.shared(sums / self.n_rows, "mean")
 
     def weight_max(self) -> Tensor:
         """Return the largest magnitude of the weights that each channel is multiplied with, (K,)."""
         found = [by_input_channel(self._seen(w), w.weight_slots()[0].n_groups) for w in self.wrappers.values()]
-        return self._shared(torch.cat([weight.abs().flatten(0, -2) for weight in found]).amax(0), "amax")
+        return self.shared(torch.cat([weight.abs().flatten(0, -2) for weight in found]).amax(0), "amax")
 
-    def _shared(self, values: Tensor, how: str) -> Tensor:
+    def input_middle(self) -> Tensor:
+        """Return the middle of the range of each channel, (K,)."""
+        highest = reduce_max(self._over_channels(lambda rows: rows.amax(0)).amax(0))
+        lowest = -reduce_max(self._over_channels(lambda rows: -rows.amin(0)).amax(0))
+        return self.shared((highest + lowest) / 2, "mean")
+
+    def shared(self, values: Tensor, how: str) -> Tensor:
         """Give channels of one number one value."""
         if self.channels is None:
             return values
         index = self.channels.to(values.device)
-        return values.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, values, how, include_self=False)[index]
+        found = values.new_zeros(int(index.max()) + 1)
+        return found.scatter_reduce(0, index, values, how, include_self=False)[index]
 
     def error(self, transform: InputTransform | None) -> float:
         """Compute the squared error of all outputs over their squares, with everything rounded behind the transform."""
         change, on_weight = (_same, _same) if transform is None else (transform, transform.on_weight)
-        lost, power = reduce_sum(torch.stack(self._lost(change, on_weight)).detach().double()).tolist()
+        shift = transform.shift if isinstance(transform, ShiftedScale) else None
+        lost, power = reduce_sum(torch.stack(self._lost(change, on_weight, shift)).detach().double()).tolist()
         return lost / power if power > 0 else 0.0
 
-    def loss(self, change: Change, on_weight: Change) -> Tensor:
+    def loss(self, change: Change, on_weight: Change, shift: Tensor | None = None) -> Tensor:
         """Compute the error behind any change of the value and its inverse on weights (..., K): (), differentiable.
 
+        `shift`: (K,), what the change takes off each channel first, which biases make good.
         In a process group it is the share of this rank, whose sum over the ranks is the error.
         """
-        lost, power = self._lost(change, on_weight)
+        lost, power = self._lost(change, on_weight, shift)
         return lost / reduce_sum(power.detach()).clamp_min(1e-30)
 
-    def _lost(self, change: Change, on_weight: Change) -> tuple[Tensor, Tensor]:
+    def _lost(self, change: Change, on_weight: Change, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lost = power = self._seen(self.first).new_zeros(())
         for path, wrapper in self.wrappers.items():
             slot = wrapper.weight_slots()[0]
@@ -128,8 +140,11 @@ class Readers:
             observed = [change(x) for x in self.values or [self._nothing()]]
             observed = observed if self.input_quantizers[path] is not None else []
             seen = _rounded([change(x) for x in self.sample], observed, self.input_quantizers[path])
+            moved = lost.new_zeros(())
+            if shift is not None:
+                moved = product_with(wrapper.row, wrapper.layer, shift.to(weight), self._seen(wrapper))
             for x, wanted in zip(seen, self.wanted[path], strict=True):
-                found = product_with(wrapper.row, wrapper.layer, x, weight)
+                found = product_with(wrapper.row, wrapper.layer, x, weight) + moved
                 lost = lost + (found - wanted).square().sum()
                 power = power + wanted.square().sum()
         return lost, power

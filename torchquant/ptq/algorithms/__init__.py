@@ -18,6 +18,7 @@ from torchquant.ptq.algorithms import fold_norm as fold_norm
 from torchquant.ptq.algorithms import gpfq as gpfq
 from torchquant.ptq.algorithms import gptq as gptq
 from torchquant.ptq.algorithms import hqq as hqq
+from torchquant.ptq.algorithms import let as let
 from torchquant.ptq.algorithms import low_rank as low_rank
 from torchquant.ptq.algorithms import magr as magr
 from torchquant.ptq.algorithms import nearest as nearest

@@ -34,7 +34,7 @@ class OmniQuant(BlockStage):
     """Learn by gradients of the error of the block's output how far the range of each channel or group is clipped.
 
     Any scheme whose numbers are in the units of the weight. `steps` of Adam at `rate`, each on one batch.
-    Deviation: one ratio clips both ends of a range; inputs are not rescaled.
+    Deviation: one ratio clips both ends of a range. The paper's transformation of inputs is the stage `let`.
     """
 
     changes = "numbers"
