@@ -389,7 +389,7 @@ def test_batch_norm_without_statistics_and_per_input_channel_scales_stay_float()
     model = calibrated(QWrapper([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)], weights(axis=1), acts()), x)
     form = deploy_form(model)
     assert form.bn is not None
-    assert form.weight.scale.shape == (2,)
+    assert form.weight.scale.shape == (4, 2)  # in every row: with a scale along the inputs alone ONNX Runtime fails
     with torch.no_grad():
         assert torch.equal(form(x), simulated(model, x))
 
@@ -414,7 +414,7 @@ def test_grouped_transposed_convolution(axis, bn):
 
 def test_grouped_transposed_convolution_in_onnx(tmp_path):
     model, x = grouped_transposed(axis=1, bn=True)
-    got = run_onnx(export_onnx(model, tmp_path / "up.onnx", x), x, optimize=False)
+    got = run_onnx(export_onnx(model, tmp_path / "up.onnx", x), x)
     steps = (got - simulated(model, x)).abs() / model.acts_quantizer.affine_params().delta
     assert float(steps.max()) <= 1.01
     assert float((steps > 0.01).float().mean()) <= 0.01

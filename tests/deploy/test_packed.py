@@ -116,7 +116,11 @@ def test_every_scheme_computes_the_same_bit_for_bit(name: str, axis: int | None,
 
 
 @pytest.mark.parametrize(
-    "spec", ["affine:3,symmetric=narrow/group=16", "nf4/group=7", "affine:12", "affine:16/channel"]
+    "spec",
+    [
+        *("affine:3,symmetric=narrow/group=16", "nf4/group=7", "affine:12", "affine:16/channel"),
+        *("esb:4,k=1/in_channel", "affine:3/block=3x8"),
+    ],
 )
 def test_groups_and_wide_codes(spec: str, tmp_path: Path) -> None:
     def build() -> nn.Module:

@@ -120,8 +120,19 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("weight", ["affine:8/group=4", "affine:4,symmetric=narrow/group=64", "lsq:4/group=8"])
-@pytest.mark.parametrize("kind", LAYERS)
+GROUPS = ["affine:8/group=4", "affine:4,symmetric=narrow/group=64", "lsq:4/group=8"]
+INPUTS = ["affine:8/in_channel", "lsq:4/in_channel", "nf4/in_channel", "twn/in_channel"]
+BLOCKS = {
+    "linear": ("affine:4/block=5x13", "affine:8/block=5x1"),
+    "conv": ("affine:4/block=2x3x1", "affine:8/block=2x-1x1x3", "lsq:4/block=4x1x-1x1"),
+    "transposed": ("affine:4/block=3x2x3x1", "affine:8/block=2x1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [(kind, weight) for kind in LAYERS for weight in (*GROUPS, *INPUTS, *BLOCKS.get(kind, ()))],
+)
 def test_a_grid_for_each_group_gives_the_very_weights(kind: str, weight: str) -> None:
     """Rows that are no multiple of the group, and rows shorter than one group, among them."""
     torch.manual_seed(0)
@@ -143,6 +154,31 @@ def seen_by(wrapper: tq.QWrapper) -> torch.Tensor:
     assert wrapper.weight_quantizer is not None
     quantized = wrapper.weight_quantizer(wrapper.float_weight())
     return wrapper.row.channels_first(wrapper.layer, quantized).contiguous()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "affine:8/in_channel",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("affine:4,symmetric=narrow/block=4x3", "twn/in_channel")),
+    ],
+)
+def test_scales_along_the_inputs_run_in_onnx_runtime(weight: str, tmp_path: Path) -> None:
+    """Layers with as many inputs as outputs, for which its integer kernels would take the scales for the others'."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(12, 12, 3), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 12)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1:
+                parameter *= torch.logspace(-1, 1, 12).view(-1, *[1] * (parameter.ndim - 2))
+    x = torch.randn(4, 12, 14)
+    rules = [{"weight": weight, "input": "affine:8", "output": "affine:8"}]
+    model = tq.quantize(net, rules, x)
+    tq.calibrate(model, [x])
+    path = export_onnx(model, tmp_path / "net.onnx", x[:1], verify=False)
+    certificate = certify(model, path, [(x,)])
+    assert certificate.passed, certificate.failures
+    assert not certificate.failures
 
 
 def test_groups_run_in_onnx_runtime_between_codes_and_behind_a_batch_norm(tmp_path: Path) -> None:

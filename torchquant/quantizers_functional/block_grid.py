@@ -58,6 +58,12 @@ class BlockGrid:
         order = [axis for i in range(x.ndim) for axis in (i, x.ndim + i)]
         return in_layout_of(paired.permute(order).reshape(x.shape), x)
 
+    def runs(self, shape: torch.Size) -> tuple[int, int]:
+        """Return how many neighbours of a flattened row, and how many rows, a block has in one piece."""
+        counts, sizes = self._places(shape)
+        parted = [axis for axis in range(1, len(sizes)) if counts[axis] > 1]
+        return prod(sizes[parted[-1] if parted else 1 :]), sizes[0]
+
     def block_of_each(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Return the place of the block of each element of a tensor of that shape, int64."""
         counts, sizes = self._places(shape)

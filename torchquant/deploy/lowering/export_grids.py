@@ -14,6 +14,7 @@ from torch import Tensor
 from torchquant.errors import ExportError, NoAffineViewError, NoCodesError
 from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional._levels import level_values
 from torchquant.quantizers_functional.bn_fold import channel_view
 from torchquant.quantizers_functional.formats import AffineParams, UniformGrid
 from torchquant.quantizers_functional.requantize import INT32_MAX
@@ -121,8 +122,6 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
     (None beyond 8 bits); unsigned codes and their zero point about the middle of their range. A factor of 0
     keeps the scale and sets all codes to the zero point.
     """
-    if grid.axis not in (None, 0):
-        return None
     signed = grid.qmin < 0 and not bool(grid.zero_point.any())
     mirror = 0 if signed else grid.qmin + grid.qmax
     zero_point = torch.where(factor < 0, mirror - grid.zero_point, grid.zero_point)
@@ -140,20 +139,24 @@ def fold_into_scale(codes: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, 
 class Table:
     """A weight whose levels do not form a uniform grid: a level for each code, and its integer terms if it has any.
 
-    codes: (C, ...) int32 from 0 on, channels first. levels: (L,) or (C, L) float32. terms: as in
-    `Quantizer.integer_terms`, with ints in place of tables: [(scale () or (C,) float64, (C, ...) int64)].
+    codes: (C, ...) int32 from 0 on, channels first. levels: (L,) or (C, L) float32, for the slices of `axis`. terms: as
+    in `Quantizer.integer_terms`, with ints in place of tables: [(scale () or (C,) float64, (C, ...) int64)]; none for
+    levels along another axis than 0.
     """
 
     codes: Tensor
     levels: Tensor
     terms: tuple[tuple[Tensor, Tensor], ...]
+    axis: int = 0
 
     def real(self) -> Tensor:
         """Return the weight, float32."""
-        return look_up(self.levels, self.codes)
+        return level_values(self.codes.to(torch.int64), self.levels, self.axis)
 
-    def scaled(self, factor: Tensor) -> Table:
-        """Return the table of the weight times `factor`, (C,)."""
+    def scaled(self, factor: Tensor) -> Table | None:
+        """Return the table of the weight times `factor`, one for each output channel; None if this needs new codes."""
+        if self.axis != 0:
+            return None
         levels = self.levels * factor[:, None]
         signs = channel_view(factor.sign().to(torch.int64), self.codes.ndim, 0)
         sizes = torch.where(factor == 0, 1.0, factor.abs()).to(torch.float64)
@@ -175,20 +178,13 @@ class Table:
         return ints.to(torch.int32), grid
 
 
-def look_up(levels: Tensor, codes: Tensor) -> Tensor:
-    """Look up the level of each code. levels: (L,), or (C, L) for codes (C, ...)."""
-    if levels.ndim == 1:
-        return levels[codes.to(torch.int64)]
-    return levels.gather(1, codes.flatten(1).to(torch.int64)).view(codes.shape)
-
-
 @torch.no_grad()
 def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
     """Return the codes and levels of a weight under any quantizer with codes; channels first. Raises ExportError."""
     check_ready(quantizer, name)
-    if quantizer.columns_differ:
+    if quantizer.levels_vary:
         raise ExportError(
-            f"{name} has scales per block or group, or input channel, and their levels do not form a uniform grid. "
+            f"{name} has scales per block or group, and their levels do not form a uniform grid. "
             "Use a uniform scheme, such as affine:4/group=32, or one scale per tensor or channel here, write a packed "
             "file (save_packed), or give this site None to keep it float"
         )
@@ -198,15 +194,16 @@ def weight_table(quantizer: Quantizer, weight: Tensor, name: str) -> Table:
         raise ExportError(f"{name} cannot be exported: {error}") from error
     if high - low > LARGEST_CODE:
         raise ExportError(f"{name} uses codes {low}..{high}, which 8 bits do not hold. Use n_bits <= 8")
-    levels = quantizer.code_values()
+    levels, axis = quantizer.code_values(), (quantizer.axis or 0) % weight.ndim
     try:
-        tables = quantizer.integer_terms()
+        tables = quantizer.integer_terms() if axis == 0 else []
     except NoAffineViewError:
         tables = []
     if any(int(table.abs().max()) > LARGEST_INTEGER for _, table in tables):
         tables = []
-    terms = tuple(_without_zero_scales(scale, look_up(table, codes - low)) for scale, table in tables)
-    return Table(codes - low, levels, terms)
+    index = (codes - low).to(torch.int64)
+    terms = tuple(_without_zero_scales(scale, level_values(index, table, axis)) for scale, table in tables)
+    return Table(codes - low, levels, terms, axis)
 
 
 def _without_zero_scales(scale: Tensor, ints: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,13 +221,10 @@ def layer_grid(grid: Grid, layer: Any, row: LayerPattern) -> Grid | None:
     The layouts differ for transposed convolutions, stored as (in, out / groups, ...): there the groups share the
     numbers of a per-output-channel grid. None if the groups have different numbers.
     """
-    if isinstance(row, InputFirstPattern) and grid.axis in (0, 1):
-        return replace(grid, axis=1 - grid.axis)
-    if not row.transposed or grid.axis not in (0, 1):
+    if isinstance(row, InputFirstPattern) and grid.axis == 0:
+        return replace(grid, axis=1)
+    if not row.transposed or grid.axis is None:
         return grid
-    if grid.axis == 1:
-        scales, offsets = grid.scale.repeat(layer.groups), grid.zero_point.repeat(layer.groups)
-        return replace(grid, scale=scales, zero_point=offsets, axis=0)
     scales, offsets = grid.scale.view(layer.groups, -1), grid.zero_point.view(layer.groups, -1)
     if not (torch.equal(scales, scales[:1].expand_as(scales)) and torch.equal(offsets, offsets[:1].expand_as(offsets))):
         return None

@@ -91,17 +91,19 @@ def dequantize_linear(
 ) -> Tensor:
     """`(codes - zero_point) * scale` in float32, as ONNX defines it; shapes as in `quantize_linear`.
 
-    With `block`, codes (C, K) have a scale and a zero point, (C, ceil(K / block)), for each `block` along axis 1.
+    With `block`, codes (C, K) have a scale and a zero point for each `block` along `axis`, 0 or 1, in each slice of the
+    other axis: (C, ceil(K / block)), or (ceil(C / block), K).
     """
     if as_nodes():
         inputs = (codes, scale) if zero_point is None else (codes, scale, zero_point)
         blocks = {} if block is None else {BLOCK: block}
         return node("DequantizeLinear", inputs, torch.float32, codes.shape, **_axis(axis), **blocks)
     if block is not None:
-        own = torch.arange(codes.shape[1], device=codes.device) // block
+        assert axis is not None
+        own = torch.arange(codes.shape[axis], device=codes.device) // block
         steps = codes.to(torch.float32)
-        steps = steps if zero_point is None else steps - zero_point[:, own]
-        return steps * scale[:, own]
+        steps = steps if zero_point is None else steps - zero_point.index_select(axis, own)
+        return steps * scale.index_select(axis, own)
     steps = codes.to(torch.float32)
     if zero_point is not None:
         steps = steps - per_channel_view(zero_point, codes.ndim, axis)
@@ -302,9 +304,8 @@ class StoredWeight(StoredGrid, PassesForTensor):
         if self.to_layer is not None:
             return super().rows(index)
         codes = self._counted(look_up_linear(self.codes, index, None))
-        if self.axis != 0:
-            axis = None if self.axis is None else self.axis - 1 + index.ndim
-            return dequantize_linear(codes, self.scale, self.zero_point, axis)
+        if self.axis is None:
+            return dequantize_linear(codes, self.scale, self.zero_point, None)
         steps = codes.to(torch.float32)
         if self.has_zero_point:
             steps = steps - look_up_linear(self.zero_point, index, None).to(torch.float32).unsqueeze(-1)
@@ -331,7 +332,7 @@ class StoredTable(PassesForTensor):
         levels = table.levels
         rows = None
         if levels.ndim == 2:
-            rows = channel_view(torch.arange(len(levels)) * levels.shape[1], table.codes.ndim, 0)
+            rows = channel_view(torch.arange(len(levels)) * levels.shape[1], table.codes.ndim, table.axis)
         self.register_buffer("first_levels", rows)
         self.register_buffer("levels", levels.flatten())
 
@@ -348,7 +349,7 @@ class StoredTable(PassesForTensor):
 
     def rows(self, index: Tensor) -> Tensor:
         first = self.first_levels
-        of_rows = None if first is None else look_up_linear(first, index, None)
+        of_rows = None if first is None else first[0] if len(first) == 1 else look_up_linear(first, index, None)
         return look_up_linear(self.levels, look_up_linear(self.codes, index, None), of_rows)
 
 

@@ -21,7 +21,7 @@ from torchquant.deploy.lowering.export_grids import (
     weight_table,
 )
 from torchquant.deploy.lowering.qdq import StoredTable, StoredWeight, Terms
-from torchquant.deploy.lowering.stored_groups import GroupCodes, StoredGroups, group_codes
+from torchquant.deploy.lowering.stored_groups import GroupCodes, StoredGroups, group_codes, input_channel_codes
 from torchquant.errors import ExportError, NoAffineViewError
 from torchquant.qmodule import QWrapper
 from torchquant.qmodule.bn_folding import running_factor
@@ -38,11 +38,8 @@ def stored_weight(
     bn = None if wrapper.fold_mode else wrapper.bn
     factor = running_factor(bn) if bn is not None and _can_fold(bn, layer) else None
     kept = encoded_weight(weight, quantizer, name, path)
-    if isinstance(kept, Table):
-        if factor is not None:
-            kept, bn = kept.scaled(factor), None
-    elif not isinstance(kept, GroupCodes):
-        folded = None if factor is None else fold_into_scale(*kept, factor)
+    if factor is not None and not isinstance(kept, GroupCodes):
+        folded = kept.scaled(factor) if isinstance(kept, Table) else fold_into_scale(*kept, factor)
         if folded is not None:
             kept, bn = folded, None
     to_layer = partial(wrapper.row.channels_first, layer)
@@ -88,7 +85,9 @@ Encoded = Table | GroupCodes | tuple[Tensor, Grid]
 
 
 def encoded_weight(weight: Tensor, quantizer: Quantizer, name: str, path: str) -> Encoded:
-    """The weight in codes of a uniform grid, of one for each group, or of any other scheme; channels first.
+    """The weight in codes of a uniform grid, of one for each group or input channel, or of any other scheme.
+
+    Its output channel is on axis 0.
 
     Raises ExportError.
     """
@@ -103,9 +102,9 @@ def encoded_weight(weight: Tensor, quantizer: Quantizer, name: str, path: str) -
         if not isinstance(error.__cause__, NoAffineViewError):
             raise
         return weight_table(quantizer, weight, name)
-    if grid.axis is not None:
-        grid = replace(grid, axis=grid.axis % weight.ndim)
-    return quantizer.encode(weight), grid
+    codes, axis = quantizer.encode(weight), None if grid.axis is None else grid.axis % weight.ndim
+    grid = replace(grid, axis=axis)
+    return (codes, grid) if axis in (None, 0) else input_channel_codes(codes, grid)
 
 
 def picked_rows(kept: Encoded, order: Tensor) -> Encoded:
@@ -113,9 +112,9 @@ def picked_rows(kept: Encoded, order: Tensor) -> Encoded:
     if isinstance(kept, GroupCodes):
         return kept.picked(order)
     if isinstance(kept, Table):
-        levels = kept.levels[order] if kept.levels.ndim == 2 else kept.levels
+        levels = kept.levels[order] if kept.levels.ndim == 2 and kept.axis == 0 else kept.levels
         terms = tuple((scale[order] if scale.ndim else scale, ints[order]) for scale, ints in kept.terms)
-        return Table(kept.codes[order], levels, terms)
+        return Table(kept.codes[order], levels, terms, kept.axis)
     codes, grid = kept
     if grid.axis == 0:
         grid = replace(grid, scale=grid.scale[order], zero_point=grid.zero_point[order])
@@ -130,10 +129,8 @@ def _on_grid(codes: Tensor, grid: Grid, layout: Layout, keep_signed: bool, table
         ints = ints - offset
         codes, table = (ints, None) if table is None else (codes, table - offset)
     scale = grid.scale.to(torch.float64)
-    terms: Terms = ()
-    if grid.axis in (None, 0):
-        zero_point = grid.zero_point if grid.axis is None else channel_view(grid.zero_point, ints.ndim, 0)
-        terms = ((scale, layout.to_layer(ints.to(torch.int32) - zero_point)),)
+    zero_point = grid.zero_point if grid.axis is None else channel_view(grid.zero_point, ints.ndim, 0)
+    terms: Terms = ((scale, layout.to_layer(ints.to(torch.int32) - zero_point)),)
     laid_out = layout.grid(grid)
     if laid_out is None:
         return StoredWeight(codes, grid, terms, layout.to_layer, table)

@@ -83,8 +83,8 @@ def _quant_of(module: nn.Module, path: str) -> nn.Module:
         )
     if isinstance(module, StoredGroups):
         raise ExportError(
-            f"{path}: QONNX is written with one scale per tensor or channel, and this weight has one for each group. "
-            "Use a scheme without /group here, or export_onnx"
+            f"{path}: QONNX is written with one scale per tensor or channel, and this weight has one for each group or "
+            "block. Use a scheme without /group and /block here, or export_onnx"
         )
     if isinstance(module, QuantizeTokens):
         raise ExportError(
