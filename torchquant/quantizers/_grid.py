@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Set
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -101,10 +102,18 @@ class GridQuantizer(Quantizer):
 
     def column_rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
         is_own = type(self).quantize is not GridQuantizer.quantize or type(self).nearest is not GridQuantizer.nearest
-        if is_own or self.columns_differ:
+        if is_own or self.levels_vary or (self.columns_differ and not (self.is_pinned and self.axis == 1)):
             return super().column_rounder()
         form = self.format()
-        return lambda x, columns: cast_back(form.project(x.to(compute_dtype(x)))[0], x.dtype)
+        if not self.columns_differ:
+            return lambda x, columns: cast_back(form.project(x.to(compute_dtype(x)))[0], x.dtype)
+        inside = prod(int(size) for size in self.pinned.tolist()[2:])
+
+        def rounded(x: Tensor, columns: Tensor) -> Tensor:
+            own = form.of_channels(columns // inside)
+            return cast_back(own.project(x.to(compute_dtype(x)))[0], x.dtype)
+
+        return rounded
 
     @torch.no_grad()
     def side_bytes(self, x: Tensor) -> int:
