@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Row(NamedTuple):
-    """One example. `verdict`: "runs", "differs" or "refused"; `why`: for the last two. `test`: the function's name."""
-
-    name: str
-    what: str
-    verdict: str
-    why: str
-    test: str
-
+from tests.compat.coming_from import Row
 
 NOTEBOOKS = ("Demo.ipynb", "Cifar10.ipynb", "AutoESB.ipynb", "DNN-Analysis.ipynb")
 DOCSTRINGS = ("binary.py", "ternary.py", "ul2q.py", "vecq.py", "clipq.py", "zoomq.py", "potq.py", "resq.py")

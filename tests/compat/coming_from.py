@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from tests import ROOT
 
 PAGE = ROOT / "docs" / "coming-from.md"
-PROJECTS = ("nni",)
+PROJECTS = ("nni", "autoqnn")
 COLUMNS = ("there", "what", "here", "why", "shown by")
 VERDICTS = ("runs", "differs", "refused")
 
 
-def rows(project: str) -> Sequence[Sequence[str]]:
-    """The rows of a project: (where it is there, what it does, verdict, reason, FILE::TEST below tests/compat)."""
-    return importlib.import_module(f"tests.compat.{project}_cases").ROWS
+class Row(NamedTuple):
+    """One test, example, notebook or document. `why`: the reason of a verdict. `test`: a function in tests/compat."""
+
+    name: str
+    what: str
+    verdict: str
+    why: str
+    test: str
+
+
+def rows(project: str) -> list[Row]:
+    found: list[Row] = importlib.import_module(f"tests.compat.{project}_cases").ROWS
+    return found
 
 
 def marks(project: str) -> tuple[str, str]:
@@ -30,8 +40,8 @@ def written(page: str) -> str:
     """The page with the tables in their places."""
     for project in PROJECTS:
         found = rows(project)
-        counts = Counter(verdict for _, _, verdict, _, _ in found)
-        lines = [COLUMNS, ["---"] * 5, *([f"`{r[0]}`", r[1], r[2], r[3], f"`{r[4]}`"] for r in found)]
+        counts = Counter(row.verdict for row in found)
+        lines = [COLUMNS, ["---"] * 5, *(row._replace(test=f"`{row.test}`") for row in found)]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
         begin, end = marks(project)
