@@ -511,7 +511,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "find_recipe": lambda: {"name": "gptq"},
         "make_stage": lambda: {"spec": "gptq"},
         "preview": on_model(stages=["nearest"], names=("*",), skip=(), blocks=()),
-        "quantized_cache": lambda: {"keys": 4, "values": 4, "group": 32, "residual": 128},
+        "quantized_cache": lambda: {"keys": 4, "values": 4, "group": 32, "residual": 128, "rotate": False},
         "run": on_model(
             stages=["nearest"],
             batches=BATCHES,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.linalg import hadamard as scipy_hadamard
 from torch import Tensor
 
 from torchquant.errors import ConfigError
@@ -42,6 +43,17 @@ def test_tokens_by_a_quantizer_of_the_package(spec: str) -> None:
     assert torch.equal(found, added(at_once, 21))
     assert torch.equal(found[:, :, :19], make_quantizer(spec, "output")(X[:, :, :19]))
     assert torch.equal(found[:, :, 19:], X[:, :, 19:])
+
+
+def test_keys_are_rotated_while_they_are_codes() -> None:
+    plain, turned, parts = (QuantizedTokens(TOKEN, -2, 4, 2, rotate) for rotate in (False, True, True))
+    found = added(turned, 21)
+    assert torch.equal(found, added(parts, 9, *[1] * 12))
+    assert torch.equal(found[:, :, 19:], X[:, :, 19:])
+    turn = torch.tensor(scipy_hadamard(8)).float() / 8**0.5
+    wanted = make_quantizer(TOKEN, "output")(X[:, :, :19] @ turn) @ turn
+    torch.testing.assert_close(found[:, :, :19], wanted)
+    assert (found - X).square().mean() < 0.5 * (added(plain, 21) - X).square().mean()
 
 
 def test_bytes_and_chosen_sequences() -> None:

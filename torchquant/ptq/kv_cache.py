@@ -11,6 +11,7 @@ from torch import Tensor
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, TorchQuantError, require
 from torchquant.ptq.functional.kv_cache import quantized_tokens
+from torchquant.ptq.functional.orthogonal import hadamard_transform
 from torchquant.quantizers import Quantizer, make_quantizer
 from torchquant.quantizers_functional.formats import UniformGrid
 
@@ -20,8 +21,9 @@ class QuantizedTokens:
 
     `bits`: a number of bits, for grids from the smallest to the largest of `group` neighbours along `axis`, -2 the
     tokens, -1 the channels; or the spec of a quantizer that needs no calibration, "affine:8,symmetric=narrow/token".
-    The last `residual` tokens stay float, and those that do not fill a group of tokens yet. Adding tokens one by one
-    gives the same bits as adding them all at once.
+    `rotate`: whether codes are those of channels rotated by a Hadamard matrix, of the largest power of two that divides
+    their number; what is read is rotated back. The last `residual` tokens stay float, and those that do not fill a
+    group of tokens yet. Adding tokens one by one gives the same bits as adding them all at once.
 
     >>> keys = QuantizedTokens(8, axis=-1, group=2, residual=1)
     >>> keys.add(torch.tensor([[[[0.0, 1.0], [2.0, 3.3]]]]))
@@ -31,13 +33,13 @@ class QuantizedTokens:
     (2, torch.uint8)
     """
 
-    def __init__(self, bits: int | str, axis: int, group: int, residual: int) -> None:
+    def __init__(self, bits: int | str, axis: int, group: int, residual: int, rotate: bool = False) -> None:
         if group < 1 or residual < 0:
             raise ConfigError(f"a cache needs group >= 1 and residual >= 0, got {group} and {residual}")
         if isinstance(bits, int) and not 1 <= bits <= 8:
             raise ConfigError(f"a cache takes 1 to 8 bits, or the spec of a quantizer, got {bits}")
         self.quantizer = None if isinstance(bits, int) else _without_calibration(bits)
-        self.bits, self.axis, self.group, self.residual = bits, axis, group, residual
+        self.bits, self.axis, self.group, self.residual, self.rotate = bits, axis, group, residual, rotate
         self.codes: tuple[Tensor, ...] = ()
         self.rest: Tensor | None = None
 
@@ -70,10 +72,15 @@ class QuantizedTokens:
         step = self.group if self._is_over_tokens else 1
         n_new = quantized_tokens(self.n_tokens, step, self.residual) - self.n_coded
         if n_new > 0:
-            new = self._encode(self.rest[..., :n_new, :])
+            new = self._encode(self._turned(self.rest[..., :n_new, :]))
             self.codes = tuple(torch.cat(pair, 2) for pair in zip(self.codes, new, strict=True)) if self.codes else new
             self.rest = self.rest[..., n_new:, :].clone()
-        return torch.cat([self._decode(x.dtype), self.rest], -2) if self.codes else self.rest.clone()
+        return torch.cat([self._turned(self._decode(x.dtype)), self.rest], -2) if self.codes else self.rest.clone()
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Rotate the channels, where that is wanted; the same again rotates them back."""
+        n = x.shape[-1]
+        return hadamard_transform(x, n & -n) if self.rotate else x
 
     def _encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return codes, and the numbers of their grids, with the batch and the tokens, or their groups, at 0 and 2."""
@@ -124,7 +131,9 @@ def _without_calibration(spec: str) -> Quantizer:
 
 
 @checked
-def quantized_cache(keys: int | str = 2, values: int | str = 2, group: int = 32, residual: int = 128) -> Any:
+def quantized_cache(
+    keys: int | str = 2, values: int | str = 2, group: int = 32, residual: int = 128, rotate: bool = False
+) -> Any:
     """Make a cache for models of transformers that keeps keys and values in few bits.
 
     It is the argument `past_key_values` of the model and of `generate`, in newer releases `cache`.
@@ -133,7 +142,9 @@ def quantized_cache(keys: int | str = 2, values: int | str = 2, group: int = 32,
     channel over `group` tokens, values per token over the largest number of channels that divides both `group` and
     the size of a head, on grids from their smallest to their largest value. By a spec, each token of each head is
     quantized by itself. The last `residual` tokens stay float. Keys come to the cache behind their rotary embedding.
-    Source: Liu et al. 2024, KIVI, arXiv:2402.02750. Raises ConfigError, MissingDependencyError.
+    `rotate`: keys are rotated before they become codes, and back behind, so that no channel of a token has outliers;
+    for grids per channel it gains nothing. Source: Liu et al. 2024, KIVI, arXiv:2402.02750; the rotation R3 of Ashkboos
+    et al. 2024, arXiv:2404.00456, of keys alone. Raises ConfigError, MissingDependencyError.
     """
     for bits, axis in ((keys, -2), (values, -1)):
         QuantizedTokens(bits, axis, group, residual)
@@ -159,7 +170,10 @@ def quantized_cache(keys: int | str = 2, values: int | str = 2, group: int = 32,
             return self.get_seq_length() + query_length, 0
 
         def reset(self) -> None:
-            self.parts = QuantizedTokens(keys, -2, group, residual), QuantizedTokens(values, -1, group, residual)
+            self.parts = (
+                QuantizedTokens(keys, -2, group, residual, rotate),
+                QuantizedTokens(values, -1, group, residual),
+            )
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             self.batch_select_indices(beam_idx)
