@@ -100,7 +100,7 @@ ROWS: list[Row] = [
         "ImageNet from TFRecord files",
         "refused",
         "its names are missing from its own imports, so that it runs nowhere; ImageFolder of the images does the same",
-        "test_what_is_refused_says_why",
+        "test_what_of_autoqnn_is_refused_says_why",
     ),
     Row(
         "datasets/imagenet.py, mvVal2ValFolders",
@@ -114,7 +114,7 @@ ROWS: list[Row] = [
         "a copy whose parameters have gradients",
         "refused",
         "it is not about quantization; torch.func.functional_call runs a model with other parameters",
-        "test_what_is_refused_says_why",
+        "test_what_of_autoqnn_is_refused_says_why",
     ),
     Row(
         "quantizers/quantization.py, freeze_bitwidth=False",

@@ -63,7 +63,7 @@ _ROWS = [
         "distillation, pruning and quantization at once",
         REFUSED,
         "no pruning; torchquant.training.fit(model, batches, teacher=...) distils",
-        "test_what_is_refused_says_why",
+        "test_what_of_nni_is_refused_says_why",
     ),
     (
         "test/training_service/nnitest/test_quantize_model_speedup.py",
@@ -117,7 +117,7 @@ _ROWS = [
             ("quantization_with_deepspeed", "QAT by DeepSpeed"),
             ("bert_quantization_with_ds", "BERT by DeepSpeed"),
         )
-        for test in ("what_is_refused_says_why",)
+        for test in ("what_of_nni_is_refused_says_why",)
     ),
     *(
         (f"the document on quantization, block on {name}", what, RUNS, "", f"test_block_{name}")

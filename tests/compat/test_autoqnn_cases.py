@@ -188,7 +188,7 @@ def test_dnn_analysis_notebook() -> None:
     assert len(autoqnn.utils.devices) == 9
 
 
-def test_what_is_refused_says_why() -> None:
+def test_what_of_autoqnn_is_refused_says_why() -> None:
     assert sum(row.verdict == "refused" for row in ROWS) == 2
     with pytest.raises(AttributeError, match=r"datasets.tfrecord_read is not here: .* take imagenet.get_dataset"):
         autoqnn.datasets.tfrecord_read  # noqa: B018

@@ -378,7 +378,7 @@ def test_trace_remembers_the_arguments() -> None:
         nni.trace(3)
 
 
-def test_what_is_refused_says_why() -> None:
+def test_what_of_nni_is_refused_says_why() -> None:
     with pytest.raises(ConfigError, match="DeepSpeed's engine owns the parameters. Use TorchEvaluator"):
         DeepspeedTorchEvaluator(None, None, {})
     with pytest.raises(ConfigError, match=r"the trainer must be made by nni.trace\(Trainer\)"):
