@@ -97,8 +97,8 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.compat.autoqnn.core": [
         "AverageMeter", "DEFAULT_QUANTIZE_MODULE_MAPPINGS", "QuantLayer", "accuracy", "adjust_learning_rate",
-        "clone_quantizer", "convert", "module_convert", "precision_loss", "save_checkpoint", "top1", "top5", "train",
-        "train_on_batch", "validate", "validate_on_batch",
+        "clone_quantizer", "convert", "freeze_bitwidths", "module_convert", "precision_loss", "save_checkpoint",
+        "top1", "top5", "train", "train_on_batch", "validate", "validate_on_batch",
     ],
     "torchquant.compat.autoqnn.datasets": [
         "DataLoaderX", "autoaugment", "cifar", "cutout", "data_prefetcher", "imagenet",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from torchquant.compat import autoqnn
-from torchquant.compat.autoqnn.core import convert, precision_loss
+from torchquant.compat.autoqnn.core import convert, freeze_bitwidths, precision_loss
 from torchquant.compat.autoqnn.quantizers import PWL, PWL_C, STE, Quantization, get_diff_func
 from torchquant.compat.autoqnn.quantizers.quantization import bitloss, round_clip
 from torchquant.errors import ConfigError
@@ -167,7 +167,7 @@ def test_the_base_and_super_quantize_nothing() -> None:
 def learning(make: Any, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     given = {"weight_quant": make(freeze_bitwidth=False, **options)}
-    model = convert(net(), quantize_config_dict=given)
+    model = convert(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)), quantize_config_dict=given)
     return model, torch.optim.SGD(model.parameters(), 0.1)
 
 
@@ -181,7 +181,7 @@ def test_a_width_is_learned(make: Any) -> None:
     quantizer = model[0].weight_quant
     assert isinstance(quantizer, make)
     assert isinstance(quantizer.float_bitwidth, nn.Parameter)
-    batches = [(images(), torch.randint(0, 5, (4,))) for _ in range(12)]
+    batches = [(torch.randn(4, 12), torch.randint(0, 5, (4,))) for _ in range(12)]
     losses = [precision_loss(model).detach()]
     autoqnn.core.train(batches, model, F.cross_entropy, optimizer, print_freq=0)
     losses.append(precision_loss(model).detach())
@@ -190,13 +190,19 @@ def test_a_width_is_learned(make: Any) -> None:
     assert losses[1] < 1.0
     assert quantizer.n_bits == int(quantizer.shadow_bitwidth) == round(float(quantizer.float_bitwidth.detach()))
     model.eval()
-    x = images()
+    x = torch.randn(4, 12)
     y = model(x)
-    assert torch.equal(copy.deepcopy(model)(x), y)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y)
     assert len(quantizer(model[0].layer.weight).unique()) <= 2**quantizer.n_bits
     fresh, _ = learning(make, **options)
     fresh.eval().load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(x), y)
+    bits = freeze_bitwidths(model)
+    assert bits == {"0.weight_quantizer": quantizer.n_bits, "2.weight_quantizer": fresh[2].weight_quant.n_bits}
+    assert type(model[0].weight_quant) is make
+    assert torch.equal(model(x), y)
+    assert next(model[0].weight_quant.parameters(), None) is None
 
 
 def test_the_gradient_of_a_width_is_the_difference_of_its_neighbours() -> None:

@@ -6,6 +6,7 @@ from torchquant.compat.autoqnn.core.module_convert import (
 )
 from torchquant.compat.autoqnn.core.module_convert import clone_quantizer as clone_quantizer
 from torchquant.compat.autoqnn.core.module_convert import convert as convert
+from torchquant.compat.autoqnn.core.precision import freeze_bitwidths as freeze_bitwidths
 from torchquant.compat.autoqnn.core.precision import precision_loss as precision_loss
 from torchquant.compat.autoqnn.core.train_evaluate import AverageMeter as AverageMeter
 from torchquant.compat.autoqnn.core.train_evaluate import accuracy as accuracy
@@ -27,6 +28,7 @@ __all__ = [
     "adjust_learning_rate",
     "clone_quantizer",
     "convert",
+    "freeze_bitwidths",
     "module_convert",
     "precision_loss",
     "save_checkpoint",

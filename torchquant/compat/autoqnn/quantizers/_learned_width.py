@@ -60,6 +60,7 @@ class LearnedWidth(Quantizer):
     learns_width = True
     max_bitwidth: int
     bitwidth: int
+    target_bitwidth: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
