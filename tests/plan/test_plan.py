@@ -118,7 +118,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "clash": ([{"skip": True, "weight": "affine:8"}], r"rule 1 contradicts itself: skip leaves .* also sets weight"),
     "nothing": (
         [{"types": ["Conv2d"]}],
-        r"rule 1 sets nothing; it must set one of weight, input, output, bias, preactivation, fold_bn, skip",
+        r"rule 1 sets nothing; it must set one of weight, input, output, bias, preactivation, probabilities, fold_bn",
     ),
     "scheme": ([{"weight": "afine:8"}], r"rule 1, weight: no quantizer scheme 'afine'; did you mean 'affine'\?"),
     "width": ([{"weight": "affine:x"}], r"rule 1, weight: spec 'affine:x': the width 'x' is not a whole number"),
@@ -200,7 +200,8 @@ def test_plans_are_compared_and_changed() -> None:
     with pytest.raises(ConfigError, match="no site '4'"):
         plan.replace("4", weight="affine:8")
     with pytest.raises(
-        ConfigError, match="a site has the slots weight, input, output, bias, preactivation, and fold_bn; got wieght"
+        ConfigError,
+        match="a site has the slots weight, input, output, bias, preactivation, probabilities, and fold_bn; got wieght",
     ):
         plan.replace("3", wieght="affine:8")
     with pytest.raises(AttributeError):

@@ -18,6 +18,7 @@ from torchquant.graph.sites import Region, Site, Way
 from torchquant.graph.trace import renamed, traced_variants
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, follows_again, remove
 from torchquant.graph.tracer import NotTraceable
+from torchquant.graph.watched import WatchedModule, unwatch
 from torchquant.qmodule import QModule
 from torchquant.qmodule.holder import Holder
 
@@ -48,9 +49,8 @@ def follow_again(module: TracedModule, followed: Followed, values: tuple[Any, ..
     editor, new = GraphEditor(graph), []
     quantized = {path for path in followed.fused if _has_output(module, path)}
     for site in sites:
-        if site.path in followed.input_specs:
-            spec = followed.input_specs[site.path]
-            editor.quantize_inputs(site, spec, quantized, lambda node, spec: followed.inputs.get((node, spec)))
+        specs = followed.specs_of(site.path)
+        editor.quantize_inputs(site, specs, quantized, lambda node, spec, slot: followed.inputs.get((node, spec)))
         if site.path in followed.fused or _moved_from(module, site, followed):
             _check(module, site, followed, why)
             editor.call(site, site.path)
@@ -127,6 +127,8 @@ def float_twin(module: TracedModule, followed: Followed) -> nn.Module:
     for owner in list(twin.modules()):
         if isinstance(owner, TracedModule):
             remove(owner)
+        if isinstance(owner, WatchedModule):
+            unwatch(owner, removes=True)
         if isinstance(owner, Holder):
             continue
         for name, child in owner._modules.items():

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.graph.macs import Macs, site_macs
 from torchquant.graph.recording import tensors_in, watch_values
-from torchquant.graph.sites import Captured, Site, SitePlan, naming
+from torchquant.graph.sites import Captured, Site, SiteInput, SitePlan, naming
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import float_weights
 from torchquant.quantizers import Quantizer
@@ -213,8 +213,15 @@ def reads_of(site: Site, plan: SitePlan, chosen: Mapping[str, SitePlan]) -> list
     found = []
     for read in site.reads:
         sources = [chosen[s] for s in read.sources if s in chosen and chosen[s].output is not None]
-        found.append((sources[0], "output", site) if sources else (plan, "input", site))
+        found.append((sources[0], "output", site) if sources else (plan, slot_of(read, plan) or "input", site))
     return found or [(plan, "input", site)]
+
+
+def slot_of(read: SiteInput, plan: SitePlan) -> str | None:
+    """Return the slot of a site that quantizes a value which it reads; None if none does."""
+    if read.softmax and plan.probabilities is not None:
+        return "probabilities"
+    return None if plan.input is None else "input"
 
 
 def observed(quantizer: Quantizer | None, weight: Tensor, path: str) -> Quantizer | None:

@@ -12,7 +12,7 @@ import torch
 from torchquant._shown import shown, some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError
-from torchquant.graph.cost import samples_in
+from torchquant.graph.cost import samples_in, slot_of
 from torchquant.graph.macs import function_macs, site_macs
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.recording import watch_products
@@ -215,7 +215,8 @@ def _operators(captured: Captured, chosen: Mapping[str, SitePlan]) -> dict[tuple
         if operator is not None and operator.macs is not None:
             plan = chosen.get(site.path)
             reads = [
-                bool(outputs & {*read.sources}) or (plan is not None and plan.input is not None) for read in site.reads
+                bool(outputs & {*read.sources}) or (plan is not None and slot_of(read, plan) is not None)
+                for read in site.reads
             ]
             owner = site.path.rpartition(".")[0]
             groups.setdefault((owner, operator.family), []).append((all(reads), (site.path, site.types[-1])))

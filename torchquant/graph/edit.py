@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from torch import fx
 
@@ -31,26 +31,41 @@ class GraphEditor:
                 self.graph.erase_node(node)
 
     def quantize_inputs(
-        self, site: Site, spec: str, quantized: Collection[str], module_for: Callable[[str, str], str | None]
+        self,
+        site: Site,
+        specs: Mapping[str, str],
+        quantized: Collection[str],
+        module_for: Callable[[str, str, str], str | None],
     ) -> None:
         """Quantize the inputs of the site that nothing has quantized yet, each once.
 
-        `quantized`: the sites whose output has a quantizer. `module_for(node, spec)`: path of the module that quantizes
-        the value, None to leave it float.
+        `specs`: slot, "input" or "probabilities", -> the spec there. `quantized`: the sites whose output has a
+        quantizer. `module_for(node, spec, slot)`: path of the module that quantizes the value, None to leave it float.
         """
         readers = [self.nodes[name] for name in site.nodes if not site.fused or name == site.nodes[0]]
         for read in site.reads:
-            if any(source in quantized for source in read.sources):
+            if read.softmax and "probabilities" in specs:
+                self._quantize_softmax(read.softmax, specs["probabilities"], module_for)
                 continue
-            key = (read.node, spec)
+            if "input" not in specs or any(source in quantized for source in read.sources):
+                continue
+            key = (read.node, specs["input"])
             value = self.last_of.get(read.node) or self.nodes[read.node]
             if key not in self.inputs:
-                path = module_for(*key)
+                path = module_for(*key, "input")
                 if path is None:
                     continue
                 self.inputs[key] = self._insert_after(value, path)
             for reader in readers:
                 reader.replace_input_with(value, self.inputs[key])
+
+    def _quantize_softmax(self, name: str, spec: str, module_for: Callable[[str, str, str], str | None]) -> None:
+        """Quantize the result of a softmax for all who read it."""
+        value = self.nodes[name]
+        path = None if (name, spec) in self.inputs else module_for(name, spec, "probabilities")
+        if path is not None:
+            new = self.inputs[name, spec] = self._insert_after(value, path)
+            value.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _insert_after(self, value: fx.Node, path: str) -> fx.Node:
         after = value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError
+from torchquant.graph.called import ATTENTION, SOFTMAX, CalledProduct, Event, Sequences, sequences
 from torchquant.graph.calls import pattern_of
 from torchquant.graph.copies import copy_model
 from torchquant.graph.graph_sites import GraphSites
+from torchquant.graph.operators import OPERATORS
 from torchquant.graph.ops import is_norm, operator_of_module
 from torchquant.graph.recording import real_values, recorded_calls
 from torchquant.graph.sites import (
@@ -22,6 +25,7 @@ from torchquant.graph.sites import (
     Found,
     Region,
     Site,
+    SiteInput,
     Unquantized,
     Way,
     has_layers,
@@ -36,6 +40,7 @@ from torchquant.qmodule.state import QModule
 
 Patterns = Mapping[str, tuple[Any, ...]]
 RAW_WHY = "a weight that no layer owns: a forward uses it directly"
+VARYING_WHY = "its calls multiply values in different ways, so that no quantizer belongs to a product"
 
 
 @checked
@@ -45,6 +50,7 @@ def capture(
     trace: bool | str = True,
     fuse: bool | str = True,
     patterns: Patterns | None = None,
+    products: Mapping[str, tuple[CalledProduct, ...]] | None = None,
 ) -> Captured:
     """Find every site of the model where a quantizer can be placed. The model is not changed or run; a copy is.
 
@@ -53,10 +59,12 @@ def capture(
     random number it draws in Python), the layers are sites one by one, and `floats` gives the reason.
 
     `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it, forwards are traced as they are called,
-    and only values that are real tensors become sites. `trace=False`: only layers are sites, one by one, and forwards
-    are not traced; "modules": the same, with all modules without children. `fuse`: "bn" fuses batch norms but no
-    activations, False fuses nothing; without trace only batch norms can be fused. `patterns`: `Captured.patterns` of a
-    capture with an example. Raises ConfigError for a model that is already quantized or that fails on the example.
+    and only values that are real tensors become sites, and the products of values in forwards that are not traced are
+    sites too. `trace=False`: forwards are not traced, so that only layers, one by one, and products are sites;
+    "modules": only layers and modules without children are. `fuse`: "bn" fuses batch norms but no
+    activations, False fuses nothing; without trace only batch norms can be fused. `patterns`, `products`: those of a
+    capture with an example, in its place. Raises ConfigError for a model that is already quantized or that fails on the
+    example.
 
     >>> [site.path for site in capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))).sites]
     ['0', '2']
@@ -76,6 +84,9 @@ def capture(
     finder.look_into("", twin)
     if run is not None and finder.regions:
         finder.keep_real(run, example_inputs)
+    if trace != "modules":
+        found = Sequences(dict(products or {}), {}, []) if run is None else finder.products_in(calls.events)
+        counts.update(finder.find_called(found, counts))
     finder.tell_of_raw_weights()
     return replace(finder.captured(model), counts=counts)
 
@@ -86,6 +97,7 @@ class Finder(Found):
     def __init__(self, model: nn.Module, trace: bool | str, fuse: bool | str, patterns: Patterns) -> None:
         super().__init__()
         self.model, self.trace, self.fuse, self.patterns = model, trace, fuse, patterns
+        self.products: dict[str, tuple[CalledProduct, ...]] = {}
         self.norms = _norms_after(model, patterns) if trace is not True and fuse == "bn" else {}
 
     def captured(self, model: nn.Module) -> Captured:
@@ -103,7 +115,7 @@ class Finder(Found):
             for path, region in self.regions.items()
         }
         sites = tuple(map(site_of, self.sites.values()))
-        return Captured(model, sites, tuple(self.floats), regions, self.trace, self.fuse)
+        return Captured(model, sites, tuple(self.floats), regions, self.trace, self.fuse, self.products)
 
     def look_into(self, path: str, module: nn.Module, is_read: bool = True) -> None:
         """Collect the sites of a module, from its graphs if it can be traced. `is_read`: as in `Site`."""
@@ -193,6 +205,45 @@ class Finder(Found):
             ways = tuple(replace(w, sites=tuple(kept({s.path: s for s in w.sites}).values())) for w in region.ways)
             self.regions[path] = replace(region, ways=ways)
 
+    def products_in(self, events: Sequence[Event]) -> Sequences:
+        """Find what the forwards that are not traced call, by what the model called on the example."""
+        traced = {joined(r.path, path) for r in self.regions.values() for way in r.ways for path in way.traced.inlined}
+        layers = {path for path, site in self.sites.items() if site.is_layer}
+
+        def can_be_watched(stack: tuple[tuple[str, int], ...]) -> bool:
+            path = stack[-1][0]
+            module = self.model.get_submodule(path)
+            is_free = path not in traced and not any(above in layers for above, _ in stack)
+            return is_free and "forward" not in vars(module) and not isinstance(module, torch.jit.ScriptModule)
+
+        owners = {event.stack[-1][0] for event in events if event.is_product and can_be_watched(event.stack)}
+        return sequences(events, owners)
+
+    def find_called(self, found: Sequences, counts: Mapping[str, int]) -> dict[str, int]:
+        """Collect the products in forwards that are not traced as sites; return how often each runs in a forward."""
+        for path in found.varying:
+            self.floats.append(Unquantized(path, type(self.model.get_submodule(path)).__name__, VARYING_WHY))
+        runs: dict[str, int] = {}
+        for path, calls in found.products.items():
+            owner = self.model.get_submodule(path)
+            self.regions.setdefault(path, Region(path, owner))
+            for i, call in enumerate(calls):
+                if not call.operands:
+                    continue
+                operator, taken = OPERATORS[call.operator], {*self.sites, *runs}
+                names = (operator.path if n == 0 else f"{operator.path}_{n}" for n in count())
+                name = next(n for n in names if not hasattr(owner, n) and joined(path, n) not in taken)
+                is_of_softmax = call.operator == ATTENTION or any(made >= 0 for made in call.operands)
+                fields = ("input", "probabilities") if is_of_softmax else ("input",)
+                reads = tuple(
+                    SiteInput(str(at), (), SOFTMAX if made >= 0 else "") for at, made in enumerate(call.operands)
+                )
+                site = Site(joined(path, name), operator.types, fields, None, (), reads, path, (), False, i)
+                self.sites = _put_after(self.sites, site, path)
+                runs[site.path] = counts.get(path, 1) * found.repeats.get(path, 1)
+        self.products = found.products
+        return {path: n for path, n in runs.items() if n > 1}
+
     def tell_of_raw_weights(self) -> None:
         """List the weights that belong to no site, such as tables and kernels that a forward uses directly."""
         told = {left.path: left.type for left in self.floats if not left.why.startswith("operators between")}
@@ -204,6 +255,15 @@ class Finder(Found):
                 if weight.ndim > 1 and id(weight) not in owned and not is_told:
                     kind = f"{type(module).__name__}.{name}"
                     self.floats.append(Unquantized(joined(path, name), kind, why_other(module) or RAW_WHY))
+
+
+def _put_after(sites: Mapping[str, Site], site: Site, owner: str) -> dict[str, Site]:
+    """Put a site behind the last one inside its owner, as it runs about there."""
+    paths = list(sites)
+    inside = [i for i, path in enumerate(paths) if path.startswith(f"{owner}." if owner else "")]
+    at = inside[-1] + 1 if inside else len(paths)
+    ordered = [*paths[:at], site.path, *paths[at:]]
+    return {path: site if path == site.path else sites[path] for path in ordered}
 
 
 def _differently_fused(found: list[tuple[Site, ...]]) -> tuple[str, int] | None:

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant.graph.called import ATTENTION
 from torchquant.graph.hooks import has_hooks
 from torchquant.graph.ops import (
     about_tensors,
     activation_of,
     computing_operator,
     is_norm,
+    is_softmax,
     name_of,
     operator_at,
     passes_values,
@@ -210,6 +212,9 @@ class GraphSites:
         nodes = [node]
         fused = self._limited(self._fuse(nodes, None) if self.fuse and self.needed[node] else [], path, nodes)
         fields = ("input", "output") if self.needed[node] else ("input",)
+        is_product = operator.macs is not None and module is None
+        if is_product and (operator.name == ATTENTION or any(r.softmax for r in self._reads(node, operator.n_reads))):
+            fields = (*fields, "probabilities")
         self._add(Site(path, types, fields, module, tuple(fused)), nodes, operator.n_reads)
 
     def _add(self, site: Site, nodes: list[fx.Node], n_reads: int | None) -> None:
@@ -223,7 +228,17 @@ class GraphSites:
         values: list[fx.Node] = []
         taken = (node.args, node.kwargs) if limit is None else node.args[:limit]
         fx.node.map_arg(taken, values.append)
-        return tuple(SiteInput(v.name, self._sources(v)) for v in dict.fromkeys(values) if v not in self.about)
+        real = (value for value in dict.fromkeys(values) if value not in self.about)
+        return tuple(SiteInput(value.name, self._sources(value), self._softmax(value)) for value in real)
+
+    def _softmax(self, node: fx.Node) -> str:
+        """Return the node of the softmax whose result a node is, through operators that only pass it on."""
+        while not is_softmax(node, self.root):
+            first = node.args[0] if node.args else None
+            if not passes_values(node, self.root) or not isinstance(first, fx.Node):
+                return ""
+            node = first
+        return node.name
 
     def _sources(self, node: fx.Node) -> tuple[str, ...]:
         while node not in self.site_of:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant.graph.called import SOFTMAX
 from torchquant.graph.operator_table import Operator, home_of
 from torchquant.graph.operators import OPERATORS
 from torchquant.qmodule.patterns import ActivationPattern, norm_of, plain_type, row_of
@@ -45,6 +46,13 @@ def passes_values(node: fx.Node, root: nn.Module) -> bool:
     if found is None or found.role != "passes":
         return False
     return found.n_reads == 1 or len(node.all_input_nodes) == 1
+
+
+def is_softmax(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether a node computes a softmax."""
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))) is nn.Softmax
+    return node.op.startswith("call") and name_of(node) == SOFTMAX and (node.op == "call_method" or is_of_torch(node))
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchquant._modes import in_mode
 from torchquant._shown import running, shown
 from torchquant.errors import ConfigError
+from torchquant.graph.called import Event, Recorder
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.outside import globals_kept, random_states_kept
@@ -68,11 +69,12 @@ class Calls:
     """Records how the modules of a model are called on an example.
 
     `values`: path -> the arguments of the first call, as `Signature.bind` returns them. `counts`: path -> number of
-    calls, for modules that are called more than once.
+    calls, for modules that are called more than once. `events`: the products and softmaxes.
     """
 
     values: dict[str, tuple[Any, ...]]
     counts: dict[str, int]
+    events: list[Event] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -90,9 +92,11 @@ def recorded_calls(twin: nn.Module, example_inputs: Any) -> Calls:
                 values.update({} if bound is None else {path: bound})
 
         handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    with undisturbed(twin, training=False):
+    recorder = Recorder(twin)
+    handles.extend(recorder.hooks())
+    with undisturbed(twin, training=False), recorder:
         _call_hooked(twin, example_inputs, handles)
-    return Calls(values, {path: n for path, n in counts.items() if n > 1})
+    return Calls(values, {path: n for path, n in counts.items() if n > 1}, recorder.events)
 
 
 def real_values(twin: nn.Module, regions: Mapping[str, Region], example_inputs: Any) -> dict[tuple[str, str], bool]:
@@ -130,7 +134,30 @@ def watch_values(captured: Captured, example_inputs: Any) -> dict[str, list[tupl
         found.setdefault(path, []).append((args, value))
 
     _run_watched(twin, captured.regions, example_inputs, modules, note, note_module)
+    _watch_called(captured, example_inputs, found)
     return found
+
+
+def _watch_called(captured: Captured, example_inputs: Any, found: dict[str, list[tuple[tuple[Any, ...], Any]]]) -> None:
+    """Add the products in forwards that are not traced to what `watch_values` records."""
+    sites = {(site.region, site.called): site.path for site in captured.sites if site.called is not None}
+    if not sites:
+        return
+    n_calls: Counter[Any] = Counter()
+
+    def note(args: tuple[Any, ...], value: Any) -> None:
+        owner = recorder.events[-1].owner(captured.products)
+        if owner is not None:
+            path = sites.get((owner[0], n_calls[owner] % len(captured.products[owner[0]])))
+            n_calls[owner] += 1
+            if path is not None:
+                found.setdefault(path, []).append((args, value))
+
+    twin = copy_model(captured.model)
+    recorder = Recorder(twin, note)
+    handles = list(recorder.hooks())
+    with undisturbed(twin, training=False), recorder:
+        _call_hooked(twin, example_inputs, handles)
 
 
 def watch_products(

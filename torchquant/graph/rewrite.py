@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from torchquant.errors import ConfigError
+from torchquant.graph.called import ATTENTION, SOFTMAX
 from torchquant.graph.calls import Signature
 from torchquant.graph.edit import GraphEditor
 from torchquant.graph.guards import Guard
@@ -17,7 +18,9 @@ from torchquant.graph.ops import activation_of, out_of_place
 from torchquant.graph.own_inputs import expect_slots
 from torchquant.graph.sites import Captured, Region, Site, SitePlan, joined, naming
 from torchquant.graph.traced import Followed, Held, TracedModule, Variant, install, remove
+from torchquant.graph.watched import WatchedModule, WatchedProduct, unwatch, watch
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
+from torchquant.qmodule.attention import QAttention
 from torchquant.qmodule.float_checkpoints import link_float_state, unlink_float_state
 from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
@@ -86,6 +89,8 @@ def revert(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, TracedModule):
             remove(module)
+        if isinstance(module, WatchedModule):
+            unwatch(module)
     for owner, name, child in reversed(conversion.swaps):
         if child is None:
             owner._modules.pop(name, None)  # `read_own_input` may have removed it
@@ -134,6 +139,7 @@ class _Writer:
         self.quantized = {path for path, plan in self.plans.items() if plan.output is not None}
         self.editors = {path: [GraphEditor(way.graph) for way in r.ways] for path, r in captured.regions.items()}
         self.inputs: dict[str, dict[tuple[str, str], str]] = {path: {} for path in captured.regions}
+        self.watched = {path: [WatchedProduct(call) for call in calls] for path, calls in captured.products.items()}
         self.held = {
             path: [[_held(guard, region.module) for guard in way.traced.guards] for way in region.ways]
             for path, region in captured.regions.items()
@@ -145,6 +151,9 @@ class _Writer:
             if plan is None or plan.output == SHARE:
                 continue
             region = self.captured.regions.get(site.region)
+            if site.called is not None:
+                self._watch(site, site.called, plan)
+                continue
             for editor, twin in self._in_graphs(region, site):
                 self._quantize_inputs(editor, region, twin, plan)
             made = self.made[site.path] = self._make(site, plan, region)
@@ -152,6 +161,10 @@ class _Writer:
             for editor, twin in self._in_graphs(region, site):
                 editor.call(twin, _local(region, site.path))
         self._share_outputs()
+        for path, watched in (
+            self.watched.items() if any(w.children for ws in self.watched.values() for w in ws) else ()
+        ):
+            watch(self.model.get_submodule(path), watched)
         for region in self.captured.regions.values():
             if region.ways and any(site.region == region.path for site in self._written()):
                 self._install(region)
@@ -191,8 +204,9 @@ class _Writer:
             if site.path in self.made:
                 followed.fused[path] = site.fused
                 followed.places.append((path, self.made[site.path]))
-            if plan is not None and plan.input is not None:
-                followed.input_specs[path] = _spec(plan)
+            specs = {} if plan is None else _specs(plan)
+            followed.input_specs.update({path: specs["input"]} if "input" in specs else {})
+            followed.softmax_specs.update({path: specs["probabilities"]} if "probabilities" in specs else {})
         added = {path.rpartition(".")[0] for path in (*followed.op_paths.values(), *followed.inputs.values())}
         walked = {path for way in region.ways for path in way.traced.walked & added}
         followed.walks = any(type(region.module.get_submodule(path)) is not nn.Sequential for path in walked)
@@ -207,7 +221,7 @@ class _Writer:
         else:
             op = site.module if site.module is not None else _function(region, site)
             reads_here = None if site.nodes else plan.make("input", site.module)
-            made = QOp(op, plan.make("output", site.module), self._activation(site), reads_here)
+            made = _operator(op, site, plan, self._activation(site), reads_here)
         if site.module is not None:
             self._swap(site.module, made)
         else:
@@ -277,19 +291,45 @@ class _Writer:
         owner.add_module(name, module)
 
     def _quantize_inputs(self, editor: GraphEditor, region: Region | None, site: Site, plan: SitePlan) -> None:
-        if plan.input is None or region is None:
+        if region is None:
             return
         paths = self.inputs[region.path]
 
-        def module_for(node: str, spec: str) -> str:
+        def module_for(node: str, spec: str, slot: str) -> str:
             if (node, spec) not in paths:
                 path = self._input_path(region.path, node)
-                self._add(path, QOp(nn.Identity(), plan.make("input", site.module)))
+                self._add(path, QOp(nn.Identity(), plan.make(slot, site.module)))
                 _join_calls(self.model.get_submodule(path), self.captured.counts.get(region.path, 1))
                 paths[node, spec] = _local(region, path)
             return paths[node, spec]
 
-        editor.quantize_inputs(site, _spec(plan), self.quantized, module_for)
+        editor.quantize_inputs(site, _specs(plan), self.quantized, module_for)
+
+    def _watch(self, site: Site, called: int, plan: SitePlan) -> None:
+        """Let children of a module compute a product in its forward, which is not traced, and quantize what it reads.
+
+        What a softmax has made is quantized where the softmax is called, before a dropout.
+        """
+        calls, name = self.watched[site.region], _local(self.captured.regions[site.region], site.path)
+        own = calls[called]
+        is_attention = own.product.operator == ATTENTION
+        operands = [""] * len(own.product.operands)
+        for i, made in enumerate(own.product.operands):
+            slot = "probabilities" if made >= 0 and plan.probabilities is not None else "input"
+            if getattr(plan, slot) is None or (made >= 0 and calls[made].operands):
+                continue
+            what = SOFTMAX if made >= 0 else ("query", "key", "value")[i] if is_attention else f"{name}_{i}"
+            path = self._input_path(site.region, what)
+            self._add(path, QOp(nn.Identity(), plan.make(slot, None)))
+            _join_calls(self.model.get_submodule(path), self.captured.counts.get(site.path, 1))
+            child = path.rpartition(".")[2]
+            if made >= 0:
+                calls[made] = replace(calls[made], operands=(child,))
+            else:
+                operands[i] = child
+        made_here = self.made[site.path] = _operator(own.product.target, site, plan)
+        self._add(site.path, made_here)
+        calls[called] = replace(own, site=name, operands=tuple(operands))
 
     def _input_path(self, region: str, node: str) -> str:
         owner = self.model.get_submodule(region)
@@ -341,9 +381,19 @@ def _held(guard: Guard, root: nn.Module) -> Held:
     return Held(module, guard.where, guard.name, guard.value)
 
 
-def _spec(plan: SitePlan) -> str:
-    """Return the key by which input quantizers are shared: the spec; one that a function makes is not shared."""
-    return plan.input if isinstance(plan.input, str) else plan.path
+def _specs(plan: SitePlan) -> dict[str, str]:
+    """Return slot -> the key by which quantizers of inputs are shared: the spec; one that a function makes is not."""
+    specs = {slot: getattr(plan, slot) for slot in ("input", "probabilities")}
+    keys = {slot: spec if isinstance(spec, str) else plan.path for slot, spec in specs.items() if spec is not None}
+    return {slot: key if slot == "input" else f"{slot} {key}" for slot, key in keys.items()}
+
+
+def _operator(op: Any, site: Site, plan: SitePlan, activation: nn.Module | None = None, reads_here: Any = None) -> QOp:
+    """Make the QModule of an operator."""
+    output = plan.make("output", site.module)
+    if site.types[0] == ATTENTION and plan.probabilities is not None:
+        return QAttention(op, plan.make("probabilities", site.module), output, activation, reads_here)
+    return QOp(op, output, activation, reads_here)
 
 
 def _node(region: Region, site: Site, which: int) -> fx.Node:

@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from torchquant._renamed import renamed_names
 from torchquant.errors import ConfigError
+from torchquant.graph.called import CalledProduct
 from torchquant.graph.tracer import Traced
 from torchquant.qmodule.own_forward import base_of
 from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern, plain_type, row_of, stock_type, why_no_layer
 from torchquant.qmodule.weighted import n_values
 from torchquant.qmodule.weights import weight_names
-from torchquant.quantizers import Quantizer, make_quantizer
+from torchquant.quantizers import Quantizer, UniformQuantizer, make_quantizer
 
 NORM_WHY = "a normalization stays float"
 ONLY_FLOAT = "only float operators read its result"
-SLOTS = ("weight", "input", "output", "bias", "preactivation")
+SLOTS = ("weight", "input", "output", "bias", "preactivation", "probabilities")
 SpecChoice = str | Callable[[nn.Module], Quantizer | None] | None
 """A spec string, a function of the layer, or None for float."""
 
@@ -30,11 +32,13 @@ class SiteInput:
     """A real value that a site reads.
 
     `sources`: the sites whose output it is, through operators that only pass values on; () if it comes from an input of
-    the model or a float operator. `node`: its name in the graph.
+    the model or a float operator. `node`: its name in the graph. `softmax`: the node of the softmax that made it, ""
+    for any other value.
     """
 
     node: str
     sources: tuple[str, ...]
+    softmax: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Site:
     """Names of its nodes in the graph of its region: its own, batch norm's, activation's; () without a graph."""
     is_read: bool = True
     """Whether an operator that can compute with integers, or the caller of the model, reads its output directly."""
+    called: int | None = None
+    """The place of a product among the calls of a forward that is not traced; None for any other site."""
 
     @property
     def is_layer(self) -> bool:
@@ -137,6 +143,8 @@ class Captured:
     regions: Mapping[str, Region] = field(repr=False)
     trace: bool | str = True
     fuse: bool | str = True
+    products: Mapping[str, tuple[CalledProduct, ...]] = field(default_factory=dict, repr=False)
+    """Path of a module whose forward is not traced -> the products and softmaxes that it calls."""
     counts: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Path of a module -> how often the example calls it, if more than once."""
 
@@ -149,9 +157,26 @@ class Captured:
 def make_for_slot(spec: str, name: str) -> Quantizer:
     """Make the quantizer that a spec names for a slot. Raises ConfigError.
 
-    A bias is observed like a weight, a preactivation like an output.
+    A bias is observed like a weight, a preactivation like an output. Probabilities are observed by nothing: a uniform
+    quantizer covers [0, 1] and keeps this range.
+
+    >>> make_for_slot("affine:8", "probabilities").is_ready
+    True
     """
-    return make_quantizer(spec, {"bias": "weight", "preactivation": "output"}.get(name, name))
+    like = {"bias": "weight", "preactivation": "output", "probabilities": "input"}
+    made = make_quantizer(spec, like.get(name, name))
+    if name == "probabilities":
+        _cover_probabilities(made, spec)
+    return made
+
+
+def _cover_probabilities(quantizer: Quantizer, spec: str) -> None:
+    if not isinstance(quantizer, UniformQuantizer):
+        return
+    if quantizer.axis is not None:
+        raise ConfigError(f"spec {spec!r}: probabilities have one range, from 0 to 1; leave the granularity out")
+    quantizer.observer.force_ranges(0.0, 1.0)
+    quantizer.pin(torch.zeros(0), observe=False)
 
 
 @contextmanager
@@ -174,6 +199,7 @@ class SitePlan:
     bias: SpecChoice = None
     fold_bn: bool | str = False
     preactivation: SpecChoice = None
+    probabilities: SpecChoice = None
 
     @property
     def is_float(self) -> bool:

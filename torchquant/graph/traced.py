@@ -38,6 +38,11 @@ def graphs_running() -> Iterator[None]:
         _always_graphs = former
 
 
+def always_graphs() -> bool:
+    """Tell whether modules run what quantizes also in BYPASSED."""
+    return _always_graphs
+
+
 @dataclass
 class Held:
     """A guard of a graph in the model it runs in. `module`: None for a global name of the Python module `where`."""
@@ -123,7 +128,8 @@ class Followed:
 
     `node_names`, `op_paths`: the names of nodes and operators in every variant. `fused`: path of a site with a QModule
     -> the parts fused into it; `places`: that path and the QModule. `known`: paths of all sites. `inputs`: (node, spec)
-    -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> this spec.
+    -> path of the quantizer of a value that nothing had quantized; `input_specs`: path of a site -> this spec,
+    `softmax_specs`: -> the spec of its probabilities.
     `structure`: (module, name, child) of all modules that the graphs call or contain; `walks`: whether Python iterates
     over children of a module to which operators were added; `inlined`: the modules whose forwards are in the graphs,
     and whether they have hooks.
@@ -142,6 +148,13 @@ class Followed:
     qmodules: list[tuple[nn.Module, str, QModule]] = field(default_factory=list)
     walks: bool = False
     places: list[tuple[str, QModule]] = field(default_factory=list)
+    softmax_specs: dict[str, str] = field(default_factory=dict)
+
+    def specs_of(self, path: str) -> dict[str, str]:
+        """Return slot -> spec of what a site reads, "input" and "probabilities"."""
+        of_softmax = self.__dict__.get("softmax_specs", {})  # old pickles do not have it
+        slots = {"input": self.input_specs.get(path), "probabilities": of_softmax.get(path)}
+        return {slot: spec for slot, spec in slots.items() if spec is not None}
 
     def seal(self, root: nn.Module, inlined: tuple[str, ...] = ()) -> None:
         """Record the modules of `root`: a later change of them is a change of the forward."""
@@ -282,6 +295,14 @@ def _traced_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run_followed(args, kwargs)
 
+    return subclass_with_forward(TracedModule, kind, forward)
+
+
+def subclass_with_forward(base: type[nn.Module], kind: type[nn.Module], forward: Any) -> type[nn.Module]:
+    """Make a subclass of `base` and of a class that looks like the class, with another forward.
+
+    The forward of the class is its `_float_forward`.
+    """
     forward.__doc__ = kind.forward.__doc__
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     members = {
@@ -291,7 +312,7 @@ def _traced_class(kind: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind.__name__, (TracedModule, kind), members)
+    return type(kind.__name__, (base, kind), members)
 
 
 def compiled(graph: fx.Graph) -> Callable[..., Any]:

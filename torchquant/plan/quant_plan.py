@@ -16,6 +16,7 @@ from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, one_line, require
+from torchquant.graph.called import CalledProduct, called_from_data
 from torchquant.graph.calls import calls_from_data, calls_to_data, is_default_call
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
@@ -73,6 +74,8 @@ class QuantPlan(ShownAsTables):
     """Path of a module -> how the example calls it, if that differs from its default call; see `graph/calls.py`."""
     coverage: Coverage | None = field(default=None, compare=False, repr=False)
     """How much of the model the rules quantize; None for a plan that was changed, or written by hand."""
+    products: Mapping[str, tuple[CalledProduct, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Path of a module whose forward is not traced -> the products that it calls on the example."""
 
     @classmethod
     @checked
@@ -90,7 +93,8 @@ class QuantPlan(ShownAsTables):
         (a class, or an operator of `torchquant operators`: "Conv2d", "add"), `names` (exact, a glob, or "re:" and a
         regular expression), `position` ("first", "last" among the layers) and `where` (a function of the Site); all
         must hold, and a rule with none of them selects all sites. A rule sets `weight`, `input`, `output`, `bias`,
-        `preactivation` (the input of a fused activation that is not a clamp), each to a spec string, a dictionary with
+        `preactivation` (the input of a fused activation that is not a clamp), `probabilities` (what a softmax gives to
+        a product, also inside `F.scaled_dot_product_attention`), each to a spec string, a dictionary with
         "scheme", or a function of the layer; None means float. It may set `fold_bn`, or `skip: True`. Later rules win,
         site by site and slot by slot. A rule may also select a batch norm or activation that is fused into a layer;
         it then sets the layer's output. `input` applies where nothing has quantized the value yet; `output` applies
@@ -127,7 +131,7 @@ class QuantPlan(ShownAsTables):
         coverage = coverage_of(captured, kept, floats, wanted, example_inputs)
         calls = captured.patterns.items()
         shown = {path: call for path, call in calls if not is_default_call(captured.model.get_submodule(path), call)}
-        return cls(kept, floats, captured.trace, captured.fuse, types, shown, coverage)
+        return cls(kept, floats, captured.trace, captured.fuse, types, shown, coverage, captured.products)
 
     @checked
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -139,8 +143,11 @@ class QuantPlan(ShownAsTables):
         """
         target = model if inplace else copy_model(model)
         return self.apply_to(
-            capture(target, trace=self.trace, fuse=self.fuse, patterns=getattr(self, "patterns", {}))
-        )  # old pickles do not have it
+            capture(
+                *(target, None, self.trace, self.fuse),
+                *(getattr(self, name, {}) for name in ("patterns", "products")),  # old pickles do not have them
+            )
+        )
 
     def apply_to(self, captured: Captured) -> nn.Module:
         """Do the same as `apply` for a model that was captured before, in place."""
@@ -204,7 +211,8 @@ class QuantPlan(ShownAsTables):
 
     def describe(self) -> str:
         """Describe every site with its quantizers, then the parts that stay float and why."""
-        fields = [name for name in SLOTS if name != "preactivation" or any(s.preactivation for s in self.sites)]
+        rare = ("preactivation", "probabilities")
+        fields = [name for name in SLOTS if name not in rare or any(getattr(s, name, None) for s in self.sites)]
         header = ["site", "what", *fields]
         rows = []
         for site in self.sites:
@@ -237,7 +245,11 @@ class QuantPlan(ShownAsTables):
         head = {"torchquant_plan": FORMAT, "trace": self.trace, "fuse": self.fuse}
         calls = calls_to_data(getattr(self, "patterns", {}))  # old pickles do not have it
         coverage = getattr(self, "coverage", None)
-        more = {"calls": calls} if calls else {}
+        more: dict[str, Any] = {"calls": calls} if calls else {}
+        products = getattr(self, "products", {})
+        more |= (
+            {"products": {path: [c.to_data() for c in called] for path, called in products.items()}} if products else {}
+        )
         more |= {} if coverage is None else {"coverage": coverage.to_dict()}
         return {**head, **more, "sites": sites, "left_float": floats}
 
@@ -251,7 +263,9 @@ class QuantPlan(ShownAsTables):
         True
         """
         check_format(where, data, "torchquant_plan", FORMAT, "a plan")
-        check_keys(where, data, ("torchquant_plan", "trace", "fuse", "calls", "coverage", "sites", "left_float"))
+        check_keys(
+            where, data, ("torchquant_plan", "trace", "fuse", "calls", "products", "coverage", "sites", "left_float")
+        )
         sites, types = [], {}
         for name in ("sites", "left_float"):
             if not isinstance(data.get(name) or [], list):
@@ -282,7 +296,8 @@ class QuantPlan(ShownAsTables):
         told = data.get("coverage")
         coverage = None if told is None else Coverage.from_dict(told, f"{where}, coverage")
         trace, fuse = data.get("trace", True), data.get("fuse", True)
-        return cls(tuple(sites), tuple(floats), trace, fuse, types, patterns, coverage)
+        products = called_from_data(data.get("products") or {}, f"{where}, products")
+        return cls(tuple(sites), tuple(floats), trace, fuse, types, patterns, coverage, products)
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -28,7 +28,7 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 OWN_CHILDREN = frozenset(
     (
         *("bn", "activation", "weight_quantizer", "weight_quantizers", "acts_quantizer", "input_quantizer"),
-        *("bias_quantizer", "preactivation_quantizer", "input_transform", "low_rank"),
+        *("bias_quantizer", "preactivation_quantizer", "probabilities_quantizer", "input_transform", "low_rank"),
     )
 )
 """Names of the holder's own children; a child of the held module with such a name is listed as NAME_."""

@@ -49,8 +49,12 @@ class QOp(QModule):
             return self.op(*args, **kwargs)
         if self.input_quantizer is not None and args:
             args = (self._run_acts_quantizer("input", self.input_quantizer, args[0]), *args[1:])
-        y = self.op(*args, **kwargs)
+        y = self.compute(*args, **kwargs)
         return self._run_acts_quantizer("output", self.acts_quantizer, y, self.activation)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the operator itself."""
+        return self.op(*args, **kwargs)
 
     def extra_repr(self) -> str:
         op = "" if isinstance(self.op, nn.Module) else f"{getattr(self.op, '__name__', self.op)}, "

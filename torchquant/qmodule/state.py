@@ -45,12 +45,13 @@ class QModuleState(Enum):
 
 
 _STATES = list(QModuleState)
-ACTIVATIONS = ("input", "preactivation", "output")
+ACTIVATIONS = ("input", "probabilities", "preactivation", "output")
 """The slots of a QModule for activations; in its other slots it holds the quantized tensors itself."""
 _QUANTIZERS = {
     "weight": "weight_quantizer",
     "bias": "bias_quantizer",
     "input": "input_quantizer",
+    "probabilities": "probabilities_quantizer",
     "preactivation": "preactivation_quantizer",
     "output": "acts_quantizer",
 }
@@ -159,12 +160,12 @@ class QModule(Holder):
             self.state = mode
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """Map slots ("weight", "bias", "input", "preactivation", "output") to quantizers; float slots are left out."""
+        """Map slots ("weight", "bias", "input", "probabilities", ...) to quantizers; float slots are left out."""
         found = {site: self._modules.get(name) for site, name in _QUANTIZERS.items()}
         return {site: quantizer for site, quantizer in found.items() if isinstance(quantizer, Quantizer)}
 
     def replace_quantizer(self, slot: str, new: Quantizer) -> None:
-        """Replace the quantizer of a slot for activations: "input", "preactivation", "output"."""
+        """Replace the quantizer of a slot for activations: "input", "probabilities", "preactivation", "output"."""
         setattr(self, _QUANTIZERS[slot], new)
 
     def weight_slots(self) -> list[WeightSlot]:

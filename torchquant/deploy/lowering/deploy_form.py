@@ -36,6 +36,7 @@ from torchquant.graph.ops import operator_of_module
 from torchquant.graph.recording import call_with
 from torchquant.graph.traced import reseal
 from torchquant.qmodule import QModule, QOp, QWeights, QWrapper
+from torchquant.qmodule.attention import QAttention, attention
 from torchquant.qmodule.bn_folding import running_bias, running_factor
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.input_slots import beside
@@ -170,9 +171,24 @@ class DeployOp(StandIn):
             run.site = self.path
         if args:
             args = (self.input(args[0]), *args[1:])
-        y = _global_average(self.op, args, kwargs) if as_nodes() else None
-        y = self.op(*args, **kwargs) if y is None else y
+        y = self.compute(*args, **kwargs)
         return self.output(y if self.activation is None else self.activation(y))
+
+    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the operator itself."""
+        y = _global_average(self.op, args, kwargs) if as_nodes() else None
+        return self.op(*args, **kwargs) if y is None else y
+
+
+class DeployAttention(DeployOp):
+    """Computes what a QAttention computes in QUANT_EVAL: its products on codes, the softmax between them in float32."""
+
+    def __init__(self, op: QAttention, path: str, keep_signed: bool = False) -> None:
+        super().__init__(op, path, keep_signed)
+        self.probabilities = acts_site(op.probabilities_quantizer, f"{path}.probabilities", keep_signed)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        return attention(*args, probabilities=self.probabilities, **kwargs)
 
 
 def _global_average(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -283,7 +299,12 @@ def _replacement(module: nn.Module, path: str, keep_signed: bool) -> nn.Module:
 
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
-FORMS: dict[type[QModule], type[StandIn]] = {QWrapper: DeployLayer, QOp: DeployOp, QWeights: DeployWeights}
+FORMS: dict[type[QModule], type[StandIn]] = {
+    QWrapper: DeployLayer,
+    QAttention: DeployAttention,
+    QOp: DeployOp,
+    QWeights: DeployWeights,
+}
 
 
 def form_of(module: nn.Module) -> type[StandIn] | None:
