@@ -211,6 +211,18 @@ def test_a_loop_counts_as_one_round() -> None:
     assert model(torch.randn(5, 4, 4)).shape == (5, 4, 4)
 
 
+def test_products_of_quantizers_and_transforms_are_not_those_of_the_forward() -> None:
+    from torchquant.qmodule import Rotation
+
+    net, x = fixture("eager")
+    model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:8/channel"}, *rules(8)], x)
+    model.q.transform_input(Rotation(torch.ones(8), [torch.eye(8)]))
+    with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
+        model(x)
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_EVAL)
+    torch.testing.assert_close(model(x), net(x), rtol=0, atol=0.02)
+
+
 def test_another_kind_of_attention_is_refused() -> None:
     net, x = fixture("sdpa")
     model = made(net, x)

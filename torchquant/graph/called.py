@@ -118,9 +118,10 @@ class Event:
         """Whether values are multiplied, and no weight."""
         return self.operator != SOFTMAX and len(self.operands) > 1 and CONSTANT not in self.operands
 
-    def owner(self, owners: Collection[str]) -> Place | None:
-        """Return the innermost of the owners that runs, and the number of its call; None if none does."""
-        return next((place for place in reversed(self.stack) if place[0] in owners), None)
+    def owner(self, owners: Collection[str], others: Collection[str]) -> Place | None:
+        """Return the innermost of the owners that runs, and the number of its call; None inside of others."""
+        inner = next((place for place in reversed(self.stack) if place[0] in owners or place[0] in others), None)
+        return inner if inner is not None and inner[0] in owners else None
 
 
 class Recorder(TorchFunctionMode):
@@ -225,11 +226,14 @@ class Sequences:
     varying: list[str]
 
 
-def sequences(events: Sequence[Event], owners: Collection[str]) -> Sequences:
-    """Sort events by the innermost of the owners that runs. A forward that loops counts as the calls of one round."""
+def sequences(events: Sequence[Event], owners: Collection[str], others: Collection[str] = ()) -> Sequences:
+    """Sort events by the innermost of the owners that runs. A forward that loops counts as the calls of one round.
+
+    `others`: paths of modules that look after what they call, which counts for no owner around them.
+    """
     calls: dict[Place, list[int]] = {}
     for i, event in enumerate(events):
-        owner = event.owner(owners)
+        owner = event.owner(owners, others)
         if owner is not None:
             calls.setdefault(owner, []).append(i)
     found = Sequences({}, {}, [])

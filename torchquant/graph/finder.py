@@ -32,6 +32,7 @@ from torchquant.graph.sites import (
     joined,
     layer_slots,
     layer_types,
+    looked_after,
     why_other,
 )
 from torchquant.graph.trace import NotTraceable, pattern_without_example, renamed, traced_variants
@@ -207,17 +208,17 @@ class Finder(Found):
 
     def products_in(self, events: Sequence[Event]) -> Sequences:
         """Find what the forwards that are not traced call, by what the model called on the example."""
-        traced = {joined(r.path, path) for r in self.regions.values() for way in r.ways for path in way.traced.inlined}
+        others = looked_after(self.sites.values(), self.regions.values())
         layers = {path for path, site in self.sites.items() if site.is_layer}
 
         def can_be_watched(stack: tuple[tuple[str, int], ...]) -> bool:
             path = stack[-1][0]
             module = self.model.get_submodule(path)
-            is_free = path not in traced and not any(above in layers for above, _ in stack)
+            is_free = path not in others and not any(above in layers for above, _ in stack)
             return is_free and "forward" not in vars(module) and not isinstance(module, torch.jit.ScriptModule)
 
         owners = {event.stack[-1][0] for event in events if event.is_product and can_be_watched(event.stack)}
-        return sequences(events, owners)
+        return sequences(events, owners, others)
 
     def find_called(self, found: Sequences, counts: Mapping[str, int]) -> dict[str, int]:
         """Collect the products in forwards that are not traced as sites; return how often each runs in a forward."""

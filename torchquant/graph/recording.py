@@ -21,7 +21,7 @@ from torchquant.graph.called import Event, Recorder
 from torchquant.graph.calls import Signature, arguments_of, fits, leaves
 from torchquant.graph.copies import copy_model
 from torchquant.graph.outside import globals_kept, random_states_kept
-from torchquant.graph.sites import Captured, Region, Site
+from torchquant.graph.sites import Captured, Region, Site, looked_after
 from torchquant.qmodule.state import is_real
 
 Note = Callable[[Region, fx.Node, tuple[Any, ...], Any], None]
@@ -144,9 +144,10 @@ def _watch_called(captured: Captured, example_inputs: Any, found: dict[str, list
     if not sites:
         return
     n_calls: Counter[Any] = Counter()
+    others = looked_after(captured.sites, captured.regions.values())
 
     def note(args: tuple[Any, ...], value: Any) -> None:
-        owner = recorder.events[-1].owner(captured.products)
+        owner = recorder.events[-1].owner(captured.products, others)
         if owner is not None:
             path = sites.get((owner[0], n_calls[owner] % len(captured.products[owner[0]])))
             n_calls[owner] += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,6 +232,12 @@ class SitePlan:
 def joined(*parts: str) -> str:
     """Join the non-empty parts of a path."""
     return ".".join(part for part in parts if part)
+
+
+def looked_after(sites: Iterable[Site], regions: Iterable[Region]) -> set[str]:
+    """Return the paths of layers, and of modules whose forwards are traced: what they call belongs to no one else."""
+    traced = {joined(r.path, path) for r in regions for way in r.ways for path in way.traced.inlined}
+    return traced | {site.path for site in sites if site.is_layer}
 
 
 def layer_slots(module: nn.Module) -> tuple[str, ...]:

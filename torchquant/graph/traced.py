@@ -19,6 +19,7 @@ from torchquant.graph.calls import Signature, fits, leaves
 from torchquant.graph.flat import flattened, unflattened
 from torchquant.graph.guards import Unseen, found_global, found_on, read_global, read_now
 from torchquant.graph.hooks import has_hooks
+from torchquant.qmodule.aside import aside
 from torchquant.qmodule.state import QModule, QModuleState
 
 _numbers = count()
@@ -306,7 +307,7 @@ def subclass_with_forward(base: type[nn.Module], kind: type[nn.Module], forward:
     forward.__doc__ = kind.forward.__doc__
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     members = {
-        "forward": forward,
+        "forward": aside(forward),
         "_float_forward": kind.forward,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,

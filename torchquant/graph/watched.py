@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError
 from torchquant.graph.called import FAMILIES, SOFTMAX, CalledProduct, learn_functions, with_operands
 from torchquant.graph.traced import always_graphs, subclass_with_forward
-from torchquant.qmodule.attention import WatchedCalls
+from torchquant.qmodule.aside import WatchedCalls
 from torchquant.qmodule.state import QModule, QModuleState
 
 
@@ -45,16 +45,6 @@ class WatchedModule(nn.Module):
 
     def run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward; its products are quantized if anything observes or quantizes."""
-        outer = WatchedCalls.innermost()
-        if outer is None:
-            return self._run(args, kwargs)
-        outer.paused += 1
-        try:
-            return self._run(args, kwargs)
-        finally:
-            outer.paused -= 1
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._runs_float():
             return self._float_forward(*args, **kwargs)  # type: ignore[operator]
         calls = _Calls(self)

@@ -9,28 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from torchquant.qmodule.op import QOp
 from torchquant.quantizers import Quantizer
-
-
-class WatchedCalls(TorchFunctionMode):
-    """A mode that takes calls of torch functions in one forward, but not those in modules that look after themselves.
-
-    `paused`: how many of these run at the moment.
-    """
-
-    paused = 0
-
-    @staticmethod
-    def innermost() -> WatchedCalls | None:
-        """Return the innermost of these modes that is active."""
-        found = None
-        for mode in _get_current_function_mode_stack():
-            if isinstance(mode, WatchedCalls):
-                found = mode
-        return found
 
 
 def attention(
@@ -102,13 +83,5 @@ class QAttention(QOp):
         def probabilities(weights: Tensor) -> Tensor:
             return self._run_acts_quantizer("probabilities", quantizer, weights)
 
-        outer = WatchedCalls.innermost()
-        if outer is None:
-            y = attention(*args, probabilities=probabilities, **kwargs)
-        else:
-            outer.paused += 1
-            try:
-                y = attention(*args, probabilities=probabilities, **kwargs)
-            finally:
-                outer.paused -= 1
+        y = attention(*args, probabilities=probabilities, **kwargs)
         return y if state.is_act_quantized else self.op(*args, **kwargs)

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torchquant.errors import ConfigError, UnsupportedPatternError
+from torchquant.qmodule.aside import RunsAside
 
 _SHARED = (
     "_parameters",
@@ -34,7 +35,7 @@ OWN_CHILDREN = frozenset(
 """Names of the holder's own children; a child of the held module with such a name is listed as NAME_."""
 
 
-class Holder(nn.Module):
+class Holder(RunsAside):
     """Holds a module and stands in for it in reads, writes, names and keys.
 
     A subclass sets `self.layer` (or the attribute that `held_as` names) in its constructor and ends the constructor

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant.errors import ExportError
+from torchquant.qmodule.aside import RunsAside
 
 
-class StandIn(nn.Module):
+class StandIn(RunsAside):
     """A module that answers reads of missing attributes from the module that it replaces, `stands_for`.
 
     Model code that reads the stride of a layer, or the type of its weight, therefore keeps working. `path` names it in
