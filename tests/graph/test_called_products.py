@@ -216,7 +216,7 @@ def test_products_of_quantizers_and_transforms_are_not_those_of_the_forward() ->
 
     net, x = fixture("eager")
     model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:8/channel"}, *rules(8)], x)
-    model.q.transform_input(Rotation(torch.ones(8), [torch.eye(8)]))
+    model.q.transform_input(Rotation(torch.ones(8), [math.sqrt(8) * torch.eye(8)]))
     with torch.no_grad(), tq.qmodule_state(model, tq.QModuleState.CALIBRATION):
         model(x)
     tq.set_qmodule_state(model, tq.QModuleState.QUANT_EVAL)
