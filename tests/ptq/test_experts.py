@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from torchquant import ptq
-from torchquant.ptq.reads import mask_of, paired_rows, rows_read
+from torchquant.ptq.reads import paired_rows, rows_read
 from torchquant.qmodule import QWeights, WeightsPattern
 from torchquant.qmodule.weighted import WEIGHTED
 from torchquant.utils import weight_slots
@@ -161,16 +161,3 @@ def test_other_routes_of_the_float_model_do_not_stop_a_run(shift: float) -> None
     assert all(slot.quantizer.is_pinned for slot in weight_slots(model))  # type: ignore[union-attr]
     again = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:2/channel"}], batches[0])
     assert {s.path: s.error for s in ptq.run(again, ["gptq"], batches).steps} == {p: s.error for p, s in steps.items()}
-
-
-def test_masks_of_batches() -> None:
-    class Encoder(nn.Module):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            return input_ids
-
-    model, mask = Encoder(), torch.ones(2, 5, dtype=torch.long)
-    assert mask_of(model, torch.ones(2, 5), 0) is None
-    assert mask_of(model, (torch.ones(2, 5), mask), 0) is not None
-    assert mask_of(model, {"attention_mask": mask, "decoder_input_ids": mask[:, :3]}, 0) is not None
-    with pytest.warns(UserWarning, match="batch 3: its decoder_input_ids have the shape of its attention_mask"):
-        assert mask_of(model, {"attention_mask": mask, "decoder_input_ids": mask}, 3) is None

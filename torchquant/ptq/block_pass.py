@@ -18,6 +18,7 @@ from torchquant.graph.traced import graphs_running
 from torchquant.ptq.block import BlockCall, BlockData
 from torchquant.ptq.blocks import BlockPlace
 from torchquant.ptq.overflow import Overflow
+from torchquant.ptq.padding import Padding
 from torchquant.ptq.ranks import errors_on_all_ranks
 from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.qmodule import QModule
@@ -27,7 +28,7 @@ from torchquant.utils import qmodules
 
 @dataclass
 class BlockPass:
-    """The pass. `reference`: the float model. `masks`: of each batch, which tokens are not padding, or None.
+    """The pass. `reference`: the float model. `paddings`: of each batch.
 
     `overflow`: limits the memory of what forwards wait with. `generator`: makes the one of a block. `is_done`: whether
     a block needs no data, since its result is saved. `again`: gets the paths of blocks that are called again.
@@ -36,7 +37,7 @@ class BlockPass:
     model: nn.Module
     reference: nn.Module
     inputs: Sequence[Any]
-    masks: Sequence[Tensor | None]
+    paddings: Sequence[Padding]
     overflow: Overflow | None
     generator: Callable[[str], torch.Generator]
     is_done: Callable[[str], bool]
@@ -83,7 +84,7 @@ class BlockPass:
             self.generator(path),
             [_call_of(now[i]) for i in reached],
             [_call_of(floats[i]) for i in reached],
-            [self.masks[i] for i in reached],
+            [self.paddings[i].at(path) for i in reached],
             lambda: [self._gradients(path, modules, self.inputs[i]) for i in reached],
         )
 

@@ -27,8 +27,9 @@ from torchquant.ptq.input_folding import InputFolding
 from torchquant.ptq.inputs import InputWork, has_slots
 from torchquant.ptq.layer import LayerData, are_alike
 from torchquant.ptq.overflow import Overflow
+from torchquant.ptq.padding import paddings
 from torchquant.ptq.ranks import errors_on_all_ranks, total
-from torchquant.ptq.reads import mask_of, paired_rows, uses_of
+from torchquant.ptq.reads import paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
 from torchquant.ptq.stage import CHANGES, FLOAT_NEEDS, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
@@ -193,7 +194,7 @@ class _Engine:
         self.units: dict[str, list[WeightSlot]] = {}
         for slot in units:
             self.units.setdefault(slot.path, []).append(slot)
-        self.masks = [mask_of(model, batch, i) for i, batch in enumerate(inputs)]
+        self.paddings = paddings(model, inputs)
         self.on_step, self.saved, self.overflow = on_step, saved, overflow
         self.steps: list[StepReport] = []
         self.reference: nn.Module | None = None
@@ -238,7 +239,7 @@ class _Engine:
                 with errors_on_all_ranks():
                     folding = InputFolding(self.model, example_for(self.model, self.inputs))
             work = InputWork(self.model, stage, _name(stage), self.keep, self.report, folding)
-            work.run_all({path: slots[0] for path, slots in self.units.items()}, calls, self.masks, self._generator)
+            work.run_all({path: slots[0] for path, slots in self.units.items()}, calls, self.paddings, self._generator)
             self.n_passes += 1
             self.is_stale = True
 
@@ -354,7 +355,7 @@ class _Engine:
         for i, one in enumerate(now):
             if one.at != slot.path:
                 continue
-            call, mask = (one.args, one.kwargs), self.masks[i]
+            call, mask = (one.args, one.kwargs), self.paddings[i].at(slot.path)
             uses = uses_of(slot, call, mask)
             if uses is not None:
                 data.add_uses(uses, slot.rows().shape[-1])
@@ -391,7 +392,7 @@ class _Engine:
         self.again.clear()
         is_done = partial(self.saved.has, self.n_passes)
         one = BlockPass(
-            self.model, self.reference, self.inputs, self.masks, self.overflow, self._generator, is_done, self.again
+            self.model, self.reference, self.inputs, self.paddings, self.overflow, self._generator, is_done, self.again
         )
         for block, modules, data in one.run(self.blocks):
             self._work_block(block, modules, stages, data)

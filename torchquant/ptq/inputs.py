@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchquant.errors import ConfigError, NonFiniteError, one_line
 from torchquant.graph.own_inputs import read_own_input
 from torchquant.ptq.input_folding import InputFolding
+from torchquant.ptq.padding import Padding
 from torchquant.ptq.paths import ChannelSet
 from torchquant.ptq.ranks import is_any
 from torchquant.ptq.readers import Call, Readers, each_readers
@@ -62,14 +63,14 @@ class InputWork:
         self,
         slots: Mapping[str, WeightSlot],
         calls: Sequence[Call],
-        masks: Sequence[Tensor | None],
+        paddings: Sequence[Padding],
         generator_of: Callable[[str], torch.Generator],
     ) -> None:
         """Work on the readers of each value in turn; changed layers quantize their own inputs afterwards."""
         left = {path: why_not(slot) or "no batch reached it" for path, slot in slots.items()}
         modules = {path: slot.module for path, slot in slots.items() if not why_not(slot)}
         with qmodule_state(self.model, QModuleState.BYPASSED):
-            for readers in each_readers(self.model, modules, calls, masks, generator_of):
+            for readers in each_readers(self.model, modules, calls, paddings, generator_of):
                 for step in self._work(readers):
                     del left[step.path]
                     self.report(step)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant.graph.own_inputs import input_quantizer_of
+from torchquant.ptq.padding import Padding
 from torchquant.ptq.ranks import errors_on_all_ranks, is_any, joined_groups, total
 from torchquant.ptq.shifted_scale import ShiftedScale
 from torchquant.ptq.streams import meetings, passes
@@ -219,7 +220,7 @@ def each_readers(
     model: nn.Module,
     wrappers: Mapping[str, InputSlots],
     calls: Sequence[Call],
-    masks: Sequence[Tensor | None],
+    paddings: Sequence[Padding],
     generator_of: Callable[[str], torch.Generator],
 ) -> Iterator[Readers]:
     """Yield the readers of each value, when every batch that reaches them has arrived; they may be changed then.
@@ -244,7 +245,7 @@ def each_readers(
     of_first = {paths[0]: paths for paths in groups}
     with passes({path: wrappers[path] for path in of_first}, list(calls)) as now:
         for path in meetings(list(of_first), now, (), set()):
-            here = [(one, mask) for one, mask in zip(now, masks, strict=True) if one.at == path]
+            here = [(one, padding.at(path)) for one, padding in zip(now, paddings, strict=True) if one.at == path]
             yield made(of_first[path], [_unpadded(_first_argument(one.args, one.kwargs), mask) for one, mask in here])
 
 

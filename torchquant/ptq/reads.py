@@ -7,7 +7,6 @@ are watched.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.graph.calls import arguments_of
 from torchquant.ptq.functional.gram import conv_rows, linear_rows, transposed_conv_rows
 from torchquant.ptq.layer import Rows
 from torchquant.ptq.recurrence import layer_input, states_before
@@ -27,27 +25,6 @@ from torchquant.qmodule.weighted import weights_pattern
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call of a QModule."""
-
-
-def mask_of(model: nn.Module, batch: Any, i: int) -> Tensor | None:
-    """Return which tokens of batch i are not padding, (N, tokens) bool, if an argument of it is the attention_mask.
-
-    Layers know this mask by its shape. Warns, and returns None, if tokens of a decoder have the same shape.
-    """
-    args, kwargs = arguments_of(batch)
-    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
-    mask = named.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    decoder = named.get("decoder_input_ids")
-    if isinstance(decoder, Tensor) and decoder.shape == mask.shape:
-        warnings.warn(
-            f"batch {i}: its decoder_input_ids have the shape of its attention_mask, so that layers cannot tell whose "
-            "padding it is, and none is left out; give decoder and encoder other lengths",
-            stacklevel=2,
-        )
-        return None
-    return mask.to(torch.bool)
 
 
 def rows_read(slot: WeightSlot, call: Call, mask: Tensor | None = None, most_rows: int | None = None) -> Iterator[Rows]:

@@ -21,8 +21,8 @@ from torchquant.ptq.functional.orthogonal import (
     random_orthogonal,
     random_signs,
 )
+from torchquant.ptq.padding import Padding, paddings
 from torchquant.ptq.readers import Call, Readers, each_readers
-from torchquant.ptq.reads import mask_of
 from torchquant.ptq.rotation_sets import RotationSet
 from torchquant.qmodule import QModuleState
 from torchquant.qmodule.input_slots import InputSlots
@@ -99,10 +99,10 @@ class MeasuredRotation:
         return best
 
 
-def calls_and_masks(model: nn.Module, batches: Sequence[Any]) -> tuple[list[Call], list[Tensor | None]]:
+def calls_and_paddings(model: nn.Module, batches: Sequence[Any]) -> tuple[list[Call], list[Padding]]:
     """Make a forward of each batch, and find which of its tokens are not padding."""
     calls: list[Call] = [partial(call_with, model, batch, "a batch") for batch in batches]
-    return calls, [mask_of(model, batch, i) for i, batch in enumerate(batches)]
+    return calls, paddings(model, batches)
 
 
 def measured(model: nn.Module, sets: Sequence[RotationSet], batches: Sequence[Any]) -> list[MeasuredRotation]:
@@ -111,9 +111,9 @@ def measured(model: nn.Module, sets: Sequence[RotationSet], batches: Sequence[An
     modules = {path: model.get_submodule(path) for path in of_path}
     wrappers = {path: m for path, m in modules.items() if isinstance(m, InputSlots) and m.is_linear}
     found = [MeasuredRotation(one, []) for one in sets]
-    calls, masks = calls_and_masks(model, batches)
+    calls, padding = calls_and_paddings(model, batches)
     with qmodule_state(model, QModuleState.BYPASSED):
-        for readers in each_readers(model, wrappers, calls, masks, lambda _: torch.Generator()):
+        for readers in each_readers(model, wrappers, calls, padding, lambda _: torch.Generator()):
             if readers.n_rows:
                 rows = [x[:: max(1, len(x) // MOST_ROWS)] for x in readers.sample]
                 found[of_path[next(iter(readers.wrappers))]].readers.append(replace(readers, values=rows))

@@ -12,7 +12,7 @@ from torchquant.ptq.algorithms.fold_norm import FoldNorm
 from torchquant.ptq.algorithms.rotate import Rotate
 from torchquant.ptq.inputs import InputWork
 from torchquant.ptq.report import StepReport
-from torchquant.ptq.rotating import MeasuredRotation, calls_and_masks, measured, start_of
+from torchquant.ptq.rotating import MeasuredRotation, calls_and_paddings, measured, start_of
 from torchquant.ptq.rotation_sets import RotationSet, rotation_sets
 from torchquant.ptq.stage import PTQ, ModelStage
 from torchquant.ptq.structure import example_for, restart_ranges, same_function, untied
@@ -79,6 +79,6 @@ class QuaRot(ModelStage):
         steps: list[StepReport] = []
         slots = {s.path: s for s in weight_slots(model) if s.quantizer is not None and s.path not in seen}
         work = InputWork(model, Rotate(), "quarot", "best", steps.append)
-        work.run_all(slots, *calls_and_masks(model, batches), lambda _: torch.Generator().manual_seed(self.seed))
+        work.run_all(slots, *calls_and_paddings(model, batches), lambda _: torch.Generator().manual_seed(self.seed))
         done = [step.path for step in steps if not step.note.startswith("left as it is")]
         return [f"rotated at run time: {', '.join(done)}"] if done else []
