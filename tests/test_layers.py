@@ -20,6 +20,7 @@ ROWS = (
     (
         "errors",
         "_shown",
+        "_units",
         "_locks",
         "_registry",
         "_renamed",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from typer.testing import CliRunner
 
 from tests.stage_table import PAGE, written
@@ -13,6 +14,7 @@ from torchquant import cli
 from torchquant.errors import ConfigError
 from torchquant.ptq import PTQ, RECIPES, Recipe, find_recipe
 from torchquant.ptq.stage import CHANGES
+from torchquant.runs.ptq import PTQConfig, run_ptq
 
 OWN_MODEL = """
 from torch import nn
@@ -48,6 +50,17 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
         ("torchquant_ptq: 1\nstage: [gptq]", "no stage in a recipe; it has"),
         ("torchquant_ptq: 1\nstages: gptq", "stages must be a list of names, got 'gptq'"),
         ("torchquant_ptq: 1\nstages: [gptk]", "did you mean 'gptq'"),
+        (
+            "torchquant_ptq: 1\nstages: [gptq]\ndata: {sources: digits}",
+            "data of a recipe has no sources; it has source,",
+        ),
+        ("torchquant_ptq: 1\nstages: [gptq]\ndata: {batch: 0}", "data: batch must be a whole number >= 1, got 0"),
+        ("torchquant_ptq: 1\nstages: [gptq]\ndata: {samples: 10, batch: 4}", "samples must be whole batches, got 10"),
+        (
+            "torchquant_ptq: 1\nstages: [gptq]\ncache: {bytes: 2XB}",
+            "cache: bytes must be a number of bytes .*got '2XB'",
+        ),
+        ("torchquant_ptq: 1\nstages: [gptq]\ncache: {dtype: bf16}", "cache of a recipe has no dtype; it has bytes"),
     ],
 )
 def test_files_that_are_no_recipes(text: str, words: str, tmp_path: Path) -> None:
@@ -55,6 +68,36 @@ def test_files_that_are_no_recipes(text: str, words: str, tmp_path: Path) -> Non
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
         find_recipe(str(path))
+
+
+def test_a_recipe_names_its_data_and_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "recipe.yaml", {}
+    path.write_text(
+        "torchquant_ptq: 1\nplan: w4a8\ndata: {source: digits, samples: 96, batch: 32, seed: 5}\n"
+        "cache: {bytes: 2kB}\nstages: [gptq]\n"
+    )
+    assert find_recipe(str(path)).cache_bytes == 2000
+    model = tmp_path / "own.py"
+    model.write_text(OWN_MODEL)
+    config = PTQConfig(f"{model}:small", str(path), float_epochs=0)
+    assert (config.data, config.batches) == ("digits", 3)
+    assert PTQConfig(f"{model}:small", str(path), data="cifar10", batches=2).data == "cifar10"
+
+    def run(model: object, stages: object, batches: list[tuple[Tensor, Tensor]], *args: object, **more: object) -> None:
+        seen.update(more, sizes=[len(x) for x, _ in batches])
+
+    monkeypatch.setattr("torchquant.ptq.run", run)
+    run_ptq(config, tmp_path / "out")
+    assert (seen["cache_bytes"], seen["sizes"]) == (2000, [32, 32, 32])
+    more = PTQConfig(f"{model}:small", str(path), float_epochs=0, cache_bytes="1MB")
+    run_ptq(more, tmp_path / "other")
+    assert seen["cache_bytes"] == 10**6
+    with pytest.raises(ConfigError, match="cache_bytes must be a number of bytes"):
+        PTQConfig(f"{model}:small", str(path), cache_bytes="much")
+    assert "cache_bytes" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    path.write_text("torchquant_ptq: 1\ndata: {samples: 64000, batch: 32}\nstages: [gptq]\n")
+    with pytest.raises(ConfigError, match="digits has .* training images, fewer than the recipe asks"):
+        run_ptq(PTQConfig(f"{model}:small", str(path), float_epochs=0), tmp_path / "more")
 
 
 def test_a_recipe_that_is_not_there() -> None:

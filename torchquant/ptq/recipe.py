@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torchquant._arguments import checked
+from torchquant._arguments import Bounds, Count, checked, described, fits
 from torchquant._registry import did_you_mean
 from torchquant._shown import shown
+from torchquant._units import bytes_of
 from torchquant.errors import ConfigError
 from torchquant.plan import read_yaml
 from torchquant.ptq.stage import PTQ, Stage, make_stage
 from torchquant.qmodule.weighted import WEIGHTED, class_name
 
 FORMAT = 1
+DATA_KEYS: Mapping[str, Any] = {"source": str, "samples": Count, "batch": Count, "seed": Annotated[int, Bounds(0)]}
+"""The keys of `data` in a recipe, and their types: the data by name or folder, how many, and the seed of the order."""
 
 
 @checked
 @dataclass(frozen=True)
 class Recipe:
     """A recipe: rules for the plan, and stages. `names`, `skip`, `keep` as in `run`. Raises ConfigError.
+
+    `data`: what the command takes for the batches, by `DATA_KEYS`: `source`, `samples`, `batch`, `seed`. `cache`:
+    `bytes`, as `cache_bytes` of `run`, a number or a text such as "2GB".
 
     >>> Recipe.parse("gptq:damp=0.05,act_order,bias_correction").stages
     ('gptq:damp=0.05,act_order', 'bias_correction')
@@ -33,6 +39,26 @@ class Recipe:
     keep: str = "best"
     names: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_keys("data", self.data, DATA_KEYS)
+        _check_keys("cache", self.cache, ("bytes",))
+        for name, hint in DATA_KEYS.items():
+            if name in self.data and not fits(hint, self.data[name]):
+                raise ConfigError(f"data: {name} must be {described(hint)}, got {shown(self.data[name])}")
+        if self.data.get("samples", 0) % self.data.get("batch", 1):
+            raise ConfigError(
+                f"data: samples must be whole batches, got {self.data['samples']} samples in batches of "
+                f"{self.data['batch']}"
+            )
+        _ = self.cache_bytes
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Return the limit of memory for waiting inputs, None without one."""
+        return bytes_of(self.cache["bytes"], "cache: bytes") if "bytes" in self.cache else None
 
     @property
     def made(self) -> list[Stage]:
@@ -55,9 +81,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a YAML file: `stages`, and optionally `plan`, `keep`, `names`, `skip`."""
+        """Read a YAML file: `stages`, and optionally `plan`, `keep`, `names`, `skip`, `data`, `cache`."""
         found = read_yaml(path)
-        allowed = ("torchquant_ptq", "plan", "stages", "keep", "names", "skip")
+        more_keys = ("keep", "names", "skip", "data", "cache")
+        allowed = ("torchquant_ptq", "plan", "stages", *more_keys)
         if not isinstance(found, Mapping) or found.get("torchquant_ptq") != FORMAT:
             raise ConfigError(f"{path} is not a recipe: its first line must be 'torchquant_ptq: {FORMAT}'")
         if unknown := [str(key) for key in found if key not in allowed]:
@@ -65,11 +92,16 @@ class Recipe:
         stages = found.get("stages")
         if not isinstance(stages, list) or not stages:
             raise ConfigError(f"{path}: stages must be a list of names, got {shown(stages)}")
-        more = {name: found[name] for name in ("keep", "names", "skip") if name in found}
+        more = {name: found[name] for name in more_keys if name in found}
         more |= {name: tuple(more[name]) for name in ("names", "skip") if isinstance(more.get(name), list)}
         recipe = cls(tuple(stages), found.get("plan"), **more)
         _ = recipe.made
         return recipe
+
+
+def _check_keys(what: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    if unknown := [str(key) for key in given if key not in allowed]:
+        raise ConfigError(f"{what} of a recipe has no {', '.join(unknown)}; it has {', '.join(allowed)}")
 
 
 def is_file(name: str) -> bool:

@@ -67,15 +67,15 @@ class TrainBatches:
     >>> torchquant.fit(net, batches, epochs=1, learning_rate=1e-2)
     """
 
-    def __init__(self, data: TrainingData, seed: int = 0) -> None:
-        self.data = data
+    def __init__(self, data: TrainingData, seed: int = 0, batch_size: int = BATCH_SIZE) -> None:
+        self.data, self.batch_size = data, batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return -(-self.data.n_train // BATCH_SIZE)
+        return -(-self.data.n_train // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.data.train_batches(self.generator, BATCH_SIZE)
+        return self.data.train_batches(self.generator, self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchquant import training
 from torchquant._modes import in_mode
-from torchquant.runs.data import TrainBatches, TrainingData
+from torchquant.runs.data import BATCH_SIZE, TrainBatches, TrainingData
 from torchquant.training import Distillation, OnEpoch
 from torchquant.training.evaluation import top1
 
@@ -39,9 +39,9 @@ def train(
     loop(model, batches, epochs, learning_rate, show_progress=False, **options)
 
 
-def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int) -> None:
+def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int, batch_size: int = BATCH_SIZE) -> None:
     """Run `training.calibrate` on training batches that `seed` draws."""
-    training.calibrate(model, TrainBatches(data, seed), n_batches, with_targets=True, show_progress=False)
+    training.calibrate(model, TrainBatches(data, seed, batch_size), n_batches, with_targets=True, show_progress=False)
 
 
 def accuracy_on(model: nn.Module, data: TrainingData) -> float:

@@ -13,12 +13,14 @@ from torch import nn
 
 from torchquant import ptq
 from torchquant._files import write_json
+from torchquant._units import bytes_of
+from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan, quantize
 from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe, is_file
 from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
-from torchquant.runs.data import TrainBatches, TrainingData, load_data
+from torchquant.runs.data import BATCH_SIZE, DATA, TrainBatches, TrainingData, load_data
 from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import build_model, tried
@@ -28,7 +30,6 @@ from torchquant.runs.settings import (
     check_seed,
     check_types,
     checkpoint_option,
-    data_option,
     files_of,
     model_argument,
     option,
@@ -48,27 +49,35 @@ MADE = ("float.pt", "calibrated.pt", "quantized.pt", "*.progress.pt")
 class PTQConfig:
     """The settings of `torchquant ptq`.
 
-    `recipe`: a ready one, a YAML file, or stages in one line. `rules`: a plan other than that of the recipe. The others
-    as in `JobConfig`. Raises ConfigError.
+    `recipe`: a ready one, a YAML file, or stages in one line. `rules`: a plan other than that of the recipe. `data`,
+    `batches`, `cache_bytes`: None takes what the recipe says. The others as in `JobConfig`. Raises ConfigError.
     """
 
     model: str = model_argument()
     recipe: str = option("cnn-w4a8", f"{', '.join(RECIPES)}, a YAML file, or stages: gptq,bias_correction.")
     rules: str | None = option(None, "A plan other than the recipe's: a rule set, or a YAML file.")
-    data: str = data_option()
+    data: str | None = option(None, "digits, cifar10, or a folder with train/ and test/; else the recipe's, or digits.")
     checkpoint: str | None = checkpoint_option()
     float_epochs: int = option(30, "Epochs of float training; 0: none.")
     learning_rate: float = option(1e-3, "Learning rate of float training.")
-    batches: int = option(8, "Training batches that ranges and algorithms look at.")
+    batches: int | None = option(None, "Training batches to look at; else the samples of the recipe, or 8.")
     seed: int = seed_option()
+    cache_bytes: str | None = option(None, "Memory for inputs that wait before a layer, as 500MB; more goes to files.")
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        data = find_recipe(self.recipe).data
+        batch_size = data.get("batch", BATCH_SIZE)
+        if self.data is None:
+            object.__setattr__(self, "data", data.get("source", DATA[0]))
+        if self.batches is None:
+            object.__setattr__(self, "batches", -(-data["samples"] // batch_size) if "samples" in data else 8)
+        if self.cache_bytes is not None:
+            bytes_of(self.cache_bytes, "cache_bytes")
         check_at_least(self, float_epochs=0, batches=1)
         check_above_zero(self, "learning_rate")
         check_seed(self.seed)
-        find_recipe(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,10 @@ def run_ptq(
         shown.start(3.0)
         data, recipe, net, rules = _built(config)
         _tried(config, data, net, rules, strict)
-        files = [config.checkpoint, *files_of(config.data, config.rules)]
+        files = [config.checkpoint, *files_of(str(config.data), config.rules)]
         files += [config.recipe] if is_file(config.recipe) else []
-        settings = asdict(config) | {CONTENTS: pinned(config.contents, contents_of(files, [net], config.model))}
+        settings = {name: value for name, value in asdict(config).items() if name != "cache_bytes"}
+        settings |= {CONTENTS: pinned(config.contents, contents_of(files, [net], config.model))}
         with claimed(Path(out) / "config.json", settings, "another run", "run", MADE, shown.message) as folder:
             return _run(net, rules, recipe, config, data, Stages(folder, shown))
 
@@ -113,7 +123,7 @@ def preview_ptq(config: PTQConfig, strict: bool = False) -> tuple[ptq.Preview, p
 
 def _built(config: PTQConfig) -> tuple[TrainingData, Recipe, nn.Module, Any]:
     """Load the data and the recipe, and build the float model; with the rules of the plan."""
-    data, recipe = load_data(config.data, config.seed), find_recipe(config.recipe)
+    data, recipe = load_data(str(config.data), config.seed), find_recipe(config.recipe)
     torch.manual_seed(config.seed)
     net = build_model(config.model, data)
     rules = recipe.rules if config.rules is None else config.rules
@@ -130,7 +140,10 @@ def _tried(config: PTQConfig, data: TrainingData, net: nn.Module, rules: Any, st
 def _run(
     net: nn.Module, rules: Any, recipe: Recipe, config: PTQConfig, data: TrainingData, stages: Stages
 ) -> PTQResult:
-    folder, shown = stages.folder, stages.shown
+    folder, shown, n_batches = stages.folder, stages.shown, config.batches
+    drawn = recipe.data.get("seed", config.seed), recipe.data.get("batch", BATCH_SIZE)
+    cache_bytes = recipe.cache_bytes if config.cache_bytes is None else bytes_of(config.cache_bytes, "cache_bytes")
+    assert n_batches is not None
     stages.float_model(net, config, data)
     float_accuracy = accuracy_on(net, data)
     shown.message(f"float: accuracy {float_accuracy:.2%}")
@@ -139,12 +152,17 @@ def _run(
     if all(isinstance(c, str | None) for s in plan.sites for c in (s.weight, s.input, s.output, s.bias)):
         plan.save(folder / "plan.yaml")
     shown.advance(0.0, "calibrating")
-    stages.run("calibrated.pt", model, lambda: calibrate(model, data, config.batches, config.seed))
+    stages.run("calibrated.pt", model, lambda: calibrate(model, data, n_batches, *drawn))
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     nearest_accuracy = accuracy_on(model, data)
     shown.message(f"rounded to nearest: accuracy {nearest_accuracy:.2%}, {len(plan.sites)} sites")
     shown.advance(1.0, "post-training")
-    batches = list(itertools.islice(TrainBatches(data, config.seed), config.batches))
+    batches = list(itertools.islice(TrainBatches(data, *drawn), n_batches))
+
+    if "samples" in recipe.data and len(batches) < n_batches:
+        raise ConfigError(
+            f"data: samples: {config.data} has {data.n_train} training images, fewer than the recipe asks"
+        )
 
     def work() -> None:
         ptq.run(
@@ -157,6 +175,7 @@ def _run(
             recipe.skip,
             config.seed,
             with_targets=True,
+            cache_bytes=cache_bytes,
             on_step=lambda step: shown.advance(0.0, f"{step.stage} {step.path}"),
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
+from torchquant._units import NUMBER, UNITS
 from torchquant.errors import ConfigError
 
 MEASURES = {
@@ -18,24 +19,7 @@ MEASURES = {
     "bitops": "multiply-adds of one sample times the bits of both operands",
     "latency": "seconds, from a table that you give",
 }
-UNITS = {
-    "": 1.0,
-    "B": 1.0,
-    "k": 1e3,
-    "kB": 1e3,
-    "M": 1e6,
-    "MB": 1e6,
-    "G": 1e9,
-    "GB": 1e9,
-    "T": 1e12,
-    "KiB": 2.0**10,
-    "MiB": 2.0**20,
-    "GiB": 2.0**30,
-    "s": 1.0,
-    "ms": 1e-3,
-    "us": 1e-6,
-}
-_WORDS = re.compile(r"\s*([a-z_]+)\s*<=\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_WORDS = re.compile(rf"\s*([a-z_]+)\s*<=\s*{NUMBER}\s*")
 
 
 @checked
