@@ -302,16 +302,18 @@ def _statistics(tracker: StatisticTracker) -> list[tuple[str, Tensor]]:
 
 
 def _ranges(quantizer: Quantizer) -> str:
-    tracker = getattr(quantizer, "observer", quantizer)
-    if not (quantizer.is_ready and isinstance(tracker, StatisticTracker)):
+    if not quantizer.is_ready:
         return "-"
-    parts = []
-    for name, value in _statistics(tracker):
-        low, high = float(value.min()), float(value.max())
-        parts.append(f"{name} {low:.4g}" + (f"..{high:.4g} ({value.numel()} channels)" if value.ndim else ""))
-    if tracker.n_calls > 1:
-        parts.append(f"union of {tracker.n_calls} calls")
-    return ", ".join(parts)
+    tracker = getattr(quantizer, "observer", quantizer)
+    if not isinstance(tracker, StatisticTracker):
+        return ", ".join(_span(*number, "parts") for number in quantizer.numbers().items()) or "-"
+    parts = [_span(*statistic, "channels") for statistic in _statistics(tracker)]
+    return ", ".join([*parts, f"union of {tracker.n_calls} calls"] if tracker.n_calls > 1 else parts)
+
+
+def _span(name: str, value: Tensor, shared: str) -> str:
+    low, high = float(value.min()), float(value.max())
+    return f"{name} {low:.4g}" + (f"..{high:.4g} ({value.numel()} {shared})" if value.ndim else "")
 
 
 _OF_CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.min, "max": torch.max}

@@ -145,6 +145,18 @@ def test_what_has_no_such_blocks_is_refused_with_its_site() -> None:
         blockwise.nearest(torch.ones(4, 1), torch.tensor([0]))
 
 
+def test_a_report_shows_the_ranges_of_blocks_and_groups() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(1, 4)
+    net[0].weight.data.copy_(torch.arange(16.0).view(4, 4))
+    for granularity, said in (
+        ("block=2x2", "block_range_max 5..15 (4 parts)"),
+        ("group=2", "whole_range_max 1..15 (8"),
+    ):
+        model = tq.quantize(net, [{"weight": f"affine:4/{granularity}"}], x)
+        tq.observe_weights(model)
+        assert said in str(tq.state_report(model))
+
+
 def test_a_rule_may_be_a_dictionary() -> None:
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(1, 4)
     rule = {"scheme": "affine", "n_bits": 4, "granularity": "block=2x2"}
