@@ -139,3 +139,12 @@ def test_all_stands_for_every_scheme_that_has_the_width() -> None:
     assert {"affine", "esb", "ternary", "qfmt"} <= names <= set(QUANTIZERS)
     with pytest.raises(UnknownNameError):
         make_cases(["nothing"], [2], [8], 1)
+
+
+def test_a_batch_norm_is_folded_into_weights_that_keep_their_units() -> None:
+    """Signs without a scale would leave nothing of the batch norm, and activations would grow from layer to layer."""
+    kept = {"affine:4/channel", "xnor/channel", "twn/channel", "lsq:2/channel", "esb:3,k=0/channel", "nvfp4"}
+    found = {
+        spec for spec in (*kept, "bnn/channel", "dorefa:2/channel", "irnet:1/channel") if compare_run._keeps_units(spec)
+    }
+    assert found == kept
