@@ -154,3 +154,20 @@ def test_the_recipe_for_language_models(name: str) -> None:
     paths = {step.path for step in ptq.run(model, recipe.stages, [inputs]).steps}
     assert "lm_head" in paths
     assert ("model.layers.0.mlp.experts.gate_up_proj" in paths) == (name == "mixtral")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "tied", "whisper", "vit", "opt"])
+def test_weights_of_every_family_need_no_data_and_load_as_saved(name: str) -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net, inputs = MODELS[name](hf)
+    model, fresh = (tq.quantize(net.eval(), rules("affine:8/group=16"), inputs) for _ in range(2))
+    ptq.run(model, ["nearest"], [])
+    expected = logits(net, inputs)
+    assert (logits(model, inputs) - expected).square().mean() < 1e-3 * expected.square().mean()
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    tq.set_qmodule_state(fresh, tq.QModuleState.QUANT_EVAL)
+    assert torch.equal(logits(fresh, inputs), logits(model, inputs))
+    if name == "tied":
+        assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
