@@ -23,6 +23,7 @@ BRIEF = {
     "awq": {"steps": 2},
     "block_ap": {"steps": 2},
     "brecq": {"steps": 2, "activation_steps": 1},
+    "let": {"steps": 2},
     "low_rank": {"rank": 1},
     "magr": {"steps": 3},
     "omniquant": {"steps": 2},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import Count, Positive
+from torchquant._tensors import channel_view
 from torchquant.ptq.functional.input_scales import smooth_candidates
 from torchquant.ptq.readers import Readers
 from torchquant.ptq.shifted_scale import ShiftedScale
@@ -48,13 +49,19 @@ class LearnedEquivalentTransformation(InputStage):
         """Return the best scales and shift on the way from a start."""
         unit = readers.input_max().clamp_min(1e-5)
         logs, share = scales.log().requires_grad_(), (shift / unit).requires_grad_()
-        learned = [logs, share] if self.shift and readers.can_shift else [logs]
+        shifts = self.shift and readers.can_shift
+        learned = [logs, share] if shifts else [logs]
         optimizer = torch.optim.Adam(learned, self.rate)
         best, least = (scales, shift), torch.inf
         for _ in range(self.steps + 1):
             with torch.enable_grad():
                 s, d = readers.shared(logs.exp(), "mean"), readers.shared(share * unit, "mean")
-                loss = readers.loss(lambda x, s=s, d=d: (x - d) / s, lambda w, s=s: w * s, d)  # type: ignore[misc]
+                at = [channel_view(each, -readers.axis, 0) for each in (s, d)]
+                loss = readers.loss(
+                    lambda x, at=at: (x - at[1]) / at[0],  # type: ignore[misc]
+                    lambda w, s=s: w * s,  # type: ignore[misc]
+                    d if shifts else None,
+                )
                 gradients = torch.autograd.grad(loss, learned)
             if (now := float(reduce_sum(loss.detach()))) < least:
                 best, least = (s.detach(), d.detach()), now
