@@ -14,6 +14,7 @@ import torch
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD = 1 << 30
+_M_ARENA_MAX = -8
 _TRIM_THRESHOLD = (1 << 31) - 1  # mallopt takes a C int
 
 
@@ -28,6 +29,17 @@ def keep_memory_mapped() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def keep_one_arena() -> bool:
+    """Let all threads of glibc share one arena, so that none keeps what it has freed from the others.
+
+    Returns whether it took effect.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1))
+    except (AttributeError, OSError, TypeError):
+        return False
 
 
 def cpu_model() -> str:

@@ -144,8 +144,8 @@ def _ways() -> list[Way]:
     ):
         label = f"{stages} (scales: min-max)" if scales else stages
         found.append(Way("w4a8", "ours", label, partial(ours, rules=inputs[scales], stages=stages), networks))
-    for algorithm in ("nearest", "bias_correction", "gptq", "qronos", "gpfq", "adaround"):
-        heavy = algorithm in ("qronos", "gpfq", "adaround")
+    for algorithm in ("nearest", "bias_correction", "gptq", "gpfq", "adaround"):
+        heavy = algorithm in ("gpfq", "adaround")
         networks = LIGHT if heavy else (*CONVOLUTIONAL, *linear)
         found.append(Way("w4a8", "Brevitas", algorithm, partial(_brevitas, algorithm=algorithm), networks))
     for stages in (NEAREST, GPTQ):

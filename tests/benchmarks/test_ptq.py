@@ -86,7 +86,7 @@ def content(**cells: Any) -> dict[str, Any]:
         "command": "python -m benchmarks.ptq",
         "versions": {"torch": "2"},
         "threads": 1,
-        "remarks": ["Why it is so."],
+        "remarks": "Why it is so.",
         "networks": {"face": facts},
         "cells": {"face": cells},
     }

@@ -62,7 +62,7 @@ def rounded(network: Real, folder: Path, algorithm: str, ends: tuple[str, ...], 
     model = tools.layerwise_quantize(copy.deepcopy(network.model), chosen, name_blacklist=[*ends])
     made = _calibrated(network, model)
     model(*network.calibration[0])  # its weight quantizers take their numbers from a forward pass behind calibration
-    if algorithm in ("gptq", "gpfq", "qronos"):
+    if algorithm in ("gptq", "gpfq"):
         mode = getattr(require(f"brevitas.graph.{algorithm}", "bench"), f"{algorithm}_mode")
         with mode(model, act_order=True) as running:
             for _ in range(running.num_layers):
@@ -81,7 +81,7 @@ def rounded(network: Real, folder: Path, algorithm: str, ends: tuple[str, ...], 
 def _learn_rounding(model: nn.Module, network: Real) -> None:
     """Run the learned rounding of Brevitas' examples, layer by layer, with the settings of AdaRound."""
     examples = require("brevitas_examples.imagenet_classification.ptq.learned_round_utils", "bench")
-    settings = {"": "hard_sigmoid_round", "_loss": "regularised_mse", "_mode": "layerwise", "_lr_scheduler": None}
+    settings = {"": "hard_sigmoid", "_loss": "regularised_mse", "_mode": "layerwise", "_lr_scheduler": None}
     settings |= {"_lr": 1e-2, "_iters": 300, "_batch_size": 8}
     given = Namespace(**{f"learned_round{name}": value for name, value in settings.items()})
     pairs = [(x, torch.zeros(len(x))) for (x,) in network.calibration]

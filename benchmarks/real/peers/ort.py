@@ -50,9 +50,11 @@ def nbits(network: Real, folder: Path, group: int, algorithm: str = "rtn") -> Qu
     """
     tool = require("onnxruntime.quantization.matmul_nbits_quantizer", "deploy")
     onnx, source = require("onnx", "deploy"), float_file(network, folder)
-    size = group or 32
+    size, kind = group or 32, getattr(tool.QuantFormat, "QOperator" if group else "QDQ")
     chosen = {
-        "rtn": lambda: tool.DefaultWeightOnlyQuantConfig(size, is_symmetric=True, channel_wised_quantize=not group),
+        "rtn": lambda: tool.DefaultWeightOnlyQuantConfig(
+            size, is_symmetric=True, channel_wised_quantize=not group, quant_format=kind
+        ),
         "hqq": lambda: tool.HQQWeightOnlyQuantConfig(size),
         "gptq": lambda: tool.GPTQWeightOnlyQuantConfig(_Feeds(source, network.calibration), block_size=size),
     }[algorithm]()
@@ -61,7 +63,7 @@ def nbits(network: Real, folder: Path, group: int, algorithm: str = "rtn") -> Qu
     path = folder / f"ort-nbits-{group}-{algorithm}.onnx"
     onnx.save(made.model.model, path)
     sizes = [{a.name: a.i for a in node.attribute} for node in made.model.model.graph.node if "NBits" in node.op_type]
-    return Quantized(session_call(path), [size["K"] * size["N"] for size in sizes])
+    return Quantized(session_call(path), [size["K"] * size["N"] for size in sizes] or integer_weights(path))
 
 
 class _Feeds(Feeds):
