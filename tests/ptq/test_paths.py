@@ -135,6 +135,8 @@ ENDS = {
     "input": (lambda m, x: m.b(m.a(x) + x), "added to what no layer can scale"),
     "comparison": (lambda m, x: m.b(m.a(x) * (m.a(x) > 0)), "read by gt"),
     "square": (lambda m, x: m.b(m.a(x) * m.a(x)), "read by mul"),
+    "power": (lambda m, x: m.b(m.a(x) ** torch.full((4, 1, 1), 2.0)), "read by pow"),
+    "mean of squares": (lambda m, x: m.b(m.a(x) * m.a(x).pow(2).mean(1, keepdim=True)), "read by pow"),
     "reciprocal": (lambda m, x: m.b(1.0 / m.a(x)), "read by __rdiv__"),
     "mean over channels": (lambda m, x: m.b(m.a(x).mean(1, keepdim=True).expand(-1, 4, -1, -1)), "read by mean"),
     "written in part": (lambda m, x: m.b(written(m.a(x))), "read by __setitem__"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from tests.ptq.test_input_folding import IDS, RMS, RULES, bypassed, decoder
+from tests.ptq.test_paths import Net
 from tests.ptq.test_transformers import MODELS, logits
 from torchquant import ptq
 from torchquant.errors import ConfigError
@@ -158,3 +159,38 @@ def test_models_of_transformers(name: str) -> None:
         errors[stage] = float((logits(model, inputs) - wanted).square().mean())
     if name not in ("tied", "vit"):  # whose outliers are not in the stream alone
         assert errors["quarot"] < errors["fold_norm"] > errors["spinquant:steps=10"]
+
+
+def head_norm(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x).unflatten(-1, (4, 4))
+    h = h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    y: Tensor = m.b(h.flatten(-2))
+    return y
+
+
+FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[int], str]] = {
+    "routed": (lambda m, x: m.b(m.a(x) * m.c(x)[..., :1].softmax(-1) / 3.0), [16], ""),
+    "norm of each head": (head_norm, [4], ""),
+    "sum and parameter": (lambda m, x: m.b(m.a(x) + m.c(x) + m.p), [16], ""),
+    "gate": (lambda m, x: m.b(m.a(x) * m.c(x).sigmoid()), [], "an operator treats each of its channels by itself"),
+    "relu": (lambda m, x: m.b(m.a(x).relu()), [], "an operator treats each of its channels by itself"),
+    "half": (lambda m, x: m.b(m.a(x).roll(3, -1)), [], "its channels do not arrive in whole runs everywhere"),
+    "output": (lambda m, x: m.b(h := m.a(x)) + h, [], "it is an output of the model"),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_every_rotation_of_a_found_set_keeps_the_function(name: str) -> None:
+    forward, sizes, why = FORWARDS[name]
+    torch.manual_seed(0)
+    net, x = Net(forward, **{c: nn.Linear(16, 16) for c in "abc"}), torch.randn(3, 5, 16).double()
+    net.p = nn.Parameter(torch.randn(1, 5, 16).double())
+    model = tq.quantize(net.eval(), RULES, x)
+    before = bypassed(model, x)
+    sets, left = rotation_sets(model, x)
+    assert [one.size for one in sets] == sizes
+    assert not why or any(why in reason for _, reason in left)
+    for one in sets:
+        one.rotate(start_of(one.size, False, torch.Generator().manual_seed(0)))
+        torch.testing.assert_close(bypassed(model, x), before, rtol=1e-11, atol=1e-11)
+        assert not torch.allclose(model.get_submodule("a").weight, net.a.weight)

@@ -74,15 +74,20 @@ def _times(run: Run, call: Call, ids: Tensor | None, factor: Any) -> Tensor | No
     ids = ids.expand(call.result.shape)
     run.note(ids, FIXED)
     if isinstance(factor, Tensor):
-        varies = [size > 1 for size in compact(ids).shape]
         steps = factor.expand(ids.shape).stride()
-        run.note(ids if any(v and step for v, step in zip(varies, steps, strict=True)) else None, ALONE)
+        varying = [dim for dim, size in enumerate(compact(ids).shape) if size > 1]
+        alike = [dim for dim in varying if steps[dim] == 0]
+        if not alike:
+            run.note(ids, ALONE)
+        elif alike != varying:
+            run.channels.confine(ids, alike)
     return ids
 
 
 def squares(run: Run, call: Call) -> Tensor | None:
     """Follow squares as far as their mean, which a norm takes; other powers end the path."""
-    return _squared(run, call) if call.name == "square" or call.get(1, "exponent") == 2 else run.stop(call)
+    exponent = 2 if call.name == "square" else call.get(1, "exponent")
+    return _squared(run, call) if isinstance(exponent, int | float) and exponent == 2 else run.stop(call)
 
 
 def _squared(run: Run, call: Call) -> Tensor | None:

@@ -102,9 +102,10 @@ def _why_not(run: Run, one: RotationSet, labels: Tensor, channels: Tensor, is_fo
     whole = [tuple(labels[end.ids].tolist()) for end in one.ends]
     one.size = min(map(len, rows or whole))
     allowed = {row for row in rows or whole if len(row) == one.size}
-    if any(part not in allowed for row in (*rows, *whole) for part in _parts(row, one.size)):
+    is_whole = all(part in allowed for row in (*rows, *whole) for part in _parts(row, one.size))
+    if not is_whole or len(allowed) * one.size != len(channels):
         return "its channels do not arrive in whole runs everywhere"
-    return "" if len(allowed) * one.size == len(channels) else "its runs overlap"
+    return ""
 
 
 def _is_even(scale: Scale) -> bool:
