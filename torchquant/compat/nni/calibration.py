@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torchquant.compat.nni.config import LayerConfig, Target
 from torchquant.compat.nni.named_targets import quantizer_at
 from torchquant.errors import ConfigError
-from torchquant.qmodule import QModule, QWeights
-from torchquant.qmodule.weights import weight_names
+from torchquant.qmodule import QModule
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers._base import UniformQuantizer
 from torchquant.quantizers._learned import LearnedUniform
@@ -65,7 +64,8 @@ def _asked(
         module = model.get_submodule(path)
         own = module.quantizers() if isinstance(module, QModule) else {}
         for name, target in config.targets.items():
-            same = weight_names(module.layer) if name == "weight" and isinstance(module, QWeights) else [name]
+            weights = module.weight_slots() if name == "weight" and isinstance(module, QModule) else []
+            same = [slot.name for slot in weights] or [name]
             for each in same:
                 quantizer = own.get(each) or quantizer_at(module, each)
                 if quantizer is not None:

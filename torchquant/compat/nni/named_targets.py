@@ -38,12 +38,19 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+class TargetOp(QOp):
+    """Holds the quantizer of one target."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(_as_it_is, quantizer)
+
+
 class QuantizedTensor(nn.Module):
     """The parametrization of a tensor that is read quantized."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        self.op = QOp(_as_it_is, quantizer)
+        self.op = TargetOp(quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         quantized: Tensor = self.op(x)
@@ -95,16 +102,16 @@ def _there(found: bool, module: nn.Module, key: str, what: str) -> None:
         raise ConfigError(f"{type(module).__name__} has no output '{OUTPUT}{key}'; it returns {what}")
 
 
-def _real(op: QOp, x: Any) -> Any:
+def _real(op: TargetOp, x: Any) -> Any:
     return op(x) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def children_of(module: nn.Module, kind: str) -> dict[str, QOp]:
+def children_of(module: nn.Module, kind: str) -> dict[str, TargetOp]:
     """Map the key of each quantized input, or output, to its QOp. kind: "_input_" or "_output_"."""
     return {
         name.removeprefix(kind): child
         for name, child in module.named_children()
-        if name.startswith(kind) and isinstance(child, QOp)
+        if name.startswith(kind) and isinstance(child, TargetOp)
     }
 
 
@@ -117,7 +124,7 @@ def put(module: nn.Module, path: str, target: str, quantizer: Quantizer) -> None
                 module.register_forward_pre_hook(_QuantizeInputs(), with_kwargs=True)
             else:
                 module.register_forward_hook(_QuantizeOutputs())
-        module.add_module(target, QOp(_as_it_is, quantizer).train(module.training))
+        module.add_module(target, TargetOp(quantizer).train(module.training))
         return
     if isinstance(module, _NormBase) and target in dict(module.named_buffers(recurse=False)):
         raise ConfigError(
@@ -138,7 +145,7 @@ def quantizer_at(module: nn.Module, target: str) -> Quantizer | None:
     chains: Any = getattr(_held(module), "parametrizations", {})
     if op is None and target in chains:
         op = next((each.op for each in chains[target] if isinstance(each, QuantizedTensor)), None)
-    return op.acts_quantizer if isinstance(op, QOp) else None
+    return op.acts_quantizer if isinstance(op, TargetOp) else None
 
 
 def remove_all(model: nn.Module) -> None:

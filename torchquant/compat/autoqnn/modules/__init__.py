@@ -26,8 +26,7 @@ from torchquant.compat.autoqnn.modules.several import GRUCell as GRUCell
 from torchquant.compat.autoqnn.modules.several import LSTMCell as LSTMCell
 from torchquant.compat.autoqnn.modules.several import MultiheadAttention as MultiheadAttention
 from torchquant.compat.autoqnn.modules.several import RNNCell as RNNCell
-from torchquant.qmodule import QWeights
-from torchquant.qmodule.patterns import stock_type
+from torchquant.qmodule.patterns import LayerPattern, row_of, stock_type
 
 LAYERS: tuple[type[QuantLayer], ...] = (
     *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d),
@@ -44,5 +43,5 @@ MORE_LAYERS: tuple[type[QuantLayer], ...] = (
 def layer_class(held: nn.Module) -> type[QuantLayer]:
     """Return the class for a QModule: that of the torch layer inside, else one for its number of weights."""
     kind = stock_type(held.layer)  # type: ignore[arg-type]
-    general: type[QuantLayer] = Weighted if isinstance(held, QWeights) else Wrapped
+    general: type[QuantLayer] = Wrapped if isinstance(row_of(held.layer), LayerPattern) else Weighted  # type: ignore[arg-type]
     return next((layer for layer in (*LAYERS, *MORE_LAYERS) if layer.kind is kind), general)
