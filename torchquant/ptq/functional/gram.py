@@ -19,8 +19,6 @@ from torchquant.ptq.functional.factors import WIDEST_FLOAT64
 
 MOST_ELEMENTS = 2**25
 """Elements of a piece of unfolded patches."""
-NOISE = 0.1
-"""What the damping grows by for each time that the inputs are as many as the rows; see decision 0043."""
 Sizes = int | Sequence[int]
 
 
@@ -213,14 +211,14 @@ run the calibration batches through it
 def damping_of(n: int, n_columns: int) -> float:
     """How much to damp the Gram matrix of n rows of as many inputs, in units of its mean diagonal.
 
-    0.01 as published where there are two rows for each column; with fewer it grows by `NOISE` for each time that the
-    columns are as many as the rows: what few rows say of so many directions is noise, and a weight that is fitted to it
-    loses on other inputs.
+    0.01 as published where there are two rows for each column; with fewer it grows by 1 for each time that the columns
+    are as many as the rows: what few rows say of so many directions is noise, and a weight that is fitted to it loses
+    on other inputs. See decision 0043.
 
     >>> damping_of(100000, 64), damping_of(64, 64), damping_of(64, 672)
-    (0.01, 0.05, 1.0)
+    (0.01, 0.5, 10.0)
     """
-    return max(0.01, NOISE * (n_columns / max(n, 1) - 0.5))
+    return max(0.01, n_columns / max(n, 1) - 0.5)
 
 
 def few_rows(n: int, n_columns: int) -> str:
