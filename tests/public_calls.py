@@ -244,7 +244,14 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"group": 4, "gradient": "ste", "block": (4, 4)},
         },
         "TernaryQuantizer": fitted(method="twn"),
-        "capture": lambda: {"model": net(), "example_inputs": X, "trace": True, "fuse": True, "patterns": {}},
+        "capture": lambda: {
+            "model": net(),
+            "example_inputs": X,
+            "trace": True,
+            "fuse": True,
+            "patterns": {},
+            "products": {},
+        },
         "check_quantizer": lambda: {"quantizer": q(), "sample": X, "laws": ("on_grid",)},
         "freeze_bn": on_model(frozen=True),
         "make_quantizer": lambda: {"spec": "affine:8", "site": "weight"},
@@ -498,7 +505,15 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
     },
     "torchquant.models": {"FusedMobileNetV2": fused("FusedMobileNetV2"), "FusedResNet": fused("FusedResNet")},
     "torchquant.ptq": {
-        "Recipe": lambda: {"stages": ("gptq",), "rules": "w4a8", "keep": "best", "names": ("*",), "skip": ()},
+        "Recipe": lambda: {
+            "stages": ("gptq",),
+            "rules": "w4a8",
+            "keep": "best",
+            "names": ("*",),
+            "skip": (),
+            "data": {},
+            "cache": {},
+        },
         "find_blocks": on_model(names=(), slots=None),
         "distilled_inputs": lambda: {
             "model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),

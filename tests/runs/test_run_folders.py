@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from tests import ROOT
 from torchquant import cli
-from torchquant.compat.nni.config import compile_config
+from torchquant.compat.nni.compiled import compile_config
 from torchquant.errors import ConfigError
 from torchquant.plan import quantize
 from torchquant.quantizers import QUANTIZERS

@@ -92,8 +92,9 @@ def with_operands(
 
     n_reads = OPERATORS[operator].n_reads
     first = args if n_reads is None else args[:n_reads]
+    by_place = [changed(x) for x in first]
     by_name = {k: changed(x) if n_reads is None or k in _VALUE_NAMES else x for k, x in kwargs.items()}
-    return (*[changed(x) for x in first], *args[len(first) :]), by_name
+    return (*by_place, *args[len(first) :]), by_name
 
 
 Place = tuple[str, int]
