@@ -90,6 +90,8 @@ def test_a_model_that_nni_wrapped_and_saved_goes_on_here() -> None:
     LsqQuantizer(net, [entry])
     key_map = load_checkpoint(net, saved)
     assert {row.source for row in key_map} == {"0.weight", "0.bias", "calibration config: 0"}
+    (note,) = [row.note for row in key_map if row.source.startswith("calibration")]
+    assert note == "weight, _input_0; signed codes of LSQ begin at -8 here, at -7 there"
     wrapped = dict(qmodules(net))["0"]
     assert torch.equal(wrapped.layer.weight, weight)
     assert float(wrapped.weight_quantizer.step.detach()) == pytest.approx(0.25)

@@ -21,7 +21,7 @@ from torchquant._registry import did_you_mean
 from torchquant._shown import some
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.compat.autoqnn.checkpoints import read_quantizer, written_quantizers
-from torchquant.compat.nni.calibration import calibration_config, restore_calibration
+from torchquant.compat.nni.calibration import calibration_config, differences, restore_calibration
 from torchquant.compat.nni.state_dicts import unwrapped
 from torchquant.deploy.packed.reading import read_checkpoint
 from torchquant.errors import ConfigError
@@ -122,7 +122,10 @@ def load_checkpoint(
     if calibration is not None:
         config = read_checkpoint(calibration) if isinstance(calibration, str | os.PathLike) else calibration
         restore_calibration(model, config)
-        key_map += [KeyMapRow(f"calibration config: {path}", path, ", ".join(entry)) for path, entry in config.items()]
+        other = differences(model, config)
+        for path, entry in config.items():
+            note = "; ".join(part for part in (", ".join(entry), other.get(path, "")) if part)
+            key_map.append(KeyMapRow(f"calibration config: {path}", path, note))
     return key_map
 
 

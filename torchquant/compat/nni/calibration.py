@@ -130,6 +130,18 @@ def restore_calibration(model: nn.Module, config: Mapping[str, Mapping[str, Any]
             _restore(known[path], path, site, numbers)
 
 
+def differences(model: nn.Module, config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Map the modules of a restored config to what their quantizers compute otherwise than NNI's."""
+    known, found = dict(qmodules(model)), {}
+    for path, entry in config.items():
+        for site in _numbers_by_site(entry):
+            quantizer = known[path].quantizers()[site]
+            if isinstance(quantizer, LearnedUniform) and quantizer.code_range[0] < 0:
+                lowest = quantizer.code_range[0]
+                found[path] = f"signed codes of LSQ begin at {lowest} here, at {lowest + 1} there"
+    return found
+
+
 def _numbers_by_site(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the numbers of each quantizer of a module, with the keys of 3.0."""
     if all(isinstance(value, Mapping) for value in entry.values()):
