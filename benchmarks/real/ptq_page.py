@@ -122,9 +122,9 @@ def _of_8_bits(name: str, cells: Cells) -> Iterator[str]:
         own, other = (max(ways, key=lambda way: ways[way]) for ways in (mine, theirs))
         figures = f"{own.algorithm}: {mine[own]:.1f}, {other.tool} {other.algorithm}: {theirs[other]:.1f} dB"
         yield _goal("8 bits within 0.3 dB of the best", name, figures, mine[own] >= theirs[other] - 0.3)
-    plain = {way.tool: cell["db"] for way, cell in found.items() if way.algorithm in ("`w8a8`", "min-max")}
-    if len(plain) == 2:
-        ours, other = plain["ours"], plain["ORT"]
+    ours = next((db for way, db in mine.items() if way.algorithm == "`w8a8`"), None)
+    other = next((db for way, db in theirs.items() if way.algorithm == "min-max"), None)
+    if ours is not None and other is not None:
         figures = f"`w8a8`: {ours:.1f}, ORT min-max: {other:.1f} dB"
         yield _goal("8 bits, ranges by min-max, within 0.3 dB", name, figures, ours >= other - 0.3)
 
