@@ -303,7 +303,7 @@ def test_files(kind: str, tmp_path: Path) -> None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    from torchquant.graph.recording import tensors_in
+    from torchquant.graph.called import tensors_in
 
     return [x for x in tensors_in(value) if x.is_floating_point()]
 

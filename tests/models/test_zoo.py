@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from torchquant import QModuleState, QuantPlan, QuantSpec, qmodule_state, quantize, set_qmodule_state
-from torchquant.graph.recording import call_with, tensors_in
+from torchquant.graph.called import tensors_in
+from torchquant.graph.recording import call_with
 from torchquant.utils import state_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
 from torchquant.errors import ConfigError
-from torchquant.graph.recording import call_with, tensors_in
+from torchquant.graph.called import tensors_in
+from torchquant.graph.recording import call_with
 from torchquant.graph.traced import graphs_running
 from torchquant.qmodule import QModule, QModuleState
 from torchquant.quantizers import Quantizer

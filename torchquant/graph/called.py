@@ -168,7 +168,7 @@ class Recorder(TorchFunctionMode):
             made = len(self.events) - 1 if operator == SOFTMAX else VALUE
             if self.note is not None:
                 self.note((*args, *kwargs.values()), value)
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             self.made.pop(tensor, None)
             if made != VALUE:
                 self.made[tensor] = made
@@ -187,7 +187,7 @@ class Recorder(TorchFunctionMode):
 
     def _made_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return CONSTANT for a function of constants alone, the softmax whose result is passed on, or VALUE."""
-        given = [self.made.get(x, VALUE) for x in _tensors((args, kwargs)) if x.ndim or x.is_floating_point()]
+        given = [self.made.get(x, VALUE) for x in tensors_in((args, kwargs)) if x.ndim or x.is_floating_point()]
         if given and all(made == CONSTANT for made in given):
             return CONSTANT
         row = OPERATORS.of(func)
@@ -204,20 +204,21 @@ def _where() -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 @dataclass
 class Sequences:
-    """What each owner calls. `products`: path -> its calls, once; `repeats`: how often one forward repeats them.
+    """The calls of each owner. `products`: path -> its calls, once; `repeats`: how often one forward repeats them.
 
     `varying`: the owners whose calls are not the same each time.
     """

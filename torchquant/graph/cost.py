@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torchquant._tables import ShownAsTables, text_table
+from torchquant.graph.called import tensors_in
 from torchquant.graph.macs import Macs, site_macs
-from torchquant.graph.recording import tensors_in, watch_values
+from torchquant.graph.recording import watch_values
 from torchquant.graph.sites import Captured, Site, SiteInput, SitePlan, naming
 from torchquant.qmodule.state import is_real
 from torchquant.qmodule.weights import float_weights

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchquant.graph.called import tensors_in
 from torchquant.graph.operators import OPERATORS
-from torchquant.graph.recording import tensors_in
 from torchquant.graph.sites import Site
 from torchquant.qmodule.patterns import LayerPattern, read_quietly, row_of, stock_type
 from torchquant.qmodule.weights import float_weights

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map_only
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, StaysFloatWarning
+from torchquant.graph.called import tensors_in
 from torchquant.graph.copies import copy_model
 from torchquant.graph.finder import capture
-from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
+from torchquant.graph.recording import call_with_copies, undisturbed
 from torchquant.graph.sites import Unquantized
 from torchquant.graph.traced import graphs_running
 from torchquant.plan.quant_plan import QuantPlan

@@ -155,7 +155,7 @@ class Scale(Parameters):
             self.bias.copy_(in_runs(self.bias, rotation))
 
     def values(self) -> Tensor:
-        """What each channel is multiplied with, (C,) float64."""
+        """Factors of the channels, (C,) float64."""
         return self.tensors[0].detach().double().flatten().cpu() + self.offset
 
 

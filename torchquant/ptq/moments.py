@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchquant.graph.called import tensors_in
 from torchquant.graph.operators import OPERATORS
-from torchquant.graph.recording import tensors_in
 from torchquant.ptq.channel_calls import Call
 from torchquant.ptq.channel_rules import RULES, bounds_of, convolution, linear, moves
 from torchquant.ptq.channels import placed

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._modes import in_mode
+from torchquant.graph.called import tensors_in
 from torchquant.graph.calls import arguments_of
-from torchquant.graph.recording import call_with, tensors_in
+from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.utils import qmodule_state
 

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchquant.graph.called import tensors_in
 from torchquant.graph.operators import OPERATORS
-from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
+from torchquant.graph.recording import call_with_copies, undisturbed
 from torchquant.ptq.channel_calls import BOUNDED, FIXED, POSITIVE, Call
 from torchquant.ptq.channel_rules import RULES
 from torchquant.ptq.channels import NORMED, STOP, Channels

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant.errors import ConfigError, UnobservedRangeError
-from torchquant.graph.recording import call_with_copies, tensors_in, undisturbed
+from torchquant.graph.called import tensors_in
+from torchquant.graph.recording import call_with_copies, undisturbed
 from torchquant.graph.rewrite import Conversion
 from torchquant.graph.traced import TracedModule
 from torchquant.ptq.ends import Columns, End

@@ -129,7 +129,7 @@ def arithmetic_of(quantizer: Quantizer | None) -> Arithmetic | None:
 
 @dataclass
 class Read:
-    """What one quantizer of a checkpoint gives: notes by name of its buffers, tensors to load, numbers to set."""
+    """The contents of one quantizer of a checkpoint: notes by name of its buffers, tensors to load, numbers to set."""
 
     notes: dict[str, tuple[str, str]]
     """Name -> (key in our model or "", note)."""

@@ -42,7 +42,7 @@ def is_3(entry: Mapping[str, Any]) -> bool:
 
 @dataclass
 class Read3:
-    """What a config list of 3.0 asks for: path -> settings, and layer -> what is fused into it."""
+    """The settings of a config list of 3.0: path -> settings, and layer -> what is fused into it."""
 
     layers: dict[str, LayerConfig] = field(default_factory=dict)
     fused: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from torchquant._arguments import one_number
 from torchquant.errors import ConfigError, NonFiniteError
-from torchquant.graph.recording import call_with, tensors_in
+from torchquant.graph.called import tensors_in
+from torchquant.graph.recording import call_with
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.qmodule import QModule

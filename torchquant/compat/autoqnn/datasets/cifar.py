@@ -33,7 +33,7 @@ class _Layout:
 
     @property
     def page(self) -> str:
-        """Where its authors publish it."""
+        """The address at which its authors publish it."""
         return f"https://www.cs.toronto.edu/~kriz/{self.folder.replace('batches-py', 'python')}.tar.gz"
 
 

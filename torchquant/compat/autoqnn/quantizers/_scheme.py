@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -71,6 +72,23 @@ class Scheme:
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         quantizer: Any = self
         return quantizer.quantize(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+class OwnSteps(Scheme):
+    """A mid-rise scheme whose steps can be given. `lambdas`: a step for each width, in units of the deviation."""
+
+    lambdas: list[float] | None
+
+    def __init__(self, bitwidth: int | None = None, lambdas: Sequence[float] | None = None, **kwargs: Any) -> None:
+        self.__dict__["lambdas"] = None if lambdas is None else [float(step) for step in lambdas]
+        super().__init__(bitwidth, **kwargs)
+
+    def best_step(self, rms: Tensor) -> Tensor:
+        """Return the step: of `lambdas`, else of least error on a Gaussian."""
+        quantizer: Any = self
+        if self.lambdas is not None:
+            return self.lambdas[quantizer.n_bits - 1] * rms
+        return super().best_step(rms)  # type: ignore[misc]
 
 
 class Activation(Scheme):
