@@ -387,6 +387,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "LayerPattern": lambda: {**{"run": LayerPattern().run, "batch_norm": nn.BatchNorm1d, "transposed": False}},
         "WeightsPattern": lambda: {
             **{"weights": ("weight",), "values": ("input",), "groups": {}, "stacks": (), "biases": {}},
+            "transposed": (),
         },
         "ChannelSplit": lambda: {"index": torch.tensor([0, 1, 1]), "axis": -1},
         "ChannelScale": lambda: {"factor": torch.ones(4), "axis": -1},

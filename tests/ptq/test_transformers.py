@@ -87,12 +87,15 @@ MODELS = {
     "t5": t5,
     "whisper": whisper,
     "vit": vit,
+    "gpt_oss": decoder(
+        "GptOss", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8, num_hidden_layers=1
+    ),
 }
 FAST = ("mixtral",)
 
 
 def rules(weight: str) -> list[dict[str, Any]]:
-    kinds = ["Linear", "Conv1d", "Conv2d", "Embedding", "MixtralExperts", "Qwen2MoeExperts"]
+    kinds = ["Linear", "Conv1d", "Conv2d", "Embedding", "Experts"]
     return [{"types": kinds, "weight": weight}]
 
 
@@ -144,7 +147,7 @@ def test_weights_alone_need_no_data(name: str, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
 def test_the_recipe_for_language_models(name: str) -> None:
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -153,11 +156,11 @@ def test_the_recipe_for_language_models(name: str) -> None:
     model = tq.quantize(net.eval(), recipe.rules, inputs)
     paths = {step.path for step in ptq.run(model, recipe.stages, [inputs]).steps}
     assert "lm_head" in paths
-    assert ("model.layers.0.mlp.experts.gate_up_proj" in paths) == (name == "mixtral")
+    assert ("model.layers.0.mlp.experts.gate_up_proj" in paths) == (name != "llama")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "tied", "whisper", "vit", "opt"])
+@pytest.mark.parametrize("name", ["bert", "tied", "whisper", "vit", "opt", "gpt_oss"])
 def test_weights_of_every_family_need_no_data_and_load_as_saved(name: str) -> None:
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)

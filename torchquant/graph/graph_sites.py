@@ -40,7 +40,7 @@ from torchquant.graph.sites import (
 from torchquant.graph.trace import module_path, owner_path
 from torchquant.graph.writes import lies_in_input, written_by
 from torchquant.qmodule.patterns import LayerPattern, activation_clamp, norm_of, plain_type, row_of
-from torchquant.qmodule.weighted import n_values
+from torchquant.qmodule.weight_slots import n_values
 
 NO_FORM = "it has no quantized form"
 TAKES_WEIGHTS = ", nor have the weights in its arguments"
@@ -110,12 +110,11 @@ class GraphSites:
         module = self.module_of(node)
         path = joined(self.path, str(node.target))
         types = layer_types(module)
-        kind = types[0]
         known = self.layers.get(id(module))
         if known is not None:
             site = self.sites[known]
             self.site_of[node] = site.path
-            reads = site.reads + self._reads(node, n_values(kind))
+            reads = site.reads + self._reads(node, n_values(module))
             is_read = site.is_read or self.needed[node]
             self._put(replace(site, reads=reads, nodes=(*site.nodes, node.name), is_read=is_read))
             return
@@ -134,7 +133,7 @@ class GraphSites:
         site = Site(path, types, layer_slots(module), module, tuple(fused))
         if self._fuses_beyond_clamps(site, nodes[-1]):
             site = replace(site, fields=(*site.fields, "preactivation"))
-        self._add(site, nodes, n_values(kind))
+        self._add(site, nodes, n_values(module))
 
     def fusable(self, node: fx.Node) -> bool:
         return bool(self.fuse) and self.n_calls[id(self.module_of(node))] == 1

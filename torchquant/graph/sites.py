@@ -16,7 +16,8 @@ from torchquant.graph.called import CalledProduct
 from torchquant.graph.tracer import Traced
 from torchquant.qmodule.own_forward import base_of
 from torchquant.qmodule.patterns import InputFirstPattern, LayerPattern, plain_type, row_of, stock_type, why_no_layer
-from torchquant.qmodule.weighted import n_values
+from torchquant.qmodule.weight_slots import n_values, weights_pattern
+from torchquant.qmodule.weighted import EXPERTS
 from torchquant.qmodule.weights import weight_names
 from torchquant.quantizers import Quantizer, UniformQuantizer, make_quantizer
 
@@ -247,7 +248,7 @@ def layer_slots(module: nn.Module) -> tuple[str, ...]:
         return ("weight", "input", "output", *(("bias",) if has_bias else ()))
     if not weight_names(module):
         return ()
-    return ("weight", "output") if n_values(stock_type(module).__name__) == 0 else ("weight", "input", "output")
+    return ("weight", "output") if n_values(module) == 0 else ("weight", "input", "output")
 
 
 def layer_types(module: nn.Module) -> tuple[str, ...]:
@@ -258,7 +259,9 @@ def layer_types(module: nn.Module) -> tuple[str, ...]:
     if isinstance(row, InputFirstPattern):
         base = nn.Linear
     between = above[: above.index(base)] if base in above else [kind]
-    names = [*(k.__name__ for k in (base,) if k is not None), *(k.__name__ for k in reversed(between))]
+    weights = weights_pattern(module)
+    common = [EXPERTS] if weights is not None and weights.stacks else []
+    names = [*common, *(k.__name__ for k in (base,) if k is not None), *(k.__name__ for k in reversed(between))]
     return tuple(dict.fromkeys(names))
 
 

@@ -17,7 +17,7 @@ from torchquant.graph.operators import OPERATORS
 from torchquant.graph.rewrite import SHARE
 from torchquant.graph.sites import SLOTS, Captured, Site, make_for_slot
 from torchquant.qmodule.patterns import PATTERNS
-from torchquant.qmodule.weighted import WEIGHTED, class_name
+from torchquant.qmodule.weighted import EXPERTS, WEIGHTED, class_name
 from torchquant.quantizers import QuantSpec
 
 Rules = str | Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ _TABLES = {"types": ["Embedding"], "weight": _INT8["weight"]}  # runtimes look u
 _ENDS = {"position": ["first", "last"]}
 _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 _LAYERS = [*_CONVS, "Linear"]
-_TOKEN_LAYERS = ["Linear", "Conv1D", *map(class_name, WEIGHTED)]
+_TOKEN_LAYERS = ["Linear", "Conv1D", EXPERTS, *map(class_name, WEIGHTED)]
 """Layers whose sums run along the last axis of their input."""
 _RECURRENT = {"types": ["LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell"]}
 _FLOAT_INPUTS = {**_RECURRENT, "input": None}
@@ -240,7 +240,7 @@ def _words(name: str, rule: Mapping[str, Any], key: str) -> tuple[str, ...] | No
 
 def _known_types(captured: Captured) -> set[str]:
     own = {kind for site in captured.sites for kind in (*site.types, *(k for _, k in site.fused))}
-    rows = {class_name(kind) for kind in (*PATTERNS, *WEIGHTED)}
+    rows = {EXPERTS, *(class_name(kind) for kind in (*PATTERNS, *WEIGHTED))}
     operators = {name for row in OPERATORS.values() if row.role == "computes" for name in row.types}
     return own | rows | operators
 

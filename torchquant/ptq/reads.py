@@ -20,8 +20,7 @@ from torchquant.ptq.recurrence import layer_input, states_before
 from torchquant.qmodule import QWeights, WeightSlot
 from torchquant.qmodule.own_forward import inputs_of_products, read_of_product
 from torchquant.qmodule.patterns import InputFirstPattern, run_with, stock_type
-from torchquant.qmodule.weight_slots import LayerSlot, parameter_of
-from torchquant.qmodule.weighted import weights_pattern
+from torchquant.qmodule.weight_slots import LayerSlot, parameter_of, weights_pattern
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call of a QModule."""
@@ -61,7 +60,7 @@ def paired_rows(
         return
     if slot.name in _stacks_of(slot.module.layer):  # which tokens go to which matrix is decided by the quantized model
         values = _given(real.module.layer, real_call)
-        names = weights_pattern(stock_type(slot.module.layer)).values  # type: ignore[union-attr]
+        names = weights_pattern(slot.module.layer).values  # type: ignore[union-attr]
         real_call = ((), {**_given(slot.module.layer, call), **{name: values[name] for name in names}})
     found = rows_read(slot, call, mask, most_rows), rows_read(real, real_call, mask, most_rows)
     yield from zip(*found, strict=True)
@@ -174,20 +173,21 @@ def _watched_rows(module: QWeights, name: str, call: Call, mask: Tensor | None) 
     others: dict[str, Any] = {**weights, name: weight}
     if "forward" not in layer.__dict__:
         others["forward"] = MethodType(inspect.unwrap(type(layer).forward), layer)
-    is_stack = name in _stacks_of(layer)
+    row = weights_pattern(layer)
+    is_stack, is_transposed = row is not None and name in row.stacks, row is not None and name in row.transposed
     if is_stack and mask is not None:
         given = _given(layer, call)
         n = mask.numel()
         call = (), {k: x[mask.flatten()] if isinstance(x, Tensor) and len(x) == n else x for k, x in given.items()}
-    found = inputs_of_products(weight, lambda: run_with(layer, others, *call[0], **call[1]))
+    found = inputs_of_products(weight, lambda: run_with(layer, others, *call[0], **call[1]), is_transposed)
     blocks = {i: torch.cat([linear_rows(x, _matching(mask, x)) for x in inputs], 1) for i, inputs in found.items()}
-    none = weight.new_zeros(1, 0, weight.shape[-1])
+    none = weight.new_zeros(1, 0, weight.shape[-2 if is_transposed else -1])
     return [blocks.get(i, none) for i in range(len(weight))] if is_stack else blocks[0]
 
 
 def _stacks_of(layer: nn.Module) -> tuple[str, ...]:
     """Return the names of the weights of a module that are stacks of matrices."""
-    row = weights_pattern(stock_type(layer))
+    row = weights_pattern(layer)
     return () if row is None else row.stacks
 
 

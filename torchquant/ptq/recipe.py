@@ -15,7 +15,7 @@ from torchquant._units import bytes_of
 from torchquant.errors import ConfigError
 from torchquant.plan import read_yaml
 from torchquant.ptq.stage import PTQ, Stage, make_stage
-from torchquant.qmodule.weighted import WEIGHTED, class_name
+from torchquant.qmodule.weighted import EXPERTS
 
 FORMAT = 1
 DATA_KEYS: Mapping[str, Any] = {"source": str, "samples": Count, "batch": Count, "seed": Annotated[int, Bounds(0)]}
@@ -112,7 +112,6 @@ def is_file(name: str) -> bool:
         return False
 
 
-_EXPERTS = [class_name(kind) for kind, row in WEIGHTED.items() if row.stacks]
 RECIPES: dict[str, Recipe] = {
     "cnn-w8a8": Recipe(("calibrate", "nearest", "bias_correction"), "w8a8"),
     "cnn-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8"),
@@ -124,7 +123,7 @@ RECIPES: dict[str, Recipe] = {
     "transformer-w4a8": Recipe(("calibrate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
     "llm-w4a8-rotate": Recipe(("rotate", "gptq:act_order", "descent", "bias_correction"), "w4a8-transformer"),
     "llm-w4-gptq": Recipe(
-        ("gptq:act_order",), ({"types": ["Linear", "Conv1D", *_EXPERTS], "weight": "affine:4/group=128"},)
+        ("gptq:act_order",), ({"types": ["Linear", "Conv1D", EXPERTS], "weight": "affine:4/group=128"},)
     ),
 }
 """Built-in recipes by name."""

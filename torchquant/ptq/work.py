@@ -183,7 +183,9 @@ class LayerWork:
         held = bias_of(self.layer.slot)
         if held is None:
             return ["left as it is: the layer has no bias to correct"]
-        add_to_output(held, stage.bias(self.layer, self.data))
+        change = stage.bias(self.layer, self.data)
+        by_row = change.view(*self.layer.weight.shape[:2], 1)
+        add_to_output(held, self._where_known(by_row, torch.zeros_like(by_row)).flatten())
         return []
 
     def _where_known(self, new: Tensor, former: Tensor) -> Tensor:

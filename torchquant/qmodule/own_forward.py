@@ -118,13 +118,16 @@ def read_of_product(run: Callable[[], object]) -> tuple[Any, Tensor, dict[str, A
 class _Watched(TorchFunctionMode):
     """Records the inputs of the products with one weight, and the names of other functions that get it.
 
-    `matrices`: the weight, or those of its matrices that were picked by a number, each with its number.
+    `matrices`: the weight, or those of its matrices that were picked by a number, each with its number; `transposed`:
+    those with the inputs before the outputs.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, is_transposed: bool) -> None:
         super().__init__()
-        self.matrices: list[tuple[Tensor, int]] = [(weight, 0)]
+        self.weight = weight
+        self.matrices: list[tuple[Tensor, int]] = []
         self.transposed: list[tuple[Tensor, int]] = []
+        (self.transposed if is_transposed else self.matrices).append((weight, 0))
         self.inputs: dict[int, list[Tensor]] = {}
         self.others: set[str] = set()
 
@@ -134,11 +137,13 @@ class _Watched(TorchFunctionMode):
         if not isinstance(result, Tensor) or all(_number(x, self.matrices + self.transposed) is None for x in given):
             return result
         second = args[1] if len(args) > 1 else None
-        of_matrix, of_transposed = _number(args[0], self.matrices), _number(second, self.transposed)
-        if func is Tensor.__getitem__ and args[0] is self.matrices[0][0] and (index := _index(second)) is not None:
-            self.matrices.append((result, index))
-        elif func in _TRANSPOSES and of_matrix is not None:
-            self.transposed.append((result, of_matrix))
+        kinds = (self.matrices, self.transposed)
+        own, other = kinds if _number(args[0], self.matrices) is not None else kinds[::-1]
+        number, of_transposed = _number(args[0], own), _number(second, self.transposed)
+        if func is Tensor.__getitem__ and args[0] is self.weight and (index := _index(second)) is not None:
+            own.append((result, index))
+        elif func in _TRANSPOSES and number is not None:
+            other.append((result, number))
         elif func is F.linear and (number := _number(second, self.matrices)) is not None:
             self.inputs.setdefault(number, []).append(args[0].detach())
         elif func in _MATMULS and of_transposed is not None:
@@ -163,22 +168,26 @@ def _index(x: Any) -> int | None:
     return int(x) if is_one else None
 
 
-def inputs_of_products(weight: Tensor, run: Callable[[], object]) -> dict[int, list[Tensor]]:
+def inputs_of_products(
+    weight: Tensor, run: Callable[[], object], is_transposed: bool = False
+) -> dict[int, list[Tensor]]:
     """Return the inputs of all products with a weight, `F.linear(x, weight)` or `x @ weight.T`, while `run` runs.
 
-    A stack of matrices, (groups, outputs, inputs), is multiplied as `weight[i]`; the inputs are by that number, 0 for
-    a single matrix. Raises ConfigError if the weight is used otherwise too, or not at all.
+    `is_transposed`: the weight has its inputs before its outputs, and products are `x @ weight`. A stack of matrices,
+    (groups, outputs, inputs), is multiplied as `weight[i]`; the inputs are by that number, 0 for a single matrix.
+    Raises ConfigError if the weight is used otherwise too, or not at all.
 
     >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
     >>> inputs_of_products(weight, lambda: torch.tanh(x @ weight.T))
     {0: [tensor([[1., 1.]])]}
     """
-    watched = _Watched(weight)
+    watched = _Watched(weight, is_transposed)
     with watched:
         run()
     if watched.others or not watched.inputs:
         used = f"goes into {', '.join(sorted(watched.others))}" if watched.others else "is not used"
-        raise ConfigError(f"its weight {used}, where products F.linear(x, weight) or x @ weight.T can be followed")
+        followed = "x @ weight or F.linear(x, weight.T)" if is_transposed else "F.linear(x, weight) or x @ weight.T"
+        raise ConfigError(f"its weight {used}, where products {followed} can be followed")
     return watched.inputs
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchquant.errors import ConfigError, NoCodesError, RoundingLostError
 from torchquant.qmodule.patterns import stock_type
-from torchquant.qmodule.weighted import weights_pattern
+from torchquant.qmodule.weighted import WEIGHTED, WeightsPattern, pattern_of_experts
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional.bn_fold import channel_view
 
@@ -61,14 +61,18 @@ class WeightSlot:
     @property
     def bias(self) -> Tensor | None:
         """The bias of what the weight computes, one value for each output channel; None if there is none."""
-        if "weight" not in self.name:
+        row = weights_pattern(self.module.layer)
+        named = {} if row is None else row.biases
+        if "weight" not in self.name and self.name not in named:
             return None
-        row, n = weights_pattern(stock_type(self.module.layer)), len(self.weight)
-        name, part = (row.biases if row else {}).get(self.name, (self.name.replace("weight", "bias"), 0))
+        name, part = named.get(self.name, (self.name.replace("weight", "bias"), 0))
         try:
             whole: Tensor | None = parameter_of(self.module.layer, name)
         except AttributeError:
             return None
+        if row is not None and self.name in row.stacks:
+            return None if whole is None else whole.flatten()
+        n = len(self.weight) if self.is_stored_as_seen else self.weight.shape[1]
         return whole if whole is None or len(whole) == n else whole[part * n : (part + 1) * n]
 
     @property
@@ -80,10 +84,16 @@ class WeightSlot:
     @property
     def n_groups(self) -> int:
         """The groups of output channels with inputs of their own: of a convolution, of an attention's projections."""
-        row = weights_pattern(stock_type(self.module.layer))
+        row = weights_pattern(self.module.layer)
         if row is None:
             return 1
         return len(self.weight) if self.name in row.stacks else row.groups.get(self.name, 1)
+
+    @property
+    def is_stored_as_seen(self) -> bool:
+        """Whether the layer stores the weight in the layout of `seen`: not a stack, nor one with the inputs first."""
+        row = weights_pattern(self.module.layer)
+        return row is None or self.name not in (*row.stacks, *row.transposed)
 
     def seen(self) -> Tensor:
         """Return the weight as QUANT_EVAL quantizes it: output channel on axis 0, with a folded batch norm if any.
@@ -163,17 +173,15 @@ class WeightSlot:
                 "remove_weight_norm, remove_spectral_norm, prune.remove or remove_parametrizations of torch.nn.utils"
             )
         real = self._as_stored(values)
-        self.weight.copy_(
-            real if where is None else torch.where(self.channels_first(where).view_as(real), real, self.weight)
-        )
+        self.weight.copy_(real if where is None else torch.where(self.stored_layout(where), real, self.weight))
 
     def _as_stored(self, values: Tensor) -> Tensor:
         """Return the real weight for which `seen` returns these values."""
-        return values.view_as(self.weight)
+        return self.stored_layout(values)
 
-    def channels_first(self, values: Tensor) -> Tensor:
-        """Move the output channel of values in the layer's layout to axis 0; the operation is its own inverse."""
-        return values
+    def stored_layout(self, values: Tensor) -> Tensor:
+        """Return values that are laid out as `seen` in the layout in which the layer stores the weight."""
+        return stored_layout(self.module.layer, self.name, values)
 
     def replace_quantizer(self, new: Quantizer) -> None:
         """Replace the quantizer of the weight."""
@@ -202,16 +210,16 @@ class LayerSlot(WeightSlot):
 
     def seen(self) -> Tensor:
         self.module._recompute_weights()
-        weight, factor = self.channels_first(self.weight), self.module.fold_factor()
+        weight, factor = self.stored_layout(self.weight), self.module.fold_factor()  # which is its own inverse
         return weight if factor is None else weight * channel_view(factor.detach(), weight.ndim, 0)
 
     def _as_stored(self, values: Tensor) -> Tensor:
         factor = self.module.fold_factor()
         if factor is not None:
             values = (values / channel_view(torch.where(factor == 0, 1.0, factor), values.ndim, 0)).nan_to_num()
-        return self.channels_first(values)
+        return self.stored_layout(values)
 
-    def channels_first(self, values: Tensor) -> Tensor:
+    def stored_layout(self, values: Tensor) -> Tensor:
         laid_out: Tensor = self.module.row.channels_first(self.module.layer, values)
         return laid_out
 
@@ -226,10 +234,34 @@ def parameter_of(layer: nn.Module, name: str) -> Tensor:
     return value
 
 
+def weights_pattern(module: nn.Module) -> WeightsPattern | None:
+    """Return the pattern of a module with any number of weights, None for one that QWeights does not wrap."""
+    kind = stock_type(module)
+    known = WEIGHTED.get(kind) or WEIGHTED.get(f"{kind.__module__}.{kind.__qualname__}")
+    return known or pattern_of_experts(module)
+
+
+def n_values(module: nn.Module) -> int:
+    """Return how many of a layer's first inputs carry values, 1 for a layer with one weight."""
+    row = weights_pattern(module)
+    return 1 if row is None else len(row.values)
+
+
 def matrix_of(layer: nn.Module, name: str) -> Tensor:
     """Return a parameter with one output channel in each row of axis 0: of a stack of matrices all their rows."""
-    row, weight = weights_pattern(stock_type(layer)), parameter_of(layer, name)
-    return weight if row is None or name not in row.stacks else weight.flatten(0, 1)
+    row, weight = weights_pattern(layer), parameter_of(layer, name)
+    if row is None:
+        return weight
+    weight = weight.mT if name in row.transposed else weight
+    return weight.flatten(0, 1) if name in row.stacks else weight
+
+
+def stored_layout(layer: nn.Module, name: str, values: Tensor) -> Tensor:
+    """Return values that are laid out as `matrix_of` in the layout of the parameter."""
+    row, shape = weights_pattern(layer), parameter_of(layer, name).shape
+    if row is None or name not in row.transposed:
+        return values.view(shape)
+    return values.reshape(*shape[:-2], shape[-1], shape[-2]).mT
 
 
 def quantizer_key(name: str) -> str:

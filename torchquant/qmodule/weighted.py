@@ -24,8 +24,10 @@ class WeightsPattern:
     parameter with "weight" in its own name. `values`: the first arguments of its forward, which carry real values; ()
     for a lookup such as an embedding. `groups`: weights whose rows are in groups, each with inputs of its own, and how
     many. `stacks`: weights with a matrix for each of several groups, (groups, outputs, inputs), such as experts; each
-    row of each matrix is an output channel. `biases`: weights whose bias is part of a longer parameter: its name, and
-    where the part begins, in multiples of the weight's rows. Intermediate results inside the module stay float.
+    row of each matrix is an output channel. `transposed`: weights stored with the inputs before the outputs, (inputs,
+    outputs), those of a stack (groups, inputs, outputs). `biases`: weights whose bias has a name of its own or is part
+    of a longer parameter: its name, and where the part begins, in multiples of the weight's rows; of a stack (groups,
+    outputs). Intermediate results inside the module stay float.
     """
 
     weights: tuple[str, ...] | None = None
@@ -33,6 +35,7 @@ class WeightsPattern:
     groups: Mapping[str, int] = field(default_factory=dict, hash=False)
     stacks: tuple[str, ...] = ()
     biases: Mapping[str, tuple[str, int]] = field(default_factory=dict, hash=False)
+    transposed: tuple[str, ...] = ()
 
     def check(self, kind: type[nn.Module]) -> None:
         """Raise ConfigError unless the forward of a class begins with the arguments in `values`."""
@@ -72,11 +75,19 @@ def class_name(kind: type[nn.Module] | str) -> str:
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
-def weights_pattern(kind: type[nn.Module]) -> WeightsPattern | None:
-    """Return the pattern of a class, None for a class that QWeights does not wrap."""
-    return WEIGHTED.get(kind) or WEIGHTED.get(f"{kind.__module__}.{kind.__qualname__}")
+EXPERTS = "Experts"
+"""The type, in rules, of every module with stacks of matrices."""
 
 
-def n_values(name: str) -> int:
-    """Return how many of a layer's first inputs carry values, 1 for a layer with one weight. name: of its class."""
-    return next((len(row.values) for kind, row in WEIGHTED.items() if class_name(kind) == name), 1)
+def pattern_of_experts(module: nn.Module) -> WeightsPattern | None:
+    """Return the pattern of experts of transformers, which say of themselves how they store their matrices; else None.
+
+    Every class under `use_experts_implementation` says so, with a stack of matrices in each parameter of three axes.
+    """
+    is_transposed = module.__dict__.get("is_transposed")
+    names = tuple(name for name, p in module._parameters.items() if p is not None and p.ndim == 3)
+    if not isinstance(is_transposed, bool) or "has_gate" not in module.__dict__ or not names:
+        return None
+    biases = {name: (f"{name}_bias", 0) for name in names if f"{name}_bias" in module._parameters}
+    transposed = names if is_transposed else ()
+    return WeightsPattern(names, ("hidden_states",), stacks=names, biases=biases, transposed=transposed)

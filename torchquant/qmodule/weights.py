@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant.errors import ConfigError, UnsupportedPatternError
-from torchquant.qmodule.patterns import LayerPattern, row_of, run_with, stock_type
+from torchquant.qmodule.patterns import LayerPattern, row_of, run_with
 from torchquant.qmodule.state import QModule
-from torchquant.qmodule.weight_slots import WeightSlot, matrix_of, parameter_of, quantizer_key
-from torchquant.qmodule.weighted import WEIGHTED, class_name, weights_pattern
+from torchquant.qmodule.weight_slots import (
+    WeightSlot,
+    matrix_of,
+    parameter_of,
+    quantizer_key,
+    stored_layout,
+    weights_pattern,
+)
+from torchquant.qmodule.weighted import WEIGHTED, class_name
 from torchquant.quantizers import Quantizer
 
 
@@ -26,7 +33,7 @@ def weight_names(module: nn.Module) -> list[str]:
     >>> weight_names(nn.MultiheadAttention(4, 2))
     ['in_proj_weight', 'out_proj.weight']
     """
-    row = weights_pattern(stock_type(module))
+    row = weights_pattern(module)
     if row is None:
         return []
     if row.weights is not None:
@@ -201,7 +208,7 @@ class QWeights(QModule):
         if not self.state.is_weight_quantized:
             return {}
         return {
-            name: self._quantize_site(name, quantizer, weight).view_as(parameter_of(self.layer, name))
+            name: stored_layout(self.layer, name, self._quantize_site(name, quantizer, weight))
             for name, weight, quantizer in self._weights()
             if quantizer is not None
         }
@@ -211,7 +218,7 @@ def values_mapped(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[list[Any]], list[Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Change the arguments that carry values: `change` gets all of them, a tensor given twice only once."""
-    row = weights_pattern(stock_type(layer))
+    row = weights_pattern(layer)
     names = () if row is None else row.values
     n = len(names)
     given: list[Any] = []

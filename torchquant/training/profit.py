@@ -126,7 +126,7 @@ class ProgressiveFreezing(nn.Module):
 
 def _output(slot: LayerSlot, x: Tensor, weight: Tensor) -> Tensor:
     """Return the output of the layer with a quantized weight, in the layout of `seen`."""
-    found: Tensor = slot.module.row.run(slot.module.layer, x, slot.channels_first(weight), slot.bias)
+    found: Tensor = slot.module.row.run(slot.module.layer, x, slot.stored_layout(weight), slot.bias)
     return found
 
 

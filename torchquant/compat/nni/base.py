@@ -249,9 +249,9 @@ class Quantizer(nn.Module):
                 )
             for slot in weight_slots(self.bound_model):
                 if (quantizer := slot.quantizer) is not None and not _is_folded(slot):
-                    quantized = slot.channels_first(quantizer(slot.seen()))
+                    quantized = slot.stored_layout(quantizer(slot.seen()))
                     stored = parameter_of(exported.get_submodule(slot.path), slot.name)
-                    stored.copy_(quantized.view_as(stored))
+                    stored.copy_(quantized)
         state = exported.state_dict()
         write_whole(Path(model_path), lambda temporary: torch.save(state, temporary))
         config = calibration_config(self.bound_model, self.layers)

@@ -24,7 +24,7 @@ from torchquant.compat.nni.granularity import spec_ending
 from torchquant.compat.nni.named_targets import INPUT, OUTPUT, argument_names
 from torchquant.errors import ConfigError
 from torchquant.graph import Site
-from torchquant.qmodule.weighted import n_values
+from torchquant.qmodule.weight_slots import n_values
 from torchquant.qmodule.weights import weight_names
 
 MODULE_KEYS = (*("op_types", "op_names", "op_names_re", "exclude_op_types", "exclude_op_names", "exclude_op_names_re"),)
@@ -165,7 +165,7 @@ class _Place:
             if not key.isdigit() and key not in names and not is_many:
                 raise self._missing(name, f"its arguments are {', '.join(names)}")
             index = int(key) if key.isdigit() else names.index(key) if key in names else len(names)
-            has_slot = "input" in fields and index < n_values(type(self.module).__name__)
+            has_slot = "input" in fields and index < n_values(self.module)
             return "input" if has_slot else name
         if name.startswith(OUTPUT):
             return "output" if name == f"{OUTPUT}0" and "weight" in fields else name

@@ -72,9 +72,14 @@ def _none(grid: Grid) -> None:
 AS_IT_IS = Layout(_as_it_is, _as_it_is)
 
 
+def rearranged(to_layer: Callable[[Tensor], Tensor]) -> Layout:
+    """Return a layout in which no grid has its numbers along one axis: codes are rearranged behind their decoding."""
+    return Layout(to_layer, _none)
+
+
 def from_order(order: Tensor) -> Layout:
     """Return the layout of a module whose weight is stored with its rows in the order `order`."""
-    return Layout(partial(_rows, order.argsort()), _none)
+    return rearranged(partial(_rows, order.argsort()))
 
 
 def _rows(order: Tensor, weight: Tensor) -> Tensor:

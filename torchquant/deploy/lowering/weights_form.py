@@ -16,7 +16,15 @@ from torchquant.deploy.integer.context import active_run
 from torchquant.deploy.integer.tensor import IntegerTensor
 from torchquant.deploy.lowering.qdq import acts_site, as_nodes
 from torchquant.deploy.lowering.stand_in import PassesForTensor, StandIn
-from torchquant.deploy.lowering.stored_weights import AS_IT_IS, Stored, encoded_weight, from_order, picked_rows, stored
+from torchquant.deploy.lowering.stored_weights import (
+    AS_IT_IS,
+    Stored,
+    encoded_weight,
+    from_order,
+    picked_rows,
+    rearranged,
+    stored,
+)
 from torchquant.deploy.onnx.recurrent import gate_order, recurrent_nodes
 from torchquant.qmodule import QWeights
 from torchquant.qmodule.state import is_real
@@ -38,9 +46,11 @@ class DeployWeights(StandIn):
         self.input = acts_site(module.input_quantizer, f"{path}.input", keep_signed)
         self.output = acts_site(module.acts_quantizer, f"{path}.output", keep_signed)
         layer = copy.deepcopy(module.layer)
-        for name, weight, quantizer in module.weights():
+        for slot in module.weight_slots():
+            name, quantizer = slot.name, slot.quantizer
             if quantizer is None:
                 continue
+            weight = slot.seen()
             kept = encoded_weight(
                 weight, quantizer, f"{path}: the quantizer of {name} ({type(quantizer).__name__})", path
             )
@@ -51,7 +61,8 @@ class DeployWeights(StandIn):
                 thirds = torch.arange(len(weight)).chunk(len(PROJECTIONS))
                 self._put_apart(layer, [stored(picked_rows(kept, third), AS_IT_IS, keep_signed) for third in thirds])
             else:
-                self._put(layer, name, stored(kept, AS_IT_IS, keep_signed))
+                layout = AS_IT_IS if slot.is_stored_as_seen else rearranged(slot.stored_layout)
+                self._put(layer, name, stored(kept, layout, keep_signed))
         if isinstance(layer, nn.RNNBase):  # its forward reads this list, not its parameters
             layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
             layer._flat_weight_refs = [None] * len(layer._flat_weights)

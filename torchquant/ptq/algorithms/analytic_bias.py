@@ -66,6 +66,6 @@ def _lost(slot: LayerSlot, product: Callable[[Tensor, Tensor], Tensor], mean: Te
         slot.module.observe_weight()
     seen = slot.seen().detach()
     assert slot.quantizer is not None
-    lost = product(mean, slot.channels_first(seen - slot.quantizer(seen)))
+    lost = product(mean, slot.stored_layout(seen - slot.quantizer(seen)))
     is_conv = seen.ndim > 2
     return lost.movedim(lost.ndim - seen.ndim + 1 if is_conv else -1, 0).flatten(1).mean(1)
