@@ -32,7 +32,7 @@ ROWS = (
         "_arguments",
         "_files",
     ),
-    ("quantizers_functional",),
+    ("kernels", "quantizers_functional"),
     ("range_observers",),
     ("quantizers",),
     ("qmodule", "qmodules", "utils"),

@@ -69,7 +69,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    wanted = [p for suffix in ("py", "html.j2", "typed") for p in (ROOT / "torchquant").rglob(f"*.{suffix}")]
+    wanted = [p for suffix in ("py", "html.j2", "typed", "cpp", "h") for p in (ROOT / "torchquant").rglob(f"*.{suffix}")]
     assert packed == {path.relative_to(ROOT).as_posix() for path in wanted}
 
 
@@ -122,6 +122,6 @@ print(sum(file.stat().st_size for file in files.values()))
 """
     packages, parts, size = run_python(code, tmp_path, ROOT).splitlines()
     assert set(packages.split()) <= {"torch", "torchquant"}
-    core = ("qmodule", "quantizers", "quantizers_functional", "range_observers")
+    core = ("kernels", "qmodule", "quantizers", "quantizers_functional", "range_observers")
     assert parts.split() == ["torchquant", *(f"torchquant.{part}" for part in core)]
     assert int(size) <= 720_000

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchquant import kernels
+
 _GATHER = 0x0102040810204080  # moves the flag in byte k to bit 56 + k; no two terms share a bit
 _REPEAT = 0x0101010101010101  # copies a byte into all eight
 _SELECT = 0x8040201008040201 - 2**64  # keeps bit k in byte k (as a signed 64-bit integer)
@@ -47,3 +49,14 @@ def unpack_mask(bits: Tensor, shape: torch.Size, dtype: torch.dtype, channels_la
         return flags.view(shape)
     n, c, h, w = shape
     return flags.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def masked(grad: Tensor, bits: Tensor, channels_last: bool = False) -> Tensor:
+    """Return grad times the mask that `bits` pack, in the memory order in which they are packed.
+
+    >>> masked(torch.tensor([2.0, 3.0, 4.0, 5.0]), torch.tensor([13], dtype=torch.uint8))
+    tensor([2., 0., 4., 5.])
+    """
+    grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    kernel = kernels.find("masked", grad)
+    return unpack_mask(bits, grad.shape, grad.dtype, channels_last).mul_(grad) if kernel is None else kernel(grad, bits)

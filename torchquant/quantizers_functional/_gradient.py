@@ -21,26 +21,28 @@ from torch import Tensor
 from torchquant._arguments import explained
 from torchquant._registry import Registry
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._bits import is_channels_last, pack_mask, unpack_mask
+from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_mask, unpack_mask
 
 Clamp = tuple[float | None, float | None]
 Projection = Callable[[Tensor, bool, Clamp | None], tuple[Tensor, Tensor | None]]
+Fused = Callable[[Tensor, bool, Clamp | None, bool], tuple[Tensor, Tensor | None] | None]
 Ends = Callable[[], tuple[Tensor, Tensor]]
 
 
 class _PassThrough(torch.autograd.Function):
     """Returns `value`; the gradient of x is the incoming one, times `mask` if given.
 
-    The mask has one bit per element, in the memory layout of x. `value` becomes the output, an ordinary tensor that
-    may be written in place; see `owned`.
+    The mask, packed already or not, is kept as one bit per element in the memory layout of x. `value` becomes the
+    output, an ordinary tensor that may be written in place; see `owned`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.has_mask = mask is not None
         if mask is not None:
-            ctx.save_for_backward(pack_mask(mask))
-            ctx.channels_last = is_channels_last(mask)
+            is_packed = mask.dtype == torch.uint8
+            ctx.save_for_backward(mask if is_packed else pack_mask(mask))
+            ctx.channels_last = is_channels_last(value if is_packed else mask)
         ctx.mark_dirty(value)
         return value
 
@@ -50,7 +52,7 @@ class _PassThrough(torch.autograd.Function):
         if not ctx.has_mask:
             return grad, None, None
         (bits,) = ctx.saved_tensors
-        return unpack_mask(bits, grad.shape, grad.dtype, ctx.channels_last).mul_(grad), None, None
+        return masked(grad, bits, ctx.channels_last), None, None
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Projected:
 
     `x`: the real tensor, with its autograd history. `value`: its projection, without history. `inside`: 1 where
     the gradient may pass and 0 elsewhere, None for everywhere; the format's clipping is in it if the
-    estimator `wants_inside`. `training`: whether the quantizer is in train mode. `ends()`: lowest and
-    highest level, () or broadcastable against x. `step()`: distance of the levels, for uniform formats.
+    estimator `wants_inside`; for an estimator that `packs`, it may be packed. `training`: whether the quantizer is in
+    train mode. `ends()`: lowest and highest level, () or broadcastable against x. `step()`: distance of the levels, for
+    uniform formats.
     """
 
     x: Tensor
@@ -83,6 +86,8 @@ class Gradient:
     name: ClassVar[str]
     wants_inside: ClassVar[bool] = False
     softens: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    """Whether it only passes the mask on, so that it takes one that is packed to one bit an element."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Traits that a format must have: "sign" (one bit, its values are signs), "step" (uniform)."""
 
@@ -115,7 +120,10 @@ def is_traced() -> bool:
 
 
 def pass_through(x: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
-    """Return `value`; the gradient of x is the incoming one, only where `inside` is 1 if it is given."""
+    """Return `value`; the gradient of x is the incoming one, only where `inside` is 1 if it is given.
+
+    `inside`: 0 and 1 in a float type, or packed as `pack_mask` does in the memory order of x.
+    """
     if not _wants_gradient(x):  # compiled code cannot call a Function that no gradient asks for
         return owned(value, x)
     return cast(Tensor, _PassThrough.apply(x, owned(value, x), inside))
@@ -156,6 +164,7 @@ def apply_projection(
     training: bool = True,
     ends: Ends | None = None,
     step: Callable[[], Tensor] | None = None,
+    fused: Fused | None = None,
 ) -> Tensor:
     """Project `clamp(x)` on a grid and attach a gradient for x.
 
@@ -163,6 +172,7 @@ def apply_projection(
     `torch.clamp(x, low, high)` in the same pass; the gradient is then that of the clamp followed by the
     quantizer, strict at both ends as in `torch.relu` and `torch.nn.functional.hardtanh`. Half types are
     computed in float32 and cast back. `training`, `ends` and `step` are passed to the estimator, see `Projected`.
+    `fused`: the projection by a kernel where there is one, see `Format.fused`.
     """
     gradient = make_gradient(gradient)
     if not x.is_floating_point():
@@ -172,12 +182,25 @@ def apply_projection(
         x = x.clamp(*clamp)
     with torch.no_grad():
         real = x.detach().to(compute_dtype(x))
-        value, inside = project(real, needs_grad and gradient.wants_inside, clamp)
+        wants_inside = needs_grad and gradient.wants_inside
+        strict = clamp if needs_grad and not gradient.softens else None
+        done = None if fused is None else fused(real, wants_inside, clamp, strict is not None)
+        value, mask = project(real, wants_inside, clamp) if done is None else done
         value = cast_back(value, x.dtype)
         if not needs_grad:
             return value
-        mask = inside if clamp is None or gradient.softens else where_strictly_inside(real, clamp, inside)
+        if strict is not None and done is None:
+            mask = where_strictly_inside(real, strict, _unpacked(mask, real))
+        elif not gradient.packs:
+            mask = _unpacked(mask, real)
     return gradient.attach(Projected(x, value, mask, training, ends, step))
+
+
+def _unpacked(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return the mask of x as 0 and 1 in x's type, if it is packed."""
+    if mask is None or mask.dtype != torch.uint8:
+        return mask
+    return unpack_mask(mask, x.shape, x.dtype, is_channels_last(x))
 
 
 def where_strictly_inside(x: Tensor, clamp: Clamp, inside: Tensor | None) -> Tensor:

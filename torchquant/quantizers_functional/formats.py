@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant._tensors import like, per_channel_view
 from torchquant.errors import NoAffineViewError, NoCodesError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection, cast_back, compute_dtype
@@ -86,6 +87,7 @@ class Format(ABC):
     ) -> Tensor:
         """Quantize x, or `x.clamp(*clamp)`, in x's type, with a gradient for x; see `apply_projection`."""
         kernel = KERNELS.find(type(self), x.device.type)
+        fused = self.fused if kernel is None else None
 
         def ends() -> tuple[Tensor, Tensor]:
             return self.ends(x.to(compute_dtype(x)))
@@ -94,7 +96,17 @@ class Format(ABC):
             return self.step(x.to(compute_dtype(x)))
 
         project = self.project if kernel is None else partial(kernel, self)
-        return apply_projection(x, project, gradient, clamp, training, ends, step)
+        return apply_projection(x, project, gradient, clamp, training, ends, step, fused)
+
+    def fused(
+        self, x: Tensor, want_inside: bool, clamp: Clamp | None, is_strict: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return what `project` does by one of the package's kernels, None where there is none for x.
+
+        The mask is packed, one bit an element in the memory order of x; with `is_strict` it is also 0 at and beyond
+        the ends of the clamp.
+        """
+        return None
 
     def encode(self, x: Tensor) -> Tensor:
         """Map real values to codes, int32. x: (*) of any float type, without NaN."""
@@ -263,6 +275,19 @@ class UniformGrid(Format):
         value = _clamp(rounded, *bounds)
         inside = rounded.eq_(value) if want_inside else None
         return value.mul_(step), inside
+
+    def fused(
+        self, x: Tensor, want_inside: bool, clamp: Clamp | None, is_strict: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return what `Format.fused` does; not for a subclass with a projection of its own, nor for an offset."""
+        kernel = kernels.find("uniform", x)
+        if kernel is None or self.offset is not None or type(self).project is not UniformGrid.project:
+            return None
+        step, bounds = self.step(x), self._bounds(x.ndim)
+        bounds = bounds if clamp is None else _absorb(clamp, x, step, *bounds)
+        low, high = (like(bound, x) if isinstance(bound, Tensor) else bound for bound in bounds)
+        below, above = clamp if clamp is not None and is_strict else (None, None)
+        return cast("tuple[Tensor, Tensor | None] | None", kernel(x, step, low, high, below, above, want_inside))
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
         return self.project(x, want_inside) if self.offset is None else super().nearest(x, want_inside)

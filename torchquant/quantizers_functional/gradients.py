@@ -27,6 +27,7 @@ class STE(Gradient):
     """B1, straight through: the gradient passes unchanged."""
 
     name = "ste"
+    packs = True
 
 
 @GRADIENTS.register("clipped")
@@ -36,6 +37,7 @@ class ClippedSTE(Gradient):
 
     name = "clipped"
     wants_inside = True
+    packs = True
 
 
 @GRADIENTS.register("hardtanh")

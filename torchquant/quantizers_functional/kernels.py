@@ -11,11 +11,14 @@ from torchquant.errors import NameClashError
 from torchquant.quantizers_functional._gradient import Clamp
 
 Kernel = Callable[[Any, Tensor, bool, Clamp | None], tuple[Tensor, Tensor | None]]
-"""`kernel(format, x, want_inside, clamp)` returns `format.project(x, want_inside, clamp)`, bit for bit."""
+"""`kernel(format, x, want_inside, clamp)` returns `format.project(x, want_inside, clamp)`, bit for bit.
+
+The mask may be packed, as `pack_mask` of `_bits.py` does: uint8, one bit an element in the memory order of x.
+"""
 
 
 class KernelTable:
-    """The kernel for the projection of a format on a device; without one, the reference in pure PyTorch runs.
+    """The kernel for the projection of a format on a device; without one, the package's own kernel or PyTorch runs.
 
     A kernel gets float32 or float64 tensors outside of autograd and must not change them. It does not affect a
     format's codes, levels and gradients, nor the schemes that train their own numbers.

@@ -1,0 +1,56 @@
+"""Compiled kernels of the inner loops, found by name and tensor; where there is none, the pure PyTorch code runs.
+
+A kernel equals the reference bit for bit, so that nothing but time depends on which of the two runs. `cpu.py` has the
+wrappers of the C++ functions beside it; docs/decisions/0047 says why they are built as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., Any]
+_BY_DEVICE: dict[str, dict[tuple[str, torch.dtype], Kernel]] = {}
+
+
+def find(operation: str, x: Tensor) -> Kernel | None:
+    """Return the kernel of an operation for tensors such as x; None where the reference has to run.
+
+    A kernel takes plain tensors that are contiguous or channels-last, outside of autograd, of compiled and traced code,
+    and of modes and transforms that watch every operation.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or _is_watched():
+        return None
+    kernels = _BY_DEVICE.get(x.device.type)
+    if kernels is None:
+        kernels = _BY_DEVICE[x.device.type] = _load(x.device.type)
+    kernel = kernels.get((operation, x.dtype))
+    return kernel if kernel is not None and _is_plain(x) else None
+
+
+def _is_watched() -> bool:
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is numbers in memory without gaps, in an order that kernels know, which autograd does not record."""
+    if x.layout is not torch.strided or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg():
+        return False
+    is_ordered = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return is_ordered and x.data_ptr() != 0  # 0: an empty tensor, or one without memory
+
+
+def _load(device: str) -> dict[tuple[str, torch.dtype], Kernel]:
+    """Return the kernels of a kind of device, by operation and type, building them if need be."""
+    if device != "cpu":
+        return {}
+    from torchquant.kernels import cpu
+
+    return cpu.kernels()

@@ -1,0 +1,147 @@
+"""The kernels on a CPU: functions of tensors around those of the C++ library, one for each operation.
+
+Tensors are contiguous or channels-last, and are taken in the order of memory: `outer` times `channels` times `inner`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchquant.kernels._build import built
+
+FLOATS = (torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+LEAST_FOR_THREADS = 1 << 16
+POINTER, COUNT, REAL, FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+NUMBER = (POINTER, COUNT, REAL)
+"""The types of what `number` returns."""
+NONE = math.nan
+Number = Tensor | float
+
+
+class _Threads:
+    """How the library runs on the threads of torch: `GOMP_parallel` of the OpenMP library that torch has loaded."""
+
+    def __init__(self) -> None:
+        function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+        self.parallel = None if function is None else ctypes.cast(function, POINTER).value
+        if self.parallel is not None:
+            os.register_at_fork(after_in_child=self.stop)  # OpenMP threads do not survive a fork
+
+    def stop(self) -> None:
+        self.parallel = None
+
+    def __call__(self, x: Tensor) -> tuple[int | None, int]:
+        if self.parallel is None or x.numel() < LEAST_FOR_THREADS:
+            return None, 1
+        return self.parallel, torch.get_num_threads()
+
+
+_threads = _Threads()
+OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...], list[Any]]] = {}
+
+
+def operation(dtypes: tuple[torch.dtype, ...], *argtypes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator for `name(function, x, ...)`, which calls the C function `name_dtype` of these arguments.
+
+    Two more are for the threads, at the end.
+    """
+
+    def enter(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATIONS[wrapper.__name__] = wrapper, dtypes, [*argtypes, POINTER, ctypes.c_int]
+        return wrapper
+
+    return enter
+
+
+def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
+    """Return the function for each operation and type of the library, by default the one of this process."""
+    library = library or built().library
+    found: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
+    if library is None:
+        return found
+    for name, (wrapper, dtypes, argtypes) in OPERATIONS.items():
+        for dtype in dtypes:
+            function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+            function.argtypes, function.restype = argtypes, ctypes.c_int
+            found[name, dtype] = partial(wrapper, function)
+    return found
+
+
+def call(function: Any, x: Tensor, *arguments: Any) -> None:
+    """Call a C function with its arguments and the threads for x. Raises MemoryError."""
+    if function(*arguments, *_threads(x)):
+        raise MemoryError(f"there is no memory for a kernel on a tensor of shape {tuple(x.shape)}")
+
+
+def parts(x: Tensor, *numbers: Number) -> tuple[int, int, int] | None:
+    """Return (outer, channels, inner) of x in memory for numbers that broadcast against it; None for other shapes.
+
+    Numbers are () or vary along one axis of x.
+    """
+    sizes: dict[int, int] = {}
+    for n in numbers:
+        if isinstance(n, Tensor) and n.ndim:
+            if n.ndim > x.ndim:
+                return None
+            sizes.update({x.ndim - n.ndim + i: size for i, size in enumerate(n.shape) if size != 1})
+    if not sizes:
+        return 1, 1, x.numel()
+    (axis, size), *others = sizes.items()
+    shape = x.shape
+    if others or size != shape[axis]:
+        return None
+    if not x.is_contiguous():  # channels-last
+        shape = torch.Size((shape[0], *shape[2:], shape[1]))
+        axis = (axis - 2) % 3 + 1 if axis else 0
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
+def number(value: Number) -> tuple[int | None, int, float]:
+    """Return pointer, count and value of a number: a tensor, which must live on, or a plain one."""
+    return (value.data_ptr(), value.numel(), 0.0) if isinstance(value, Tensor) else (None, 1, value)
+
+
+@operation(FLOATS, *3 * [POINTER], *3 * [COUNT], *3 * NUMBER, REAL, REAL, FLAG)
+def uniform(
+    function: Any,
+    x: Tensor,
+    step: Number,
+    low: Number,
+    high: Number,
+    below: float | None = None,
+    above: float | None = None,
+    wants_inside: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return `clamp(round(x / step), low, high) * step` and a mask, packed; None for numbers of other shapes.
+
+    step, low, high: in x's type, broadcastable along one axis at most. The mask is 1 where the rounded code was not
+    clamped, if `wants_inside`, and where `below < x < above`, for those that are given; None if nothing is asked.
+    """
+    shape = parts(x, step, low, high)
+    if shape is None:
+        return None
+    numbers = [n.contiguous() if isinstance(n, Tensor) else n for n in (step, low, high)]
+    value, bits = torch.empty_like(x), None
+    if wants_inside or below is not None or above is not None:
+        bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    pointers = x.data_ptr(), value.data_ptr(), None if bits is None else bits.data_ptr()
+    ends = NONE if below is None else below, NONE if above is None else above
+    call(function, x, *pointers, *shape, *(part for n in numbers for part in number(n)), *ends, wants_inside)
+    return value, bits
+
+
+@operation(FLOATS + HALVES, POINTER, POINTER, POINTER, COUNT)
+def masked(function: Any, grad: Tensor, bits: Tensor) -> Tensor:
+    """Return grad times 1 or 0, from `bits` that were packed in the memory order of grad."""
+    out = torch.empty_like(grad)
+    call(function, grad, grad.data_ptr(), bits.data_ptr(), out.data_ptr(), grad.numel())
+    return out
