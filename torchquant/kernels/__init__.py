@@ -16,8 +16,11 @@ Kernel = Callable[..., Any]
 _BY_DEVICE: dict[str, dict[tuple[str, torch.dtype], Kernel]] = {}
 
 
-def find(operation: str, x: Tensor) -> Kernel | None:
+def find(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> Kernel | None:
     """Return the kernel of an operation for tensors such as x; None where the reference has to run.
+
+    `dtype`: the float type of the operation, by default that of x. A kernel returns None for numbers in other shapes
+    than it takes; then the reference has to run as well.
 
     A kernel takes plain tensors that are contiguous or channels-last, outside of autograd, of compiled and traced code,
     and of modes and transforms that watch every operation.
@@ -27,7 +30,7 @@ def find(operation: str, x: Tensor) -> Kernel | None:
     kernels = _BY_DEVICE.get(x.device.type)
     if kernels is None:
         kernels = _BY_DEVICE[x.device.type] = _load(x.device.type)
-    kernel = kernels.get((operation, x.dtype))
+    kernel = kernels.get((operation, dtype or x.dtype))
     return kernel if kernel is not None and _is_plain(x) else None
 
 

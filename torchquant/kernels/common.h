@@ -104,8 +104,54 @@ struct Number {
     T of(int64_t c) const { return given == nullptr ? T(plain) : given[n == 1 ? 0 : c]; }
 };
 
+// Numbers of each channel, in rows: on the stack if they are few.
+template <typename T>
+struct Rows {
+    T few[192];
+    T* all;
+    int64_t channels;
+
+    Rows(int64_t n, int64_t channels) : all(few), channels(channels) {
+        if (n * channels > 192) all = static_cast<T*>(std::malloc(n * channels * sizeof(T)));
+    }
+    ~Rows() { if (all != few) std::free(all); }
+    Rows(const Rows&) = delete;
+    bool is_missing() const { return all == nullptr; }
+    T* operator[](int64_t row) { return all + row * channels; }
+    void fill(int64_t row, Number<T> number) {
+        for (int64_t c = 0; c < channels; ++c) all[row * channels + c] = number.of(c);
+    }
+};
+
+// A tensor in the order of memory: `outer` times `channels` times `inner`; channels 1 if its numbers are of all of it.
+struct Walk {
+    int64_t outer, channels, inner;
+    int64_t n() const { return outer * channels * inner; }
+
+    // Call `work(is_across, c, at, n)` for stretches of n elements from `at`: of channel c, or, if `is_across`, one
+    // of each of n channels from c.
+    template <typename Work>
+    inline void run(int64_t first, int64_t last, const Work& work) const {
+        if (channels == 1) {
+            work(false, int64_t(0), first, last - first);
+            return;
+        }
+        int64_t c = first / inner % channels, left = inner == 1 ? channels - c : inner - first % inner;
+        for (int64_t at = first; at < last;) {
+            int64_t n = left < last - at ? left : last - at;
+            work(inner == 1, c, at, n);
+            at += n;
+            c = inner == 1 || c + 1 == channels ? 0 : c + 1;
+            left = inner == 1 ? channels : inner;
+        }
+    }
+};
+
 }  // namespace tq
 
+// A `Walk` among the parameters of an exported function, and made of them.
+#define WALK int64_t outer, int64_t channels, int64_t inner
+#define THE_WALK (tq::Walk{outer, channels, inner})
 // A `Number` among the parameters of an exported function, and made of them.
 #define NUMBER(T, NAME) const T *NAME, int64_t n_##NAME, double plain_##NAME
 #define GIVEN(T, NAME) (tq::Number<T>{NAME, n_##NAME, plain_##NAME})

@@ -21,8 +21,8 @@ FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 LEAST_FOR_THREADS = 1 << 16
 POINTER, COUNT, REAL, FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-NUMBER = (POINTER, COUNT, REAL)
-"""The types of what `number` returns."""
+NUMBER, WALK = (POINTER, COUNT, REAL), 3 * (COUNT,)
+"""The types of what `number` and `parts` return."""
 NONE = math.nan
 Number = Tensor | float
 
@@ -110,7 +110,13 @@ def number(value: Number) -> tuple[int | None, int, float]:
     return (value.data_ptr(), value.numel(), 0.0) if isinstance(value, Tensor) else (None, 1, value)
 
 
-@operation(FLOATS, *3 * [POINTER], *3 * [COUNT], *3 * NUMBER, REAL, REAL, FLAG)
+def kept(*numbers: Number) -> tuple[list[Number], list[Any]]:
+    """Return numbers that lie in memory one after the other, to be kept alive, and what stands for them in a call."""
+    held = [n.contiguous() if isinstance(n, Tensor) else n for n in numbers]
+    return held, [part for n in held for part in number(n)]
+
+
+@operation(FLOATS, *3 * [POINTER], *WALK, *3 * NUMBER, REAL, REAL, FLAG)
 def uniform(
     function: Any,
     x: Tensor,
@@ -129,14 +135,38 @@ def uniform(
     shape = parts(x, step, low, high)
     if shape is None:
         return None
-    numbers = [n.contiguous() if isinstance(n, Tensor) else n for n in (step, low, high)]
+    held, numbers = kept(step, low, high)
     value, bits = torch.empty_like(x), None
     if wants_inside or below is not None or above is not None:
         bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
     pointers = x.data_ptr(), value.data_ptr(), None if bits is None else bits.data_ptr()
     ends = NONE if below is None else below, NONE if above is None else above
-    call(function, x, *pointers, *shape, *(part for n in numbers for part in number(n)), *ends, wants_inside)
+    call(function, x, *pointers, *shape, *numbers, *ends, wants_inside)
     return value, bits
+
+
+@operation(FLOATS, POINTER, POINTER, *WALK, *2 * NUMBER)
+def to_codes(function: Any, value: Tensor, step: Number, low: Number) -> Tensor | None:
+    """Return the codes of values that are on the grid, counted from `low`, 0 for NaN, as uint8."""
+    shape = parts(value, step, low)
+    if shape is None:
+        return None
+    codes = torch.empty_like(value, dtype=torch.uint8)
+    held, numbers = kept(step, low)
+    call(function, value, value.data_ptr(), codes.data_ptr(), *shape, *numbers)
+    return codes
+
+
+@operation(FLOATS, POINTER, POINTER, *WALK, *2 * NUMBER)
+def from_codes(function: Any, codes: Tensor, step: Number, low: Number, dtype: torch.dtype) -> Tensor | None:
+    """Return `(codes + low) * step` in `dtype`. codes: (*) uint8."""
+    shape = parts(codes, step, low)
+    if shape is None:
+        return None
+    value = torch.empty_like(codes, dtype=dtype)
+    held, numbers = kept(step, low)
+    call(function, codes, codes.data_ptr(), value.data_ptr(), *shape, *numbers)
+    return value
 
 
 @operation(FLOATS + HALVES, POINTER, POINTER, POINTER, COUNT)

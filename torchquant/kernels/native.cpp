@@ -1,4 +1,4 @@
-// Uniform grids and masks. Each function equals the pure torch code it stands for, bit for bit.
+// Uniform grids, their codes, and masks. Each function equals the pure torch code it stands for, bit for bit.
 #include "common.h"
 
 namespace tq {
@@ -8,14 +8,13 @@ struct Uniform {
     const T* x;
     T* out;
     uint8_t* bits;  // nullptr: no mask
-    int64_t channels, inner;
     const T *step, *low, *high;  // one of each for each channel
     T below, above;  // NaN: none
     bool inside;
 
     // Return the value of one element, and its flag.
     template <bool MASK>
-    inline T one(T x, T step, T low, T high, T below, T above, Flag<T> any, Flag<T>* flag) const {
+    static inline T one(T x, T step, T low, T high, T below, T above, Flag<T> any, Flag<T>* flag) {
         T code = std::rint(x / step);
         T kept = code < low ? low : code;  // keeps NaN, and the sign of zero, as torch.clamp does
         kept = kept > high ? high : kept;
@@ -35,9 +34,7 @@ struct Uniform {
     // One element of each of n channels from c.
     template <bool MASK>
     void across(int64_t c, int64_t n, const T* __restrict x, T* __restrict out, Flag<T>* __restrict flags) const {
-        const T* __restrict step = this->step + c;
-        const T* __restrict low = this->low + c;
-        const T* __restrict high = this->high + c;
+        const T *__restrict step = this->step + c, *__restrict low = this->low + c, *__restrict high = this->high + c;
         const T below = this->below, above = this->above;
         const Flag<T> any = inside ? 0 : -1;
         for (int64_t i = 0; i < n; ++i) {
@@ -46,54 +43,86 @@ struct Uniform {
     }
 
     template <bool MASK>
-    void part(int64_t first, int64_t last) const {
+    void part(Walk walk, int64_t first, int64_t last) const {
         Flag<T> flags[MASK ? BLOCK : 1];
-        int64_t c = first / inner % channels, left = inner - first % inner;
         for (int64_t block = first; block < last; block += BLOCK) {
             int64_t end = block + BLOCK < last ? block + BLOCK : last;
-            for (int64_t at = block; at < end;) {
+            walk.run(block, end, [&](bool is_across, int64_t c, int64_t at, int64_t n) {
                 Flag<T>* here = MASK ? flags + (at - block) : flags;
-                int64_t most = inner == 1 ? channels - c : left, n = most < end - at ? most : end - at;
-                if (inner == 1) {
-                    across<MASK>(c, n, x + at, out + at, here);
-                    c = c + n == channels ? 0 : c + n;
-                } else {
-                    along<MASK>(c, n, x + at, out + at, here);
-                    left -= n;
-                    if (left == 0) {
-                        left = inner;
-                        c = c + 1 == channels ? 0 : c + 1;
-                    }
-                }
-                at += n;
-            }
+                if (is_across) across<MASK>(c, n, x + at, out + at, here);
+                else along<MASK>(c, n, x + at, out + at, here);
+            });
             if (MASK) pack(flags, bits + block / 8, end - block);
         }
     }
 };
 
 template <typename T>
-static int uniform(const T* x, T* out, uint8_t* bits, int64_t outer, int64_t channels, int64_t inner, Number<T> step,
-                   Number<T> low, Number<T> high, double below, double above, int inside, void* parallel, int threads) {
-    T few[3 * 64];
-    T* numbers = channels <= 64 ? few : static_cast<T*>(std::malloc(3 * channels * sizeof(T)));
-    if (numbers == nullptr) return 1;
-    for (int64_t c = 0; c < channels; ++c) {
-        T least = low.of(c), most = high.of(c);
-        bool is_nan = std::isnan(least) || std::isnan(most);  // makes all values NaN
-        numbers[c] = is_nan ? T(NAN) : step.of(c);
-        numbers[channels + c] = least;
-        numbers[2 * channels + c] = most;
+static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step, Number<T> low, Number<T> high,
+                   double below, double above, int inside, void* parallel, int threads) {
+    Rows<T> rows(3, walk.channels);
+    if (rows.is_missing()) return 1;
+    for (int64_t c = 0; c < walk.channels; ++c) {
+        rows[1][c] = low.of(c);
+        rows[2][c] = high.of(c);
+        bool is_nan = std::isnan(rows[1][c]) || std::isnan(rows[2][c]);  // makes all values NaN
+        rows[0][c] = is_nan ? T(NAN) : step.of(c);
     }
-    int64_t n = outer * channels * inner;
-    expect_writes(out, n * int64_t(sizeof(T)));
-    Uniform<T> grid{x, out, bits, channels, inner, numbers, numbers + channels, numbers + 2 * channels,
-                    T(below), T(above), inside != 0};
-    in_chunks(n, parallel, threads, [&grid](int64_t first, int64_t last) {
-        if (grid.bits == nullptr) grid.template part<false>(first, last);
-        else grid.template part<true>(first, last);
+    expect_writes(out, walk.n() * int64_t(sizeof(T)));
+    Uniform<T> grid{x, out, bits, rows[0], rows[1], rows[2], T(below), T(above), inside != 0};
+    in_chunks(walk.n(), parallel, threads, [&](int64_t first, int64_t last) {
+        if (bits == nullptr) grid.template part<false>(walk, first, last);
+        else grid.template part<true>(walk, first, last);
     });
-    if (numbers != few) std::free(numbers);
+    return 0;
+}
+
+// The code, counted from the lowest one, of a value on the grid; 0 for NaN.
+template <typename T>
+static inline uint8_t code_of(T value, T step, T low) {
+    T code = std::rint(value / step) - low;
+    return uint8_t(int32_t(code == code ? code : T(0)));
+}
+
+template <typename T>
+static int to_codes(const T* x, uint8_t* out, Walk walk, Number<T> step, Number<T> low, void* parallel, int threads) {
+    Rows<T> rows(2, walk.channels);
+    if (rows.is_missing()) return 1;
+    rows.fill(0, step);
+    rows.fill(1, low);
+    const T *steps = rows[0], *lows = rows[1];
+    in_chunks(walk.n(), parallel, threads, [=](int64_t first, int64_t last) {
+        walk.run(first, last, [=](bool is_across, int64_t c, int64_t at, int64_t n) {
+            const T* __restrict from = x + at;
+            uint8_t* __restrict to = out + at;
+            const T *__restrict step = steps + c, *__restrict low = lows + c;
+            const T one_step = *step, one_low = *low;
+            if (is_across) for (int64_t i = 0; i < n; ++i) to[i] = code_of(from[i], step[i], low[i]);
+            else for (int64_t i = 0; i < n; ++i) to[i] = code_of(from[i], one_step, one_low);
+        });
+    });
+    return 0;
+}
+
+template <typename T>
+static int from_codes(const uint8_t* codes, T* out, Walk walk, Number<T> step, Number<T> low, void* parallel,
+                      int threads) {
+    Rows<T> rows(2, walk.channels);
+    if (rows.is_missing()) return 1;
+    rows.fill(0, step);
+    rows.fill(1, low);
+    const T *steps = rows[0], *lows = rows[1];
+    expect_writes(out, walk.n() * int64_t(sizeof(T)));
+    in_chunks(walk.n(), parallel, threads, [=](int64_t first, int64_t last) {
+        walk.run(first, last, [=](bool is_across, int64_t c, int64_t at, int64_t n) {
+            const uint8_t* __restrict from = codes + at;
+            T* __restrict to = out + at;
+            const T *__restrict step = steps + c, *__restrict low = lows + c;
+            const T one_step = *step, one_low = *low;
+            if (is_across) for (int64_t i = 0; i < n; ++i) to[i] = (T(from[i]) + low[i]) * step[i];
+            else for (int64_t i = 0; i < n; ++i) to[i] = (T(from[i]) + one_low) * one_step;
+        });
+    });
     return 0;
 }
 
@@ -125,18 +154,31 @@ struct MaskedHalf {
 }  // namespace tq
 
 #define UNIFORM(NAME, T)                                                                                              \
-    EXPORT int NAME(const T* x, T* out, uint8_t* bits, int64_t outer, int64_t channels, int64_t inner,                \
-                    NUMBER(T, step), NUMBER(T, low), NUMBER(T, high), double below, double above, int inside,         \
-                    void* parallel, int threads) {                                                                    \
-        return tq::uniform<T>(x, out, bits, outer, channels, inner, GIVEN(T, step), GIVEN(T, low), GIVEN(T, high),    \
-                              below, above, inside, parallel, threads);                                               \
+    EXPORT int NAME(const T* x, T* out, uint8_t* bits, WALK, NUMBER(T, step), NUMBER(T, low), NUMBER(T, high),        \
+                    double below, double above, int inside, void* parallel, int threads) {                            \
+        return tq::uniform<T>(x, out, bits, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, high), below, above,    \
+                              inside, parallel, threads);                                                             \
     }
 UNIFORM(uniform_float32, float)
 UNIFORM(uniform_float64, double)
 
+#define TO_CODES(NAME, T)                                                                                             \
+    EXPORT int NAME(const T* x, uint8_t* out, WALK, NUMBER(T, step), NUMBER(T, low), void* parallel, int threads) {   \
+        return tq::to_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), parallel, threads);                   \
+    }
+TO_CODES(to_codes_float32, float)
+TO_CODES(to_codes_float64, double)
+
+#define FROM_CODES(NAME, T)                                                                                           \
+    EXPORT int NAME(const uint8_t* x, T* out, WALK, NUMBER(T, step), NUMBER(T, low), void* parallel, int threads) {   \
+        return tq::from_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), parallel, threads);                 \
+    }
+FROM_CODES(from_codes_float32, float)
+FROM_CODES(from_codes_float64, double)
+
 #define MASKED(NAME, T, FUNCTION)                                                                                     \
-    EXPORT int NAME(const T* grad, const uint8_t* bits, T* out, int64_t n, void* parallel, int threads) {              \
-        tq::by_bits<T>(grad, bits, out, n, parallel, threads, FUNCTION);                                               \
+    EXPORT int NAME(const T* grad, const uint8_t* bits, T* out, int64_t n, void* parallel, int threads) {             \
+        tq::by_bits<T>(grad, bits, out, n, parallel, threads, FUNCTION);                                              \
         return 0;                                                                                                     \
     }
 MASKED(masked_float32, float, [](float grad, int bit) { return grad * float(bit); })

@@ -119,6 +119,14 @@ class Format(ABC):
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return cast_back(self.values(codes, working), dtype)
 
+    def to_bytes(self, levels: Tensor) -> Tensor:
+        """Return the codes of levels, counted from the smallest, for at most 256 codes; uint8, in their layout."""
+        return (self.encode(levels) - self.code_range[0]).to(torch.uint8)
+
+    def from_bytes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the levels, of any float type, of codes that are counted from the smallest; the layout is theirs."""
+        return self.decode(codes.to(torch.int32) + self.code_range[0], dtype)
+
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest level, in x's type and in shapes that broadcast against x."""
         places = [torch.full([1] * x.ndim, code, device=x.device) for code in self.code_range]
@@ -300,6 +308,26 @@ class UniformGrid(Format):
         steps = (codes - self._zero_point(codes.ndim)).to(dtype)
         values = steps * self.step(steps)
         return values if self.offset is None else values + self.shaped(self.offset, steps)
+
+    def to_bytes(self, levels: Tensor) -> Tensor:
+        if self.offset is not None:
+            return super().to_bytes(levels)
+        real = levels.to(compute_dtype(levels))
+        step, lowest = self.step(real), like(self._bounds(real.ndim)[0], real)
+        kernel = kernels.find("to_codes", real)
+        codes = None if kernel is None else kernel(real, step, lowest)
+        # The quotients are whole numbers, up to rounding.
+        return torch.div(real, step).add_(0.5 - lowest).to(torch.uint8) if codes is None else codes
+
+    def from_bytes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.offset is not None:
+            return super().from_bytes(codes, dtype)
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        number = torch.empty([1] * codes.ndim, dtype=working, device=codes.device)
+        step, lowest = self.step(number), like(self._bounds(codes.ndim)[0], number)
+        kernel = kernels.find("from_codes", codes, working)
+        values = None if kernel is None else kernel(codes, step, lowest, working)
+        return cast_back(codes.to(working).add_(lowest).mul_(step) if values is None else values, dtype)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.offset is not None:
