@@ -34,6 +34,16 @@ def find(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> Kernel 
     return kernel if kernel is not None and _is_plain(x) else None
 
 
+def find_backward(operation: str, x: Tensor, grad: Tensor) -> Kernel | None:
+    """Return the kernel for gradients at x; None where the reference has to run, as in a backward that is recorded.
+
+    Both tensors have one type and lie alike in memory.
+    """
+    if torch.is_grad_enabled() or grad.dtype != x.dtype or grad.stride() != x.stride() or find(operation, grad) is None:
+        return None
+    return find(operation, x)
+
+
 def _is_watched() -> bool:
     return (
         torch._C._get_tracing_state() is not None

@@ -64,6 +64,8 @@ def operation(dtypes: tuple[torch.dtype, ...], *argtypes: Any) -> Callable[[Call
 
 def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type of the library, by default the one of this process."""
+    from torchquant.kernels import cpu_learned  # noqa: F401  # enters its operations
+
     library = library or built().library
     found: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
     if library is None:

@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant._arguments import explained
+from torchquant._tensors import in_layout_of
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.uniform import integer_codes, like
@@ -52,37 +54,78 @@ def lsq_codes(n_bits: int, signed: bool) -> tuple[int, int]:
 
 
 class _LearnedStep(torch.autograd.Function):
-    """Computes `step * round(clamp(x / step, qmin, qmax))` with the gradients of docs/algorithms.md B5."""
+    """Computes `step * round(clamp(v, qmin, qmax)) + offset`, v = (x - offset) / step.
+
+    The gradients are those of docs/algorithms.md B5. x itself is kept for backward, because the gradient of the step
+    needs the distance of each element to its level.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float, delta: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        offset: Tensor | None,
+        delta: Tensor | None,
+        codes: tuple[int, int],
+        gradient_scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, step, delta)
-        ctx.codes = (qmin, qmax)
+        ctx.save_for_backward(x, step, offset, delta)
+        ctx.codes = codes
         ctx.gradient_scale = gradient_scale
-        return torch.div(x, step).clamp_(qmin, qmax).round_().mul_(step)
+        kernel = kernels.find("learned_step", x)
+        value = None if kernel is None else kernel(x, step, *codes, offset)
+        if value is None:
+            value = torch.div(_centred(x, offset), step).clamp_(*codes).round_().mul_(step)
+            value = value if offset is None else value.add_(offset)
+        return cast(Tensor, value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        (grad,) = grads
-        x, step, delta = ctx.saved_tensors
-        qmin, qmax = ctx.codes
-        scaled = torch.div(x, step)
-        clamped = scaled.clamp(qmin, qmax)
-        for_step = for_x = None
-        if ctx.needs_input_grad[1]:
-            # round(v) - v inside; at and beyond an end the end itself, where the last term vanishes.
-            inside = torch.ops.aten.hardtanh_backward(scaled, scaled, float(qmin), float(qmax))
-            for_step = clamped.round().sub_(inside).mul_(grad).sum_to_size(step.shape) * ctx.gradient_scale
-        if ctx.needs_input_grad[0]:
-            passed = grad
-            if delta is not None:
-                # x and its level, in an interval of length 2, as the paper normalizes them.
-                lean = (clamped - clamped.round()) * (2.0 / (qmax - qmin))
-                passed = grad * (1.0 + delta * grad.sign() * lean)
-            for_x = torch.ops.aten.hardtanh_backward(passed, scaled, float(qmin), float(qmax))
-        return for_x, for_step, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, step, offset, delta = ctx.saved_tensors
+        wanted, codes = ctx.needs_input_grad[:3], ctx.codes
+        grad = in_layout_of(grads[0], x)
+        kernel = kernels.find_backward("learned_step_backward", x, grad)
+        found = None if kernel is None else kernel(x, grad, step, *codes, offset, delta, wanted)
+        for_x, for_step, for_offset = (
+            _gradients(x, grad, step, offset, delta, codes, wanted) if found is None else found
+        )
+        for_step = None if for_step is None else for_step * ctx.gradient_scale
+        return for_x, for_step, for_offset, None, None, None
+
+
+def _centred(x: Tensor, offset: Tensor | None) -> Tensor:
+    return x if offset is None else x - offset
+
+
+def _gradients(
+    x: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    offset: Tensor | None,
+    delta: Tensor | None,
+    codes: tuple[int, int],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, step and offset, those that are wanted."""
+    low, high = (float(code) for code in codes)
+    scaled = torch.div(_centred(x, offset), step)
+    clamped = scaled.clamp(*codes)
+    for_x = for_step = for_offset = None
+    if wanted[1]:
+        # round(v) - v inside; at and beyond an end the end itself, where the last term vanishes.
+        inside = torch.ops.aten.hardtanh_backward(scaled, scaled, low, high)
+        for_step = clamped.round().sub_(inside).mul_(grad).sum_to_size(step.shape)
+    if wanted[0] or wanted[2]:
+        passed = grad
+        if delta is not None:
+            # x and its level, in an interval of length 2, as the paper normalizes them.
+            lean = (clamped - clamped.round()) * (2.0 / (high - low))
+            passed = grad * (1.0 + delta * grad.sign() * lean)
+        for_x = torch.ops.aten.hardtanh_backward(passed, scaled, low, high)
+    if wanted[2] and offset is not None and for_x is not None:
+        for_offset = (grad - for_x).sum_to_size(offset.shape)
+    return for_x, for_step, for_offset
 
 
 @explained
@@ -110,11 +153,7 @@ def lsq_quantize(
     >>> step.grad
     tensor(2.5200)
     """
-    qmin, qmax = lsq_codes(n_bits, signed)
     real = x.to(compute_dtype(x))
-    if offset is not None:
-        shift = like(offset, real)
-        value = cast(Tensor, _LearnedStep.apply(real - shift, like(step, real), qmin, qmax, gradient_scale, delta))
-        return cast_back(value + shift, x.dtype)
-    value = cast(Tensor, _LearnedStep.apply(real, like(step, real), qmin, qmax, gradient_scale, delta))
-    return cast_back(value, x.dtype)
+    numbers = [None if n is None else like(n, real) for n in (step, offset, delta)]
+    value = _LearnedStep.apply(real, *numbers, lsq_codes(n_bits, signed), gradient_scale)
+    return cast_back(cast(Tensor, value), x.dtype)

@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant._arguments import explained
+from torchquant._tensors import in_layout_of
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._powers import pow2
 from torchquant.quantizers_functional.uniform import integer_codes, like
@@ -36,23 +38,32 @@ class _TrainedThreshold(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.codes = (qmin, qmax)
-        return torch.div(x, step).round_().clamp_(qmin, qmax).mul_(step)
+        kernel = kernels.find("uniform", x)
+        found = None if kernel is None else kernel(x, step, qmin, qmax)
+        return torch.div(x, step).round_().clamp_(qmin, qmax).mul_(step) if found is None else cast(Tensor, found[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
         x, step = ctx.saved_tensors
-        qmin, qmax = ctx.codes
-        scaled = torch.div(x, step)
-        rounded = scaled.round()
-        ends = (qmin - 0.5, qmax + 0.5)
-        for_step = for_x = None
-        if ctx.needs_input_grad[1]:
-            inside = torch.ops.aten.hardtanh_backward(scaled, rounded, *ends)
-            for_step = rounded.clamp(qmin, qmax).sub_(inside).mul_(grad).sum_to_size(step.shape)
-        if ctx.needs_input_grad[0]:
-            for_x = torch.ops.aten.hardtanh_backward(grad, rounded, *ends)
-        return for_x, for_step, None, None
+        grad = in_layout_of(grads[0], x)
+        kernel = kernels.find_backward("rounded_step_backward", x, grad)
+        arguments = x, grad, step, *ctx.codes, ctx.needs_input_grad[:2]
+        found = None if kernel is None else kernel(*arguments)
+        return *(_gradients(*arguments) if found is None else found), None, None
+
+
+def _gradients(
+    x: Tensor, grad: Tensor, step: Tensor, qmin: int, qmax: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x and step, those that are wanted."""
+    scaled = torch.div(x, step)
+    rounded = scaled.round()
+    ends = (qmin - 0.5, qmax + 0.5)
+    for_step = None
+    if wanted[1]:
+        inside = torch.ops.aten.hardtanh_backward(scaled, rounded, *ends)
+        for_step = rounded.clamp(qmin, qmax).sub_(inside).mul_(grad).sum_to_size(step.shape)
+    return torch.ops.aten.hardtanh_backward(grad, rounded, *ends) if wanted[0] else None, for_step
 
 
 def tqt_step(log2_t: Tensor, n_bits: int, signed: bool = True) -> Tensor:
