@@ -1,12 +1,10 @@
-"""What the documentation shows, runs: README, CONTRIBUTING, the examples, and the published README's snippets."""
+"""What the documentation shows, runs: README, CONTRIBUTING, and the published README's snippets."""
 
 from __future__ import annotations
 
 import json
 import operator
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +37,6 @@ from torchquant.quantizers import LAWS, catalogue
 from torchquant.range_observers import OBSERVERS
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/deploy.md", "docs/ptq.md", "docs/search.md")
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(
     r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
 )
@@ -109,41 +106,6 @@ def test_blocks_are_found_and_skipped() -> None:
     skipped = "<!-- no-run: needs a camera -->\n```python\nfail()\n```\n"
     text = f"a\n```py\nx = 1\n```\n{skipped}```sh\nls\n```\n```python\ny\n```\n"
     assert runnable_blocks(text) == [(2, "x = 1\n"), (12, "y\n")]
-
-
-def test_there_are_examples() -> None:
-    assert "quickstart.py" in [path.name for path in EXAMPLES]
-
-
-# What downloads a data set otherwise, on a small one.
-SMALL = {"bnn_cifar10.py": ["--data", "digits", "--width", "8", "--epochs", "2", "--out", "out"]}
-
-
-def run_example(example: Path, folder: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(example), *SMALL.get(example.name, [])]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name not in SMALL], ids=lambda path: path.name)
-def test_example_runs(example: Path, tmp_path: Path) -> None:
-    run_example(example, tmp_path)
-
-
-@pytest.mark.slow
-def test_the_binary_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
-    example = ROOT / "examples" / "bnn_cifar10.py"
-    first = run_example(example, tmp_path)
-    assert "epoch 2: accuracy" in first
-    again = run_example(example, tmp_path)
-    assert "epoch 1:" not in again
-    assert first.splitlines()[-1] == again.splitlines()[-1]
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert len(result["accuracy"]) == 2
-    weights = torch.load(tmp_path / "out" / "binary.pth", weights_only=True)["features.3.weight"]
-    assert weights.unique().tolist() == [-1.0, 1.0]
 
 
 # The snippets of the published README, word for word but for one comma that it lacks.
