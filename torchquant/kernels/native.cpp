@@ -57,6 +57,45 @@ struct Uniform {
     }
 };
 
+#if TQ_AVX2
+// n elements of channel c, n a multiple of 8, whose bits begin with a byte: the flags stay in registers.
+template <bool INSIDE, bool STRICT>
+static void packed(const Uniform<float>& grid, int64_t c, int64_t at, int64_t n) {
+    const float* x = grid.x + at;
+    float* out = grid.out + at;
+    uint8_t* bits = grid.bits + at / 8;
+    const __m256 step = _mm256_set1_ps(grid.step[c]), low = _mm256_set1_ps(grid.low[c]);
+    const __m256 high = _mm256_set1_ps(grid.high[c]);
+    const __m256 below = _mm256_set1_ps(grid.below), above = _mm256_set1_ps(grid.above);
+    for (int64_t i = 0; i < n; i += 8) {
+        __m256 from = _mm256_loadu_ps(x + i);
+        __m256 code = _mm256_round_ps(_mm256_div_ps(from, step), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        __m256 kept = _mm256_min_ps(high, _mm256_max_ps(low, code));  // the second operand if one is NaN
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(kept, step));
+        __m256 flag = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+        if (INSIDE) flag = _mm256_cmp_ps(code, kept, _CMP_EQ_OQ);
+        if (STRICT) flag = _mm256_and_ps(flag, _mm256_cmp_ps(from, below, _CMP_NLE_UQ));
+        if (STRICT) flag = _mm256_and_ps(flag, _mm256_cmp_ps(from, above, _CMP_NGE_UQ));
+        bits[i / 8] = uint8_t(_mm256_movemask_ps(flag));
+    }
+}
+
+// The elements from `first` to `last` whose bits are whole bytes of one channel each. Returns where they end.
+static int64_t pack_at_once(const Uniform<float>& grid, Walk walk, int64_t first, int64_t last) {
+    if (walk.channels != 1 && walk.inner % 8 != 0) return first;
+    const bool is_strict = grid.below == grid.below || grid.above == grid.above;
+    const auto run = !grid.inside ? packed<false, true> : is_strict ? packed<true, true> : packed<true, false>;
+    last = first + (last - first) / 8 * 8;
+    walk.run(first, last, [&](bool, int64_t c, int64_t at, int64_t n) { run(grid, c, at, n); });
+    return last;
+}
+#endif
+
+template <typename T>
+static int64_t pack_at_once(const Uniform<T>&, Walk, int64_t first, int64_t) {
+    return first;
+}
+
 template <typename T>
 static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step, Number<T> low, Number<T> high,
                    double below, double above, int inside, void* parallel, int threads) {
@@ -72,7 +111,7 @@ static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step,
     Uniform<T> grid{x, out, bits, rows[0], rows[1], rows[2], T(below), T(above), inside != 0};
     in_chunks(walk.n(), parallel, threads, [&](int64_t first, int64_t last) {
         if (bits == nullptr) grid.template part<false>(walk, first, last);
-        else grid.template part<true>(walk, first, last);
+        else grid.template part<true>(walk, pack_at_once(grid, walk, first, last), last);
     });
     return 0;
 }
@@ -126,17 +165,18 @@ static int from_codes(const uint8_t* codes, T* out, Walk walk, Number<T> step, N
     return 0;
 }
 
-// `masked(element, bit)` for each element, eight at a time.
+// `masked(element, bit)` for each element, 32 at a time.
 template <typename T, typename Masked>
 static void by_bits(const T* grad, const uint8_t* bits, T* out, int64_t n, void* parallel, int threads, Masked masked) {
     expect_writes(out, n * int64_t(sizeof(T)));
     in_chunks(n, parallel, threads, [=](int64_t first, int64_t last) {
         int64_t i = first;
-        for (; i + 8 <= last; i += 8) {
+        for (; i + 32 <= last; i += 32) {
             const T* __restrict from = grad + i;
             T* __restrict to = out + i;
-            int byte = bits[i / 8];
-            for (int k = 0; k < 8; ++k) to[k] = masked(from[k], (byte >> k) & 1);
+            const uint8_t* byte = bits + i / 8;
+            const uint32_t word = byte[0] | byte[1] << 8 | byte[2] << 16 | uint32_t(byte[3]) << 24;
+            for (int k = 0; k < 32; ++k) to[k] = masked(from[k], int(word >> k) & 1);
         }
         for (; i < last; ++i) out[i] = masked(grad[i], (bits[i / 8] >> (i % 8)) & 1);
     });
