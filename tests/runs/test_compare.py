@@ -58,6 +58,13 @@ def test_a_second_run_does_nothing_again_and_a_lost_one_is_repeated_exactly(fini
     assert [r.accuracy for r in again] == [r.accuracy for r in results]
 
 
+def test_a_result_of_other_activations_is_made_again(finished, monkeypatch) -> None:
+    out, results = finished
+    monkeypatch.setattr(compare_run, "_run_case", lambda case, *rest: pytest.fail(case.acts))
+    with pytest.raises(pytest.fail.Exception, match="lsq:8"):
+        compare([replace(results[0].case, acts="lsq:8")], TINY, out)
+
+
 def test_another_recipe_does_not_mix_in(finished) -> None:
     out, results = finished
     with pytest.raises(ConfigError, match="another recipe .epochs: 1 there, 2 now.; choose another folder"):
@@ -129,6 +136,8 @@ def test_activations_and_gradients_of_a_scheme() -> None:
         "affine:2,symmetric=narrow/channel",
         "pact:2",
     )
+    one = {case.scheme: case.acts for case in make_cases(["irnet", "xnor", "rsign", "dorefa"], [1], [1], 1)}
+    assert one == {"irnet": "adabin_act:1", "xnor": "adabin_act:1", "rsign": "rsign:1/channel", "dorefa": "dorefa:1"}
     assert cases["affine@pwl-w2a2-seed0"].weight == "affine:2,symmetric=narrow/channel@pwl"
     with pytest.raises(ConfigError, match="lsq has its own gradient"):
         make_cases(["lsq@pwl"], [2], [8], 1)

@@ -152,6 +152,26 @@ def test_max_batches_takes_no_more_from_the_source() -> None:
     assert (taken, done) == ([0, 1], [1, 2])
 
 
+@pytest.mark.parametrize("spec", ["bnn", "xnor"])
+def test_signs_of_what_is_never_below_zero_are_named(spec: str) -> None:
+    def calibrated(activation: nn.Module, spec: str) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), activation, nn.AvgPool2d(2), nn.Conv2d(4, 2, 1))
+        x = torch.randn(4, 1, 8, 8)
+        rules = [{"weight": "affine:8", "input": "affine:8", "output": spec}, {"position": "last", "output": None}]
+        model = tq.quantize(net, rules, x)
+        tq.calibrate(model, x.split(2))
+        return model
+
+    with pytest.warns(UserWarning, match="2 quantizers of activations give one value for all that they read: ") as told:
+        model = calibrated(nn.ReLU(), spec)
+    assert "0 output, 2 output" in str(told[0].message)
+    assert told[0].filename == __file__
+    assert {row.state for row in tq.state_report(model)} == {"QUANT_EVAL"}
+    calibrated(nn.Hardtanh(), spec)
+    calibrated(nn.ReLU(), "adabin_act")
+
+
 def test_an_observer_that_saw_nothing_is_named() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:

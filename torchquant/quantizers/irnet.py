@@ -20,7 +20,7 @@ class IRNetQuantizer(FittedQuantizer):
     """{-2**s, 2**s} by the sign of the standardized weight (Qin et al. 2020, IR-Net, arXiv:1909.10788).
 
     Weights lose their units, as with `dorefa`: the levels are near +-1 whatever their scale, so a batch norm should
-    follow. Activations of the paper: `bnn`. Its gradient is "ede", with t from 0.1 to 10:
+    follow. Activations of the paper: `bnn`, in a network without ReLU. Its gradient is "ede", with t from 0.1 to 10:
     `GradientSchedule(model, "ede", t=Ramp(0.1, 10.0, n_steps, "geometric"))`. Deviations: mean and deviation are
     constants for the gradient, and the deviation is that of all n weights, not over n - 1. Raises ConfigError.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
@@ -16,6 +16,7 @@ from torchquant._shown import some
 from torchquant.errors import ConfigError
 from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
+from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.range_observers._distributed import reduce_sum, world_size
 from torchquant.training.batches import OnBatch, check_batches, count, inputs_of, place, progress_bar, taken
 from torchquant.utils import qmodule_state, qmodules, set_qmodule_state
@@ -41,8 +42,9 @@ def calibrate(
     the batches; None: that of the model. `on_batch(n)` is called after n batches. `show_progress`: a progress bar;
     None: one if `on_batch` is not given, rich is installed, and the output is a terminal.
 
-    Warns about quantizers that saw no data, by name: they cannot quantize. Raises ConfigError if there are no batches,
-    or if a batch can be both a pair and two arguments.
+    Warns about quantizers that saw no data, by name: they cannot quantize; and about signs of activations that are +1
+    for every value of the last batch, as behind a ReLU. Raises ConfigError if there are no batches, or if a batch can
+    be both a pair and two arguments.
 
     >>> import torchquant as tq
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
@@ -63,13 +65,15 @@ def calibrate(
         progress_bar("calibrating", count(batches, max_batches), show_progress, on_batch) as advance,
     ):
         for batch in _on_all_ranks(taken(batches, max_batches, where, on_batch)):
-            call_with(model, inputs_of(model, batch, n_batches, with_targets), "a batch")
+            inputs = inputs_of(model, batch, n_batches, with_targets)
+            call_with(model, inputs, "a batch")
             n_batches += 1
             advance()
     if n_batches == 0:
         raise ConfigError("there are no batches to calibrate on; give at least one")
     set_qmodule_state(model, state)
     _warn_of_unseen(model)
+    _warn_of_constant_signs(model, inputs)
     return n_batches
 
 
@@ -85,6 +89,44 @@ def _on_all_ranks(batches: Iterable[Any]) -> Iterator[Any]:
             )
         if batch is not end:
             yield batch
+
+
+def _warn_of_constant_signs(model: nn.Module, inputs: Any) -> None:
+    """Warn of the signs of activations that are the same for all values of a batch, and so say nothing of them."""
+    signs = {
+        quantizer: f"{path or '(root)'} {site}"
+        for path, module in qmodules(model)
+        for site, quantizer in module.quantizers().items()
+        if site in ACTIVATIONS and "sign" in getattr(quantizer, "traits", ()) and quantizer.is_ready
+    }
+    if not signs:
+        return
+    constant: dict[nn.Module, bool] = {}
+
+    def look(quantizer: nn.Module, args: Any, quantized: Tensor) -> None:
+        is_one = args[0].numel() > 1 and bool((quantized == quantized.flatten()[0]).all())
+        constant[quantizer] = constant.get(quantizer, True) and is_one
+
+    hooks = [quantizer.register_forward_hook(look) for quantizer in signs]
+    try:
+        with torch.no_grad(), in_mode(False, model), qmodule_state(model, QModuleState.BYPASSED):
+            for _, module in qmodules(model):
+                own = module.quantizers()
+                if any(q in signs for q in own.values()) and all(
+                    q.is_ready for s, q in own.items() if s in ACTIVATIONS
+                ):
+                    module.state = QModuleState.QUANT_EVAL_ACT_ONLY
+            call_with(model, inputs, "a batch")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found := [label for quantizer, label in signs.items() if constant.get(quantizer, False)]:
+        warnings.warn(
+            f"{len(found)} quantizers of activations give one value for all that they read: {some(found)}. The sign of "
+            "what is never below 0, as behind a ReLU, is +1. Give these sites a scheme with a threshold, such as rsign "
+            "or adabin_act, or put nn.Hardtanh or torchquant.training.RPReLU in place of the ReLU",
+            stacklevel=4,  # above the wrapper that checks the arguments
+        )
 
 
 def _warn_of_unseen(model: nn.Module) -> None:

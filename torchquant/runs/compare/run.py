@@ -129,7 +129,13 @@ def _is_missing(case: Case, folder: Path, shown: NullProgress) -> bool:
     path = _path(case, folder)
     if not path.exists():
         return True
-    known, ours = _read(path)[1], _quantizer_contents(case)
+    former, known = _read(path)
+    if former.case != case:
+        shown.message(
+            f"{case.name}: its result is of {former.case.weight} and {former.case.acts}, so the case runs again"
+        )
+        return True
+    ours = _quantizer_contents(case)
     if known is None and ours:
         shown.message(f"{path} was written by a version that kept no contents; {', '.join(ours)} may have changed")
     changed = [] if known is None else changed_contents(known, ours)

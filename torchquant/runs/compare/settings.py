@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
-from torchquant.quantizers import QUANTIZERS, find_scheme, make_quantizer, weight_spec
+from torchquant.quantizers import QUANTIZERS, AffineQuantizer, find_scheme, make_quantizer, weight_spec
 from torchquant.runs.data import DATA
 from torchquant.runs.networks import NETWORKS
 from torchquant.runs.settings import (
@@ -98,15 +98,23 @@ def make_cases(schemes: Iterable[str], weight_bits: Iterable[int], acts_bits: It
     ]
 
 
+TWO_LEVELS = "adabin_act:1"
+"""Activations of one bit behind a ReLU: there all signs are +1, and the middle of a range is above most values."""
+
+
 def _acts(template: str, n_bits: int) -> str:
-    """Return the activation spec at that width; affine where the authors' scheme lacks it. Raises ConfigError."""
+    """Return the activation spec at that width; affine where the authors' scheme lacks it. Raises ConfigError.
+
+    The networks have ReLUs, so that one bit has a threshold that is learned in place of a sign or a range.
+    """
     spec = template.format(n=n_bits)
     try:
-        make_quantizer(spec, site="output")
+        made = make_quantizer(spec, site="output")
     except ConfigError:
         spec = f"affine:{n_bits}"
-        make_quantizer(spec, site="output")
-    return spec
+        made = make_quantizer(spec, site="output")
+    is_fixed = isinstance(made, AffineQuantizer) or "sign" in getattr(made, "traits", ())
+    return TWO_LEVELS if n_bits == 1 and is_fixed else spec
 
 
 def _weights(name: str, n_bits: int) -> str | None:
