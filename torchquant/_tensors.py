@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,12 @@ T = TypeVar("T")
 
 def like(value: Tensor | float, x: Tensor) -> Tensor:
     """Convert `value` to a tensor of x's type on x's device."""
-    return torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    return value.to(x.device, x.dtype) if isinstance(value, Tensor) else constant(value, x.dtype, x.device)
+
+
+def constant(values: float | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor of plain numbers on a device, without waiting for what the device is computing."""
+    return torch.as_tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:

@@ -184,8 +184,9 @@ def largest_of(x: Tensor) -> Tensor:
 
 def where_signed(signed: bool | None, lowest: Tensor, if_signed: float, if_not: float) -> Tensor:
     """Choose one of two numbers, float64 (), by `signed` or, if it is None, by the lowest values."""
-    below = (lowest < 0).any() if signed is None else torch.tensor(signed, device=lowest.device)
-    return torch.where(below, if_signed, if_not).to(torch.float64)
+    if signed is None:
+        return torch.where((lowest < 0).any(), if_signed, if_not).to(torch.float64)
+    return torch.full((), if_signed if signed else if_not, device=lowest.device).to(torch.float64)
 
 
 def or_one(scale: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Formula(Format):
         return super().neighbours(x)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = (torch.as_tensor(code, device=x.device) for code in self.code_range)
+        codes = (torch.full((), code, device=x.device) for code in self.code_range)
         low, high = (self.decoder(code, x.dtype, *_shaped(self, x.ndim)) for code in codes)
         return torch.minimum(low, high), torch.maximum(low, high)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant._registry import Registry
+from torchquant._tensors import like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_mask, unpack_mask
 
@@ -228,7 +229,6 @@ def gradient_clip(x: Tensor, range_min: Tensor | float, range_max: Tensor | floa
     if not _wants_gradient(x):
         return x
     with torch.no_grad():
-        low = torch.as_tensor(range_min, dtype=x.dtype, device=x.device)
-        high = torch.as_tensor(range_max, dtype=x.dtype, device=x.device)
+        low, high = like(range_min, x), like(range_max, x)
         inside = torch.minimum(torch.maximum(x, low), high).eq_(x)
     return pass_through(x, x.detach().clone(), inside)

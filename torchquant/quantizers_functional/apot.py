@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
-from torchquant._tensors import like
+from torchquant._tensors import constant, like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional._levels import level_values, nearest_level
@@ -57,7 +57,7 @@ def apot_code_range(n_bits: int, signed: bool) -> tuple[int, int]:
 
 
 def _magnitudes(n_bits: int, signed: bool, like: Tensor) -> Tensor:
-    return torch.tensor(APOT_MAGNITUDES[n_bits - 1 if signed else n_bits], dtype=like.dtype, device=like.device)
+    return constant(APOT_MAGNITUDES[n_bits - 1 if signed else n_bits], like.dtype, like.device)
 
 
 def apot_codes(u: Tensor, n_bits: int, signed: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
+from torchquant._tensors import constant
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional.formats import ScaledFormat
 
@@ -48,7 +49,7 @@ class NormalFloat(ScaledFormat):
         return codes
 
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=codes.device)
+        levels = constant(NF4_LEVELS, dtype, codes.device)
         values = levels[codes.nan_to_num(0.0).to(torch.int64)]
         return values + codes.to(dtype).clamp(0.0, 0.0) if codes.is_floating_point() else values
 

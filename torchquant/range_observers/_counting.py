@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from torchquant._tensors import like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.range_observers._base import RangeObserver
@@ -264,7 +265,7 @@ class CountingObserver(RangeObserver):
         if not self.is_observed:
             return low, high, self._count(x, *self.ends_of_bins(low, high))
         # Where no rank has elements there is no new batch.
-        kept = torch.where(low > high, 1.0, torch.as_tensor(self._kept(), dtype=low.dtype, device=low.device))
+        kept = torch.where(low > high, 1.0, like(self._kept(), low))
         is_known = kept > 0.0
         seen_low, seen_high, counts = (
             (statistic if self.axis is not None else statistic[None]).to(torch.float64)

@@ -132,7 +132,8 @@ def entropy_share(counts: Tensor, n_levels: Tensor, most_levels: int, error: Ten
             tried = kept[allowed]
             best.append(tried[_divergences(row, tried, most_levels, levels).argmin()])
         else:
-            best.append(kept[torch.where(allowed, _divergences(row, kept, most_levels, levels), torch.inf).argmin()])
+            divergences = torch.where(allowed, _divergences(row, kept, most_levels, levels), torch.inf)
+            best.append(kept.take(divergences.argmin()))  # kept[...] would read the index on the host
     return torch.stack(best) / counts.shape[1]
 
 

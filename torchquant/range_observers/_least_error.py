@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchquant._tensors import constant
 from torchquant.quantizers_functional.affine import AffineParams, affine_params
 from torchquant.quantizers_functional.formats import Format, UniformGrid
 from torchquant.range_observers._histogram import bin_edges
@@ -146,7 +147,7 @@ def least_error_range(errors: RangeErrors, low: Tensor, high: Tensor, is_symmetr
     if is_eager:
         is_symmetric = is_symmetric or bool(torch.logical_or(low >= 0, high <= 0).all())  # 0 is in every range
     factors = RATIO ** torch.arange(N_FACTORS, dtype=low.dtype, device=low.device)
-    offsets = torch.tensor([0.0, -1.0, 1.0], dtype=low.dtype, device=low.device)
+    offsets = constant([0.0, -1.0, 1.0], low.dtype, low.device)
     best, known = factors.new_ones(2, len(low), 1), None
     for round in range(ROUNDS + 1):
         tried = factors if round == 0 else RATIO ** (offsets / 2**round)

@@ -14,6 +14,7 @@ from torchquant.errors import ConfigError, LawViolation, UnknownNameError
 from torchquant.quantizers._base import Quantizer
 from torchquant.quantizers._laws.case import Case, Skip
 from torchquant.quantizers._laws.case import LawReport as LawReport
+from torchquant.quantizers._laws.devices import keeps_device
 from torchquant.quantizers._laws.form import edge_cases, keeps_form, nonfinite
 from torchquant.quantizers._laws.gradients import gradient, gradient_size
 from torchquant.quantizers._laws.grid import idempotent, levels_used, monotone, on_grid, per_channel
@@ -42,6 +43,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
         gradient,
         gradient_size,
         survives,
+        keeps_device,
         compiles,
     )
 }

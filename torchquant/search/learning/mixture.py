@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchquant._tensors import constant
 from torchquant.errors import ConfigError
 from torchquant.graph.sites import make_for_slot
 from torchquant.quantizers import Quantizer
@@ -133,7 +134,8 @@ class MixtureQuantizer(Quantizer):
         if forced is not None or (self.theta is None and self.float_bitwidth is None):
             return mix(x, chosen, self.temperature.new_ones(1), clamp)
         rows, columns = self._row_shares(), self._column_shares()
-        shares = rows[self._row_of[active]] * columns[self._column_of[active]]
+        taken = constant(active, torch.int64, rows.device)
+        shares = rows[self._row_of[taken]] * columns[self._column_of[taken]]
         y = mix(x, chosen, shares, clamp)
         if self.float_bitwidth is None or self.form in MIXING_FORMS or not (self.training and self.learns):
             return y
