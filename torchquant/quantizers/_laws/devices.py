@@ -134,7 +134,7 @@ def _in_order(root: Any) -> list[Any]:
 
 
 def _as_declared(node: Any, grads: Grads) -> list[Tensor | None]:
-    """Return the gradients of a node's outputs as the engine hands them on: in their shapes, types and on their device."""
+    """Return the gradients of a node's outputs as the engine hands them on, in the form of the outputs."""
     declared: list[Tensor | None] = []
     for i, meta in enumerate(node._input_metadata):
         grad = grads.get(i)
@@ -180,9 +180,10 @@ def keeps_device(case: Case) -> None:
     check_step(device, quantizer, case.sample, train)
     if quantizer.fuses_clamp:
         check_step(device, quantizer, case.sample, partial(train, clamp=(0.0, 6.0)))
-    for name in quantizer.gradients() if isinstance(quantizer, GridQuantizer) else ():
-        quantizer.set_gradient(name)
-        check_step(device, quantizer, case.sample, quantizer)
+    if isinstance(quantizer, GridQuantizer):
+        for name in quantizer.gradients():
+            quantizer.set_gradient(name)
+            check_step(device, quantizer, case.sample, quantizer)
     if case.can_be_pinned:
         pinned = device.copy(case.pinned())
         check_step(device, pinned, case.sample, pinned)
