@@ -40,7 +40,7 @@ ROWS = (
     ("analysis", "training", "ptq", "search"),
     ("deploy", "compat"),
     ("runs",),
-    ("cli", "demo", "compare", "job", "export_run", "search_run"),
+    ("info", "cli", "demo", "compare", "job", "export_run", "search_run"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}
 ORDER = {unit: i for i, unit in enumerate([unit for units in ROWS for unit in units] + ["__init__", "__main__"])}

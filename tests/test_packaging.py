@@ -46,16 +46,22 @@ def pip(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_wheel(source: Path, out: Path) -> Path:
     """A wheel built from a copy of the sources, so that nothing left in `build/` can slip in."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SHIPPED:
         shutil.copy(ROOT / name, source / name)
     shutil.copytree(ROOT / "torchquant", source / "torchquant", ignore=shutil.ignore_patterns("__pycache__"))
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     (built,) = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without compiled kernels, which take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHQUANT_KERNELS", "0")
+        return built_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,20 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         p for suffix in ("py", "html.j2", "typed", "cpp", "h") for p in (ROOT / "torchquant").rglob(f"*.{suffix}")
     ]
     assert packed == {path.relative_to(ROOT).as_posix() for path in wanted}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_wheel_holds_the_kernels_of_this_processor(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHQUANT_KERNELS", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    wheel = built_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
+    pip("install", "--no-deps", "--target", tmp_path, wheel)
+    (library,) = (tmp_path / "torchquant" / "kernels").glob("*.so")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert f"active, {library}" in run_python("from torchquant.info import report; print(report())", tmp_path, tmp_path)
 
 
 def test_wheel_imports_from_an_empty_folder(site: Path, tmp_path: Path) -> None:

@@ -113,6 +113,13 @@ def test_python_dash_m() -> None:
     assert done.stdout.split() == ["torchquant", torchquant.__version__]
 
 
+def test_info_says_which_kernels_are_active(runner: CliRunner) -> None:
+    shown = runner.invoke(cli.build_app(), ["info"])
+    assert shown.exit_code == 0
+    assert f"torchquant {torchquant.__version__} torch" in " ".join(shown.output.split())
+    assert "kernels on cpu" in shown.output
+
+
 def test_schemes_lists_every_scheme_and_explains_one(runner: CliRunner) -> None:
     wide = {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
     listed = runner.invoke(cli.build_app(), ["schemes"], env=wide)

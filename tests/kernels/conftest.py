@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from torchquant.kernels import _build, cpu
+from torchquant.kernels._compiler import CompileError, find_compiler
 
 GENERIC = ("-DTQ_GENERIC", *(("-march=x86-64",) if platform.machine() == "x86_64" else ()))
 Kernels = dict[tuple[str, torch.dtype], Callable[..., Any]]
@@ -18,8 +19,8 @@ Kernels = dict[tuple[str, torch.dtype], Callable[..., Any]]
 
 @pytest.fixture(scope="session", params=[(), GENERIC], ids=["native", "generic"])
 def cpu_kernels(request: pytest.FixtureRequest) -> Kernels:
-    compiler = _build.find_compiler()
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    library = _build.compiled(compiler, _build.cache_folder(), request.param)
+    try:
+        library = _build.compiled(find_compiler(), _build.cache_folder(), request.param)
+    except CompileError as error:
+        pytest.skip(str(error))
     return cpu.kernels(ctypes.CDLL(str(library)))

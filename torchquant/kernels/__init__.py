@@ -29,7 +29,7 @@ def find(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> Kernel 
         return None
     kernels = _BY_DEVICE.get(x.device.type)
     if kernels is None:
-        kernels = _BY_DEVICE[x.device.type] = _load(x.device.type)
+        kernels = _BY_DEVICE[x.device.type] = load(x.device.type)
     kernel = kernels.get((operation, dtype or x.dtype))
     return kernel if kernel is not None and _is_plain(x) else None
 
@@ -60,7 +60,7 @@ def _is_plain(x: Tensor) -> bool:
     return is_ordered and x.data_ptr() != 0  # 0: an empty tensor, or one without memory
 
 
-def _load(device: str) -> dict[tuple[str, torch.dtype], Kernel]:
+def load(device: str) -> dict[tuple[str, torch.dtype], Kernel]:
     """Return the kernels of a kind of device, by operation and type, building them if need be."""
     if device != "cpu":
         return {}

@@ -1,0 +1,59 @@
+"""`python -m torchquant.info`: versions, which kernels are active on which device, and why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+
+import torch
+
+from torchquant import __version__
+from torchquant.errors import ConfigError
+from torchquant.kernels import load
+from torchquant.kernels._build import built, cache_folder
+from torchquant.kernels._compiler import SWITCH, CompileError, find_compiler
+
+
+def report() -> str:
+    """Return what is installed and which kernels are active, as lines of text. It compiles them, if need be."""
+    lines = {
+        "torchquant": __version__,
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "kernels on cpu": f"active, {built().path}" if built().library else f"not active: {built().reason}",
+        "kernels on cuda": _on_gpu(),
+        "compiler": _compiler(),
+        "cache": _cache(),
+        SWITCH: os.environ.get(SWITCH, "not set; 0 switches the kernels off"),
+    }
+    width = max(map(len, lines))
+    return "\n".join(
+        f"{name:<{width}}  " + text.replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items()
+    )
+
+
+def _on_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "not active: torch sees no GPU"
+    return "active" if load("cuda") else "not active: there are none, PyTorch's operators run"
+
+
+def _compiler() -> str:
+    try:
+        return shlex.join(find_compiler())
+    except CompileError as error:
+        return str(error)
+
+
+def _cache() -> str:
+    try:
+        return str(cache_folder())
+    except ConfigError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(report() + "\n")
