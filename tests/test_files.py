@@ -7,10 +7,10 @@ import os
 import pickle
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import ROOT
+from tests.processes import CONTEXT
 from torchquant._files import (
     check_format,
     digest_of,
@@ -38,8 +38,13 @@ from torchquant.runs.compare import load_plugin
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes, links and flock are of POSIX")
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def started(work: Callable[[Path, Any], None], path: Path) -> tuple[Any, Any]:
+    """A process that runs work(path, talk), and this end of `talk`."""
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=work, args=(path, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 @posix
@@ -82,43 +87,38 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     assert os.path.samestat(before, os.stat(os.devnull))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from torchquant._files import write_whole
+def write_slowly(path: Path, talk: Any) -> None:
+    """Write half, say so, and the whole when told to."""
 
-def write(path):
-    path.write_text("half")
-    if sys.argv[2] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    print("writing", flush=True)
-    sys.stdin.read()
-    path.write_text("whole")
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        talk.send("writing")
+        talk.recv()
+        temporary.write_text("whole")
 
-write_whole(Path(sys.argv[1]), write)
-"""
+    write_whole(path, write)
 
 
 @posix
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    command = [sys.executable, "-c", KILLED, str(path)]
-    killed = subprocess.run([*command, "kill"], env=environment(), timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    killed, talk = started(write_slowly, path)
+    assert talk.recv() == "writing"
+    killed.kill()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / ".tmp-notours-a.txt").write_text("somebody's")
     (tmp_path / ".tmp-01234567-b-a.txt").write_text("of another file")
-    living = subprocess.Popen(
-        [*command, "live"], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert living.stdout is not None
-    assert living.stdout.readline() == "writing\n"
+    living, talk = started(write_slowly, path)
+    assert talk.recv() == "writing"
     write_whole(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
-    living.communicate("", timeout=60)
-    assert living.returncode == 0
+    talk.send("go on")
+    living.join(60)
+    assert living.exitcode == 0
     assert path.read_text() == "whole"
     assert {p.name for p in tmp_path.iterdir()} == {"a.txt", ".tmp-notours-a.txt", ".tmp-01234567-b-a.txt"}
 
@@ -154,29 +154,22 @@ def test_a_full_disk_is_said_in_words(write: Any, message: str, tmp_path: Path) 
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-LIMITED = """
-import resource, sys, torch
-from pathlib import Path
-from torchquant._files import write_whole
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    write_whole(Path(sys.argv[1]), lambda path: torch.save({"a": torch.zeros(100_000)}, path))
-except OSError as error:
-    print(type(error).__name__, error)
-"""
+def write_beyond_a_limit(path: Path, talk: Any) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        write_whole(path, lambda temporary: torch.save({"a": torch.zeros(100_000)}, temporary))
+    except OSError as error:
+        talk.send(f"{type(error).__name__} {error}")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE ends in EFBIG on Linux")
 def test_a_library_that_hides_what_the_disk_said_is_seen_through(tmp_path: Path) -> None:
     """torch.save says "unexpected pos" when a file cannot grow."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "a.pt")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == f"UnwritableError cannot write {tmp_path / 'a.pt'}: File too large\n", done.stderr
+    process, talk = started(write_beyond_a_limit, tmp_path / "a.pt")
+    assert talk.recv() == f"UnwritableError cannot write {tmp_path / 'a.pt'}: File too large"
+    process.join(60)
     assert os.listdir(tmp_path) == []
 
 
@@ -360,25 +353,20 @@ def test_a_lock_is_of_one_holder(tmp_path: Path) -> None:
         assert again is None
 
 
-HOLDS = """
-import os, signal, sys, time
-from pathlib import Path
-from torchquant._locks import hold
-with hold(Path(sys.argv[1])) as other:
-    print("mine" if other is None else other, flush=True)
-    if len(sys.argv) > 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
-"""
+def hold_on(path: Path, talk: Any) -> None:
+    with hold(path) as other:
+        talk.send(other)
+        talk.recv()
 
 
 @posix
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
-    killed = subprocess.run(
-        [sys.executable, "-c", HOLDS, str(path), "kill"], env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "mine\n")
+    killed, talk = started(hold_on, path)
+    assert talk.recv() is None  # nobody else has it
+    killed.kill()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
     assert path.exists()
     with hold(path) as other:
         assert other is None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from tests.processes import run_ranks
 from torchquant import QModuleState, QuantPlan, QWrapper, capture, qmodule_state, quantize, set_qmodule_state
 from torchquant.deploy import export_onnx, run_onnx
 from torchquant.errors import ConfigError
@@ -485,7 +486,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     """Under DistributedDataParallel, with a shared hook-free model: the ranges are those of the joined batch."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), 2), nprocs=2)
+    run_ranks(_rank, str(tmp_path), 2)
     ranges = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*ranges, strict=True))
 

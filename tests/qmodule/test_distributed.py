@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torchquant as tq
+from tests.processes import run_ranks
 from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.search import PrecisionLearning, SearchSettings
 
@@ -236,7 +237,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD_SIZE, join=True)
+    run_ranks(work, str(folder), n_ranks=WORLD_SIZE)
     return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(WORLD_SIZE)]
 
 

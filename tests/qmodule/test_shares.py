@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchquant as tq
+from tests.processes import run_ranks
 from torchquant.quantizers import QUANTIZERS
 from torchquant.range_observers import OBSERVERS
 
@@ -90,7 +91,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
     folder = tmp_path_factory.mktemp("shares")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2, join=True)
+    run_ranks(work, str(folder))
     return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(2)]
 
 

@@ -8,11 +8,10 @@ import operator
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchquant as tq
-from tests import ROOT
+from tests.processes import CONTEXT
 
 STATES = list(tq.QModuleState)
 QAT = tq.QModuleState.QUANT_AWARE_TRAIN
@@ -94,43 +93,40 @@ def test_bfloat16_autocast_trains() -> None:
     assert all(torch.isfinite(value).all() for value in ranges(net).values())
 
 
-RESUMABLE = """
-import os, sys, time, torch
-sys.path.insert(0, sys.argv[1])
-from tests.training.test_training import QAT, F, SmallNet, data, tq
-path, steps, pause = sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-torch.set_num_threads(1)
-torch.manual_seed(3)
-net = SmallNet(fold_bn="corrected")
-optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-tq.set_qmodule_state(net, QAT)
-first = 0
-if os.path.exists(path):
-    saved = torch.load(path, weights_only=True)
-    net.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"])
-    first = saved["step"]
-for step in range(first, steps):
-    x, labels = data()
-    optimizer.zero_grad()
-    F.cross_entropy(net(x), labels).backward()
-    optimizer.step()
-    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    torch.save(state | {"step": step + 1}, path + ".new")
-    os.replace(path + ".new", path)
-    time.sleep(pause)
-"""
+def train_on(path: Path, steps: int, pause: float) -> None:
+    """Train until `steps`, from where the file stands if there is one, and save after each step."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    net = SmallNet(fold_bn="corrected")
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    tq.set_qmodule_state(net, QAT)
+    first = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        net.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        first = saved["step"]
+    for step in range(first, steps):
+        x, labels = data()
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        torch.save(state | {"step": step + 1}, f"{path}.new")
+        os.replace(f"{path}.new", path)
+        time.sleep(pause)
 
 
-def start_training(checkpoint: Path, steps: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
-    arguments = [str(ROOT), str(checkpoint), str(steps), str(pause)]
-    return subprocess.Popen([sys.executable, "-c", RESUMABLE, *arguments], stderr=subprocess.PIPE)
+def start_training(checkpoint: Path, steps: int, pause: float = 0.0) -> Any:
+    process = CONTEXT.Process(target=train_on, args=(checkpoint, steps, pause))
+    process.start()
+    return process
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
+def finish(process: Any) -> None:
+    process.join(120)
+    assert process.exitcode == 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -140,12 +136,12 @@ def test_training_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
     victim = start_training(broken, steps, pause=0.3)
     deadline = time.monotonic() + 120
     while not (broken.exists() and torch.load(broken, weights_only=True)["step"] >= 2):
-        assert victim.poll() is None, victim.communicate()[1].decode()
+        assert victim.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
     assert 2 <= torch.load(broken, weights_only=True)["step"] < steps
     finish(start_training(broken, steps))
     finish(reference)
