@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchquant.quantizers._base import QUANTIZERS, About, UniformQuantizer
-from torchquant.quantizers_functional.affine import AffineParams, affine_params, check_affine
+from torchquant.quantizers_functional.affine import AffineParams, affine_grid, check_affine
 from torchquant.range_observers import BatchMinMax, RangeObserver
 
 
@@ -44,7 +44,7 @@ class AffineQuantizer(UniformQuantizer):
         self.symmetric = symmetric
 
     def affine_params(self) -> AffineParams:
-        return affine_params(*self.observer.get_ranges(), self.n_bits, self.symmetric)
+        return affine_grid(*self.observer.get_ranges(), self.n_bits, self.symmetric)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[AffineQuantizer]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient
@@ -59,26 +62,50 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
     (tensor(1.1467), tensor(9.))
     """
     check_affine(n_bits, symmetric)
-    limit = torch.finfo(range_max.dtype).max / 2
-    low, high = range_min.clamp(-limit, 0.0), range_max.clamp(0.0, limit)
+    return affine_grid(range_min, range_max, n_bits, symmetric)
+
+
+def affine_grid(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: bool | str) -> AffineParams:
+    """Compute `affine_params` of arguments that have been checked."""
     half = 2 ** (n_bits - 1)
-    if symmetric is False:
-        delta = step(high - low, 2 * half - 1)
-        zero_point = torch.round(-low / delta).clamp(0, 2 * half - 1)
-        return AffineParams(delta, zero_point, 0, 2 * half - 1)
-    if symmetric == "asymmetric-narrow":
-        delta = step(high - low, 2 * half - 2)
-        zero_point = (1 - half + torch.round(-low / delta)).clamp(1 - half, half - 1)
-        return AffineParams(delta, zero_point, 1 - half, half - 1)
-    absmax = torch.maximum(-low, high)
+    if symmetric is False or symmetric == "asymmetric-narrow":
+        codes = (0, 2 * half - 1) if symmetric is False else (1 - half, half - 1)
+        return AffineParams(*_shifted(range_min, range_max, *codes), *codes)
     if symmetric == "narrow":
-        return AffineParams(step(absmax, half - 1), 0, 1 - half, half - 1)
+        return AffineParams(_centred(range_min, range_max, half - 1), 0, 1 - half, half - 1)
     if symmetric == "full":
+        low, high = _ends(range_min, range_max)
         span = -low / half if half == 1 else torch.maximum(-low / half, high / (half - 1))
         return AffineParams(step(span, 1.0), 0, -half, half - 1)
-    if symmetric == "torch":
-        return AffineParams(step(absmax, half - 0.5), half, 0, 2 * half - 1)
-    return AffineParams(step(absmax, half - 0.5), 0, -half, half - 1)
+    delta = _centred(range_min, range_max, half - 0.5)
+    return (
+        AffineParams(delta, half, 0, 2 * half - 1) if symmetric == "torch" else AffineParams(delta, 0, -half, half - 1)
+    )
+
+
+def _ends(range_min: Tensor, range_max: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ends of ranges that contain 0 and whose levels do not overflow."""
+    limit = torch.finfo(range_max.dtype).max / 2
+    return range_min.clamp(-limit, 0.0), range_max.clamp(0.0, limit)
+
+
+def _shifted(range_min: Tensor, range_max: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """Return the step and the zero point of the codes over a range."""
+    kernel = kernels.find("affine", range_max)
+    if kernel is not None and (found := kernel(range_max, range_min, qmax - qmin, (qmin, qmax))) is not None:
+        return cast("tuple[Tensor, Tensor]", found)
+    low, high = _ends(range_min, range_max)
+    delta = step(high - low, qmax - qmin)
+    return delta, (qmin + torch.round(-low / delta)).clamp(qmin, qmax)
+
+
+def _centred(range_min: Tensor, range_max: Tensor, n_steps: float) -> Tensor:
+    """Return the step of which `n_steps` are the larger magnitude of a range."""
+    kernel = kernels.find("affine", range_max)
+    if kernel is not None and (found := kernel(range_max, range_min, n_steps)) is not None:
+        return cast(Tensor, found[0])
+    low, high = _ends(range_min, range_max)
+    return step(torch.maximum(-low, high), n_steps)
 
 
 @explained
