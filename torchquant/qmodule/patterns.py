@@ -90,6 +90,11 @@ class LayerPattern:
     batch_norm: type[nn.Module] | None = None
     transposed: bool = False
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether `run` is known to compute the same every time: a forward of another class may draw numbers."""
+        return self.run in REPEATABLE
+
     def weight_and_bias(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """Return the weight of the layer, in the layout in which the layer stores it, and its bias."""
         return layer.weight, getattr(layer, "bias", None)
@@ -196,6 +201,9 @@ PATTERNS: dict[type[nn.Module] | str, LayerPattern | ActivationPattern] = {
     nn.Mish: ActivationPattern(),
     nn.Tanh: ActivationPattern(),
 }
+
+REPEATABLE = {row.run for row in PATTERNS.values() if isinstance(row, LayerPattern)}
+"""Forwards of torch's layers, which compute the same every time."""
 
 OWN_FORWARD: dict[type[nn.Module], OwnForwardPattern] = {
     kind: OwnForwardPattern(batch_norm=row.batch_norm, transposed=row.transposed)

@@ -17,6 +17,7 @@ from torchquant.qmodule.holder import Holder
 from torchquant.qmodule.patterns import activation_clamp
 from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional._recording import current_recorder
 from torchquant.range_observers._counting import settle_together
 from torchquant.range_observers._statistics import StatisticTracker
 
@@ -225,6 +226,9 @@ class QModule(Holder):
                 "with force_ranges(min, max). Start a running average of models (EMA) after that"
             )
         quantized = quantizer(x, **kwargs)
+        recorder = current_recorder()
+        if recorder is not None and quantizer.is_idempotent and not recorder.knows(quantized):
+            recorder.note_quantized(quantized, quantizer.format(), x, **kwargs)
         quantizer.post_observe(quantized)
         return quantized
 

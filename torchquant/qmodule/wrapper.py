@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchquant._arguments import checked
@@ -24,7 +26,10 @@ from torchquant.qmodule.patterns import (
 from torchquant.qmodule.state import QModuleState, saved_flag
 from torchquant.qmodule.weight_slots import LayerSlot, WeightSlot
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional._recording import current_recorder
 from torchquant.quantizers_functional.bn_fold import channel_view
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @checked
@@ -110,6 +115,9 @@ class QWrapper(InputSlots):
         if self.is_split and state is QModuleState.BYPASSED and not fused:
             return self._with_low_rank(self.layer(real), real)
         x = self._run_acts_quantizer("input", self.input_quantizer, real)
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.note_input(x)
         if self.weight_quantizer is None or not (state.is_weight_observed or state.is_weight_quantized):
             y = self._normalized(self._with_low_rank(self.layer(x), real))
         elif not state.is_weight_quantized or self.fold_mode is None:
@@ -141,7 +149,13 @@ class QWrapper(InputSlots):
         return y if self.low_rank is None else y + self.low_rank_output(x)
 
     def _normalized(self, y: Tensor) -> Tensor:
-        return y if self.bn is None else self.bn(y)
+        if self.bn is None:
+            return y
+        normalized: Tensor = self.bn(y)
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.note_computed(normalized, *_batch_norm_again(self.bn, y))
+        return normalized
 
     @property
     def _weight(self) -> Tensor:
@@ -191,7 +205,11 @@ class QWrapper(InputSlots):
     def _run_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the layer's forward with these tensors: its class's, or one that an adapter has set on the layer."""
         if "forward" not in self.layer.__dict__:
-            return self.row.run(self.layer, x, weight, bias)
+            y = self.row.run(self.layer, x, weight, bias)
+            recorder = current_recorder()
+            if recorder is not None and self.row.is_repeatable:
+                recorder.note_computed(y, partial(self.row.run, self.layer), x, weight, bias)
+            return y
         if self.fold_mode is not None:
             raise ConfigError(
                 f"{self.path or 'QWrapper'}: the forward of its {type(self.layer).__name__} was replaced, as adapters "
@@ -285,3 +303,16 @@ class QWrapper(InputSlots):
     def extra_repr(self) -> str:
         fold = f", fold_bn={self.fold_mode!r}" if self.fold_mode else ""
         return f"state={self.state.name}{fold}{self.held_repr()}"
+
+
+def _batch_norm_again(bn: Any, y: Tensor) -> tuple[Any, ...]:
+    """Return a function that computes the batch norm of y again without a change of its statistics, and its inputs."""
+    if type(bn) not in BATCH_NORMS:
+        return None, None
+    uses_batch = bn.training or bn.running_mean is None
+    statistics = (None, None) if uses_batch else (bn.running_mean, bn.running_var)
+
+    def again(y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+        return F.batch_norm(y, mean, var, weight, bias, uses_batch, 0.0, bn.eps)
+
+    return again, y, bn.weight, bn.bias, *statistics

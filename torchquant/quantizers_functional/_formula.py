@@ -31,6 +31,10 @@ def _of_channels(parameters: tuple[Tensor | int, ...], index: Tensor) -> tuple[T
     return tuple(p[index] if isinstance(p, Tensor) and p.ndim else p for p in parameters)
 
 
+def _copied(parameters: tuple[Tensor | int, ...]) -> tuple[Tensor | int, ...]:
+    return tuple(p.detach().clone() if isinstance(p, Tensor) else p for p in parameters)
+
+
 def _shaped(format: Formula | Altered, ndim: int) -> list[Any]:
     """Return the parameters of the format, in shapes that broadcast against `ndim` dimensions."""
     return [per_channel_view(p, ndim, format.axis) for p in format.parameters]
@@ -79,6 +83,9 @@ class Formula(Format):
 
     def of_channels(self, index: Tensor) -> Format:
         return replace(self, parameters=_of_channels(self.parameters, index))
+
+    def snapshot(self) -> Format:
+        return replace(self, parameters=_copied(self.parameters))
 
     def numbers(self) -> list[Tensor]:
         return [p for p in self.parameters if isinstance(p, Tensor)]
@@ -193,6 +200,9 @@ class Altered(Format):
 
     def of_channels(self, index: Tensor) -> Format:
         return replace(self, base=self.base.of_channels(index), parameters=_of_channels(self.parameters, index))
+
+    def snapshot(self) -> Format:
+        return replace(self, base=self.base.snapshot(), parameters=_copied(self.parameters))
 
     def numbers(self) -> list[Tensor]:
         return self.base.numbers()

@@ -19,8 +19,16 @@ from torch import Tensor
 from torchquant import kernels
 from torchquant._tensors import like, per_channel_view
 from torchquant.errors import NoAffineViewError, NoCodesError
-from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection, cast_back, compute_dtype
+from torchquant.quantizers_functional._gradient import (
+    Clamp,
+    Gradient,
+    apply_projection,
+    cast_back,
+    compute_dtype,
+    make_gradient,
+)
 from torchquant.quantizers_functional._levels import level_values, nearest_level
+from torchquant.quantizers_functional._recording import current_recorder
 from torchquant.quantizers_functional.kernels import KERNELS
 
 Number = Tensor | float
@@ -96,7 +104,14 @@ class Format(ABC):
             return self.step(x.to(compute_dtype(x)))
 
         project = self.project if kernel is None else partial(kernel, self)
-        return apply_projection(x, project, gradient, clamp, training, ends, step, fused)
+        gradient = make_gradient(gradient)
+        recorder = current_recorder()
+        if recorder is not None:
+            gradient = recorder.gradient_of(gradient, self, x, clamp)
+        value = apply_projection(x, project, gradient, clamp, training, ends, step, fused)
+        if recorder is not None and not (gradient.softens and training):
+            recorder.note_quantized(value, self, x, clamp)
+        return value
 
     def fused(
         self, x: Tensor, want_inside: bool, clamp: Clamp | None, is_strict: bool
@@ -126,6 +141,11 @@ class Format(ABC):
     def from_bytes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the levels, of any float type, of codes that are counted from the smallest; the layout is theirs."""
         return self.decode(codes.to(torch.int32) + self.code_range[0], dtype)
+
+    def snapshot(self) -> Format:
+        """Return the format with copies of its numbers, which later changes of the numbers do not reach."""
+        copies = {name: value.detach().clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **copies)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest level, in x's type and in shapes that broadcast against x."""

@@ -1,0 +1,358 @@
+"""What a forward keeps for its backward in lean training: codes, and what computes a tensor again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from torchquant.errors import NoCodesError
+from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_mask
+from torchquant.quantizers_functional._formula import Formula
+from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projected, cast_back, compute_dtype, owned
+from torchquant.quantizers_functional.formats import Format, OwnLevels, UniformGrid
+from torchquant.quantizers_functional.gradients import ClippedSTE
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+MOST_CODES = 256
+FEWEST_ELEMENTS = 256
+"""Smaller tensors are kept as they are: what describes them would take as much."""
+KEEPS_LEVELS = frozenset(
+    f"{name}Backward0"
+    for name in (
+        *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose"),
+        *("T", "Clone", "Slice", "Select", "Squeeze", "Unsqueeze", "Narrow", "Split", "Relu", "Expand", "Alias"),
+    )
+)
+"""Names of the nodes of operators that choose and move elements, or that put 0 in the place of some."""
+WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+"""Bits of a code -> the integer that holds as many bytes as codes go into one byte."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor lies in its storage."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def of(x: Tensor) -> Layout:
+        return Layout(x.size(), x.stride(), x.storage_offset())
+
+    def view(self, x: Tensor) -> Tensor:
+        """Return the tensor that lies so in the storage of x."""
+        return x if Layout.of(x) == self else x.as_strided(self.size, self.stride, self.offset)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements fill a piece of memory without gaps, each once."""
+        expected = 1
+        for stride, size in sorted((t, s) for t, s in zip(self.stride, self.size, strict=True) if s != 1):
+            if stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+class Recipe:
+    """How a tensor is made again. `kept()`: the tensors that it needs; `make(kept)`: the tensor, outside of autograd."""
+
+    def kept(self, value: Tensor) -> Sequence[Tensor]:
+        """Return the tensors to keep in place of `value`, the tensor itself; the same ones every time."""
+        raise NotImplementedError
+
+    def make(self, kept: Sequence[Tensor]) -> Tensor:
+        """Make the tensor again, equal bit for bit and in its layout, but perhaps at another place in its storage."""
+        raise NotImplementedError
+
+
+class FromCodes(Recipe):
+    """Levels are kept as codes: one byte each, or less where there are few codes.
+
+    A NaN has no code. If there is one, the step that is kept is NaN, so that backward gives NaN and hides nothing.
+    """
+
+    def __init__(self, format: Format, value: Tensor, x: Tensor, clamp: Clamp | None) -> None:
+        self.format = format.snapshot()
+        self.dtype, self.layout = value.dtype, Layout.of(value)
+        low, high = format.code_range
+        self.bits = next(bits for bits in (1, 2, 4, 8) if high - low < 2**bits)
+        self._kept: list[Tensor] = []
+        if not _have_own_codes(format, value.dtype):
+            self._keep(format, x.detach() if clamp is None else x.detach().clamp(*clamp), value)
+
+    def kept(self, value: Tensor) -> Sequence[Tensor]:
+        if not self._kept:
+            self._keep(self.format, value, value)
+        return self._kept
+
+    def _keep(self, format: Format, real: Tensor, value: Tensor) -> None:
+        codes = _in_memory_order(format.to_bytes(real), self.layout)
+        self._kept = [packed(codes, self.bits), value.detach().amax() * 0.0]
+
+    def make(self, kept: Sequence[Tensor]) -> Tensor:
+        codes, zero_or_nan = kept
+        shown = unpacked(codes, self.bits, self.layout.size.numel()).as_strided(self.layout.size, self.layout.stride)
+        if isinstance(self.format, UniformGrid):
+            return replace(self.format, scale=self.format.scale + zero_or_nan).from_bytes(shown, self.dtype)
+        return self.format.from_bytes(shown, self.dtype).add_(zero_or_nan)
+
+
+class FromParameter(Recipe):
+    """The projection of a parameter, which is there in backward too, is computed again."""
+
+    def __init__(self, format: Format, parameter: Tensor) -> None:
+        self.format = format.snapshot()
+        self.parameter = parameter.detach()
+
+    def kept(self, value: Tensor) -> Sequence[Tensor]:
+        return [self.parameter]
+
+    def make(self, kept: Sequence[Tensor]) -> Tensor:
+        (parameter,) = kept
+        return cast_back(_projected(self.format, parameter, False)[0], parameter.dtype)
+
+
+@dataclass(frozen=True)
+class _ClippedAgain(Gradient):
+    """The clipped straight-through gradient of a parameter; backward projects again to see what was clipped."""
+
+    name = "clipped"
+    format: Format
+
+    def attach(self, projected: Projected) -> Tensor:
+        if not projected.x.requires_grad:
+            return super().attach(projected)
+        value = owned(projected.value, projected.x)
+        return cast(Tensor, _MaskedAgain.apply(projected.x, value, self.format.snapshot()))
+
+
+class _MaskedAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, format: Format) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.format = format
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        with torch.no_grad():
+            inside = _projected(ctx.format, x.detach(), True)[1]
+            assert inside is not None
+            bits = inside if inside.dtype == torch.uint8 else pack_mask(inside)
+        return masked(grad, bits, is_channels_last(x)), None, None
+
+
+def _projected(format: Format, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
+    """Project x on a format, by a kernel where there is one. The mask is packed or not, see `Format.fused`."""
+    real = x.to(compute_dtype(x))
+    done = format.fused(real, want_inside, None, False)
+    return format.project(real, want_inside) if done is None else done
+
+
+class FromInputs(Recipe):
+    """A result is computed again from its inputs, which may be made again themselves."""
+
+    def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Kept | None], value: Tensor) -> None:
+        self.compute, self.inputs, self.layout = compute, inputs, Layout.of(value)
+        self.autocast = _autocast_of(value.device.type)
+
+    def kept(self, value: Tensor) -> Sequence[Tensor]:
+        return []
+
+    def make(self, kept: Sequence[Tensor]) -> Tensor:
+        given = [None if one is None else one.tensor() for one in self.inputs]
+        with torch.no_grad(), self.autocast():
+            return self.compute(*given)
+
+
+class Kept:
+    """One tensor as the graph keeps it.
+
+    `hooks`: those that were there outside of the forward, such as `save_on_cpu`; they get the tensors that are kept.
+    """
+
+    def __init__(self, value: Tensor, recipe: Recipe | None, layout: Layout, hooks: Hooks | None) -> None:
+        self.recipe, self.layout, self.hooks = recipe, layout, hooks
+        held = [value] if recipe is None else recipe.kept(value)
+        self.held = [(one, one._version) if hooks is None else (hooks[0](one), 0) for one in held]
+
+    def tensor(self) -> Tensor:
+        """Return the tensor. Raises RuntimeError if what was kept has been changed in place since then."""
+        held = [self._checked(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held]
+        return held[0] if self.recipe is None else self.layout.view(self.recipe.make(held))
+
+    def _checked(self, tensor: Tensor, version: int) -> Tensor:
+        if tensor._version != version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace "
+                f"operation: it is at version {tensor._version}, and was kept at version {version}. Call backward "
+                "before the optimizer steps, and change a copy"
+            )
+        return tensor
+
+
+@dataclass(frozen=True)
+class _Noted:
+    storage: StorageWeakRef
+    version: int
+    dtype: torch.dtype
+    layout: Layout
+    recipe: Recipe
+
+
+class LeanRecorder:
+    """The recorder of one forward: knows of each storage how its contents are made again.
+
+    `recomputes`: whether results of layers are computed again in backward. A tensor that has been changed in place
+    since it was noted is kept as it is.
+    """
+
+    def __init__(self, recomputes: bool) -> None:
+        self.recomputes = recomputes
+        self.hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._noted: dict[int, _Noted] = {}
+        self._formats: dict[Any, Format] = {}
+
+    def note_quantized(self, value: Tensor, format: Format, x: Tensor, clamp: Clamp | None = None) -> None:
+        if not _is_whole(format):
+            return
+        if clamp is None and _is_parameter(x):
+            self._note(value, FromParameter(format, x))
+        elif value.numel() >= FEWEST_ELEMENTS and _has_codes(format) and Layout.of(value).is_dense:
+            self._note(value, FromCodes(format, value, x, clamp))
+            if format.axis is None and value.grad_fn is not None:
+                self._formats[value.grad_fn] = format
+
+    def note_input(self, x: Tensor) -> None:
+        """Note the input of a layer if only its elements were chosen and moved since it was quantized."""
+        if x.grad_fn is None or self.knows(x):
+            return
+        node: Any = x.grad_fn
+        while node is not None and node not in self._formats and node.name() in KEEPS_LEVELS:
+            node = node.next_functions[0][0]
+        format = self._formats.get(node)
+        if format is not None and _have_own_codes(format, x.dtype):
+            self.note_quantized(x, format, x)
+
+    def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
+        is_again = clamp is None and type(gradient) is ClippedSTE and _is_parameter(x) and _is_whole(format)
+        return _ClippedAgain(format) if is_again else gradient
+
+    def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
+        if self.recomputes and value.numel() >= FEWEST_ELEMENTS and inputs[0] is not None and self.knows(inputs[0]):
+            kept = [None if one is None else self.pack(one.detach()) for one in inputs]
+            self._note(value, FromInputs(compute, kept, value))
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether x is a noted tensor, or a view of one, that has not been changed."""
+        return self._find(x) is not None
+
+    def _note(self, value: Tensor, recipe: Recipe) -> None:
+        storage = value.untyped_storage()
+        self._noted[storage._cdata] = _Noted(
+            StorageWeakRef(storage), value._version, value.dtype, Layout.of(value), recipe
+        )
+
+    def _find(self, x: Tensor) -> _Noted | None:
+        noted = self._noted.get(x.untyped_storage()._cdata)
+        if noted is None or noted.storage.expired() or (noted.version, noted.dtype) != (x._version, x.dtype):
+            return None
+        return noted
+
+    def pack(self, x: Tensor) -> Kept:
+        """Return what the graph keeps in place of x."""
+        noted = self._find(x)
+        layout = Layout.of(x)
+        if noted is None:
+            return Kept(x, None, layout, self.hooks)
+        whole = noted.layout
+        relative = Layout(layout.size, layout.stride, layout.offset - whole.offset)
+        return Kept(whole.view(x), noted.recipe, relative, self.hooks)
+
+
+def unpack(kept: Kept) -> Tensor:
+    """Return the tensor that was given to `LeanRecorder.pack`."""
+    return kept.tensor()
+
+
+def _is_whole(format: Format) -> bool:
+    """Whether all numbers with which a format computes are in it; functions of a user may read others."""
+    return not isinstance(format, Formula) or bool(format.parameters)
+
+
+def _is_parameter(x: Tensor) -> bool:
+    """Whether x is a parameter or a view of one."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
+
+
+def _has_codes(format: Format) -> bool:
+    try:
+        low, high = format.code_range
+    except NoCodesError:
+        return False
+    return high - low < MOST_CODES and not isinstance(format, OwnLevels)
+
+
+def _have_own_codes(format: Format, dtype: torch.dtype) -> bool:
+    """Whether each level has the code from which it comes, in this type: float16 saturates."""
+    return isinstance(format, UniformGrid) and format.offset is None and dtype != torch.float16
+
+
+def _in_memory_order(codes: Tensor, layout: Layout) -> Tensor:
+    """Return the codes as (n,), in the order in which the elements of the layout lie in memory."""
+    if codes.stride() != layout.stride:
+        codes = torch.empty_strided(layout.size, layout.stride, dtype=codes.dtype, device=codes.device).copy_(codes)
+    return codes.as_strided((codes.numel(),), (1,))
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes of 1, 2, 4 or 8 bits without gaps. (n,) uint8 -> (ceil(n * bits / 8),) uint8.
+
+    >>> packed(torch.tensor([1, 2, 3], dtype=torch.uint8), 4)
+    tensor([33,  3], dtype=torch.uint8)
+    """
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    if len(codes) % per_byte:
+        codes = F.pad(codes, (0, -len(codes) % per_byte))
+    words = codes.view(WORDS[bits])
+    gathered = words
+    for i in range(1, per_byte):
+        gathered = gathered | (words >> i * (8 - bits))
+    return gathered.to(torch.uint8)
+
+
+def unpacked(codes: Tensor, bits: int, numel: int) -> Tensor:
+    """Unpack what `packed` made. (ceil(n * bits / 8),) uint8 -> (n,) uint8.
+
+    >>> unpacked(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
+    tensor([1, 2, 3], dtype=torch.uint8)
+    """
+    if bits == 8:
+        return codes
+    words = codes.to(WORDS[bits])
+    spread = words
+    for i in range(1, 8 // bits):
+        spread = spread | (words << i * (8 - bits))
+    mask = sum((2**bits - 1) << 8 * i for i in range(8 // bits))
+    return (spread & mask).view(torch.uint8)[:numel]
+
+
+def _autocast_of(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a function that makes the autocast in which this is called."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext
+    dtype, caches = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device, dtype, cache_enabled=caches)
