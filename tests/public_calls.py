@@ -266,6 +266,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         },
         "quantizer_parameters": on_model(),
         "register_pattern": lambda: {"kind": nn.ReLU, "row": ActivationPattern(clamp=(0.0, None))},
+        "set_lean": on_model(lean=True, recompute=True),
         "set_qmodule_state": on_model(state=tq.QModuleState.QUANT_EVAL),
         "state_report": on_model(),
     },

@@ -19,7 +19,7 @@ PUBLIC: dict[str, list[str]] = {
         "TernaryQuantizer", "calibrate", "capture", "check_quantizer", "evaluate", "fit", "freeze_bn",
         "make_quantizer", "observe_weights",
         "qmodule_state", "quantize", "quantizer_parameters", "register_operator", "register_pattern",
-        "set_qmodule_state", "state_report",
+        "set_lean", "set_qmodule_state", "state_report",
     ],
     "torchquant.quantizers_functional": [
         "adabin_quantize", "irnet_params", "irnet_quantize", "n2uq_quantize", "qil_quantize", "rsign_quantize",

@@ -8,6 +8,7 @@ from torchquant.qmodule import QModuleState as QModuleState
 from torchquant.qmodule import QOp as QOp
 from torchquant.qmodule import QWrapper as QWrapper
 from torchquant.qmodule import register_pattern as register_pattern
+from torchquant.qmodule.lean import set_lean as set_lean
 from torchquant.quantizers import QUANTIZERS as QUANTIZERS
 from torchquant.quantizers import AffineQuantizer as AffineQuantizer
 from torchquant.quantizers import ESBQuantizer as ESBQuantizer
@@ -67,6 +68,7 @@ __all__ = [
     "quantizer_parameters",
     "register_operator",
     "register_pattern",
+    "set_lean",
     "set_qmodule_state",
     "state_report",
 ]

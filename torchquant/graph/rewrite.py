@@ -25,6 +25,7 @@ from torchquant.qmodule.float_checkpoints import link_float_state, unlink_float_
 from torchquant.qmodule.fused import unwatch_fused_paths, watch_fused_paths
 from torchquant.qmodule.fused_part import FusedPart
 from torchquant.qmodule.input_slots import InputSlots
+from torchquant.qmodule.lean import set_lean
 from torchquant.qmodule.patterns import norm_of, split_norm
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weights import weight_names
@@ -79,6 +80,7 @@ def revert(model: nn.Module) -> nn.Module:
     conversion = getattr(model, "conversion", None)
     if not isinstance(conversion, Conversion):
         raise ConfigError(f"{type(model).__name__} was not made by a plan, so there is nothing to revert")
+    set_lean(model, False)
     for module in list(model.modules()):
         if isinstance(module, InputSlots) and module.has_slots:
             module.store(module.layer, module.float_weight_of(module.weight_slots()[0].weight))

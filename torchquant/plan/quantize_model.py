@@ -20,6 +20,7 @@ from torchquant.graph.sites import Unquantized
 from torchquant.graph.traced import graphs_running
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
+from torchquant.qmodule.lean import set_lean
 
 OTHER_RESULT = "its torch.fx graph computed something else on the example, so layers are wrapped one by one"
 
@@ -41,6 +42,7 @@ def quantize(
     they compute something else, layers are wrapped one by one instead. The plan is `model.plan`. The given model is not
     changed or run, unless `inplace`.
 
+    The result trains lean, see `set_lean`: it keeps codes for backward in place of floats, with the same gradients.
     In QModuleState.BYPASSED the result runs the forwards of the float model. `model.plan.coverage` gives the quantized
     share of the weights and of the multiply-adds. Warns if more than 5 % of either stays float although no rule of
     yours leaves it float, or if nothing was found to quantize; `strict=True` raises ConfigError instead, and leaves the
@@ -72,6 +74,7 @@ def quantize(
             raise ConfigError(told)
         warnings.warn(told, StaysFloatWarning, stacklevel=3)  # the caller of the wrapper that `checked` made
     quantized.plan = plan  # type: ignore[assignment]
+    set_lean(quantized)
     if example_inputs is not None:
         made: Any = quantized.conversion
         made.example = tree_map_only(Tensor, lambda x: x.detach().to("meta"), example_inputs)

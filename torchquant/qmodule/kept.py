@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchquant.errors import NoCodesError
 from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_mask
-from torchquant.quantizers_functional._formula import Formula
+from torchquant.quantizers_functional._formula import Altered, Formula
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projected, cast_back, compute_dtype, owned
 from torchquant.quantizers_functional.formats import Format, OwnLevels, UniformGrid
 from torchquant.quantizers_functional.gradients import ClippedSTE
@@ -77,48 +78,50 @@ class Recipe:
 class FromCodes(Recipe):
     """Levels are kept as codes: one byte each, or less where there are few codes.
 
-    A NaN has no code. If there is one, the step that is kept is NaN, so that backward gives NaN and hides nothing.
+    A NaN has no code. If there is one, what is made again is NaN everywhere, so that backward hides nothing.
     """
 
     def __init__(self, format: Format, value: Tensor, x: Tensor, clamp: Clamp | None) -> None:
-        self.format = format.snapshot()
+        self.format, self.numbers = format, _copies(format)
         self.dtype, self.layout = value.dtype, Layout.of(value)
         low, high = format.code_range
         self.bits = next(bits for bits in (1, 2, 4, 8) if high - low < 2**bits)
         self._kept: list[Tensor] = []
         if not _have_own_codes(format, value.dtype):
-            self._keep(format, x.detach() if clamp is None else x.detach().clamp(*clamp), value)
+            real = x.detach() if clamp is None else x.detach().clamp(*clamp)
+            self._keep((format.encode(real) - low).to(torch.uint8), value)
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         if not self._kept:
-            self._keep(self.format, value, value)
+            self._keep(self.format.with_numbers(self.numbers).to_bytes(value), value)
         return self._kept
 
-    def _keep(self, format: Format, real: Tensor, value: Tensor) -> None:
-        codes = _in_memory_order(format.to_bytes(real), self.layout)
-        self._kept = [packed(codes, self.bits), value.detach().amax() * 0.0]
+    def _keep(self, codes: Tensor, value: Tensor) -> None:
+        zero_or_nan = value.detach().amax() * 0.0
+        self._kept = [packed(_in_memory_order(codes, self.layout), self.bits), zero_or_nan, *self.numbers]
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
-        codes, zero_or_nan = kept
+        codes, zero_or_nan, *numbers = kept
         shown = unpacked(codes, self.bits, self.layout.size.numel()).as_strided(self.layout.size, self.layout.stride)
-        if isinstance(self.format, UniformGrid):
-            return replace(self.format, scale=self.format.scale + zero_or_nan).from_bytes(shown, self.dtype)
-        return self.format.from_bytes(shown, self.dtype).add_(zero_or_nan)
+        format = self.format.with_numbers(numbers)
+        if isinstance(format, UniformGrid):
+            return replace(format, scale=format.scale + zero_or_nan).from_bytes(shown, self.dtype)
+        return format.from_bytes(shown, self.dtype).add_(zero_or_nan)
 
 
 class FromParameter(Recipe):
     """The projection of a parameter, which is there in backward too, is computed again."""
 
     def __init__(self, format: Format, parameter: Tensor) -> None:
-        self.format = format.snapshot()
-        self.parameter = parameter.detach()
+        self.format = format
+        self._kept = [parameter.detach(), *_copies(format)]
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
-        return [self.parameter]
+        return self._kept
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
-        (parameter,) = kept
-        return cast_back(_projected(self.format, parameter, False)[0], parameter.dtype)
+        parameter, *numbers = kept
+        return cast_back(_projected(self.format.with_numbers(numbers), parameter, False)[0], parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -132,25 +135,30 @@ class _ClippedAgain(Gradient):
         if not projected.x.requires_grad:
             return super().attach(projected)
         value = owned(projected.value, projected.x)
-        return cast(Tensor, _MaskedAgain.apply(projected.x, value, self.format.snapshot()))
+        return cast(Tensor, _MaskedAgain.apply(projected.x, value, self.format, *_copies(self.format)))
 
 
 class _MaskedAgain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, format: Format) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, value: Tensor, format: Format, *numbers: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *numbers)
         ctx.format = format
         ctx.mark_dirty(value)
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (x,), (grad,) = ctx.saved_tensors, grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *numbers), (grad,) = ctx.saved_tensors, grads
         with torch.no_grad():
-            inside = _projected(ctx.format, x.detach(), True)[1]
+            inside = _projected(ctx.format.with_numbers(numbers), x.detach(), True)[1]
             assert inside is not None
             bits = inside if inside.dtype == torch.uint8 else pack_mask(inside)
-        return masked(grad, bits, is_channels_last(x)), None, None
+        return masked(grad, bits, is_channels_last(x)), None, None, *(None for _ in numbers)
+
+
+def _copies(format: Format) -> list[Tensor]:
+    """Return copies of the numbers of a format, which later changes of the numbers do not reach."""
+    return [number.detach().clone() for number in format.numbers()]
 
 
 def _projected(format: Format, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
@@ -161,19 +169,43 @@ def _projected(format: Format, x: Tensor, want_inside: bool) -> tuple[Tensor, Te
 
 
 class FromInputs(Recipe):
-    """A result is computed again from its inputs, which may be made again themselves."""
+    """A result is computed again from its inputs, each a tensor that is kept or made again itself; None is none."""
 
-    def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Kept | None], value: Tensor) -> None:
-        self.compute, self.inputs, self.layout = compute, inputs, Layout.of(value)
+    def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Known | None], value: Tensor) -> None:
+        self.compute, self.inputs = compute, inputs
         self.autocast = _autocast_of(value.device.type)
+        self._kept = [() if one is None else one.kept() for one in inputs]
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
-        return []
+        return [tensor for kept in self._kept for tensor in kept]
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
-        given = [None if one is None else one.tensor() for one in self.inputs]
+        held, given = iter(kept), []
+        for one, own in zip(self.inputs, self._kept, strict=True):
+            given.append(None if one is None else one.make(list(islice(held, len(own)))))
         with torch.no_grad(), self.autocast():
             return self.compute(*given)
+
+
+@dataclass
+class Known:
+    """A tensor, and how it is made again, None if it is kept itself; `layout` is within what the recipe makes."""
+
+    value: Tensor
+    recipe: Recipe | None
+    layout: Layout
+
+    def kept(self) -> Sequence[Tensor]:
+        """Return the tensors to keep."""
+        return [self.value] if self.recipe is None else self.recipe.kept(self.value)
+
+    def make(self, kept: Sequence[Tensor]) -> Tensor:
+        """Return the tensor, from what was kept."""
+        return kept[0] if self.recipe is None else self.layout.view(self.recipe.make(kept))
+
+    def released(self) -> Known:
+        """Return the same without the tensor."""
+        return replace(self, value=None)
 
 
 class Kept:
@@ -182,15 +214,14 @@ class Kept:
     `hooks`: those that were there outside of the forward, such as `save_on_cpu`; they get the tensors that are kept.
     """
 
-    def __init__(self, value: Tensor, recipe: Recipe | None, layout: Layout, hooks: Hooks | None) -> None:
-        self.recipe, self.layout, self.hooks = recipe, layout, hooks
-        held = [value] if recipe is None else recipe.kept(value)
-        self.held = [(one, one._version) if hooks is None else (hooks[0](one), 0) for one in held]
+    def __init__(self, known: Known, hooks: Hooks | None) -> None:
+        self.hooks = hooks
+        self.held = [(one, one._version) if hooks is None else (hooks[0](one), 0) for one in known.kept()]
+        self.known = known.released()
 
     def tensor(self) -> Tensor:
         """Return the tensor. Raises RuntimeError if what was kept has been changed in place since then."""
-        held = [self._checked(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held]
-        return held[0] if self.recipe is None else self.layout.view(self.recipe.make(held))
+        return self.known.make([self._checked(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held])
 
     def _checked(self, tensor: Tensor, version: int) -> Tensor:
         if tensor._version != version:
@@ -221,6 +252,8 @@ class LeanRecorder:
     def __init__(self, recomputes: bool) -> None:
         self.recomputes = recomputes
         self.hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self.pack = self._pack
+        """Returns what the graph keeps in place of a tensor."""
         self._noted: dict[int, _Noted] = {}
         self._formats: dict[Any, Format] = {}
 
@@ -246,13 +279,15 @@ class LeanRecorder:
             self.note_quantized(x, format, x)
 
     def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
-        is_again = clamp is None and type(gradient) is ClippedSTE and _is_parameter(x) and _is_whole(format)
-        return _ClippedAgain(format) if is_again else gradient
+        is_clipped = clamp is None and type(gradient) is ClippedSTE and _is_parameter(x) and _is_whole(format)
+        return _ClippedAgain(format) if is_clipped and self.is_on_top else gradient
 
     def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
         if self.recomputes and value.numel() >= FEWEST_ELEMENTS and inputs[0] is not None and self.knows(inputs[0]):
-            kept = [None if one is None else self.pack(one.detach()) for one in inputs]
-            self._note(value, FromInputs(compute, kept, value))
+            known = [None if one is None else self._known(one.detach()) for one in inputs]
+            recipe = FromInputs(compute, known, value)
+            recipe.inputs = [None if one is None else one.released() for one in known]
+            self._note(value, recipe)
 
     def knows(self, x: Tensor) -> bool:
         """Whether x is a noted tensor, or a view of one, that has not been changed."""
@@ -270,15 +305,21 @@ class LeanRecorder:
             return None
         return noted
 
-    def pack(self, x: Tensor) -> Kept:
-        """Return what the graph keeps in place of x."""
-        noted = self._find(x)
-        layout = Layout.of(x)
+    def _known(self, x: Tensor) -> Known:
+        noted, layout = self._find(x), Layout.of(x)
         if noted is None:
-            return Kept(x, None, layout, self.hooks)
+            return Known(x, None, layout)
         whole = noted.layout
-        relative = Layout(layout.size, layout.stride, layout.offset - whole.offset)
-        return Kept(whole.view(x), noted.recipe, relative, self.hooks)
+        return Known(whole.view(x), noted.recipe, replace(layout, offset=layout.offset - whole.offset))
+
+    def _pack(self, x: Tensor) -> Kept:
+        return Kept(self._known(x), self.hooks)
+
+    @property
+    def is_on_top(self) -> bool:
+        """Whether its hooks get what is saved now; a checkpoint of a part of the model has hooks of its own."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] is self.pack
 
 
 def unpack(kept: Kept) -> Tensor:
@@ -288,7 +329,7 @@ def unpack(kept: Kept) -> Tensor:
 
 def _is_whole(format: Format) -> bool:
     """Whether all numbers with which a format computes are in it; functions of a user may read others."""
-    return not isinstance(format, Formula) or bool(format.parameters)
+    return bool(format.parameters) if isinstance(format, Formula) else not isinstance(format, Altered)
 
 
 def _is_parameter(x: Tensor) -> bool:
@@ -305,8 +346,11 @@ def _has_codes(format: Format) -> bool:
 
 
 def _have_own_codes(format: Format, dtype: torch.dtype) -> bool:
-    """Whether each level has the code from which it comes, in this type: float16 saturates."""
-    return isinstance(format, UniformGrid) and format.offset is None and dtype != torch.float16
+    """Whether each level, rounded to this type, is nearest to itself: float16 saturates, bfloat16 has 8 bits."""
+    if not isinstance(format, UniformGrid) or format.offset is not None:
+        return False
+    low, high = format.code_range
+    return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and high - low < 128)
 
 
 def _in_memory_order(codes: Tensor, layout: Layout) -> Tensor:

@@ -38,6 +38,7 @@ class _Begin:
             torch.is_grad_enabled()
             and current_recorder() is None
             and torch._C._autograd._saved_tensors_hooks_is_enabled()
+            and torch._C._functorch.peek_interpreter_stack() is None
         ):
             recorder = LeanRecorder(self.recompute)
             hooks = saved_tensors_hooks(recorder.pack, unpack)

@@ -23,6 +23,7 @@ from torchquant.qmodule.weight_slots import (
 )
 from torchquant.qmodule.weighted import WEIGHTED, class_name
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional._recording import current_recorder
 
 
 def weight_names(module: nn.Module) -> list[str]:
@@ -185,7 +186,18 @@ class QWeights(QModule):
             )
             return [self._quantize_site("input", quantizer, x) if self.state.is_act_quantized else x for x in given]
 
-        return values_mapped(self.layer, args, kwargs, quantized)
+        return values_mapped(self.layer, args, kwargs, lambda given: [self._as_read(x) for x in quantized(given)])
+
+    def _as_read(self, x: Any) -> Any:
+        """Return an input in the layout in which an attention reads it, which would make a copy that nobody knows."""
+        recorder = current_recorder()
+        if recorder is None or not (isinstance(x, Tensor) and x.ndim == 3 and recorder.knows(x)):
+            return x
+        if not (isinstance(self.layer, nn.MultiheadAttention) and self.layer.batch_first):
+            return x
+        moved = x.transpose(0, 1).contiguous().transpose(0, 1)
+        recorder.note_input(moved)
+        return moved
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer

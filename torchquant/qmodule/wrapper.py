@@ -143,7 +143,12 @@ class QWrapper(InputSlots):
 
     def _folded(self, x: Tensor) -> Tensor:
         assert self.fold_mode is not None
-        return folded_forward(self.fold_mode, self._run, self.layer.forward, self.bn, self.bias_in_use, x)
+        return folded_forward(self.fold_mode, self._run, self._run_float, self.bn, self.bias_in_use, x)
+
+    def _run_float(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer.forward(x)
+        self._note_result(y, x, self._weight, self.bias_in_use)
+        return y
 
     def _with_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         return y if self.low_rank is None else y + self.low_rank_output(x)
@@ -206,9 +211,7 @@ class QWrapper(InputSlots):
         """Run the layer's forward with these tensors: its class's, or one that an adapter has set on the layer."""
         if "forward" not in self.layer.__dict__:
             y = self.row.run(self.layer, x, weight, bias)
-            recorder = current_recorder()
-            if recorder is not None and self.row.is_repeatable:
-                recorder.note_computed(y, partial(self.row.run, self.layer), x, weight, bias)
+            self._note_result(y, x, weight, bias)
             return y
         if self.fold_mode is not None:
             raise ConfigError(
@@ -221,6 +224,11 @@ class QWrapper(InputSlots):
                 "adapter cannot replace; leave the layer float with skip: True, or put the adapter around it"
             )
         return run_by_functional_call(self.layer, x, weight, bias)
+
+    def _note_result(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        recorder = current_recorder()
+        if recorder is not None and self.row.is_repeatable and "forward" not in self.layer.__dict__:
+            recorder.note_computed(y, partial(self.row.run, self.layer), x, weight, bias)
 
     def _check_new(self, module: nn.Module) -> None:
         if row_of(module) is not self.row:

@@ -5,7 +5,7 @@ The formats that come with torchquant define these properties themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,10 +29,6 @@ Values = tuple[Tensor, Tensor | None]
 def _of_channels(parameters: tuple[Tensor | int, ...], index: Tensor) -> tuple[Tensor | int, ...]:
     """Return the numbers of these channels. index: (k,) int64."""
     return tuple(p[index] if isinstance(p, Tensor) and p.ndim else p for p in parameters)
-
-
-def _copied(parameters: tuple[Tensor | int, ...]) -> tuple[Tensor | int, ...]:
-    return tuple(p.detach().clone() if isinstance(p, Tensor) else p for p in parameters)
 
 
 def _shaped(format: Formula | Altered, ndim: int) -> list[Any]:
@@ -84,8 +80,9 @@ class Formula(Format):
     def of_channels(self, index: Tensor) -> Format:
         return replace(self, parameters=_of_channels(self.parameters, index))
 
-    def snapshot(self) -> Format:
-        return replace(self, parameters=_copied(self.parameters))
+    def with_numbers(self, numbers: Sequence[Tensor]) -> Format:
+        others = iter(numbers)
+        return replace(self, parameters=tuple(next(others) if isinstance(p, Tensor) else p for p in self.parameters))
 
     def numbers(self) -> list[Tensor]:
         return [p for p in self.parameters if isinstance(p, Tensor)]
@@ -200,9 +197,6 @@ class Altered(Format):
 
     def of_channels(self, index: Tensor) -> Format:
         return replace(self, base=self.base.of_channels(index), parameters=_of_channels(self.parameters, index))
-
-    def snapshot(self) -> Format:
-        return replace(self, base=self.base.snapshot(), parameters=_copied(self.parameters))
 
     def numbers(self) -> list[Tensor]:
         return self.base.numbers()

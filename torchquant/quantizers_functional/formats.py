@@ -8,6 +8,7 @@ minifloat.py, `Signs` in binary.py, and so on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
@@ -142,10 +143,10 @@ class Format(ABC):
         """Return the levels, of any float type, of codes that are counted from the smallest; the layout is theirs."""
         return self.decode(codes.to(torch.int32) + self.code_range[0], dtype)
 
-    def snapshot(self) -> Format:
-        """Return the format with copies of its numbers, which later changes of the numbers do not reach."""
-        copies = {name: value.detach().clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **copies)
+    def with_numbers(self, numbers: Sequence[Tensor]) -> Format:
+        """Return the format with other tensors in place of `numbers()`, in that order."""
+        names = (name for name, value in vars(self).items() if isinstance(value, Tensor))
+        return replace(self, **dict(zip(names, numbers, strict=True)))
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest level, in x's type and in shapes that broadcast against x."""
