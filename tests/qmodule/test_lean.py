@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -238,7 +238,8 @@ def test_quantize_makes_lean_models_and_revert_makes_plain_ones() -> None:
     assert bytes_kept(copy.deepcopy(model), True) < bytes_kept(copy.deepcopy(model), False)
     assert hooks == (1, 1)
     reverted = model.plan.revert(model)
-    assert not reverted._forward_pre_hooks and not reverted._forward_hooks
+    assert not reverted._forward_pre_hooks
+    assert not reverted._forward_hooks
 
 
 def test_set_twice_is_set_once() -> None:
@@ -247,7 +248,8 @@ def test_set_twice_is_set_once() -> None:
     tq.set_lean(model, recompute=True)
     assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
     tq.set_lean(model, False)
-    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 def test_hooks_of_others_get_what_is_kept() -> None:
@@ -319,8 +321,8 @@ def test_copies_and_pickles() -> None:
 
 
 @pytest.fixture
-def codes() -> Iterator[Tensor]:
-    yield torch.randint(0, 256, (1001,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def codes() -> Tensor:
+    return torch.randint(0, 256, (1001,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

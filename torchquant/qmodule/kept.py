@@ -46,7 +46,7 @@ class Layout:
 
     @staticmethod
     def of(x: Tensor) -> Layout:
-        return Layout(x.size(), x.stride(), x.storage_offset())
+        return Layout(x.size(), x.stride(), int(x.storage_offset()))
 
     def view(self, x: Tensor) -> Tensor:
         """Return the tensor that lies so in the storage of x."""
@@ -64,7 +64,7 @@ class Layout:
 
 
 class Recipe:
-    """How a tensor is made again. `kept()`: the tensors that it needs; `make(kept)`: the tensor, outside of autograd."""
+    """How a tensor is made again, outside of autograd."""
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         """Return the tensors to keep in place of `value`, the tensor itself; the same ones every time."""
@@ -191,12 +191,13 @@ class FromInputs(Recipe):
 class Known:
     """A tensor, and how it is made again, None if it is kept itself; `layout` is within what the recipe makes."""
 
-    value: Tensor
+    value: Tensor | None
     recipe: Recipe | None
     layout: Layout
 
     def kept(self) -> Sequence[Tensor]:
         """Return the tensors to keep."""
+        assert self.value is not None
         return [self.value] if self.recipe is None else self.recipe.kept(self.value)
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
@@ -221,7 +222,9 @@ class Kept:
 
     def tensor(self) -> Tensor:
         """Return the tensor. Raises RuntimeError if what was kept has been changed in place since then."""
-        return self.known.make([self._checked(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held])
+        return self.known.make(
+            [self._checked(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held]
+        )
 
     def _checked(self, tensor: Tensor, version: int) -> Tensor:
         if tensor._version != version:

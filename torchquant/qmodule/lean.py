@@ -37,7 +37,7 @@ class _Begin:
         if (
             torch.is_grad_enabled()
             and current_recorder() is None
-            and torch._C._autograd._saved_tensors_hooks_is_enabled()
+            and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
             and torch._C._functorch.peek_interpreter_stack() is None
         ):
             recorder = LeanRecorder(self.recompute)

@@ -136,6 +136,12 @@ class LearnedQuantizer(FittedQuantizer):
         now = (absmax > 0).to(torch.float64)
         return torch.maximum(now, self.present) if self.is_observed else now
 
+    def statistic(self, name: str) -> Tensor:
+        """Return a copy of a statistic: backward needs it as it is now, and the next tensor may change it before."""
+        self.get()
+        value: Tensor = getattr(self, name)
+        return value.clone()
+
     def bounded(self, name: str) -> Tensor:
         """Return a positive parameter as it is used: never below a thousandth of its first value.
 

@@ -96,7 +96,7 @@ class AdaBinActQuantizer(LearnedQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return alpha, beta, and whether there is anything but zeros."""
-        return self.bounded("alpha"), self.number("beta"), self.get()[2]
+        return self.bounded("alpha"), self.number("beta"), self.statistic("present")
 
     def format(self) -> Format:
         return two_levels(*self.grid(), axis=self.axis)

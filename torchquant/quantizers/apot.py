@@ -79,7 +79,7 @@ class APoTQuantizer(LearnedQuantizer):
 
     def grid(self) -> tuple[Tensor]:
         """Return the largest level."""
-        return (self.bounded("alpha") * self.get()[2],)
+        return (self.bounded("alpha") * self.statistic("scale"),)
 
     def format(self) -> Format:
         return AdditivePowers(*self.grid(), self.n_bits, self.is_signed, axis=self.axis)

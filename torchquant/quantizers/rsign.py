@@ -54,7 +54,7 @@ class RSignQuantizer(LearnedQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the threshold, and 1, or 0 for a tensor of zeros."""
-        return self.number("threshold"), self.get()[1]
+        return self.number("threshold"), self.statistic("present")
 
     def format(self) -> Format:
         threshold, present = self.grid()

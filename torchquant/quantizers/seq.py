@@ -57,7 +57,7 @@ class SEQQuantizer(LearnedQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Return the alpha in use, and whether there is anything but zeros."""
-        return self.bounded("alpha"), self.get()[1]
+        return self.bounded("alpha"), self.statistic("present")
 
     def format(self) -> Format:
         alpha, present = self.grid()

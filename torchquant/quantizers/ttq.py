@@ -52,7 +52,7 @@ class TTQQuantizer(LearnedQuantizer):
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the threshold, and the positive and negative scale in use."""
-        return self.get()[2], self.bounded("positive"), self.bounded("negative")
+        return self.statistic("threshold"), self.bounded("positive"), self.bounded("negative")
 
     def format(self) -> Format:
         threshold, positive, negative = self.grid()

@@ -30,7 +30,6 @@ class Recorder(Protocol):
     def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
         """Note that `value` is `compute(*inputs)`, which computes the same every time."""
 
-
     def note_input(self, x: Tensor) -> None:
         """Note the input of a layer, which may hold levels that were noted as another tensor."""
 

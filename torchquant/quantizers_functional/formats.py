@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,8 @@ class Format(ABC):
     def with_numbers(self, numbers: Sequence[Tensor]) -> Format:
         """Return the format with other tensors in place of `numbers()`, in that order."""
         names = (name for name, value in vars(self).items() if isinstance(value, Tensor))
-        return replace(self, **dict(zip(names, numbers, strict=True)))
+        others: dict[str, Any] = dict(zip(names, numbers, strict=True))
+        return replace(self, **others)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest level, in x's type and in shapes that broadcast against x."""
