@@ -34,8 +34,8 @@ from torchquant.models._base import FusedModel
 
 SLOW_RESNETS = ["resnet34", "resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"]
 SMALL = ["resnet18", "mobilenet_v2", "efficientnet-b0"]
-FAST = [*SMALL, "resnet50", "resnext50_32x4d", "wide_resnet50_2"]
-SLOW = [*SLOW_RESNETS, *(f"efficientnet-b{i}" for i in range(1, 8))]
+FAST = [*SMALL, "resnet50", "resnext50_32x4d"]
+SLOW = ["wide_resnet50_2", *SLOW_RESNETS, *(f"efficientnet-b{i}" for i in range(1, 8))]
 
 
 def weight_quantizer(module: nn.Module) -> Quantizer:

@@ -34,6 +34,13 @@ def command(*words: Any) -> Any:
     return CliRunner().invoke(cli.build_app(), [str(word) for word in words])
 
 
+@pytest.fixture(scope="module")
+def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The run as an ONNX file with its certificate, and what the command said."""
+    out = tmp_path_factory.mktemp("onnx") / "new" / "net.onnx"
+    return out, command("export", run, "--to", "onnx", "--certify", "--samples", 40, "--out", out)
+
+
 def test_the_run_comes_back_as_it_was(run: Path) -> None:
     model, data, config = load_run(run)
     with torch.no_grad():
@@ -42,9 +49,8 @@ def test_the_run_comes_back_as_it_was(run: Path) -> None:
     assert config.model == "demo"
 
 
-def test_onnx_with_certificate(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "net.onnx"
-    result = command("export", run, "--to", "onnx", "--certify", "--samples", 40, "--out", out)
+def test_onnx_with_certificate(written: tuple[Path, Any]) -> None:
+    out, result = written
     assert result.exit_code == 0, result.output
     assert "parity certificate: passed" in result.output
     saved = json.loads((out.parent / "certificate.json").read_text())
@@ -55,10 +61,9 @@ def test_onnx_with_certificate(run: Path, tmp_path: Path) -> None:
     assert {row["engine"] for row in saved["outputs"]} >= {"simulation", "integer reference", "ORT, as deployed"}
 
 
-def test_a_file_that_was_changed_fails_and_says_so(run: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_changed_fails_and_says_so(run: Path, written: tuple[Path, Any], tmp_path: Path) -> None:
     out = tmp_path / "net.onnx"
-    export_run(run, "onnx", out=out)
-    proto = onnx.load(out)
+    proto = onnx.load(written[0])
     entry = next(e for e in proto.graph.initializer if e.name.endswith("stored_bias.0.codes"))
     values = onnx.numpy_helper.to_array(entry).copy() + 3000
     entry.CopyFrom(onnx.numpy_helper.from_array(values, entry.name))

@@ -93,7 +93,9 @@ def test_a_single_candidate_is_that_scheme_bit_for_bit(spec: str) -> None:
     ("n_bits", "candidates", "winner"),
     [
         # the least squared error on N(0, 1) of the tables H1 to H4
-        (2, ["clipq:2", "esb:2,k=0", "pot:2", "residual:2,method=greedy"], "clipq:2"),
+        pytest.param(
+            2, ["clipq:2", "esb:2,k=0", "pot:2", "residual:2,method=greedy"], "clipq:2", marks=pytest.mark.slow
+        ),
         pytest.param(
             3, ["clipq:3", "esb:3,k=0", "pot:3", "residual:3,method=greedy"], "clipq:3", marks=pytest.mark.slow
         ),
@@ -303,7 +305,7 @@ def width_search(budget: str, start: float | None, **options: Any) -> Search:
     return PrecisionLearning(small_net(), [{"weight": LEARNED}], batches(1)[0][0], budget, settings)
 
 
-@pytest.mark.parametrize("start", [2.0, 8.0, pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", [2.0, *(pytest.param(n, marks=pytest.mark.slow) for n in (5.0, 8.0))])
 @pytest.mark.parametrize("bits", [3, pytest.param(4.5, marks=pytest.mark.slow)])
 def test_a_budget_is_met_from_any_start(bits: float, start: float) -> None:
     search = width_search(f"bits<={bits}", start, epochs=30, warmup=0)
