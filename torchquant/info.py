@@ -10,7 +10,7 @@ import torch
 
 from torchquant import __version__
 from torchquant.errors import ConfigError
-from torchquant.kernels import load
+from torchquant.kernels import why_not_on_gpu
 from torchquant.kernels._build import built, cache_folder
 from torchquant.kernels._compiler import SWITCH, CompileError, find_compiler
 
@@ -34,9 +34,8 @@ def report() -> str:
 
 
 def _on_gpu() -> str:
-    if not torch.cuda.is_available():
-        return "not active: torch sees no GPU"
-    return "active" if load("cuda") else "not active: there are none, PyTorch's operators run"
+    reason = why_not_on_gpu()
+    return "active" if reason is None else f"not active: {reason}"
 
 
 def _compiler() -> str:

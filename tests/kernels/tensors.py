@@ -29,7 +29,7 @@ def hard(shape: tuple[int, ...], step: float = 0.1, dtype: torch.dtype = torch.f
 
 def shifted(x: Tensor, n: int = 1) -> Tensor:
     """Return x in memory that begins n elements behind an aligned address."""
-    return torch.empty(x.numel() + n, dtype=x.dtype)[n:].view(x.shape).copy_(x)
+    return x.new_empty(x.numel() + n)[n:].view(x.shape).copy_(x)
 
 
 def is_same(found: Tensor, expected: Tensor) -> bool:

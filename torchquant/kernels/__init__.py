@@ -1,12 +1,14 @@
 """Compiled kernels of the inner loops, found by name and tensor; where there is none, the pure PyTorch code runs.
 
 A kernel equals the reference bit for bit, so that nothing but time depends on which of the two runs. `cpu.py` has the
-wrappers of the C++ functions beside it; docs/decisions/0047 says why they are built as they are.
+wrappers of the C++ functions beside it, `gpu.py` the kernels in Triton; docs/decisions/0047 and 0049 say why they are
+built as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -62,8 +64,27 @@ def _is_plain(x: Tensor) -> bool:
 
 def load(device: str) -> dict[tuple[str, torch.dtype], Kernel]:
     """Return the kernels of a kind of device, by operation and type, building them if need be."""
-    if device != "cpu":
-        return {}
-    from torchquant.kernels import cpu
+    if device == "cpu":
+        from torchquant.kernels import cpu
 
-    return cpu.kernels()
+        return cpu.kernels()
+    if device == "cuda" and why_not_on_gpu() is None:
+        from torchquant.kernels import gpu
+
+        return gpu.kernels()
+    return {}
+
+
+def why_not_on_gpu() -> str | None:
+    """Say why no kernels run on the GPU of this process, None if they do."""
+    from torchquant.kernels._compiler import SWITCH, is_switched_off
+
+    if is_switched_off():
+        return f"{SWITCH}=0 switches them off"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from torchquant.kernels import gpu
+
+    return gpu.why_not()

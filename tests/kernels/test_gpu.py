@@ -1,0 +1,206 @@
+"""Each Triton kernel equals the pure PyTorch code that it stands for, bit for bit.
+
+On a machine with a GPU this file proves it there: `pytest tests/kernels/test_gpu.py`. On any other one, the kernels run
+on the CPU in Triton's interpreter, in a process of their own, and the code that is made for a GPU is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.tensors import hard, is_same, shifted
+from tests.kernels.test_cpu import CLAMPS, IMAGES, check, codes_and_values
+from torchquant import kernels
+from torchquant.quantizers_functional import UniformGrid
+from torchquant.quantizers_functional._bits import masked, pack_mask, unpack_mask
+from torchquant.quantizers_functional.lsq import lsq_quantize
+
+triton = pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+HAS_GPU, IS_INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if HAS_GPU else "cpu"
+ROOT = Path(__file__).parents[2]
+FLOATS = (torch.float32, torch.float64)
+on_device = pytest.mark.skipif(not (HAS_GPU or IS_INTERPRETED), reason="run by test_kernels_in_the_interpreter")
+not_interpreted = pytest.mark.skipif(IS_INTERPRETED, reason="the kernels are interpreted, not compiled")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> None:
+    from torchquant.kernels import gpu
+
+    monkeypatch.setattr(kernels, "_BY_DEVICE", {DEVICE: gpu.kernels() if wanted else {}})
+
+
+@pytest.fixture
+def active(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    if HAS_GPU or IS_INTERPRETED:
+        pytest.skip("the tests of this file run here")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(__file__)]
+    command += ["-W", "ignore::RuntimeWarning"]  # numpy, in which the interpreter computes, warns of infinity and NaN
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert re.search(r"[1-9]\d* passed", found.stdout)
+
+
+@on_device
+@pytest.mark.usefixtures("active")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_uniform_grid_per_tensor(dtype: torch.dtype) -> None:
+    scale, zero_point = torch.tensor(0.1, device=DEVICE), torch.tensor(3.0, device=DEVICE)
+    for n in (1, 7, 8, 9, 33, 5000):
+        check(UniformGrid(scale, zero_point, 0, 15), shifted(hard((n,), dtype=dtype).to(DEVICE)))
+    for clamp in CLAMPS:
+        check(UniformGrid(0.1, 0, -8, 7), hard((777,), dtype=dtype).to(DEVICE), clamp)
+    check(UniformGrid(scale[None], 0, 0, 2**24 - 1), hard((777,), dtype=dtype).to(DEVICE))
+    check(UniformGrid(torch.tensor(2.0**-126, device=DEVICE), 128, 0, 255), hard((777,), dtype=dtype).to(DEVICE))
+
+
+@on_device
+@pytest.mark.usefixtures("active")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_uniform_grid_per_channel(dtype: torch.dtype) -> None:
+    for axis, shape in ((0, (5, 3, 3, 3)), (1, IMAGES), (-1, (6, 70))):
+        scale = torch.linspace(0.05, 0.3, shape[axis], device=DEVICE)
+        zero_point = torch.arange(shape[axis], device=DEVICE).float()
+        x = hard(shape, dtype=dtype).to(DEVICE)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)) if x.ndim == 4 else (x,):
+            check(UniformGrid(scale, zero_point, 0, 15, axis=axis), layout, (-0.3, 0.7))
+            check(UniformGrid(scale, 0, -8, 7, axis=axis), layout)
+
+
+@on_device
+@pytest.mark.usefixtures("active")
+def test_numbers_of_nan_make_nan() -> None:
+    nan, one = torch.tensor([1.0, torch.nan, 1.0], device=DEVICE), torch.ones(3, device=DEVICE)
+    check(UniformGrid(nan, 0, -8, 7, axis=0), hard((3, 40)).to(DEVICE))
+    check(UniformGrid(one, nan, 0, 15, axis=0), hard((3, 40)).to(DEVICE))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_codes_of_levels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale, zero_point = torch.linspace(0.05, 0.3, 5, device=DEVICE), torch.arange(5, device=DEVICE).float()
+    for grid, shape in (
+        (UniformGrid(scale[0] * 2.0, zero_point[3], 0, 255), (500,)),
+        (UniformGrid(0.1, 0, -128, 127), (9,)),
+        (UniformGrid(scale, zero_point, 0, 15, axis=1), IMAGES),
+    ):
+        x = hard(shape, dtype=dtype).nan_to_num(0.3).to(DEVICE)
+        use(monkeypatch)
+        found = codes_and_values(grid, x)
+        use(monkeypatch, wanted=False)
+        assert all(map(is_same, found, codes_and_values(grid, x)))
+
+
+@on_device
+@pytest.mark.usefixtures("active")
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16, torch.bfloat16])
+def test_mask_times_gradient(dtype: torch.dtype) -> None:
+    for n in (1, 7, 8, 9, 1025):
+        grad = hard((n,), dtype=dtype).to(DEVICE)
+        mask = torch.rand(n, generator=torch.Generator().manual_seed(n)).gt(0.5).float().to(DEVICE)
+        found = masked(grad, pack_mask(mask))
+        assert is_same(found, unpack_mask(pack_mask(mask), grad.shape, dtype).mul_(grad))
+        assert torch.equal(found.signbit()[~found.isnan()], (mask.to(dtype) * grad).signbit()[~found.isnan()])
+
+
+@on_device
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_learned_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def levels(x: Tensor, offset: Tensor | None) -> list[Tensor]:
+        steps = torch.linspace(0.05, 0.3, 5, dtype=dtype, device=DEVICE).view(1, 5, 1, 1)
+        step = torch.tensor(0.1, dtype=dtype, device=DEVICE)
+        return [lsq_quantize(x, step, 4, offset=offset), lsq_quantize(x, steps, 8, False, offset=offset)]
+
+    x = hard(IMAGES, dtype=dtype).to(DEVICE)
+    for offset in (None, torch.tensor(0.013, dtype=dtype, device=DEVICE)):
+        use(monkeypatch)
+        found = levels(x, offset)
+        use(monkeypatch, wanted=False)
+        for one, other in zip(found, levels(x, offset), strict=True):
+            assert is_same(one, other)
+            if not HAS_GPU:  # where PyTorch's own clamp(-0.0, 0.0) need not be -0.0
+                assert torch.equal(one.signbit()[~one.isnan()], other.signbit()[~one.isnan()])
+
+
+@on_device
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_quantize_is_the_same_with_and_without_kernels(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        x = hard(IMAGES, dtype=dtype).nan_to_num(0.3, 9.0, -9.0).to(DEVICE).contiguous(memory_format=layout)
+        x.requires_grad_()
+        y = UniformGrid(torch.tensor(0.1, device=DEVICE), 9, 0, 31).quantize(x, "clipped", (0.0, 6.0))
+        return [y.detach(), *torch.autograd.grad(y, x, x.detach().flip(0).contiguous(memory_format=layout))]
+
+    for dtype in (torch.float32, torch.float16):
+        use(monkeypatch)
+        found = results(dtype)
+        use(monkeypatch, wanted=False)
+        assert all(map(is_same, found, results(dtype)))
+
+
+def instructions(name: str, dtype: str) -> str:
+    """The code of a kernel for an NVIDIA GPU of compute capability 8.0, in PTX; nothing is run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from torchquant.kernels import gpu
+
+    pointer, kernel = f"*{dtype}", getattr(gpu, name).fn
+    given = {"x": pointer, "value": pointer, "bits": "*u8", "step": pointer, "offset": pointer, "low": "fp32"}
+    given |= {"high": "fp32", "below": "fp32", "above": "fp32", "grad": pointer, "out": pointer, "codes": "*u8"}
+    constants = {"STEP": 1, "OFFSET": 1, "LOW": -1, "HIGH": -1, "BELOW": -1, "ABOVE": -1}
+    constants |= {"INSIDE": True, "PACKS": True, "WIDE": False, "ROWS": 64}
+    names = kernel.arg_names
+    signature = {key: "constexpr" if key in constants else given.get(key, "i32") for key in names}
+    source = ASTSource(kernel, signature, {key: value for key, value in constants.items() if key in names})
+    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False, "num_warps": 2})
+    return str(made.asm["ptx"])
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("_uniform", "fp32"),
+        ("_learned_step", "fp64"),
+        pytest.param("_uniform", "fp64", marks=pytest.mark.slow),
+        pytest.param("_learned_step", "fp32", marks=pytest.mark.slow),
+        *(pytest.param("_to_codes", dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")),
+        *(pytest.param("_from_codes", dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")),
+        *(pytest.param("_masked", dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp64", "fp16", "bf16")),
+    ],
+)
+def test_compiled_code_computes_as_ieee_754_says(name: str, dtype: str) -> None:
+    code, kind = instructions(name, dtype), dtype.replace("fp", "f")
+    assert not re.search(r"\bdiv\.(full|approx)|\brcp\.|\bfma\.rn\.f|\.ftz\b", code)
+    if name in ("_uniform", "_learned_step", "_to_codes"):
+        assert re.search(rf"\bdiv\.rn\.{kind}\b", code)
+    if name in ("_uniform", "_learned_step"):
+        n_sums = len(re.findall(rf"\b(?:add|sub)\.(?:rn\.)?{kind}\b", code))
+        assert n_sums >= 2 * len(re.findall(rf"\bdiv\.rn\.{kind}\b", code))  # the two sums that round
+
+
+def test_reasons_why_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if HAS_GPU:
+        assert kernels.why_not_on_gpu() is None
+    else:
+        assert kernels.why_not_on_gpu() == "torch sees no GPU"
+    monkeypatch.setenv("TORCHQUANT_KERNELS", "0")
+    assert kernels.why_not_on_gpu() == "TORCHQUANT_KERNELS=0 switches them off"
+    assert kernels.load("cuda") == {}
