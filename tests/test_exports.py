@@ -168,7 +168,8 @@ def test_names_are_the_listed_ones(address: str) -> None:
 
 
 def test_every_address_with_public_names_is_listed() -> None:
-    modules = [m.name for m in pkgutil.walk_packages(torchquant.__path__, "torchquant.")]
+    names = [m.name for m in pkgutil.walk_packages(torchquant.__path__, "torchquant.")]
+    modules = [name for name in names if name != "torchquant.kernels.gpu"]  # it needs triton, and exports nothing
     found = {a for a in modules if "._" not in a and hasattr(importlib.import_module(a), "__all__")}
     assert found | {"torchquant"} == {*PUBLIC, *MOVED, *MOVED.values()}
 
