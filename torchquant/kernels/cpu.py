@@ -64,7 +64,7 @@ def operation(dtypes: tuple[torch.dtype, ...], *argtypes: Any) -> Callable[[Call
 
 def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type of the library, by default the one of this process."""
-    from torchquant.kernels import cpu_affine, cpu_learned  # noqa: F401  # they enter their operations
+    from torchquant.kernels import cpu_affine, cpu_learned, cpu_observers  # noqa: F401  # they enter their operations
 
     library = library or built().library
     found: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}

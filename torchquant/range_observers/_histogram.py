@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant.quantizers_functional._gradient import compute_dtype
 
 AT_ONCE = 2**18  # elements of an intermediate tensor, which then stay in the cache of a processor
@@ -31,7 +32,11 @@ class Bins:
 
         rows: (C, n), finite, in the bins' type.
         """
-        if torch.compiler.is_compiling() or rows.device.type != "cpu":
+        kernel = kernels.find("histogram", rows)
+        if kernel is not None:
+            counts, n_zeros = kernel(rows, self.low, self.scale, self.n_bins, not with_zeros)
+            counts, zeros = counts.to(torch.float64), [] if with_zeros else [n_zeros]
+        elif torch.compiler.is_compiling() or rows.device.type != "cpu":
             index = self._place(rows).nan_to_num_(0.0).to(torch.int64)
             ones = torch.ones((), dtype=torch.float64, device=rows.device).expand(rows.shape)
             counts = torch.zeros(len(rows), self.n_bins, dtype=torch.float64, device=rows.device)

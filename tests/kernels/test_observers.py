@@ -1,0 +1,40 @@
+"""The kernels of observers count as the PyTorch code does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.conftest import Kernels
+from tests.kernels.tensors import hard
+from torchquant import kernels
+from torchquant.range_observers._histogram import Bins
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_histogram(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n_rows, n, n_bins in ((1, 1, 16), (1, 1023, 64), (1, 100_003, 2048), (5, 9, 128), (3, 5000, 64), (70, 300, 16)):
+        x = hard((n_rows, n), dtype=dtype).nan_to_num(0.0, 9.0, -9.0).clamp(-5.0, 5.0)
+        x[:, n // 2 :] = x[:, n // 2 :].relu()
+        low, high = -torch.linspace(0.1, 3.0, n_rows), torch.linspace(2.0, 6.0, n_rows)
+        bins = Bins(low.double(), high.double(), n_bins, dtype)
+        for with_zeros in (True, False):
+            monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": cpu_kernels})
+            found = bins.count(x, with_zeros)
+            monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": {}})
+            assert torch.equal(found, bins.count(x, with_zeros))
+            assert found.sum() == (x.numel() if with_zeros else x.count_nonzero())
+
+
+def test_histogram_does_not_depend_on_threads(cpu_kernels: Kernels) -> None:
+    before, x = torch.get_num_threads(), torch.randn(2, 50_000)
+    count = cpu_kernels["histogram", x.dtype]
+    try:
+        torch.set_num_threads(1)
+        one = count(x, torch.full((2, 1), -3.0), torch.full((2, 1), 300.0), 2048, True)
+        torch.set_num_threads(2)
+        two = count(x, torch.full((2, 1), -3.0), torch.full((2, 1), 300.0), 2048, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
