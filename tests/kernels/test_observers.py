@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.kernels.conftest import Kernels
-from tests.kernels.tensors import hard
+from tests.kernels.tensors import SIZES, hard, is_same, shifted
 from torchquant import kernels
+from torchquant.range_observers import BatchMinMax
 from torchquant.range_observers._histogram import Bins
 
 
@@ -38,3 +40,37 @@ def test_histogram_does_not_depend_on_threads(cpu_kernels: Kernels) -> None:
         torch.set_num_threads(before)
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_min_max(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(x: Tensor, axis: int | None) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for active in (cpu_kernels, {}):
+            monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": active})
+            found.append(BatchMinMax(axis).measure(x))
+        kernel = cpu_kernels["min_max", x.dtype]
+        assert all(is_same(*pair) for pair in zip(kernel(x, axis), found[1], strict=True))
+        return found
+
+    for shape, axis in (
+        *(((n,), None) for n in SIZES),
+        ((9,), 0),
+        ((3, 5, 4, 7), 1),
+        ((3, 5, 4, 7), -1),
+        ((40, 33), 0),
+    ):
+        for x in (hard(shape, dtype=dtype), hard(shape, dtype=dtype).nan_to_num(0.3)):
+            images = [x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else []
+            for data in (x, shifted(x, 3), *images):
+                (low, high), (expected_low, expected_high) = measured(data, axis)
+                assert is_same(low, expected_low)
+                assert is_same(high, expected_high)
+    many = torch.randn(3, 200, 301, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for axis in (None, 0, 1, 2):
+            assert all(is_same(*pair) for pair in zip(*measured(many, axis), strict=True))
+    finally:
+        torch.set_num_threads(before)

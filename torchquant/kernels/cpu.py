@@ -98,9 +98,12 @@ def parts(x: Tensor, *numbers: Number) -> tuple[int, int, int] | None:
     if not sizes:
         return 1, 1, x.numel()
     (axis, size), *others = sizes.items()
+    return None if others or size != x.shape[axis] else along(x, axis)
+
+
+def along(x: Tensor, axis: int) -> tuple[int, int, int]:
+    """Return (outer, channels, inner) of x in memory, its channels those of an axis from 0."""
     shape = x.shape
-    if others or size != shape[axis]:
-        return None
     if not x.is_contiguous():  # channels-last
         shape = torch.Size((shape[0], *shape[2:], shape[1]))
         axis = (axis - 2) % 3 + 1 if axis else 0

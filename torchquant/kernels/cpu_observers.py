@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.kernels.cpu import COUNT, FLOATS, NUMBER, POINTER, WALK, Number, call, kept, operation, parts
+from torchquant.kernels.cpu import COUNT, FLOATS, NUMBER, POINTER, WALK, Number, along, call, kept, operation, parts
 
 
 @operation(FLOATS, *3 * [POINTER], *WALK, *2 * NUMBER, COUNT)
@@ -27,3 +27,13 @@ def histogram(
     pointers = x.data_ptr(), counts.data_ptr(), None if zeros is None else zeros.data_ptr()
     call(function, x, *pointers, *shape, *numbers, n_bins)
     return counts, zeros
+
+
+@operation(FLOATS, *3 * [POINTER], *WALK)
+def min_max(function: Any, x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest element, () each, or of each slice of an axis, (C,); NaN if there is one."""
+    shape = (1, 1, x.numel()) if axis is None else along(x, axis % x.ndim)
+    size = () if axis is None else (shape[1],)
+    low, high = x.new_empty(size), x.new_empty(size)
+    call(function, x, x.data_ptr(), low.data_ptr(), high.data_ptr(), *shape)
+    return low, high

@@ -1,4 +1,4 @@
-// What range observers count.
+// What range observers count and measure.
 #include "common.h"
 
 namespace tq {
@@ -68,7 +68,72 @@ static int histogram(const T* x, int64_t* counts, int64_t* zeros, Walk walk, Num
     return failed;
 }
 
+// The smaller, or larger, of two numbers; NaN if one is.
+template <typename T>
+static inline T lesser(T held, T x) { return (x < held) | (x != x) ? x : held; }
+template <typename T>
+static inline T greater(T held, T x) { return (x > held) | (x != x) ? x : held; }
+
+// Move the ends of one channel apart to include n elements, in lanes that a compiler makes vectors of.
+template <typename T>
+static void widen(const T* x, int64_t n, T* low, T* high) {
+    constexpr int64_t LANES = 32;
+    if (n < 2 * LANES) {
+        for (int64_t i = 0; i < n; ++i) *low = lesser(*low, x[i]), *high = greater(*high, x[i]);
+        return;
+    }
+    T lows[LANES], highs[LANES];
+    for (int64_t k = 0; k < LANES; ++k) lows[k] = *low, highs[k] = *high;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int64_t k = 0; k < LANES; ++k) {
+            lows[k] = lesser(lows[k], x[i + k]);
+            highs[k] = greater(highs[k], x[i + k]);
+        }
+    }
+    for (; i < n; ++i) lows[0] = lesser(lows[0], x[i]), highs[0] = greater(highs[0], x[i]);
+    for (int64_t k = 0; k < LANES; ++k) *low = lesser(*low, lows[k]), *high = greater(*high, highs[k]);
+}
+
+// The ends of each channel.
+template <typename T>
+static int min_max(const T* x, T* low, T* high, Walk walk, void* parallel, int threads) {
+    std::atomic<int> failed{0};
+    std::atomic_flag lock = ATOMIC_FLAG_INIT;
+    for (int64_t c = 0; c < walk.channels; ++c) low[c] = T(INFINITY), high[c] = -T(INFINITY);
+    in_chunks(walk.n(), parallel, threads, [&](int64_t first, int64_t last) {
+        Rows<T> own(2, walk.channels);
+        if (own.is_missing()) {
+            failed = 1;
+            return;
+        }
+        T* __restrict lows = own[0];
+        T* __restrict highs = own[1];
+        for (int64_t c = 0; c < walk.channels; ++c) lows[c] = T(INFINITY), highs[c] = -T(INFINITY);
+        walk.run(first, last, [&](bool is_across, int64_t c, int64_t at, int64_t n) {
+            const T* __restrict from = x + at;
+            if (!is_across) return widen(from, n, lows + c, highs + c);
+            T *__restrict least = lows + c, *__restrict most = highs + c;
+            for (int64_t i = 0; i < n; ++i) least[i] = lesser(least[i], from[i]), most[i] = greater(most[i], from[i]);
+        });
+        while (lock.test_and_set(std::memory_order_acquire)) {}
+        for (int64_t c = 0; c < walk.channels; ++c) {
+            low[c] = lesser(low[c], lows[c]);
+            high[c] = greater(high[c], highs[c]);
+        }
+        lock.clear(std::memory_order_release);
+    });
+    return failed;
+}
+
 }  // namespace tq
+
+#define MIN_MAX(NAME, T)                                                                                              \
+    EXPORT int NAME(const T* x, T* low, T* high, WALK, void* parallel, int threads) {                                 \
+        return tq::min_max<T>(x, low, high, THE_WALK, parallel, threads);                                             \
+    }
+MIN_MAX(min_max_float32, float)
+MIN_MAX(min_max_float64, double)
 
 #define HISTOGRAM(NAME, T)                                                                                            \
     EXPORT int NAME(const T* x, int64_t* counts, int64_t* zeros, WALK, NUMBER(T, low), NUMBER(T, scale),              \
