@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.adapters.base import Adapter
 from benchmarks.command import available, finish, parser, start
 from benchmarks.harness import compare
-from benchmarks.models import MODELS, build_float, image_batch
+from benchmarks.models import FUSED, build_float, image_batch
 from benchmarks.results import Report
 
 TARGET = 1.15
@@ -41,7 +41,7 @@ def measure(
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("Min-max calibration, as a ratio to the float model's eval forward.", threads=2, rounds=7)
-    options.add_argument("--models", nargs="+", choices=list(MODELS), default=["resnet18", "mobilenet_v2"])
+    options.add_argument("--models", nargs="+", choices=FUSED, default=["resnet18", "mobilenet_v2"])
     options.add_argument("--batches", type=int, default=32, help="batches to calibrate on (%(default)s)")
     options.add_argument("--batch", type=int, default=8, help="images per batch (%(default)s)")
     options.add_argument("--size", type=int, default=128, help="pixels per side (%(default)s)")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import io
+import multiprocessing
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,3 +65,28 @@ def finish(report: Report, out: Path | None) -> int:
     if out is not None:
         report.write(out)
     return 0 if report.is_valid else 1
+
+
+def alone(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured in a forked process, so that no cell holds the memory of another; or what stopped it."""
+    forked = multiprocessing.get_context("fork")
+    receives, sends = forked.Pipe(duplex=False)
+    process = forked.Process(target=lambda: sends.send(_attempted(measure)))
+    process.start()
+    sends.close()
+    try:
+        found: dict[str, Any] = receives.recv()
+    except EOFError:
+        found = {"fails": "the process was killed"}
+    process.join()
+    return found
+
+
+def _attempted(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the progress of the other tools
+            return measure()
+    except Exception as error:  # whatever a network or another tool raises
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        said = lines[-1].strip()[:100].replace("|", "/") if lines else ""
+        return {"fails": f"{type(error).__name__}: {said}".rstrip(": ")}

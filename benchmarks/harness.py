@@ -22,6 +22,7 @@ CONTROL = "control"
 CONTROL_LIMITS = (0.95, 1.05)
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,18 @@ def percentile(ordered: list[float], share: float) -> float:
 
 
 def compare(
-    baseline: Call, candidates: Mapping[str, Call], rounds: int, control: Call | None = None, sample_s: float = 0.0
+    baseline: Call,
+    candidates: Mapping[str, Call],
+    rounds: int,
+    control: Call | None = None,
+    sample_s: float = 0.0,
+    clock: Clock = time.perf_counter,
 ) -> Comparison:
     """Time `baseline`, the control and every candidate in turns.
 
     `control`: the baseline again, on separate objects if it has state; by default the same call. A call
-    shorter than `sample_s` seconds is repeated until a sample is that long. Raises ValueError.
+    shorter than `sample_s` seconds is repeated until a sample is that long. `clock`: gives seconds, of the wall or of
+    the cores (`time.process_time`, for one thread on a busy machine). Raises ValueError.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -105,31 +112,31 @@ def compare(
     if taken:
         raise ValueError(f"the names {sorted(taken)} are reserved for the baseline; give the candidate another name")
     calls = {BASELINE: baseline, **candidates, CONTROL: control or baseline}
-    repeats = {name: _repeats(call, sample_s) for name, call in calls.items()}
+    repeats = {name: _repeats(call, sample_s, clock) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for turn in range(rounds):
         start = turn % len(order)
         gc.collect()
         for name in order[start:] + order[:start]:
-            seconds[name].append(_sample(calls[name], repeats[name]))
+            seconds[name].append(_sample(calls[name], repeats[name], clock))
     return Comparison(seconds)
 
 
-def _repeats(call: Call, sample_s: float) -> int:
+def _repeats(call: Call, sample_s: float, clock: Clock) -> int:
     """Warm the call up, twice, and count how often it fits into a sample."""
     call()
-    return max(1, math.ceil(sample_s / max(_sample(call, 1), 1e-9)))
+    return max(1, math.ceil(sample_s / max(_sample(call, 1, clock), 1e-9)))
 
 
-def _sample(call: Call, repeats: int) -> float:
+def _sample(call: Call, repeats: int, clock: Clock) -> float:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - start) / repeats
+        return (clock() - start) / repeats
     finally:
         if was_enabled:
             gc.enable()

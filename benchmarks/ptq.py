@@ -12,9 +12,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
-import io
 import json
-import multiprocessing
 import resource
 import tempfile
 import time
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from benchmarks.command import parser
+from benchmarks.command import alone, parser
 from benchmarks.machine import keep_one_arena
 from benchmarks.real.networks import NETWORKS, Real, run, sqnr
 from benchmarks.real.peers._base import shares
@@ -151,31 +149,6 @@ def cell(network: Real, name: str, way: Way, folder: Path) -> dict[str, Any]:
 
 def _peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def alone(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is measured in a forked process, so that no cell holds the memory of another; or what stopped it."""
-    forked = multiprocessing.get_context("fork")
-    receives, sends = forked.Pipe(duplex=False)
-    process = forked.Process(target=lambda: sends.send(_attempted(measure)))
-    process.start()
-    sends.close()
-    try:
-        found: dict[str, Any] = receives.recv()
-    except EOFError:
-        found = {"fails": "the process was killed"}
-    process.join()
-    return found
-
-
-def _attempted(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the progress of the other tools
-            return measure()
-    except Exception as error:  # whatever a network or another tool raises
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        said = lines[-1].strip()[:100].replace("|", "/") if lines else ""
-        return {"fails": f"{type(error).__name__}: {said}".rstrip(": ")}
 
 
 def _version(package: str) -> str:

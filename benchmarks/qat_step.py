@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.adapters.base import Adapter
 from benchmarks.command import available, finish, parser, start
 from benchmarks.harness import compare
-from benchmarks.models import MODELS, build_float, image_batch
+from benchmarks.models import FUSED, MODELS, build_float, image_batch
 from benchmarks.results import Report
 from benchmarks.saved_bytes import saved_bytes, state_tensors
 
@@ -24,14 +24,15 @@ from benchmarks.saved_bytes import saved_bytes, state_tensors
 class TrainingStep:
     """A model, its optimizer and one batch; calling it is forward, backward and SGD."""
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> None:
         self.model = model.train()
-        self.images = images
+        self.inputs = inputs
         self.labels = labels
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def loss(self) -> Tensor:
-        return F.cross_entropy(self.model(self.images), self.labels)
+        output = self.model(self.inputs)
+        return F.cross_entropy(getattr(output, "logits", output), self.labels)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
@@ -40,7 +41,7 @@ class TrainingStep:
 
     def saved_bytes(self) -> int:
         """Count the bytes saved for backward; parameters, buffers and the batch itself do not count."""
-        return saved_bytes(self.loss, exclude=[self.images, self.labels, *state_tensors(self.model)])
+        return saved_bytes(self.loss, exclude=[self.inputs, self.labels, *state_tensors(self.model)])
 
     def void_because(self) -> str:
         """Say why the last step trained less than the float model does; empty if it trained everything."""
@@ -71,7 +72,7 @@ def measure(
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("Time and saved bytes of one QAT step, as ratios to the float model.", threads=2, rounds=15)
-    options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    options.add_argument("--models", nargs="+", choices=FUSED, default=FUSED)
     options.add_argument("--batch", type=int, default=32, help="images per step (%(default)s)")
     options.add_argument("--size", type=int, default=128, help="pixels per side (%(default)s)")
     return options.parse_args(argv)

@@ -134,14 +134,14 @@ def _cells(row: Row, is_valid: bool) -> list[str]:
         f"{row.ratio_of_minima:.2f}",
         f"{row.low:.2f}..{row.high:.2f}",
         f"{row.ms:.3g}",
-        _verdict(row.ratio, row.target, is_valid),
+        verdict(row.ratio, row.target, is_valid),
         "" if row.saved is None else f"{row.saved:.3f}",
-        _verdict(row.saved, row.saved_target, True),  # bytes do not depend on the clock
+        verdict(row.saved, row.saved_target, True),  # bytes do not depend on the clock
         row.note,
     ]
 
 
-def _verdict(value: float | None, target: float | None, is_valid: bool) -> str:
+def verdict(value: float | None, target: float | None, is_valid: bool) -> str:
     if value is None or target is None:
         return ""
     met = "met" if value <= target else "MISSED"

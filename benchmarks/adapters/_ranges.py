@@ -43,10 +43,13 @@ class ChannelAbsmaxQuantizer(Quantizer):
     n_bits = 8
     axis = 0
 
-    def __init__(self, n_channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("delta", torch.ones(n_channels))
+        self.register_buffer("delta", torch.ones(1))
         self.has_range = False
+
+    def allocate(self, n_channels: int) -> None:
+        self.delta = torch.ones(n_channels)
 
     @property
     def is_ready(self) -> bool:

@@ -70,7 +70,9 @@ class Adapter(ABC):
         In the case WEIGHT, x is `layer.weight`. Parameters of the module get their gradients too.
         """
         if case == WEIGHT:
-            return ObserveAndQuantize(self.weight_quantizer(layer))
+            quantizer = self.weight_quantizer(layer)
+            quantizer.allocate_for(layer.weight)
+            return ObserveAndQuantize(quantizer)
         return ObserveAndQuantize(self.acts_quantizer(layer)) if case == AFFINE else None
 
     def quantize_model(self, float_model: nn.Module) -> nn.Module:

@@ -35,23 +35,20 @@ class _BrevitasActs(Quantizer):
 
 
 class _BrevitasWeight(Quantizer):
-    """The weight quantizer of a QuantConv or QuantLinear that shares the layer's weight, as Brevitas needs."""
+    """The weight quantizer of a QuantConv2d or QuantLinear that shares the weight, as Brevitas needs."""
 
     n_bits = 8
     axis = 0
+    holder: Any
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
+    def allocate_for(self, weight: Tensor) -> None:
         qnn = require("brevitas.nn", "bench")
         per_channel = require("brevitas.quant", "bench").Int8WeightPerChannelFloat
-        if isinstance(layer, nn.Linear):
-            self.holder: Any = qnn.QuantLinear(
-                layer.in_features, layer.out_features, bias=False, weight_quant=per_channel
-            )
-        else:
-            sizes: tuple[Any, ...] = (layer.in_channels, layer.out_channels, layer.kernel_size)
-            self.holder = qnn.QuantConv2d(*sizes, groups=layer.groups, bias=False, weight_quant=per_channel)
-        self.holder.weight = layer.weight
+        kind = qnn.QuantLinear if weight.ndim == 2 else qnn.QuantConv2d
+        rows, columns, *kernel = weight.shape
+        sizes = [columns, rows, *([tuple(kernel)] if kernel else [])]
+        self.holder = kind(*sizes, bias=False, weight_quant=per_channel)
+        self.holder.weight = weight
 
     def quantize(self, x: Tensor) -> Tensor:
         return self.holder.weight_quant(x).value
@@ -62,7 +59,7 @@ class BrevitasAdapter(Adapter):
     package = "brevitas"
 
     def weight_quantizer(self, layer: nn.Module) -> Quantizer:
-        return _BrevitasWeight(layer)
+        return _BrevitasWeight()
 
     def acts_quantizer(self, layer: nn.Module) -> Quantizer:
         return _BrevitasActs()

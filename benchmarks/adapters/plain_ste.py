@@ -43,7 +43,7 @@ class PlainSteAdapter(Adapter):
     name = "plain five-op STE"
 
     def weight_quantizer(self, layer: nn.Module) -> Quantizer:
-        return _PlainWeight(layer.weight.shape[0])
+        return _PlainWeight()
 
     def acts_quantizer(self, layer: nn.Module) -> Quantizer:
         return _PlainActs()

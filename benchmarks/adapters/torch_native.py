@@ -17,9 +17,13 @@ class _NativeActs(EmaRangeQuantizer):
 
 
 class _NativeWeight(ChannelAbsmaxQuantizer):
-    def __init__(self, n_channels: int) -> None:
-        super().__init__(n_channels)
-        self.register_buffer("zero_point", torch.zeros(n_channels, dtype=torch.int32))
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+
+    def allocate(self, n_channels: int) -> None:
+        super().allocate(n_channels)
+        self.zero_point = torch.zeros(n_channels, dtype=torch.int32)
 
     def quantize(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_channel_affine(x, self.delta, self.zero_point, 0, -127, 127)
@@ -29,7 +33,7 @@ class TorchNativeAdapter(Adapter):
     name = "torch.fake_quantize"
 
     def weight_quantizer(self, layer: nn.Module) -> Quantizer:
-        return _NativeWeight(layer.weight.shape[0])
+        return _NativeWeight()
 
     def acts_quantizer(self, layer: nn.Module) -> Quantizer:
         return _NativeActs()

@@ -19,7 +19,7 @@ from benchmarks.adapters import ADAPTERS
 from benchmarks.adapters.base import AFFINE, CASES, WEIGHT, Adapter
 from benchmarks.harness import BASELINE, CONTROL, Comparison, compare, memory_pass, percentile
 from benchmarks.machine import machine_facts
-from benchmarks.models import MODELS, build_float, image_batch
+from benchmarks.models import FUSED, build_float, image_batch
 from benchmarks.results import Report, write_atomically
 from benchmarks.saved_bytes import saved_bytes, state_tensors
 from torchquant.quantizers_functional import affine_params, affine_quantize
@@ -278,7 +278,7 @@ def test_a_step_without_gradients_is_void() -> None:
     assert step.void_because() == "VOID: 2 of 62 parameters have no finite gradient"
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", FUSED)
 def test_every_model_is_built_and_quantized(name: str) -> None:
     net = build_float(name, 32)
     model = ADAPTERS["torchquant"].quantize_model(net)
