@@ -6,14 +6,13 @@ does not come from the allocator of torch does not: that of Python, and buffers 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,9 @@ class Allocations:
 
 def allocations(call: Callable[[], object]) -> Allocations:
     """Record what `call()` allocates. What was there before counts neither when it is held nor when it is freed."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(use_cpu=True, profile_memory=True) as recorded:
         call()
-    results: Any = recorded.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = recorded.kineto_results
     changes = sorted(_changes(results.experimental_event_tree()), key=lambda change: change[0])
     held: dict[int, int] = {}
     times, differences = [], []

@@ -9,6 +9,7 @@ and, beside it, a picture of the ratios and one of the memory over a step. An in
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 import warnings
@@ -102,6 +103,7 @@ def bytes_of(name: str, way: Way, batch: int, size: int) -> dict[str, Any]:
     step = step_of(name, way, batch, size)
     saved = step.saved_bytes()
     step.optimizer.zero_grad()
+    gc.collect()
     allocated = allocations(step)
     return {
         "saved": saved,
