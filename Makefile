@@ -21,11 +21,11 @@ PACKAGING := pyproject.toml setup.py
 PINS :=
 PIP_OPTIONS :=
 
-.PHONY: help demo test test-slow test-oldest test-newest check bench real-networks clean
+.PHONY: help demo test test-slow test-oldest test-newest check bench lean real-networks clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-slow | test-oldest | test-newest | check | bench | real-networks | clean"
+	@echo "make demo | test | test-slow | test-oldest | test-newest | check | bench | lean | real-networks | clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,9 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.qat_step
 	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.deploy
+
+lean: $(VENV)/.installed-dev $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.lean --resume
 
 # Packages that pin an old torch or want audio libraries are installed for their weights alone.
 real-networks: $(VENV)/.installed-dev $(VENV)/.installed-networks
