@@ -64,7 +64,8 @@ def operation(dtypes: tuple[torch.dtype, ...], *argtypes: Any) -> Callable[[Call
 
 def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type of the library, by default the one of this process."""
-    from torchquant.kernels import cpu_affine, cpu_learned, cpu_observers  # noqa: F401  # they enter their operations
+    # These enter their operations.
+    from torchquant.kernels import cpu_affine, cpu_learned, cpu_observers, cpu_projections, cpu_row_sums  # noqa: F401
 
     library = library or built().library
     found: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
@@ -108,6 +109,16 @@ def along(x: Tensor, axis: int) -> tuple[int, int, int]:
         shape = torch.Size((shape[0], *shape[2:], shape[1]))
         axis = (axis - 2) % 3 + 1 if axis else 0
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
+def rows_of_numbers(
+    x: Tensor, *numbers: Tensor | None
+) -> tuple[tuple[int, int, int], list[Tensor | None]] | None:
+    """Return `parts` of x, and a row of each number, one for each channel; None for other shapes."""
+    shape = parts(x, *(n for n in numbers if n is not None))
+    if shape is None:
+        return None
+    return shape, [None if n is None else n.reshape(-1).expand(shape[1]).contiguous() for n in numbers]
 
 
 def number(value: Number) -> tuple[int | None, int, float]:

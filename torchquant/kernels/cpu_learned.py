@@ -7,15 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchquant.kernels.cpu import COUNT, FLOATS, POINTER, REAL, call, operation, parts
-
-
-def _numbers(x: Tensor, *numbers: Tensor | None) -> tuple[tuple[int, int, int], list[Tensor | None]] | None:
-    """Return the shape of x in memory, and a row of each number, one for each channel; None for other shapes."""
-    shape = parts(x, *(n for n in numbers if n is not None))
-    if shape is None:
-        return None
-    return shape, [None if n is None else n.reshape(-1).expand(shape[1]).contiguous() for n in numbers]
+from torchquant.kernels.cpu import COUNT, FLOATS, POINTER, REAL, call, operation, rows_of_numbers
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -30,7 +22,7 @@ def learned_step(
 
     step, offset: in x's type, broadcastable along one axis at most.
     """
-    found = _numbers(x, step, offset)
+    found = rows_of_numbers(x, step, offset)
     if found is None:
         return None
     shape, (steps, offsets) = found
@@ -55,7 +47,7 @@ def learned_step_backward(
 
     delta: () in x's type; None for a gradient that passes as it is. None for numbers of other shapes.
     """
-    found = _numbers(x, step, x.new_zeros(()) if offset is None else offset)
+    found = rows_of_numbers(x, step, x.new_zeros(()) if offset is None else offset)
     if found is None:
         return None
     shape, (steps, offsets) = found
@@ -92,7 +84,7 @@ def calibrated_clip_backward(
 def _of_step(
     function: Any, x: Tensor, grad: Tensor, step: Tensor, wanted: tuple[bool, bool], *codes: int
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    found = _numbers(x, step, x.new_zeros(()))
+    found = rows_of_numbers(x, step, x.new_zeros(()))
     if found is None:
         return None
     shape, (steps, offsets) = found
@@ -116,7 +108,7 @@ def clip(function: Any, x: Tensor, step: Tensor, end: Tensor, n_steps: int) -> t
 
     step, end: in x's type, broadcastable along one axis at most; None for other shapes.
     """
-    found = _numbers(x, step, end)
+    found = rows_of_numbers(x, step, end)
     if found is None:
         return None
     shape, (steps, ends) = found
@@ -132,7 +124,7 @@ def clip_backward(
     function: Any, grad: Tensor, inside: Tensor, above: Tensor, end: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Return the gradients of x and `end`, those that are `wanted`, from the masks of `clip`; None for other shapes."""
-    found = _numbers(grad, end)
+    found = rows_of_numbers(grad, end)
     if found is None:
         return None
     shape, _ = found

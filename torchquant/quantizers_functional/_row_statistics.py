@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant.quantizers_functional._powers import floor_pow2
 
 BLOCK = 256
@@ -119,6 +121,27 @@ def unit_rows(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     return rows / unit[:, None], unit
 
 
+@cache
+def _kernels_add_as_torch() -> bool:
+    """Whether the kernels add up a row in the order in which this PyTorch does on this processor."""
+    for n in (7, 255, BLOCK, 5 * BLOCK + 119):
+        rows = torch.linspace(-3.0, 5.0, 3 * n).exp_().view(3, n)
+        for name, compute in (("magnitude_sums", torch.abs), ("square_sums", torch.square)):
+            kernel = kernels.find(name, rows)
+            if kernel is None or not torch.equal(kernel(rows), row_sums(compute(rows))):
+                return False
+    return True
+
+
+def row_sums_by_kernel(name: str, rows: Tensor) -> Tensor | None:
+    """Return the sums of "magnitude_sums" or "square_sums" over each row by a kernel; None where there is none.
+
+    They equal `row_sums` of the units, times the unit, bit for bit.
+    """
+    kernel = kernels.find(name, rows)
+    return kernel(rows) if kernel is not None and _kernels_add_as_torch() else None
+
+
 def row_mean_squares(rows: Tensor) -> Tensor:
     """Compute the mean square of each row, without overflow or underflow. rows: (C, n) float, n > 0. (C,) float64.
 
@@ -129,6 +152,9 @@ def row_mean_squares(rows: Tensor) -> Tensor:
 
 
 def _mean_squares(rows: Tensor) -> Tensor:
+    sums = row_sums_by_kernel("square_sums", rows)
+    if sums is not None:
+        return sums / rows.shape[1]
     units, unit = shared_unit_rows(rows)
     squares = units.square_() if _known() is None else units.square()
     return row_sums(squares) / units.shape[1] * unit.to(torch.float64).square()
@@ -140,8 +166,11 @@ def row_mean_magnitudes(rows: Tensor, parts: Joining = WHOLE) -> Tensor:
     >>> row_mean_magnitudes(torch.tensor([[-3.0, 4.0]]))
     tensor([3.5000], dtype=torch.float64)
     """
-    units, unit = unit_rows(rows)
-    return parts.mean(row_sums(units.abs_()) / units.shape[1] * unit)
+    sums = row_sums_by_kernel("magnitude_sums", rows)
+    if sums is None:
+        units, unit = unit_rows(rows)
+        sums = row_sums(units.abs_()) * unit
+    return parts.mean(sums / rows.shape[1])
 
 
 def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
-from torchquant.quantizers_functional.formats import ScaledFormat
+from torchquant.quantizers_functional.formats import Number, ScaledFormat
 
 
 def binary_codes(x: Tensor) -> Tensor:
@@ -22,6 +22,9 @@ class Signs(ScaledFormat):
     """{-scale, scale} by the sign. Codes 0 and 1."""
 
     code_range = (0, 1)
+
+    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
+        return "signs", None, ()
 
     def codes(self, x: Tensor) -> Tensor:
         return binary_codes(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import lcm
 from typing import Any, NamedTuple, cast
 
@@ -410,6 +410,25 @@ class ScaledFormat(Format):
         """Return the largest of the fixed numbers."""
         return 1.0
 
+    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
+        """Return the name of the kernel for `nearest`, a second number if it takes one, and constants; None: no kernel.
+
+        A subclass with a `nearest` or `project` of its own does not inherit it.
+        """
+        return None
+
+    def fused(
+        self, x: Tensor, want_inside: bool, clamp: Clamp | None, is_strict: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        asked = self.kernel() if _has_own_kernel(type(self)) else None
+        function = None if asked is None else kernels.find(asked[0], x)
+        if asked is None or function is None:
+            return None
+        _, other, constants = asked
+        numbers = self.shaped(self.scale, x), None if other is None else self.shaped(other, x)
+        found = function(x, *numbers, clamp, is_strict, want_inside, *constants)
+        return cast("tuple[Tensor, Tensor | None] | None", found)
+
     @abstractmethod
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the fixed numbers of codes."""
@@ -470,6 +489,12 @@ class OwnLevels(Format):
 
     def code_values(self) -> Tensor:
         raise NoCodesError("it has no one list of levels; each of its parts has its own")
+
+
+@cache
+def _has_own_kernel(format: type) -> bool:
+    """Whether the kernel is for the projection of this very class."""
+    return "kernel" in next(vars(c) for c in format.__mro__ if {"kernel", "nearest", "project"} & vars(c).keys())
 
 
 def _has_channels(value: object) -> bool:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant._arguments import explained
 from torchquant._tensors import like, per_channel_view
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, apply_projection
 from torchquant.quantizers_functional._levels import beyond_threshold
-from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, unit_rows
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, row_sums_by_kernel, unit_rows
 from torchquant.quantizers_functional.formats import Number, ScaledFormat
 
 METHODS = ("twn", "exact")
@@ -31,6 +32,9 @@ class Ternary(ScaledFormat):
     threshold: Number
 
     code_range = (-1, 1)
+
+    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
+        return "ternary", self.threshold, ()
 
     def codes(self, x: Tensor) -> Tensor:
         return ternary_codes(x, self.shaped(self.threshold, x))
@@ -89,6 +93,13 @@ def ternary_params(rows: Tensor, method: str = "twn", parts: Joining = WHOLE) ->
     """
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "twn" and parts is WHOLE:
+        sums = row_sums_by_kernel("magnitude_sums", rows)
+        above_sums = None if sums is None else kernels.find("sums_above", rows)
+        if sums is not None and above_sums is not None:
+            threshold = 0.7 * sums / rows.shape[1]
+            total, count = above_sums(rows, threshold.to(rows.dtype))
+            return threshold, total / count.clamp_min(1.0)
     units, unit = unit_rows(rows, parts)
     magnitude = units.abs_()
     if method == "twn":
