@@ -111,14 +111,17 @@ def along(x: Tensor, axis: int) -> tuple[int, int, int]:
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
-def rows_of_numbers(
-    x: Tensor, *numbers: Tensor | None
-) -> tuple[tuple[int, int, int], list[Tensor | None]] | None:
+def rows_of_numbers(x: Tensor, *numbers: Tensor | None) -> tuple[tuple[int, int, int], list[Tensor | None]] | None:
     """Return `parts` of x, and a row of each number, one for each channel; None for other shapes."""
     shape = parts(x, *(n for n in numbers if n is not None))
     if shape is None:
         return None
-    return shape, [None if n is None else n.reshape(-1).expand(shape[1]).contiguous() for n in numbers]
+    return shape, [None if n is None else _row(n, shape[1]) for n in numbers]
+
+
+def _row(number: Tensor, n: int) -> Tensor:
+    is_row = number.numel() == n and number.is_contiguous()
+    return number if is_row else number.reshape(-1).expand(n).contiguous()
 
 
 def number(value: Number) -> tuple[int | None, int, float]:

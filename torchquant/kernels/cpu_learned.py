@@ -47,13 +47,16 @@ def learned_step_backward(
 
     delta: () in x's type; None for a gradient that passes as it is. None for numbers of other shapes.
     """
-    found = rows_of_numbers(x, step, x.new_zeros(()) if offset is None else offset)
+    found = rows_of_numbers(x, step, offset)
     if found is None:
         return None
     shape, (steps, offsets) = found
     for_x = torch.empty_like(x) if wanted[0] else None
-    of_step, of_offset = (x.new_empty(shape[1], dtype=torch.float64) if wants else None for wants in wanted[1:])
+    of_step, of_offset = (
+        _room(n, shape) if wants else None for n, wants in zip((step, offset), wanted[1:], strict=True)
+    )
     results = _pointer(for_x), _pointer(of_step), _pointer(of_offset)
+    offsets = _none(x, shape) if offsets is None else offsets
     numbers = _pointer(steps), _pointer(offsets), _pointer(delta)
     call(function, x, x.data_ptr(), grad.data_ptr(), *results, *shape, *numbers, low, high)
     return for_x, _summed(of_step, step), _summed(of_offset, offset)
@@ -84,22 +87,34 @@ def calibrated_clip_backward(
 def _of_step(
     function: Any, x: Tensor, grad: Tensor, step: Tensor, wanted: tuple[bool, bool], *codes: int
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    found = rows_of_numbers(x, step, x.new_zeros(()))
+    found = rows_of_numbers(x, step)
     if found is None:
         return None
-    shape, (steps, offsets) = found
+    shape, (steps,) = found
     for_x = torch.empty_like(x) if wanted[0] else None
-    sums = x.new_empty(shape[1], dtype=torch.float64) if wanted[1] else None
+    sums = _room(step, shape) if wanted[1] else None
     pointers = x.data_ptr(), grad.data_ptr(), _pointer(for_x), _pointer(sums)
+    offsets = _none(x, shape)
     call(function, x, *pointers, *shape, _pointer(steps), _pointer(offsets), *codes)
     return for_x, _summed(sums, step)
 
 
+def _none(x: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
+    """Return offsets that change nothing; a single one may be left out."""
+    return None if shape[1] == 1 else x.new_zeros(shape[1])
+
+
+def _room(number: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """Make room for the sums over channels, in the shape of the number if it has one for each."""
+    if number is None or number.numel() == shape[1]:
+        return None if number is None else torch.empty_like(number, memory_format=torch.contiguous_format)
+    return number.new_empty(shape[1])
+
+
 def _summed(sums: Tensor | None, number: Tensor | None) -> Tensor | None:
     """Return the sums over channels as the gradient of a number."""
-    if sums is None or number is None:
-        return None
-    return (sums if number.numel() == sums.numel() else sums.sum()).to(number.dtype).view(number.shape)
+    is_own = sums is None or number is None or sums.shape == number.shape
+    return sums if is_own else sums.sum().view(number.shape)  # type: ignore[union-attr]
 
 
 @operation(FLOATS, *4 * [POINTER], *3 * [COUNT], *2 * [POINTER], REAL)
@@ -129,7 +144,7 @@ def clip_backward(
         return None
     shape, _ = found
     for_x = torch.empty_like(grad) if wanted[0] else None
-    sums = grad.new_empty(shape[1], dtype=torch.float64) if wanted[1] else None
+    sums = _room(end, shape) if wanted[1] else None
     pointers = grad.data_ptr(), inside.data_ptr(), above.data_ptr(), _pointer(for_x), _pointer(sums)
     call(function, grad, *pointers, *shape)
     return for_x, _summed(sums, end)

@@ -10,52 +10,43 @@ from torch import Tensor
 from torchquant.kernels.cpu import COUNT, POINTER, call, operation
 
 SINGLE = (torch.float32,)
-SUMMED = 256
-"""Elements that are added as float32; what is left of a row is added as float64."""
 LEAST, MOST = 2.0**-20, 2.0**58
 """Largest magnitudes of rows whose squares neither overflow nor lose what counts in float64."""
 
 
-def _empty(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(len(rows), rows.shape[1] // SUMMED), rows.new_empty(len(rows), dtype=torch.float64)
-
-
-def _joined(of_blocks: Tensor, rests: Tensor) -> Tensor:
-    return of_blocks.to(torch.float64).sum(1) + rests if of_blocks.numel() else rests
-
-
 def _sums(function: Any, rows: Tensor) -> Tensor | None:
-    of_blocks, rests = _empty(rows)
-    ends = torch.empty(2, dtype=torch.float64)
-    pointers = (t.data_ptr() for t in (rows, of_blocks, rests, ends))
-    call(function, rows, *pointers, *rows.shape)
+    n_rows, n = rows.shape
+    found = rows.new_empty(n_rows + 2, dtype=torch.float64)
+    totals, ends = found[:n_rows], found[n_rows:]
+    call(function, rows, rows.data_ptr(), totals.data_ptr(), ends.data_ptr(), n_rows, n)
     least, most = ends.tolist()
-    return _joined(of_blocks, rests) if least >= LEAST and most <= MOST else None
+    return totals if least >= LEAST and most <= MOST else None
 
 
-@operation(SINGLE, *4 * [POINTER], *2 * [COUNT])
+@operation(SINGLE, *3 * [POINTER], *2 * [COUNT])
 def magnitude_sums(function: Any, rows: Tensor) -> Tensor | None:
-    """Return the sum of |x| over each row, (C,) float64; None if a row has only numbers that are too small or too large.
+    """Return the sum of |x| over each row, (C,) float64; None if the numbers of a row are too small or too large.
 
     rows: (C, n).
     """
     return _sums(function, rows)
 
 
-@operation(SINGLE, *4 * [POINTER], *2 * [COUNT])
+@operation(SINGLE, *3 * [POINTER], *2 * [COUNT])
 def square_sums(function: Any, rows: Tensor) -> Tensor | None:
     """Return the sum of x * x over each row as `magnitude_sums` does that of |x|."""
     return _sums(function, rows)
 
 
-@operation(SINGLE, *6 * [POINTER], *2 * [COUNT])
+@operation(SINGLE, *4 * [POINTER], *2 * [COUNT])
 def sums_above(function: Any, rows: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum, and the number, of the |x| of each row that are above its threshold; two (C,) float64.
 
-    rows: (C, n). thresholds: (C,) in the type of rows.
+    rows: (C, n). thresholds: (C,) float64, rounded to the type of rows.
     """
-    sums, counts = _empty(rows), _empty(rows)
+    n_rows, n = rows.shape
     thresholds = thresholds.contiguous()
-    pointers = (t.data_ptr() for t in (rows, thresholds, *sums, *counts))
-    call(function, rows, *pointers, *rows.shape)
-    return _joined(*sums), _joined(*counts)
+    totals, counts = rows.new_empty((2, n_rows), dtype=torch.float64)
+    pointers = (t.data_ptr() for t in (rows, thresholds, totals, counts))
+    call(function, rows, *pointers, n_rows, n)
+    return totals, counts

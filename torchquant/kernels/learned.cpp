@@ -18,14 +18,15 @@ static inline T clamped(T v, T low, T high) {
 
 // Sums over the elements of each channel, which do not depend on the number of threads: those of GRAIN elements each are
 // kept until all are there. At most eight numbers are added as T, the others as double.
+template <typename T>
 struct Sums {
     Layout layout;
-    double* totals;  // nullptr: nobody wants them
+    T* totals;  // nullptr: nobody wants them
     double* kept;
 
-    Sums(const Layout& layout, double* totals) : layout(layout), totals(totals), kept(nullptr) {
+    Sums(const Layout& layout, T* totals) : layout(layout), totals(totals), kept(nullptr) {
         if (totals == nullptr) return;
-        kept = static_cast<double*>(std::calloc(place(grains()), sizeof(double)));
+        kept = static_cast<double*>(std::calloc(place(grains()) + layout.channels, sizeof(double)));
     }
     ~Sums() { std::free(kept); }
     Sums(const Sums&) = delete;
@@ -38,7 +39,6 @@ struct Sums {
     int64_t place(int64_t grain) const { return layout.outer > 1 ? grain * layout.channels : first(grain) + grain; }
 
     // Of up to BLOCK numbers.
-    template <typename T>
     __attribute__((noinline)) static double sum(const T* numbers, int64_t n) {
         constexpr int64_t WIDTH = 32 / sizeof(T), LANES = 4 * WIDTH;
         typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T))));
@@ -61,12 +61,10 @@ struct Sums {
         return total;
     }
 
-    template <typename T>
     void add(int64_t at, const T* numbers, int64_t n, OfOne of) {
         if (totals != nullptr) kept[place(at / GRAIN) - first(at / GRAIN) + of.channel] += sum(numbers, n);
     }
 
-    template <typename T>
     void add(int64_t at, const T* numbers, int64_t n, OfEach of) {
         if (totals == nullptr) return;
         double* own = kept + (place(at / GRAIN) - first(at / GRAIN) + of.channel);
@@ -75,12 +73,13 @@ struct Sums {
 
     void join() const {
         if (totals == nullptr) return;
-        for (int64_t c = 0; c < layout.channels; ++c) totals[c] = 0.0;
+        double* sums = kept + place(grains());
         for (int64_t grain = 0; grain < grains(); ++grain) {
             const int64_t from = first(grain), begin = place(grain);
             const int64_t end = from + place(grain + 1) - begin;
-            for (int64_t c = from; c < end && c < layout.channels; ++c) totals[c] += kept[begin + c - from];
+            for (int64_t c = from; c < end && c < layout.channels; ++c) sums[c] += kept[begin + c - from];
         }
+        for (int64_t c = 0; c < layout.channels; ++c) totals[c] = T(sums[c]);
     }
 };
 
@@ -103,7 +102,7 @@ template <typename T>
 struct Gradients {
     const T *grad, *delta;  // delta: one number; nullptr: the gradient passes as it is
     T* for_x;
-    double *for_steps, *for_offsets;  // of channels; nullptr: not wanted, as for_x
+    T *for_steps, *for_offsets;  // of channels; nullptr: not wanted, as for_x
 };
 
 template <typename T, bool SHIFTS, typename Step, typename Offset>
@@ -153,7 +152,7 @@ static int project(const T* x, T* y, const Layout& layout, const Grid<T>& grid, 
 template <typename T, Rule RULE, bool LEANS>
 static int differentiate(const T* x, const Layout& layout, const Grid<T>& grid, const Gradients<T>& out,
                          void* parallel, int threads) {
-    Sums steps(layout, out.for_steps), offsets(layout, out.for_offsets);
+    Sums<T> steps(layout, out.for_steps), offsets(layout, out.for_offsets);
     if (steps.is_lost() || offsets.is_lost()) return 1;
     if (out.for_x != nullptr) expect_writes(out.for_x, layout.numel() * int64_t(sizeof(T)));
     const T delta = LEANS ? *out.delta : T(0);
@@ -213,8 +212,8 @@ static void masked_run(const T* __restrict grad, const uint8_t* bits, int64_t at
 
 template <typename T>
 static int differentiate_clip(const T* grad, const uint8_t* inside, const uint8_t* above, const Layout& layout, T* for_x,
-                              double* for_ends, void* parallel, int threads) {
-    Sums ends(layout, for_ends);
+                              T* for_ends, void* parallel, int threads) {
+    Sums<T> ends(layout, for_ends);
     if (ends.is_lost()) return 1;
     if (for_x != nullptr) expect_writes(for_x, layout.numel() * int64_t(sizeof(T)));
     in_grains(layout, parallel, threads, [&](int64_t at, int64_t n, auto of) {
@@ -236,8 +235,8 @@ static int differentiate_clip(const T* grad, const uint8_t* inside, const uint8_
         auto run = offsets != nullptr ? tq::project<T, true> : tq::project<T, false>;                                  \
         return run(x, y, {outer, channels, inner}, {steps, offsets, T(low), T(high)}, parallel, threads);              \
     }                                                                                                                  \
-    EXPORT int learned_step_backward_##DTYPE(const T* x, const T* grad, T* for_x, double* for_steps,                   \
-                                             double* for_offsets, int64_t outer, int64_t channels, int64_t inner,      \
+    EXPORT int learned_step_backward_##DTYPE(const T* x, const T* grad, T* for_x, T* for_steps,                   \
+                                             T* for_offsets, int64_t outer, int64_t channels, int64_t inner,      \
                                              const T* steps, const T* offsets, const T* delta, double low,             \
                                              double high, void* parallel, int threads) {                               \
         auto run = delta == nullptr ? tq::differentiate<T, tq::CLAMPED_FIRST, false>                                   \
@@ -245,14 +244,14 @@ static int differentiate_clip(const T* grad, const uint8_t* inside, const uint8_
         return run(x, {outer, channels, inner}, {steps, offsets, T(low), T(high)},                                     \
                    {grad, delta, for_x, for_steps, for_offsets}, parallel, threads);                                   \
     }                                                                                                                  \
-    EXPORT int rounded_step_backward_##DTYPE(const T* x, const T* grad, T* for_x, double* for_steps, int64_t outer,    \
+    EXPORT int rounded_step_backward_##DTYPE(const T* x, const T* grad, T* for_x, T* for_steps, int64_t outer,    \
                                              int64_t channels, int64_t inner, const T* steps, const T* offsets,        \
                                              double low, double high, void* parallel, int threads) {                   \
         return tq::differentiate<T, tq::ROUNDED_FIRST, false>(                                                         \
             x, {outer, channels, inner}, {steps, offsets, T(low), T(high)}, {grad, nullptr, for_x, for_steps, nullptr},\
             parallel, threads);                                                                                        \
     }                                                                                                                  \
-    EXPORT int calibrated_clip_backward_##DTYPE(const T* x, const T* grad, T* for_x, double* for_ends, int64_t outer,  \
+    EXPORT int calibrated_clip_backward_##DTYPE(const T* x, const T* grad, T* for_x, T* for_ends, int64_t outer,  \
                                                 int64_t channels, int64_t inner, const T* ends, const T* offsets,      \
                                                 double n_steps, void* parallel, int threads) {                         \
         return tq::differentiate<T, tq::CALIBRATED, false>(                                                            \
@@ -265,7 +264,7 @@ static int differentiate_clip(const T* grad, const uint8_t* inside, const uint8_
         return tq::clip<T>(x, y, inside, above, {outer, channels, inner}, steps, ends, T(n_steps), parallel, threads); \
     }                                                                                                                  \
     EXPORT int clip_backward_##DTYPE(const T* grad, const uint8_t* inside, const uint8_t* above, T* for_x,             \
-                                     double* for_ends, int64_t outer, int64_t channels, int64_t inner, void* parallel, \
+                                     T* for_ends, int64_t outer, int64_t channels, int64_t inner, void* parallel, \
                                      int threads) {                                                                    \
         return tq::differentiate_clip<T>(grad, inside, above, {outer, channels, inner}, for_x, for_ends, parallel,     \
                                          threads);                                                                     \

@@ -98,7 +98,7 @@ def ternary_params(rows: Tensor, method: str = "twn", parts: Joining = WHOLE) ->
         above_sums = None if sums is None else kernels.find("sums_above", rows)
         if sums is not None and above_sums is not None:
             threshold = 0.7 * sums / rows.shape[1]
-            total, count = above_sums(rows, threshold.to(rows.dtype))
+            total, count = above_sums(rows, threshold)
             return threshold, total / count.clamp_min(1.0)
     units, unit = unit_rows(rows, parts)
     magnitude = units.abs_()
