@@ -420,6 +420,8 @@ class ScaledFormat(Format):
     def fused(
         self, x: Tensor, want_inside: bool, clamp: Clamp | None, is_strict: bool
     ) -> tuple[Tensor, Tensor | None] | None:
+        if torch.compiler.is_compiling():
+            return None
         asked = self.kernel() if _has_own_kernel(type(self)) else None
         function = None if asked is None else kernels.find(asked[0], x)
         if asked is None or function is None:
