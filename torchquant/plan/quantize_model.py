@@ -74,7 +74,7 @@ def quantize(
             raise ConfigError(told)
         warnings.warn(told, StaysFloatWarning, stacklevel=3)  # the caller of the wrapper that `checked` made
     quantized.plan = plan  # type: ignore[assignment]
-    set_lean(quantized)
+    set_lean(quantized, not isinstance(quantized, nn.TransformerEncoderLayer))  # hooks switch off its fused path
     if example_inputs is not None:
         made: Any = quantized.conversion
         made.example = tree_map_only(Tensor, lambda x: x.detach().to("meta"), example_inputs)

@@ -74,7 +74,9 @@ def set_lean(model: nn.Module, lean: bool = True, recompute: bool = False) -> No
     where its kernels are deterministic, see `torch.use_deterministic_algorithms`.
 
     It works where the model itself is called, `model(x)`, also inside of DistributedDataParallel, FSDP and another
-    module. It changes no number and is not in the state_dict. In compiled code the compiler chooses what is kept.
+    module. It changes no number and is not in the state_dict. In compiled code the compiler chooses what is kept. A
+    TransformerEncoderLayer that is itself the quantized model is not lean unasked: hooks on it switch off its fused
+    path in evaluation.
 
     >>> import torchquant as tq
     >>> model = tq.quantize(nn.Linear(4, 2), "w8a8")
