@@ -429,3 +429,51 @@ def test_few_rows_are_damped_so_that_other_inputs_gain(n_rows: int, n_inputs: in
             return float((model(others) - net(others)).square().mean())
 
     assert error("gptq") < 0.95 * min(error("nearest"), error("gptq:damp=0.01"))
+
+
+@pytest.mark.parametrize("stage", ["autoround:steps=40", "adaround:steps=40", "descent"])
+def test_few_rows_are_damped_where_roundings_are_learned(stage: str) -> None:
+    """What is fitted to half as many rows as inputs does worse on others; much damping is rounding to nearest."""
+    torch.manual_seed(0)
+    net, seen, others = nn.Linear(64, 32), torch.randn(32, 64), torch.randn(512, 64)
+
+    def weight_and_error(*stages: str) -> tuple[Tensor, float]:
+        model = tq.quantize(nn.Sequential(net), [{"types": ["Linear"], "weight": "affine:3/channel"}], seen)
+        ptq.run(model, stages, [seen], keep="always")
+        with torch.no_grad():
+            (slot,) = weight_slots(model)
+            return slot.seen().clone(), float((model(others) - net(others)).square().mean())
+
+    nearest = weight_and_error("nearest")
+    option = "," if ":" in stage else ":"
+    errors = {damp: weight_and_error(f"{stage}{option}match=layer{damp}") for damp in ("", ",damp=0", ",damp=1e6")}
+    assert errors[""][1] < errors[",damp=0"][1]
+    assert float(errors[",damp=1e6"][0].ne(nearest[0]).to(torch.float32).mean()) < 0.02
+
+
+class Scaled(nn.Module):
+    """A layer whose few large inputs decide the means, and an output that divides them away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y / x.square().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("keep", ["best", "always"])
+def test_biases_that_make_the_output_of_the_model_worse_are_undone(keep: str) -> None:
+    torch.manual_seed(0)
+    net, x = Scaled(), torch.randn(64, 8)
+    x[:4] = 100 * torch.randn(8).abs()
+    former = net.layer.bias.detach().clone()
+    model = tq.quantize(net, [{"types": ["Linear"], "weight": "affine:2/channel"}], x)
+    report = ptq.run(model, ["nearest", "bias_correction"], [x], keep=keep)
+    (slot,) = weight_slots(model)
+    assert slot.bias is not None
+    is_undone = any(step.note.startswith("undone: the error of the model's output was") for step in report.steps)
+    assert is_undone == torch.equal(slot.bias, former) == (keep == "best")
+    plain = tq.quantize(nn.Sequential(net.layer), [{"types": ["Linear"], "weight": "affine:2/channel"}], x)
+    assert len(ptq.run(plain, ["nearest", "bias_correction"], [x], keep=keep).steps) == 2

@@ -104,8 +104,8 @@ class BlockPass:
         handles = [module.register_forward_hook(hook) for module in modules]
         try:
             with torch.enable_grad():
-                found = _prediction(call_with(self.model, batch, "a batch"))
-                wanted = _prediction(call_with(self.reference, batch, "a batch")).detach()
+                found = prediction(call_with(self.model, batch, "a batch"))
+                wanted = prediction(call_with(self.reference, batch, "a batch")).detach()
                 axis = 1 if found.ndim != 3 else 2
                 loss = F.kl_div(found.log_softmax(axis), wanted.log_softmax(axis), reduction="sum", log_target=True)
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -120,7 +120,7 @@ def _call_of(one: Pass) -> BlockCall:
     return BlockCall(one.module, one.args, dict(one.kwargs))
 
 
-def _prediction(result: Any) -> Tensor:
+def prediction(result: Any) -> Tensor:
     """Return the logits in the result of a model: its `logits`, or its first tensor of real numbers."""
     logits = result.get("logits") if isinstance(result, Mapping) else None
     found: Tensor = next(leaf for leaf in tree_leaves(result if logits is None else logits) if is_real(leaf))

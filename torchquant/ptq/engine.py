@@ -26,17 +26,28 @@ from torchquant.ptq.folding import fold_for_good
 from torchquant.ptq.input_folding import InputFolding
 from torchquant.ptq.inputs import InputWork, has_slots
 from torchquant.ptq.layer import LayerData, are_alike
+from torchquant.ptq.output_check import undone_if_worse
 from torchquant.ptq.overflow import Overflow
 from torchquant.ptq.padding import paddings
 from torchquant.ptq.ranks import errors_on_all_ranks, total
 from torchquant.ptq.reads import paired_rows, uses_of
 from torchquant.ptq.report import PTQReport, StepReport
 from torchquant.ptq.resuming import Steps, layer_state, load_layer_state
-from torchquant.ptq.stage import CHANGES, FLOAT_NEEDS, BlockStage, InputStage, LayerStage, ModelStage, Stage, make_stage
+from torchquant.ptq.stage import (
+    CHANGES,
+    FLOAT_NEEDS,
+    BiasChange,
+    BlockStage,
+    InputStage,
+    LayerStage,
+    ModelStage,
+    Stage,
+    make_stage,
+)
 from torchquant.ptq.streams import Pass, meetings, passes
 from torchquant.ptq.structure import check_observed, example_for
 from torchquant.ptq.units import find_units
-from torchquant.ptq.work import LayerWork
+from torchquant.ptq.work import LayerWork, bias_of
 from torchquant.qmodule import QModule, QModuleState, WeightSlot
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import LayerSlot
@@ -74,7 +85,8 @@ def run(
     `torchquant algorithms` prints all. `batches`: inputs as for `torchquant.calibrate`, kept for all stages; stages
     that use no inputs need none. `out`: a folder for results; a killed run of the same model, stages and batches
     resumes there, and its result is bit for bit that of an uninterrupted run. `keep`: "best" undoes a rounding whose
-    error is above that of rounding to nearest, "always" keeps it. `names`, `skip`: layers to work on, and to leave out,
+    error is above that of rounding to nearest, and the changes of all biases where the model's output on the batches is
+    farther from the float one with them; "always" keeps them. `names`, `skip`: layers to work on, and to leave out,
     by path, with wildcards. `seed`: for random numbers. `on_step(report)` is called after each step. `blocks`: paths of
     the modules that block stages match as a whole, with wildcards; () finds them, see `find_blocks`. `cache_bytes`:
     memory for the inputs with which the forwards of all batches wait before a layer; those beyond it lie in temporary,
@@ -262,6 +274,9 @@ class _Engine:
         """Run the stages of one pass at every layer."""
         needs = frozenset().union(*(stage.needs for stage in stages))
         self._prepare(bool(needs))
+        corrects = [stage for stage in stages if isinstance(stage, BiasChange)] if self.keep == "best" else []
+        held = [bias_of(slot) for slots in self.units.values() for slot in slots] if corrects else []
+        biases = [(one[0], one[0].clone()) for one in held if one is not None]
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         left = {slot.label: slot for slots in self.units.values() for slot in slots}
         if needs:
@@ -275,6 +290,14 @@ class _Engine:
             data = LayerData(slot.label, needs, self._generator(slot.label))
             self._work(slot, stages, data, ["no batch reached it"] if needs else [])
         self.n_passes += 1
+        if biases and total(len(self.inputs)):
+            assert self.reference is not None
+            calls = [
+                (self._call(self.model, batch), self._call(self.reference, batch), padding)
+                for batch, padding in zip(self.inputs, self.paddings, strict=True)
+            ]
+            if note := undone_if_worse(biases, calls):
+                self.report(StepReport(_name(corrects[-1]), "", note=note))
 
     def _prepare(self, runs: bool) -> None:
         """Fold batch norms permanently, copy the float model, and give every weight its numbers.

@@ -14,8 +14,9 @@ from torchquant._tables import ShownAsTables, text_table
 from torchquant.ptq.blocks import find_blocks
 from torchquant.ptq.engine import check_order
 from torchquant.ptq.functional.factors import WIDEST_FLOAT64
-from torchquant.ptq.stage import FLOAT_NEEDS, LayerStage, ModelStage, Stage, make_stage
+from torchquant.ptq.stage import FLOAT_NEEDS, BiasChange, LayerStage, ModelStage, Stage, make_stage
 from torchquant.ptq.units import find_units
+from torchquant.ptq.work import bias_of
 from torchquant.qmodule import WeightSlot
 
 
@@ -64,7 +65,7 @@ def preview(
     skip: Sequence[str] = (),
     blocks: Sequence[str] = (),
 ) -> Preview:
-    """Say what `run` would do with these arguments; the model is not changed. Raises ConfigError as `run` does.
+    """Say what `run` with keep="best" would do; the model is not changed. Raises ConfigError as `run` does.
 
     What stages on the whole model change is not foreseen: where one splits layers, a run works on others. Stages for
     inputs take one step for the layers that read one value; here each layer counts, and no second observation.
@@ -84,6 +85,7 @@ def preview(
     places = find_blocks(model, blocks, slots)
     asked = {slot.label: [0, 0] for slot in slots} | {place.path: [0, 0] for place in places}
     n_steps, passes, float_passes = len(left), 0, 0
+    has_biases = any(bias_of(slot) is not None for slot in slots)
     for unit, group in itertools.groupby(made, lambda stage: stage.unit):
         now = list(group)
         asking = [stage for stage in now if isinstance(stage, LayerStage) and unit == "layer"]
@@ -91,6 +93,8 @@ def preview(
         is_run = bool(needs) or unit == "block"
         passes += sum(isinstance(stage, ModelStage) and stage.needs_data for stage in now) + is_run
         float_passes += bool(needs & FLOAT_NEEDS) or unit == "block"
+        is_judged = any(isinstance(stage, BiasChange) for stage in asking) and has_biases
+        passes, float_passes = passes + 2 * is_judged, float_passes + is_judged
         passes += len(now) * (unit == "input")
         at = {"layer": [slot.label for slot in slots], "block": [place.path for place in places]}.get(unit, [])
         n_steps += len(now) * {"model": 1, "input": len({slot.path for slot in slots})}.get(unit, len(at))

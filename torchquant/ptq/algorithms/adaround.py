@@ -25,8 +25,8 @@ class AdaRound(MatchingRounding):
 
     Between the two neighbours on any grid. `steps` of Adam at `rate`, the regulariser weighted by `weight`. Deviation:
     the error comes from the Gram matrix of all inputs, not from mini-batches, so that no inputs are kept and nothing is
-    drawn at random; the activation behind the layer is not looked at. The error is relative to the mean square of a
-    channel's output, so that one `weight` serves all layers.
+    drawn at random; it is damped by `damp`, as for `gptq`; the activation behind the layer is not looked at. The error
+    is relative to the mean square of a channel's output, so that one `weight` serves all layers.
     """
 
     source = "Nagel et al. 2020, arXiv:2004.10568"
@@ -34,15 +34,20 @@ class AdaRound(MatchingRounding):
     cost = "300 rows K^2"
 
     def __init__(
-        self, match: str = "float", steps: Count = 300, rate: Positive = 0.1, weight: NotNegative = 0.1
+        self,
+        match: str = "float",
+        steps: Count = 300,
+        rate: Positive = 0.1,
+        weight: NotNegative = 0.1,
+        damp: NotNegative | None = None,
     ) -> None:
         super().__init__(match)
-        self.steps, self.rate, self.weight = steps, rate, weight
+        self.steps, self.rate, self.weight, self.damp = steps, rate, weight, damp
 
     def round(self, layer: Layer, data: LayerData) -> Tensor:
         target = self.target(layer, data).to(torch.float32)
         below, above = (level.to(torch.float32) for level in layer.neighbours(target.to(layer.weight.dtype)))
-        gram = data.gram.to(torch.float32)
+        gram = data.damped(self.damp).to(torch.float32)
         signal = output_error(layer.weight, gram).mean().clamp_min(1e-30)
         free = above > below
         with torch.enable_grad():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torchquant._arguments import Count
+from torchquant._arguments import Count, NotNegative
 from torchquant.errors import ConfigError
 from torchquant.ptq.block import Block, BlockData, WeightInTraining
 from torchquant.ptq.functional.gram import output_error
@@ -35,26 +35,29 @@ class AutoRound(MatchingRounding, BlockStage):
     """Learn the rounding by the sign of its gradients, and keep the best of all steps.
 
     Between the two neighbours on any grid; never worse than rounding to nearest. `unit`: "layer" takes the error of a
-    layer's output from the Gram matrix of all inputs; "block" that of a block's output, each step on one batch, as
-    published; the best of ten looks at all batches is kept. `match`: of layers. Deviation: ranges are not learned.
+    layer's output from the Gram matrix of all inputs, damped by `damp`, as for `gptq`; "block" that of a block's
+    output, each step on one batch, as published; the best of ten looks at all batches is kept. `match`: of layers.
+    Deviation: ranges are not learned.
     """
 
     source = "Cheng et al. 2023, arXiv:2309.05516"
     when = "like adaround, in fewer steps"
     cost = "200 rows K^2"
 
-    def __init__(self, match: str = "float", steps: Count = 200, unit: str = "layer") -> None:
+    def __init__(
+        self, match: str = "float", steps: Count = 200, unit: str = "layer", damp: NotNegative | None = None
+    ) -> None:
         super().__init__(match)
         if unit not in ("layer", "block"):
             raise ConfigError(f"unit must be 'layer' or 'block', got {unit!r}")
         if unit == "block" and match != "float":
             raise ConfigError("a block matches the output of the float block; match='layer' is for unit='layer'")
-        self.steps, self.unit = steps, unit
+        self.steps, self.unit, self.damp = steps, unit, damp
 
     def round(self, layer: Layer, data: LayerData) -> Tensor:
         target = self.target(layer, data).to(torch.float32)
         below, above = (level.to(torch.float32) for level in layer.neighbours(target.to(layer.weight.dtype)))
-        gram = data.gram.to(torch.float32)
+        gram = data.damped(self.damp).to(torch.float32)
 
         def loss(rounded: Tensor) -> Tensor:
             return output_error(rounded - target, gram).sum()
