@@ -87,7 +87,7 @@ def ours(network: Real, folder: Path, rules: Rules | Callable[[Real], Rules], st
         {
             "stage_seconds": time.process_time() - began,
             "layers": len({step.path for step in report.steps if step.path}),
-            "undone": sum(step.note.startswith("undone") for step in report.steps),
+            "undone": sum(step.note.startswith("undone") for step in report.steps if step.path),
         },
     )
 
