@@ -138,7 +138,7 @@ def test_the_command_goes_all_the_way_and_on(tmp_path: Path) -> None:
     ]
     planned = CliRunner().invoke(cli.build_app(), [*words, "--dry-run", "--blocks"], env={"COLUMNS": "200"})
     assert planned.exit_code == 0, planned.output
-    assert "5 steps; each batch runs 2 times through the quantized model and 1 times" in planned.output
+    assert "5 steps; each batch runs 4 times through the quantized model and 2 times" in planned.output
     assert "bytes of Gram matrices" in planned.output
     assert "block  class" in planned.output
     assert not out.exists()
