@@ -209,6 +209,28 @@ def test_second_derivatives() -> None:
     assert_same_gradients(net(), step)
 
 
+class Padded(nn.Conv2d):
+    """A convolution that pads with zeros itself, as those of EfficientNet do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 0, 0, 1)), self.weight, self.bias)
+
+
+class PaddedWithOnes(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 0, 0, 1), value=1.0), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [Padded, PaddedWithOnes])
+def test_gradients_of_layers_that_pad(kind: type[nn.Conv2d]) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(kind(2, 16, 3), nn.ReLU(), kind(16, 8, 3), nn.ReLU())
+
+    model = net(make=make)
+    assert_same_gradients(model)
+    assert bytes_kept(model, True) < (0.35 if kind is Padded else 0.9) * bytes_kept(model, False)
+
+
 def test_gradients_of_attention() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -70,6 +70,10 @@ class Recipe:
         """Return the tensors to keep in place of `value`, the tensor itself; the same ones every time."""
         raise NotImplementedError
 
+    def levels(self) -> Format | None:
+        """Return the format of the whole tensor, on whose levels all elements lie; None if there is no such one."""
+        return None
+
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         """Make the tensor again, equal bit for bit and in its layout, but perhaps at another place in its storage."""
         raise NotImplementedError
@@ -95,6 +99,9 @@ class FromCodes(Recipe):
         if not self._kept:
             self._keep(self.format.with_numbers(self.numbers).to_bytes(value), value)
         return self._kept
+
+    def levels(self) -> Format | None:
+        return self.format.with_numbers(self.numbers) if self.format.axis is None else None
 
     def _keep(self, codes: Tensor, value: Tensor) -> None:
         zero_or_nan = value.detach().amax() * 0.0
@@ -280,6 +287,12 @@ class LeanRecorder:
         format = self._formats.get(node)
         if format is not None and _have_own_codes(format, x.dtype):
             self.note_quantized(x, format, x)
+
+    def note_zeros_and(self, x: Tensor, result: Tensor) -> None:
+        noted = self._find(x)
+        format = None if noted is None else noted.recipe.levels()
+        if format is not None and _have_own_codes(format, result.dtype):
+            self.note_quantized(result, format, result)
 
     def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
         is_clipped = clamp is None and type(gradient) is ClippedSTE and _is_parameter(x) and _is_whole(format)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torchquant.errors import ConfigError
+from torchquant.quantizers_functional._recording import current_recorder
 
 PRODUCTS: dict[type[nn.Module], Any] = {
     nn.Linear: F.linear,
@@ -55,7 +56,24 @@ class _Given(_AtProducts):
         self.weight, self.bias = weight, bias
 
     def product(self, function: Any, given: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.note_input(given[0])
         return function(given[0], self.weight, self.bias, *args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        recorder = current_recorder()
+        if recorder is not None and func in _PADS and _pads_with_zeros(*args, **(kwargs or {})):
+            recorder.note_zeros_and(args[0], result)
+        return result
+
+
+_PADS = (F.pad, torch._C._nn.pad)
+
+
+def _pads_with_zeros(x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:
+    return mode == "constant" and not value
 
 
 class _Taken(_AtProducts):

@@ -176,7 +176,7 @@ class QWeights(QModule):
         """
         quantizer = self.input_quantizer
         if quantizer is None:
-            return args, kwargs
+            return values_mapped(self.layer, args, kwargs, self._as_read)
 
         def quantized(given: list[Any]) -> list[Any]:
             if len(given) <= 1 or not self.state.is_act_observed:
@@ -186,17 +186,18 @@ class QWeights(QModule):
             )
             return [self._quantize_site("input", quantizer, x) if self.state.is_act_quantized else x for x in given]
 
-        return values_mapped(self.layer, args, kwargs, lambda given: [self._as_read(x) for x in quantized(given)])
+        return values_mapped(self.layer, args, kwargs, lambda given: self._as_read(quantized(given)))
 
-    def _as_read(self, x: Any) -> Any:
-        """Return an input in the layout in which an attention reads it, which would make a copy that nobody knows."""
+    def _as_read(self, given: list[Any]) -> list[Any]:
+        """Return inputs in the layout in which an attention reads them: it would make copies that nobody knows."""
         recorder = current_recorder()
-        if recorder is None or not (isinstance(x, Tensor) and x.ndim == 3 and recorder.knows(x)):
-            return x
-        if not (isinstance(self.layer, nn.MultiheadAttention) and self.layer.batch_first):
-            return x
-        moved = x.transpose(0, 1).contiguous().transpose(0, 1)
-        recorder.note_input(moved)
+        if recorder is None or not (isinstance(self.layer, nn.MultiheadAttention) and self.layer.batch_first):
+            return given
+        moved = [
+            x.transpose(0, 1).contiguous().transpose(0, 1) if recorder.knows(x) and x.ndim == 3 else x for x in given
+        ]
+        for x in moved:
+            recorder.note_input(x)
         return moved
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,9 @@ class Recorder(Protocol):
     def note_input(self, x: Tensor) -> None:
         """Note the input of a layer, which may hold levels that were noted as another tensor."""
 
+    def note_zeros_and(self, x: Tensor, result: Tensor) -> None:
+        """Note a result that holds elements of x, and zeros."""
+
     def knows(self, x: Tensor) -> bool:
         """Whether something was noted about x, or about the tensor of which it is a view, and still holds."""
 
