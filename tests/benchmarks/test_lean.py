@@ -16,6 +16,7 @@ from benchmarks.allocations import Allocations, allocations
 from benchmarks.harness import BASELINE, CONTROL
 from benchmarks.lean import GOALS, WAYS, Way, is_done, step_of, table
 from benchmarks.models import MODELS, ModelCase, image_batch
+from torchquant.qmodule import kept
 from torchquant.runs.small_resnet import SmallResNet
 
 FLOAT = 4
@@ -93,7 +94,8 @@ SMALL: Mapping[str, ModelCase] = {
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks take part in the command, which measures them in this process."""
+    """Small networks take part in the command, which measures them in this process, and small tensors in lean mode."""
+    monkeypatch.setattr(kept, "FEWEST_ELEMENTS", 16)
     for name, case in SMALL.items():
         monkeypatch.setitem(MODELS, name, case)
         monkeypatch.setitem(GOALS, name, lean.Goal(1.1, 0.9))
@@ -104,9 +106,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "saved", "recomputed"), [("convolutional", 0.7, 0.15), ("transformer", 0.85, 0.7)])
 def test_lean_training_saves_less_than_float_training(name: str, saved: float, recomputed: float) -> None:
     """Bytes for backward, over those of the float model, through `quantize` with 8 bits everywhere."""
-    kept = {way: step_of(name, WAYS[way], 16, 32) for way in (BASELINE, "plain", "lean", "lean, recomputed")}
-    assert all(step.void_because() == "" for step in kept.values())
-    counted = {way: step.saved_bytes() for way, step in kept.items()}
+    steps = {way: step_of(name, WAYS[way], 16, 32) for way in (BASELINE, "plain", "lean", "lean, recomputed")}
+    assert all(step.void_because() == "" for step in steps.values())
+    counted = {way: step.saved_bytes() for way, step in steps.items()}
     assert counted["plain"] > counted[BASELINE] * 1.05
     assert counted["lean"] <= saved * counted[BASELINE]
     assert counted["lean, recomputed"] <= recomputed * counted[BASELINE]

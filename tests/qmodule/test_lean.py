@@ -15,11 +15,17 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import torchquant as tq
+from torchquant.qmodule import kept
 from torchquant.qmodule.kept import packed, unpacked
 from torchquant.quantizers._catalogue import weight_spec
 from torchquant.quantizers._spec import find_scheme, schemes
 
 WAYS = {"plain": (False, False), "lean": (True, False), "recompute": (True, True)}
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "FEWEST_ELEMENTS", 16)
 
 
 def rules(weight: str, acts: str) -> list[dict[str, str]]:
@@ -95,10 +101,10 @@ def bytes_kept(model: nn.Module, lean: bool, recompute: bool = False) -> int:
 
     def pack(x: Tensor) -> Tensor:
         held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        kept.append(x)
+        alive.append(x)
         return x
 
-    kept: list[Tensor] = []
+    alive: list[Tensor] = []
     with saved_tensors_hooks(pack, lambda x: x):
         loss = model(images()).sum()
     del loss

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from torchquant.quantizers_functional.gradients import ClippedSTE
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 MOST_CODES = 256
-FEWEST_ELEMENTS = 256
-"""Smaller tensors are kept as they are: what describes them would take as much."""
+FEWEST_ELEMENTS = 8192
+"""Smaller tensors are kept as they are: to describe them would take longer than it is worth."""
 KEEPS_LEVELS = frozenset(
     f"{name}Backward0"
     for name in (
@@ -36,8 +36,7 @@ WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 """Bits of a code -> the integer that holds as many bytes as codes go into one byte."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where a tensor lies in its storage."""
 
     size: torch.Size
@@ -86,7 +85,8 @@ class FromCodes(Recipe):
     """
 
     def __init__(self, format: Format, value: Tensor, x: Tensor, clamp: Clamp | None) -> None:
-        self.format, self.numbers = format, _copies(format)
+        self.format = _lasting(format)
+        self.numbers = self.format.numbers()
         self.dtype, self.layout = value.dtype, Layout.of(value)
         low, high = format.code_range
         self.bits = next(bits for bits in (1, 2, 4, 8) if high - low < 2**bits)
@@ -97,11 +97,11 @@ class FromCodes(Recipe):
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         if not self._kept:
-            self._keep(self.format.with_numbers(self.numbers).to_bytes(value), value)
+            self._keep(self.format.to_bytes(value), value)
         return self._kept
 
     def levels(self) -> Format | None:
-        return self.format.with_numbers(self.numbers) if self.format.axis is None else None
+        return self.format if self.format.axis is None else None
 
     def _keep(self, codes: Tensor, value: Tensor) -> None:
         zero_or_nan = value.detach().amax() * 0.0
@@ -110,9 +110,9 @@ class FromCodes(Recipe):
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         codes, zero_or_nan, *numbers = kept
         shown = unpacked(codes, self.bits, self.layout.size.numel()).as_strided(self.layout.size, self.layout.stride)
-        format = self.format.with_numbers(numbers)
-        if isinstance(format, UniformGrid):
-            return replace(format, scale=format.scale + zero_or_nan).from_bytes(shown, self.dtype)
+        format = _with(self.format, self.numbers, numbers)
+        if type(format) is UniformGrid:
+            return format.with_scale(format.scale + zero_or_nan).from_bytes(shown, self.dtype)
         return format.from_bytes(shown, self.dtype).add_(zero_or_nan)
 
 
@@ -120,15 +120,17 @@ class FromParameter(Recipe):
     """The projection of a parameter, which is there in backward too, is computed again."""
 
     def __init__(self, format: Format, parameter: Tensor) -> None:
-        self.format = format
-        self._kept = [parameter.detach(), *_copies(format)]
+        self.format = _lasting(format)
+        self.numbers = self.format.numbers()
+        self._kept = [parameter.detach(), *self.numbers]
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         return self._kept
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         parameter, *numbers = kept
-        return cast_back(_projected(self.format.with_numbers(numbers), parameter, False)[0], parameter.dtype)
+        format = _with(self.format, self.numbers, numbers)
+        return cast_back(_projected(format, parameter, False)[0], parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ class _ClippedAgain(Gradient):
     def attach(self, projected: Projected) -> Tensor:
         if not projected.x.requires_grad:
             return super().attach(projected)
-        value = owned(projected.value, projected.x)
-        return cast(Tensor, _MaskedAgain.apply(projected.x, value, self.format, *_copies(self.format)))
+        value, format = owned(projected.value, projected.x), _lasting(self.format)
+        return cast(Tensor, _MaskedAgain.apply(projected.x, value, format, *format.numbers()))
 
 
 class _MaskedAgain(torch.autograd.Function):
@@ -157,15 +159,24 @@ class _MaskedAgain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, *numbers), (grad,) = ctx.saved_tensors, grads
         with torch.no_grad():
-            inside = _projected(ctx.format.with_numbers(numbers), x.detach(), True)[1]
+            inside = _projected(_with(ctx.format, ctx.format.numbers(), numbers), x.detach(), True)[1]
             assert inside is not None
             bits = inside if inside.dtype == torch.uint8 else pack_mask(inside)
         return masked(grad, bits, is_channels_last(x)), None, None, *(None for _ in numbers)
 
 
-def _copies(format: Format) -> list[Tensor]:
-    """Return copies of the numbers of a format, which later changes of the numbers do not reach."""
-    return [number.detach().clone() for number in format.numbers()]
+def _lasting(format: Format) -> Format:
+    """Return the format, with copies of its numbers if these may be changed in place, as statistics are."""
+    numbers = format.numbers()
+    if not any(number.requires_grad or number._version for number in numbers):
+        return format
+    return format.with_numbers([number.detach().clone() for number in numbers])
+
+
+def _with(format: Format, numbers: Sequence[Tensor], others: Sequence[Tensor]) -> Format:
+    """Return the format with other tensors in place of `numbers`, which are its own: itself if they are the same."""
+    is_same = all(other is number for other, number in zip(others, numbers, strict=True))
+    return format if is_same else format.with_numbers(others)
 
 
 def _projected(format: Format, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
@@ -178,42 +189,38 @@ def _projected(format: Format, x: Tensor, want_inside: bool) -> tuple[Tensor, Te
 class FromInputs(Recipe):
     """A result is computed again from its inputs, each a tensor that is kept or made again itself; None is none."""
 
-    def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Known | None], value: Tensor) -> None:
-        self.compute, self.inputs = compute, inputs
-        self.autocast = _autocast_of(value.device.type)
-        self._kept = [() if one is None else one.kept() for one in inputs]
+    def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Known | None], device: str) -> None:
+        self.compute = compute
+        self.autocast = _autocast_of(device)
+        self.kept_of = [() if one is None else one.kept() for one in inputs]
+        self.remade = [None if one is None else (one.recipe, one.layout) for one in inputs]
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
-        return [tensor for kept in self._kept for tensor in kept]
+        return [tensor for kept in self.kept_of for tensor in kept]
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         held, given = iter(kept), []
-        for one, own in zip(self.inputs, self._kept, strict=True):
-            given.append(None if one is None else one.make(list(islice(held, len(own)))))
+        for one, own in zip(self.remade, self.kept_of, strict=True):
+            given.append(None if one is None else _made(*one, list(islice(held, len(own)))))
         with torch.no_grad(), self.autocast():
             return self.compute(*given)
 
 
-@dataclass
-class Known:
+class Known(NamedTuple):
     """A tensor, and how it is made again, None if it is kept itself; `layout` is within what the recipe makes."""
 
-    value: Tensor | None
+    value: Tensor
     recipe: Recipe | None
     layout: Layout
 
     def kept(self) -> Sequence[Tensor]:
         """Return the tensors to keep."""
-        assert self.value is not None
         return [self.value] if self.recipe is None else self.recipe.kept(self.value)
 
-    def make(self, kept: Sequence[Tensor]) -> Tensor:
-        """Return the tensor, from what was kept."""
-        return kept[0] if self.recipe is None else self.layout.view(self.recipe.make(kept))
 
-    def released(self) -> Known:
-        """Return the same without the tensor."""
-        return replace(self, value=None)
+def _made(recipe: Recipe | None, layout: Layout, kept: Sequence[Tensor]) -> Tensor:
+    """Return the tensor of a `Known`, from what was kept."""
+    return kept[0] if recipe is None else layout.view(recipe.make(kept))
 
 
 class Kept:
@@ -222,29 +229,29 @@ class Kept:
     `hooks`: those that were there outside of the forward, such as `save_on_cpu`; they get the tensors that are kept.
     """
 
+    __slots__ = ("held", "hooks", "layout", "recipe")
+
     def __init__(self, known: Known, hooks: Hooks | None) -> None:
-        self.hooks = hooks
+        self.recipe, self.layout, self.hooks = known.recipe, known.layout, hooks
         self.held = [(one, one._version) if hooks is None else (hooks[0](one), 0) for one in known.kept()]
-        self.known = known.released()
 
     def tensor(self) -> Tensor:
         """Return the tensor. Raises RuntimeError if what was kept has been changed in place since then."""
-        return self.known.make(
-            [self._checked(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held]
+        held = [_unchanged(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held]
+        return _made(self.recipe, self.layout, held)
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace "
+            f"operation: it is at version {tensor._version}, and was kept at version {version}. Call backward "
+            "before the optimizer steps, and change a copy"
         )
-
-    def _checked(self, tensor: Tensor, version: int) -> Tensor:
-        if tensor._version != version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace "
-                f"operation: it is at version {tensor._version}, and was kept at version {version}. Call backward "
-                "before the optimizer steps, and change a copy"
-            )
-        return tensor
+    return tensor
 
 
-@dataclass(frozen=True)
-class _Noted:
+class _Noted(NamedTuple):
     storage: StorageWeakRef
     version: int
     dtype: torch.dtype
@@ -268,11 +275,11 @@ class LeanRecorder:
         self._formats: dict[Any, Format] = {}
 
     def note_quantized(self, value: Tensor, format: Format, x: Tensor, clamp: Clamp | None = None) -> None:
-        if not _is_whole(format):
+        if value.numel() < FEWEST_ELEMENTS or not _is_whole(format):
             return
         if clamp is None and _is_parameter(x):
             self._note(value, FromParameter(format, x))
-        elif value.numel() >= FEWEST_ELEMENTS and _has_codes(format) and Layout.of(value).is_dense:
+        elif _has_codes(format) and Layout.of(value).is_dense:
             self._note(value, FromCodes(format, value, x, clamp))
             if format.axis is None and value.grad_fn is not None:
                 self._formats[value.grad_fn] = format
@@ -295,19 +302,21 @@ class LeanRecorder:
             self.note_quantized(result, format, result)
 
     def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
-        is_clipped = clamp is None and type(gradient) is ClippedSTE and _is_parameter(x) and _is_whole(format)
-        return _ClippedAgain(format) if is_clipped and self.is_on_top else gradient
+        if clamp is not None or type(gradient) is not ClippedSTE or x.numel() < FEWEST_ELEMENTS:
+            return gradient
+        return _ClippedAgain(format) if _is_parameter(x) and _is_whole(format) and self._is_on_top() else gradient
 
     def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
         if self.recomputes and value.numel() >= FEWEST_ELEMENTS and inputs[0] is not None and self.knows(inputs[0]):
-            known = [None if one is None else self._known(one.detach()) for one in inputs]
-            recipe = FromInputs(compute, known, value)
-            recipe.inputs = [None if one is None else one.released() for one in known]
-            self._note(value, recipe)
+            known = [None if one is None else self._known(one.detach(), self._find(one)) for one in inputs]
+            self._note(value, FromInputs(compute, known, value.device.type))
 
     def knows(self, x: Tensor) -> bool:
         """Whether x is a noted tensor, or a view of one, that has not been changed."""
         return self._find(x) is not None
+
+    def misses(self, x: Tensor) -> bool:
+        return x.numel() >= FEWEST_ELEMENTS and self._find(x) is None
 
     def _note(self, value: Tensor, recipe: Recipe) -> None:
         storage = value.untyped_storage()
@@ -321,26 +330,28 @@ class LeanRecorder:
             return None
         return noted
 
-    def _known(self, x: Tensor) -> Known:
-        noted, layout = self._find(x), Layout.of(x)
+    def _known(self, x: Tensor, noted: _Noted | None) -> Known:
+        layout = Layout.of(x)
         if noted is None:
             return Known(x, None, layout)
         whole = noted.layout
-        return Known(whole.view(x), noted.recipe, replace(layout, offset=layout.offset - whole.offset))
+        return Known(whole.view(x), noted.recipe, Layout(layout.size, layout.stride, layout.offset - whole.offset))
 
-    def _pack(self, x: Tensor) -> Kept:
-        return Kept(self._known(x), self.hooks)
+    def _pack(self, x: Tensor) -> Kept | tuple[Tensor, int]:
+        noted = self._find(x)
+        if noted is None and self.hooks is None:
+            return x, x._version
+        return Kept(self._known(x, noted), self.hooks)
 
-    @property
-    def is_on_top(self) -> bool:
+    def _is_on_top(self) -> bool:
         """Whether its hooks get what is saved now; a checkpoint of a part of the model has hooks of its own."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return top is not None and top[0] is self.pack
 
 
-def unpack(kept: Kept) -> Tensor:
+def unpack(kept: Kept | tuple[Tensor, int]) -> Tensor:
     """Return the tensor that was given to `LeanRecorder.pack`."""
-    return kept.tensor()
+    return _unchanged(*kept) if isinstance(kept, tuple) else kept.tensor()
 
 
 def _is_whole(format: Format) -> bool:

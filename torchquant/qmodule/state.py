@@ -227,7 +227,7 @@ class QModule(Holder):
             )
         quantized = quantizer(x, **kwargs)
         recorder = current_recorder()
-        if recorder is not None and quantizer.is_idempotent and not recorder.knows(quantized):
+        if recorder is not None and quantizer.is_idempotent and recorder.misses(quantized):
             recorder.note_quantized(quantized, quantizer.format(), x, **kwargs)
         quantizer.post_observe(quantized)
         return quantized

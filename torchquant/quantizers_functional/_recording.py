@@ -36,6 +36,9 @@ class Recorder(Protocol):
     def note_zeros_and(self, x: Tensor, result: Tensor) -> None:
         """Note a result that holds elements of x, and zeros."""
 
+    def misses(self, x: Tensor) -> bool:
+        """Whether nothing was noted about a tensor that is large enough to be worth it."""
+
     def knows(self, x: Tensor) -> bool:
         """Whether something was noted about x, or about the tensor of which it is a view, and still holds."""
 

@@ -279,6 +279,10 @@ class UniformGrid(Format):
         """Return the largest magnitude of its levels, in scales."""
         return max(abs(code - int(self.zero_point)) for code in self.code_range) / self.divisor
 
+    def with_scale(self, scale: Number) -> UniformGrid:
+        """Return the grid with another scale."""
+        return UniformGrid(scale, self.zero_point, self.qmin, self.qmax, self.offset, self.divisor, axis=self.axis)
+
     def step(self, x: Tensor) -> Tensor:
         scale = self.shaped(self.scale, x)
         return scale if self.divisor == 1 else scale / self.divisor
