@@ -16,7 +16,7 @@ from benchmarks.allocations import Allocations, allocations
 from benchmarks.harness import BASELINE, CONTROL
 from benchmarks.lean import GOALS, WAYS, Way, is_done, step_of, table
 from benchmarks.models import MODELS, ModelCase, image_batch
-from torchquant.qmodule import kept
+from torchquant.qmodule import recorder
 from torchquant.runs.small_resnet import SmallResNet
 
 FLOAT = 4
@@ -95,7 +95,7 @@ SMALL: Mapping[str, ModelCase] = {
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks take part in the command, which measures them in this process, and small tensors in lean mode."""
-    monkeypatch.setattr(kept, "FEWEST_ELEMENTS", 16)
+    monkeypatch.setattr(recorder, "FEWEST_ELEMENTS", 16)
     for name, case in SMALL.items():
         monkeypatch.setitem(MODELS, name, case)
         monkeypatch.setitem(GOALS, name, lean.Goal(1.1, 0.9))

@@ -15,8 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import torchquant as tq
-from torchquant.qmodule import kept
-from torchquant.qmodule.kept import packed, unpacked
+from torchquant.qmodule import recorder
 from torchquant.quantizers._catalogue import weight_spec
 from torchquant.quantizers._spec import find_scheme, schemes
 
@@ -25,7 +24,7 @@ WAYS = {"plain": (False, False), "lean": (True, False), "recompute": (True, True
 
 @pytest.fixture(autouse=True)
 def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "FEWEST_ELEMENTS", 16)
+    monkeypatch.setattr(recorder, "FEWEST_ELEMENTS", 16)
 
 
 def rules(weight: str, acts: str) -> list[dict[str, str]]:
@@ -346,17 +345,3 @@ def test_copies_and_pickles() -> None:
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(again(images()), copy.deepcopy(model)(images()))
         assert len(again._forward_pre_hooks) == 1
-
-
-@pytest.fixture
-def codes() -> Tensor:
-    return torch.randint(0, 256, (1001,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1001])
-def test_packed_codes_come_back(codes: Tensor, bits: int, n: int) -> None:
-    codes = codes[:n] & (2**bits - 1)
-    small = packed(codes, bits)
-    assert small.numel() == -(-n * bits // 8)
-    assert torch.equal(unpacked(small, bits, n), codes)

@@ -9,31 +9,15 @@ from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchquant.errors import NoCodesError
-from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_mask
+from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_codes, pack_mask, unpack_codes
 from torchquant.quantizers_functional._formula import Altered, Formula
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, Projected, cast_back, compute_dtype, owned
 from torchquant.quantizers_functional.formats import Format, OwnLevels, UniformGrid
-from torchquant.quantizers_functional.gradients import ClippedSTE
 
-Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 MOST_CODES = 256
-FEWEST_ELEMENTS = 8192
-"""Smaller tensors are kept as they are: to describe them would take longer than it is worth."""
-KEEPS_LEVELS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose"),
-        *("T", "Clone", "Slice", "Select", "Squeeze", "Unsqueeze", "Narrow", "Split", "Relu", "Expand", "Alias"),
-    )
-)
-"""Names of the nodes of operators that choose and move elements, or that put 0 in the place of some."""
-WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
-"""Bits of a code -> the integer that holds as many bytes as codes go into one byte."""
 
 
 class Layout(NamedTuple):
@@ -91,7 +75,7 @@ class FromCodes(Recipe):
         low, high = format.code_range
         self.bits = next(bits for bits in (1, 2, 4, 8) if high - low < 2**bits)
         self._kept: list[Tensor] = []
-        if not _have_own_codes(format, value.dtype):
+        if not have_own_codes(format, value.dtype):
             real = x.detach() if clamp is None else x.detach().clamp(*clamp)
             self._keep((format.encode(real) - low).to(torch.uint8), value)
 
@@ -105,11 +89,13 @@ class FromCodes(Recipe):
 
     def _keep(self, codes: Tensor, value: Tensor) -> None:
         zero_or_nan = value.detach().amax() * 0.0
-        self._kept = [packed(_in_memory_order(codes, self.layout), self.bits), zero_or_nan, *self.numbers]
+        self._kept = [pack_codes(_in_memory_order(codes, self.layout), self.bits), zero_or_nan, *self.numbers]
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         codes, zero_or_nan, *numbers = kept
-        shown = unpacked(codes, self.bits, self.layout.size.numel()).as_strided(self.layout.size, self.layout.stride)
+        shown = unpack_codes(codes, self.bits, self.layout.size.numel()).as_strided(
+            self.layout.size, self.layout.stride
+        )
         format = _with(self.format, self.numbers, numbers)
         if type(format) is UniformGrid:
             return format.with_scale(format.scale + zero_or_nan).from_bytes(shown, self.dtype)
@@ -134,7 +120,7 @@ class FromParameter(Recipe):
 
 
 @dataclass(frozen=True)
-class _ClippedAgain(Gradient):
+class ClippedAgain(Gradient):
     """The clipped straight-through gradient of a parameter; backward projects again to see what was clipped."""
 
     name = "clipped"
@@ -201,7 +187,7 @@ class FromInputs(Recipe):
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         held, given = iter(kept), []
         for one, own in zip(self.remade, self.kept_of, strict=True):
-            given.append(None if one is None else _made(*one, list(islice(held, len(own)))))
+            given.append(None if one is None else made(*one, list(islice(held, len(own)))))
         with torch.no_grad(), self.autocast():
             return self.compute(*given)
 
@@ -218,153 +204,23 @@ class Known(NamedTuple):
         return [self.value] if self.recipe is None else self.recipe.kept(self.value)
 
 
-def _made(recipe: Recipe | None, layout: Layout, kept: Sequence[Tensor]) -> Tensor:
+def made(recipe: Recipe | None, layout: Layout, kept: Sequence[Tensor]) -> Tensor:
     """Return the tensor of a `Known`, from what was kept."""
     return kept[0] if recipe is None else layout.view(recipe.make(kept))
 
 
-class Kept:
-    """One tensor as the graph keeps it.
-
-    `hooks`: those that were there outside of the forward, such as `save_on_cpu`; they get the tensors that are kept.
-    """
-
-    __slots__ = ("held", "hooks", "layout", "recipe")
-
-    def __init__(self, known: Known, hooks: Hooks | None) -> None:
-        self.recipe, self.layout, self.hooks = known.recipe, known.layout, hooks
-        self.held = [(one, one._version) if hooks is None else (hooks[0](one), 0) for one in known.kept()]
-
-    def tensor(self) -> Tensor:
-        """Return the tensor. Raises RuntimeError if what was kept has been changed in place since then."""
-        held = [_unchanged(*one) if self.hooks is None else self.hooks[1](one[0]) for one in self.held]
-        return _made(self.recipe, self.layout, held)
-
-
-def _unchanged(tensor: Tensor, version: int) -> Tensor:
-    if tensor._version != version:
-        raise RuntimeError(
-            f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace "
-            f"operation: it is at version {tensor._version}, and was kept at version {version}. Call backward "
-            "before the optimizer steps, and change a copy"
-        )
-    return tensor
-
-
-class _Noted(NamedTuple):
-    storage: StorageWeakRef
-    version: int
-    dtype: torch.dtype
-    layout: Layout
-    recipe: Recipe
-
-
-class LeanRecorder:
-    """The recorder of one forward: knows of each storage how its contents are made again.
-
-    `recomputes`: whether results of layers are computed again in backward. A tensor that has been changed in place
-    since it was noted is kept as it is.
-    """
-
-    def __init__(self, recomputes: bool) -> None:
-        self.recomputes = recomputes
-        self.hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        self.pack = self._pack
-        """Returns what the graph keeps in place of a tensor."""
-        self._noted: dict[int, _Noted] = {}
-        self._formats: dict[Any, Format] = {}
-
-    def note_quantized(self, value: Tensor, format: Format, x: Tensor, clamp: Clamp | None = None) -> None:
-        if value.numel() < FEWEST_ELEMENTS or not _is_whole(format):
-            return
-        if clamp is None and _is_parameter(x):
-            self._note(value, FromParameter(format, x))
-        elif _has_codes(format) and Layout.of(value).is_dense:
-            self._note(value, FromCodes(format, value, x, clamp))
-            if format.axis is None and value.grad_fn is not None:
-                self._formats[value.grad_fn] = format
-
-    def note_input(self, x: Tensor) -> None:
-        """Note the input of a layer if only its elements were chosen and moved since it was quantized."""
-        if x.grad_fn is None or self.knows(x):
-            return
-        node: Any = x.grad_fn
-        while node is not None and node not in self._formats and node.name() in KEEPS_LEVELS:
-            node = node.next_functions[0][0]
-        format = self._formats.get(node)
-        if format is not None and _have_own_codes(format, x.dtype):
-            self.note_quantized(x, format, x)
-
-    def note_zeros_and(self, x: Tensor, result: Tensor) -> None:
-        noted = self._find(x)
-        format = None if noted is None else noted.recipe.levels()
-        if format is not None and _have_own_codes(format, result.dtype):
-            self.note_quantized(result, format, result)
-
-    def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
-        if clamp is not None or type(gradient) is not ClippedSTE or x.numel() < FEWEST_ELEMENTS:
-            return gradient
-        return _ClippedAgain(format) if _is_parameter(x) and _is_whole(format) and self._is_on_top() else gradient
-
-    def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
-        if self.recomputes and value.numel() >= FEWEST_ELEMENTS and inputs[0] is not None and self.knows(inputs[0]):
-            known = [None if one is None else self._known(one.detach(), self._find(one)) for one in inputs]
-            self._note(value, FromInputs(compute, known, value.device.type))
-
-    def knows(self, x: Tensor) -> bool:
-        """Whether x is a noted tensor, or a view of one, that has not been changed."""
-        return self._find(x) is not None
-
-    def misses(self, x: Tensor) -> bool:
-        return x.numel() >= FEWEST_ELEMENTS and self._find(x) is None
-
-    def _note(self, value: Tensor, recipe: Recipe) -> None:
-        storage = value.untyped_storage()
-        self._noted[storage._cdata] = _Noted(
-            StorageWeakRef(storage), value._version, value.dtype, Layout.of(value), recipe
-        )
-
-    def _find(self, x: Tensor) -> _Noted | None:
-        noted = self._noted.get(x.untyped_storage()._cdata)
-        if noted is None or noted.storage.expired() or (noted.version, noted.dtype) != (x._version, x.dtype):
-            return None
-        return noted
-
-    def _known(self, x: Tensor, noted: _Noted | None) -> Known:
-        layout = Layout.of(x)
-        if noted is None:
-            return Known(x, None, layout)
-        whole = noted.layout
-        return Known(whole.view(x), noted.recipe, Layout(layout.size, layout.stride, layout.offset - whole.offset))
-
-    def _pack(self, x: Tensor) -> Kept | tuple[Tensor, int]:
-        noted = self._find(x)
-        if noted is None and self.hooks is None:
-            return x, x._version
-        return Kept(self._known(x, noted), self.hooks)
-
-    def _is_on_top(self) -> bool:
-        """Whether its hooks get what is saved now; a checkpoint of a part of the model has hooks of its own."""
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return top is not None and top[0] is self.pack
-
-
-def unpack(kept: Kept | tuple[Tensor, int]) -> Tensor:
-    """Return the tensor that was given to `LeanRecorder.pack`."""
-    return _unchanged(*kept) if isinstance(kept, tuple) else kept.tensor()
-
-
-def _is_whole(format: Format) -> bool:
+def is_whole(format: Format) -> bool:
     """Whether all numbers with which a format computes are in it; functions of a user may read others."""
     return bool(format.parameters) if isinstance(format, Formula) else not isinstance(format, Altered)
 
 
-def _is_parameter(x: Tensor) -> bool:
+def is_parameter(x: Tensor) -> bool:
     """Whether x is a parameter or a view of one."""
     return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
-def _has_codes(format: Format) -> bool:
+def has_codes(format: Format) -> bool:
+    """Whether each level has a code of one byte."""
     try:
         low, high = format.code_range
     except NoCodesError:
@@ -372,7 +228,7 @@ def _has_codes(format: Format) -> bool:
     return high - low < MOST_CODES and not isinstance(format, OwnLevels)
 
 
-def _have_own_codes(format: Format, dtype: torch.dtype) -> bool:
+def have_own_codes(format: Format, dtype: torch.dtype) -> bool:
     """Whether each level, rounded to this type, is nearest to itself: float16 saturates, bfloat16 has 8 bits."""
     if not isinstance(format, UniformGrid) or format.offset is not None:
         return False
@@ -385,40 +241,6 @@ def _in_memory_order(codes: Tensor, layout: Layout) -> Tensor:
     if codes.stride() != layout.stride:
         codes = torch.empty_strided(layout.size, layout.stride, dtype=codes.dtype, device=codes.device).copy_(codes)
     return codes.as_strided((codes.numel(),), (1,))
-
-
-def packed(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes of 1, 2, 4 or 8 bits without gaps. (n,) uint8 -> (ceil(n * bits / 8),) uint8.
-
-    >>> packed(torch.tensor([1, 2, 3], dtype=torch.uint8), 4)
-    tensor([33,  3], dtype=torch.uint8)
-    """
-    if bits == 8:
-        return codes
-    per_byte = 8 // bits
-    if len(codes) % per_byte:
-        codes = F.pad(codes, (0, -len(codes) % per_byte))
-    words = codes.view(WORDS[bits])
-    gathered = words
-    for i in range(1, per_byte):
-        gathered = gathered | (words >> i * (8 - bits))
-    return gathered.to(torch.uint8)
-
-
-def unpacked(codes: Tensor, bits: int, numel: int) -> Tensor:
-    """Unpack what `packed` made. (ceil(n * bits / 8),) uint8 -> (n,) uint8.
-
-    >>> unpacked(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
-    tensor([1, 2, 3], dtype=torch.uint8)
-    """
-    if bits == 8:
-        return codes
-    words = codes.to(WORDS[bits])
-    spread = words
-    for i in range(1, 8 // bits):
-        spread = spread | (words << i * (8 - bits))
-    mask = sum((2**bits - 1) << 8 * i for i in range(8 // bits))
-    return (spread & mask).view(torch.uint8)[:numel]
 
 
 def _autocast_of(device: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from torchquant._arguments import checked
-from torchquant.qmodule.kept import LeanRecorder, unpack
+from torchquant.qmodule.recorder import LeanRecorder, unpack
 from torchquant.quantizers_functional._gradient import is_traced
 from torchquant.quantizers_functional._recording import current_recorder, set_recorder
 

@@ -1,4 +1,4 @@
-"""Masks of one bit per element, packed and unpacked eight at a time by integer arithmetic.
+"""Masks of one bit an element, and codes of few bits, packed and unpacked eight bytes at a time by integer arithmetic.
 
 A clipped gradient must remember one bit per element. PyTorch has no packed bool, but eight
 0/1 bytes are one int64, and multiplying by the right constant gathers them into one byte. The
@@ -17,6 +17,8 @@ _GATHER = 0x0102040810204080  # moves the flag in byte k to bit 56 + k; no two t
 _REPEAT = 0x0101010101010101  # copies a byte into all eight
 _SELECT = 0x8040201008040201 - 2**64  # keeps bit k in byte k (as a signed 64-bit integer)
 _CARRY = 0x7F7F7F7F7F7F7F7F  # added to a byte, sets its top bit unless the byte is 0
+_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+"""Bits of a code -> the integer that holds as many bytes as codes go into one byte."""
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -60,3 +62,37 @@ def masked(grad: Tensor, bits: Tensor, channels_last: bool = False) -> Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     kernel = kernels.find("masked", grad)
     return unpack_mask(bits, grad.shape, grad.dtype, channels_last).mul_(grad) if kernel is None else kernel(grad, bits)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes of 1, 2, 4 or 8 bits without gaps. (n,) uint8 -> (ceil(n * bits / 8),) uint8.
+
+    >>> pack_codes(torch.tensor([1, 2, 3], dtype=torch.uint8), 4)
+    tensor([33,  3], dtype=torch.uint8)
+    """
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    if len(codes) % per_byte:
+        codes = F.pad(codes, (0, -len(codes) % per_byte))
+    words = codes.view(_WORDS[bits])
+    gathered = words
+    for i in range(1, per_byte):
+        gathered = gathered | (words >> i * (8 - bits))
+    return gathered.to(torch.uint8)
+
+
+def unpack_codes(codes: Tensor, bits: int, numel: int) -> Tensor:
+    """Unpack what `pack_codes` made. (ceil(n * bits / 8),) uint8 -> (n,) uint8.
+
+    >>> unpack_codes(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
+    tensor([1, 2, 3], dtype=torch.uint8)
+    """
+    if bits == 8:
+        return codes
+    words = codes.to(_WORDS[bits])
+    spread = words
+    for i in range(1, 8 // bits):
+        spread = spread | (words << i * (8 - bits))
+    mask = sum((2**bits - 1) << 8 * i for i in range(8 // bits))
+    return (spread & mask).view(torch.uint8)[:numel]
