@@ -61,6 +61,6 @@ def test_the_file_that_is_certified_has_the_rounding(tmp_path: Path) -> None:
     for slot in weight_slots(model):
         assert slot.quantizer is not None
         codes = torch.from_numpy(onnx.numpy_helper.to_array(stored[f"{slot.key}.codes"]).astype("int32"))
-        decoded = slot.quantizer.decode(slot.channels_first(codes) if slot.name == "weight" else codes)
+        decoded = slot.quantizer.decode(slot.stored_layout(codes) if slot.name == "weight" else codes)
         torch.testing.assert_close(decoded.flatten().sort().values, expected[slot.key].flatten().sort().values)
     assert certify(model, path, [x[:2]]).passed

@@ -13,6 +13,7 @@ import torchquant as tq
 from torchquant.deploy import certify, export_onnx, load_packed, save_packed, to_integer
 from torchquant.errors import ConfigError, NameClashError
 from torchquant.qmodule import LayerPattern, QWeights, WeightsPattern, patterns, weighted
+from torchquant.qmodule import weight_slots as slots_of_weights
 from torchquant.qmodule.weights import weight_names
 from torchquant.utils import weight_slots
 
@@ -48,7 +49,8 @@ def own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that a test adds go when it ends."""
     for module, name in ((patterns, "PATTERNS"), (weighted, "WEIGHTED")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
-    monkeypatch.setattr(patterns, "WEIGHTED", weighted.WEIGHTED)
+    for module in (patterns, slots_of_weights):
+        monkeypatch.setattr(module, "WEIGHTED", weighted.WEIGHTED)
 
 
 def calibrated_steps() -> tuple[nn.Module, Tensor]:

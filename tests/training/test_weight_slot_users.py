@@ -135,7 +135,7 @@ def test_dampening_draws_every_weight() -> None:
     for slot in weight_slots(model):
         assert slot.quantizer is not None
         w = slot.seen().detach()
-        expected = slot.channels_first(2 * (w - slot.quantizer(w)))
+        expected = slot.stored_layout(2 * (w - slot.quantizer(w)))
         assert slot.weight.grad is not None
         torch.testing.assert_close(slot.weight.grad, expected.detach(), rtol=0, atol=1e-6)
 

@@ -18,7 +18,7 @@ from torchquant.quantizers_functional._recording import current_recorder, set_re
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.entered: list[saved_tensors_hooks | None] = []
+        self.entered: list[tuple[nn.Module, saved_tensors_hooks | None]] = []
 
 
 _OF_THREAD = _OfThread()
@@ -44,7 +44,7 @@ class _Begin:
             hooks = saved_tensors_hooks(recorder.pack, unpack)
             hooks.__enter__()
             set_recorder(recorder)
-        _OF_THREAD.entered.append(hooks)
+        _OF_THREAD.entered.append((module, hooks))
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class _End:
     """The hook after the forward of a lean model, also after one that failed."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or is_traced():
-            return
-        hooks = _OF_THREAD.entered.pop()
+        entered = _OF_THREAD.entered
+        if torch.compiler.is_compiling() or not entered or entered[-1][0] is not module:
+            return  # it began in compiled or traced code
+        _, hooks = entered.pop()
         if hooks is not None:
             set_recorder(None)
             hooks.__exit__()
