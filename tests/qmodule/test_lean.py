@@ -18,6 +18,7 @@ import torchquant as tq
 from torchquant.qmodule import recorder
 from torchquant.quantizers._catalogue import weight_spec
 from torchquant.quantizers._spec import find_scheme, schemes
+from torchquant.quantizers_functional.formats import UniformGrid
 
 WAYS = {"plain": (False, False), "lean": (True, False), "recompute": (True, True)}
 
@@ -203,6 +204,19 @@ def test_gradients_of_a_layer_called_twice_with_other_ranges() -> None:
             return first.exp() * second
 
     assert_same_gradients(net(make=Twice))
+
+
+def test_a_copy_of_levels_has_their_scale_when_they_were_made() -> None:
+    scale = torch.tensor(0.25).add_(0.25)  # has been written to, as statistics are
+    grid = UniformGrid(scale, 0, -8, 7)
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value, lean = grid.quantize(x), recorder.LeanRecorder(False)
+    lean.note_quantized(value, grid, x)
+    scale.mul_(2.0)
+    copied = value.t().contiguous()
+    lean.note_input(copied)
+    assert lean.knows(copied)
+    assert torch.equal(recorder.unpack(lean.pack(copied.detach())), copied)
 
 
 def test_second_derivatives() -> None:

@@ -97,9 +97,11 @@ class LeanRecorder:
         if clamp is None and is_parameter(x):
             self._note(value, FromParameter(format, x))
         elif has_codes(format) and Layout.of(value).is_dense:
-            self._note(value, FromCodes(format, value, x, clamp))
-            if format.axis is None and value.grad_fn is not None:
-                self._formats[value.grad_fn] = format
+            recipe = FromCodes(format, value, x, clamp)
+            self._note(value, recipe)
+            levels = recipe.levels()
+            if levels is not None and value.grad_fn is not None:
+                self._formats[value.grad_fn] = levels
 
     def note_input(self, x: Tensor) -> None:
         """Note the input of a layer if only its elements were chosen and moved since it was quantized."""
