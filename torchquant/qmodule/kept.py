@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward in lean training: codes, and what computes a tensor again."""
+"""Recipes by which lean training makes a tensor again in backward: from codes, a parameter, or inputs of a layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CODES = 256
 
 
 class Layout(NamedTuple):
-    """Where a tensor lies in its storage."""
+    """The size, the strides and the offset of a tensor in its storage."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -70,7 +70,6 @@ class FromCodes(Recipe):
 
     def __init__(self, format: Format, value: Tensor, x: Tensor, clamp: Clamp | None) -> None:
         self.format = _lasting(format)
-        self.numbers = self.format.numbers()
         self.dtype, self.layout = value.dtype, Layout.of(value)
         low, high = format.code_range
         self.bits = next(bits for bits in (1, 2, 4, 8) if high - low < 2**bits)
@@ -89,14 +88,15 @@ class FromCodes(Recipe):
 
     def _keep(self, codes: Tensor, value: Tensor) -> None:
         zero_or_nan = value.detach().amax() * 0.0
-        self._kept = [pack_codes(_in_memory_order(codes, self.layout), self.bits), zero_or_nan, *self.numbers]
+        self._kept = [pack_codes(_in_memory_order(codes, self.layout), self.bits), zero_or_nan]
+        self._kept += self.format.numbers()
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         codes, zero_or_nan, *numbers = kept
         shown = unpack_codes(codes, self.bits, self.layout.size.numel()).as_strided(
             self.layout.size, self.layout.stride
         )
-        format = _with(self.format, self.numbers, numbers)
+        format = _with(self.format, numbers)
         if type(format) is UniformGrid:
             return format.with_scale(format.scale + zero_or_nan).from_bytes(shown, self.dtype)
         return format.from_bytes(shown, self.dtype).add_(zero_or_nan)
@@ -107,15 +107,14 @@ class FromParameter(Recipe):
 
     def __init__(self, format: Format, parameter: Tensor) -> None:
         self.format = _lasting(format)
-        self.numbers = self.format.numbers()
-        self._kept = [parameter.detach(), *self.numbers]
+        self._kept = [parameter.detach(), *self.format.numbers()]
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         return self._kept
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         parameter, *numbers = kept
-        format = _with(self.format, self.numbers, numbers)
+        format = _with(self.format, numbers)
         return cast_back(_projected(format, parameter, False)[0], parameter.dtype)
 
 
@@ -145,7 +144,7 @@ class _MaskedAgain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, *numbers), (grad,) = ctx.saved_tensors, grads
         with torch.no_grad():
-            inside = _projected(_with(ctx.format, ctx.format.numbers(), numbers), x.detach(), True)[1]
+            inside = _projected(_with(ctx.format, numbers), x.detach(), True)[1]
             assert inside is not None
             bits = inside if inside.dtype == torch.uint8 else pack_mask(inside)
         return masked(grad, bits, is_channels_last(x)), None, None, *(None for _ in numbers)
@@ -159,10 +158,10 @@ def _lasting(format: Format) -> Format:
     return format.with_numbers([number.detach().clone() for number in numbers])
 
 
-def _with(format: Format, numbers: Sequence[Tensor], others: Sequence[Tensor]) -> Format:
-    """Return the format with other tensors in place of `numbers`, which are its own: itself if they are the same."""
-    is_same = all(other is number for other, number in zip(others, numbers, strict=True))
-    return format if is_same else format.with_numbers(others)
+def _with(format: Format, numbers: Sequence[Tensor]) -> Format:
+    """Return the format with these numbers: the format itself if they are its own."""
+    is_own = all(number is own for number, own in zip(numbers, format.numbers(), strict=True))
+    return format if is_own else format.with_numbers(numbers)
 
 
 def _projected(format: Format, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:

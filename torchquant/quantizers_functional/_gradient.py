@@ -88,7 +88,7 @@ class Gradient:
     wants_inside: ClassVar[bool] = False
     softens: ClassVar[bool] = False
     packs: ClassVar[bool] = False
-    """Whether it only passes the mask on, so that it takes one that is packed to one bit an element."""
+    """True for an estimator that only passes the mask on: it takes masks packed to one bit an element."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Traits that a format must have: "sign" (one bit, its values are signs), "step" (uniform)."""
 
