@@ -57,6 +57,10 @@ class Recipe:
         """Return the format of the whole tensor, on whose levels all elements lie; None if there is no such one."""
         return None
 
+    def is_lost(self) -> bool:
+        """Whether the memory of a parameter that it needs was freed, as FSDP does after the forward of a part."""
+        return False
+
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         """Make the tensor again, equal bit for bit and in its layout, but perhaps at another place in its storage."""
         raise NotImplementedError
@@ -111,6 +115,9 @@ class FromParameter(Recipe):
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         return self._kept
+
+    def is_lost(self) -> bool:
+        return is_freed(self._kept[0])
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         parameter, *numbers = kept
@@ -183,6 +190,9 @@ class FromInputs(Recipe):
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         return [tensor for kept in self.kept_of for tensor in kept]
 
+    def is_lost(self) -> bool:
+        return any(is_freed(tensor) for kept in self.kept_of for tensor in kept)
+
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         held, given = iter(kept), []
         for one, own in zip(self.remade, self.kept_of, strict=True):
@@ -216,6 +226,11 @@ def is_whole(format: Format) -> bool:
 def is_parameter(x: Tensor) -> bool:
     """Whether x is a parameter or a view of one."""
     return isinstance(x if x._base is None else x._base, nn.Parameter)
+
+
+def is_freed(x: Tensor) -> bool:
+    """Whether x has elements and its memory has none."""
+    return x.untyped_storage().nbytes() == 0 and x.numel() > 0
 
 
 def has_codes(format: Format) -> bool:

@@ -74,10 +74,10 @@ def set_lean(model: nn.Module, lean: bool = True, recompute: bool = False) -> No
     these results: less memory, and one more forward of these layers. On an accelerator the two runs are equal only
     where its kernels are deterministic, see `torch.use_deterministic_algorithms`.
 
-    It works where the model itself is called, `model(x)`, also inside of DistributedDataParallel, FSDP and another
-    module. It changes no number and is not in the state_dict. In compiled code the compiler chooses what is kept. A
-    TransformerEncoderLayer that is itself the quantized model is not lean unasked: hooks on it switch off its fused
-    path in evaluation.
+    It works where the model itself is called, `model(x)`, also inside of DistributedDataParallel, `fully_shard` and
+    another module; what needs weights of another shard is kept as it is. It changes no number and is not in the
+    state_dict. In compiled code the compiler chooses what is kept. A TransformerEncoderLayer that is itself the
+    quantized model is not lean unasked: hooks on it switch off its fused path in evaluation.
 
     >>> import torchquant as tq
     >>> model = tq.quantize(nn.Linear(4, 2), "w8a8")

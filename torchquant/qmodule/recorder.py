@@ -147,7 +147,7 @@ class LeanRecorder:
         noted = self._noted.get(x.untyped_storage()._cdata)
         if noted is None or noted.storage.expired() or (noted.version, noted.dtype) != (x._version, x.dtype):
             return None
-        return noted
+        return None if noted.recipe.is_lost() else noted
 
     def _known(self, x: Tensor, noted: _Noted | None) -> Known:
         layout = Layout.of(x)
