@@ -31,6 +31,7 @@ ROWS = (
         "_tensors",
         "_arguments",
         "_files",
+        "report",
     ),
     ("kernels", "quantizers_functional"),
     ("range_observers",),
