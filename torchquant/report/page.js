@@ -40,7 +40,7 @@ for (const head of document.querySelectorAll("table.sortable th")) {
 
 /* Figures: plotly is unpacked once, and a figure is drawn when it first comes into view. */
 const COLORS = ["#2f6fab", "#d1495b", "#3f9b7a", "#e0a030", "#7d5ba6", "#5b6b7d", "#c46aa5", "#8a9a2f"];
-const AXIS = { gridcolor: "#e8ecf0", linecolor: "#c3ccd6", zerolinecolor: "#c3ccd6", automargin: true };
+const AXIS = { gridcolor: "#e8ecf0", linecolor: "#c3ccd6", zerolinecolor: "#c3ccd6", automargin: true, exponentformat: "power" };
 function withDefaults(layout) {
   const found = {
     font: { family: "system-ui, sans-serif", size: 12, color: "#1d2733" }, colorway: COLORS,
