@@ -12,8 +12,11 @@ from torchquant.quantizers_functional._row_statistics import (
     _kernels_add_as_torch,
     row_mean_magnitudes,
     row_mean_squares,
+    row_moments,
     row_sums_by_kernel,
 )
+from torchquant.quantizers_functional.midrise import point_sums
+from torchquant.quantizers_functional.residual import residual_alphas
 from torchquant.quantizers_functional.ternary import ternary_params
 
 SHAPES = ((1, 1), (3, 3), (64, 27), (3, 255), (1, 256), (64, 257), (7, 576), (1, 4608), (1, 200_001), (2, 70_001))
@@ -33,7 +36,9 @@ def rows(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def statistics(x: Tensor) -> list[Tensor]:
-    found = row_mean_squares(x), row_mean_magnitudes(x), *ternary_params(x)
+    found = row_mean_squares(x), row_mean_magnitudes(x), *ternary_params(x), *row_moments(x)
+    cell = 0.3 * row_mean_squares(x).sqrt()
+    found += *point_sums(x, cell, 4), *(residual_alphas(x, bits, "greedy") for bits in (1, 4, 8))
     return [number.nan_to_num(7.0) for number in found]
 
 

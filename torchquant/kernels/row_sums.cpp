@@ -43,20 +43,75 @@ static T sum_as_torch(const T* __restrict numbers, int64_t n) {
     return total;
 }
 
+// What each element of a row becomes: `of(row)` returns the function of its elements.
+struct Itself {
+    auto of(int64_t) const { return [](float v) { return v; }; }
+};
+
 struct Magnitude {
-    float operator()(float v, float) const { return std::fabs(v); }
+    auto of(int64_t) const { return [](float v) { return std::fabs(v); }; }
 };
 
 struct Square {
-    float operator()(float v, float) const { return v * v; }
+    auto of(int64_t) const { return [](float v) { return v * v; }; }
 };
 
 struct Above {  // the magnitude where it is above the threshold of its row
-    float operator()(float v, float threshold) const { return std::fabs(v) * float(std::fabs(v) > threshold); }
+    const double* thresholds;
+    auto of(int64_t row) const {
+        return [t = float(thresholds[row])](float v) { return std::fabs(v) * float(std::fabs(v) > t); };
+    }
 };
 
 struct Count {
-    float operator()(float v, float threshold) const { return float(std::fabs(v) > threshold); }
+    const double* thresholds;
+    auto of(int64_t row) const {
+        return [t = float(thresholds[row])](float v) { return float(std::fabs(v) > t); };
+    }
+};
+
+struct CentredSquare {
+    const double* centres;
+    auto of(int64_t row) const {
+        return [centre = centres[row]](float v) { return (double(v) - centre) * (double(v) - centre); };
+    }
+};
+
+struct Cells {  // of equal width around 0; a point is the middle of one, in widths
+    const float* widths;
+    float low, high;
+    float point(float v, float width) const {
+        float code = std::floor(v / width);
+        code = code < low ? low : code;
+        return (code > high ? high : code) + 0.5f;
+    }
+    float width(int64_t row) const { return widths[row] > 0.0f ? widths[row] : 1.0f; }
+};
+
+struct TimesPoint : Cells {
+    auto of(int64_t row) const {
+        return [*this, width = width(row)](float v) { return v * point(v, width); };
+    }
+};
+
+struct SquaredPoint : Cells {
+    auto of(int64_t row) const {
+        return [*this, width = width(row)](float v) { return point(v, width) * point(v, width); };
+    }
+};
+
+// The magnitude of what N signs times scales leave of an element: each sign is that of what those before it leave.
+template <int N>
+struct Left {
+    const float* scales;  // N of each row
+    auto of(int64_t row) const {
+        const float* own = scales + row * N;
+        return [own](float v) {
+            float total = 0.0f;
+            for (int k = 0; k < N; ++k) total += v - total >= 0.0f ? own[k] : -own[k];
+            return std::fabs(v - total);
+        };
+    }
 };
 
 static int32_t largest_bits(const float* __restrict x, int64_t n) {  // of the magnitudes; that of NaN is the largest
@@ -83,14 +138,14 @@ static void in_blocks(const float* x, int64_t rows, int64_t n, void* parallel, i
 }
 
 template <typename Function>
-static double sum_block(const Function& function, const float* __restrict x, int64_t n, float threshold, bool is_whole) {
+static double sum_block(const Function& function, const float* __restrict x, int64_t n, bool is_whole) {
     if (is_whole) {
-        float values[SUMMED];
-        for (int64_t i = 0; i < SUMMED; ++i) values[i] = function(x[i], threshold);
+        decltype(function(0.0f)) values[SUMMED];
+        for (int64_t i = 0; i < SUMMED; ++i) values[i] = function(x[i]);
         return double(sum_as_torch(values, SUMMED));
     }
     double values[SUMMED];
-    for (int64_t i = 0; i < n; ++i) values[i] = double(function(x[i], threshold));
+    for (int64_t i = 0; i < n; ++i) values[i] = double(function(x[i]));
     return sum_as_torch(values, n);
 }
 
@@ -109,20 +164,24 @@ struct Room {
     double total(int64_t row) { return sum_as_torch(&at(row, 0), blocks) + at(row, blocks); }
 };
 
-// The sum of each row, and the smallest and largest of the magnitudes that are the largest finite ones of their rows.
-template <typename Function>
-static int sums(const Function& function, const float* x, double* totals, double* range, int64_t rows, int64_t n,
-                void* parallel, int threads) {
-    Room room(rows, n), largest(rows, n);
+// The sums of the functions over each row, those of the first function first; and, unless `range` is nullptr, the
+// smallest and largest of the magnitudes that are the largest finite ones of their rows.
+template <typename... Functions>
+static int sums(const float* x, double* totals, double* range, int64_t rows, int64_t n, void* parallel, int threads,
+                const Functions&... functions) {
+    constexpr int64_t N = sizeof...(Functions);
+    Room room(N * rows, n), largest(range == nullptr ? 0 : rows, n);
     if (room.sums == nullptr || largest.sums == nullptr) return 1;
     in_blocks(x, rows, n, parallel, threads, [&](int64_t row, int64_t block, const float* own, int64_t n_own) {
-        largest.at(row, block) = largest_bits(own, n_own);
-        room.at(row, block) = sum_block(function, own, n_own, 0.0f, block < room.blocks);
+        int64_t k = 0;
+        if (range != nullptr) largest.at(row, block) = largest_bits(own, n_own);
+        ((room.at(k++ * rows + row, block) = sum_block(functions.of(row), own, n_own, block < room.blocks)), ...);
     });
+    for (int64_t row = 0; row < N * rows; ++row) totals[row] = room.total(row);
+    if (range == nullptr) return 0;
     range[0] = INFINITY;
     range[1] = 0.0;
     for (int64_t row = 0; row < rows; ++row) {
-        totals[row] = room.total(row);
         double most = 0.0;
         for (int64_t block = 0; block <= room.blocks; ++block) most = std::fmax(most, largest.at(row, block));
         if (most == 0.0 || most >= double(0x7F800000)) continue;
@@ -137,28 +196,37 @@ static int sums(const Function& function, const float* x, double* totals, double
 
 }  // namespace tq
 
-#define ROW_SUMS(NAME, FUNCTION)                                                                                       \
-    EXPORT int NAME(const float* x, double* totals, double* range, int64_t rows, int64_t n, void* parallel,            \
-                    int threads) {                                                                                     \
-        return tq::sums(FUNCTION{}, x, totals, range, rows, n, parallel, threads);                                     \
-    }
-ROW_SUMS(magnitude_sums_float32, tq::Magnitude)
-ROW_SUMS(square_sums_float32, tq::Square)
+#define ROWS const float *x, double *totals, double *range, int64_t rows, int64_t n
+#define SUMS(...) return tq::sums(x, totals, range, rows, n, parallel, threads, __VA_ARGS__)
 
-EXPORT int sums_above_float32(const float* x, const double* thresholds, double* totals, double* counts, int64_t rows,
-                              int64_t n, void* parallel, int threads) {
-    using namespace tq;
-    Room room(rows, n), count(rows, n);
-    if (room.sums == nullptr || count.sums == nullptr) return 1;
-    in_blocks(x, rows, n, parallel, threads, [&](int64_t row, int64_t block, const float* own, int64_t n_own) {
-        const float threshold = float(thresholds[row]);
-        const bool is_whole = block < room.blocks;
-        room.at(row, block) = sum_block(Above{}, own, n_own, threshold, is_whole);
-        count.at(row, block) = sum_block(Count{}, own, n_own, threshold, is_whole);
-    });
-    for (int64_t row = 0; row < rows; ++row) {
-        totals[row] = room.total(row);
-        counts[row] = count.total(row);
+EXPORT int plain_sums_float32(ROWS, void* parallel, int threads) { SUMS(tq::Itself{}); }
+
+EXPORT int magnitude_sums_float32(ROWS, void* parallel, int threads) { SUMS(tq::Magnitude{}); }
+
+EXPORT int square_sums_float32(ROWS, void* parallel, int threads) { SUMS(tq::Square{}); }
+
+EXPORT int sums_above_float32(ROWS, const double* thresholds, void* parallel, int threads) {
+    SUMS(tq::Above{thresholds}, tq::Count{thresholds});
+}
+
+EXPORT int centred_square_sums_float32(ROWS, const double* centres, void* parallel, int threads) {
+    SUMS(tq::CentredSquare{centres});
+}
+
+EXPORT int cell_sums_float32(ROWS, const float* widths, double low, double high, void* parallel, int threads) {
+    const tq::Cells cells{widths, float(low), float(high)};
+    SUMS(tq::TimesPoint{cells}, tq::SquaredPoint{cells});
+}
+
+EXPORT int left_sums_float32(ROWS, const float* scales, int64_t n_scales, void* parallel, int threads) {
+    switch (n_scales) {
+        case 0: SUMS(tq::Left<0>{scales});
+        case 1: SUMS(tq::Left<1>{scales});
+        case 2: SUMS(tq::Left<2>{scales});
+        case 3: SUMS(tq::Left<3>{scales});
+        case 4: SUMS(tq::Left<4>{scales});
+        case 5: SUMS(tq::Left<5>{scales});
+        case 6: SUMS(tq::Left<6>{scales});
+        default: SUMS(tq::Left<7>{scales});
     }
-    return 0;
 }

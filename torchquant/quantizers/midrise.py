@@ -10,13 +10,12 @@ from torchquant.quantizers._midrise import MidriseQuantizer
 from torchquant.quantizers_functional._row_statistics import (
     row_mean_squares,
     row_moments,
-    row_sums_of,
-    shared_unit_rows,
     usable_scale,
 )
 from torchquant.quantizers_functional.formats import ScaledFormat
-from torchquant.quantizers_functional.midrise import MidriseGrid
+from torchquant.quantizers_functional.midrise import MidriseGrid, point_sums
 from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean, reduce_sum
+from torchquant.range_observers._statistics import ends_of
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -68,15 +67,7 @@ class VecQQuantizer(MidriseQuantizer):
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
         threshold_step = self.best_step(_rms(x))
-        units, unit = shared_unit_rows(x)
-        scaled = (threshold_step / unit).to(units.dtype)[:, None]
-
-        def products(units: Tensor) -> tuple[Tensor, Tensor]:
-            points = MidriseGrid(scaled, self.n_bits).codes(units).add_(0.5)
-            return units * points, points.square_()
-
-        along, square = row_sums_of(products, units)
-        along, square = reduce_sum(torch.stack([along * unit, square]))
+        along, square = reduce_sum(point_sums(x, threshold_step, self.n_bits))
         step = along / square
         step = usable_scale(step, 2.0**self.n_bits)
         return threshold_step, step if self.n_bits == 1 else self._held(step, threshold_step)
@@ -162,7 +153,8 @@ class ZoomQQuantizer(MidriseQuantizer):
     )
 
     def fit(self, x: Tensor) -> tuple[Tensor, ...]:
-        low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]))
+        low, high = ends_of(x)
+        low, high = reduce_max(torch.stack([-low, high]))
         return -low, high
 
     def grid(self) -> tuple[Tensor | int, ...]:

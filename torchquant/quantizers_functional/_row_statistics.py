@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -128,18 +128,18 @@ def _kernels_add_as_torch() -> bool:
         rows = torch.linspace(-3.0, 5.0, 2 * n).exp_().view(2, n)
         for name, compute in (("magnitude_sums", torch.abs), ("square_sums", torch.square)):
             kernel = kernels.find(name, rows)
-            if kernel is None or not torch.equal(kernel(rows), row_sums(compute(rows))):
+            if kernel is None or not torch.equal(kernel(rows)[0], row_sums(compute(rows))):
                 return False
     return True
 
 
-def row_sums_by_kernel(name: str, rows: Tensor) -> Tensor | None:
-    """Return the sums of "magnitude_sums" or "square_sums" over each row by a kernel; None where there is none.
+def row_sums_by_kernel(name: str, rows: Tensor, *numbers: Any) -> Tensor | None:
+    """Return the sums of that name over each row by a kernel, (n, C) float64; None where there is none.
 
-    They equal `row_sums` of the units, times the unit, bit for bit.
+    They equal `row_sums` of the units, times the unit, bit for bit. See `kernels/cpu_row_sums.py`.
     """
     kernel = kernels.find(name, rows)
-    return kernel(rows) if kernel is not None and _kernels_add_as_torch() else None
+    return kernel(rows, *numbers) if kernel is not None and _kernels_add_as_torch() else None
 
 
 def row_mean_squares(rows: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def row_mean_squares(rows: Tensor) -> Tensor:
 def _mean_squares(rows: Tensor) -> Tensor:
     sums = row_sums_by_kernel("square_sums", rows)
     if sums is not None:
-        return sums / rows.shape[1]
+        return sums[0] / rows.shape[1]
     units, unit = shared_unit_rows(rows)
     squares = units.square_() if _known() is None else units.square()
     return row_sums(squares) / units.shape[1] * unit.to(torch.float64).square()
@@ -169,8 +169,8 @@ def row_mean_magnitudes(rows: Tensor, parts: Joining = WHOLE) -> Tensor:
     sums = row_sums_by_kernel("magnitude_sums", rows)
     if sums is None:
         units, unit = unit_rows(rows)
-        sums = row_sums(units.abs_()) * unit
-    return parts.mean(sums / rows.shape[1])
+        return parts.mean(row_sums(units.abs_()) * unit / rows.shape[1])
+    return parts.mean(sums[0] / rows.shape[1])
 
 
 def shared_unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +187,19 @@ def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
     >>> row_moments(torch.tensor([[1.0, 3.0]]))
     (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
+    sums = row_sums_by_kernel("plain_sums", rows)
+    if sums is None:
+        mean, square = _mean_and_square(rows, parts)
+    else:
+        mean = parts.mean(sums[0] / rows.shape[1])
+        squares = cast(Tensor, row_sums_by_kernel("centred_square_sums", rows, mean))
+        square = squares[0] / rows.shape[1]
+    deviation = parts.mean(square).sqrt()
+    return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
+
+
+def _mean_and_square(rows: Tensor, parts: Joining) -> tuple[Tensor, Tensor]:
+    """Compute the mean of each row over all parts, and the mean square of the distances to it in this part."""
     units, unit = shared_unit_rows(rows)
     unit = unit.to(torch.float64)
     mean = parts.mean(row_sums(units) / units.shape[1] * unit)
@@ -196,8 +209,7 @@ def row_moments(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
         return (units.to(torch.float64, copy=True).sub_(shift).square_(),)
 
     (squares,) = row_sums_of(centred_squares, units)
-    deviation = parts.mean(squares / units.shape[1] * unit.square()).sqrt()
-    return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.zeros_like(deviation))
+    return mean, squares / units.shape[1] * unit.square()
 
 
 def mean_deviation(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
+from torchquant.quantizers_functional._row_statistics import row_sums_by_kernel, row_sums_of, shared_unit_rows
 from torchquant.quantizers_functional.formats import Number, ScaledFormat
 from torchquant.quantizers_functional.uniform import integer_codes
 
@@ -80,6 +81,26 @@ class MidriseGrid(ScaledFormat):
         cell, (low, high) = torch.as_tensor(self._cell), self.code_range
         edges = torch.arange(low + 1, high + 1, device=cell.device) * cell[..., None]
         return edges if self.shift is None else edges + torch.as_tensor(self.shift)[..., None]
+
+
+def point_sums(rows: Tensor, cell: Tensor, n_bits: int) -> Tensor:
+    """Compute the sums of x times p and of p * p over each row, p the midpoint of its cell in cells around 0.
+
+    rows: (C, n) float, n > 0. cell: (C,), width of the cells. (2, C) float64.
+    """
+    low, high = integer_codes(n_bits, True)
+    sums = row_sums_by_kernel("cell_sums", rows, cell.to(torch.float32), low, high)
+    if sums is not None:
+        return sums
+    units, unit = shared_unit_rows(rows)
+    scaled = (cell / unit).to(units.dtype)[:, None]
+
+    def products(units: Tensor) -> tuple[Tensor, Tensor]:
+        points = MidriseGrid(scaled, n_bits).codes(units).add_(0.5)
+        return units * points, points.square_()
+
+    along, square = row_sums_of(products, units)
+    return torch.stack([along * unit, square])
 
 
 @explained

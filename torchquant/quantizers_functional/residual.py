@@ -10,7 +10,7 @@ from torch import Tensor
 from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._levels import nearest_of
-from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, unit_rows
+from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, row_sums_by_kernel, unit_rows
 from torchquant.quantizers_functional.formats import IntegerTerms, Levels
 
 METHODS = ("alternating", "refined", "greedy")
@@ -83,6 +83,9 @@ def residual_alphas(
     tensor([[0.6667, 0.4222, 0.2037]], dtype=torch.float64)
     """
     check_residual(n_bits, method)
+    by_kernel = _greedy_by_kernel(rows, n_bits, parts) if method == "greedy" else None
+    if by_kernel is not None:
+        return by_kernel
     units, unit = unit_rows(rows, parts)
     if method == "greedy":
         return _greedy_alphas(units, n_bits, parts) * unit.to(torch.float64)[:, None]
@@ -105,6 +108,16 @@ def residual_alphas(
         signs = _bits(codes[:, None], n_bits).view(torch.int8).mul_(2).sub_(1).to(units.dtype)
         alphas = _least_squares(signs, parts.mean(_along(units, signs)), parts)
     return alphas * unit.to(torch.float64)[:, None]
+
+
+def _greedy_by_kernel(rows: Tensor, n_bits: int, parts: Joining) -> Tensor | None:
+    alphas = rows.new_empty((len(rows), 0), dtype=torch.float64)
+    for _ in range(n_bits):
+        sums = row_sums_by_kernel("left_sums", rows, alphas.to(torch.float32))
+        if sums is None:
+            return None
+        alphas = torch.cat([alphas, parts.mean(sums[0] / rows.shape[1])[:, None]], 1)
+    return alphas
 
 
 def _greedy_alphas(left: Tensor, n_bits: int, parts: Joining) -> Tensor:

@@ -97,7 +97,7 @@ def ternary_params(rows: Tensor, method: str = "twn", parts: Joining = WHOLE) ->
         sums = row_sums_by_kernel("magnitude_sums", rows)
         above_sums = None if sums is None else kernels.find("sums_above", rows)
         if sums is not None and above_sums is not None:
-            threshold = 0.7 * sums / rows.shape[1]
+            threshold = 0.7 * sums[0] / rows.shape[1]
             total, count = above_sums(rows, threshold)
             return threshold, total / count.clamp_min(1.0)
     units, unit = unit_rows(rows, parts)

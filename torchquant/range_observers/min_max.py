@@ -7,29 +7,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from torchquant import kernels
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import reduce_max, world_size
-
-MANY = 1 << 14
-"""Elements from which on one pass of a kernel is faster than two native reductions."""
-
-
-def _ends_along(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest element of each slice of an axis, (C,) each."""
-    kernel = kernels.find("min_max", x) if x.numel() >= MANY else None
-    if kernel is not None:
-        return cast("tuple[Tensor, Tensor]", kernel(x, axis))
-    others = [d for d in range(x.ndim) if d != axis % x.ndim]
-    # Two native reductions: aminmax along a dimension costs twenty times as much.
-    return (x.amin(others), x.amax(others)) if others else (x.clone(), x.clone())
+from torchquant.range_observers._statistics import ends_along
 
 
 class _MinMax(RangeObserver):
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = torch.aminmax(x) if self.axis is None else _ends_along(x, self.axis)
+        low, high = torch.aminmax(x) if self.axis is None else ends_along(x, self.axis)
         if world_size() == 1:
             return low, high
         both = reduce_max(torch.stack([-low, high]))

@@ -13,6 +13,7 @@ from torchquant.errors import ConfigError
 from torchquant.graph.sites import make_for_slot
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.quantizers_functional._row_statistics import shared_sums
 from torchquant.search.learning.mixing import mix
 from torchquant.search.learning.width_gradient import FORMS, MIXING_FORMS, attach_width_gradient
 
@@ -114,12 +115,13 @@ class MixtureQuantizer(Quantizer):
         if self.form == "stat" and self.float_bitwidth is not None:
             shown |= {self._beside(i) for i in self.active}  # the steps of neighbouring widths are compared
         clamped = x if clamp is None else x.detach().clamp(*clamp)
-        for i, option in enumerate(self.options):
-            if i in shown or not (option.is_ready and option.is_memoryless):
-                observer = id(getattr(option, "observer", option))
-                if observer not in seen:
-                    seen.add(observer)
-                    option.pre_observe(clamped)  # type: ignore[operator]
+        with shared_sums():
+            for i, option in enumerate(self.options):
+                if i in shown or not (option.is_ready and option.is_memoryless):
+                    observer = id(getattr(option, "observer", option))
+                    if observer not in seen:
+                        seen.add(observer)
+                        option.pre_observe(clamped)  # type: ignore[operator]
 
     def quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor:
         """Mix the options' values of x, or of `x.clamp(*clamp)` in the same pass."""
