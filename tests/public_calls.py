@@ -204,6 +204,12 @@ def latency_file() -> Path:
     return search.write_latency(FOLDER / "latency.json", latency_table())
 
 
+def monitor_file() -> Path:
+    path = FOLDER / "looks.csv"
+    tq.training.CSVSink(path).write(1, {"loss": 1.0})
+    return path
+
+
 def packed_arguments() -> Arguments:
     return {"model": quantized(), "path": "packed.safetensors", "build": None}
 
@@ -419,6 +425,8 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"attention_maps": {"0": "0"}, "scores": lambda outputs: outputs},
         },
         "GradientSchedule": on_model(gradient="clipped"),
+        "CSVSink": lambda: {"path": FOLDER / "monitor.csv"},
+        "Monitor": on_model(every=2, to=[lambda step, numbers: None], samples=64),
         "OscillationTracker": on_model(freeze_above=0.5, momentum=0.01),
         "QuantizationSchedule": on_model(quant_start_step=1, freeze_observer_step=2, freeze_bn_step=3),
         "ProgressiveFreezing": on_model(freeze_at=[2, 4], every=1),
@@ -439,7 +447,9 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         ),
         "fit": fit_arguments(),
         "fit_quantized": fit_arguments(),
+        "read_looks": lambda: {"path": monitor_file()},
         "reestimate_bn": on_model(batches=[X], state=tq.QModuleState.QUANT_EVAL),
+        "series": lambda: {"looks": [tq.training.Look(1, {"loss": 1.0})]},
     },
     "torchquant.search": {
         "Budget": lambda: {"measure": "bytes", "limit": 40.0},
@@ -581,8 +591,10 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
     "torchquant.qmodule": {ABSTRACT: ("FloatCheckpoints", "InputTransform"), RECORD: ("WeightSlot", "WeightsPattern")},
     "torchquant.utils": {RECORD: ("SiteReport", "StateReport")},
     "torchquant.training": {
-        RECORD: ("Instability", "OscillationReport"),
+        RECORD: ("Instability", "Look", "OscillationReport"),
         "a type alias": ("Loss", "Metric", "OnEpoch"),
+        "an interface": ("Sink",),
+        "arguments are those of another library": ("MLflowSink", "TensorBoardSink", "TerminalSink", "WandbSink"),
     },
     "torchquant.search": {RECORD: ("Allocation", "EpochRecord", "Pareto", "ParetoPoint", "Sensitivity")},
     "torchquant.search_run": {

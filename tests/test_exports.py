@@ -59,10 +59,11 @@ PUBLIC: dict[str, list[str]] = {
         "quantizer_parameters", "set_qmodule_state", "state_report", "weight_slots",
     ],
     "torchquant.training": [
-        "BitSchedule", "Distillation", "GradientSchedule", "Instability", "Loss", "Metric", "OnEpoch",
-        "OscillationReport", "ProgressiveFreezing",
-        "OscillationTracker", "QuantizationSchedule", "RPReLU", "Ramp", "adapt_ewgs", "attention_map_loss", "calibrate",
-        "dampening_loss", "distillation_loss", "evaluate", "feature_loss", "fit", "fit_quantized", "reestimate_bn",
+        "BitSchedule", "CSVSink", "Distillation", "GradientSchedule", "Instability", "Look", "Loss", "MLflowSink",
+        "Metric", "Monitor", "OnEpoch", "OscillationReport", "OscillationTracker", "ProgressiveFreezing",
+        "QuantizationSchedule", "RPReLU", "Ramp", "Sink", "TensorBoardSink", "TerminalSink", "WandbSink", "adapt_ewgs",
+        "attention_map_loss", "calibrate", "dampening_loss", "distillation_loss", "evaluate", "feature_loss", "fit",
+        "fit_quantized", "read_looks", "reestimate_bn", "series",
     ],
     "torchquant.search": [
         "Allocation", "Budget", "Candidates", "CostModel", "EpochRecord", "MixtureQuantizer", "Pareto", "ParetoPoint",

@@ -229,6 +229,11 @@ def freeze_bn(model: nn.Module, frozen: bool = True) -> None:
         module.freeze_bn(frozen)
 
 
+def scalar_key(path: str, site: str, name: str) -> str:
+    """Return "PATH/SITE/NAME", under which loggers get a number of a quantizer; "root" for the model itself."""
+    return re.sub(r"[^\w./-]", "_", f"{path or 'root'}/{site}/{name}")
+
+
 @dataclass(frozen=True)
 class SiteReport:
     """The report on one quantizer of a model."""
@@ -265,8 +270,8 @@ class StateReport(ShownAsTables, list[SiteReport]):
         """
         found = {}
         for row in self:
-            place = f"{'root' if row.path == '(root)' else row.path}/{row.site}"
-            found.update({re.sub(r"[^\w./-]", "_", f"{place}/{name}"): value for name, value in row.numbers.items()})
+            path = "" if row.path == "(root)" else row.path
+            found.update({scalar_key(path, row.site, name): value for name, value in row.numbers.items()})
         return found
 
     def __str__(self) -> str:

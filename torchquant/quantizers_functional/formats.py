@@ -198,7 +198,8 @@ class Format(ABC):
     def code_values(self) -> Tensor:
         """Return the value of every code, in the order of the codes: (L,), or (C, L) per channel; float32."""
         low, high = self.code_range
-        codes, n_channels = torch.arange(low, high + 1), self.n_channels
+        numbers, n_channels = self.numbers(), self.n_channels
+        codes = torch.arange(low, high + 1, device=numbers[0].device if numbers else None)
         along = replace(self, axis=None if n_channels is None else 0)
         return along.decode(codes if n_channels is None else codes.expand(n_channels, -1))
 

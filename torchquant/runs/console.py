@@ -8,9 +8,7 @@ from typing import Any
 
 from torchquant.errors import require
 from torchquant.training.batches import make_bar
-
-MOST_ROWS = 12
-"""How many of the last rows of a growing table are shown."""
+from torchquant.training.growing_table import GrowingTable, make_table
 
 
 class NullProgress:
@@ -48,8 +46,8 @@ class Terminal(NullProgress):
 
     def __init__(self, console: Any = None) -> None:
         self._console = console or require("rich.console", "cli").Console()
-        self._rows: dict[str, list[Mapping[str, str]]] = {}
-        self._bar = make_bar(self._console, lambda: map(self._grown, self._rows))
+        self._tables: dict[str, GrowingTable] = {}
+        self._bar = make_bar(self._console, lambda: (table.render() for table in self._tables.values()))
         self._task: Any = None
 
     def __enter__(self) -> Terminal:
@@ -71,23 +69,10 @@ class Terminal(NullProgress):
         self._bar.update(self._task, advance=amount, description=doing)
 
     def row(self, title: str, cells: Mapping[str, str]) -> None:
-        self._rows.setdefault(title, []).append(cells)
+        table = self._tables.setdefault(title, GrowingTable(title))
+        table.add(cells)
         if not self._console.is_terminal:
-            self.message(f"{title}: " + ", ".join(f"{name} {text}" for name, text in cells.items()))
-
-    def _grown(self, title: str) -> Any:
-        """Render the last rows of a growing table."""
-        rows = self._rows[title]
-        return _table(title, list(rows[0]), [list(row.values()) for row in rows[-MOST_ROWS:]], "")
+            self.message(table.line(cells))
 
     def table(self, title: str, header: list[str], rows: list[list[str]], note: str) -> None:
-        self._console.print(_table(title, header, rows, note))
-
-
-def _table(title: str, header: list[str], rows: list[list[str]], note: str) -> Any:
-    table = require("rich.table", "cli").Table(title=title, caption=note)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+        self._console.print(make_table(title, header, rows, note))

@@ -108,11 +108,10 @@ class OscillationTracker(nn.Module):
             _hold(slot, seen)
             codes = _codes(slot)
             codes = torch.where(seen.frozen, seen.codes, codes)
-            direction = (codes - seen.codes).sign().to(torch.int8)
-            turned = (direction * seen.direction < 0).to(torch.float32)
-            seen.frequency.lerp_(turned, self.momentum)
+            turned, direction = reversals(codes, seen.codes, seen.direction)
+            seen.frequency.lerp_(turned.to(torch.float32), self.momentum)
             seen.average.lerp_(codes.to(torch.float32), self.momentum)
-            seen.direction.copy_(torch.where(direction != 0, direction, seen.direction))
+            seen.direction.copy_(direction)
             if threshold is not None:
                 newly = (seen.frequency > threshold) & ~seen.frozen
                 codes = torch.where(newly, seen.average.round().to(codes.dtype), codes)
@@ -142,6 +141,15 @@ class OscillationTracker(nn.Module):
                 number, _, name = key.removeprefix(f"{prefix}layers.").partition(".")
                 state_dict[f"{prefix}layers.{theirs[int(number)]}.{name}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def reversals(codes: Tensor, former: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where codes changed against the direction of their last change, and the direction of the last change now.
+
+    codes, former: (*) integers. direction: (*) int8, -1, 0 or 1; 0 for codes that have never changed.
+    """
+    change = (codes - former).sign().to(torch.int8)
+    return change * direction < 0, torch.where(change != 0, change, direction)
 
 
 def _codes(slot: WeightSlot) -> Tensor:
