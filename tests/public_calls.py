@@ -161,7 +161,7 @@ def on_model(**options: Any) -> Callable[[], Arguments]:
 def fit_arguments(**options: Any) -> Callable[[], Arguments]:
     return lambda: {
         **options,
-        "model": quantized(),
+        **watched(),
         "batches": lambda: BATCHES,
         "epochs": 1,
         "learning_rate": 1e-2,
@@ -177,6 +177,11 @@ def fit_arguments(**options: Any) -> Callable[[], Arguments]:
         "show_progress": False,
         "teacher": net(),
     }
+
+
+def watched() -> Arguments:
+    model = quantized()
+    return {"model": model, "monitor": tq.training.Monitor(model, every=1)}
 
 
 def spoken() -> Arguments:

@@ -17,6 +17,7 @@ from torchquant.runs.data import load_digits
 from torchquant.runs.networks import build_model
 from torchquant.runs.quantize import JobConfig, run_job
 from torchquant.runs.settings import read_rules
+from torchquant.training import read_looks
 
 OWN_MODEL = """
 from torch import nn
@@ -46,7 +47,7 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
     rules = tmp_path / "rules.yaml"
     rules.write_text("- {weight: 'affine:8,symmetric=narrow/channel', input: 'affine:8', output: 'affine:8'}\n")
     out = tmp_path / "out"
-    result = run_job(config(own_model, rules=str(rules)), out)
+    result = run_job(config(own_model, rules=str(rules), monitor=10), out)
     assert result.qat_accuracy is not None
     assert result.float_accuracy > 0.3
     assert abs(result.ptq_accuracy - result.float_accuracy) < 0.05
@@ -56,11 +57,15 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
         "float.pt",
         "plan.yaml",
         "calibrated.pt",
+        "monitor.csv",
         "trained.pt",
         "quantized.pt",
         "sites.csv",
         "result.json",
     }
+    looks = read_looks(out / "monitor.csv")
+    assert [look.step for look in looks] == list(range(10, 10 * len(looks) + 1, 10))
+    assert looks[-1].numbers.keys() >= {"loss", "weight/oscillation", "4/weight/flips"}
     assert {path.name for path in out.iterdir()} == names
     assert json.loads((out / "result.json").read_text())["n_sites"] == result.n_sites
     plan = QuantPlan.load(out / "plan.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -549,3 +550,29 @@ def test_lean_training_is_watched(lean: bool) -> None:
 
 
 LEAN: dict[str, float | None] = {}
+
+
+def test_fit_goes_on_with_its_monitor(tmp_path: Path) -> None:
+    """A training that is stopped after an epoch and resumed writes and sees the same as one that is not."""
+    batches = [(X, torch.randint(5, (4,))) for _ in range(3)]
+
+    def fitted(name: str, epochs: int, stop: bool = False) -> Monitor:
+        model = conv_net("lsq:4/channel")
+        monitor = Monitor(model, every=2, to=f"csv:{tmp_path / name}.csv")
+
+        def after(epoch: int, loss: float) -> None:
+            if stop:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            tq.fit(model, batches, epochs, 1e-2, on_epoch=after, progress=tmp_path / f"{name}.pt", monitor=monitor)
+        monitor.close()
+        return monitor
+
+    whole = fitted("whole", 3)
+    fitted("parts", 3, stop=True)
+    parts = fitted("parts", 3)
+    assert parts.n_steps == 9
+    assert (tmp_path / "parts.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert [look.step for look in whole.history] == [2, 4, 6, 8]
+    assert "loss" in last(whole)

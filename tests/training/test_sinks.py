@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import signal
 import struct
-import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from tests import ROOT
+from tests.processes import CONTEXT
 from torchquant.errors import ConfigError, MissingDependencyError
 from torchquant.training import (
     CSVSink,
@@ -60,21 +58,22 @@ def test_csv(tmp_path: Path) -> None:
     assert series(read_looks(path)) == CURVES
 
 
+def write_for_ever(path: Path) -> None:
+    sink, step = CSVSink(path), 0
+    while True:
+        step += 1
+        sink.write(step, {f"x{i}": step + i / 7 for i in range(300)})
+
+
 def test_csv_of_a_killed_run_has_whole_lines(tmp_path: Path) -> None:
     """A process that is killed while it writes, again and again, leaves lines with all their columns."""
     path = tmp_path / "monitor.csv"
-    code = (
-        "from torchquant.training.sinks import CSVSink\n"
-        f"sink = CSVSink({str(path)!r})\n"
-        "step = 0\n"
-        "while True:\n    step += 1\n    sink.write(step, {f'x{i}': step + i / 7 for i in range(300)})\n"
-        "    step == 20 and print('there', flush=True)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline()
-        run.send_signal(signal.SIGKILL)
+    run = CONTEXT.Process(target=write_for_ever, args=(path,))
+    run.start()
+    while not path.exists() or path.stat().st_size < 100_000:
+        time.sleep(0.01)
+    run.kill()
+    run.join()
     looks = read_looks(path)
     assert len(looks) >= 20
     assert [look.step for look in looks] == list(range(1, len(looks) + 1))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchquant import training
 from torchquant._modes import in_mode
 from torchquant.runs.data import BATCH_SIZE, TrainBatches, TrainingData
-from torchquant.training import Distillation, OnEpoch
+from torchquant.training import Distillation, Monitor, OnEpoch
 from torchquant.training.evaluation import top1
 
 TEST_BATCH = 512
@@ -27,15 +27,17 @@ def train(
     progress: Path | None = None,
     quantized: bool = False,
     teacher: Distillation | None = None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Run `training.fit` on the training batches that `seed` draws; leaves the model in eval mode.
 
     `quantized`: train with the quantizers on; the model ends in QUANT_EVAL. `teacher`: whom it learns from as well.
+    `monitor`: what watches the quantizers.
     """
     batches = TrainBatches(data, seed)
     loop = training.fit_quantized if quantized else training.fit
     options: dict[str, Any] = {"on_epoch": on_epoch, "progress": progress, "generator": batches.generator}
-    options["teacher"] = teacher
+    options |= {"teacher": teacher, "monitor": monitor}
     loop(model, batches, epochs, learning_rate, show_progress=False, **options)
 
 

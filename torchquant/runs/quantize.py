@@ -6,6 +6,7 @@ Each stage writes a file, so that a run that was stopped resumes where it was.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from torchquant.runs.settings import (
     seed_option,
 )
 from torchquant.runs.stages import Stages
-from torchquant.training import Distillation
-from torchquant.utils import SiteReport, set_qmodule_state, state_report
+from torchquant.training import CSVSink, Distillation, Monitor
+from torchquant.training.monitor import EVERY
+from torchquant.training.sinks import cells_of
+from torchquant.utils import SiteReport, qmodules, set_qmodule_state, state_report
 
 __all__ = ["JobConfig", "JobResult", "run_job"]
 
@@ -58,8 +61,8 @@ class JobConfig:
     `rules`: the name of a rule set, or a YAML file with a list of rules or with a saved plan. `data`: see `load_data`.
     `mode`: "ptq" calibrates, "qat" trains after that. `checkpoint`: a float state_dict; without it the float model is
     trained for `float_epochs`. `distill`: the share of the loss of "qat" that is the distance to the predictions of the
-    float model. `contents`: name -> sha256 of the files that take part, as a run recorded them; None:
-    compute them now. Raises ConfigError.
+    float model. `monitor`: how many steps of "qat" lie between two looks of a `Monitor`. `contents`: name -> sha256 of
+    the files that take part, as a run recorded them; None: compute them now. Raises ConfigError.
     """
 
     model: str = model_argument()
@@ -73,6 +76,7 @@ class JobConfig:
     calibration_batches: int = option(8, "Batches of the calibration.")
     seed: int = seed_option()
     distill: float | None = option(None, "qat: share of the loss, above 0 to 1, that is learned from the float model.")
+    monitor: int | None = option(None, "qat: steps between two looks in monitor.csv, by default 50; 0: none.")
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class JobConfig:
             raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}")
         check_at_least(self, float_epochs=0, epochs=1, calibration_batches=1)
         check_above_zero(self, "learning_rate", "distill")
+        if self.monitor is not None:
+            check_at_least(self, monitor=0)
         if self.distill is not None and (self.distill > 1.0 or self.mode != "qat"):
             raise ConfigError(
                 f"distill is a share of the loss of mode qat, above 0 and at most 1; got {self.distill} in {self.mode}"
@@ -117,9 +123,9 @@ def run_job(
     """Make the float model and the plan, calibrate, train and evaluate; write the files into `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `sites.csv`, `result.json`.
-    A stage whose file exists is not run again. Every setting is tried on the untrained model before the
-    folder is touched; `strict` as in `quantize`. Raises ConfigError, also if `out` holds another job, a job with other
-    contents, or a job that is running.
+    "qat" also writes `monitor.csv`: what a `Monitor` saw. A stage whose file exists is not run again. Every setting is
+    tried on the untrained model before the folder is touched; `strict` as in `quantize`. Raises ConfigError, also if
+    `out` holds another job, a job with other contents, or a job that is running.
     """
     with show or NullProgress() as shown:
         shown.start(4.0)
@@ -174,13 +180,22 @@ def _trained(model: nn.Module, net: nn.Module, config: JobConfig, data: Training
     teacher = None if config.distill is None else Distillation(net, config.distill)
     tell, progress = stages.tell("quantized", config.epochs), stages.folder / "qat.progress.pt"
     rate = config.learning_rate / 3.0
-    stages.run(
-        "trained.pt",
-        model,
-        lambda: train(model, data, config.epochs, rate, config.seed, tell, progress, quantized=True, teacher=teacher),
-        progress.name,
-    )
+
+    def work() -> None:
+        with ExitStack() as stack:
+            is_watched = config.monitor != 0 and any(module.quantizers() for _, module in qmodules(model))
+            watch = stack.enter_context(_monitor(model, config, stages)) if is_watched else None
+            train(model, data, config.epochs, rate, config.seed, tell, progress, True, teacher, watch)
+
+    stages.run("trained.pt", model, work, progress.name)
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     found = accuracy_on(model, data)
     stages.shown.message(f"trained quantized: accuracy {found:.2%}")
     return found
+
+
+def _monitor(model: nn.Module, config: JobConfig, stages: Stages) -> Monitor:
+    """Make what watches the training: it writes monitor.csv, and a row for each look where the run is shown."""
+    sinks: list[Any] = [CSVSink(stages.folder / "monitor.csv")]
+    sinks.append(lambda step, numbers: stages.shown.row("training", cells_of(step, numbers)))
+    return Monitor(model, config.monitor or EVERY, sinks)

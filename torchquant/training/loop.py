@@ -22,6 +22,7 @@ from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
 from torchquant.training.batches import check_batches, count, is_first_rank, pair_of, place, progress_bar, taken
 from torchquant.training.distillation import Distillation, teaching
+from torchquant.training.monitor import Monitor
 from torchquant.utils import observe_weights, quantizer_parameters, set_qmodule_state
 
 OnEpoch = Callable[[int, float], None]
@@ -48,6 +49,7 @@ def fit(
     device: str | torch.device | None = None,
     show_progress: bool | None = None,
     teacher: nn.Module | Distillation | None = None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate; leaves the model in eval mode.
 
@@ -60,9 +62,10 @@ def fit(
     bit. `generator`: the generator of `batches`, saved there too. `warm_up`: share of the steps in which the rate
     rises. `device`: the device for the model and the batches; None: that of the model. `show_progress`: a progress bar;
     None: one if `on_epoch` is not given, rich is installed, and the output is a terminal. `teacher`: a model, such as
-    the float one, whose predictions are learned too; a `Distillation` says how. With torch.distributed,
-    gradients are averaged over the ranks; the first rank writes `progress`, and all ranks read it. Raises ConfigError
-    for no epochs or no batches.
+    the float one, whose predictions are learned too; a `Distillation` says how. `monitor`: a monitor of the model; it
+    gets the loss of each step, and its state is saved in `progress`. With torch.distributed, gradients are averaged
+    over the ranks; the first rank writes `progress`, and all ranks read it. Raises ConfigError for no epochs or no
+    batches.
 
     >>> net = nn.Linear(2, 2)
     >>> data = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))]
@@ -78,7 +81,7 @@ def fit(
     if state is not None:
         set_qmodule_state(model, state)
     module = across_ranks(model)
-    course = _Course(model, learning_rate, epochs * n_steps, warm_up, generator)
+    course = _Course(model, learning_rate, epochs * n_steps, warm_up, generator, monitor)
     model.train()
     first = 1 + (0 if progress is None or not progress.exists() else course.resume(progress))
     n_left = (epochs - first + 1) * n_steps
@@ -101,6 +104,8 @@ def fit(
                 course.keep(progress, epoch)
             if on_epoch is not None:
                 on_epoch(epoch, float(torch.stack(losses).mean()))
+    if monitor is not None:
+        monitor.flush()
     model.eval()
     if state is not None:
         observe_weights(model)
@@ -117,13 +122,19 @@ class _Course:
     """The parts of a training that change step by step: the model, the optimizer, the learning rate."""
 
     def __init__(
-        self, model: nn.Module, learning_rate: float, n_steps: int, warm_up: float, generator: torch.Generator | None
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        n_steps: int,
+        warm_up: float,
+        generator: torch.Generator | None,
+        monitor: Monitor | None,
     ) -> None:
         learned = quantizer_parameters(model)
         of_quantizers = set(map(id, learned["params"]))
         weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
         groups = [weights, learned] if of_quantizers else [weights]
-        self.model, self.generator = model, generator
+        self.model, self.generator, self.monitor = model, generator, monitor
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, learning_rate, total_steps=n_steps, pct_start=warm_up
@@ -134,12 +145,15 @@ class _Course:
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
+        if self.monitor is not None:
+            self.monitor.step({"loss": loss})
 
     def keep(self, progress: Path, epoch: int) -> None:
         """Write everything that is needed to resume after the epoch."""
         saved: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         saved |= {"schedule": self.schedule.state_dict(), "epoch": epoch, "random": random_state()}
         saved |= {} if self.generator is None else {"batches": self.generator.get_state()}
+        saved |= {} if self.monitor is None else {"monitor": self.monitor.state_dict()}
         write_whole(progress, partial(torch.save, saved))
 
     def resume(self, progress: Path) -> int:
@@ -151,6 +165,8 @@ class _Course:
             self.schedule.load_state_dict(saved["schedule"])
             if self.generator is not None:
                 self.generator.set_state(saved["batches"])
+            if self.monitor is not None and "monitor" in saved:
+                self.monitor.load_state_dict(saved["monitor"])
             set_random_state(saved["random"])
             return int(saved["epoch"])
 

@@ -20,7 +20,7 @@ from torchquant.training.looks import Tally
 from torchquant.training.sinks import Sink, SinkLike, open_sinks
 from torchquant.training.watched_sites import Hook, Site, WeightSite, sites_of
 
-SAMPLES = 4096
+EVERY, SAMPLES = 50, 4096
 TOTALS = ("below", "above", "dead_codes", "scale_drift", "distance", "flips", "oscillation")
 """Figures of which there is a mean over the model, with each tensor counted by its elements."""
 
@@ -56,14 +56,15 @@ class Monitor(nn.Module):
     >>> model(torch.randn(8, 4)).square().mean().backward()
     >>> optimizer.step()
     >>> monitor.step()
-    >>> monitor.history[-1].numbers["root/weight/flips_by_more"]
-    0.0
+    >>> (look,) = monitor.history
+    >>> look.step, 0.0 <= look.numbers["root/weight/flips"] <= 1.0
+    (1, True)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        every: Count = 50,
+        every: Count = EVERY,
         to: SinkLike | Iterable[SinkLike] = (),
         samples: Count | None = SAMPLES,
     ) -> None:

@@ -50,8 +50,8 @@ class _Function:
 
 def open_sinks(to: SinkLike | Iterable[SinkLike]) -> list[Sink]:
     """Return a sink for each entry of `to`, or the one for `to` itself. Raises ConfigError, MissingDependencyError."""
-    several = [to] if isinstance(to, str | Sink) or callable(to) else list(to)
-    return [_sink_of(one) for one in several]
+    is_one = isinstance(to, str | bytes | Sink) or callable(to) or not isinstance(to, Iterable)
+    return [_sink_of(one) for one in ([to] if is_one else to)]  # type: ignore[union-attr]
 
 
 def _sink_of(one: object) -> Sink:
