@@ -38,7 +38,7 @@ ROWS = (
     ("quantizers",),
     ("qmodule", "qmodules", "utils"),
     ("graph", "plan", "models"),
-    ("analysis", "training", "ptq", "search"),
+    ("training", "ptq", "search", "analysis"),
     ("deploy", "compat"),
     ("runs",),
     ("info", "cli", "demo", "compare", "job", "export_run", "search_run"),

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.operators import OPERATORS
+from torchquant.qmodule.state import is_real
 
 SOFTMAX, ATTENTION = "softmax", "attention"
 VALUE, CONSTANT = -1, -2
@@ -214,6 +215,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors_in(part)
+
+
+def first_real(output: Any) -> Tensor:
+    """Return the first tensor of real numbers in the output of a model. Raises ConfigError if there is none."""
+    for tensor in tensors_in(output):
+        if is_real(tensor):
+            return tensor
+    raise ConfigError(f"the model must return a tensor of real numbers, got {type(output).__name__} without one")
 
 
 @dataclass

@@ -95,6 +95,11 @@ class WeightSlot:
         row = weights_pattern(self.module.layer)
         return row is None or self.name not in (*row.stacks, *row.transposed)
 
+    @property
+    def fold_factor(self) -> Tensor | None:
+        """The factor of a folded batch norm for each output channel, (C,); None without one."""
+        return None
+
     def seen(self) -> Tensor:
         """Return the weight as QUANT_EVAL quantizes it: output channel on axis 0, with a folded batch norm if any.
 
@@ -208,13 +213,18 @@ class LayerSlot(WeightSlot):
     def bias(self) -> Tensor | None:
         return getattr(self.module.layer, "bias", None)
 
+    @property
+    def fold_factor(self) -> Tensor | None:
+        factor: Tensor | None = self.module.fold_factor()
+        return None if factor is None else factor.detach()
+
     def seen(self) -> Tensor:
         self.module._recompute_weights()
-        weight, factor = self.stored_layout(self.weight), self.module.fold_factor()  # which is its own inverse
-        return weight if factor is None else weight * channel_view(factor.detach(), weight.ndim, 0)
+        weight, factor = self.stored_layout(self.weight), self.fold_factor  # the layout is its own inverse
+        return weight if factor is None else weight * channel_view(factor, weight.ndim, 0)
 
     def _as_stored(self, values: Tensor) -> Tensor:
-        factor = self.module.fold_factor()
+        factor = self.fold_factor
         if factor is not None:
             values = (values / channel_view(torch.where(factor == 0, 1.0, factor), values.ndim, 0)).nan_to_num()
         return self.stored_layout(values)

@@ -85,6 +85,9 @@ class Blocks(OwnLevels):
     def code_range(self) -> tuple[int, int]:
         return self.form.code_range
 
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ends_of_elements(x)
+
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         below, above = self.form.neighbours(self.blocks.cut(x))
         return self.blocks.join(below, x), self.blocks.join(above, x)

@@ -492,7 +492,12 @@ class Levels(Format):
 
 
 class OwnLevels(Format):
-    """The base of formats whose blocks or tokens have levels of their own, computed from their elements each time."""
+    """The base of formats whose groups, blocks or tokens have levels of their own."""
+
+    def ends_of_elements(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest level of each element, where codes alone say which level it is."""
+        low, high = (self.values(torch.full(x.shape, code, device=x.device), x.dtype) for code in self.code_range)
+        return torch.minimum(low, high), torch.maximum(low, high)
 
     def code_values(self) -> Tensor:
         raise NoCodesError("it has no one list of levels; each of its parts has its own")

@@ -49,6 +49,9 @@ class Groups(OwnLevels):
         whole, last = (part if format is None else work(format, part) for format, part in parts)
         return join_groups(whole, last, x)
 
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ends_of_elements(x)
+
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         below = self._by_parts(x, lambda format, part: format.neighbours(part)[0])
         return below, self._by_parts(x, lambda format, part: format.neighbours(part)[1])

@@ -69,7 +69,7 @@ def evaluate(
     ):
         for i, batch in enumerate(taken(batches, max_batches, where, on_batch)):
             inputs, targets = pair_of(batch, i)
-            value, n = _summed(metric(call_with(model, inputs, "a batch"), targets), batch)
+            value, n = summed(metric(call_with(model, inputs, "a batch"), targets), batch)
             total, n_samples = total + value, n_samples + n
             advance()
     if n_samples == 0:
@@ -77,7 +77,7 @@ def evaluate(
     return total / n_samples
 
 
-def _summed(value: Any, batch: Any) -> tuple[float, int]:
+def summed(value: Any, batch: Any) -> tuple[float, int]:
     """Return the sum of a metric over the samples of a batch, and the number of samples."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     n_samples = len(tensors[-1]) if tensors else 1

@@ -16,7 +16,6 @@ from torchquant.graph.recording import call_with
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.qmodule import QModule
-from torchquant.qmodule.state import is_real
 from torchquant.search.cost import SearchPoint
 from torchquant.search.learning.mixture import FLOAT, MixtureQuantizer
 from torchquant.search.learning.supernet import build_supernet
@@ -143,11 +142,3 @@ class CalibratedSupernet:
         for batch, output in zip(self.batches, outputs, strict=True):
             total += batch_size(batch) * float(scalar_loss(loss, output, batch[1]))
         return total / sum(map(batch_size, self.batches))
-
-
-def first_real(output: Any) -> Tensor:
-    """Return the first tensor of real numbers in a model output. Raises ConfigError if there is none."""
-    for tensor in tensors_in(output):
-        if is_real(tensor):
-            return tensor
-    raise ConfigError(f"the model must return a tensor of real numbers, got {type(output).__name__} without one")

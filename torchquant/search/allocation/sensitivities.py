@@ -20,14 +20,13 @@ from torchquant._registry import did_you_mean
 from torchquant._renamed import renamed_attribute
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, NonFiniteError, one_line
-from torchquant.graph.called import tensors_in
+from torchquant.graph.called import first_real, tensors_in
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.search.allocation.calibrated_supernet import (
     CalibratedSupernet,
     Loss,
     checked_batches,
-    first_real,
     searched_plan,
 )
 from torchquant.search.allocation.curvature import STORED, fisher_degradations, hessian_degradations

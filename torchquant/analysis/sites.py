@@ -1,0 +1,105 @@
+"""Collect what one batch tells of every site: its own error and the inherited one, and the facts of its slots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchquant.analysis.effects import ratio_db
+from torchquant.analysis.facts import SlotFacts, SlotSum
+from torchquant.analysis.replay import Replay
+from torchquant.graph.called import tensors_in
+from torchquant.qmodule import QModule, QModuleState
+from torchquant.qmodule.state import is_real
+from torchquant.utils import qmodules
+
+
+class SiteSums:
+    """What the sites of a model do while it runs quantized, summed over batches.
+
+    Each site is run again in float on its own, quantized inputs. What that result lacks of the float model's comes from
+    earlier sites: the inherited error. What the site's quantized result lacks of it is the error that the site adds.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {module: path for path, module in qmodules(model) if module.quantizers()}
+        self.errors: dict[nn.Module, Counter[str]] = {module: Counter() for module in self.paths}
+        self.slots = {
+            quantizer: SlotSum(path or "(root)", slot, module, quantizer)
+            for module, path in self.paths.items()
+            for slot, quantizer in module.quantizers().items()
+        }
+
+    @contextmanager
+    def watching(self, is_first: bool) -> Iterator[None]:
+        """Collect the facts of a batch while the context lasts; those of weights are taken from the first."""
+        watched = [(q, found) for q, found in self.slots.items() if is_first or not found.slot_is_weight]
+        handles = []
+        for quantizer, found in watched:
+            found.begin()
+
+            def look(q: nn.Module, args: Any, kwargs: Any, result: Tensor, found: SlotSum = found) -> None:
+                found.add(args[0], result, **kwargs)
+
+            handles.append(quantizer.register_forward_hook(look, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_call(self, floats: Replay, module: nn.Module, number: int, again: Any, result: Any) -> None:
+        """Add the errors of one call of a module. `again()` runs it on the same inputs."""
+        if not isinstance(module, QModule) or module not in self.paths:
+            return
+        reference = floats.result(module, number)
+        state = module.state
+        module.state = QModuleState.BYPASSED
+        try:
+            own = again()
+        finally:
+            module.state = state
+        sums = self.errors[module]
+        for y, inherited, got in zip(*map(_reals, (reference, own, result)), strict=False):
+            if y.shape != got.shape:
+                continue
+            sums["signal"] += float(y.double().square().sum())
+            sums["added"] += float((got.double() - inherited.double()).square().sum())
+            sums["inherited"] += float((inherited.double() - y.double()).square().sum())
+            sums["total"] += float((got.double() - y.double()).square().sum())
+            largest = float(got.abs().max()) if got.numel() else 0.0
+            for quantizer in module.quantizers().values():
+                self.slots[quantizer].largest_output = max(self.slots[quantizer].largest_output, largest)
+        sums["calls"] = max(sums["calls"], number + 1)
+
+    def decibels(self, module: nn.Module, which: str) -> float | None:
+        """Return the SQNR of the module's output with the "added", "inherited" or "total" error; None if never run."""
+        sums = self.errors[module]
+        return ratio_db(sums["signal"], sums[which]) if sums["calls"] else None
+
+    def facts(self, module: QModule) -> tuple[SlotFacts, ...]:
+        """Return the facts of the slots of a module that saw data."""
+        return tuple(
+            found.facts() for q in module.quantizers().values() if (found := self.slots[q]).sums["elements"]
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return all sums as plain data."""
+        errors = {self.paths[module]: dict(sums) for module, sums in self.errors.items()}
+        return {"errors": errors, "slots": [found.state() for found in self.slots.values()]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from the result of `state`."""
+        for module, sums in self.errors.items():
+            sums.update(state["errors"][self.paths[module]])
+        for found, kept in zip(self.slots.values(), state["slots"], strict=True):
+            found.load(kept)
+
+
+def _reals(value: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(value) if is_real(tensor)]
