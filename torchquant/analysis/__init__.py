@@ -1,5 +1,8 @@
 """Analyse a quantized model: what each site does to the output and why, error per layer, bytes per weight."""
 
+from torchquant.analysis.advice import Advice as Advice
+from torchquant.analysis.advice import Remedy as Remedy
+from torchquant.analysis.advice import advise as advise
 from torchquant.analysis.analyze import analyze as analyze
 from torchquant.analysis.causes import Finding as Finding
 from torchquant.analysis.effects import Effect as Effect
@@ -14,14 +17,17 @@ from torchquant.analysis.result import Analysis as Analysis
 from torchquant.analysis.result import SiteAnalysis as SiteAnalysis
 
 __all__ = [
+    "Advice",
     "Analysis",
     "Effect",
     "Finding",
     "LayerError",
+    "Remedy",
     "SiteAnalysis",
     "SiteError",
     "SlotFacts",
     "WeightBytes",
+    "advise",
     "analyze",
     "layer_errors",
     "sqnr",

@@ -88,6 +88,13 @@ def _outliers(facts: SlotFacts, typical_bits: float) -> str | None:
     return f"a few values lie far out: its kurtosis is {facts.kurtosis:.0f}, that of a normal distribution is 3"
 
 
+def _tied(facts: SlotFacts, typical_bits: float) -> str | None:
+    if not facts.tied_to:
+        return None
+    others = ", ".join(f"{path} {slot}" for path, slot in facts.tied_to)
+    return f"the same weight is quantized with other numbers by {others}"
+
+
 def _one_level(facts: SlotFacts, typical_bits: float) -> str | None:
     if facts.top is None or facts.n_codes is None or facts.n_codes <= 3 or facts.top < 0.98:
         return None
@@ -107,6 +114,7 @@ def _bias(facts: SlotFacts, typical_bits: float) -> str | None:
 
 
 CAUSES: dict[str, Callable[[SlotFacts, float], str | None]] = {
+    "tied weights differ": _tied,
     "few bits": _few_bits,
     "calls differ": _calls,
     "clipped": _clipped,

@@ -33,6 +33,7 @@ class SlotFacts:
     `channel_ratio`: absolute maximum of the largest channel over that of the median channel; `channel`: its number.
     `killed`: channels that have one value after quantization and several before; `dead`: that have one value before.
     `call_ratio`: of a module that is called several times, the largest range of a call over the smallest.
+    `tied_to`: path and slot of other quantizers of the same weight, with other numbers.
     `bn_ratio`: largest factor of a folded batch norm over the median. `bias_ratio`: the largest bias over the
     largest output.
     """
@@ -65,6 +66,7 @@ class SlotFacts:
     call_ratio: float | None = None
     bn_ratio: float | None = None
     bias_ratio: float | None = None
+    tied_to: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,7 +99,8 @@ class SlotFacts:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SlotFacts:
         """Make facts from the result of `to_dict`."""
-        return cls(**data | {"sqnr_db": math.inf if data["sqnr_db"] is None else data["sqnr_db"]})
+        exact = {"sqnr_db": math.inf if data["sqnr_db"] is None else data["sqnr_db"]}
+        return cls(**data | exact | {"tied_to": tuple((path, slot) for path, slot in data["tied_to"])})
 
 
 class SlotSum:

@@ -113,6 +113,15 @@ class Analysis(ShownAsTables):
         """Return what stands out at the slots of the sites, with figures, the worst site first."""
         return [finding for site in self.worst() for finding in findings_of(site.slots, self.typical_bits())]
 
+    def shared(self) -> dict[tuple[str, str], tuple[tuple[str, str], ...]]:
+        """Return (path, slot) of each weight that other slots quantize differently -> these slots."""
+        return {
+            (facts.path, facts.slot): facts.tied_to
+            for site in self.sites
+            for facts in site.slots
+            if facts.tied_to
+        }
+
     def typical_bits(self) -> float:
         """Return the median width of the quantizers."""
         widths = sorted(facts.n_bits for site in self.sites for facts in site.slots if facts.n_bits is not None)

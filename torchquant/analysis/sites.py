@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torchquant.analysis.effects import ratio_db
 from torchquant.analysis.facts import SlotFacts, SlotSum
 from torchquant.analysis.replay import Replay
 from torchquant.graph.called import tensors_in
-from torchquant.qmodule import QModule, QModuleState
+from torchquant.graph.cost import agree
+from torchquant.qmodule import QModule, QModuleState, WeightSlot
 from torchquant.qmodule.state import is_real
-from torchquant.utils import qmodules
+from torchquant.quantizers import Quantizer
+from torchquant.utils import qmodules, weight_slots
 
 
 class SiteSums:
@@ -34,6 +37,7 @@ class SiteSums:
             for module, path in self.paths.items()
             for slot, quantizer in module.quantizers().items()
         }
+        self.tied = _tied(model)
 
     @contextmanager
     def watching(self, is_first: bool) -> Iterator[None]:
@@ -84,8 +88,9 @@ class SiteSums:
 
     def facts(self, module: QModule) -> tuple[SlotFacts, ...]:
         """Return the facts of the slots of a module that saw data."""
+        found = [self.slots[quantizer] for quantizer in module.quantizers().values()]
         return tuple(
-            found.facts() for q in module.quantizers().values() if (found := self.slots[q]).sums["elements"]
+            replace(slot.facts(), tied_to=self.tied.get(slot.quantizer, ())) for slot in found if slot.sums["elements"]
         )
 
     def state(self) -> dict[str, Any]:
@@ -99,6 +104,22 @@ class SiteSums:
             sums.update(state["errors"][self.paths[module]])
         for found, kept in zip(self.slots.values(), state["slots"], strict=True):
             found.load(kept)
+
+
+def _tied(model: nn.Module) -> dict[Quantizer, tuple[tuple[str, str], ...]]:
+    """Return each quantizer of a weight -> the slots that quantize the same weight with other numbers."""
+    owners: dict[int, list[WeightSlot]] = {}
+    for slot in weight_slots(model):
+        if slot.quantizer is not None:
+            owners.setdefault(slot.weight.data_ptr(), []).append(slot)
+    found = {}
+    for slots in owners.values():
+        for slot in slots:
+            own = slot.quantizer
+            others = [s for s in slots if s.weight.shape == slot.weight.shape and not agree(own, s.quantizer)]
+            if own is not None and others:
+                found[own] = tuple((s.path or "(root)", s.name) for s in others)
+    return found
 
 
 def _reals(value: Any) -> list[Tensor]:

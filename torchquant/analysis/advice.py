@@ -1,0 +1,280 @@
+"""Try remedies for the worst sites on a copy of the model, and rank them by what they gained."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchquant._arguments import checked
+from torchquant._files import write_json
+from torchquant._tables import ShownAsTables, text_table
+from torchquant.analysis.analyze import analyze
+from torchquant.analysis.causes import Finding, findings_of
+from torchquant.analysis.effects import Effect, Judge, Loss, decibel
+from torchquant.analysis.remedies import Change, changes_for
+from torchquant.analysis.result import Analysis, SiteAnalysis
+from torchquant.analysis.trials import Trials, post_training
+from torchquant.errors import ConfigError, TorchQuantError, one_line
+from torchquant.plan import QuantPlan
+from torchquant.qmodule.state import ACTIVATIONS
+from torchquant.training.batches import OnBatch, check_batches, inputs_of, place, progress_bar, taken
+from torchquant.training.evaluation import Metric
+
+LEAST_GAIN = 0.1
+"""A remedy gains at least so many dB."""
+EQUAL = 0.2
+"""Of remedies whose gains differ by less, the simplest is advised."""
+AIMED = 3.0
+"""A remedy for what stands out most at a slot is advised unless another one gains so many dB more."""
+STAGES = (("cle",), ("bias_correction",))
+"""Post-training stages that are tried on the whole model."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that was tried on a copy of the model, and what it gained.
+
+    `path`, `slot`: where; "" for a change of the whole model. `cause`: a key of `CAUSES`, "" if nothing stands out
+    there; `because`: a sentence with its figures. `change`: what was done; `spec`: the spec of the new quantizer, None
+    if it keeps its own; `stages`: the post-training stages. `before`, `after`: the effect on the whole quantized model.
+    """
+
+    path: str
+    slot: str
+    cause: str
+    because: str
+    change: str
+    spec: str | None
+    stages: tuple[str, ...]
+    before: Effect
+    after: Effect
+
+    @property
+    def gain_db(self) -> float:
+        """By how many dB the SQNR of the output rises."""
+        return _rise(self.before, self.after)
+
+    @property
+    def name(self) -> str:
+        """Path and slot."""
+        return f"{self.path} {self.slot}".strip() or "(whole model)"
+
+    @property
+    def words(self) -> str:
+        """The advice as a sentence with its figures."""
+        what = self.change + (f" ({self.spec})" if self.spec else "")
+        figures = [f"SQNR of the output {decibel(self.before.sqnr_db)} -> {decibel(self.after.sqnr_db)}"]
+        for name, share in (("agreement", True), ("metric", False), ("loss", False)):
+            before, after = getattr(self.before, name), getattr(self.after, name)
+            if before is not None and after is not None:
+                figures.append(f"{name} {before:.2%} -> {after:.2%}" if share else f"{name} {before:.4g} -> {after:.4g}")
+        why = f"{self.because}. " if self.because else ""
+        return f"{self.name}: {why}Tried: {what}; {', '.join(figures)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the remedy as plain data."""
+        return asdict(self) | {"before": self.before.to_dict(), "after": self.after.to_dict(), "words": self.words}
+
+
+@dataclass(frozen=True)
+class Advice(ShownAsTables):
+    """The remedies that gained something, the best first.
+
+    `together`: the effect with all remedies of `kept` at once, `before`: with none. `plan`: the plan of the model with
+    the specs of `kept`; None for a model without a plan. `failed`: name -> why a remedy could not be tried.
+    """
+
+    before: Effect
+    remedies: tuple[Remedy, ...]
+    kept: tuple[Remedy, ...]
+    together: Effect
+    plan: QuantPlan | None = field(default=None, repr=False)
+    failed: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.remedies:
+            return f"no remedy that was tried gained {LEAST_GAIN} dB; everything quantized: {decibel(self.before.sqnr_db)}"
+        rows = [
+            [r.name, r.cause, r.change, f"{r.gain_db:+.1f} dB", "yes" if r in self.kept else "no"]
+            for r in self.remedies
+        ]
+        table = text_table(["where", "cause", "remedy", "gain", "kept together"], rows)
+        lines = [remedy.words for remedy in self.remedies]
+        both = f"together: {decibel(self.before.sqnr_db)} -> {decibel(self.together.sqnr_db)}"
+        return "\n\n".join([table, "\n".join(lines), both])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the advice as plain data, as `save` writes it."""
+        return {
+            "before": self.before.to_dict(),
+            "together": self.together.to_dict(),
+            "remedies": [remedy.to_dict() | {"kept": remedy in self.kept} for remedy in self.remedies],
+            "failed": [list(entry) for entry in self.failed],
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `advice.json` into a folder, and `advised_plan.yaml` if the model has a plan. Returns the first path."""
+        if self.plan is not None:
+            self.plan.save(Path(folder) / "advised_plan.yaml")
+        return write_json(Path(folder) / "advice.json", self.to_dict())
+
+
+@checked
+def advise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    analysis: Analysis | None = None,
+    metric: Metric | None = None,
+    loss: Loss | None = None,
+    with_targets: bool | None = None,
+    max_batches: int | None = None,
+    device: str | torch.device | None = None,
+    n_sites: int = 5,
+    on_batch: OnBatch | None = None,
+    show_progress: bool | None = None,
+) -> Advice:
+    """Try remedies at the `n_sites` worst sites of a calibrated model, on a copy, and measure what each gains.
+
+    For each of their slots: its range observed again on the batches, a range of least squared error, one without
+    outliers, a scale for each channel or token, 8 bits, another scheme; and for the whole model cross-layer
+    equalization and bias correction. A slot that gains nothing even when it is left float is not tried. A remedy is
+    judged by the output of the whole quantized model; those that still gain when applied together are `kept`, and the
+    plan of the result has them. The batches stay in memory, with the outputs of the float model. `analysis`: the result
+    of `analyze` on the same batches; None runs it. The other arguments are as in `analyze`. Raises ConfigError.
+
+    >>> import torchquant as tq
+    >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
+    >>> model = tq.quantize(net, [{"weight": "affine:8"}, {"names": ["2"], "weight": "affine:2"}], x)
+    >>> tq.calibrate(model, [x])
+    1
+    >>> best = advise(model, [x]).remedies[0]
+    >>> best.path, best.change
+    ('2', '8 bits')
+    """
+    check_batches(batches, max_batches)
+    if n_sites < 1:
+        raise ConfigError(f"n_sites must be at least 1, got {n_sites}")
+    where = place(model, device)
+    given = list(taken(batches, max_batches, where, on_batch))
+    if analysis is None:
+        analysis = analyze(model, given, metric, loss, with_targets, show_progress=show_progress)
+    found = []
+    for i, batch in enumerate(given):
+        inputs = inputs_of(model, batch, i, with_targets)
+        found.append((inputs, None if inputs is batch else batch[1], batch))
+    trials = Trials(model, found, Judge(metric, loss))
+    worst = analysis.worst()[:n_sites]
+    with progress_bar("trying remedies", len(worst) + len(STAGES), show_progress, on_batch) as advance:
+        adviser = _Adviser(trials, analysis, getattr(model, "plan", None))
+        for site in worst:
+            adviser.try_site(site)
+            advance()
+        for stages in STAGES:
+            adviser.try_stages(stages)
+            advance()
+        return adviser.advice()
+
+
+class _Adviser:
+    """Tries changes, and keeps those that gain."""
+
+    def __init__(self, trials: Trials, analysis: Analysis, plan: QuantPlan | None) -> None:
+        self.trials, self.plan = trials, plan
+        self.typical_bits = analysis.typical_bits()
+        self.shared = analysis.shared()
+        self.before = trials.effect()
+        self.remedies: list[tuple[Remedy, Change | None]] = []
+        self.failed: list[tuple[str, str]] = []
+        self.specs = {} if plan is None else {site.path or "(root)": site for site in plan.sites}
+
+    def try_site(self, site: SiteAnalysis) -> None:
+        """Try the changes of each slot of a site."""
+        for facts in site.slots:
+            if facts.slot == "bias":
+                continue
+            with self.trials.without(site.path, facts.slot):
+                most = _rise(self.before, self.trials.effect())
+            if most >= LEAST_GAIN:
+                found = findings_of([facts], self.typical_bits)
+                self._try_slot(site.path, facts.slot, found, facts.sqnr_db)
+
+    def _try_slot(self, path: str, slot: str, findings: Sequence[Finding], sqnr_db: float) -> None:
+        best: tuple[Remedy, Change] | None = None
+        lead = EQUAL
+        for change in self._changes(path, slot):
+            try:
+                self.trials.show(path, slot, change.new)
+                with self.trials.with_(path, slot, change.new):
+                    after = self.trials.effect()
+            except (TorchQuantError, RuntimeError) as error:
+                self.failed.append((f"{path} {slot}: {change.what}", one_line(error)))
+                continue
+            cause = next((f for f in findings if f.cause in change.answers), next(iter(findings), None))
+            because = f"its SQNR is {decibel(sqnr_db)}" if cause is None else cause.words
+            remedy = Remedy(
+                path, slot, cause.cause if cause else "", because, change.what, change.spec, (), self.before, after
+            )
+            is_aimed = bool(findings) and findings[0].cause in change.answers
+            if remedy.gain_db >= LEAST_GAIN and (best is None or remedy.gain_db > best[0].gain_db + lead):
+                best, lead = (remedy, change), AIMED if is_aimed else EQUAL
+        if best is not None:
+            self.remedies.append(best)
+
+    def _changes(self, path: str, slot: str) -> Iterable[Change]:
+        old, site = self.trials.quantizer(path, slot), self.specs.get(path)
+        spec = getattr(site, "weight" if slot not in ACTIVATIONS else slot, None)
+        slots = self.trials.modules[path].weight_slots()
+        is_linear = bool(slots) and all(s.weight.ndim == 2 for s in slots)
+        yield from self._shared(path, slot)
+        yield from changes_for(old, spec if isinstance(spec, str) else None, slot not in ACTIVATIONS, is_linear)
+
+    def _shared(self, path: str, slot: str) -> Iterable[Change]:
+        """Yield the quantizers that other sites have for the same weight."""
+        for other_path, other_slot in self.shared.get((path, slot), ()):
+            new = self.trials.quantizer(other_path, other_slot)
+            yield Change(f"the quantizer of {other_path} {other_slot}", new, None, ("tied weights differ",))
+
+    def try_stages(self, stages: tuple[str, ...]) -> None:
+        """Try post-training stages on the whole model."""
+        name = ", ".join(stages)
+        try:
+            after = self.trials.changed_copy(post_training(stages))
+        except (TorchQuantError, RuntimeError) as error:
+            self.failed.append((name, one_line(error)))
+            return
+        remedy = Remedy("", "", "", "", f"post-training {name}", None, stages, self.before, after)
+        if remedy.gain_db >= LEAST_GAIN:
+            self.remedies.append((remedy, None))
+
+    def advice(self) -> Advice:
+        """Return the remedies by falling gain, and those that gain together."""
+        ranked = sorted(self.remedies, key=lambda entry: -entry[0].gain_db)
+        kept, now, plan = [], self.before, self.plan
+        for remedy, change in ranked:
+            if change is None:
+                continue
+            former = self.trials.quantizer(remedy.path, remedy.slot)
+            self.trials.replace(remedy.path, remedy.slot, change.new)
+            after = self.trials.effect()
+            if _rise(now, after) < LEAST_GAIN:
+                self.trials.replace(remedy.path, remedy.slot, former)
+                continue
+            kept.append(remedy)
+            now = after
+            if plan is not None and remedy.spec is not None:
+                place = "weight" if remedy.slot not in ACTIVATIONS else remedy.slot
+                plan = plan.replace("" if remedy.path == "(root)" else remedy.path, **{place: remedy.spec})
+        return Advice(self.before, tuple(r for r, _ in ranked), tuple(kept), now, plan, tuple(self.failed))
+
+
+def _rise(before: Effect, after: Effect) -> float:
+    if math.isnan(after.sqnr_db) or before.sqnr_db == after.sqnr_db:
+        return 0.0
+    return after.sqnr_db - before.sqnr_db
