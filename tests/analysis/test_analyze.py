@@ -243,15 +243,15 @@ def test_facts_against_numpy() -> None:
 def test_a_stopped_analysis_goes_on_where_it_was(
     model: nn.Module, labelled: list[tuple[Tensor, Tensor]], analysis: Analysis, tmp_path: Path
 ) -> None:
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(done: int) -> None:
         if done == 2:
-            raise Stop
+            raise StopError
 
     options = {"loss": nn.functional.cross_entropy, "out": tmp_path}
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         analyze(model, labelled, on_batch=stop, **options)
     ran = Counter[int]()
 

@@ -136,7 +136,8 @@ def looked_at(fault: str) -> tuple[Analysis, Advice]:
     analysis = analyze(model, batches)
     advice = advise(model, batches, analysis, n_sites=2)
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     return analysis, advice
 
 
@@ -153,4 +154,5 @@ def test_planted_faults_are_named_first_and_the_remedy_helps(fault: str) -> None
     assert best.gain_db > 6.0
     assert best in advice.kept
     assert advice.together.sqnr_db >= best.after.sqnr_db
-    assert best.because in best.words and f"{best.after.sqnr_db:.1f} dB" in best.words
+    assert best.because in best.words
+    assert f"{best.after.sqnr_db:.1f} dB" in best.words

@@ -74,7 +74,9 @@ class Remedy:
         for name, share in (("agreement", True), ("metric", False), ("loss", False)):
             before, after = getattr(self.before, name), getattr(self.after, name)
             if before is not None and after is not None:
-                figures.append(f"{name} {before:.2%} -> {after:.2%}" if share else f"{name} {before:.4g} -> {after:.4g}")
+                figures.append(
+                    f"{name} {before:.2%} -> {after:.2%}" if share else f"{name} {before:.4g} -> {after:.4g}"
+                )
         why = f"{self.because}. " if self.because else ""
         return f"{self.name}: {why}Tried: {what}; {', '.join(figures)}"
 
@@ -88,7 +90,8 @@ class Advice(ShownAsTables):
     """The remedies that gained something, the best first.
 
     `together`: the effect with all remedies of `kept` at once, `before`: with none. `plan`: the plan of the model with
-    the specs of `kept`; None for a model without a plan. `failed`: name -> why a remedy could not be tried.
+    the specs of `kept`; None for a model without a plan. Post-training stages are no part of a plan: `stages` names
+    those that are kept, for `torchquant.ptq.run`. `failed`: (name, why) of remedies that could not be tried.
     """
 
     before: Effect
@@ -98,9 +101,16 @@ class Advice(ShownAsTables):
     plan: QuantPlan | None = field(default=None, repr=False)
     failed: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The post-training stages among the kept remedies."""
+        return tuple(stage for remedy in self.kept for stage in remedy.stages)
+
     def __str__(self) -> str:
         if not self.remedies:
-            return f"no remedy that was tried gained {LEAST_GAIN} dB; everything quantized: {decibel(self.before.sqnr_db)}"
+            return (
+                f"no remedy that was tried gained {LEAST_GAIN} dB; everything quantized: {decibel(self.before.sqnr_db)}"
+            )
         rows = [
             [r.name, r.cause, r.change, f"{r.gain_db:+.1f} dB", "yes" if r in self.kept else "no"]
             for r in self.remedies
@@ -115,14 +125,13 @@ class Advice(ShownAsTables):
         return {
             "before": self.before.to_dict(),
             "together": self.together.to_dict(),
+            "stages": list(self.stages),
             "remedies": [remedy.to_dict() | {"kept": remedy in self.kept} for remedy in self.remedies],
             "failed": [list(entry) for entry in self.failed],
         }
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `advice.json` into a folder, and `advised_plan.yaml` if the model has a plan. Returns the first path."""
-        if self.plan is not None:
-            self.plan.save(Path(folder) / "advised_plan.yaml")
+        """Write `advice.json` into a folder. Returns its path."""
         return write_json(Path(folder) / "advice.json", self.to_dict())
 
 
@@ -207,7 +216,7 @@ class _Adviser:
 
     def _try_slot(self, path: str, slot: str, findings: Sequence[Finding], sqnr_db: float) -> None:
         best: tuple[Remedy, Change] | None = None
-        lead = EQUAL
+        lead, old = EQUAL, self.trials.quantizer(path, slot)
         for change in self._changes(path, slot):
             try:
                 self.trials.show(path, slot, change.new)
@@ -216,8 +225,8 @@ class _Adviser:
             except (TorchQuantError, RuntimeError) as error:
                 self.failed.append((f"{path} {slot}: {change.what}", one_line(error)))
                 continue
-            cause = next((f for f in findings if f.cause in change.answers), next(iter(findings), None))
-            because = f"its SQNR is {decibel(sqnr_db)}" if cause is None else cause.words
+            cause = next((f for f in findings if f.cause in change.answers), None)
+            because = f"{old.n_bits} bits give it an SQNR of {decibel(sqnr_db)}" if cause is None else cause.words
             remedy = Remedy(
                 path, slot, cause.cause if cause else "", because, change.what, change.spec, (), self.before, after
             )
@@ -254,7 +263,7 @@ class _Adviser:
             self.remedies.append((remedy, None))
 
     def advice(self) -> Advice:
-        """Return the remedies by falling gain, and those that gain together."""
+        """Return the remedies by falling gain, and those that gain together; stages come after all quantizers."""
         ranked = sorted(self.remedies, key=lambda entry: -entry[0].gain_db)
         kept, now, plan = [], self.before, self.plan
         for remedy, change in ranked:
@@ -271,6 +280,12 @@ class _Adviser:
             if plan is not None and remedy.spec is not None:
                 place = "weight" if remedy.slot not in ACTIVATIONS else remedy.slot
                 plan = plan.replace("" if remedy.path == "(root)" else remedy.path, **{place: remedy.spec})
+        of_model = next((remedy for remedy, change in ranked if change is None), None)
+        if of_model is not None:
+            after = self.trials.changed_copy(post_training(of_model.stages)) if kept else of_model.after
+            if _rise(now, after) >= LEAST_GAIN:
+                kept.append(of_model)
+                now = after
         return Advice(self.before, tuple(r for r, _ in ranked), tuple(kept), now, plan, tuple(self.failed))
 
 

@@ -30,11 +30,17 @@ def _few_bits(facts: SlotFacts, typical_bits: float) -> str | None:
 
 
 def _clipped(facts: SlotFacts, typical_bits: float) -> str | None:
-    if facts.clipped < 1e-3 or facts.low is None or facts.high is None:
+    if facts.clip_noise < 0.5 or facts.low is None or facts.high is None:
         return None
+    ranges = (
+        ""
+        if facts.per_channel
+        else f"; the levels reach from {facts.low:.4g} to {facts.high:.4g}, the data from "
+        f"{facts.data_min:.4g} to {facts.data_max:.4g}"
+    )
     return (
-        f"{facts.clipped:.2%} of its values are clipped ({facts.below:.2%} below, {facts.above:.2%} above): the levels "
-        f"reach from {facts.low:.4g} to {facts.high:.4g}, the data from {facts.data_min:.4g} to {facts.data_max:.4g}"
+        f"{facts.clipped:.2%} of its values are clipped ({facts.below:.2%} below, {facts.above:.2%} above), which "
+        f"makes {facts.clip_noise:.0%} of its error{ranges}"
     )
 
 
@@ -132,11 +138,10 @@ CAUSES: dict[str, Callable[[SlotFacts, float], str | None]] = {
 
 
 def findings_of(slots: Sequence[SlotFacts], typical_bits: float) -> list[Finding]:
-    """Return what stands out at the slots of a site, the most telling cause first."""
-    found = [
-        (order, facts.sqnr_db, Finding(facts.path, facts.slot, cause, words))
-        for facts in slots
-        for order, (cause, tell) in enumerate(CAUSES.items())
+    """Return what stands out at the slots of a site: the slot of lowest SQNR first, the most telling cause first."""
+    return [
+        Finding(facts.path, facts.slot, cause, words)
+        for facts in sorted(slots, key=lambda facts: facts.sqnr_db)
+        for cause, tell in CAUSES.items()
         if (words := tell(facts, typical_bits)) is not None
     ]
-    return [finding for _, _, finding in sorted(found, key=lambda entry: entry[:2])]

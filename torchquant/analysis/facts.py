@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,9 +28,9 @@ class SlotFacts:
     """What the quantizer of one slot does to the tensors that it gets. Shares are 0..1; None: it does not apply.
 
     `sqnr_db`: of the tensor itself. `low`, `high`: lowest and highest level of all channels; `data_min`, `data_max`:
-    of the data. `below`, `above`: shares beyond the levels by more than half a step. `used`: levels that occur, of
-    `n_codes`; `entropy`: of the codes, bits; `first`, `top`: shares of the lowest and of the most used level; `mode`:
-    that level. `kurtosis`: fourth moment over the squared variance, 3 for a normal distribution.
+    of the data. `below`, `above`: shares beyond the levels by more than half a step; `clip_noise`: the share of the
+    error that is theirs. `used`: levels that occur, of `n_codes`; `entropy`: of the codes, bits; `first`, `top`: shares
+    of the lowest and of the most used level; `mode`: that level. `kurtosis`: fourth moment over the squared variance, 3 for a normal distribution.
     `channel_ratio`: absolute maximum of the largest channel over that of the median channel; `channel`: its number.
     `killed`: channels that have one value after quantization and several before; `dead`: that have one value before.
     `call_ratio`: of a module that is called several times, the largest range of a call over the smallest.
@@ -51,6 +52,7 @@ class SlotFacts:
     high: float | None = None
     below: float = 0.0
     above: float = 0.0
+    clip_noise: float = 0.0
     used: int | None = None
     n_codes: int | None = None
     entropy: float | None = None
@@ -108,8 +110,8 @@ class SlotSum:
 
     def __init__(self, path: str, slot: str, module: QModule, quantizer: Quantizer) -> None:
         self.path, self.slot, self.module, self.quantizer = path, slot, module, quantizer
-        self.sums: Counter[str] = Counter()
-        self.counts: Counter[float] = Counter()
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.counts: Counter[int] = Counter()
         self.low, self.high = math.inf, -math.inf
         self.channels: list[Tensor] = []
         self.calls: list[float] = []
@@ -186,8 +188,10 @@ class SlotSum:
             return
         half = (high - low) / max(2 * (last - first), 1)
         self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
-        self.sums["below"] += float((real < low - half).sum())
-        self.sums["above"] += float((real > high + half).sum())
+        below, above = real < low - half, real > high + half
+        self.sums["below"] += float(below.sum())
+        self.sums["above"] += float(above.sum())
+        self.sums["clip_noise"] += float((levels - real).double().square().mul(below | above).sum())
         self.sums["n_codes"] = last - first + 1
         if last - first < MOST_CODES:
             codes = (quantizer.encode(levels).flatten() - first).cpu()
@@ -201,7 +205,7 @@ class SlotSum:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the result of `state`."""
-        self.sums, self.counts = Counter(state["sums"]), Counter(state["counts"])
+        self.sums, self.counts = defaultdict(float, state["sums"]), Counter(state["counts"])
         for name in _PLAIN:
             setattr(self, name, state[name])
 
@@ -224,6 +228,7 @@ class SlotSum:
         if sums["n_codes"]:
             found |= {"low": self.low, "high": self.high, "n_codes": int(sums["n_codes"])}
             found |= {"below": sums["below"] / n, "above": sums["above"] / n}
+            found["clip_noise"] = sums["clip_noise"] / sums["noise"] if sums["noise"] else 0.0
         if total := sum(self.counts.values()):
             shares = [count / total for count in self.counts.values()]
             top = max(self.counts, key=self.counts.__getitem__)
@@ -236,6 +241,7 @@ class SlotSum:
             }
         if len(self.calls) > 1 and min(self.calls) > 0 and not self.slot_is_weight:
             found["call_ratio"] = max(self.calls) / min(self.calls)
+        found |= _of_layer(self.module, self.slot, self.largest_output) if self.slot_is_weight else {}
         return SlotFacts(
             self.path,
             self.slot,
@@ -245,7 +251,6 @@ class SlotSum:
             int(sums["elements"]),
             ratio_db(sums["signal"], sums["noise"]),
             **found,
-            **(_of_layer(self.module, self.slot, self.largest_output) if self.slot_is_weight else {}),
         )
 
     def _level(self, code: int) -> float | None:
@@ -254,7 +259,7 @@ class SlotSum:
         return float(self.quantizer.code_values().flatten()[code])
 
 
-def _kurtosis(sums: Counter[str], n: float) -> float | None:
+def _kurtosis(sums: Mapping[str, float], n: float) -> float | None:
     mean, second, third, fourth = (sums[f"x{power}"] / n for power in (1, 2, 3, 4))
     variance = second - mean**2
     if variance <= 0:

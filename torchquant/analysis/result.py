@@ -18,6 +18,7 @@ from torchquant.errors import ConfigError, one_line
 
 FORMAT = 1
 FILE = "analysis.json"
+HEADER = ("site", "what", "alone", "kl", "agreement", "all but it", "added", "inherited", "bits")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class SiteAnalysis:
             data["what"],
             Effect.from_dict(data["alone"]),
             Effect.from_dict(data["all_but"]),
-            *(exact if data[name] is None else data[name] for name in ("added_db", "inherited_db")),
+            exact if data["added_db"] is None else data["added_db"],
+            exact if data["inherited_db"] is None else data["inherited_db"],
             tuple(SlotFacts.from_dict(slot) for slot in data["slots"]),
         )
 
@@ -115,22 +117,16 @@ class Analysis(ShownAsTables):
 
     def shared(self) -> dict[tuple[str, str], tuple[tuple[str, str], ...]]:
         """Return (path, slot) of each weight that other slots quantize differently -> these slots."""
-        return {
-            (facts.path, facts.slot): facts.tied_to
-            for site in self.sites
-            for facts in site.slots
-            if facts.tied_to
-        }
+        return {(facts.path, facts.slot): facts.tied_to for site in self.sites for facts in site.slots if facts.tied_to}
 
     def typical_bits(self) -> float:
         """Return the median width of the quantizers."""
         widths = sorted(facts.n_bits for site in self.sites for facts in site.slots if facts.n_bits is not None)
         return widths[len(widths) // 2] if widths else 0
 
-    def table(self) -> str:
-        """Return a table with one line per site, the worst first."""
-        header = ["site", "what", "alone", "kl", "agreement", "all but it", "added", "inherited", "bits"]
-        rows = [
+    def rows(self) -> list[list[str]]:
+        """Return one row of text per site, the worst first, in the columns of `HEADER`."""
+        return [
             [
                 site.path,
                 site.what,
@@ -141,7 +137,16 @@ class Analysis(ShownAsTables):
             ]
             for site in self.worst()
         ]
-        return text_table(header, rows)
+
+    def table(self) -> str:
+        """Return a table with one line per site, the worst first."""
+        return text_table(HEADER, self.rows())
+
+    def worst_table(self, most: int) -> tuple[list[str], list[list[str]], str]:
+        """Return header, rows and a note of a table of at most so many of the worst sites."""
+        rows = self.rows()
+        note = f"the {most} worst of {len(rows)} sites" if len(rows) > most else ""
+        return list(HEADER), rows[:most], note
 
     def slots_table(self) -> str:
         """Return a table with one line per slot."""
@@ -187,7 +192,7 @@ class Analysis(ShownAsTables):
         """List the changes from this analysis to `other`, the largest loss of SQNR first."""
         found = Changes()
         ours, theirs = ({site.path: site.alone for site in a.sites} for a in (self, other))
-        pairs = [("(whole)", self.whole, other.whole)]
+        pairs: list[tuple[str, Effect | None, Effect | None]] = [("(whole)", self.whole, other.whole)]
         pairs += [(path, ours.get(path), theirs.get(path)) for path in dict.fromkeys([*ours, *theirs])]
         for path, before, after in pairs:
             for entry in fields(Effect):

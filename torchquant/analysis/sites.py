@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchquant.analysis.effects import ratio_db
@@ -31,7 +30,7 @@ class SiteSums:
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = {module: path for path, module in qmodules(model) if module.quantizers()}
-        self.errors: dict[nn.Module, Counter[str]] = {module: Counter() for module in self.paths}
+        self.errors = {module: defaultdict[str, float](float) for module in self.paths}
         self.slots = {
             quantizer: SlotSum(path or "(root)", slot, module, quantizer)
             for module, path in self.paths.items()
@@ -79,9 +78,9 @@ class SiteSums:
             largest = float(got.abs().max()) if got.numel() else 0.0
             for quantizer in module.quantizers().values():
                 self.slots[quantizer].largest_output = max(self.slots[quantizer].largest_output, largest)
-        sums["calls"] = max(sums["calls"], number + 1)
+        sums["calls"] = max(sums["calls"], number + 1.0)
 
-    def decibels(self, module: nn.Module, which: str) -> float | None:
+    def decibels(self, module: QModule, which: str) -> float | None:
         """Return the SQNR of the module's output with the "added", "inherited" or "total" error; None if never run."""
         sums = self.errors[module]
         return ratio_db(sums["signal"], sums[which]) if sums["calls"] else None

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torchquant.utils import qmodule_state, qmodules
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: its inputs, targets (None without), the batch as it was given, and what the float model makes of it."""
+    """One batch: inputs, targets (None without), the batch as it was given, and the float model's output."""
 
     inputs: Any
     targets: Any

@@ -1,0 +1,137 @@
+"""Analyze the quantized model of a run, or one made anew, into a folder: `torchquant analyze`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchquant.analysis import Advice, Analysis, advise, analyze
+from torchquant.analysis.report import advice_section, analysis_sections
+from torchquant.errors import ConfigError
+from torchquant.report import Code, Page, Section
+from torchquant.runs.console import NullProgress
+from torchquant.runs.contents import contents_of, pinned
+from torchquant.runs.data import TrainingData
+from torchquant.runs.export import load_run
+from torchquant.runs.folder import CONTENTS, claimed
+from torchquant.runs.quantize import JobConfig, run_job
+from torchquant.runs.settings import (
+    argument,
+    check_at_least,
+    check_types,
+    checkpoint_option,
+    data_option,
+    option,
+    seed_option,
+    words_of,
+)
+
+__all__ = ["AnalyzeConfig", "Analyzed", "run_analysis"]
+
+BATCH = 64
+MADE = ("analysis.progress.pt", "analysis.json", "advice.json")
+"""Files from which a later run with the same settings goes on."""
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """The settings of `torchquant analyze`.
+
+    `target`: the folder of a finished `torchquant quantize` or `search` run, or a model as in `JobConfig`, which is
+    quantized with `rules` into the folder `run` of the output first. `images`: of the test data. `sites`: for how many
+    of the worst sites remedies are tried, 0 for none. `apply`: write the plan with the kept remedies. The others as in
+    `JobConfig`; of a run's folder they are known. Raises ConfigError.
+    """
+
+    target: str = argument("The folder of a run, or a model: a name of torchvision or timm, demo, or file.py:function.")
+    rules: str = option("w8a8", "Of a model: a rule set (w8a8, w4a4-lsq, ...), or a YAML file.")
+    data: str = data_option()
+    checkpoint: str | None = checkpoint_option()
+    float_epochs: int = option(30, "Of a model: epochs of float training; 0: none.")
+    images: int = option(256, "Test images to analyze on.")
+    sites: int = option(5, "Worst sites for which remedies are tried; 0: none.")
+    apply: bool = option(False, "Write advised_plan.yaml, the plan with the remedies that help together.")
+    seed: int = seed_option()
+    contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_at_least(self, images=1, sites=0, float_epochs=0)
+        if self.apply and not self.sites:
+            raise ConfigError("apply writes the plan with the remedies that help, but sites 0 tries none")
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the target is the folder of a run."""
+        return Path(self.target).is_dir()
+
+    def job(self) -> JobConfig:
+        """Return the settings of the run that quantizes a model."""
+        return JobConfig(self.target, self.rules, self.data, "ptq", self.checkpoint, self.float_epochs, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Analyzed:
+    """The analysis, and the advice if remedies were tried."""
+
+    analysis: Analysis
+    advice: Advice | None
+
+
+def run_analysis(config: AnalyzeConfig, out: str | os.PathLike[str], show: NullProgress | None = None) -> Analyzed:
+    """Analyze and write `analysis.json`, `sites.csv`, `slots.csv`, `advice.json` and `report.html` into `out`.
+
+    A run that was stopped goes on after the last batch. Raises ConfigError, also if `out` holds another analysis.
+    """
+    with show or NullProgress() as shown:
+        run = Path(config.target)
+        found = contents_of([str(run / "quantized.pt")], [], config.target) if config.is_run else {}
+        settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
+        with claimed(Path(out) / "analyze.json", settings, "another analysis", "one", MADE, shown.message) as folder:
+            if not config.is_run:
+                run = folder / "run"
+                run_job(config.job(), run)
+            model, data, _ = load_run(run)
+            return _run(model, data, config, folder, shown)
+
+
+def _run(model: nn.Module, data: TrainingData, config: AnalyzeConfig, out: Path, shown: NullProgress) -> Analyzed:
+    batches = list(_batches(data, config.images))
+    shown.start(len(batches) + (1.0 if config.sites else 0.0))
+    options: dict[str, Any] = {"loss": F.cross_entropy, "with_targets": True}
+    analysis = analyze(model, batches, out=out, on_batch=lambda n: shown.advance(1.0, f"batch {n}"), **options)
+    advice = None
+    if config.sites:
+        shown.advance(0.0, "trying remedies")
+        advice = advise(model, batches, analysis, n_sites=config.sites, on_batch=lambda n: None, **options)
+        advice.save(out)
+        if config.apply:
+            if advice.plan is None:
+                raise ConfigError(f"{type(model).__name__} has no plan to write the remedies into")
+            advice.plan.save(out / "advised_plan.yaml")
+        shown.advance(1.0, "done")
+    write_report(config, analysis, advice, out)
+    return Analyzed(analysis, advice)
+
+
+def _batches(data: TrainingData, n_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels = data.test_images[:n_images], data.test_labels[:n_images]
+    return zip(images.split(BATCH), labels.split(BATCH), strict=True)
+
+
+def write_report(config: AnalyzeConfig, analysis: Analysis, advice: Advice | None, out: Path) -> Path:
+    """Write report.html."""
+    command = " ".join(["torchquant analyze", shlex.quote(config.target), *words_of(config), "--out", str(out)])
+    sections = [
+        *analysis_sections(analysis),
+        *([advice_section(advice)] if advice is not None else []),
+        Section("Run it again", [Code(command)]),
+    ]
+    return Page(f"Analysis of {config.target}", sections).write(out / "report.html")
