@@ -94,8 +94,7 @@ class EffectSum:
         wanted, got = (first_real(value) for value in (reference, output))
         if wanted.shape != got.shape:
             raise ConfigError(f"the model gives {tuple(got.shape)} where the float model gives {tuple(wanted.shape)}")
-        real, noise = wanted.double(), got.double() - wanted.double()
-        self._add(signal=float(real.square().sum()), noise=float(noise.square().sum()))
+        self._add(signal=energy(wanted), noise=energy(got - wanted))
         if (axis := judge.classes(wanted, targets)) is not None:
             p, q = (value.double().log_softmax(axis) for value in (wanted, got))
             agree = (wanted.argmax(axis) == got.argmax(axis)).double()
@@ -122,6 +121,11 @@ class EffectSum:
         return Effect(
             sqnr_db, mean("kl", "predictions"), agreement, mean("metric", "samples"), mean("loss", "loss_samples")
         )
+
+
+def energy(x: Tensor) -> float:
+    """Return the sum of squares, added up in float64."""
+    return float(x.square().sum(dtype=torch.float64))
 
 
 def ratio_db(signal: float, noise: float) -> float:

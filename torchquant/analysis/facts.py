@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.analysis.effects import ratio_db
+from torchquant.analysis.effects import energy, ratio_db
 from torchquant.errors import TorchQuantError
 from torchquant.qmodule import QModule
 from torchquant.quantizers import Quantizer
@@ -30,13 +30,12 @@ class SlotFacts:
     `sqnr_db`: of the tensor itself. `low`, `high`: lowest and highest level of all channels; `data_min`, `data_max`:
     of the data. `below`, `above`: shares beyond the levels by more than half a step; `clip_noise`: the share of the
     error that is theirs. `used`: levels that occur, of `n_codes`; `entropy`: of the codes, bits; `first`, `top`: shares
-    of the lowest and of the most used level; `mode`: that level. `kurtosis`: fourth moment over the squared variance, 3 for a normal distribution.
-    `channel_ratio`: absolute maximum of the largest channel over that of the median channel; `channel`: its number.
-    `killed`: channels that have one value after quantization and several before; `dead`: that have one value before.
-    `call_ratio`: of a module that is called several times, the largest range of a call over the smallest.
-    `tied_to`: path and slot of other quantizers of the same weight, with other numbers.
-    `bn_ratio`: largest factor of a folded batch norm over the median. `bias_ratio`: the largest bias over the
-    largest output.
+    of the lowest and of the most used level; `mode`: that level. `kurtosis`: fourth moment over the squared variance, 3
+    for a normal distribution. `channel_ratio`: absolute maximum of the largest channel over that of the median one;
+    `channel`: its number. `killed`: channels that have one value after quantization and several before; `dead`: that
+    have one value before. `call_ratio`: of a module that is called several times, the largest range of a call over the
+    smallest. `tied_to`: path and slot of other quantizers of the same weight, with other numbers. `bn_ratio`: largest
+    factor of a folded batch norm over the median. `bias_ratio`: the largest bias over the largest output.
     """
 
     path: str
@@ -132,9 +131,9 @@ class SlotSum:
         self._add_channels(x, quantized)
         is_whole = x.numel() <= SAMPLE or self.is_per_channel or self.slot_is_weight
         real, levels = (x, quantized) if is_whole else (self._sample(x), self._sample(quantized))
-        wide, noise = real.double(), levels.double() - real.double()
-        self.sums["signal"] += float(wide.square().sum())
-        self.sums["noise"] += float(noise.square().sum())
+        wide = real.double()
+        self.sums["signal"] += energy(real)
+        self.sums["noise"] += energy(levels - real)
         for power in (1, 2, 3, 4):
             self.sums[f"x{power}"] += float(wide.pow(power).sum())
         self.sums["sampled"] += real.numel()
@@ -191,7 +190,7 @@ class SlotSum:
         below, above = real < low - half, real > high + half
         self.sums["below"] += float(below.sum())
         self.sums["above"] += float(above.sum())
-        self.sums["clip_noise"] += float((levels - real).double().square().mul(below | above).sum())
+        self.sums["clip_noise"] += energy((levels - real) * (below | above))
         self.sums["n_codes"] = last - first + 1
         if last - first < MOST_CODES:
             codes = (quantizer.encode(levels).flatten() - first).cpu()

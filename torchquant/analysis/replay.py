@@ -19,6 +19,16 @@ Kept = tuple[Any, list[tuple[Tensor, int]]]
 OnCall = Callable[[nn.Module, int, Callable[[], Any], Any], object]
 
 
+def kept_now(result: Any) -> Kept:
+    """Return the result with the present versions of its tensors."""
+    return result, [(t, t._version) for t in tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def is_unchanged(kept: Kept | None) -> bool:
+    """Tell whether no tensor of a kept result was written to since."""
+    return kept is not None and all(tensor._version == version for tensor, version in kept[1])
+
+
 class Replay:
     """The calls of the modules of a model on one batch, with their results.
 
@@ -33,6 +43,7 @@ class Replay:
         self._kept: dict[tuple[nn.Module, int], Kept] = {}
         self._counts: Counter[nn.Module] = Counter()
         self._start: nn.Module | None = None
+        self._known: Kept | None = None
         self._is_recording = False
         self._on_call: OnCall | None = None
         self.n_skipped = 0
@@ -51,7 +62,8 @@ class Replay:
         finally:
             for part in self._parts:
                 del part.__dict__["_call_impl"]
-            self._start, self._is_recording, self._on_call = None, False, None
+            self._start = self._known = self._on_call = None
+            self._is_recording = False
 
     def record(self, run: Callable[[], Any], on_call: OnCall | None = None) -> Any:
         """Run the model and keep the result of every call; `on_call(part, number, again, result)` after each of them.
@@ -62,12 +74,16 @@ class Replay:
         self._is_recording, self._on_call = True, on_call
         with self._watching():
             result = run()
-        self._kept = {call: kept for call, kept in self._kept.items() if all(t._version == v for t, v in kept[1])}
+        self._kept = {call: kept for call, kept in self._kept.items() if is_unchanged(kept)}
         return result
 
-    def again(self, module: nn.Module, run: Callable[[], Any]) -> Any:
-        """Run the model; compute only from the first call of `module`, or of the part that holds it, on."""
+    def again(self, module: nn.Module, run: Callable[[], Any], known: Kept | None = None) -> Any:
+        """Run the model; compute only from the first call of `module`, or of the part that holds it, on.
+
+        known: what the first call of `module` returns now, if that is known; it is not run then.
+        """
         self._start, self.n_skipped = self.part_with(module), 0
+        self._known = known if self._start is module and is_unchanged(known) else None
         with self._watching():
             return run()
 
@@ -89,13 +105,15 @@ class Replay:
         self._counts[part] += 1
         if part is self._start:
             self._start = None
+            if self._known is not None:
+                return self._known[0]
         if self._start is not None and (kept := self._kept.get((part, number))) is not None:
             self.n_skipped += 1
             return kept[0]
         again = partial(type(part)._call_impl, part, *args, **kwargs)
         result = again()
         if self._is_recording:
-            self._kept[part, number] = result, [(t, t._version) for t in tree_leaves(result) if isinstance(t, Tensor)]
+            self._kept[part, number] = kept_now(result)
         if self._on_call is not None:
             self._on_call(part, number, again, result)
         return result

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchquant.analysis.effects import ratio_db
+from torchquant.analysis.effects import energy, ratio_db
 from torchquant.analysis.facts import SlotFacts, SlotSum
-from torchquant.analysis.replay import Replay
+from torchquant.analysis.replay import Kept, Replay, kept_now
 from torchquant.graph.called import tensors_in
 from torchquant.graph.cost import agree
 from torchquant.qmodule import QModule, QModuleState, WeightSlot
@@ -37,6 +37,8 @@ class SiteSums:
             for slot, quantizer in module.quantizers().items()
         }
         self.tied = _tied(model)
+        self.own_results: dict[nn.Module, Kept] = {}
+        """What each module makes of its quantized inputs in float, in its first call on the current batch."""
 
     @contextmanager
     def watching(self, is_first: bool) -> Iterator[None]:
@@ -67,21 +69,22 @@ class SiteSums:
             own = again()
         finally:
             module.state = state
+        if number == 0:
+            self.own_results[module] = kept_now(own)
         sums = self.errors[module]
         for y, inherited, got in zip(*map(_reals, (reference, own, result)), strict=False):
             if y.shape != got.shape:
                 continue
-            sums["signal"] += float(y.double().square().sum())
-            sums["added"] += float((got.double() - inherited.double()).square().sum())
-            sums["inherited"] += float((inherited.double() - y.double()).square().sum())
-            sums["total"] += float((got.double() - y.double()).square().sum())
+            sums["signal"] += energy(y)
+            sums["added"] += energy(got - inherited)
+            sums["inherited"] += energy(inherited - y)
             largest = float(got.abs().max()) if got.numel() else 0.0
             for quantizer in module.quantizers().values():
                 self.slots[quantizer].largest_output = max(self.slots[quantizer].largest_output, largest)
         sums["calls"] = max(sums["calls"], number + 1.0)
 
     def decibels(self, module: QModule, which: str) -> float | None:
-        """Return the SQNR of the module's output with the "added", "inherited" or "total" error; None if never run."""
+        """Return the SQNR of the module's output with the "added" or the "inherited" error; None if never run."""
         sums = self.errors[module]
         return ratio_db(sums["signal"], sums[which]) if sums["calls"] else None
 
