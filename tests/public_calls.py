@@ -516,6 +516,29 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "to_integer": on_model(example_inputs=X, rounding="ort", keep_signed=False, as_exported=False),
     },
     "torchquant.analysis": {
+        "analyze": on_model(
+            batches=BATCHES,
+            metric=None,
+            loss=None,
+            with_targets=True,
+            out=None,
+            max_batches=1,
+            device="cpu",
+            on_batch=None,
+            show_progress=False,
+        ),
+        "advise": on_model(
+            batches=BATCHES,
+            analysis=None,
+            metric=None,
+            loss=None,
+            with_targets=True,
+            max_batches=1,
+            device="cpu",
+            n_sites=1,
+            on_batch=None,
+            show_progress=False,
+        ),
         "layer_errors": on_model(x=X, n_samples=100),
         "sqnr": lambda: {"x": X, "x_hat": X + 0.1},
         "weight_bytes": on_model(),
@@ -620,6 +643,7 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
         address: {ELSEWHERE: tuple(importlib.import_module(address).__all__)}
         for address in (
             "torchquant.cli",
+            "torchquant.runs.analyze",
             "torchquant.runs.demo",
             "torchquant.runs.export",
             "torchquant.runs.ptq",
@@ -647,7 +671,12 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
             *("IntegerModel", "Lowered", "OutputRow", "SiteParity"),
         )
     },
-    "torchquant.analysis": {RECORD: ("LayerError", "SiteError", "WeightBytes")},
+    "torchquant.analysis": {
+        RECORD: (
+            *("Advice", "Analysis", "Effect", "Finding", "LayerError", "Remedy", "SiteAnalysis", "SiteError"),
+            *("SlotFacts", "WeightBytes"),
+        )
+    },
     "torchquant.models": {"its package makes nets of millions of weights": ("FusedEfficientNet",)},
     "torchquant.ptq": {
         RECORD: (

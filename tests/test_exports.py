@@ -88,7 +88,8 @@ PUBLIC: dict[str, list[str]] = {
         "TorchQuantError", "UnknownNameError", "UnobservedRangeError", "UnsupportedPatternError",
     ],
     "torchquant.analysis": [
-        "LayerError", "SiteError", "WeightBytes", "layer_errors", "sqnr", "weight_bytes",
+        "Advice", "Analysis", "Effect", "Finding", "LayerError", "Remedy", "SiteAnalysis", "SiteError", "SlotFacts",
+        "WeightBytes", "advise", "analyze", "layer_errors", "sqnr", "weight_bytes",
     ],
     "torchquant.cli": [
         "build_app", "main",
@@ -139,6 +140,7 @@ PUBLIC: dict[str, list[str]] = {
         "find_recipe", "make_stage", "preview", "quantized_cache", "run",
     ],
     "torchquant.runs.ptq": ["PTQConfig", "PTQResult", "preview_ptq", "run_ptq"],
+    "torchquant.runs.analyze": ["AnalyzeConfig", "Analyzed", "run_analysis"],
     "torchquant.runs.demo": [
         "DemoConfig", "DemoResult", "OnnxResult", "SCHEMES", "Scheme", "SchemeResult", "run_demo",
     ],

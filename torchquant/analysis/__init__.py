@@ -3,7 +3,7 @@
 from torchquant.analysis.advice import Advice as Advice
 from torchquant.analysis.advice import Remedy as Remedy
 from torchquant.analysis.advice import advise as advise
-from torchquant.analysis.analyze import analyze as analyze
+from torchquant.analysis.analyzer import analyze as analyze
 from torchquant.analysis.causes import Finding as Finding
 from torchquant.analysis.effects import Effect as Effect
 from torchquant.analysis.errors import LayerError as LayerError

@@ -15,7 +15,7 @@ from torch import nn
 from torchquant._arguments import checked
 from torchquant._files import write_json
 from torchquant._tables import ShownAsTables, text_table
-from torchquant.analysis.analyze import analyze
+from torchquant.analysis.analyzer import analyze
 from torchquant.analysis.causes import Finding, findings_of
 from torchquant.analysis.effects import Effect, Judge, Loss, decibel
 from torchquant.analysis.remedies import Change, changes_for
@@ -30,7 +30,7 @@ from torchquant.training.evaluation import Metric
 LEAST_GAIN = 0.1
 """A remedy gains at least so many dB."""
 EQUAL = 0.2
-"""Of remedies whose gains differ by less, the simplest is advised."""
+"""The simplest of several remedies is advised if their gains differ by fewer dB."""
 AIMED = 3.0
 """A remedy for what stands out most at a slot is advised unless another one gains so many dB more."""
 STAGES = (("cle",), ("bias_correction",))

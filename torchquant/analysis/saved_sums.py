@@ -1,4 +1,4 @@
-"""The sums of an analysis in a folder, so that a killed one goes on where it was."""
+"""The sums of an analysis in a folder, so that a killed one resumes after the last batch."""
 
 from __future__ import annotations
 
