@@ -1,7 +1,8 @@
-"""Numbers with units as text: 40kB, 2 GiB, 5ms."""
+"""Numbers with units, also as text: 40kB, 2 GiB, 5ms, dB."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -25,6 +26,17 @@ SIZES: Mapping[str, float] = {
     "GiB": 2.0**30,
 }
 UNITS: Mapping[str, float] = {**SIZES, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return the ratio of two sums of squares in dB; inf without noise, -inf for noise without a signal.
+
+    >>> decibels(100.0, 1.0)
+    20.0
+    """
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan
 
 
 def bytes_of(value: object, what: str) -> int:

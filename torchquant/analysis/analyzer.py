@@ -223,8 +223,8 @@ class _Analyzer:
                 self._what(path, module),
                 self._effect(ALONE, path),
                 self._effect(ALL_BUT, path),
-                self.facts.decibels(module, "added"),
-                self.facts.decibels(module, "inherited"),
+                self.facts.sqnr_db(module, "added"),
+                self.facts.sqnr_db(module, "inherited"),
                 self.facts.facts(module),
             )
             for path, module in self.sites.items()

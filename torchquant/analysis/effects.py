@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import one_number
+from torchquant._units import decibels
 from torchquant.errors import ConfigError
 from torchquant.graph.called import first_real
 from torchquant.training.evaluation import Metric, summed, top1
@@ -116,7 +117,7 @@ class EffectSum:
         def mean(name: str, count: str) -> float | None:
             return self.sums[name] / self.sums[count] if self.sums.get(count) else None
 
-        sqnr_db = ratio_db(self.sums.get("signal", 0.0), self.sums.get("noise", 0.0))
+        sqnr_db = decibels(self.sums.get("signal", 0.0), self.sums.get("noise", 0.0))
         agreement = mean("agree", "predictions")
         return Effect(
             sqnr_db, mean("kl", "predictions"), agreement, mean("metric", "samples"), mean("loss", "loss_samples")
@@ -126,14 +127,3 @@ class EffectSum:
 def energy(x: Tensor) -> float:
     """Return the sum of squares, added up in float64."""
     return float(x.square().sum(dtype=torch.float64))
-
-
-def ratio_db(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise); inf without noise, -inf for noise on nothing.
-
-    >>> ratio_db(100.0, 1.0)
-    20.0
-    """
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchquant._arguments import checked
 from torchquant._modes import in_mode
+from torchquant._units import decibels
 from torchquant.errors import ConfigError
 from torchquant.graph.called import tensors_in
 from torchquant.graph.recording import call_with
@@ -81,17 +82,6 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
     real = x.detach().to(torch.float64)
     noise = float((real - x_hat.detach().to(torch.float64)).square().sum())
     return decibels(float(real.square().sum()), noise)
-
-
-def decibels(signal: float, noise: float) -> float:
-    """Return the ratio of two sums of squares in dB; inf without noise, -inf for noise without a signal.
-
-    >>> decibels(100.0, 1.0)
-    20.0
-    """
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan
 
 
 @checked

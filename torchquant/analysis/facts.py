@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.analysis.effects import energy, ratio_db
+from torchquant._units import decibels
+from torchquant.analysis.effects import energy
 from torchquant.errors import TorchQuantError
 from torchquant.qmodule import QModule
 from torchquant.quantizers import Quantizer
@@ -248,7 +249,7 @@ class SlotSum:
             getattr(self.quantizer, "n_bits", None),
             self.is_per_channel,
             int(sums["elements"]),
-            ratio_db(sums["signal"], sums["noise"]),
+            decibels(sums["signal"], sums["noise"]),
             **found,
         )
 

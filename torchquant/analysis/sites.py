@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchquant.analysis.effects import energy, ratio_db
+from torchquant._units import decibels
+from torchquant.analysis.effects import energy
 from torchquant.analysis.facts import SlotFacts, SlotSum
 from torchquant.analysis.replay import Kept, Replay, kept_now
 from torchquant.graph.called import tensors_in
@@ -83,10 +84,10 @@ class SiteSums:
                 self.slots[quantizer].largest_output = max(self.slots[quantizer].largest_output, largest)
         sums["calls"] = max(sums["calls"], number + 1.0)
 
-    def decibels(self, module: QModule, which: str) -> float | None:
+    def sqnr_db(self, module: QModule, which: str) -> float | None:
         """Return the SQNR of the module's output with the "added" or the "inherited" error; None if never run."""
         sums = self.errors[module]
-        return ratio_db(sums["signal"], sums[which]) if sums["calls"] else None
+        return decibels(sums["signal"], sums[which]) if sums["calls"] else None
 
     def facts(self, module: QModule) -> tuple[SlotFacts, ...]:
         """Return the facts of the slots of a module that saw data."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchquant.analysis.errors import decibels
+from torchquant._units import decibels
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import WeightSlot
