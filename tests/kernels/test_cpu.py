@@ -195,6 +195,6 @@ def test_gradient_has_a_gradient() -> None:
 def test_layout_of_bits_is_that_of_memory(cpu_kernels: Kernels) -> None:
     x = hard(IMAGES).contiguous(memory_format=torch.channels_last)
     assert is_channels_last(x)
-    _, bits = cpu_kernels["uniform", x.dtype](x, torch.tensor(0.1), -8, 7, None, None, True)
-    _, rows = cpu_kernels["uniform", x.dtype](x.permute(0, 2, 3, 1), torch.tensor(0.1), -8, 7, None, None, True)
+    _, bits = cpu_kernels["uniform", x.dtype](x, torch.tensor(0.1), -8, 7, wants_inside=True)
+    _, rows = cpu_kernels["uniform", x.dtype](x.permute(0, 2, 3, 1), torch.tensor(0.1), -8, 7, wants_inside=True)
     assert torch.equal(bits, rows)

@@ -95,6 +95,12 @@ static inline void pack(const F* flags, uint8_t* bits, int64_t n) {
     }
 }
 
+// The smaller, or larger, of two numbers; NaN if one is.
+template <typename T>
+static inline T lesser(T held, T x) { return (x < held) | (x != x) ? x : held; }
+template <typename T>
+static inline T greater(T held, T x) { return (x > held) | (x != x) ? x : held; }
+
 // A number of each channel: n of them, 1 for all channels, or a plain one.
 template <typename T>
 struct Number {
@@ -118,9 +124,6 @@ struct Rows {
     Rows(const Rows&) = delete;
     bool is_missing() const { return all == nullptr; }
     T* operator[](int64_t row) { return all + row * channels; }
-    void fill(int64_t row, Number<T> number) {
-        for (int64_t c = 0; c < channels; ++c) all[row * channels + c] = number.of(c);
-    }
 };
 
 // A tensor in the order of memory: `outer` times `channels` times `inner`; channels 1 if its numbers are of all of it.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant.kernels._bounds import Clamp
 from torchquant.kernels._build import built
 
 FLOATS = (torch.float32, torch.float64)
@@ -22,8 +23,9 @@ HALVES = (torch.float16, torch.bfloat16)
 LEAST_FOR_THREADS = 1 << 16
 POINTER, COUNT, REAL, FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 NUMBER, WALK = (POINTER, COUNT, REAL), 3 * (COUNT,)
-"""The types of what `number` and `parts` return."""
+"""The types of what `kept` and `parts` return."""
 NONE = math.nan
+OPEN = (NONE, NONE)
 Number = Tensor | float
 
 
@@ -90,12 +92,14 @@ def parts(x: Tensor, *numbers: Number) -> tuple[int, int, int] | None:
 
     Numbers are () or vary along one axis of x.
     """
+    varying = [n for n in numbers if isinstance(n, Tensor) and n.ndim]
+    if not varying:
+        return 1, 1, x.numel()
     sizes: dict[int, int] = {}
-    for n in numbers:
-        if isinstance(n, Tensor) and n.ndim:
-            if n.ndim > x.ndim:
-                return None
-            sizes.update({x.ndim - n.ndim + i: size for i, size in enumerate(n.shape) if size != 1})
+    for n in varying:
+        if n.ndim > x.ndim:
+            return None
+        sizes.update({x.ndim - n.ndim + i: size for i, size in enumerate(n.shape) if size != 1})
     if not sizes:
         return 1, 1, x.numel()
     (axis, size), *others = sizes.items()
@@ -124,66 +128,73 @@ def _row(number: Tensor, n: int) -> Tensor:
     return number if is_row else number.reshape(-1).expand(n).contiguous()
 
 
-def number(value: Number) -> tuple[int | None, int, float]:
-    """Return pointer, count and value of a number: a tensor, which must live on, or a plain one."""
-    return (value.data_ptr(), value.numel(), 0.0) if isinstance(value, Tensor) else (None, 1, value)
+def kept(*numbers: Number) -> tuple[list[Tensor], list[Any]]:
+    """Return the tensors among numbers, to be kept alive, and pointer, count and value of each number for a call."""
+    held, given = [], []
+    for n in numbers:
+        if isinstance(n, Tensor):
+            n = n.contiguous()
+            held.append(n)
+            given += (n.data_ptr(), n.numel(), 0.0)
+        else:
+            given += (None, 1, n)
+    return held, given
 
 
-def kept(*numbers: Number) -> tuple[list[Number], list[Any]]:
-    """Return numbers that lie in memory one after the other, to be kept alive, and what stands for them in a call."""
-    held = [n.contiguous() if isinstance(n, Tensor) else n for n in numbers]
-    return held, [part for n in held for part in number(n)]
-
-
-@operation(FLOATS, *3 * [POINTER], *WALK, *3 * NUMBER, REAL, REAL, FLAG)
+@operation(FLOATS, *3 * [POINTER], *WALK, *4 * NUMBER, REAL, REAL, FLAG, FLAG)
 def uniform(
     function: Any,
     x: Tensor,
     step: Number,
     low: Number,
     high: Number,
-    below: float | None = None,
-    above: float | None = None,
+    zero_point: Number = 0,
+    clamp: Clamp | None = None,
+    is_strict: bool = False,
     wants_inside: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Return `clamp(round(x / step), low, high) * step` and a mask, packed; None for numbers of other shapes.
+    """Return `clamp(round(x / step), *code_bounds) * step` and a mask, packed; None for numbers of other shapes.
 
-    step, low, high: in x's type, broadcastable along one axis at most. The mask is 1 where the rounded code was not
-    clamped, if `wants_inside`, and where `below < x < above`, for those that are given; None if nothing is asked.
+    step, low, high, zero_point: in x's type, broadcastable along one axis at most; see `code_bounds`. The mask is 1
+    where the rounded code was not clamped, if `wants_inside`, and strictly between the ends of the clamp, if
+    `is_strict`; None if nothing is asked.
     """
-    shape = parts(x, step, low, high)
+    shape = parts(x, step, low, high, zero_point)
     if shape is None:
         return None
-    held, numbers = kept(step, low, high)
-    value, bits = torch.empty_like(x), None
-    if wants_inside or below is not None or above is not None:
-        bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
-    pointers = x.data_ptr(), value.data_ptr(), None if bits is None else bits.data_ptr()
-    ends = NONE if below is None else below, NONE if above is None else above
-    call(function, x, *pointers, *shape, *numbers, *ends, wants_inside)
+    held, numbers = kept(step, low, high, zero_point)
+    least, most = OPEN if clamp is None else (NONE if end is None else end for end in clamp)
+    value, bits, bits_pointer = torch.empty_like(x), None, None
+    if wants_inside or is_strict:
+        bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        bits_pointer = bits.data_ptr()
+    pointers = x.data_ptr(), value.data_ptr(), bits_pointer
+    call(function, x, *pointers, *shape, *numbers, least, most, is_strict, wants_inside)
     return value, bits
 
 
-@operation(FLOATS, POINTER, POINTER, *WALK, *2 * NUMBER)
-def to_codes(function: Any, value: Tensor, step: Number, low: Number) -> Tensor | None:
+@operation(FLOATS, POINTER, POINTER, *WALK, *3 * NUMBER)
+def to_codes(function: Any, value: Tensor, step: Number, low: Number, zero_point: Number = 0) -> Tensor | None:
     """Return the codes of values that are on the grid, counted from `low`, 0 for NaN, as uint8."""
-    shape = parts(value, step, low)
+    shape = parts(value, step, low, zero_point)
     if shape is None:
         return None
     codes = torch.empty_like(value, dtype=torch.uint8)
-    held, numbers = kept(step, low)
+    held, numbers = kept(step, low, zero_point)
     call(function, value, value.data_ptr(), codes.data_ptr(), *shape, *numbers)
     return codes
 
 
-@operation(FLOATS, POINTER, POINTER, *WALK, *2 * NUMBER)
-def from_codes(function: Any, codes: Tensor, step: Number, low: Number, dtype: torch.dtype) -> Tensor | None:
-    """Return `(codes + low) * step` in `dtype`. codes: (*) uint8."""
-    shape = parts(codes, step, low)
+@operation(FLOATS, POINTER, POINTER, *WALK, *3 * NUMBER)
+def from_codes(
+    function: Any, codes: Tensor, step: Number, low: Number, dtype: torch.dtype, zero_point: Number = 0
+) -> Tensor | None:
+    """Return `(codes + low - zero_point) * step` in `dtype`. codes: (*) uint8."""
+    shape = parts(codes, step, low, zero_point)
     if shape is None:
         return None
     value = torch.empty_like(codes, dtype=dtype)
-    held, numbers = kept(step, low)
+    held, numbers = kept(step, low, zero_point)
     call(function, codes, codes.data_ptr(), value.data_ptr(), *shape, *numbers)
     return value
 

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchquant._tensors import like
+from torchquant.kernels._bounds import Bound, Clamp, code_bounds
 from torchquant.kernels.cpu import FLOATS, HALVES, Number, parts
 
 FLAGS = 8
@@ -194,33 +196,44 @@ def _read(dtype: torch.dtype, device: torch.device, **numbers: Number | None) ->
     return [number for number, _ in found.values()], {name: kind for name, (_, kind) in found.items()}
 
 
+def _centred(x: Tensor, step: Number, low: Number, high: Number, zero_point: Number, clamp: Clamp | None) -> list[Number]:
+    """Return the bounds of codes counted from real 0, in x's type."""
+    bounds = code_bounds(x, cast(Tensor, step), cast(Bound, low), cast(Bound, high), cast(Bound, zero_point), clamp)
+    return [like(bound, x) if isinstance(bound, Tensor) else bound for bound in bounds]
+
+
 def uniform(
     x: Tensor,
     step: Number,
     low: Number,
     high: Number,
-    below: float | None = None,
-    above: float | None = None,
+    zero_point: Number = 0,
+    clamp: Clamp | None = None,
+    is_strict: bool = False,
     wants_inside: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Return `clamp(round(x / step), low, high) * step` and a mask, packed; None for numbers of other shapes.
+    """Return `clamp(round(x / step), *code_bounds) * step` and a mask, packed; None for numbers of other shapes.
 
-    step, low, high: in x's type, broadcastable along one axis at most. The mask is 1 where the rounded code was not
-    clamped, if `wants_inside`, and where `below < x < above`, for those that are given; None if nothing is asked.
+    step, low, high, zero_point: in x's type, broadcastable along one axis at most; see `code_bounds`. The mask is 1
+    where the rounded code was not clamped, if `wants_inside`, and strictly between the ends of the clamp, if
+    `is_strict`; None if nothing is asked.
     """
+    low, high = _centred(x, step, low, high, zero_point, clamp)
     shape = parts(x, step, low, high)
     if shape is None:
         return None
+    below, above = clamp if clamp is not None and is_strict else (None, None)
     numbers, kinds = _read(x.dtype, x.device, step=step, low=low, high=high, below=below, above=above)
-    value, packs = torch.empty_like(x), wants_inside or below is not None or above is not None
+    value, packs = torch.empty_like(x), wants_inside or is_strict
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if packs else None
     places = x, value, value if bits is None else bits
     _launch(_uniform, x, *places, *numbers, x.numel(), shape[2], shape[1], INSIDE=wants_inside, PACKS=packs, **kinds)
     return value, bits
 
 
-def to_codes(value: Tensor, step: Number, low: Number) -> Tensor | None:
+def to_codes(value: Tensor, step: Number, low: Number, zero_point: Number = 0) -> Tensor | None:
     """Return the codes of values that are on the grid, counted from `low`, 0 for NaN, as uint8."""
+    low = low - zero_point
     shape = parts(value, step, low)
     if shape is None:
         return None
@@ -230,8 +243,11 @@ def to_codes(value: Tensor, step: Number, low: Number) -> Tensor | None:
     return codes
 
 
-def from_codes(codes: Tensor, step: Number, low: Number, dtype: torch.dtype) -> Tensor | None:
-    """Return `(codes + low) * step` in `dtype`. codes: (*) uint8."""
+def from_codes(
+    codes: Tensor, step: Number, low: Number, dtype: torch.dtype, zero_point: Number = 0
+) -> Tensor | None:
+    """Return `(codes + low - zero_point) * step` in `dtype`. codes: (*) uint8."""
+    low = low - zero_point
     shape = parts(codes, step, low)
     if shape is None:
         return None
@@ -274,7 +290,7 @@ def why_not() -> str | None:
     """Say why the kernels are not used on the GPU of this process: Triton fails there, or computes other numbers."""
     x = torch.linspace(-1.0, 1.0, 10_001, device="cuda")
     try:
-        found = uniform(x, 0.1, -8, 7, None, None, True)
+        found = uniform(x, 0.1, -8, 7, wants_inside=True)
         product = masked(x, cast(tuple[Tensor, Tensor], found)[1])
     except Exception as error:  # of its compiler, of the driver, of the linker: PyTorch's operators need none of them
         return f"Triton fails on {torch.cuda.get_device_name()}: {error}"

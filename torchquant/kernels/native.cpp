@@ -96,19 +96,41 @@ static int64_t pack_at_once(const Uniform<T>&, Walk, int64_t first, int64_t) {
     return first;
 }
 
+// A code counted from real 0.
+template <typename T>
+static inline T centred(Number<T> code, Number<T> zero_point, int64_t c) {
+    if (code.given == nullptr && zero_point.given == nullptr) return T(code.plain - zero_point.plain);
+    return code.of(c) - zero_point.of(c);
+}
+
+// What x is clamped to, NaN for an end that is open, and whether the mask is 0 at its ends and beyond them.
+struct Clamp {
+    double low, high;
+    bool is_strict;
+
+    // Narrow the bounds of codes, counted from real 0, to those of clamped numbers: rounding is monotone.
+    template <typename T>
+    void narrow(T step, T* least, T* most) const {
+        if (!std::isnan(low)) *least = greater(*least, low == 0.0 ? T(0) : std::rint(T(low) / step));
+        if (!std::isnan(high)) *most = greater(lesser(*most, std::rint(T(high) / step)), *least);
+    }
+};
+
 template <typename T>
 static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step, Number<T> low, Number<T> high,
-                   double below, double above, int inside, void* parallel, int threads) {
+                   Number<T> zero_point, Clamp clamp, int inside, void* parallel, int threads) {
     Rows<T> rows(3, walk.channels);
     if (rows.is_missing()) return 1;
     for (int64_t c = 0; c < walk.channels; ++c) {
-        rows[1][c] = low.of(c);
-        rows[2][c] = high.of(c);
+        rows[1][c] = centred(low, zero_point, c);
+        rows[2][c] = centred(high, zero_point, c);
+        clamp.narrow(step.of(c), &rows[1][c], &rows[2][c]);
         bool is_nan = std::isnan(rows[1][c]) || std::isnan(rows[2][c]);  // makes all values NaN
         rows[0][c] = is_nan ? T(NAN) : step.of(c);
     }
     expect_writes(out, walk.n() * int64_t(sizeof(T)));
-    Uniform<T> grid{x, out, bits, rows[0], rows[1], rows[2], T(below), T(above), inside != 0};
+    const T below = clamp.is_strict ? T(clamp.low) : T(NAN), above = clamp.is_strict ? T(clamp.high) : T(NAN);
+    Uniform<T> grid{x, out, bits, rows[0], rows[1], rows[2], below, above, inside != 0};
     in_chunks(walk.n(), parallel, threads, [&](int64_t first, int64_t last) {
         if (bits == nullptr) grid.template part<false>(walk, first, last);
         else grid.template part<true>(walk, pack_at_once(grid, walk, first, last), last);
@@ -124,11 +146,14 @@ static inline uint8_t code_of(T value, T step, T low) {
 }
 
 template <typename T>
-static int to_codes(const T* x, uint8_t* out, Walk walk, Number<T> step, Number<T> low, void* parallel, int threads) {
+static int to_codes(const T* x, uint8_t* out, Walk walk, Number<T> step, Number<T> low, Number<T> zero_point,
+                    void* parallel, int threads) {
     Rows<T> rows(2, walk.channels);
     if (rows.is_missing()) return 1;
-    rows.fill(0, step);
-    rows.fill(1, low);
+    for (int64_t c = 0; c < walk.channels; ++c) {
+        rows[0][c] = step.of(c);
+        rows[1][c] = centred(low, zero_point, c);
+    }
     const T *steps = rows[0], *lows = rows[1];
     in_chunks(walk.n(), parallel, threads, [=](int64_t first, int64_t last) {
         walk.run(first, last, [=](bool is_across, int64_t c, int64_t at, int64_t n) {
@@ -144,12 +169,14 @@ static int to_codes(const T* x, uint8_t* out, Walk walk, Number<T> step, Number<
 }
 
 template <typename T>
-static int from_codes(const uint8_t* codes, T* out, Walk walk, Number<T> step, Number<T> low, void* parallel,
-                      int threads) {
+static int from_codes(const uint8_t* codes, T* out, Walk walk, Number<T> step, Number<T> low, Number<T> zero_point,
+                      void* parallel, int threads) {
     Rows<T> rows(2, walk.channels);
     if (rows.is_missing()) return 1;
-    rows.fill(0, step);
-    rows.fill(1, low);
+    for (int64_t c = 0; c < walk.channels; ++c) {
+        rows[0][c] = step.of(c);
+        rows[1][c] = centred(low, zero_point, c);
+    }
     const T *steps = rows[0], *lows = rows[1];
     expect_writes(out, walk.n() * int64_t(sizeof(T)));
     in_chunks(walk.n(), parallel, threads, [=](int64_t first, int64_t last) {
@@ -195,23 +222,28 @@ struct MaskedHalf {
 
 #define UNIFORM(NAME, T)                                                                                              \
     EXPORT int NAME(const T* x, T* out, uint8_t* bits, WALK, NUMBER(T, step), NUMBER(T, low), NUMBER(T, high),        \
-                    double below, double above, int inside, void* parallel, int threads) {                            \
-        return tq::uniform<T>(x, out, bits, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, high), below, above,    \
-                              inside, parallel, threads);                                                             \
+                    NUMBER(T, zero_point), double least, double most, int strict, int inside, void* parallel,         \
+                    int threads) {                                                                                    \
+        return tq::uniform<T>(x, out, bits, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, high),                  \
+                              GIVEN(T, zero_point), {least, most, strict != 0}, inside, parallel, threads);           \
     }
 UNIFORM(uniform_float32, float)
 UNIFORM(uniform_float64, double)
 
 #define TO_CODES(NAME, T)                                                                                             \
-    EXPORT int NAME(const T* x, uint8_t* out, WALK, NUMBER(T, step), NUMBER(T, low), void* parallel, int threads) {   \
-        return tq::to_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), parallel, threads);                   \
+    EXPORT int NAME(const T* x, uint8_t* out, WALK, NUMBER(T, step), NUMBER(T, low), NUMBER(T, zero_point),           \
+                    void* parallel, int threads) {                                                                    \
+        return tq::to_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, zero_point), parallel,       \
+                               threads);                                                                              \
     }
 TO_CODES(to_codes_float32, float)
 TO_CODES(to_codes_float64, double)
 
 #define FROM_CODES(NAME, T)                                                                                           \
-    EXPORT int NAME(const uint8_t* x, T* out, WALK, NUMBER(T, step), NUMBER(T, low), void* parallel, int threads) {   \
-        return tq::from_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), parallel, threads);                 \
+    EXPORT int NAME(const uint8_t* x, T* out, WALK, NUMBER(T, step), NUMBER(T, low), NUMBER(T, zero_point),           \
+                    void* parallel, int threads) {                                                                    \
+        return tq::from_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, zero_point), parallel,     \
+                                 threads);                                                                            \
     }
 FROM_CODES(from_codes_float32, float)
 FROM_CODES(from_codes_float64, double)

@@ -68,12 +68,6 @@ static int histogram(const T* x, int64_t* counts, int64_t* zeros, Walk walk, Num
     return failed;
 }
 
-// The smaller, or larger, of two numbers; NaN if one is.
-template <typename T>
-static inline T lesser(T held, T x) { return (x < held) | (x != x) ? x : held; }
-template <typename T>
-static inline T greater(T held, T x) { return (x > held) | (x != x) ? x : held; }
-
 // Move the ends of one channel apart to include n elements, in lanes that a compiler makes vectors of.
 template <typename T>
 static void widen(const T* x, int64_t n, T* low, T* high) {

@@ -22,9 +22,9 @@ from torchquant._arguments import explained
 from torchquant._registry import Registry
 from torchquant._tensors import like
 from torchquant.errors import ConfigError
+from torchquant.kernels._bounds import Clamp as Clamp
 from torchquant.quantizers_functional._bits import is_channels_last, masked, pack_mask, unpack_mask
 
-Clamp = tuple[float | None, float | None]
 Projection = Callable[[Tensor, bool, Clamp | None], tuple[Tensor, Tensor | None]]
 Fused = Callable[[Tensor, bool, Clamp | None, bool], tuple[Tensor, Tensor | None] | None]
 Ends = Callable[[], tuple[Tensor, Tensor]]

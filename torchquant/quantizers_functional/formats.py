@@ -20,6 +20,8 @@ from torch import Tensor
 from torchquant import kernels
 from torchquant._tensors import like, per_channel_view
 from torchquant.errors import NoAffineViewError, NoCodesError
+from torchquant.kernels._bounds import Bound as Bound
+from torchquant.kernels._bounds import code_bounds
 from torchquant.quantizers_functional._gradient import (
     Clamp,
     Gradient,
@@ -33,7 +35,6 @@ from torchquant.quantizers_functional._recording import current_recorder
 from torchquant.quantizers_functional.kernels import KERNELS
 
 Number = Tensor | float
-Bound = Tensor | int
 IntegerTerms = list[tuple[Tensor, Tensor]]
 """(scale, table) of each term: scale () or (C,) float64; table (L,) or (C, L) int64, one entry per code."""
 FLOAT_BYTES = 4
@@ -240,19 +241,6 @@ def uniform_codes(x: Tensor, delta: Tensor | float, code_min: Bound, code_max: B
     return _clamp(torch.div(x, like(delta, x)).round_(), code_min, code_max)
 
 
-def _absorb(clamp: Clamp, x: Tensor, delta: Tensor, code_min: Bound, code_max: Bound) -> tuple[Bound, Bound]:
-    """Return code bounds that clamp x as well: rounding and dividing are monotone, so bounds map through exactly."""
-    low, high = clamp
-    if low is not None:
-        lowest = 0 if low == 0.0 else torch.round(like(low, x) / delta)
-        both_whole = isinstance(lowest, int) and isinstance(code_min, int)
-        code_min = max(lowest, code_min) if both_whole else torch.maximum(like(code_min, x), like(lowest, x))
-    if high is not None:
-        highest = torch.minimum(like(code_max, x), torch.round(like(high, x) / delta))
-        code_max = torch.maximum(highest, like(code_min, x))
-    return code_min, code_max
-
-
 @dataclass(frozen=True, eq=False)
 class UniformGrid(Format):
     """`(code - zero_point) * scale / divisor + offset`, qmin <= code <= qmax, rounded half to even.
@@ -291,23 +279,17 @@ class UniformGrid(Format):
     def _zero_point(self, ndim: int) -> Bound:
         return per_channel_view(self.zero_point, ndim, self.axis)
 
-    def _bounds(self, ndim: int) -> tuple[Bound, Bound]:
-        """Return the code range counted from real 0: [qmin - zero_point, qmax - zero_point].
-
-        Clamping to these bounds equals, exactly for integers, rounding, adding the zero point, clamping and
-        subtracting it again, and is two passes cheaper.
-        """
-        zero_point = self._zero_point(ndim)
-        return self.qmin - zero_point, self.qmax - zero_point
+    def _bounds(self, x: Tensor, step: Tensor, clamp: Clamp | None = None) -> tuple[Bound, Bound]:
+        """Return the code range counted from real 0, narrowed to that of `x.clamp(*clamp)`; see `code_bounds`."""
+        return code_bounds(x, step, self.qmin, self.qmax, self._zero_point(x.ndim), clamp)
 
     def project(self, x: Tensor, want_inside: bool = False, clamp: Clamp | None = None) -> tuple[Tensor, Tensor | None]:
         """Project as `Format.project` does; x is clipped where its rounded code is; a clamp moves the code bounds."""
         if self.offset is not None:
             return super().project(x, want_inside, clamp)
-        step, bounds = self.step(x), self._bounds(x.ndim)
-        bounds = bounds if clamp is None else _absorb(clamp, x, step, *bounds)
+        step = self.step(x)
         rounded = torch.div(x, step).round_()
-        value = _clamp(rounded, *bounds)
+        value = _clamp(rounded, *self._bounds(x, step, clamp))
         inside = rounded.eq_(value) if want_inside else None
         return value.mul_(step), inside
 
@@ -318,18 +300,25 @@ class UniformGrid(Format):
         kernel = kernels.find("uniform", x)
         if kernel is None or self.offset is not None or type(self).project is not UniformGrid.project:
             return None
-        step, bounds = self.step(x), self._bounds(x.ndim)
-        bounds = bounds if clamp is None else _absorb(clamp, x, step, *bounds)
-        low, high = (like(bound, x) if isinstance(bound, Tensor) else bound for bound in bounds)
-        below, above = clamp if clamp is not None and is_strict else (None, None)
-        return cast("tuple[Tensor, Tensor | None] | None", kernel(x, step, low, high, below, above, want_inside))
+        found = kernel(x, self.step(x), *self._codes_in(x), clamp, is_strict and clamp is not None, want_inside)
+        return cast("tuple[Tensor, Tensor | None] | None", found)
+
+    def _codes_in(self, x: Tensor) -> tuple[Bound, Bound, Bound]:
+        """Return lowest code, highest code and zero point, in x's type, in shapes that broadcast against x."""
+        low, high, zero_point = self.qmin, self.qmax, self._zero_point(x.ndim)
+        return (
+            low if isinstance(low, int) else like(low, x),
+            high if isinstance(high, int) else like(high, x),
+            zero_point if isinstance(zero_point, int) else like(zero_point, x),
+        )
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
         return self.project(x, want_inside) if self.offset is None else super().nearest(x, want_inside)
 
     def codes(self, x: Tensor) -> Tensor:
         centred = x if self.offset is None else x - self.shaped(self.offset, x)
-        return uniform_codes(centred, self.step(x), *self._bounds(x.ndim)) + self._zero_point(x.ndim)
+        step = self.step(x)
+        return uniform_codes(centred, step, *self._bounds(x, step)) + self._zero_point(x.ndim)
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         steps = (codes - self._zero_point(codes.ndim)).to(dtype)
@@ -340,27 +329,27 @@ class UniformGrid(Format):
         if self.offset is not None:
             return super().to_bytes(levels)
         real = levels.to(compute_dtype(levels))
-        step, lowest = self.step(real), like(self._bounds(real.ndim)[0], real)
+        step, (low, _, zero_point) = self.step(real), self._codes_in(real)
         kernel = kernels.find("to_codes", real)
-        codes = None if kernel is None else kernel(real, step, lowest)
+        codes = None if kernel is None else kernel(real, step, low, zero_point)
         # The quotients are whole numbers, up to rounding.
-        return torch.div(real, step).add_(0.5 - lowest).to(torch.uint8) if codes is None else codes
+        return torch.div(real, step).add_(0.5 - (low - zero_point)).to(torch.uint8) if codes is None else codes
 
     def from_bytes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         if self.offset is not None:
             return super().from_bytes(codes, dtype)
         working = torch.float64 if dtype == torch.float64 else torch.float32
         number = torch.empty([1] * codes.ndim, dtype=working, device=codes.device)
-        step, lowest = self.step(number), like(self._bounds(codes.ndim)[0], number)
+        step, (low, _, zero_point) = self.step(number), self._codes_in(number)
         kernel = kernels.find("from_codes", codes, working)
-        values = None if kernel is None else kernel(codes, step, lowest, working)
-        return cast_back(codes.to(working).add_(lowest).mul_(step) if values is None else values, dtype)
+        values = None if kernel is None else kernel(codes, step, low, working, zero_point)
+        return cast_back(codes.to(working).add_(low - zero_point).mul_(step) if values is None else values, dtype)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.offset is not None:
             return super().ends(x)
         step = self.step(x)
-        low, high = self._bounds(x.ndim)
+        low, high = self._bounds(x, step)
         return like(low, step) * step, like(high, step) * step
 
     def _own_step(self) -> Tensor:
