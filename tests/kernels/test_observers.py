@@ -9,7 +9,8 @@ from torch import Tensor
 from tests.kernels.conftest import Kernels
 from tests.kernels.tensors import SIZES, hard, is_same, shifted
 from torchquant import kernels
-from torchquant.range_observers import BatchMinMax
+from torchquant.errors import NonFiniteError
+from torchquant.range_observers import BatchMinMax, ExpAvgMinMax, RangeObserver, RunningMinMax
 from torchquant.range_observers._histogram import Bins
 
 
@@ -74,3 +75,46 @@ def test_min_max(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.M
             assert all(is_same(*pair) for pair in zip(*measured(many, axis), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranges_are_tracked_as_step_by_step(
+    dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tracked(observer: RangeObserver, batches: list[Tensor], clamp: tuple[float | None, float | None] | None) -> list[Tensor]:
+        seen = []
+        for x in batches:
+            observer.observe_batch(x) if clamp is None else observer.observe_clamped(x, clamp)
+            seen += [buffer.clone() for buffer in observer.buffers()]
+        return seen
+
+    def observers(axis: int | None) -> list[RangeObserver]:
+        averages = [ExpAvgMinMax(0.9, axis), ExpAvgMinMax(0.99, axis, init="first")]
+        return [made.to(dtype) for made in (BatchMinMax(axis), RunningMinMax(axis), *averages)]
+
+    for shape, axis in (((777,), None), ((3, 5, 4, 7), 0), ((3, 5, 4, 7), -3), ((1, 9), 0)):
+        batches = [hard(shape, dtype=dtype).nan_to_num(0.3, 9.0, -9.0).mul(scale) for scale in (1.0, -0.1, 2.0)]
+        batches += [torch.full(shape, -0.0, dtype=dtype), *(shifted(x) for x in batches)]
+        batches += [x.contiguous(memory_format=torch.channels_last) for x in batches[:1] if x.ndim == 4]
+        for clamp in (None, (0.0, None), (0.0, 6.0), (None, 0.5), (-0.3, 0.7)):
+            for i, plain in enumerate(observers(axis)):
+                monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": {}})
+                expected = tracked(plain, batches, clamp)
+                monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": cpu_kernels})
+                assert all(map(is_same, tracked(observers(axis)[i], batches, clamp), expected))
+
+
+def test_a_tracked_range_refuses_what_is_not_finite_and_counts_its_writes(
+    cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": cpu_kernels})
+    observer = ExpAvgMinMax()
+    before = observer.range_max._version
+    observer.observe_batch(torch.tensor([-1.0, 2.0]))
+    assert observer.range_max._version > before
+    for x in (torch.tensor([torch.nan, 1.0]), torch.tensor([torch.inf, 1.0])):
+        with pytest.raises(NonFiniteError, match="NaN or Inf"):
+            observer.observe_batch(x)
+    assert [float(end) for end in observer.get_ranges()] == [-1.0, 2.0]
+    observer.observe_clamped(torch.tensor([torch.inf, 1.0]), (0.0, 6.0))
+    assert observer.range_max > 2.0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Kernel = Callable[..., Any]
+_PLAIN = (Tensor, torch.nn.Parameter)
 _BY_DEVICE: dict[str, dict[tuple[str, torch.dtype], Kernel]] = {}
 
 
@@ -27,11 +28,12 @@ def find(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> Kernel 
     A kernel takes plain tensors that are contiguous or channels-last, outside of autograd, of compiled and traced code,
     and of modes and transforms that watch every operation.
     """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or _is_watched():
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or _is_watched():
         return None
-    kernels = _BY_DEVICE.get(x.device.type)
+    device = "cpu" if x.is_cpu else x.device.type
+    kernels = _BY_DEVICE.get(device)
     if kernels is None:
-        kernels = _BY_DEVICE[x.device.type] = load(x.device.type)
+        kernels = _BY_DEVICE[device] = load(device)
     kernel = kernels.get((operation, dtype or x.dtype))
     return kernel if kernel is not None and _is_plain(x) else None
 

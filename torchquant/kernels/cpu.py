@@ -47,7 +47,7 @@ class _Threads:
         return self.parallel, torch.get_num_threads()
 
 
-_threads = _Threads()
+threads_for = _Threads()
 OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...], list[Any]]] = {}
 
 
@@ -83,7 +83,7 @@ def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype],
 
 def call(function: Any, x: Tensor, *arguments: Any) -> None:
     """Call a C function with its arguments and the threads for x. Raises MemoryError."""
-    if function(*arguments, *_threads(x)):
+    if function(*arguments, *threads_for(x)):
         raise MemoryError(f"there is no memory for a kernel on a tensor of shape {tuple(x.shape)}")
 
 

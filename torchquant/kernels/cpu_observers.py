@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchquant.kernels.cpu import COUNT, FLOATS, NUMBER, POINTER, WALK, Number, along, call, kept, operation, parts
+from torchquant.kernels._bounds import Clamp
+from torchquant.kernels.cpu import (
+    COUNT,
+    FLAG,
+    FLOATS,
+    NUMBER,
+    POINTER,
+    REAL,
+    WALK,
+    Number,
+    along,
+    call,
+    kept,
+    operation,
+    parts,
+    threads_for,
+)
 
 
 @operation(FLOATS, *3 * [POINTER], *WALK, *2 * NUMBER, COUNT)
@@ -37,3 +54,35 @@ def min_max(function: Any, x: Tensor, axis: int | None = None) -> tuple[Tensor, 
     low, high = x.new_empty(size), x.new_empty(size)
     call(function, x, x.data_ptr(), low.data_ptr(), high.data_ptr(), *shape)
     return low, high
+
+
+@operation(FLOATS, *4 * [POINTER], *WALK, *3 * [REAL], *3 * [FLAG])
+def track(
+    function: Any,
+    x: Tensor,
+    range_min: Tensor,
+    range_max: Tensor,
+    weight: Tensor,
+    axis: int | None,
+    clamp: Clamp | None,
+    momentum: float,
+    starts_at_first: bool = False,
+    joins: bool = False,
+) -> bool:
+    """Average the ends of `x.clamp(*clamp)` into a range, in place, and count it in `weight`.
+
+    Returns False, and changes nothing, where an end is not finite, or where the range is not of x's type.
+    `starts_at_first`: the first tensor counts alone. `joins`: the range never shrinks.
+    """
+    for held in (range_min, range_max, weight):
+        if held.dtype != x.dtype or not held.is_cpu or not held.is_contiguous():
+            return False
+    shape = (1, 1, x.numel()) if axis is None else along(x, axis % x.ndim)
+    least, most = clamp or (None, None)
+    pointers = x.data_ptr(), range_min.data_ptr(), range_max.data_ptr(), weight.data_ptr()
+    ends = -math.inf if least is None else least, math.inf if most is None else most
+    flags = starts_at_first, joins, axis is not None
+    failed = function(*pointers, *shape, *ends, momentum, *flags, *threads_for(x))
+    if failed == 0:
+        torch.autograd.graph.increment_version((range_min, range_max, weight))
+    return not failed

@@ -120,7 +120,54 @@ static int min_max(const T* x, T* low, T* high, Walk walk, void* parallel, int t
     return failed;
 }
 
+// How a range takes in the ends of one more tensor.
+struct Average {
+    double momentum;
+    bool starts_at_first;  // the first tensor counts alone
+    bool joins;            // the range never shrinks
+    bool copies;           // a full rate copies the ends, which keeps the sign of zero, as for rows of numbers
+};
+
+// Take the ends of a tensor, clamped, into the range of each channel and its weight. Returns 2, and changes nothing, if
+// an end is not finite.
+template <typename T>
+static int track(const T* x, T* low, T* high, T* weight, Walk walk, double least, double most, Average average,
+                 void* parallel, int threads) {
+    const int64_t channels = walk.channels;
+    Rows<T> found(2, channels);
+    if (found.is_missing()) return 1;
+    T *lows = found[0], *highs = found[1];
+    if (min_max(x, lows, highs, walk, parallel, threads)) return 1;
+    const bool is_observed = *weight > 0;
+    for (int64_t i = 0; i < 2 * channels; ++i) {
+        T* end = lows + i;
+        if (average.joins && is_observed) *end = i < channels ? lesser(*end, low[i]) : greater(*end, high[i - channels]);
+        *end = *end < T(least) ? T(least) : *end;
+        *end = *end > T(most) ? T(most) : *end;
+        if (!std::isfinite(*end)) return 2;
+    }
+    const double seen = *weight > 0 ? double(*weight) : 0.0;
+    const double momentum = average.starts_at_first && !is_observed ? 0.0 : average.momentum;
+    const double sum = seen * average.momentum + (1.0 - momentum), rate = (1.0 - momentum) / sum;
+    for (int64_t i = 0; i < 2 * channels; ++i) {
+        T* held = i < channels ? low + i : high + (i - channels);
+        const bool copies = average.copies && rate == 1.0;
+        *held = copies ? lows[i] : T(double(*held) * (1.0 - rate) + double(lows[i]) * rate);
+    }
+    *weight = T(sum);
+    return 0;
+}
+
 }  // namespace tq
+
+#define TRACK(NAME, T)                                                                                                \
+    EXPORT int NAME(const T* x, T* low, T* high, T* weight, WALK, double least, double most, double momentum,         \
+                    int starts_at_first, int joins, int copies, void* parallel, int threads) {                        \
+        return tq::track<T>(x, low, high, weight, THE_WALK, least, most,                                              \
+                            {momentum, starts_at_first != 0, joins != 0, copies != 0}, parallel, threads);            \
+    }
+TRACK(track_float32, float)
+TRACK(track_float64, double)
 
 #define MIN_MAX(NAME, T)                                                                                              \
     EXPORT int NAME(const T* x, T* low, T* high, WALK, void* parallel, int threads) {                                 \

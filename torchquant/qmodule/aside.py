@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -24,6 +25,8 @@ def aside(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def run_aside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch._C._len_torch_function_stack():
+            return forward(self, *args, **kwargs)
         outer = None
         for mode in _get_current_function_mode_stack():
             if isinstance(mode, WatchedCalls):

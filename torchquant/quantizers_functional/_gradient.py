@@ -182,18 +182,22 @@ def apply_projection(
     if clamp is not None and needs_grad and gradient.softens:
         x = x.clamp(*clamp)
     with torch.no_grad():
-        real = x.detach().to(compute_dtype(x))
+        working = compute_dtype(x)
+        real = x.detach() if x.dtype == working else x.detach().to(working)
         wants_inside = needs_grad and gradient.wants_inside
         strict = clamp if needs_grad and not gradient.softens else None
         done = None if fused is None else fused(real, wants_inside, clamp, strict is not None)
         value, mask = project(real, wants_inside, clamp) if done is None else done
-        value = cast_back(value, x.dtype)
+        if x.dtype != working:
+            value = cast_back(value, x.dtype)
         if not needs_grad:
             return value
         if strict is not None and done is None:
             mask = where_strictly_inside(real, strict, _unpacked(mask, real))
         elif not gradient.packs:
             mask = _unpacked(mask, real)
+    if type(gradient).attach is Gradient.attach:
+        return pass_through(x, value, mask)
     return gradient.attach(Projected(x, value, mask, training, ends, step))
 
 

@@ -352,7 +352,8 @@ class StatisticTracker(CallsOfABatch):
                 "or set its values by hand (force_ranges / force)"
             )
         self.settle()
-        return tuple(getattr(self, name) for name in self.statistics)
+        buffers = self._buffers
+        return tuple([cast(Tensor, buffers[name]) for name in self.statistics])
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.settle()

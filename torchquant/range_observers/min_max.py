@@ -15,6 +15,31 @@ from torchquant.range_observers._statistics import ends_along
 
 
 class _MinMax(RangeObserver):
+    joins = False
+    """Whether the range never shrinks."""
+
+    def observe_batch(self, x: Tensor) -> None:
+        if not self._track(x, None):
+            super().observe_batch(x)
+
+    def _track(self, x: Tensor, clamp: Clamp | None) -> bool:
+        """Observe by one call of a kernel; False where the steps have to run one by one, as for numbers to refuse."""
+        if self._n_calls > 1 or self.nonfinite != "raise" or type(self).measure not in _OWN or world_size() > 1:
+            return False
+        x = x.detach()
+        kernel = kernels.find("track", x)
+        if kernel is None:
+            return False
+        if self.axis is not None:
+            self._expect_channels(x.shape[self.axis % x.ndim :][:1])
+        low, high, weight = (cast(Tensor, self._buffers[name]) for name in (*self.statistics, "observed_weight"))
+        is_done = not weight.is_inference() and kernel(
+            x, low, high, weight, self.axis, clamp, self.momentum, self.starts_at_first, self.joins
+        )
+        if is_done:
+            self._note(True)
+        return bool(is_done)
+
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(x) if self.axis is None else ends_along(x, self.axis)
         if world_size() == 1:
@@ -27,6 +52,8 @@ class _MinMax(RangeObserver):
 
         This does not hold if ranks join their ends: the ends of no elements, or those that mark NaN, are infinite.
         """
+        if self._track(x, clamp):
+            return
         if world_size() > 1:
             super().observe_clamped(x, clamp)
             return
@@ -66,6 +93,8 @@ class RunningMinMax(_MinMax):
     (tensor(-3.), tensor(2.))
     """
 
+    joins = True
+
     def __init__(self, axis: int | None = None, nonfinite: str = "raise") -> None:
         super().__init__(0.0, axis, nonfinite)
 
@@ -104,3 +133,7 @@ class ExpAvgMinMax(_MinMax):
             raise ConfigError(f"momentum must be in (0, 1), got {momentum!r}; BatchMinMax has none")
         super().__init__(momentum, axis, nonfinite)
         self.starts_at_first = init == "first"
+
+
+_OWN = (_MinMax.measure, RunningMinMax.measure)
+"""What the kernel measures, too."""
