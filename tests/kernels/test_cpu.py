@@ -90,7 +90,8 @@ def test_numbers_of_nan_make_nan() -> None:
 
 def codes_and_values(grid: UniformGrid, x: Tensor) -> tuple[Tensor, Tensor]:
     levels = grid.project(x)[0]
-    codes = grid.to_bytes(levels)
+    codes, zero_or_nan = grid.to_bytes(levels)
+    assert zero_or_nan == 0.0
     assert is_same(grid.from_bytes(codes, x.dtype), levels)
     return codes, levels
 
@@ -113,6 +114,20 @@ def test_codes_of_levels(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: 
         assert is_same(codes, plain_codes)
         assert is_same(levels, plain_levels)
         assert torch.equal(codes, grid.encode(levels).sub(grid.code_range[0]))
+
+
+@pytest.mark.usefixtures("active")
+def test_a_level_that_is_nan_is_told_beside_the_codes() -> None:
+    for at in (0, 40, 3000):
+        x = torch.randn(3001, generator=torch.Generator().manual_seed(0))
+        x[at] = torch.nan
+        for scale in (0.1, 2.0**-126, 3e38):
+            levels, is_number = UniformGrid(scale, 0, -128, 127).project(x)[0], ~x.isnan()
+            codes, zero_or_nan = UniformGrid(scale, 0, -128, 127).to_bytes(levels)
+            assert zero_or_nan.isnan()
+            assert torch.equal(
+                codes[is_number], UniformGrid(scale, 0, -128, 127).encode(levels[is_number]).add(128).byte()
+            )
 
 
 @pytest.mark.usefixtures("active")

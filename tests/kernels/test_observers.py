@@ -81,7 +81,9 @@ def test_min_max(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.M
 def test_ranges_are_tracked_as_step_by_step(
     dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tracked(observer: RangeObserver, batches: list[Tensor], clamp: tuple[float | None, float | None] | None) -> list[Tensor]:
+    def tracked(
+        observer: RangeObserver, batches: list[Tensor], clamp: tuple[float | None, float | None] | None
+    ) -> list[Tensor]:
         seen = []
         for x in batches:
             observer.observe_batch(x) if clamp is None else observer.observe_clamped(x, clamp)

@@ -110,6 +110,19 @@ struct Number {
     T of(int64_t c) const { return given == nullptr ? T(plain) : given[n == 1 ? 0 : c]; }
 };
 
+// One number for all elements, or one for each.
+template <typename T>
+struct Same {
+    T number;
+    T operator[](int64_t) const { return number; }
+};
+
+template <typename T>
+struct Each {
+    const T* numbers;
+    T operator[](int64_t i) const { return numbers[i]; }
+};
+
 // Numbers of each channel, in rows: on the stack if they are few.
 template <typename T>
 struct Rows {

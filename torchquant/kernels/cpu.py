@@ -130,7 +130,8 @@ def _row(number: Tensor, n: int) -> Tensor:
 
 def kept(*numbers: Number) -> tuple[list[Tensor], list[Any]]:
     """Return the tensors among numbers, to be kept alive, and pointer, count and value of each number for a call."""
-    held, given = [], []
+    held: list[Tensor] = []
+    given: list[Any] = []
     for n in numbers:
         if isinstance(n, Tensor):
             n = n.contiguous()
@@ -173,16 +174,18 @@ def uniform(
     return value, bits
 
 
-@operation(FLOATS, POINTER, POINTER, *WALK, *3 * NUMBER)
-def to_codes(function: Any, value: Tensor, step: Number, low: Number, zero_point: Number = 0) -> Tensor | None:
-    """Return the codes of values that are on the grid, counted from `low`, 0 for NaN, as uint8."""
+@operation(FLOATS, *3 * [POINTER], *WALK, *3 * NUMBER)
+def to_codes(
+    function: Any, value: Tensor, step: Number, low: Number, zero_point: Number = 0
+) -> tuple[Tensor, Tensor] | None:
+    """Return the codes of values on the grid, counted from `low`, as uint8, and 0, or NaN if a value is NaN."""
     shape = parts(value, step, low, zero_point)
     if shape is None:
         return None
-    codes = torch.empty_like(value, dtype=torch.uint8)
+    codes, zero_or_nan = torch.empty_like(value, dtype=torch.uint8), torch.empty((), dtype=value.dtype)
     held, numbers = kept(step, low, zero_point)
-    call(function, value, value.data_ptr(), codes.data_ptr(), *shape, *numbers)
-    return codes
+    call(function, value, value.data_ptr(), codes.data_ptr(), zero_or_nan.data_ptr(), *shape, *numbers)
+    return codes, zero_or_nan
 
 
 @operation(FLOATS, POINTER, POINTER, *WALK, *3 * NUMBER)

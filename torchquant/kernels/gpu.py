@@ -196,7 +196,9 @@ def _read(dtype: torch.dtype, device: torch.device, **numbers: Number | None) ->
     return [number for number, _ in found.values()], {name: kind for name, (_, kind) in found.items()}
 
 
-def _centred(x: Tensor, step: Number, low: Number, high: Number, zero_point: Number, clamp: Clamp | None) -> list[Number]:
+def _centred(
+    x: Tensor, step: Number, low: Number, high: Number, zero_point: Number, clamp: Clamp | None
+) -> list[Number]:
     """Return the bounds of codes counted from real 0, in x's type."""
     bounds = code_bounds(x, cast(Tensor, step), cast(Bound, low), cast(Bound, high), cast(Bound, zero_point), clamp)
     return [like(bound, x) if isinstance(bound, Tensor) else bound for bound in bounds]
@@ -231,8 +233,8 @@ def uniform(
     return value, bits
 
 
-def to_codes(value: Tensor, step: Number, low: Number, zero_point: Number = 0) -> Tensor | None:
-    """Return the codes of values that are on the grid, counted from `low`, 0 for NaN, as uint8."""
+def to_codes(value: Tensor, step: Number, low: Number, zero_point: Number = 0) -> tuple[Tensor, Tensor] | None:
+    """Return the codes of values on the grid, counted from `low`, as uint8, and 0, or NaN if a value is NaN."""
     low = low - zero_point
     shape = parts(value, step, low)
     if shape is None:
@@ -240,12 +242,10 @@ def to_codes(value: Tensor, step: Number, low: Number, zero_point: Number = 0) -
     numbers, kinds = _read(value.dtype, value.device, step=step, low=low)
     codes = torch.empty_like(value, dtype=torch.uint8)
     _launch(_to_codes, value, value, codes, *numbers, value.numel(), shape[2], shape[1], **kinds)
-    return codes
+    return codes, value.amax() * 0.0
 
 
-def from_codes(
-    codes: Tensor, step: Number, low: Number, dtype: torch.dtype, zero_point: Number = 0
-) -> Tensor | None:
+def from_codes(codes: Tensor, step: Number, low: Number, dtype: torch.dtype, zero_point: Number = 0) -> Tensor | None:
     """Return `(codes + low - zero_point) * step` in `dtype`. codes: (*) uint8."""
     low = low - zero_point
     shape = parts(codes, step, low)

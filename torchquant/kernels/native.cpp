@@ -138,16 +138,34 @@ static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step,
     return 0;
 }
 
-// The code, counted from the lowest one, of a value on the grid; 0 for NaN.
+// Codes of levels, counted from `low`, 0 for NaN. Returns whether there is a NaN. `step[i]`, `low[i]`: of each element.
+template <bool DIVIDES, typename T, typename Each>
+static Flag<T> encode(const T* __restrict from, uint8_t* __restrict to, int64_t n, Each step, Each low) {
+    Flag<T> is_nan = 0;
+    for (int64_t block = 0; block < n; block += BLOCK) {
+        const int64_t size = block + BLOCK < n ? BLOCK : n - block;
+        int32_t codes[BLOCK];
+        for (int64_t i = 0; i < size; ++i) {
+            const T quotient = DIVIDES ? from[block + i] / step[block + i] : from[block + i] * step[block + i];
+            const T code = std::rint(quotient) - low[block + i];
+            is_nan |= -Flag<T>(code != code);
+            codes[i] = int32_t(code == code ? code : T(0));
+        }
+        for (int64_t i = 0; i < size; ++i) to[block + i] = uint8_t(codes[i]);
+    }
+    return is_nan;
+}
+
+// Whether levels times `1 / step` round to the codes of levels over the step: the reciprocal is no subnormal number,
+// and the codes are small.
 template <typename T>
-static inline uint8_t code_of(T value, T step, T low) {
-    T code = std::rint(value / step) - low;
-    return uint8_t(int32_t(code == code ? code : T(0)));
+static inline bool has_reciprocal(T step, T low) {
+    return step > T(0x1p-120) && step < T(0x1p120) && std::fabs(low) < T(1 << 16);
 }
 
 template <typename T>
-static int to_codes(const T* x, uint8_t* out, Walk walk, Number<T> step, Number<T> low, Number<T> zero_point,
-                    void* parallel, int threads) {
+static int to_codes(const T* x, uint8_t* out, T* zero_or_nan, Walk walk, Number<T> step, Number<T> low,
+                    Number<T> zero_point, void* parallel, int threads) {
     Rows<T> rows(2, walk.channels);
     if (rows.is_missing()) return 1;
     for (int64_t c = 0; c < walk.channels; ++c) {
@@ -155,16 +173,18 @@ static int to_codes(const T* x, uint8_t* out, Walk walk, Number<T> step, Number<
         rows[1][c] = centred(low, zero_point, c);
     }
     const T *steps = rows[0], *lows = rows[1];
-    in_chunks(walk.n(), parallel, threads, [=](int64_t first, int64_t last) {
-        walk.run(first, last, [=](bool is_across, int64_t c, int64_t at, int64_t n) {
-            const T* __restrict from = x + at;
-            uint8_t* __restrict to = out + at;
-            const T *__restrict step = steps + c, *__restrict low = lows + c;
-            const T one_step = *step, one_low = *low;
-            if (is_across) for (int64_t i = 0; i < n; ++i) to[i] = code_of(from[i], step[i], low[i]);
-            else for (int64_t i = 0; i < n; ++i) to[i] = code_of(from[i], one_step, one_low);
+    std::atomic<bool> has_nan{false};
+    in_chunks(walk.n(), parallel, threads, [&](int64_t first, int64_t last) {
+        Flag<T> is_nan = 0;
+        walk.run(first, last, [&](bool is_across, int64_t c, int64_t at, int64_t n) {
+            const Same<T> step{steps[c]}, low{lows[c]}, inverse{T(1) / steps[c]};
+            if (is_across) is_nan |= encode<true>(x + at, out + at, n, Each<T>{steps + c}, Each<T>{lows + c});
+            else if (has_reciprocal(steps[c], lows[c])) is_nan |= encode<false>(x + at, out + at, n, inverse, low);
+            else is_nan |= encode<true>(x + at, out + at, n, step, low);
         });
+        if (is_nan) has_nan = true;
     });
+    *zero_or_nan = has_nan ? T(NAN) : T(0);
     return 0;
 }
 
@@ -231,10 +251,10 @@ UNIFORM(uniform_float32, float)
 UNIFORM(uniform_float64, double)
 
 #define TO_CODES(NAME, T)                                                                                             \
-    EXPORT int NAME(const T* x, uint8_t* out, WALK, NUMBER(T, step), NUMBER(T, low), NUMBER(T, zero_point),           \
-                    void* parallel, int threads) {                                                                    \
-        return tq::to_codes<T>(x, out, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, zero_point), parallel,       \
-                               threads);                                                                              \
+    EXPORT int NAME(const T* x, uint8_t* out, T* zero_or_nan, WALK, NUMBER(T, step), NUMBER(T, low),                  \
+                    NUMBER(T, zero_point), void* parallel, int threads) {                                             \
+        return tq::to_codes<T>(x, out, zero_or_nan, THE_WALK, GIVEN(T, step), GIVEN(T, low), GIVEN(T, zero_point),    \
+                               parallel, threads);                                                                    \
     }
 TO_CODES(to_codes_float32, float)
 TO_CODES(to_codes_float64, double)

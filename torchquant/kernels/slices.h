@@ -12,18 +12,6 @@ struct Layout {
     int64_t numel() const { return outer * channels * inner; }
 };
 
-template <typename T>
-struct Same {
-    T number;
-    T operator[](int64_t) const { return number; }
-};
-
-template <typename T>
-struct Each {
-    const T* numbers;
-    T operator[](int64_t i) const { return numbers[i]; }
-};
-
 // Elements of one channel, or single ones of the channels from `channel` on: their numbers, given those of all channels.
 struct OfOne {
     int64_t channel;

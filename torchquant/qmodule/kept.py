@@ -72,26 +72,25 @@ class FromCodes(Recipe):
     A NaN has no code. If there is one, what is made again is NaN everywhere, so that backward hides nothing.
     """
 
-    def __init__(self, format: Format, value: Tensor, x: Tensor, clamp: Clamp | None) -> None:
+    def __init__(self, format: Format, value: Tensor, layout: Layout, x: Tensor, clamp: Clamp | None) -> None:
         self.format = _lasting(format)
-        self.dtype, self.layout = value.dtype, Layout.of(value)
+        self.dtype, self.layout = value.dtype, layout
         low, high = format.code_range
         self.bits = next(bits for bits in (1, 2, 4, 8) if high - low < 2**bits)
         self._kept: list[Tensor] = []
         if not have_own_codes(format, value.dtype):
             real = x.detach() if clamp is None else x.detach().clamp(*clamp)
-            self._keep((format.encode(real) - low).to(torch.uint8), value)
+            self._keep((format.encode(real) - low).to(torch.uint8), value.detach().amax() * 0.0)
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
         if not self._kept:
-            self._keep(self.format.to_bytes(value), value)
+            self._keep(*self.format.to_bytes(value.detach()))
         return self._kept
 
     def levels(self) -> Format | None:
         return self.format if self.format.axis is None else None
 
-    def _keep(self, codes: Tensor, value: Tensor) -> None:
-        zero_or_nan = value.detach().amax() * 0.0
+    def _keep(self, codes: Tensor, zero_or_nan: Tensor) -> None:
         self._kept = [pack_codes(_in_memory_order(codes, self.layout), self.bits), zero_or_nan]
         self._kept += self.format.numbers()
 

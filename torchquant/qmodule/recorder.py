@@ -94,11 +94,12 @@ class LeanRecorder:
     def note_quantized(self, value: Tensor, format: Format, x: Tensor, clamp: Clamp | None = None) -> None:
         if value.numel() < FEWEST_ELEMENTS or not is_whole(format):
             return
+        layout = Layout.of(value)
         if clamp is None and is_parameter(x):
-            self._note(value, FromParameter(format, x))
-        elif has_codes(format) and Layout.of(value).is_dense:
-            recipe = FromCodes(format, value, x, clamp)
-            self._note(value, recipe)
+            self._note(value, layout, FromParameter(format, x))
+        elif has_codes(format) and (value.is_contiguous() or layout.is_dense):
+            recipe = FromCodes(format, value, layout, x, clamp)
+            self._note(value, layout, recipe)
             levels = recipe.levels()
             if levels is not None and value.grad_fn is not None:
                 self._formats[value.grad_fn] = levels
@@ -128,7 +129,7 @@ class LeanRecorder:
     def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
         if self.recomputes and value.numel() >= FEWEST_ELEMENTS and inputs[0] is not None and self.knows(inputs[0]):
             known = [None if one is None else self._known(one.detach(), self._find(one)) for one in inputs]
-            self._note(value, FromInputs(compute, known, value.device.type))
+            self._note(value, Layout.of(value), FromInputs(compute, known, value.device.type))
 
     def knows(self, x: Tensor) -> bool:
         """Whether x is a noted tensor, or a view of one, that has not been changed."""
@@ -137,11 +138,9 @@ class LeanRecorder:
     def misses(self, x: Tensor) -> bool:
         return x.numel() >= FEWEST_ELEMENTS and self._find(x) is None
 
-    def _note(self, value: Tensor, recipe: Recipe) -> None:
+    def _note(self, value: Tensor, layout: Layout, recipe: Recipe) -> None:
         storage = value.untyped_storage()
-        self._noted[storage._cdata] = _Noted(
-            StorageWeakRef(storage), value._version, value.dtype, Layout.of(value), recipe
-        )
+        self._noted[storage._cdata] = _Noted(StorageWeakRef(storage), value._version, value.dtype, layout, recipe)
 
     def _find(self, x: Tensor) -> _Noted | None:
         noted = self._noted.get(x.untyped_storage()._cdata)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Set
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -187,7 +187,12 @@ class UniformQuantizer(GridQuantizer):
         if not isinstance(range_observer, RangeObserver):
             raise TypeError(f"range_observer must be a RangeObserver such as BatchMinMax(), got {range_observer!r}")
         self.n_bits = n_bits
-        self.observer = range_observer
+        self.observer = range_observer  # type: ignore[misc] # a module takes it as a child
+
+    @property
+    def observer(self) -> RangeObserver:
+        """The observer that determines the range."""
+        return cast(RangeObserver, self._modules["observer"])  # __getattr__ of a module takes ten times as long
 
     @property
     def axis(self) -> int | None:  # type: ignore[override]

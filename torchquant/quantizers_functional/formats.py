@@ -136,9 +136,12 @@ class Format(ABC):
         working = torch.float64 if dtype == torch.float64 else torch.float32
         return cast_back(self.values(codes, working), dtype)
 
-    def to_bytes(self, levels: Tensor) -> Tensor:
-        """Return the codes of levels, counted from the smallest, for at most 256 codes; uint8, in their layout."""
-        return (self.encode(levels) - self.code_range[0]).to(torch.uint8)
+    def to_bytes(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes of levels, counted from the smallest, for at most 256 codes; uint8, in their layout.
+
+        Also returns 0, or NaN if a level is NaN, which has no code; () in a float type.
+        """
+        return (self.encode(levels) - self.code_range[0]).to(torch.uint8), levels.amax() * 0.0
 
     def from_bytes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the levels, of any float type, of codes that are counted from the smallest; the layout is theirs."""
@@ -325,15 +328,17 @@ class UniformGrid(Format):
         values = steps * self.step(steps)
         return values if self.offset is None else values + self.shaped(self.offset, steps)
 
-    def to_bytes(self, levels: Tensor) -> Tensor:
+    def to_bytes(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         if self.offset is not None:
             return super().to_bytes(levels)
         real = levels.to(compute_dtype(levels))
         step, (low, _, zero_point) = self.step(real), self._codes_in(real)
         kernel = kernels.find("to_codes", real)
-        codes = None if kernel is None else kernel(real, step, low, zero_point)
+        found = None if kernel is None else kernel(real, step, low, zero_point)
+        if found is not None:
+            return cast("tuple[Tensor, Tensor]", found)
         # The quotients are whole numbers, up to rounding.
-        return torch.div(real, step).add_(0.5 - (low - zero_point)).to(torch.uint8) if codes is None else codes
+        return torch.div(real, step).add_(0.5 - (low - zero_point)).to(torch.uint8), levels.amax() * 0.0
 
     def from_bytes(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         if self.offset is not None:
