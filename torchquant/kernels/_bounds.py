@@ -14,7 +14,7 @@ Bound = Tensor | int
 def code_bounds(
     x: Tensor, step: Tensor, low: Bound, high: Bound, zero_point: Bound = 0, clamp: Clamp | None = None
 ) -> tuple[Bound, Bound]:
-    """Return the code range counted from real 0, `[low - zero_point, high - zero_point]`, narrowed to `x.clamp(*clamp)`.
+    """Return the codes counted from real 0, `[low - zero_point, high - zero_point]`, narrowed to `x.clamp(*clamp)`.
 
     Clamping rounded quotients to these bounds equals, exactly for integers, rounding, adding the zero point, clamping
     and subtracting it again, and is two passes cheaper. A clamp of x maps to bounds of codes exactly, since dividing
