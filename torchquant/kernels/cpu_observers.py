@@ -77,7 +77,7 @@ def track(
     for held in (range_min, range_max, weight):
         if held.dtype != x.dtype or not held.is_cpu or not held.is_contiguous():
             return False
-    shape = (1, 1, x.numel()) if axis is None else along(x, axis % x.ndim)
+    shape = (1, 1, x.numel()) if axis is None or x.ndim == 0 else along(x, axis % x.ndim)
     least, most = clamp or (None, None)
     pointers = x.data_ptr(), range_min.data_ptr(), range_max.data_ptr(), weight.data_ptr()
     ends = -math.inf if least is None else least, math.inf if most is None else most

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
@@ -31,7 +32,7 @@ class _MinMax(RangeObserver):
         if kernel is None:
             return False
         if self.axis is not None:
-            self._expect_channels(x.shape[self.axis % x.ndim :][:1])
+            self._expect_channels(x.shape[self.axis :][:1])
         low, high, weight = (cast(Tensor, self._buffers[name]) for name in (*self.statistics, "observed_weight"))
         is_done = not weight.is_inference() and kernel(
             x, low, high, weight, self.axis, clamp, self.momentum, self.starts_at_first, self.joins
