@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import html
+import base64
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+"""The browser; tests that take the fixture `browser` are skipped without one."""
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--mute-audio"),
-    *("--virtual-time-budget=10000", "--enable-logging=stderr", "--window-size=1400,4200"),
+    *("--disable-background-networking", "--disable-component-update", "--mute-audio", "--window-size=1400,1000"),
+    *("--remote-debugging-pipe", "--disable-dev-shm-usage"),
 )
-WATCH = """<script>
-window.faults = [];
-window.addEventListener("error", event => faults.push(String(event.message)));
-window.addEventListener("unhandledrejection", event => faults.push(String(event.reason)));
-console.error = (...words) => faults.push(words.join(" "));
-</script>"""
-USE = """<script>
-(async () => {
-  const wait = () => new Promise(done => setTimeout(done, 300));
+LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts a browser that reads commands from file descriptor 3 and writes to 4."""
+USE = """(async () => {
+  const wait = () => new Promise(done => setTimeout(done, 20));
   const texts = (table, i) => [...table.tBodies[0].rows].map(row => row.cells[i].textContent);
   const found = { tables: [], graphs: [], plots: 0, drawn: 0 };
   for (const table of document.querySelectorAll("main > .section > .scroll > table.sortable")) {
@@ -47,19 +49,19 @@ USE = """<script>
     const shown = [...graph.querySelectorAll(".node-details")].filter(one => getComputedStyle(one).display !== "none");
     found.graphs.push({
       names: nodes.map(node => node.querySelector("title").textContent.split("  ")[0]), paths,
-      shown: shown.map(one => one.querySelector("h4").textContent), text: shown.map(one => one.innerText).join(" "),
+      shown: shown.map(one => one.querySelector("h4").textContent), text: shown.map(one => one.textContent).join(" "),
     });
   }
-  await wait();
-  const plots = [...document.querySelectorAll(".plot")].filter(plot => plot.offsetParent);
-  for (const plot of plots) { plot.scrollIntoView(); await wait(); }
+  const plots = [...document.querySelectorAll(".plot")].filter(plot => plot.checkVisibility());
+  for (const plot of plots) {
+    plot.scrollIntoView();
+    for (let i = 0; i < 500 && plot.dataset.drawn === undefined && !plot.hidden; i++) await wait();
+  }
   found.plots = plots.length;
   found.drawn = plots.filter(plot => plot.querySelector(".main-svg")).length;
   window.scrollTo(0, 0);
-  found.faults = window.faults;
-  document.body.dataset.found = JSON.stringify(found);
-})();
-</script>"""
+  return found;
+})()"""
 
 
 @dataclass(frozen=True)
@@ -73,26 +75,104 @@ class Opened:
     drawn: int
 
 
-def opened(page: Path, name: str, folder: Path) -> Opened:
-    """Open a copy of the page that a script uses; the screenshot is `name`.png in $TORCHQUANT_ARTEFACTS or `folder`."""
-    artefacts = Path(os.environ.get("TORCHQUANT_ARTEFACTS", folder))
+class Browser:
+    """A headless Chromium, driven by the messages of its DevTools protocol through a pipe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        read, to_browser = os.pipe()
+        from_browser, write = os.pipe()
+        command = [sys.executable, "-c", LAUNCH, str(read), str(write), str(CHROMIUM), *FLAGS]
+        with (folder / "chromium.txt").open("wb") as log:
+            command += [f"--user-data-dir={folder / 'chromium'}", "about:blank"]
+            self.process = subprocess.Popen(command, pass_fds=(read, write), stderr=log)
+        for end in (read, write):
+            os.close(end)
+        self.sent, self.received = os.fdopen(to_browser, "wb", 0), os.fdopen(from_browser, "rb", 0)
+        self.number, self.rest, self.session = 0, b"", ""
+        self.events: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.sent.close()
+        self.received.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+    @contextmanager
+    def tab(self, page: Path) -> Iterator[None]:
+        """Load a page in a new tab, to which commands go while the context lasts."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.events.clear()
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=page.absolute().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.next())
+        try:
+            yield
+        finally:
+            self.session = ""
+            self.call("Target.closeTarget", targetId=target)
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Send a command and return its result; what the browser tells meanwhile is kept in `events`."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        self.sent.write(json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        while True:
+            told = self.next()
+            if told.get("id") == self.number:
+                assert "error" not in told, told
+                return told["result"]
+            self.events.append(told)
+
+    def next(self) -> dict[str, Any]:
+        """Return the next message of the browser."""
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.received], [], [], 60.0)
+            assert ready, "the browser has said nothing for a minute"
+            more = os.read(self.received.fileno(), 1 << 20)
+            assert more, "the browser has ended"
+            self.rest += more
+        first, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(first)
+
+    def faults(self) -> list[str]:
+        """What the console shows in red: exceptions, errors that scripts log, and addresses that did not load."""
+        found = []
+        for event in self.events:
+            params = event.get("params", {})
+            if event.get("method") == "Runtime.exceptionThrown":
+                details = params["exceptionDetails"]
+                found.append(details.get("exception", {}).get("description") or details["text"])
+            elif event.get("method") == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+                found.append(" ".join(str(word.get("value", word.get("description"))) for word in params["args"]))
+            elif event.get("method") == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+                found.append(params["entry"]["text"])
+        return found
+
+
+def opened(browser: Browser, page: Path, name: str) -> Opened:
+    """Open a page and use it; a screenshot of all of it is `name`.png in $TORCHQUANT_ARTEFACTS, or beside the page."""
+    artefacts = Path(os.environ.get("TORCHQUANT_ARTEFACTS", page.parent))
     artefacts.mkdir(parents=True, exist_ok=True)
-    text = page.read_text(encoding="utf-8")
-    copy = folder / f"{name}.html"
-    copy.write_text(text.replace("<head>", f"<head>{WATCH}").replace("</body>", f"{USE}</body>"), encoding="utf-8")
-    picture = f"--screenshot={artefacts / f'{name}.png'}"
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'chromium'}", picture, "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    kept = re.search('data-found="([^"]*)"', done.stdout)
-    assert kept, f"the page did not finish: {done.stderr[-2000:]}"
-    told = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    found = json.loads(html.unescape(kept[1]))
-    return Opened(**found | {"faults": found["faults"] + told})
+    with browser.tab(page):
+        told = browser.call("Runtime.evaluate", expression=USE, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        size = browser.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 8000), "scale": 1}
+        picture = browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        (artefacts / f"{name}.png").write_bytes(base64.b64decode(picture["data"]))
+        return Opened(**told["result"]["value"], faults=browser.faults())
 
 
-def check_opened(page: Path, name: str, folder: Path) -> Opened:
+def check_opened(browser: Browser, page: Path, name: str) -> Opened:
     """Open a page and check what holds for every one: no fault, sorted columns, details of nodes, drawn figures."""
-    found = opened(page, name, folder)
+    found = opened(browser, page, name)
     assert found.faults == []
     assert found.tables, "the page has no table"
     for table in found.tables:

@@ -6,10 +6,13 @@ import functools
 import gc
 import random
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from tests.browser import CHROMIUM, Browser
 
 
 def pytest_collection_finish() -> None:
@@ -17,6 +20,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 20)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium, the same for all pages; without one the test is skipped."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium to open the page in")
+    with Browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

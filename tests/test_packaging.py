@@ -27,7 +27,6 @@ OPTIONAL = (
     "sklearn",
     "scipy",
     "matplotlib",
-    "jinja2",
     "plotly",
 )
 
@@ -76,7 +75,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    kinds = ("py", "css", "js", "html.j2", "typed", "cpp", "h")
+    kinds = ("py", "css", "js", "typed", "cpp", "h")
     wanted = [path for kind in kinds for path in (ROOT / "torchquant").rglob(f"*.{kind}")]
     assert packed == {path.relative_to(ROOT).as_posix() for path in wanted}
 

@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.browser import Browser, check_opened, check_whole
 from tests.stage_table import PAGE, written
 from torchquant import cli
 from torchquant.errors import ConfigError
@@ -146,6 +147,8 @@ def test_the_command_goes_all_the_way_and_on(tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     assert len(json.loads((out / "steps" / "ptq.json").read_text())["steps"]) == 5
     assert "<h1>Post-training run</h1>" in (out / "steps" / "report.html").read_text()
+    said = "".join(check_whole((out / "report.html").read_text()).text)
+    assert f"torchquant ptq {model}:small --recipe calibrate,gptq,bias_correction" in said
     assert "the recipe" in first.output
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "float.pt", "plan.yaml", "calibrated.pt", "quantized.pt", "result.json", "steps"} <= names
@@ -157,3 +160,13 @@ def test_the_command_goes_all_the_way_and_on(tmp_path: Path) -> None:
     other = CliRunner().invoke(cli.build_app(), [*words, "--seed", "1"])
     assert other.exit_code == 1
     assert "holds another run" in other.output
+
+
+def test_the_report_in_a_browser(browser: Browser, tmp_path: Path) -> None:
+    model, out = tmp_path / "own.py", tmp_path / "out"
+    model.write_text(OWN_MODEL)
+    run_ptq(PTQConfig(f"{model}:small", "calibrate,gptq,bias_correction", float_epochs=0), out)
+    found = check_opened(browser, out / "report.html", "ptq")
+    assert [column["name"] for column in found.tables[1]][:3] == ["step", "stage", "layer"]
+    assert {"0", "4"} < set(found.graphs[0]["names"])
+    assert "codes used" in found.graphs[0]["text"]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.browser import Browser, check_opened, check_whole
 from torchquant import cli
 from torchquant.errors import ConfigError, UnknownNameError
 from torchquant.quantizers import QUANTIZERS
-from torchquant.runs.compare import Recipe, compare, leaderboard, make_cases
+from torchquant.runs.compare import Recipe, compare, leaderboard, make_cases, write_leaderboard
 from torchquant.runs.compare import run as compare_run
 
 TINY = Recipe(float_epochs=1, epochs=1, calibration_batches=1, test_copies=1)
@@ -104,9 +105,16 @@ def test_the_command_writes_every_form_and_takes_a_plugin(tmp_path: Path) -> Non
     assert len(list(csv.DictReader((out / "leaderboard.csv").read_text().splitlines()))) == 2
     assert "| coarse | 2 | 8 |" in (out / "leaderboard.md").read_text()
     html = (out / "leaderboard.html").read_text()
-    assert "data:image/png;base64," in html
-    assert "coarse:2/channel" in html
+    assert "coarse:2/channel" in "".join(check_whole(html).text)
     assert "coarse" in result.output
+
+
+def test_the_leaderboard_in_a_browser(finished, browser: Browser, tmp_path: Path) -> None:
+    write_leaderboard(leaderboard(finished[1]), TINY, "torchquant compare", tmp_path)
+    found = check_opened(browser, tmp_path / "leaderboard.html", "compare")
+    assert found.plots == 1
+    accuracy = next(column for column in found.tables[0] if column["name"] == "accuracy")
+    assert len(accuracy["orders"][0][1]) == len(leaderboard(finished[1]))
 
 
 @pytest.mark.parametrize(

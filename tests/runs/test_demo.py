@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.browser import Browser, check_opened, check_whole
 from torchquant import QModuleState
 from torchquant._files import write_json, write_whole
+from torchquant.analysis.sections import wilson
 from torchquant.deploy import run_onnx
 from torchquant.errors import ConfigError
+from torchquant.report import Page
 from torchquant.runs.console import NullProgress, Terminal
 from torchquant.runs.data import distort, load_digits
 from torchquant.runs.demo import SCHEMES, DemoConfig, DemoResult, run_demo
 from torchquant.runs.demo import run as demo_run
+from torchquant.runs.demo.report import DRAWN
 from torchquant.runs.loop import accuracy, predict
 from torchquant.runs.small_resnet import SmallResNet
 
@@ -142,33 +144,33 @@ def test_more_bits_mean_less_noise_in_every_layer(quick: Run) -> None:
         assert all(b.quantized.unique().numel() <= 16 for _, b in pairs if site == "output")
 
 
-class Resources(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
-
-
 def test_report_is_one_self_contained_file(quick: Run) -> None:
-    parser = Resources()
-    parser.feed(quick.html)
-    assert len(parser.found) == 8
-    assert all(resource.startswith("data:image/png;base64,") for resource in parser.found)
-    assert not {"script", "link", "iframe"} & set(parser.tags)
-    assert not re.search(r"https?://|@import|url\(", quick.html)
+    check_whole(quick.html)
+    assert quick.html.count('id="plotly"') == 1
+    assert len(quick.html) < 4_000_000
 
 
 def test_report_shows_the_results(quick: Run) -> None:
     for row in quick.result.rows:
-        assert f"<td>{row.title}</td><td>{row.accuracy:.2%}</td><td>{row.weight_bytes:,}</td>" in quick.html
-    assert f"{100 * quick.result.onnx.same_top1:.2f} %" in quick.html
-    assert f"<td>{quick.result.layers['w8a8-ptq'][0].weight.sqnr_db:.1f}</td>" in quick.html
+        low, high = wilson(row.accuracy, 1800)
+        accuracy = f">{row.title}</td><td>{row.accuracy:.2%}</td>"
+        assert accuracy in quick.html
+        assert f">{low:.2%} to {high:.2%}</td><td>{row.weight_bytes:,}</td>" in quick.html
+    assert f"<b>{quick.result.onnx.same_top1:.2%}</b>of test images: same class" in quick.html
+    assert f">{quick.result.layers['w8a8-ptq'][0].weight.sqnr_db:.1f} dB</td>" in quick.html
+    assert "ORT, integer kernels: 0 of " in quick.html
     assert "torchquant demo --seed 0 --quick" in quick.html
     assert f"torch {torch.__version__}" in quick.html
+    assert {name: len(points) for name, points in quick.result.losses.items()} == {
+        **{"float": 8, "W4A4, QAT": 4, "ESB(4,1) weights, A8, QAT": 1, "ternary weights, A8, QAT": 1}
+    }
+
+
+def test_report_in_a_browser(quick: Run, browser: Browser) -> None:
+    found = check_opened(browser, quick.folder / "report.html", "demo")
+    assert [len(graph["names"]) for graph in found.graphs] == [21] * len(DRAWN)
+    assert all("fc" in graph["shown"] and "weight" in graph["text"] for graph in found.graphs)
+    assert all(graph["paths"] == 25 for graph in found.graphs)
 
 
 def test_progress_reaches_the_end(quick: Run) -> None:
@@ -182,7 +184,7 @@ def test_callers_random_state_is_left_alone(quick: Run) -> None:
 
 @pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_run, "render_report", lambda result: "pictures take time")
+    monkeypatch.setattr(demo_run, "demo_page", lambda *args: Page("pictures take time", []))
     torch.manual_seed(1)
     first = run_demo(TINY, tmp_path / "a").to_dict()
     torch.manual_seed(2)

@@ -10,10 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.browser import Browser, check_opened, check_whole
+from tests.runs.test_report import certificate
 from torchquant import cli
+from torchquant._files import write_json
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
 from torchquant.runs.data import load_digits
+from torchquant.runs.losses import read_losses
 from torchquant.runs.networks import build_model
 from torchquant.runs.quantize import JobConfig, run_job
 from torchquant.runs.settings import read_rules
@@ -61,7 +65,9 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
         "trained.pt",
         "quantized.pt",
         "sites.csv",
+        "losses.json",
         "result.json",
+        "report.html",
     }
     looks = read_looks(out / "monitor.csv")
     assert [look.step for look in looks] == list(range(10, 10 * len(looks) + 1, 10))
@@ -72,6 +78,29 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
     model = plan.apply(build_model(own_model, load_digits(0, 1)))
     model.load_state_dict(torch.load(out / "quantized.pt", weights_only=True), strict=True)
     assert (out / "sites.csv").read_text().startswith("path,site,state,scheme")
+    text = (out / "report.html").read_text()
+    said = "".join(check_whole(text).text)
+    assert f"torchquant quantize {own_model} --rules {rules} --mode qat --float-epochs 2 --epochs 2" in said
+    assert f"{result.qat_accuracy:.2%}" in said
+    losses = read_losses(out)
+    assert {name: [epoch for epoch, _ in points] for name, points in losses.items()} == {
+        "float": [1, 2],
+        "quantized": [1, 2],
+    }
+    write_json(out / "certificate.json", certificate("INCOMPLETE"))
+    assert run_job(config(own_model, rules=str(rules)), out) == result
+    assert "Certificate: INCOMPLETE" in "".join(check_whole((out / "report.html").read_text()).text)
+    (out / "certificate.json").write_text('{"verdict": "passed"}')
+    with pytest.raises(ConfigError, match=r"certificate.json is damaged.*write it again with torchquant certify"):
+        run_job(config(own_model, rules=str(rules)), out)
+
+
+def test_the_report_in_a_browser(own_model: str, browser: Browser, tmp_path: Path) -> None:
+    run_job(config(own_model, float_epochs=1, epochs=1), tmp_path / "out")
+    found = check_opened(browser, tmp_path / "out" / "report.html", "quantize")
+    assert set(found.graphs[0]["names"]) == {"0", "4", "quantize_input_1"}
+    assert found.graphs[0]["paths"] == 2
+    assert "quantized" in found.graphs[0]["text"]
 
 
 @pytest.mark.slow

@@ -26,17 +26,14 @@ from torchquant.plan import quantize
 from torchquant.quantizers import QUANTIZERS
 from torchquant.runs import export as export_file
 from torchquant.runs import quantize as quantize_file
-from torchquant.runs import stages
+from torchquant.runs import report, stages
 from torchquant.runs.compare import Recipe, read_leaderboard, write_leaderboard
 from torchquant.runs.compare import run as compare_run
 from torchquant.runs.data import Digits, load_digits
 from torchquant.runs.folder import claimed
 from torchquant.runs.quantize import JobConfig, run_job
-from torchquant.runs.search import SearchConfig, results, run_search, write_report
+from torchquant.runs.search import SearchConfig, run_search, write_report
 from torchquant.runs.search import run as search_file
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
 
 OWN_MODEL = """
 import torch
@@ -128,7 +125,7 @@ def make_work(folder: Path) -> Work:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is most of the time of a second run."""
-    monkeypatch.setattr(results, "render_report", lambda *args: "a report")
+    monkeypatch.setattr(report, "model_parts", lambda *args: [])
     monkeypatch.setitem(write_leaderboard.__globals__, "_html", lambda *args: "a leaderboard")
 
 
@@ -479,7 +476,7 @@ def damages(path: Path) -> dict[str, bytes]:
 
 
 REWRITTEN = {
-    "quantize": {"plan.yaml", "quantized.pt", "result.json", "sites.csv"},
+    "quantize": {"plan.yaml", "quantized.pt", "report.html", "result.json", "sites.csv"},
     "search": {"choices.csv", "result.json", "report.html", "history.csv"},
     "allocate": {"choices.csv", "result.json", "report.html"},
     "compare": {"leaderboard.json", "leaderboard.csv", "leaderboard.md", "leaderboard.html"},

@@ -26,4 +26,6 @@ def command(
     result = run_ptq(config, out, terminal, strict)
     report = PTQReport.load(out / "steps")
     terminal.table(f"torchquant ptq {config.model}", *result.table(), f"{len(report.steps)} steps")
-    terminal.message(f"steps: {out / 'steps' / 'steps.csv'}; results: {out / 'result.json'}")
+    terminal.message(
+        f"steps: {out / 'steps' / 'steps.csv'}; results: {out / 'result.json'}; report: {out / 'report.html'}"
+    )

@@ -19,4 +19,4 @@ def command(
     result = run_job(config, out, terminal, strict)
     note = f"sites quantized: {result.n_sites}; places left float: {result.n_left_float}"
     terminal.table(f"torchquant quantize {config.model}", *result.table(), note)
-    terminal.message(f"plan: {out / 'plan.yaml'}; results: {out / 'result.json'}")
+    terminal.message(f"plan: {out / 'plan.yaml'}; results: {out / 'result.json'}; report: {out / 'report.html'}")

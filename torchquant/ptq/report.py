@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, fields
-from html import escape
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,10 @@ from typing import Any
 from torchquant._files import check_format, read_json, write_csv, write_json, write_whole
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.errors import ConfigError, one_line
+from torchquant.report import Page, Section, Table, Text, bars
 
 FORMAT = 1
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Post-training run</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2733; margin: 2rem auto; max-width: 1080px; }}
-table {{ border-collapse: collapse; width: 100%; }}
-td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #e1e6ec; }}
-.before, .after {{ background: #c9d3de; font-size: .75rem; white-space: nowrap; }}
-.after {{ background: #7fb3e6; }}
-</style></head><body>
-<h1>Post-training run</h1><p>Stages: <code>{stages}</code></p>
-<h2>Error of each unit, rounded to nearest (grey) and after the step (blue), on a logarithmic scale</h2>
-<table>{bars}</table>
-<h2>Steps</h2>{table}
-</body></html>
-"""
-"""The page of a report."""
+ABOUT_ERRORS = "Mean squared error of the outputs of each unit over their mean square, on a logarithmic scale."
 
 
 @dataclass(frozen=True)
@@ -97,23 +83,32 @@ class PTQReport(ShownAsTables):
         except (LookupError, TypeError) as error:
             raise ConfigError(f"{where} is not a whole report: {one_line(repr(error))}") from error
 
+    def sections(self) -> list[Section]:
+        """Return the sections of a report: the errors before and after each step, and all steps as a table."""
+        measured = [(i, step) for i, step in enumerate(self.steps, 1) if step.error and step.nearest_error]
+        names = [f"{i} {step.path or '(model)'} {step.stage}" for i, step in measured]
+        errors = {
+            "rounded to nearest": [step.nearest_error for _, step in measured],
+            "after the step": [step.error for _, step in measured],
+        }
+        y = "squared error over mean square"
+        figures = [bars("Error of the outputs", names, errors, y, ABOUT_ERRORS, is_log=True)] if measured else []
+        header = ["step", "stage", "layer", "nearest", "error", "gain", "changed", "rows", "seconds", "note"]
+        rows = [
+            [
+                *(i, step.stage, step.path or "(model)", step.nearest_error, step.error),
+                None if step.gain is None else f"{step.gain:+.1f} dB",
+                None if step.changed is None else f"{step.changed:.1%}",
+                *(step.rows, round(step.seconds, 2), step.note),
+            ]
+            for i, step in enumerate(self.steps, 1)
+        ]
+        stages = Text(f"Stages: `{', '.join(self.stages)}`.")
+        return [Section("Steps", [stages, *figures, Table(header, rows, name="steps")])]
+
     def to_html(self) -> str:
         """Return the report as one page that loads nothing: the errors before and after as bars, and the table."""
-        errors = [error for step in self.steps for error in (step.nearest_error, step.error) if error]
-        low = log10(min(errors, default=1.0)) - 1.0
-        scale = 100.0 / ((log10(max(errors, default=1.0)) - low) or 1.0)
-
-        def bar(name: str, error: float) -> str:
-            width = scale * (log10(error) - low) if error > 0 else 0.0
-            return f'<div class="{name}" style="width:{width:.1f}%">{error:.3g}</div>'
-
-        bars = "".join(
-            f"<tr><td>{escape(step.stage)}</td><td>{escape(step.path)}</td>"
-            f"<td>{bar('before', step.nearest_error)}{bar('after', step.error)}</td></tr>"
-            for step in self.steps
-            if step.error is not None and step.nearest_error is not None
-        )
-        return PAGE.format(stages=escape(", ".join(self.stages)), bars=bars, table=self._repr_html_())
+        return Page("Post-training run", self.sections()).html()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `ptq.json`, `steps.csv` and `report.html` into a folder. Returns the path of the first."""

@@ -14,22 +14,26 @@ from torch import nn
 from torchquant import ptq
 from torchquant._files import write_json
 from torchquant._units import bytes_of
+from torchquant.analysis.sections import accuracy_table
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan, quantize
 from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe, is_file
 from torchquant.qmodule import QModuleState
+from torchquant.report import Section, Text
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
 from torchquant.runs.data import BATCH_SIZE, DATA, TrainBatches, TrainingData, load_data
 from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import build_model, tried
+from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
     check_above_zero,
     check_at_least,
     check_seed,
     check_types,
     checkpoint_option,
+    command_line,
     files_of,
     model_argument,
     option,
@@ -41,6 +45,11 @@ from torchquant.utils import set_qmodule_state
 
 __all__ = ["PTQConfig", "PTQResult", "preview_ptq", "run_ptq"]
 
+ABOUT_ROUNDED = (
+    "Signal to quantization noise ratio (SQNR) of each output, in dB, against the model with the same rounded weights "
+    "and no quantizer: the noise of the activations, which adds up along the model. What rounding the weights costs is "
+    "in the steps above; the weights are on their grids now."
+)
 MADE = ("float.pt", "calibrated.pt", "quantized.pt", "*.progress.pt")
 """Files that a later run of the same settings goes on from."""
 
@@ -100,7 +109,7 @@ def run_ptq(
     """Float model, plan, calibration, stages, evaluation; files in `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `steps/` (`ptq.json`, `steps.csv`, a file a layer),
-    `quantized.pt`, `result.json`. What is there is not done again. Raises as `run_job`.
+    `quantized.pt`, `result.json`, `report.html`. What is there is not done again. Raises as `run_job`.
     """
     with show or NullProgress() as shown:
         shown.start(3.0)
@@ -183,5 +192,20 @@ def _run(
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     result = PTQResult(float_accuracy, nearest_accuracy, accuracy_on(model, data))
     write_json(folder / "result.json", asdict(result))
+    _report(result, model, config, data, folder)
     shown.advance(1.0, "done")
     return result
+
+
+def _report(result: PTQResult, model: nn.Module, config: PTQConfig, data: TrainingData, folder: Path) -> None:
+    """Write report.html."""
+    names = ("float", "rounded to nearest", "the recipe")
+    accuracies = list(zip(names, (result.float_accuracy, result.nearest_accuracy, result.accuracy), strict=True))
+    table = accuracy_table(accuracies, len(data.test_labels))
+    if (folder / "steps" / "ptq.json").exists():
+        steps = ptq.PTQReport.load(folder / "steps").sections()
+    else:
+        steps = [Section("Steps", [Text("The steps are not known: the folder has no `steps/ptq.json`.")])]
+    made = made_section(command_line("ptq", config), asdict(config))
+    title = f"{config.model} on {config.data}, rounded after training"
+    write_run_report(folder, title, [table], steps, (model, data), made, ABOUT_ROUNDED)

@@ -17,6 +17,7 @@ from torch import nn
 from torchquant._files import write_csv, write_json
 from torchquant._shown import shown
 from torchquant.analysis import weight_bytes
+from torchquant.analysis.sections import accuracy_table
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
@@ -26,12 +27,14 @@ from torchquant.runs.data import TrainingData, load_data
 from torchquant.runs.folder import CONTENTS, claimed, write_checkpoint
 from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import build_model, tried
+from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
     check_above_zero,
     check_at_least,
     check_seed,
     check_types,
     checkpoint_option,
+    command_line,
     data_option,
     files_of,
     model_argument,
@@ -122,10 +125,10 @@ def run_job(
 ) -> JobResult:
     """Make the float model and the plan, calibrate, train and evaluate; write the files into `out`.
 
-    `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `sites.csv`, `result.json`.
-    "qat" also writes `monitor.csv`: what a `Monitor` saw. A stage whose file exists is not run again. Every setting is
-    tried on the untrained model before the folder is touched; `strict` as in `quantize`. Raises ConfigError, also if
-    `out` holds another job, a job with other contents, or a job that is running.
+    `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `losses.json`, `sites.csv`,
+    `result.json`, `report.html`. "qat" also writes `monitor.csv`: what a `Monitor` saw. A stage whose file exists is not
+    run again. Every setting is tried on the untrained model before the folder is touched; `strict` as in `quantize`.
+    Raises ConfigError, also if `out` holds another job, a job with other contents, or a job that is running.
     """
     with show or NullProgress() as shown:
         shown.start(4.0)
@@ -171,8 +174,24 @@ def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stag
     )
     write_json(folder / "result.json", asdict(result))
     write_csv(folder / "sites.csv", list(SiteReport.__dataclass_fields__), state_report(model).to_dicts())
+    _report(result, model, config, data, folder)
     shown.advance(1.0, "done")
     return result
+
+
+def _report(result: JobResult, model: nn.Module, config: JobConfig, data: TrainingData, folder: Path) -> None:
+    """Write report.html."""
+    found = {
+        "float": result.float_accuracy,
+        "calibrated": result.ptq_accuracy,
+        "trained quantized": result.qat_accuracy,
+    }
+    accuracies = [(name, accuracy) for name, accuracy in found.items() if accuracy is not None]
+    sizes = [result.float_weight_bytes, *[result.weight_bytes] * (len(accuracies) - 1)]
+    table = accuracy_table(accuracies, len(data.test_labels), {"weight bytes": sizes})
+    made = made_section(command_line("quantize", config), asdict(config))
+    title = f"{config.model} on {config.data}, quantized"
+    write_run_report(folder, title, [table], [], (model, data), made)
 
 
 def _trained(model: nn.Module, net: nn.Module, config: JobConfig, data: TrainingData, stages: Stages) -> float:

@@ -70,6 +70,22 @@ def words_of(config: Any) -> list[str]:
     return words
 
 
+def command_line(command: str, config: Any) -> str:
+    """Return the command line that runs a command with these settings.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Config:
+    ...     model: str = argument("A model.")
+    ...     seed: int = seed_option()
+    >>> command_line("quantize", Config("my nets.py:net", 3))
+    "torchquant quantize 'my nets.py:net' --seed 3"
+    """
+    given = (entry for entry in fields(config) if HELP in entry.metadata and entry.default is MISSING)
+    arguments = [shlex.quote(str(getattr(config, entry.name))) for entry in given]
+    return " ".join(["torchquant", command, *arguments, *words_of(config)])
+
+
 def check_types(instance: Any) -> None:
     """Raise ConfigError that names the first field of a data class whose value does not have the field's type."""
     for name, hint in get_type_hints(type(instance)).items():

@@ -14,6 +14,7 @@ from torchquant.runs.console import NullProgress
 from torchquant.runs.data import TrainingData
 from torchquant.runs.folder import read_checkpoint_into, write_checkpoint
 from torchquant.runs.loop import train
+from torchquant.runs.losses import keep_loss
 from torchquant.runs.ranks import Ranks
 from torchquant.training import OnEpoch
 
@@ -71,9 +72,11 @@ class Stages:
         self.run("float.pt", net, work, "float.progress.pt")
 
     def tell(self, what: str, epochs: int) -> OnEpoch:
-        """Return a callback for each epoch of a training; the whole training is one unit of progress."""
+        """Return a callback for each epoch of a training, which keeps its loss; all of it is one unit of progress."""
 
         def tell(epoch: int, loss: float) -> None:
+            if self.ranks.is_first:
+                keep_loss(self.folder, what, epoch, loss)
             self.shown.advance(1.0 / epochs, f"{what}: epoch {epoch} of {epochs}, loss {loss:.3f}")
 
         return tell

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from torchquant._files import read_json, reading, write_json, write_whole
-from torchquant.errors import require
-from torchquant.runs.compare.figures import accuracy_over_bits
+from torchquant.report import Page, Section, Table, lines
 from torchquant.runs.compare.run import CaseResult
 from torchquant.runs.compare.settings import Recipe
+from torchquant.runs.report import made_section
 from torchquant.runs.settings import check_types
 
 
@@ -148,14 +148,19 @@ def read_leaderboard(path: str | os.PathLike[str]) -> tuple[list[Row], Recipe, s
 
 
 def _html(rows: Sequence[Row], recipe: Recipe, command: str) -> str:
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("torchquant.runs.compare", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    pictures = {}
+    """Return the page of a leaderboard."""
+    figures = []
     for width in sorted({row.acts_bits for row in rows}):
-        points = [(r.scheme, r.weight_bits, r.accuracy, r.spread) for r in rows if r.acts_bits == width]
-        pictures[width] = accuracy_over_bits(points)
-    return environment.get_template("leaderboard.html.j2").render(
-        header=HEADER, rows=[cells(row) for row in rows], pictures=pictures, text=describe(recipe), command=command
-    )
+        series: dict[str, list[Row]] = {}
+        for row in sorted((row for row in rows if row.acts_bits == width), key=lambda row: row.weight_bits):
+            series.setdefault(row.scheme, []).append(row)
+        points = {
+            scheme: [(float(row.weight_bits), 100.0 * row.accuracy) for row in own] for scheme, own in series.items()
+        }
+        spreads = {scheme: [100.0 * row.spread for row in own] for scheme, own in series.items()}
+        title = f"Activations of {width} bits"
+        figures.append(lines(title, points, "weight bits", "accuracy, %", "", spreads=spreads, height=460))
+    table = Table([*HEADER, "seeds"], [[*cells(row), row.seeds] for row in rows], name="leaderboard")
+    made = made_section(command, asdict(recipe))
+    sections = [Section("All rows", [table]), Section("Accuracy over weight bits", figures), made]
+    return Page("Leaderboard", sections, describe(recipe)).html()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import torch
 
 from torchquant.analysis import LayerError
 from torchquant.deploy import Certificate
 from torchquant.runs.demo.settings import DemoConfig
-
-LIBRARIES = ("torchquant", "numpy", "scikit-learn", "onnx", "onnxruntime")
+from torchquant.runs.losses import Losses
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,10 @@ class OnnxResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of a whole run. `rows[0]` is the float network; `layers` has one list of layer errors per scheme."""
+    """The results of a whole run. `rows[0]` is the float network; `layers` has one list of layer errors per scheme.
+
+    `losses`: name of a training -> (epoch, loss) of each of its epochs.
+    """
 
     config: DemoConfig
     rows: tuple[SchemeResult, ...]
@@ -52,6 +50,7 @@ class DemoResult:
     layers: dict[str, list[LayerError]]
     seconds: dict[str, float]
     versions: dict[str, str]
+    losses: Losses = field(default_factory=dict)
 
     def row(self, name: str) -> SchemeResult:
         """Return the row of a scheme by its name, e.g. "w4a4-qat". Raises KeyError if there is none."""
@@ -65,6 +64,7 @@ class DemoResult:
             "schemes": [asdict(row) for row in self.rows],
             "onnx": {**vars(self.onnx), "certificate": self.onnx.certificate.to_dict()},
             "layers": {name: [layer.to_dict() for layer in layers] for name, layers in self.layers.items()},
+            "losses": {name: [list(point) for point in points] for name, points in self.losses.items()},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 
@@ -83,14 +83,3 @@ class DemoResult:
         ]
         note = "weight bytes: packed codes at their true width, with scales at 4 bytes each; biases not counted"
         return ["scheme", "accuracy", "weight bytes", "smaller", "seconds"], rows, note
-
-
-def versions() -> dict[str, str]:
-    """Return name -> version of Python and of the libraries that affect the numbers, and the number of threads."""
-    found = {name: metadata.version(name) for name in LIBRARIES}
-    return {
-        "python": platform.python_version(),
-        **found,
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-    }

@@ -10,26 +10,29 @@ from pathlib import Path
 
 import torch
 
-from torchquant._files import write_json, write_whole
+from torchquant._files import write_json
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.deploy import certify, export_onnx, lower, run_onnx
 from torchquant.errors import require
 from torchquant.runs.console import NullProgress
 from torchquant.runs.data import Digits, load_digits
-from torchquant.runs.demo.report import render_report
-from torchquant.runs.demo.results import DemoResult, OnnxResult, SchemeResult, versions
+from torchquant.runs.demo.report import demo_page
+from torchquant.runs.demo.results import DemoResult, OnnxResult, SchemeResult
 from torchquant.runs.demo.schemes import SCHEMES, Scheme
 from torchquant.runs.demo.settings import DemoConfig
 from torchquant.runs.folder import output_folder, write_checkpoint
 from torchquant.runs.loop import accuracy, accuracy_on, calibrate, predict, train
+from torchquant.runs.losses import Losses
+from torchquant.runs.report import REPORT, versions
 from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
+from torchquant.training import OnEpoch
 
 FLOAT_RATE = 8e-3
 QAT_RATE = 3e-3
 EXPORTED = "w8a8-ptq"
 CERTIFIED = 450
 """Number of test images whose codes are compared one by one."""
-PACKAGES = ("sklearn", "matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("sklearn", "onnx", "onnxscript", "onnxruntime")
 
 
 def run_demo(
@@ -67,6 +70,7 @@ class _Job:
         self.folder = folder
         self.show = show
         self.seconds: dict[str, float] = {}
+        self.losses = Losses()
         self.data: Digits = load_digits(config.seed, config.test_copies)
         torch.manual_seed(config.seed)
         self.network = SmallResNet()
@@ -86,9 +90,8 @@ class _Job:
             sample = self.data.test_images[:256]
             layers = {name: layer_errors(model, sample) for name, model in models.items()}
         self.seconds["total before report"] = time.perf_counter() - started
-        result = DemoResult(self.config, tuple(rows), onnx, layers, self.seconds, versions())
-        html = render_report(result)
-        write_whole(self.folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
+        result = DemoResult(self.config, tuple(rows), onnx, layers, self.seconds, versions(), self.losses)
+        demo_page(result, models, sample, len(self.data.test_labels)).write(self.folder / REPORT)
         write_json(self.folder / "results.json", result.to_dict())
         self.show.advance(1, "done")
         return result
@@ -102,7 +105,7 @@ class _Job:
                 config.float_epochs,
                 FLOAT_RATE,
                 config.seed,
-                lambda epoch, loss: self.show.advance(1, f"float: epoch {epoch}, loss {loss:.3f}"),
+                self._tell(1, "float"),
             )
             found = accuracy_on(self.network, self.data)
         write_checkpoint(self.folder / "float.pt", self.network)
@@ -121,13 +124,22 @@ class _Job:
                     config.qat_epochs(scheme),
                     QAT_RATE,
                     config.seed,
-                    lambda epoch, loss: self.show.advance(2, f"{scheme.title}: epoch {epoch}, loss {loss:.3f}"),
+                    self._tell(2, scheme.title),
                     quantized=True,
                 )
             found = accuracy_on(model, self.data)
         write_checkpoint(self.folder / f"{scheme.name}.pt", model)
         bytes_ = sum(site.total for site in weight_bytes(model))
         return self._finished(SchemeResult(scheme.name, scheme.title, found, bytes_))
+
+    def _tell(self, amount: float, title: str) -> OnEpoch:
+        """Return a callback for each epoch of a training, which keeps its loss."""
+
+        def tell(epoch: int, loss: float) -> None:
+            self.losses.setdefault(title, []).append((epoch, loss))
+            self.show.advance(amount, f"{title}: epoch {epoch}, loss {loss:.3f}")
+
+        return tell
 
     def _onnx(self, model: QuantSmallResNet) -> OnnxResult:
         x, labels = self.data.test_images, self.data.test_labels

@@ -7,23 +7,32 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchquant._files import read_json, read_text, reading, write_csv, write_json, write_whole
+from torch import nn
+
+from torchquant._files import read_json, read_text, reading, write_csv, write_json
+from torchquant.analysis.sections import accuracy_table
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
-from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_settings
+from torchquant.qmodule import QModuleState
+from torchquant.report import Text
+from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_checkpoint_into, read_settings
+from torchquant.runs.networks import build_model
+from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.search.settings import SearchConfig
 from torchquant.runs.settings import words_of
 from torchquant.search import Budget, CostModel, EpochRecord
 from torchquant.search.cost import Selection, name_of
 from torchquant.search.learning.progress import HISTORY
-from torchquant.search.report import CHOICE, render_report
+from torchquant.search.report import CHOICE, search_sections
 from torchquant.search.space import searched_slots
+from torchquant.utils import set_qmodule_state
 
-FRONT = "pareto.json"
+FRONT, PLAN, QUANTIZED = "pareto.json", "plan.yaml", "quantized.pt"
 AGAIN = "run the search again, which writes it anew"
 WITHOUT = "delete it for a report without it, or use another folder"
 DETAILS = {"qss": "scheme search", "qpl": "precision learning", "allocate": "allocation by sensitivity"}
@@ -126,13 +135,21 @@ def candidates_of(space: QuantPlan, costs: CostModel) -> dict[str, list[str]]:
 
 
 def write_report(out: str | os.PathLike[str]) -> Path:
-    """Write report.html of a finished run from its other files. Raises MissingDependencyError, ConfigError."""
+    """Write report.html of a finished run from its other files. Raises ConfigError, MissingDependencyError."""
     folder = Path(out)
-    if not (folder / "result.json").exists():
-        raise ConfigError(f"{folder} is not the folder of a finished search: it does not hold result.json")
-    settings = read_settings(folder / "config.json")
-    processes = settings.pop(PROCESSES, 1)
-    config = read_as(folder / "config.json", SearchConfig, settings, ELSEWHERE)
+    config, _ = _settings(folder)
+    data = load_data(config.data, config.seed)
+    net = build_model(config.model, data).eval()
+    with reading(folder / PLAN, AGAIN):
+        model = QuantPlan.load(folder / PLAN).apply(net)
+    read_checkpoint_into(model, folder / QUANTIZED, AGAIN)
+    set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
+    return report_on(folder, model, data)
+
+
+def report_on(folder: Path, model: nn.Module, data: TrainingData) -> Path:
+    """Write report.html of a finished run from its other files, its model in QUANT_EVAL, and the data."""
+    config, processes = _settings(folder)
     result = read_as(folder / "result.json", SearchRunResult, read_json(folder / "result.json"), AGAIN)
     budgets = [Budget(measure, limit) for measure, limit in result.budgets.items()]
     choices, history = _choices(folder / "choices.csv"), read_history(folder)
@@ -142,18 +159,23 @@ def write_report(out: str | os.PathLike[str]) -> Path:
         with reading(folder / FRONT, WITHOUT):
             chosen = (result.costs[front["measure"]], result.predicted)
     with reading(folder / (HISTORY if history else FRONT), WITHOUT):
-        text = render_report(
-            f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}",
-            result.table(),
-            choices,
-            history,
-            budgets,
-            result.candidates,
-            front,
-            chosen,
-            command_of(config, processes),
-        )
-    return write_whole(folder / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
+        own = search_sections(choices, history, budgets, result.candidates, front, chosen)
+    header, rows, note = result.table()
+    accuracies = [(rows[0][0], result.float_accuracy), (rows[1][0], result.accuracy)]
+    more = {name: [row[i] for row in rows] for i, name in enumerate(header) if i > 1}
+    parts = [accuracy_table(accuracies, len(data.test_labels), more), Text(note)]
+    title = f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}"
+    made = made_section(command_of(config, processes), asdict(config))
+    return write_run_report(folder, title, parts, own, (model, data), made)
+
+
+def _settings(folder: Path) -> tuple[SearchConfig, int]:
+    """Read the settings of a finished run, and its number of processes. Raises ConfigError."""
+    if not (folder / "result.json").exists():
+        raise ConfigError(f"{folder} is not the folder of a finished search: it does not hold result.json")
+    settings = read_settings(folder / "config.json")
+    processes = settings.pop(PROCESSES, 1)
+    return read_as(folder / "config.json", SearchConfig, settings, ELSEWHERE), processes
 
 
 def command_of(config: SearchConfig, processes: int = 1) -> str:

@@ -26,13 +26,15 @@ from torchquant.runs.networks import build_model, tried
 from torchquant.runs.ranks import Ranks, process_group
 from torchquant.runs.search.results import (
     FRONT,
+    PLAN,
+    QUANTIZED,
     SearchRunResult,
     amount,
     candidates_of,
     choice_of,
+    report_on,
     write_choices,
     write_history,
-    write_report,
 )
 from torchquant.runs.search.settings import KINDS, SearchConfig
 from torchquant.runs.settings import files_of
@@ -47,9 +49,8 @@ from torchquant.search.cost import LatencyTable
 from torchquant.search.learning.progress import PROGRESS
 from torchquant.utils import set_qmodule_state
 
-PLAN = "plan.yaml"
 SEARCHED = "searched.pt"
-MADE = ("float.pt", SEARCHED, PLAN, "quantized.pt", SENSITIVITY, "*.progress.pt")
+MADE = ("float.pt", SEARCHED, PLAN, QUANTIZED, SENSITIVITY, "*.progress.pt")
 """Files from which a later run with the same settings resumes."""
 POINTS = 8
 """Number of budgets in the picture of the Pareto front."""
@@ -65,15 +66,14 @@ def run_search(
     """Make the float model, search or measure sensitivities, make the plan, retrain, evaluate; write files into `out`.
 
     The files: `config.json`, `float.pt`, `history.json` and `.csv` or `sensitivity.json` and `pareto.json`,
-    `searched.pt` (float weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `result.json`,
-    `report.html`. A stage whose file exists is not run again, and within a stage every epoch, or search point, is
-    saved. `distributed`: this is one of several processes that torchrun started; all must see `out`, and the first one
-    writes it. Raises ConfigError, also if `out` holds another search.
+    `searched.pt` (float weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `losses.json`,
+    `result.json`, `report.html`. A stage whose file exists is not run again, and within a stage every epoch, or search
+    point, is saved. `distributed`: this is one of several processes that torchrun started; all must see `out`, and the
+    first one writes it. Raises ConfigError, also if `out` holds another search.
     """
     if distributed and config.kind == "allocate":
         raise ConfigError("allocate measures in one process; distributed is for qss and qpl")
-    for package, extra in (("yaml", "cli"), ("jinja2", "report"), ("matplotlib", "report")):
-        require(package, extra)
+    require("yaml", "cli")
     return search_from(config, out, show or NullProgress(), distributed, device)
 
 
@@ -224,7 +224,7 @@ class _Run:
                 epochs = config.retrain_epochs
                 train(self.model, self.data, epochs, rate, config.seed, tell, progress, quantized=True)
 
-        self.stages.run("quantized.pt", self.model, work, progress.name)
+        self.stages.run(QUANTIZED, self.model, work, progress.name)
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         self.accuracy = accuracy_on(self.model, self.data)
         self.shown.message(f"retrained: accuracy {self.accuracy:.2%}")
@@ -233,7 +233,7 @@ class _Run:
         """Write choices.csv, result.json and report.html."""
         write_choices(self.folder / "choices.csv", self.choice, self.costs)
         write_json(self.folder / "result.json", asdict(result))
-        write_report(self.folder)
+        report_on(self.folder, self.model, self.data)
 
     def result(self) -> SearchRunResult:
         """Return the numbers of the run."""
