@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torchquant.report import Cell, Details, Figure, Graph, Node, Part, Table, h
 from torchquant.utils import SiteReport, qmodules, state_report
 
 N_BINS = 48
-MOST_DRAWN = 8
-"""Largest number of bits of a quantizer whose levels are drawn, and whose codes are counted."""
+MOST_BITS, MOST_LEVELS = 8, 64
+"""Largest number of bits of a quantizer whose levels are listed and whose codes are counted, and of drawn levels."""
 Z = 1.959964
 """Half the width of a 95 % interval of the normal distribution, in standard deviations."""
 FACTS = ("quantizer", "bits", "SQNR", "codes used", "in the lowest code", "in the highest code", "range")
@@ -127,7 +127,7 @@ def _real(module: QModule, name: str, site: SiteError) -> Tensor:
 def _codes(quantizer: Quantizer, site: SiteError, real: Tensor) -> tuple[str | None, ...]:
     """Say how many codes are used, and how much is in the lowest and the highest code."""
     is_sample = real is site.real and quantizer.axis is not None
-    if is_sample or quantizer.levels_vary or (site.n_bits or MOST_DRAWN + 1) > MOST_DRAWN:
+    if is_sample or quantizer.levels_vary or (site.n_bits or MOST_BITS + 1) > MOST_BITS:
         return UNKNOWN
     try:
         device = next((number.device for number in quantizer.buffers()), real.device)
@@ -148,18 +148,21 @@ def _histogram(name: str, site: SiteError, quantizer: Quantizer) -> Figure:
         what: (torch.histc(part.double(), N_BINS, low, high) / max(len(part), 1)).tolist()
         for what, part in (("float", real), ("quantized", quantized))
     }
-    levels = [level for level in _levels(quantizer, site) if low <= level <= high]
-    caption = "" if levels else "Each channel, block or token has levels of its own, or they are too many to draw."
-    return histogram(f"{name}, {decibel(site.sqnr_db).text}", edges.tolist(), shares, levels, caption=caption)
+    levels = _levels(quantizer, site)
+    drawn = [level for level in levels if low <= level <= high] if len(levels) <= MOST_LEVELS else []
+    caption = "Each channel, block or token has levels of its own." if not levels else ""
+    if levels and not drawn:
+        caption = f"{len(levels)} levels from {levels[0]:.4g} to {levels[-1]:.4g}."
+    return histogram(f"{name}, {decibel(site.sqnr_db).text}", edges.tolist(), shares, drawn, caption=caption)
 
 
-def _levels(quantizer: Quantizer, site: SiteError) -> Iterator[float]:
-    """Yield the levels that all elements share; none if they are too many, or differ between elements."""
-    if quantizer.levels_vary or (site.n_bits or MOST_DRAWN + 1) > MOST_DRAWN:
-        return
+def _levels(quantizer: Quantizer, site: SiteError) -> list[float]:
+    """Return the levels that all elements share, sorted; [] if they differ between elements, or are not known."""
+    if quantizer.levels_vary or (site.n_bits or MOST_BITS + 1) > MOST_BITS:
+        return []
     try:
         levels = quantizer.levels()
     except TorchQuantError:  # a scheme without a list of levels
-        return
-    if levels.ndim == 1:
-        yield from levels.tolist()
+        return []
+    found: list[float] = levels.tolist() if levels.ndim == 1 else []
+    return found
