@@ -538,6 +538,7 @@ def test_a_damaged_run_is_not_exported(name: str, kind: str, finished: Any, tmp_
     refused(work.export(out), name)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("kind", "names"),
     [

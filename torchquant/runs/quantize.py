@@ -126,9 +126,10 @@ def run_job(
     """Make the float model and the plan, calibrate, train and evaluate; write the files into `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `losses.json`, `sites.csv`,
-    `result.json`, `report.html`. "qat" also writes `monitor.csv`: what a `Monitor` saw. A stage whose file exists is not
-    run again. Every setting is tried on the untrained model before the folder is touched; `strict` as in `quantize`.
-    Raises ConfigError, also if `out` holds another job, a job with other contents, or a job that is running.
+    `result.json`, `report.html`. "qat" also writes `monitor.csv`: what a `Monitor` saw. A stage whose file exists is
+    not run again. Every setting is tried on the untrained model before the folder is touched; `strict` as in
+    `quantize`. Raises ConfigError, also if `out` holds another job, a job with other contents, or a job that is
+    running.
     """
     with show or NullProgress() as shown:
         shown.start(4.0)

@@ -18,7 +18,7 @@ from torchquant.analysis.sections import accuracy_table
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QModuleState
-from torchquant.report import Text
+from torchquant.report import Part, Text
 from torchquant.runs.data import TrainingData, load_data
 from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_checkpoint_into, read_settings
 from torchquant.runs.networks import build_model
@@ -136,20 +136,16 @@ def candidates_of(space: QuantPlan, costs: CostModel) -> dict[str, list[str]]:
 
 def write_report(out: str | os.PathLike[str]) -> Path:
     """Write report.html of a finished run from its other files. Raises ConfigError, MissingDependencyError."""
-    folder = Path(out)
-    config, _ = _settings(folder)
-    data = load_data(config.data, config.seed)
-    net = build_model(config.model, data).eval()
-    with reading(folder / PLAN, AGAIN):
-        model = QuantPlan.load(folder / PLAN).apply(net)
-    read_checkpoint_into(model, folder / QUANTIZED, AGAIN)
-    set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
-    return report_on(folder, model, data)
+    return report_on(Path(out), None)
 
 
-def report_on(folder: Path, model: nn.Module, data: TrainingData) -> Path:
-    """Write report.html of a finished run from its other files, its model in QUANT_EVAL, and the data."""
-    config, processes = _settings(folder)
+def report_on(folder: Path, shown: tuple[nn.Module, TrainingData] | None) -> Path:
+    """Write report.html of a finished run; `shown`: its model in QUANT_EVAL, and the data, None: from its files."""
+    if not (folder / "result.json").exists():
+        raise ConfigError(f"{folder} is not the folder of a finished search: it does not hold result.json")
+    settings = read_settings(folder / "config.json")
+    processes = settings.pop(PROCESSES, 1)
+    config = read_as(folder / "config.json", SearchConfig, settings, ELSEWHERE)
     result = read_as(folder / "result.json", SearchRunResult, read_json(folder / "result.json"), AGAIN)
     budgets = [Budget(measure, limit) for measure, limit in result.budgets.items()]
     choices, history = _choices(folder / "choices.csv"), read_history(folder)
@@ -160,22 +156,25 @@ def report_on(folder: Path, model: nn.Module, data: TrainingData) -> Path:
             chosen = (result.costs[front["measure"]], result.predicted)
     with reading(folder / (HISTORY if history else FRONT), WITHOUT):
         own = search_sections(choices, history, budgets, result.candidates, front, chosen)
+    model, data = shown or _loaded(folder, config)
     header, rows, note = result.table()
     accuracies = [(rows[0][0], result.float_accuracy), (rows[1][0], result.accuracy)]
     more = {name: [row[i] for row in rows] for i, name in enumerate(header) if i > 1}
-    parts = [accuracy_table(accuracies, len(data.test_labels), more), Text(note)]
+    parts: list[Part] = [accuracy_table(accuracies, len(data.test_labels), more), Text(note)]
     title = f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}"
     made = made_section(command_of(config, processes), asdict(config))
     return write_run_report(folder, title, parts, own, (model, data), made)
 
 
-def _settings(folder: Path) -> tuple[SearchConfig, int]:
-    """Read the settings of a finished run, and its number of processes. Raises ConfigError."""
-    if not (folder / "result.json").exists():
-        raise ConfigError(f"{folder} is not the folder of a finished search: it does not hold result.json")
-    settings = read_settings(folder / "config.json")
-    processes = settings.pop(PROCESSES, 1)
-    return read_as(folder / "config.json", SearchConfig, settings, ELSEWHERE), processes
+def _loaded(folder: Path, config: SearchConfig) -> tuple[nn.Module, TrainingData]:
+    """Load the model of a finished run, in QUANT_EVAL, and its data. Raises ConfigError."""
+    data = load_data(config.data, config.seed)
+    net = build_model(config.model, data).eval()
+    with reading(folder / PLAN, AGAIN):
+        model = QuantPlan.load(folder / PLAN).apply(net)
+    read_checkpoint_into(model, folder / QUANTIZED, AGAIN)
+    set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
+    return model, data
 
 
 def command_of(config: SearchConfig, processes: int = 1) -> str:

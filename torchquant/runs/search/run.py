@@ -233,7 +233,7 @@ class _Run:
         """Write choices.csv, result.json and report.html."""
         write_choices(self.folder / "choices.csv", self.choice, self.costs)
         write_json(self.folder / "result.json", asdict(result))
-        report_on(self.folder, self.model, self.data)
+        report_on(self.folder, (self.model, self.data))
 
     def result(self) -> SearchRunResult:
         """Return the numbers of the run."""
