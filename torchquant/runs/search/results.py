@@ -17,11 +17,10 @@ from torchquant._files import read_json, read_text, reading, write_csv, write_js
 from torchquant.analysis.sections import accuracy_table
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
-from torchquant.qmodule import QModuleState
 from torchquant.report import Part, Text
-from torchquant.runs.data import TrainingData, load_data
-from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_checkpoint_into, read_settings
-from torchquant.runs.networks import build_model
+from torchquant.runs.data import TrainingData
+from torchquant.runs.export import load_run
+from torchquant.runs.folder import ELSEWHERE, PROCESSES, read_as, read_settings
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.search.settings import SearchConfig
 from torchquant.runs.settings import words_of
@@ -30,9 +29,8 @@ from torchquant.search.cost import Selection, name_of
 from torchquant.search.learning.progress import HISTORY
 from torchquant.search.report import CHOICE, search_sections
 from torchquant.search.space import searched_slots
-from torchquant.utils import set_qmodule_state
 
-FRONT, PLAN, QUANTIZED = "pareto.json", "plan.yaml", "quantized.pt"
+FRONT = "pareto.json"
 AGAIN = "run the search again, which writes it anew"
 WITHOUT = "delete it for a report without it, or use another folder"
 DETAILS = {"qss": "scheme search", "qpl": "precision learning", "allocate": "allocation by sensitivity"}
@@ -156,7 +154,7 @@ def report_on(folder: Path, shown: tuple[nn.Module, TrainingData] | None) -> Pat
             chosen = (result.costs[front["measure"]], result.predicted)
     with reading(folder / (HISTORY if history else FRONT), WITHOUT):
         own = search_sections(choices, history, budgets, result.candidates, front, chosen)
-    model, data = shown or _loaded(folder, config)
+    model, data = shown or load_run(folder)[:2]
     header, rows, note = result.table()
     accuracies = [(rows[0][0], result.float_accuracy), (rows[1][0], result.accuracy)]
     more = {name: [row[i] for row in rows] for i, name in enumerate(header) if i > 1}
@@ -164,17 +162,6 @@ def report_on(folder: Path, shown: tuple[nn.Module, TrainingData] | None) -> Pat
     title = f"{DETAILS[config.kind].capitalize()}: {config.model} on {config.data}"
     made = made_section(command_of(config, processes), asdict(config))
     return write_run_report(folder, title, parts, own, (model, data), made)
-
-
-def _loaded(folder: Path, config: SearchConfig) -> tuple[nn.Module, TrainingData]:
-    """Load the model of a finished run, in QUANT_EVAL, and its data. Raises ConfigError."""
-    data = load_data(config.data, config.seed)
-    net = build_model(config.model, data).eval()
-    with reading(folder / PLAN, AGAIN):
-        model = QuantPlan.load(folder / PLAN).apply(net)
-    read_checkpoint_into(model, folder / QUANTIZED, AGAIN)
-    set_qmodule_state(model.eval(), QModuleState.QUANT_EVAL)
-    return model, data
 
 
 def command_of(config: SearchConfig, processes: int = 1) -> str:

@@ -26,8 +26,6 @@ from torchquant.runs.networks import build_model, tried
 from torchquant.runs.ranks import Ranks, process_group
 from torchquant.runs.search.results import (
     FRONT,
-    PLAN,
-    QUANTIZED,
     SearchRunResult,
     amount,
     candidates_of,
@@ -49,7 +47,7 @@ from torchquant.search.cost import LatencyTable
 from torchquant.search.learning.progress import PROGRESS
 from torchquant.utils import set_qmodule_state
 
-SEARCHED = "searched.pt"
+PLAN, SEARCHED, QUANTIZED = "plan.yaml", "searched.pt", "quantized.pt"
 MADE = ("float.pt", SEARCHED, PLAN, QUANTIZED, SENSITIVITY, "*.progress.pt")
 """Files from which a later run with the same settings resumes."""
 POINTS = 8
