@@ -16,6 +16,7 @@ from torchquant.quantizers_functional._gradient import where_strictly_inside
 from torchquant.quantizers_functional.binary import DrawnSigns, Signs
 from torchquant.quantizers_functional.esb import ESB_FORMS
 from torchquant.quantizers_functional.formats import ScaledFormat
+from torchquant.quantizers_functional.midrise import MidriseGrid
 from torchquant.quantizers_functional.minifloat import FORMATS, FloatFormat, ScaledFloat
 from torchquant.quantizers_functional.pot import PowersOfTwo
 from torchquant.quantizers_functional.ternary import Ternary
@@ -32,6 +33,9 @@ def formats(scale: Tensor | float, other: Tensor | float, axis: int | None = Non
         PowersOfTwo(scale, 1, axis=axis),
         *(ScaledFloat(scale, form, axis=axis) for form in floats),
         ScaledFloat(scale, floats[0], shift=other, axis=axis),
+        MidriseGrid(scale, 4, axis=axis),
+        MidriseGrid(scale, 1, other, axis=axis),
+        MidriseGrid(scale, 3, shift=other, axis=axis),
     ]
 
 

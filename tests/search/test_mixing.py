@@ -14,6 +14,7 @@ from benchmarks import search_step
 from benchmarks.models import build_float, image_batch
 from benchmarks.qat_step import TrainingStep
 from benchmarks.saved_bytes import saved_bytes
+from torchquant import kernels
 from torchquant.errors import ConfigError, NoCodesError
 from torchquant.quantizers import QUANTIZERS, GroupQuantizer, Quantizer, make_quantizer
 from torchquant.quantizers_functional import residual_alphas
@@ -26,7 +27,7 @@ from torchquant.search.learning.mixture import MixtureQuantizer
 
 PLAIN = ("affine:4", "ul2q:4", "vecq:4@clipped", "clipq:4", "zoomq:4", "esb:4,k=1", "pot0:4@clipped", "residual:4")
 ANY = ("affine:4@clipped", "lsq:3", "ternary", "affine:4@ewgs", "tqt:4", "apot:4")
-DIRECT, TABLE = "_MixedBackward", "_LookedBackward"
+DIRECT, TABLE, FUSED = "_MixedBackward", "_LookedBackward", "_FusedBackward"
 
 
 def observed(specs: tuple[str, ...], x: Tensor, site: str = "weight") -> list[Quantizer]:
@@ -50,9 +51,13 @@ def written_out(x: Tensor, quantizers: list[Quantizer], shares: Tensor) -> Tenso
     return torch.stack([share * q(x) for q, share in zip(quantizers, shares, strict=True)]).sum(0)
 
 
-@pytest.fixture(params=[DIRECT, TABLE])
+@pytest.fixture(params=[DIRECT, TABLE, FUSED])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(mixing, "TABLE_PAYS", 0 if request.param == TABLE else math.inf)
+    if request.param != FUSED:
+        monkeypatch.setattr(mixing, "members_of", lambda *_: None)
+    elif kernels.find("mixture", torch.ones(1)) is None:
+        pytest.skip("there are no compiled kernels here")
     return request.param
 
 
@@ -166,7 +171,7 @@ def test_memory_for_backward_does_not_grow_with_the_quantizers(way: str) -> None
         shares = torch.full((n,), 1 / n, requires_grad=True)
         held = [x, shares, *(b for q in quantizers for b in q.buffers())]
         kept[n] = saved_bytes(lambda q=quantizers, s=shares: mix(2 * x, q, s), exclude=held)
-    per_element = {DIRECT: 4, TABLE: 2}[way] * x.numel()
+    per_element = {DIRECT: 4, TABLE: 2, FUSED: 4}[way] * x.numel()
     tables = 2**19 if way == TABLE else 0
     assert per_element <= kept[3] <= kept[8] <= per_element + tables
 

@@ -67,7 +67,7 @@ def operation(dtypes: tuple[torch.dtype, ...], *argtypes: Any) -> Callable[[Call
 def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type of the library, by default the one of this process."""
     # These enter their operations.
-    from torchquant.kernels import cpu_affine, cpu_learned, cpu_observers, cpu_projections, cpu_row_sums  # noqa: F401
+    from torchquant.kernels import cpu_affine, cpu_learned, cpu_mixtures, cpu_observers, cpu_projections, cpu_row_sums  # noqa: F401
 
     library = library or built().library
     found: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}

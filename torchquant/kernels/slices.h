@@ -48,4 +48,13 @@ static inline void in_runs(const Layout& layout, int64_t first, int64_t last, co
     }
 }
 
+// As in_runs, over all elements, such that no run is in two grains.
+template <typename Work>
+static void in_grains(const Layout& layout, void* parallel, int threads, const Work& work) {
+    in_chunks(layout.numel(), parallel, threads, [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; at += GRAIN)
+            in_runs(layout, at, at + GRAIN < last ? at + GRAIN : last, work);
+    });
+}
+
 }  // namespace tq

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant._arguments import explained
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
-from torchquant.quantizers_functional.formats import Number, ScaledFormat
+from torchquant.quantizers_functional.formats import KernelCall, ScaledFormat
 
 
 def binary_codes(x: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ class Signs(ScaledFormat):
 
     code_range = (0, 1)
 
-    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
-        return "signs", None, ()
+    def kernel(self) -> KernelCall | None:
+        return "signs", (self.scale,), ()
 
     def codes(self, x: Tensor) -> Tensor:
         return binary_codes(x)

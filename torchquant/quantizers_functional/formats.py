@@ -35,6 +35,8 @@ from torchquant.quantizers_functional._recording import current_recorder
 from torchquant.quantizers_functional.kernels import KERNELS
 
 Number = Tensor | float
+KernelCall = tuple[str, tuple[Number, ...], tuple[float, ...]]
+"""The name of a kernel, the numbers of the format that it takes, and constants."""
 IntegerTerms = list[tuple[Tensor, Tensor]]
 """(scale, table) of each term: scale () or (C,) float64; table (L,) or (C, L) int64, one entry per code."""
 FLOAT_BYTES = 4
@@ -123,7 +125,24 @@ class Format(ABC):
         The mask is packed, one bit an element in the memory order of x; with `is_strict` it is also 0 at and beyond
         the ends of the clamp.
         """
+        asked = self.kernel_call()
+        function = None if asked is None else kernels.find(asked[0], x)
+        if asked is None or function is None:
+            return None
+        _, numbers, constants = asked
+        found = function(x, tuple(self.shaped(n, x) for n in numbers), clamp, is_strict, want_inside, *constants)
+        return cast("tuple[Tensor, Tensor | None] | None", found)
+
+    def kernel(self) -> KernelCall | None:
+        """Return the kernel for `nearest`; None: there is none.
+
+        A subclass with a `nearest` or `project` of its own does not inherit it.
+        """
         return None
+
+    def kernel_call(self) -> KernelCall | None:
+        """Return `kernel()` if it is for the projection of this very class; None too in compiled code."""
+        return None if torch.compiler.is_compiling() or not _has_own_kernel(type(self)) else self.kernel()
 
     def encode(self, x: Tensor) -> Tensor:
         """Map real values to codes, int32. x: (*) of any float type, without NaN."""
@@ -315,6 +334,11 @@ class UniformGrid(Format):
             zero_point if isinstance(zero_point, int) else like(zero_point, x),
         )
 
+    def kernel(self) -> KernelCall | None:
+        if self.offset is not None or self.divisor != 1:
+            return None
+        return "uniform", (self.scale, self.qmin - self.zero_point, self.qmax - self.zero_point), ()
+
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
         return self.project(x, want_inside) if self.offset is None else super().nearest(x, want_inside)
 
@@ -409,27 +433,6 @@ class ScaledFormat(Format):
         """Return the largest of the fixed numbers."""
         return 1.0
 
-    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
-        """Return the name of the kernel for `nearest`, a second number if it takes one, and constants; None: no kernel.
-
-        A subclass with a `nearest` or `project` of its own does not inherit it.
-        """
-        return None
-
-    def fused(
-        self, x: Tensor, want_inside: bool, clamp: Clamp | None, is_strict: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
-        if torch.compiler.is_compiling():
-            return None
-        asked = self.kernel() if _has_own_kernel(type(self)) else None
-        function = None if asked is None else kernels.find(asked[0], x)
-        if asked is None or function is None:
-            return None
-        _, other, constants = asked
-        numbers = self.shaped(self.scale, x), None if other is None else self.shaped(other, x)
-        found = function(x, *numbers, clamp, is_strict, want_inside, *constants)
-        return cast("tuple[Tensor, Tensor | None] | None", found)
-
     @abstractmethod
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the fixed numbers of codes."""
@@ -472,6 +475,9 @@ class Levels(Format):
 
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return level_values(codes.to(torch.int64), self.table.to(dtype), self.axis)
+
+    def kernel(self) -> KernelCall | None:
+        return "levels", (self.table,), ()
 
     def nearest(self, x: Tensor, want_inside: bool) -> tuple[Tensor, Tensor | None]:
         value, inside = super().nearest(x, want_inside)

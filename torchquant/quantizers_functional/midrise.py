@@ -11,7 +11,7 @@ from torchquant._arguments import explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional._row_statistics import row_sums_by_kernel, row_sums_of, shared_unit_rows
-from torchquant.quantizers_functional.formats import Number, ScaledFormat
+from torchquant.quantizers_functional.formats import KernelCall, Number, ScaledFormat
 from torchquant.quantizers_functional.uniform import integer_codes
 
 # n_bits -> step that minimises the squared error on N(0, 1); docs/algorithms.md H1.
@@ -61,6 +61,11 @@ class MidriseGrid(ScaledFormat):
 
     def _centred(self, x: Tensor) -> Tensor:
         return x if self.shift is None else x - self.shaped(self.shift, x)
+
+    def kernel(self) -> KernelCall | None:
+        if self.shift is None:
+            return "midrise", (self.scale, self._cell), self.code_range
+        return "shifted_midrise", (self.scale, self._cell, self.shift), self.code_range
 
     def codes(self, x: Tensor) -> Tensor:
         cell = self.shaped(self._cell, x)

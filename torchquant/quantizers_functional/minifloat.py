@@ -11,7 +11,7 @@ from torchquant._arguments import checked, explained
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
-from torchquant.quantizers_functional.formats import Number, ScaledFormat
+from torchquant.quantizers_functional.formats import KernelCall, ScaledFormat
 
 SPECIAL = ("none", "fn", "ieee", "fnuz")
 
@@ -170,13 +170,15 @@ class ScaledFloat(ScaledFormat):
     def largest(self) -> float:
         return self.form.largest
 
-    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
+    def kernel(self) -> KernelCall | None:
         form = self.form
         spacing = 2.0**-form.mantissa_bits
         if form.smallest_normal * spacing < 2.0**-126 or form.largest_power * spacing > 2.0**126:
             return None
         constants = form.smallest_normal, form.largest_power, spacing, form.largest
-        return "floats" if self.shift is None else "shifted_floats", self.shift, constants
+        if self.shift is None:
+            return "floats", (self.scale,), constants
+        return "shifted_floats", (self.scale, self.shift), constants
 
     def unit_values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return minifloat_decode(codes, self.form, dtype)

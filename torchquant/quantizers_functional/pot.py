@@ -12,7 +12,7 @@ from torchquant._tensors import like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
-from torchquant.quantizers_functional.formats import Number, ScaledFormat
+from torchquant.quantizers_functional.formats import KernelCall, ScaledFormat
 from torchquant.quantizers_functional.uniform import integer_codes
 
 # n_bits -> alpha that minimises the squared error on N(0, 1); docs/algorithms.md H3.
@@ -92,8 +92,8 @@ class PowersOfTwo(ScaledFormat):
     def largest(self) -> float:
         return pot_max(self.n_bits)
 
-    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
-        return "powers_of_two", None, (self.largest,)
+    def kernel(self) -> KernelCall | None:
+        return "powers_of_two", (self.scale,), (self.largest,)
 
     def codes(self, x: Tensor) -> Tensor:
         return pot_encode(pot_magnitudes(x, self.shaped(self.scale, x), self.n_bits), x < 0)

@@ -14,7 +14,7 @@ from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, apply_projection
 from torchquant.quantizers_functional._levels import beyond_threshold
 from torchquant.quantizers_functional._row_statistics import WHOLE, Joining, row_sums, row_sums_by_kernel, unit_rows
-from torchquant.quantizers_functional.formats import Number, ScaledFormat
+from torchquant.quantizers_functional.formats import KernelCall, Number, ScaledFormat
 
 METHODS = ("twn", "exact")
 
@@ -33,8 +33,8 @@ class Ternary(ScaledFormat):
 
     code_range = (-1, 1)
 
-    def kernel(self) -> tuple[str, Number | None, tuple[float, ...]] | None:
-        return "ternary", self.threshold, ()
+    def kernel(self) -> KernelCall | None:
+        return "ternary", (self.scale, self.threshold), ()
 
     def codes(self, x: Tensor) -> Tensor:
         return ternary_codes(x, self.shaped(self.threshold, x))

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchquant.errors import ConfigError, NoCodesError
 from torchquant.quantizers import GridQuantizer, Quantizer
 from torchquant.quantizers_functional._gradient import Clamp, where_strictly_inside
-from torchquant.quantizers_functional.gradients import STE, ClippedSTE
+from torchquant.quantizers_functional.gradients import STE
+from torchquant.search.learning._members import is_plain
 
 MOST_BINS = 4096
 CELLS = (4093, 8191, 10922, 13003, 16383)
@@ -29,16 +30,6 @@ class Steps:
     edges: Tensor
     values: Tensor
     slopes: Tensor | None
-
-
-def is_plain(quantizer: Quantizer) -> bool:
-    """Tell whether a quantizer has a straight-through or clipped gradient and learns nothing."""
-    return (
-        isinstance(quantizer, GridQuantizer)
-        and type(quantizer.gradient) in (STE, ClippedSTE)
-        and type(quantizer).quantize is GridQuantizer.quantize
-        and next(quantizer.parameters(), None) is None
-    )
 
 
 def steps_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Steps | None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from torchquant import kernels
 from torchquant.errors import ConfigError
+from torchquant.kernels.cpu_mixtures import Members
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional._bits import is_channels_last
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._levels import in_layout_of
 from torchquant.quantizers_functional.gradients import STE
-from torchquant.search.learning._steps import Cells, Steps, has_only_numbers, is_plain, steps_of
+from torchquant.search.learning._members import is_plain, members_of
+from torchquant.search.learning._steps import Cells, Steps, has_only_numbers, steps_of
 
 TABLE_PAYS = 2**18
 """Elements times (quantizers - 2) from which a table is faster."""
@@ -31,9 +34,10 @@ def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp
     numbers are the sums over the quantizers, weighted by shares. Memory for backward does not grow with K, because
     backward quantizes again; a quantizer that draws noise draws it anew. Raises ConfigError.
 
-    On a CPU, a large float32 tensor is looked up in one table of all levels if the quantizers work per tensor, learn
-    nothing and have a straight-through or clipped gradient: the time hardly depends on K, and an element on a threshold
-    may take the other of its two levels. Compiled code computes the plain sum.
+    On a CPU, quantizers of float32 that learn nothing and have a straight-through or clipped gradient are mixed by one
+    kernel, which reads x once in forward and once in backward, if it has the format of each of them. Without kernels, a
+    large tensor is looked up in one table of all levels if these quantizers work per tensor: the time hardly depends on
+    K, and an element on a threshold may take the other of its two levels. Compiled code computes the plain sum.
 
     >>> from torchquant.quantizers import make_quantizer
     >>> x, shares = torch.tensor([-1.0, 0.2, 1.0]), torch.tensor([0.25, 0.75], requires_grad=True)
@@ -41,7 +45,7 @@ def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp
     >>> for quantizer in quantizers:
     ...     quantizer.pre_observe(x)
     >>> mix(x, quantizers, shares)
-    tensor([-0.9333,  0.2905,  0.9333], grad_fn=<_MixedBackward>)
+    tensor([-0.9333,  0.2905,  0.9333], grad_fn=<...Backward>)
     """
     if shares.shape != (len(quantizers),):
         raise ConfigError(f"{len(quantizers)} quantizers need as many shares, got shape {tuple(shares.shape)}")
@@ -50,6 +54,10 @@ def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp
     if len(quantizers) == 1 or torch.compiler.is_compiling():
         x = _clamped(x, clamp)
         return quantizers[0](x) if len(quantizers) == 1 else _sum([quantizer(x) for quantizer in quantizers], shares)
+    if kernels.find("mixture", x.detach()) is not None and shares.dtype == torch.float32:
+        members = members_of(quantizers, clamp)
+        if members is not None:
+            return _Fused.apply(x, shares, members)
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * (len(quantizers) - 2) >= TABLE_PAYS:
         steps = steps_of(quantizers, clamp)
         cells = None if steps is None else Cells.over(steps.edges)
@@ -81,7 +89,7 @@ def _sum(values: Sequence[Tensor], shares: Tensor) -> Tensor:
 def _total(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor) -> Tensor:
     total = quantizers[0](x) * shares[0]
     for quantizer, share in zip(quantizers[1:], shares[1:], strict=True):
-        total.addcmul_(quantizer(x), share.to(total.dtype))
+        total += quantizer(x) * share.to(total.dtype)
     return total
 
 
@@ -155,6 +163,25 @@ def _gradients(y: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor
         return [None] * len(inputs)
     found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
+
+
+class _Fused(torch.autograd.Function):
+    """Computes the sum by one kernel, in forward and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: Tensor, members: Members) -> Tensor:
+        ctx.save_for_backward(x, shares)
+        ctx.members = members
+        return cast(Tensor, cast(kernels.Kernel, kernels.find("mixture", x))(x, shares, members))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, shares = ctx.saved_tensors
+        grad, wanted = in_layout_of(grads[0], x), ctx.needs_input_grad[:2]
+        kernel = cast(kernels.Kernel, kernels.find("mixture_backward", x))
+        for_x, of_shares = kernel(x, grad, shares, ctx.members, wanted)
+        return for_x, None if of_shares is None else of_shares.to(shares.dtype), None
 
 
 class _Looked(torch.autograd.Function):

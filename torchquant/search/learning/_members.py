@@ -1,0 +1,69 @@
+"""Gather the projections of many quantizers for one kernel, which mixes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchquant.kernels.cpu_mixtures import KINDS, Members
+from torchquant.quantizers import GridQuantizer, Quantizer
+from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.quantizers_functional.formats import Format, KernelCall, Number
+from torchquant.quantizers_functional.gradients import STE, ClippedSTE
+from torchquant.quantizers_functional.kernels import KERNELS
+
+
+def is_plain(quantizer: Quantizer) -> bool:
+    """Tell whether a quantizer has a straight-through or clipped gradient and learns nothing."""
+    return (
+        isinstance(quantizer, GridQuantizer)
+        and type(quantizer.gradient) in (STE, ClippedSTE)
+        and type(quantizer).quantize is GridQuantizer.quantize
+        and next(quantizer.parameters(), None) is None
+    )
+
+
+@torch.no_grad()
+def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Members | None:
+    """Return the projections of the clamped x by the quantizers; None if one has a format that the kernel lacks.
+
+    The numbers of the formats are copied, so that later observations do not change them.
+    """
+    plain = [q for q in quantizers if isinstance(q, GridQuantizer) and is_plain(q)]
+    if len(plain) < len(quantizers):
+        return None
+    found = [(form, form.kernel_call()) for form in (q.format() for q in plain)]
+    calls = [call for form, call in found if call is not None and _is_taken(form, call)]
+    axes = {form.axis for form, _ in found if form.axis is not None}
+    if len(calls) < len(found) or len(axes) > 1:
+        return None
+    own = [_rows(call) for call in calls]
+    n_channels = max(row.shape[-1] for rows in own for row in rows)
+    return Members(
+        kernels=[(name, constants) for name, _, constants in calls],
+        rows=[sum(len(row) for row in rows) for rows in own],
+        clips=[isinstance(q.gradient, ClippedSTE) for q in plain],
+        numbers=torch.cat([row.expand(-1, n_channels) for rows in own for row in rows]),
+        axis=next(iter(axes)) if n_channels > 1 else None,
+        clamp=clamp,
+    )
+
+
+def _is_taken(form: Format, call: KernelCall) -> bool:
+    """Whether the mixture's kernel has the form, and nobody has registered another kernel for the format."""
+    return call[0] in KINDS and KERNELS.find(type(form), "cpu") is None
+
+
+def _rows(call: KernelCall) -> list[Tensor]:
+    """Return the numbers of a kernel as rows of channels, (n, C) each, (n, 1) if they are those of the whole tensor."""
+    name, numbers, _ = call
+    if name == "levels":
+        table = _single(numbers[0])
+        return [table.T if table.ndim == 2 else table[:, None]]
+    return [_single(number).view(1, -1) for number in numbers]
+
+
+def _single(number: Number) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float32)
