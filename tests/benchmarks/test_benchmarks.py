@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import calibration, deploy, fake_quant, machine, qat_step, search_accuracy
+from benchmarks import calibration, deploy, fake_quant, machine, monitor, qat_step, search_accuracy
 from benchmarks.adapters import ADAPTERS
 from benchmarks.adapters.base import AFFINE, CASES, WEIGHT, Adapter
 from benchmarks.harness import BASELINE, CONTROL, Comparison, compare, memory_pass, percentile
@@ -321,6 +321,15 @@ def test_commands_write_their_file(
     assert code == (0 if written["valid"] else 1)
     assert {BASELINE, CONTROL, "torchquant"} <= {row["name"] for row in written["rows"]}
     assert ("WARNING" in capsys.readouterr().out) is (not written["valid"])
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_monitor_is_the_average_of_its_steps(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    words = ["--models", "resnet18", "--batch", "2", "--size", "32", "--rounds", "1", "--no-mallopt", "--out", str(out)]
+    monitor.main(words)
+    row = next(row for row in json.loads(out.read_text())["rows"] if row["name"] == monitor.LOOKED)
+    assert row["saved"] == pytest.approx((row["ratio"] + 49) / 50, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -51,7 +51,8 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
     rules = tmp_path / "rules.yaml"
     rules.write_text("- {weight: 'affine:8,symmetric=narrow/channel', input: 'affine:8', output: 'affine:8'}\n")
     out = tmp_path / "out"
-    result = run_job(config(own_model, rules=str(rules), monitor=10), out)
+    job = config(own_model, rules=str(rules), monitor=10)
+    result = run_job(job, out)
     assert result.qat_accuracy is not None
     assert result.float_accuracy > 0.3
     assert abs(result.ptq_accuracy - result.float_accuracy) < 0.05
@@ -82,17 +83,18 @@ def test_a_model_of_a_file_goes_all_the_way(own_model: str, tmp_path: Path) -> N
     said = "".join(check_whole(text).text)
     assert f"torchquant quantize {own_model} --rules {rules} --mode qat --float-epochs 2 --epochs 2" in said
     assert f"{result.qat_accuracy:.2%}" in said
+    assert "What the training did to the quantizers" in said
     losses = read_losses(out)
     assert {name: [epoch for epoch, _ in points] for name, points in losses.items()} == {
         "float": [1, 2],
         "quantized": [1, 2],
     }
     write_json(out / "certificate.json", certificate("INCOMPLETE"))
-    assert run_job(config(own_model, rules=str(rules)), out) == result
+    assert run_job(job, out) == result
     assert "Certificate: INCOMPLETE" in "".join(check_whole((out / "report.html").read_text()).text)
     (out / "certificate.json").write_text('{"verdict": "passed"}')
     with pytest.raises(ConfigError, match=r"certificate.json is damaged.*write it again with torchquant certify"):
-        run_job(config(own_model, rules=str(rules)), out)
+        run_job(job, out)
 
 
 def test_the_report_in_a_browser(own_model: str, browser: Browser, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torchquant._shown import some
 from torchquant.analysis.sections import ABOUT_SQNR, model_parts
 from torchquant.graph import Unquantized
 from torchquant.report import Code, Page, Part, Section, Table, Text, lines
+from torchquant.runs.curves import watched_sections
 from torchquant.runs.data import TrainingData
 from torchquant.runs.folder import CONTENTS
 from torchquant.runs.losses import Losses, read_losses
@@ -47,8 +48,8 @@ def write_run_report(
 ) -> Path:
     """Write report.html of a run with one quantized model: `accuracy`, what is its `own`, the model, and the rest.
 
-    The losses and the certificate come from the files of the folder. `shown`: the model in QUANT_EVAL, and the data.
-    `about`: what the SQNR of its sites means.
+    The losses, the looks of a monitor and the certificate come from the files of the folder. `shown`: the model in
+    QUANT_EVAL, and the data. `about`: what the SQNR of its sites means.
     """
     model, data = shown
     n = max(min(MOST_IMAGES, MOST_VALUES // max(data.test_images[0].numel(), 1)), 1)
@@ -58,7 +59,7 @@ def write_run_report(
         Section("The model, site by site", model_parts(model, data.test_images[:n].to(weight.device), None, about))
     )
     sections += float_sections(getattr(getattr(model, "plan", None), "floats", ()))
-    sections += training_sections(read_losses(folder))
+    sections += [*training_sections(read_losses(folder)), *watched_sections(folder)]
     if (folder / CERTIFICATE).exists():
         with reading(folder / CERTIFICATE, AGAIN):
             sections.append(certificate_section(read_json(folder / CERTIFICATE)))
