@@ -33,7 +33,7 @@ EQUAL = 0.2
 """The simplest of several remedies is advised if their gains differ by fewer dB."""
 AIMED = 3.0
 """A remedy for what stands out most at a slot is advised unless another one gains so many dB more."""
-STAGES = (("cle",), ("bias_correction",))
+STAGES = (("cle", "calibrate"), ("bias_correction",))
 """Post-training stages that are tried on the whole model."""
 
 

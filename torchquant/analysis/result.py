@@ -180,7 +180,7 @@ class Analysis(ShownAsTables):
         whole = self.whole
         found = [f"SQNR of the output {decibel(whole.sqnr_db)}"]
         found += [] if whole.kl is None else [f"KL divergence {whole.kl:.4g}"]
-        found += [] if whole.agreement is None else [f"{whole.agreement:.2%} as the float model"]
+        found += [] if whole.agreement is None else [f"the same largest output for {whole.agreement:.2%}"]
         for name, before, after in (
             ("metric", self.float_metric, whole.metric),
             ("loss", self.float_loss, whole.loss),
