@@ -36,6 +36,7 @@ def check(grid: UniformGrid, x: Tensor, clamp: Any = None) -> None:
         found = grid.fused(x, want_inside, clamp, is_strict)
         assert found is not None
         value, bits = reference(grid, x, want_inside, clamp, is_strict)
+        bits = None if bits is not None and torch.equal(bits, pack_mask(torch.ones_like(x))) else bits
         assert is_same(found[0], value)
         assert (found[1] is None) == (bits is None)
         assert bits is None or (found[1] is not None and torch.equal(found[1], bits))
@@ -114,6 +115,21 @@ def test_codes_of_levels(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: 
         assert is_same(codes, plain_codes)
         assert is_same(levels, plain_levels)
         assert torch.equal(codes, grid.encode(levels).sub(grid.code_range[0]))
+
+
+@pytest.mark.usefixtures("active")
+def test_a_mask_of_ones_is_none() -> None:
+    grid = UniformGrid(0.1, 0, -128, 127)
+    for n in (*SIZES, 63, 64, 65):
+        x = torch.zeros(n)
+        check(grid, x)
+        found = grid.fused(x, True, None, False)
+        assert found is not None
+        assert found[1] is None
+        for at in {0, n // 2, n - 1}:
+            beyond = x.clone()
+            beyond[at] = 99.0
+            check(grid, beyond)
 
 
 @pytest.mark.usefixtures("active")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -299,6 +300,24 @@ def test_hooks_of_others_get_what_is_kept() -> None:
             return model(images()).square().sum()
 
     assert_same_gradients(net(), step)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_codes_that_hooks_of_others_have_copied_are_let_go(recompute: bool) -> None:
+    codes: list[weakref.ref[Tensor]] = []
+
+    def copied(x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            codes.append(weakref.ref(x))
+        return x.clone()
+
+    model = net()
+    tq.set_lean(model, True, recompute=recompute)
+    with saved_tensors_hooks(copied, lambda x: x):
+        loss = plain_step(model)
+    assert codes
+    assert not [code for code in codes if code() is not None]
+    loss.backward()
 
 
 def test_an_optimizer_step_before_backward_is_refused() -> None:

@@ -26,6 +26,7 @@ NUMBER, WALK = (POINTER, COUNT, REAL), 3 * (COUNT,)
 """The types of what `kept` and `parts` return."""
 NONE = math.nan
 OPEN = (NONE, NONE)
+ALL_ONES = 2
 Number = Tensor | float
 
 
@@ -81,10 +82,12 @@ def kernels(library: ctypes.CDLL | None = None) -> dict[tuple[str, torch.dtype],
     return found
 
 
-def call(function: Any, x: Tensor, *arguments: Any) -> None:
-    """Call a C function with its arguments and the threads for x. Raises MemoryError."""
-    if function(*arguments, *threads_for(x)):
+def call(function: Any, x: Tensor, *arguments: Any) -> int:
+    """Call a C function with its arguments and the threads for x; return what it returns. Raises MemoryError."""
+    found = int(function(*arguments, *threads_for(x)))
+    if found == 1:
         raise MemoryError(f"there is no memory for a kernel on a tensor of shape {tuple(x.shape)}")
+    return found
 
 
 def parts(x: Tensor, *numbers: Number) -> tuple[int, int, int] | None:
@@ -158,7 +161,7 @@ def uniform(
 
     step, low, high, zero_point: in x's type, broadcastable along one axis at most; see `code_bounds`. The mask is 1
     where the rounded code was not clamped, if `wants_inside`, and strictly between the ends of the clamp, if
-    `is_strict`; None if nothing is asked.
+    `is_strict`; None if nothing is asked, or if it is 1 everywhere.
     """
     shape = parts(x, step, low, high, zero_point)
     if shape is None:
@@ -170,8 +173,8 @@ def uniform(
         bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
         bits_pointer = bits.data_ptr()
     pointers = x.data_ptr(), value.data_ptr(), bits_pointer
-    call(function, x, *pointers, *shape, *numbers, least, most, is_strict, wants_inside)
-    return value, bits
+    found = call(function, x, *pointers, *shape, *numbers, least, most, is_strict, wants_inside)
+    return value, None if found == ALL_ONES else bits
 
 
 @operation(FLOATS, *3 * [POINTER], *WALK, *3 * NUMBER)

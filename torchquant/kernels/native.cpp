@@ -116,6 +116,21 @@ struct Clamp {
     }
 };
 
+// Whether all of n flags that were packed are 1.
+static inline bool are_ones(const uint8_t* bits, int64_t n) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        uint64_t word;
+        std::memcpy(&word, bits + i / 8, sizeof word);
+        if (word != ~uint64_t(0)) return false;
+    }
+    for (; i < n; i += 8) {
+        if (bits[i / 8] != (n - i < 8 ? (1 << (n - i)) - 1 : 255)) return false;
+    }
+    return true;
+}
+
+// Returns 2 where the mask is 1 everywhere.
 template <typename T>
 static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step, Number<T> low, Number<T> high,
                    Number<T> zero_point, Clamp clamp, int inside, void* parallel, int threads) {
@@ -135,7 +150,7 @@ static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step,
         if (bits == nullptr) grid.template part<false>(walk, first, last);
         else grid.template part<true>(walk, pack_at_once(grid, walk, first, last), last);
     });
-    return 0;
+    return bits != nullptr && are_ones(bits, walk.n()) ? 2 : 0;
 }
 
 // Codes of levels, counted from `low`, 0 for NaN. Returns whether there is a NaN. `step[i]`, `low[i]`: of each element.

@@ -50,8 +50,11 @@ class Recipe:
     """How a tensor is made again, outside of autograd."""
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
-        """Return the tensors to keep in place of `value`, the tensor itself; the same ones every time."""
+        """Return the tensors to keep in place of `value`, the tensor itself; the same ones until `forget`."""
         raise NotImplementedError
+
+    def forget(self) -> None:  # noqa: B027 - a recipe may hold nothing that is large
+        """Let go of the tensors to keep, after the forward; whoever keeps them gives them to `make`."""
 
     def levels(self) -> Format | None:
         """Return the format of the whole tensor, on whose levels all elements lie; None if there is no such one."""
@@ -86,6 +89,9 @@ class FromCodes(Recipe):
         if not self._kept:
             self._keep(*self.format.to_bytes(value.detach()))
         return self._kept
+
+    def forget(self) -> None:
+        self._kept = []
 
     def levels(self) -> Format | None:
         return self.format if self.format.axis is None else None
@@ -126,13 +132,18 @@ class FromParameter(Recipe):
 
 @dataclass(frozen=True)
 class ClippedAgain(Gradient):
-    """The clipped straight-through gradient of a parameter; backward projects again to see what was clipped."""
+    """The clipped straight-through gradient of a parameter; backward projects again to see what was clipped.
+
+    Where forward sees that nothing was, as in a weight that its range covers, backward has nothing to do.
+    """
 
     name = "clipped"
+    wants_inside = True
+    packs = True
     format: Format
 
     def attach(self, projected: Projected) -> Tensor:
-        if not projected.x.requires_grad:
+        if projected.inside is None or not projected.x.requires_grad:
             return super().attach(projected)
         value, format = owned(projected.value, projected.x), _lasting(self.format)
         return cast(Tensor, _MaskedAgain.apply(projected.x, value, format, *format.numbers()))
@@ -151,7 +162,8 @@ class _MaskedAgain(torch.autograd.Function):
         (x, *numbers), (grad,) = ctx.saved_tensors, grads
         with torch.no_grad():
             inside = _projected(_with(ctx.format, numbers), x.detach(), True)[1]
-            assert inside is not None
+            if inside is None:
+                return grad, None, None, *(None for _ in numbers)
             bits = inside if inside.dtype == torch.uint8 else pack_mask(inside)
         return masked(grad, bits, is_channels_last(x)), None, None, *(None for _ in numbers)
 
@@ -183,19 +195,26 @@ class FromInputs(Recipe):
     def __init__(self, compute: Callable[..., Tensor], inputs: Sequence[Known | None], device: str) -> None:
         self.compute = compute
         self.autocast = _autocast_of(device)
-        self.kept_of = [() if one is None else one.kept() for one in inputs]
-        self.remade = [None if one is None else (one.recipe, one.layout) for one in inputs]
+        kept_of = [() if one is None else one.kept() for one in inputs]
+        self.remade = [
+            None if one is None else (one.recipe, one.layout, len(kept))
+            for one, kept in zip(inputs, kept_of, strict=True)
+        ]
+        self._kept = [tensor for kept in kept_of for tensor in kept]
 
     def kept(self, value: Tensor) -> Sequence[Tensor]:
-        return [tensor for kept in self.kept_of for tensor in kept]
+        return self._kept
+
+    def forget(self) -> None:
+        self._kept = []
 
     def is_lost(self) -> bool:
-        return any(is_freed(tensor) for kept in self.kept_of for tensor in kept)
+        return any(map(is_freed, self._kept))
 
     def make(self, kept: Sequence[Tensor]) -> Tensor:
         held, given = iter(kept), []
-        for one, own in zip(self.remade, self.kept_of, strict=True):
-            given.append(None if one is None else made(*one, list(islice(held, len(own)))))
+        for one in self.remade:
+            given.append(None if one is None else made(one[0], one[1], list(islice(held, one[2]))))
         with torch.no_grad(), self.autocast():
             return self.compute(*given)
 

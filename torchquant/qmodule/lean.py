@@ -18,7 +18,7 @@ from torchquant.quantizers_functional._recording import current_recorder, set_re
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.entered: list[tuple[nn.Module, saved_tensors_hooks | None]] = []
+        self.entered: list[tuple[nn.Module, tuple[LeanRecorder, saved_tensors_hooks] | None]] = []
 
 
 _OF_THREAD = _OfThread()
@@ -33,7 +33,7 @@ class _Begin:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or is_traced():
             return
-        hooks = None
+        begun = None
         if (
             torch.is_grad_enabled()
             and current_recorder() is None
@@ -44,7 +44,8 @@ class _Begin:
             hooks = saved_tensors_hooks(recorder.pack, unpack)
             hooks.__enter__()
             set_recorder(recorder)
-        _OF_THREAD.entered.append((module, hooks))
+            begun = recorder, hooks
+        _OF_THREAD.entered.append((module, begun))
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ class _End:
         entered = _OF_THREAD.entered
         if torch.compiler.is_compiling() or not entered or entered[-1][0] is not module:
             return  # it began in compiled or traced code
-        _, hooks = entered.pop()
-        if hooks is not None:
+        _, begun = entered.pop()
+        if begun is not None:
+            recorder, hooks = begun
             set_recorder(None)
             hooks.__exit__()
+            recorder.finish()
 
 
 @checked

@@ -140,6 +140,9 @@ class LeanRecorder:
 
     def _note(self, value: Tensor, layout: Layout, recipe: Recipe) -> None:
         storage = value.untyped_storage()
+        former = self._noted.get(storage._cdata)
+        if former is not None:
+            former.recipe.forget()
         self._noted[storage._cdata] = _Noted(StorageWeakRef(storage), value._version, value.dtype, layout, recipe)
 
     def _find(self, x: Tensor) -> _Noted | None:
@@ -160,6 +163,11 @@ class LeanRecorder:
         if noted is None and self.hooks is None:
             return x, x._version
         return Kept(self._known(x, noted), self.hooks)
+
+    def finish(self) -> None:
+        """End the forward: what is kept belongs to the graph, or to hooks from outside that may have moved it."""
+        for noted in self._noted.values():
+            noted.recipe.forget()
 
     def _is_on_top(self) -> bool:
         """Whether its hooks get what is saved now; a checkpoint of a part of the model has hooks of its own."""

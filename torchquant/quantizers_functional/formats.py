@@ -123,7 +123,7 @@ class Format(ABC):
         """Return what `project` does by one of the package's kernels, None where there is none for x.
 
         The mask is packed, one bit an element in the memory order of x; with `is_strict` it is also 0 at and beyond
-        the ends of the clamp.
+        the ends of the clamp. It may be None where it is 1 everywhere.
         """
         asked = self.kernel_call()
         function = None if asked is None else kernels.find(asked[0], x)

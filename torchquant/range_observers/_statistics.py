@@ -154,7 +154,7 @@ class StatisticTracker(CallsOfABatch):
         weight = cast(Tensor, self._buffers["observed_weight"])
         noted = self._noted
         if noted is not None and noted[0] is weight and self._is_observed:
-            if weight.device.type != "cpu" or _version(weight) == noted[1]:
+            if not weight.is_cpu or _version(weight) == noted[1]:
                 return False
         return not (weight.is_meta or isinstance(weight, FakeTensor) or is_functorch_wrapped_tensor(weight))
 
