@@ -96,7 +96,7 @@ def sites_table(errors: Sequence[LayerError]) -> Table:
             cells += [None] * 3 if site is None else [site.scheme, site.n_bits, decibel(site.sqnr_db)]
         rows.append(cells)
     header = ["site", "weight", "bits", "SQNR of the weight", "output", "bits", "SQNR of the output"]
-    return Table(header, rows, name="sites")
+    return Table(header, rows)
 
 
 def decibel(sqnr_db: float) -> Cell:

@@ -14,6 +14,7 @@ MAX_NAMED = 24
 MAX_NUMBERED = 16
 """Largest number of columns of a heat map with a number in each cell."""
 Points = Sequence[tuple[float, float | None]]
+"""(x, y) of each point of a line."""
 
 
 def lines(

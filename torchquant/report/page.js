@@ -4,7 +4,7 @@ document.documentElement.classList.add("js");
 /* Tables: a click on a column sorts by it, another click the other way round. */
 const UNITS = { "%": 0.01, "kB": 1e3, "MB": 1e6, "GB": 1e9, "ms": 1e-3 };
 function valueOf(cell) {
-  if (cell.dataset.value !== undefined) return cell.dataset.value === "inf" ? Infinity : Number(cell.dataset.value);
+  if (cell.dataset.value !== undefined) return Number(cell.dataset.value.replace("inf", "Infinity"));
   const text = cell.textContent.trim().replace(/,/g, "").replace("−", "-").replace("∞", "Infinity");
   const number = parseFloat(text);
   return number * (UNITS[text.replace(/^[-+\d.e]+\s*/, "")] || 1);
