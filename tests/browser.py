@@ -201,6 +201,7 @@ class Elements(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
+        self.ids: list[str] = []
         self.inside: list[str] = []
         self.text: list[str] = []
         self.feed(text)
@@ -210,6 +211,7 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag not in ("img", "br", "meta"):
             self.inside.append(tag)
 
@@ -224,6 +226,7 @@ class Elements(HTMLParser):
 def check_whole(text: str) -> Elements:
     """Check that a page is well formed and loads nothing; returns its elements."""
     found = Elements(text)
+    assert len(set(found.ids)) == len(found.ids)
     assert all(address.startswith(("#", "data:image/")) for address in found.addresses)
     assert not {"link", "iframe", "object"} & set(found.tags)
     assert not re.search(r"https?://|@import|url\((?!#)", text)
