@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ HISTOGRAM = histogram("Weights", [0.0, 1.0, 2.0, 3.0], {"float": [0.5, 0.0, 0.5]
 
 
 def graph(*names: str) -> Graph:
-    nodes = [Node(name, 10.0 * i, details=[TABLE, HISTOGRAM]) for i, name in enumerate(names)]
+    nodes = [Node(name, 10.0 * i, details=[replace(TABLE, name=None), HISTOGRAM]) for i, name in enumerate(names)]
     return Graph(nodes, [*zip(names, names[1:], strict=False), (names[0], names[-1])], "SQNR, dB", "The model.")
 
 
