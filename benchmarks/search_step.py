@@ -26,7 +26,7 @@ OUTPUT = "affine:4"
 WEIGHTS = default_candidates(4)
 OUTPUTS = ("affine:4", "ul2q:4", "vecq:4", "clipq:4", "zoomq:4", "esb:4,k=1", "pot0:4", "pot:4")
 MODELS = ("resnet18", "mobilenet_v2")
-TIME_TARGET = 2.5
+TIME_TARGET = 2.0
 SAVED_TARGET = 1.5
 
 

@@ -28,7 +28,7 @@ TABLE_PAYS = 2**18
 def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp | None = None) -> Tensor:
     """Compute `sum_k shares[k] * quantizers[k](x)`, in x's type; a single quantizer is called without its share.
 
-    `clamp=(low, high)` mixes `x.clamp(low, high)`, with the gradient of a ReLU; in a table that costs nothing.
+    `clamp=(low, high)` mixes `x.clamp(low, high)`, with the gradient of a ReLU; in kernel and table that costs nothing.
 
     x: (*). shares: (K,). The gradient of a share is `<grad, Q_k(x)>`; the gradients of x and of the quantizers' learned
     numbers are the sums over the quantizers, weighted by shares. Memory for backward does not grow with K, because
