@@ -354,11 +354,26 @@ def test_calls_of_one_module_with_different_ranges_are_found() -> None:
     assert "calls differ" in causes
 
 
+class Above(nn.Module):
+    """Returns the rows whose sum is above a threshold, as a detector does with its boxes."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x.sum(1) > self.least]
+
+
 def test_errors_say_what_is_missing() -> None:
     x = torch.randn(4, 3, 8, 8)
     with pytest.raises(ConfigError, match="nothing in Net is quantized"):
         analyze(Net(), [x])
     with pytest.raises(UnobservedRangeError):
         analyze(tq.quantize(Net().eval(), RULES, x), [x])
+    chooses = tq.QWrapper(nn.Linear(4, 4), tq.make_quantizer("affine:8"))
+    chooses.observe_weight()
+    with pytest.raises(ConfigError, match=r"the float model returns \(0, 4\).*the scores of all boxes"):
+        analyze(nn.Sequential(chooses, Above(99.0)), [torch.randn(4, 4)])
     with pytest.raises(ConfigError, match="no batches to analyze"):
         analyze(calibrated(trained(Net()), RULES, pictures()), [])

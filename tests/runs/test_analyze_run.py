@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.browser import Browser, check_opened, check_whole
 from torchquant.analysis import Analysis
 from torchquant.cli import build_app
 from torchquant.errors import ConfigError
@@ -45,6 +46,14 @@ def run(model: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def test_the_report_in_a_browser(model: tuple[str, str], run: Path, browser: Browser, tmp_path: Path) -> None:
+    run_analysis(AnalyzeConfig(str(run), images=64, sites=1), tmp_path)
+    found = check_opened(browser, tmp_path / "report.html", "analyze")
+    assert [graph["names"] for graph in found.graphs] == [["0", "2", "5"]]
+    assert found.drawn == found.plots > 0
+    assert {"remedy", "gain"} <= {column["name"] for table in found.tables for column in table}
+
+
 def test_the_command_on_a_run_writes_the_plan_that_helps(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     arguments = ["analyze", str(run), "--images", "64", "--sites", "1", "--apply", "--out", str(out)]
@@ -60,7 +69,7 @@ def test_the_command_on_a_run_writes_the_plan_that_helps(run: Path, tmp_path: Pa
     assert next(remedy for remedy in advice["remedies"] if remedy["path"] == "2")["change"] == "per channel"
     plan = QuantPlan.load(out / "advised_plan.yaml")
     assert {site.path: site.weight for site in plan.sites}["2"] == "affine:8,symmetric=narrow/channel"
-    page = (out / "report.html").read_text()
+    page = "".join(check_whole((out / "report.html").read_text()).text)
     for words in ("channels differ", "Which sites hurt", "What to do about it", "torchquant analyze"):
         assert words in page
 

@@ -16,7 +16,7 @@ from torchquant._arguments import checked
 from torchquant._files import write_json
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.analysis.analyzer import analyze
-from torchquant.analysis.causes import Finding, findings_of
+from torchquant.analysis.causes import Finding
 from torchquant.analysis.effects import Effect, Judge, Loss, decibel
 from torchquant.analysis.remedies import Change, changes_for
 from torchquant.analysis.result import Analysis, SiteAnalysis
@@ -33,7 +33,7 @@ EQUAL = 0.2
 """The simplest of several remedies is advised if their gains differ by fewer dB."""
 AIMED = 3.0
 """A remedy for what stands out most at a slot is advised unless another one gains so many dB more."""
-STAGES = (("cle",), ("bias_correction",))
+STAGES = (("cle", "calibrate"), ("bias_correction",))
 """Post-training stages that are tried on the whole model."""
 
 
@@ -196,8 +196,7 @@ class _Adviser:
 
     def __init__(self, trials: Trials, analysis: Analysis, plan: QuantPlan | None) -> None:
         self.trials, self.plan = trials, plan
-        self.typical_bits = analysis.typical_bits()
-        self.shared = analysis.shared()
+        self.analysis, self.shared = analysis, analysis.shared()
         self.before = trials.effect()
         self.remedies: list[tuple[Remedy, Change | None]] = []
         self.failed: list[tuple[str, str]] = []
@@ -211,8 +210,7 @@ class _Adviser:
             with self.trials.without(site.path, facts.slot):
                 most = _rise(self.before, self.trials.effect())
             if most >= LEAST_GAIN:
-                found = findings_of([facts], self.typical_bits)
-                self._try_slot(site.path, facts.slot, found, facts.sqnr_db)
+                self._try_slot(site.path, facts.slot, self.analysis.findings_at(facts), facts.sqnr_db)
 
     def _try_slot(self, path: str, slot: str, findings: Sequence[Finding], sqnr_db: float) -> None:
         best: tuple[Remedy, Change] | None = None

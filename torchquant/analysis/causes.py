@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchquant.analysis.facts import SlotFacts
@@ -26,7 +26,8 @@ class Finding:
 def _few_bits(facts: SlotFacts, typical_bits: float) -> str | None:
     if facts.n_bits is None or facts.n_bits >= typical_bits:
         return None
-    return f"it has {facts.n_bits} bits, where half of all quantizers have {typical_bits:g} or more"
+    kind = "weights" if facts.is_weight else "activations"
+    return f"it has {facts.n_bits} bits, where half of the quantizers of {kind} have {typical_bits:g} or more"
 
 
 def _clipped(facts: SlotFacts, typical_bits: float) -> str | None:
@@ -137,11 +138,7 @@ CAUSES: dict[str, Callable[[SlotFacts, float], str | None]] = {
 """Cause -> a function of the facts and of the typical width of the model that returns a sentence, or None."""
 
 
-def findings_of(slots: Sequence[SlotFacts], typical_bits: float) -> list[Finding]:
-    """Return what stands out at the slots of a site: the slot of lowest SQNR first, the most telling cause first."""
-    return [
-        Finding(facts.path, facts.slot, cause, words)
-        for facts in sorted(slots, key=lambda facts: facts.sqnr_db)
-        for cause, tell in CAUSES.items()
-        if (words := tell(facts, typical_bits)) is not None
-    ]
+def findings_of(facts: SlotFacts, typical_bits: float) -> list[Finding]:
+    """Return what stands out at a slot, the most telling cause first; `typical_bits`: of quantizers of its kind."""
+    told = ((cause, tell(facts, typical_bits)) for cause, tell in CAUSES.items())
+    return [Finding(facts.path, facts.slot, cause, words) for cause, words in told if words is not None]

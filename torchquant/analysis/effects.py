@@ -93,8 +93,12 @@ class EffectSum:
     def add(self, judge: Judge, reference: Any, output: Any, batch: Any, targets: Any) -> None:
         """Add the outputs of the float model and of the model for one batch."""
         wanted, got = (first_real(value) for value in (reference, output))
-        if wanted.shape != got.shape:
-            raise ConfigError(f"the model gives {tuple(got.shape)} where the float model gives {tuple(wanted.shape)}")
+        if wanted.shape != got.shape or not wanted.numel():
+            raise ConfigError(
+                f"outputs are compared number by number, but the float model returns {tuple(wanted.shape)} and the "
+                f"quantized one {tuple(got.shape)}; analyze a module that returns the numbers behind them, such as the "
+                "scores of all boxes before the best are selected"
+            )
         self._add(signal=energy(wanted), noise=energy(got - wanted))
         if (axis := judge.classes(wanted, targets)) is not None:
             p, q = (value.double().log_softmax(axis) for value in (wanted, got))
@@ -118,10 +122,9 @@ class EffectSum:
             return self.sums[name] / self.sums[count] if self.sums.get(count) else None
 
         sqnr_db = decibels(self.sums.get("signal", 0.0), self.sums.get("noise", 0.0))
-        agreement = mean("agree", "predictions")
-        return Effect(
-            sqnr_db, mean("kl", "predictions"), agreement, mean("metric", "samples"), mean("loss", "loss_samples")
-        )
+        kl, agreement = mean("kl", "predictions"), mean("agree", "predictions")
+        kl = None if kl is None else max(kl, 0.0)  # of equal probabilities it can be just below 0
+        return Effect(sqnr_db, kl, agreement, mean("metric", "samples"), mean("loss", "loss_samples"))
 
 
 def energy(x: Tensor) -> float:

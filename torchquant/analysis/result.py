@@ -39,6 +39,10 @@ class SiteAnalysis:
     inherited_db: float | None = None
     slots: tuple[SlotFacts, ...] = ()
 
+    def by_sqnr(self) -> list[SlotFacts]:
+        """Return the facts of the slots by rising SQNR."""
+        return sorted(self.slots, key=lambda facts: facts.sqnr_db)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the analysis of the site for JSON, which has no infinity: without any error an SQNR is None."""
         return {
@@ -113,15 +117,20 @@ class Analysis(ShownAsTables):
 
     def findings(self) -> list[Finding]:
         """Return what stands out at the slots of the sites, with figures, the worst site first."""
-        return [finding for site in self.worst() for finding in findings_of(site.slots, self.typical_bits())]
+        return [found for site in self.worst() for facts in site.by_sqnr() for found in self.findings_at(facts)]
+
+    def findings_at(self, facts: SlotFacts) -> list[Finding]:
+        """Return what stands out at a slot, the most telling cause first."""
+        return findings_of(facts, self.typical_bits(facts.is_weight))
 
     def shared(self) -> dict[tuple[str, str], tuple[tuple[str, str], ...]]:
         """Return (path, slot) of each weight that other slots quantize differently -> these slots."""
         return {(facts.path, facts.slot): facts.tied_to for site in self.sites for facts in site.slots if facts.tied_to}
 
-    def typical_bits(self) -> float:
-        """Return the median width of the quantizers."""
-        widths = sorted(facts.n_bits for site in self.sites for facts in site.slots if facts.n_bits is not None)
+    def typical_bits(self, is_weight: bool) -> float:
+        """Return the median width of the quantizers of weights, or of activations."""
+        of_kind = [facts for site in self.sites for facts in site.slots if facts.is_weight == is_weight]
+        widths = sorted(facts.n_bits for facts in of_kind if facts.n_bits is not None)
         return widths[len(widths) // 2] if widths else 0
 
     def rows(self) -> list[list[str]]:
@@ -133,7 +142,7 @@ class Analysis(ShownAsTables):
                 *site.alone.words()[:3],
                 decibel(site.all_but.sqnr_db),
                 *("-" if value is None else decibel(value) for value in (site.added_db, site.inherited_db)),
-                " ".join(f"{facts.slot} {facts.n_bits}" for facts in site.slots),
+                " ".join(f"{facts.slot[0]}{facts.n_bits}" for facts in site.slots),
             ]
             for site in self.worst()
         ]
@@ -144,9 +153,11 @@ class Analysis(ShownAsTables):
 
     def worst_table(self, most: int) -> tuple[list[str], list[list[str]], str]:
         """Return header, rows and a note of a table of at most so many of the worst sites."""
-        rows = self.rows()
+        header = ["site", "alone", "all but it", "added", "inherited", "bits"]
+        columns = [HEADER.index(name) for name in header]
+        rows = [[row[i] for i in columns] for row in self.rows()]
         note = f"the {most} worst of {len(rows)} sites" if len(rows) > most else ""
-        return list(HEADER), rows[:most], note
+        return header, rows[:most], note
 
     def slots_table(self) -> str:
         """Return a table with one line per slot."""
@@ -180,7 +191,7 @@ class Analysis(ShownAsTables):
         whole = self.whole
         found = [f"SQNR of the output {decibel(whole.sqnr_db)}"]
         found += [] if whole.kl is None else [f"KL divergence {whole.kl:.4g}"]
-        found += [] if whole.agreement is None else [f"{whole.agreement:.2%} as the float model"]
+        found += [] if whole.agreement is None else [f"the same largest output for {whole.agreement:.2%}"]
         for name, before, after in (
             ("metric", self.float_metric, whole.metric),
             ("loss", self.float_loss, whole.loss),

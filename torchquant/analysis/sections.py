@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from torchquant.analysis.effects import decibel
 from torchquant.analysis.errors import LayerError, SiteError, layer_errors
 from torchquant.errors import TorchQuantError
 from torchquant.graph.dataflow import site_edges
@@ -60,31 +61,32 @@ def accuracy_table(
 
 
 def model_parts(
-    model: nn.Module, x: Tensor, errors: Sequence[LayerError] | None = None, about: str = ABOUT_SQNR
+    model: nn.Module,
+    x: Tensor,
+    errors: Sequence[LayerError] | None = None,
+    about: str = ABOUT_SQNR,
+    values: Mapping[str, float] | None = None,
 ) -> list[Part]:
     """Return the model as a graph, coloured by its errors, and a table of all sites.
 
     `x`: a batch. `errors`: the result of `layer_errors(model, x)`, None: measure them now. `about`: what the numbers
-    mean. A click on a site shows its quantizers, ranges and codes, and the histograms of its weights and output.
+    mean. `values`: path of a site -> the SQNR that colours it, in place of that of its output. A click on a site shows
+    its quantizers, ranges and codes, and the histograms of its weights and output.
     """
     found = layer_errors(model, x) if errors is None else errors
     modules = {path or "(root)": module for path, module in qmodules(model)}
     reports: dict[str, list[SiteReport]] = {}
     for row in state_report(model):
         reports.setdefault(row.path, []).append(row)
-    nodes = [_node(error, modules[error.path], reports.get(error.path, [])) for error in found]
+    nodes = [_node(error, modules[error.path], reports.get(error.path, []), values or {}) for error in found]
     edges = [(source or "(root)", path or "(root)") for source, path in site_edges(model, x[:1])]
     return [Graph(nodes, edges, "SQNR, dB", about), Details("All sites as a table", [sites_table(found)])]
 
 
-def _node(error: LayerError, module: QModule, reports: Sequence[SiteReport]) -> Node:
-    shown = error.output or error.weight
-    details = _details(error, module, reports)
-    return (
-        Node(error.path, None, "float", details)
-        if shown is None
-        else Node(error.path, shown.sqnr_db, decibel(shown.sqnr_db).text, details)
-    )
+def _node(error: LayerError, module: QModule, reports: Sequence[SiteReport], values: Mapping[str, float]) -> Node:
+    shown, details = error.output or error.weight, _details(error, module, reports)
+    value = values.get(error.path, None if shown is None else shown.sqnr_db)
+    return Node(error.path, value, "float" if value is None else decibel(value), details)
 
 
 def sites_table(errors: Sequence[LayerError]) -> Table:
@@ -93,15 +95,15 @@ def sites_table(errors: Sequence[LayerError]) -> Table:
     for error in errors:
         cells: list[str | float | Cell | None] = [error.path]
         for site in (error.weight, error.output):
-            cells += [None] * 3 if site is None else [site.scheme, site.n_bits, decibel(site.sqnr_db)]
+            cells += [None] * 3 if site is None else [site.scheme, site.n_bits, decibel_cell(site.sqnr_db)]
         rows.append(cells)
     header = ["site", "weight", "bits", "SQNR of the weight", "output", "bits", "SQNR of the output"]
     return Table(header, rows)
 
 
-def decibel(sqnr_db: float) -> Cell:
-    """Return the cell of an SQNR; without any error it is exact."""
-    return Cell("exact" if sqnr_db == math.inf else f"{sqnr_db:.1f} dB", sqnr_db)
+def decibel_cell(sqnr_db: float) -> Cell:
+    """Return the cell of an SQNR."""
+    return Cell(decibel(sqnr_db), sqnr_db)
 
 
 def _details(error: LayerError, module: QModule, reports: Sequence[SiteReport]) -> list[Part]:
@@ -110,7 +112,7 @@ def _details(error: LayerError, module: QModule, reports: Sequence[SiteReport]) 
     slots = []
     for report in reports:
         site = sites.get(report.site)
-        noise = None if site is None else decibel(site.sqnr_db).text
+        noise = None if site is None else decibel(site.sqnr_db)
         codes = UNKNOWN if site is None else _codes(quantizers[report.site], site, _real(module, report.site, site))
         slots.append([report.scheme, report.n_bits, noise, *codes, report.ranges])
     rows = [[name, *(slot[i] for slot in slots)] for i, name in enumerate(FACTS)]
@@ -153,7 +155,7 @@ def _histogram(name: str, site: SiteError, quantizer: Quantizer) -> Figure:
     caption = "Each channel, block or token has levels of its own." if not levels else ""
     if levels and not drawn:
         caption = f"{len(levels)} levels from {levels[0]:.4g} to {levels[-1]:.4g}."
-    return histogram(f"{name}, {decibel(site.sqnr_db).text}", edges.tolist(), shares, drawn, caption=caption)
+    return histogram(f"{name}, {decibel(site.sqnr_db)}", edges.tolist(), shares, drawn, caption=caption)
 
 
 def _levels(quantizer: Quantizer, site: SiteError) -> list[float]:

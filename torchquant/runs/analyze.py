@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,24 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchquant.analysis import Advice, Analysis, advise, analyze
-from torchquant.analysis.report import advice_section, analysis_sections
+from torchquant.analysis.analysis_sections import ABOUT_ALONE, advice_section, analysis_sections
+from torchquant.analysis.sections import model_parts
 from torchquant.errors import ConfigError
-from torchquant.report import Code, Page, Section
+from torchquant.report import Page, Section
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
 from torchquant.runs.data import TrainingData
 from torchquant.runs.export import load_run
 from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.quantize import JobConfig, run_job
+from torchquant.runs.report import MOST_IMAGES, REPORT, made_section
 from torchquant.runs.settings import (
     argument,
     check_at_least,
     check_types,
     checkpoint_option,
+    command_line,
     data_option,
     option,
     seed_option,
-    words_of,
 )
 
 __all__ = ["AnalyzeConfig", "Analyzed", "run_analysis"]
@@ -117,7 +118,7 @@ def _run(model: nn.Module, data: TrainingData, config: AnalyzeConfig, out: Path,
                 raise ConfigError(f"{type(model).__name__} has no plan to write the remedies into")
             advice.plan.save(out / "advised_plan.yaml")
         shown.advance(1.0, "done")
-    write_report(config, analysis, advice, out)
+    write_report(config, analysis, advice, (model, data.test_images[:MOST_IMAGES]), out)
     return Analyzed(analysis, advice)
 
 
@@ -126,12 +127,17 @@ def _batches(data: TrainingData, n_images: int) -> Iterator[tuple[Tensor, Tensor
     return zip(images.split(BATCH), labels.split(BATCH), strict=True)
 
 
-def write_report(config: AnalyzeConfig, analysis: Analysis, advice: Advice | None, out: Path) -> Path:
-    """Write report.html."""
-    command = " ".join(["torchquant analyze", shlex.quote(config.target), *words_of(config), "--out", str(out)])
+def write_report(
+    config: AnalyzeConfig, analysis: Analysis, advice: Advice | None, shown: tuple[nn.Module, Tensor], out: Path
+) -> Path:
+    """Write report.html. `shown`: the quantized model, and images for its histograms."""
+    values = {site.path: site.alone.sqnr_db for site in analysis.sites}
+    whole, *others = analysis_sections(analysis)
     sections = [
-        *analysis_sections(analysis),
+        whole,
         *([advice_section(advice)] if advice is not None else []),
-        Section("Run it again", [Code(command)]),
+        Section("The model, site by site", model_parts(*shown, about=ABOUT_ALONE, values=values)),
+        *others,
+        made_section(command_line("analyze", config), asdict(config)),
     ]
-    return Page(f"Analysis of {config.target}", sections).write(out / "report.html")
+    return Page(f"Analysis of {config.target}", sections).write(out / REPORT)

@@ -1,4 +1,4 @@
-"""The sections of a report that show an analysis and its advice."""
+"""Sections of a report about an analysis and its advice."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import math
 from torchquant.analysis.advice import Advice
 from torchquant.analysis.effects import Effect, decibel
 from torchquant.analysis.result import Analysis
+from torchquant.analysis.sections import accuracy_table, decibel_cell
 from torchquant.report import Cell, Details, Numbers, Part, Section, Table, Text, bars
 
+ABOUT_ALONE = (
+    "SQNR of the model's output with this site alone quantized, in dB: low is bad, and one bit more is worth about 6 "
+    "dB. Click a site to see its quantizers, ranges and histograms."
+)
 MOST_BARS = 60
 """Largest number of sites that are drawn; the table has all."""
 
@@ -21,17 +26,16 @@ def analysis_sections(analysis: Analysis) -> list[Section]:
 def _whole(analysis: Analysis) -> Section:
     whole, numbers = analysis.whole, [(decibel(analysis.whole.sqnr_db), "SQNR of the output")]
     if whole.agreement is not None:
-        numbers.append((f"{whole.agreement:.2%}", "same class as the float model"))
+        numbers.append((f"{whole.agreement:.2%}", "same largest output as the float model"))
     if whole.kl is not None:
         numbers.append((f"{whole.kl:.3g}", "KL divergence, nats"))
-    for name, before, after in (
-        ("metric", analysis.float_metric, whole.metric),
-        ("loss", analysis.float_loss, whole.loss),
-    ):
-        if before is not None and after is not None:
-            numbers.append((f"{before:.4g} → {after:.4g}", f"{name}, float and quantized"))
+    if analysis.float_loss is not None and whole.loss is not None:
+        numbers.append((f"{analysis.float_loss:.4g} → {whole.loss:.4g}", "loss, float and quantized"))
     note = f"On {analysis.samples} samples, with everything quantized, compared with the float model."
-    return Section("The whole model", [Numbers(numbers), Text(note, is_note=True)])
+    parts: list[Part] = [Numbers(numbers), Text(note, is_note=True)]
+    if analysis.float_metric is not None and whole.metric is not None:
+        parts.append(accuracy_table([("float", analysis.float_metric), ("quantized", whole.metric)], analysis.samples))
+    return Section("The whole model", parts)
 
 
 def _findings(analysis: Analysis) -> Section:
@@ -61,18 +65,18 @@ def _sites(analysis: Analysis) -> Section:
         [
             site.path,
             site.what,
-            _decibel(site.alone.sqnr_db),
+            _cell(site.alone.sqnr_db),
             site.alone.kl,
             _share(site.alone),
-            _decibel(site.all_but.sqnr_db),
-            _decibel(site.added_db),
-            _decibel(site.inherited_db),
+            _cell(site.all_but.sqnr_db),
+            _cell(site.added_db),
+            _cell(site.inherited_db),
         ]
         for site in worst
     ]
     caption = (
-        "`alone`, `all but it`: SQNR of the model's output. `added`: SQNR of the site's own output with the error that "
-        "it adds itself; `inherited`: with the error of what it reads."
+        "`alone`, `all but it`: SQNR of the model's output with this site quantized, and with all others. `added`: "
+        "SQNR of the site's own output with the error that it adds itself; `inherited`: with that of what it reads."
     )
     return Section("Which sites hurt", [figure, Table(header, rows, caption, "sites")])
 
@@ -82,7 +86,7 @@ def _slots(analysis: Analysis) -> Section:
     header += ["kurtosis", "killed channels", "data from", "to", "levels from", "to"]
     rows = [
         [
-            *(facts.name, facts.scheme, facts.n_bits, _decibel(facts.sqnr_db)),
+            *(facts.name, facts.scheme, facts.n_bits, _cell(facts.sqnr_db)),
             *(f"{facts.below:.2%}", f"{facts.above:.2%}", facts.used, facts.n_codes, facts.entropy),
             *(facts.channel_ratio, facts.kurtosis, facts.killed),
             *(facts.data_min, facts.data_max, facts.low, facts.high),
@@ -128,8 +132,8 @@ def advice_section(advice: Advice) -> Section:
     return Section("What to do about it", parts)
 
 
-def _decibel(value: float | None) -> Cell | None:
-    return None if value is None else Cell(decibel(value), min(max(value, -1e6), 1e6))
+def _cell(value: float | None) -> Cell | None:
+    return None if value is None else decibel_cell(value)
 
 
 def _share(effect: Effect) -> str | None:
