@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,13 +12,21 @@ from tests.kernels.conftest import Kernels
 from tests.kernels.tensors import SIZES, hard, is_same, shifted
 from torchquant import kernels
 from torchquant.errors import NonFiniteError
-from torchquant.range_observers import BatchMinMax, ExpAvgMinMax, RangeObserver, RunningMinMax
+from torchquant.range_observers import OBSERVERS, BatchMinMax, ExpAvgMinMax, RangeObserver, RunningMinMax
 from torchquant.range_observers._histogram import Bins
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_histogram(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    for n_rows, n, n_bins in ((1, 1, 16), (1, 1023, 64), (1, 100_003, 2048), (5, 9, 128), (3, 5000, 64), (70, 300, 16)):
+    for n_rows, n, n_bins in (
+        (1, 1, 16),
+        (7, 1, 16),
+        (1, 1023, 64),
+        (1, 100_003, 2048),
+        (5, 9, 128),
+        (3, 5000, 64),
+        (70, 300, 16),
+    ):
         x = hard((n_rows, n), dtype=dtype).nan_to_num(0.0, 9.0, -9.0).clamp(-5.0, 5.0)
         x[:, n // 2 :] = x[:, n // 2 :].relu()
         low, high = -torch.linspace(0.1, 3.0, n_rows), torch.linspace(2.0, 6.0, n_rows)
@@ -29,18 +39,54 @@ def test_histogram(dtype: torch.dtype, cpu_kernels: Kernels, monkeypatch: pytest
             assert found.sum() == (x.numel() if with_zeros else x.count_nonzero())
 
 
+def observed(observer: RangeObserver, batches: list[Tensor]) -> list[Tensor]:
+    """The statistics after each batch; a batch that is refused changes none."""
+    found = []
+    for batch in batches:
+        with contextlib.suppress(NonFiniteError):
+            observer.observe_batch(batch)
+        found += [getattr(observer, name).clone() for name in observer.statistics if name != "counts"]
+    return [*found, observer.counts.clone(), *observer.get_ranges()]
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+@pytest.mark.parametrize(("name", "n_bins"), [("histogram", 2048), ("mse", 100), ("entropy", 300)])
+def test_batches_are_counted_and_spread_as_by_tensors(
+    name: str, n_bins: int, axis: int | None, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        shape = (4, 5001) if axis != -1 else (9000, 3)
+        sizes = (0.5, 0.4, 2.0, 1.9, torch.nan, 2.5, 1e-3, 7.0)
+        batches = [
+            (hard(shape, 0.1 + 0.01 * i).nan_to_num(0.1, 3.0, -1.0).clamp(-5.0, 5.0 + i) * size).to(dtype)
+            for i, size in enumerate(sizes)
+        ]
+        batches[0], batches[3] = batches[0].relu(), torch.full(shape, 0.25, dtype=dtype)
+        few = batches[1][:2] if axis == -1 else batches[1][:, :2]
+        batches[4:4] = [few, torch.full(shape, torch.inf, dtype=dtype)]
+        found = []
+        for active in (cpu_kernels, {}):
+            monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": active})
+            options = {} if name == "histogram" else {"n_bits": 6}
+            observer = OBSERVERS[name](n_bins=n_bins, decay=1.0, axis=axis, **options)
+            found.append(observed(observer.to(torch.float64) if dtype == torch.float64 else observer, batches))
+        assert all(map(torch.equal, *found))
+
+
 def test_histogram_does_not_depend_on_threads(cpu_kernels: Kernels) -> None:
     before, x = torch.get_num_threads(), torch.randn(2, 50_000)
-    count = cpu_kernels["histogram", x.dtype]
+    count, add = cpu_kernels["histogram", x.dtype], cpu_kernels["batch", x.dtype]
+    found = []
     try:
-        torch.set_num_threads(1)
-        one = count(x, torch.full((2, 1), -3.0), torch.full((2, 1), 300.0), 2048, True)
-        torch.set_num_threads(2)
-        two = count(x, torch.full((2, 1), -3.0), torch.full((2, 1), 300.0), 2048, True)
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            counts = count(x, torch.full((2, 1), -3.0), torch.full((2, 1), 300.0), 2048)
+            ends, moved = add(x, counts, [-3.0, -9.0, 4.0, 9.0], True, False)
+            assert add(x, counts, [-9.0, -9.0, 9.0, 9.0], True, False) is True
+            found.append((counts, moved, torch.tensor(ends)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

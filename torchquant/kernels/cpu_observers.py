@@ -1,7 +1,8 @@
-"""The CPU kernels of range observers."""
+"""The CPU kernels of range observers: `observers.cpp` and `histogram.cpp`."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -9,41 +10,61 @@ import torch
 from torch import Tensor
 
 from torchquant.kernels._bounds import Clamp
-from torchquant.kernels.cpu import (
-    COUNT,
-    FLAG,
-    FLOATS,
-    NUMBER,
-    POINTER,
-    REAL,
-    WALK,
-    Number,
-    along,
-    call,
-    kept,
-    operation,
-    parts,
-    threads_for,
-)
+from torchquant.kernels.cpu import COUNT, FLAG, FLOATS, POINTER, REAL, WALK, along, call, operation, threads_for
+
+ADDED, MOVED = 0, 1
+"""How the library says what it did with a batch."""
 
 
-@operation(FLOATS, *3 * [POINTER], *WALK, *2 * NUMBER, COUNT)
+@operation(FLOATS, POINTER, *2 * [COUNT], *3 * [POINTER], COUNT, *2 * [FLAG])
 def histogram(
-    function: Any, x: Tensor, low: Number, scale: Number, n_bins: int, wants_zeros: bool = False
-) -> tuple[Tensor, Tensor | None] | None:
-    """Count the elements of each row in each bin `clamp((x - low) * scale, 0, n_bins - 1)`, and those that are 0.
+    function: Any,
+    x: Tensor,
+    low: Tensor,
+    scale: Tensor,
+    n_bins: int,
+    with_zeros: bool = True,
+    of_magnitude: bool = False,
+) -> Tensor:
+    """Count the elements of each row in each bin `clamp((x - low) * scale, 0, n_bins - 1)`, (C, n_bins) float64.
 
-    x: (C, n), without NaN. low, scale: (C, 1). Returns (C, n_bins) int64, and (C,) int64 if `wants_zeros`.
+    x: (C, n). low, scale: (C, 1). Elements that are 0 count only `with_zeros`; `of_magnitude`: |x| is counted.
     """
-    shape = parts(x, low, scale)
-    if shape is None or shape[1] != len(x):
+    counts = torch.zeros(len(x), n_bins, dtype=torch.float64)
+    pointers = low.data_ptr(), scale.data_ptr(), counts.data_ptr()
+    call(function, x, x.data_ptr(), *x.shape, *pointers, n_bins, with_zeros, of_magnitude)
+    return counts
+
+
+@operation(FLOATS, POINTER, *2 * [COUNT], *2 * [POINTER], COUNT, *2 * [POINTER], *2 * [FLAG])
+def batch(
+    function: Any, x: Tensor, counts: Tensor, seen: list[float], with_zeros: bool, of_magnitude: bool
+) -> tuple[tuple[list[float], list[float]], Tensor] | bool:
+    """Add a batch to the counts of all data seen, as `histogram` counts, in bins between the ends of the data.
+
+    x: (C, n). counts: (C, n_bins) float64. seen: the lower ends of all rows, then the upper ones, inf and -inf for
+    rows without data. Returns True if the batch was within these ends and was added. Else the counts do not change:
+    returns the ends of all data, and the counts of all data between these; False if a row has NaN or is infinite.
+    """
+    moved, n_rows = torch.empty_like(counts), len(counts)
+    ends, outcome = (ctypes.c_double * len(seen))(*seen), ctypes.c_int()
+    places = ctypes.addressof(ends), ctypes.addressof(outcome)
+    pointers = counts.data_ptr(), moved.data_ptr()
+    call(function, x, x.data_ptr(), *x.shape, *pointers, counts.shape[1], *places, with_zeros, of_magnitude)
+    if outcome.value == MOVED:
+        return (ends[:n_rows], ends[n_rows:]), moved
+    return outcome.value == ADDED
+
+
+@operation((torch.float64,), *2 * [POINTER], *2 * [COUNT], *4 * [POINTER])
+def rebinned(function: Any, counts: Tensor, *ends: Tensor) -> Tensor | None:
+    """Move the mass of rows (C, n_bins) from bins between two ends to bins between two others; ends: (C,) each."""
+    if any(end.dtype != counts.dtype or not end.is_contiguous() for end in ends):
         return None
-    counts = x.new_zeros((len(x), n_bins), dtype=torch.int64)
-    zeros = x.new_zeros(len(x), dtype=torch.int64) if wants_zeros else None
-    held, numbers = kept(low, scale)
-    pointers = x.data_ptr(), counts.data_ptr(), None if zeros is None else zeros.data_ptr()
-    call(function, x, *pointers, *shape, *numbers, n_bins)
-    return counts, zeros
+    found = torch.empty_like(counts)
+    pointers = (end.data_ptr() for end in ends)
+    call(function, counts, counts.data_ptr(), found.data_ptr(), *counts.shape, *pointers)
+    return found
 
 
 @operation(FLOATS, *3 * [POINTER], *WALK)

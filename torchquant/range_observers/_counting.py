@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +12,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from torchquant import kernels
 from torchquant._tensors import like
 from torchquant.errors import ConfigError
+from torchquant.kernels import Kernel
 from torchquant.quantizers_functional._gradient import compute_dtype
 from torchquant.range_observers._base import RangeObserver
 from torchquant.range_observers._distributed import reduce_max, reduce_sum, world_size
@@ -25,8 +29,8 @@ OBSERVERS_AT_ONCE = 8  # observers whose ranges are chosen in one search
 
 
 def _numbers(low: Tensor, high: Tensor) -> list[float]:
-    """Return the ends as numbers that fall when a range grows; on a CPU a few numbers compare faster than tensors."""
-    return [low.item(), -high.item()] if low.numel() == 1 else [*low.tolist(), *(-high).tolist()]
+    """Return the ends of rows, first the lower ones; on a CPU a few numbers compare faster than tensors."""
+    return [low.item(), high.item()] if low.numel() == 1 else [*low.tolist(), *high.tolist()]
 
 
 class CountingObserver(RangeObserver):
@@ -173,25 +177,57 @@ class CountingObserver(RangeObserver):
             super()._observe(x, measure)
 
     def _adds(self, x: Tensor) -> bool:
-        """Add the counts of x if nothing else changes: the fast path for most batches, those inside the range seen."""
+        """Add the counts of x if they are all that changes, or if a kernel does the rest too: most batches."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or world_size() > 1 or x.numel() == 0:
             return False
-        if self.decay != 1.0 or self.nonfinite != "raise" or not self.is_observed:
+        is_new = not self.is_observed
+        if self.decay != 1.0 or self.nonfinite != "raise" or (is_new and self.axis is not None):
             return False
-        x = x.detach()
-        known = self._known()
-        now = _numbers(*(torch.aminmax(x) if self.axis is None else ends_of(rows(x, self.axis))))
-        # The fast path excludes NaN, and another number of channels.
-        if len(now) != len(known) or not all(old <= new for old, new in zip(known, now, strict=True)):
+        data, known = rows(x.detach(), self.axis), [math.inf, -math.inf] if is_new else self._known()
+        if len(known) != 2 * data.shape[0]:
             return False
-        if x.numel() > FEW:
-            self._add_counts(rows(x, self.axis))
-        else:
-            self._add_later(rows(x, self.axis))
+        is_small = x.numel() <= FEW
+        kernel = None if is_small or self._uncounted else self._kernel(data)
+        if kernel is None and not is_new and self._is_within(data, known):
+            (self._add_later if is_small else self._add_counts)(data)
+            self._after_counting()
+            return True
+        kernel = kernel or self._kernel(data)
+        return kernel is not None and self._counted_by(kernel, data, known)
+
+    def _is_within(self, x: Tensor, known: list[float]) -> bool:
+        """Whether the ends of rows (C, n) are within those known; with NaN, they are not."""
+        n = x.shape[0]
+        now = _numbers(*(torch.aminmax(x) if n == 1 else ends_of(x)))
+        return all(map(operator.le, known[:n], now[:n])) and all(map(operator.ge, known[n:], now[n:]))
+
+    def _kernel(self, data: Tensor) -> Kernel | None:
+        """Return the kernel for whole batches of rows (C, n), None where there is none."""
+        ends, counts = (cast(Tensor, self._buffers[name]) for name in ("histogram_min", "counts"))
+        is_wide = data.dtype == torch.float64 and ends.dtype != data.dtype
+        return None if is_wide or counts.dtype != torch.float64 else kernels.find("batch", data)
+
+    @torch.no_grad()
+    def _counted_by(self, kernel: Kernel, data: Tensor, known: list[float]) -> bool:
+        """Let a kernel count rows (C, n), and spread the counts so far where the ends move; False if it refuses."""
+        counts = self.counts
+        found = kernel(data, counts.view(len(data), -1), known, self.counts_zeros, self.of_magnitude)
+        if isinstance(found, bool):
+            if found:
+                self._after_counting()
+            return found
+        (low, high), moved = found
+        ends: list[Any] = (
+            [low[0], high[0]] if self.axis is None else [torch.tensor(end, dtype=torch.float64) for end in (low, high)]
+        )
+        self._take_in([*ends, *ends, moved.view_as(counts)], data, 1.0, 1.0)
+        self._note(True)
+        return True
+
+    def _after_counting(self) -> None:
         if not self._is_range_due:
             self._is_range_due = True
         self._next_call()
-        return True
 
     def _known(self) -> list[float]:
         return _numbers(*(cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max")))
@@ -223,7 +259,7 @@ class CountingObserver(RangeObserver):
             seen = (cast(Tensor, self._buffers[name]) for name in ("histogram_min", "histogram_max"))
             ends = self.ends_of_bins(*(end.view(-1).to(torch.float64) for end in seen))
             self.__dict__["_bins"] = known, Bins(*ends, self.n_bins, x.dtype)
-        found = self._bins[1].count(x.abs() if self.of_magnitude else x, self.counts_zeros)
+        found = self._bins[1].count(x, self.counts_zeros, self.of_magnitude)
         cast(Tensor, self._buffers["counts"]).view(len(x), -1).add_(found)
 
     def _kept(self) -> float | Tensor:
@@ -250,8 +286,7 @@ class CountingObserver(RangeObserver):
         return found if self.axis is not None else tuple(statistic.squeeze(0) for statistic in found)
 
     def _count(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        data = x.abs() if self.of_magnitude else x
-        return reduce_sum(histogram(data, low, high, self.n_bins, self.counts_zeros))
+        return reduce_sum(histogram(x, low, high, self.n_bins, self.counts_zeros, self.of_magnitude))
 
     def _chosen_at_once(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the range from these rows alone, some rows at a time; NaN and Inf stay."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -27,16 +29,16 @@ class Bins:
     def _place(self, rows: Tensor) -> Tensor:
         return rows.sub(self.low).mul_(self.scale).clamp_(0, self.n_bins - 1)
 
-    def count(self, rows: Tensor, with_zeros: bool = True) -> Tensor:
+    def count(self, rows: Tensor, with_zeros: bool = True, of_magnitude: bool = False) -> Tensor:
         """Count the elements of each row in each bin, (C, n_bins) float64; elements that are 0 only if `with_zeros`.
 
-        rows: (C, n), finite, in the bins' type.
+        rows: (C, n), finite, in the bins' type. `of_magnitude`: count |x|.
         """
         kernel = kernels.find("histogram", rows)
         if kernel is not None:
-            counts, n_zeros = kernel(rows, self.low, self.scale, self.n_bins, not with_zeros)
-            counts, zeros = counts.to(torch.float64), [] if with_zeros else [n_zeros]
-        elif torch.compiler.is_compiling() or rows.device.type != "cpu":
+            return cast(Tensor, kernel(rows, self.low, self.scale, self.n_bins, with_zeros, of_magnitude))
+        rows = rows.abs() if of_magnitude else rows
+        if torch.compiler.is_compiling() or rows.device.type != "cpu":
             index = self._place(rows).nan_to_num_(0.0).to(torch.int64)
             ones = torch.ones((), dtype=torch.float64, device=rows.device).expand(rows.shape)
             counts = torch.zeros(len(rows), self.n_bins, dtype=torch.float64, device=rows.device)
@@ -63,10 +65,12 @@ class Bins:
         return torch.bincount(index.reshape(-1), minlength=n_rows * self.n_bins)
 
 
-def histogram(rows: Tensor, low: Tensor, high: Tensor, n_bins: int, with_zeros: bool = True) -> Tensor:
+def histogram(
+    rows: Tensor, low: Tensor, high: Tensor, n_bins: int, with_zeros: bool = True, of_magnitude: bool = False
+) -> Tensor:
     """Count (C, n) rows in equal bins from low to high, (C,), as `Bins` does. (C, n_bins) float64."""
     rows = rows.to(compute_dtype(rows))
-    return Bins(low, high, n_bins, rows.dtype).count(rows, with_zeros)
+    return Bins(low, high, n_bins, rows.dtype).count(rows, with_zeros, of_magnitude)
 
 
 def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +96,10 @@ def bin_edges(low: Tensor, high: Tensor, n_bins: int) -> Tensor:
 
 def rebinned(counts: Tensor, low: Tensor, high: Tensor, new_low: Tensor, new_high: Tensor) -> Tensor:
     """Move the mass to bins over a wider range, by the share of each old bin in each new one."""
+    kernel = kernels.find("rebinned", counts)
+    moved = None if kernel is None else kernel(counts, low, high, new_low, new_high)
+    if moved is not None:
+        return cast(Tensor, moved)
     edges = bin_edges(new_low, new_high, counts.shape[1])
     return mass_below(counts, low, high, edges).diff(dim=1)
 
