@@ -30,6 +30,7 @@ from torchquant.training import (
     read_looks,
     series,
 )
+from torchquant.training.batches import make_bar
 from torchquant.training.growing_table import MOST_ROWS
 from torchquant.training.sinks import open_sinks
 
@@ -201,6 +202,28 @@ def test_a_table_that_grows_on_a_terminal() -> None:
     last = shown[shown.rfind("training") :]
     assert "│ 2 " not in last
     assert f"│ {MOST_ROWS + 2} " in last
+
+
+@pytest.mark.parametrize("allows_two", [True, False])
+def test_a_table_beside_the_bar_of_a_training(allows_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rich shows one display at a time, as before version 14.1, the rows are lines above the bar."""
+    from rich.errors import LiveError
+    from rich.live import Live
+
+    sink, text = terminal(True)
+    with make_bar(sink._console) as bar:
+        bar.add_task("training", total=2)
+        if not allows_two:
+
+            def refuse(self: Live) -> None:
+                raise LiveError("Only one live display may be active at once")
+
+            monkeypatch.setattr(Live, "start", refuse)
+        for step in (1, 2):
+            sink.write(step, {"loss": 0.5})
+    sink.close()
+    assert ("│ 2 " in text.getvalue()) is allows_two
+    assert ("training: step 2, loss 0.5" in text.getvalue()) is not allows_two
 
 
 def test_what_can_be_a_sink(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def progress_bar(
     """
     wanted = show if show is not None else callback is None and is_first_rank()
     try:
-        console = require("rich.console", "cli").Console() if wanted else None
+        console = require("rich", "cli").get_console() if wanted else None  # which a table beside the bar shares
     except MissingDependencyError:
         if show:
             raise

@@ -45,7 +45,7 @@ class Monitor(nn.Module):
     with gradients; code of torch.compile does not run them. The training stays the same, bit for bit, and no step waits
     for an accelerator: the numbers arrive some steps later, or with `flush()`. With torch.distributed every rank looks
     at its own batches, and the first rank writes. The state is in `state_dict`; sinks and history are not. Raises
-    ConfigError for a model without quantizers.
+    ConfigError for a model without quantizers, and for one that `fully_shard` has sharded.
 
     >>> import torchquant as tq
     >>> model = tq.quantize(nn.Linear(4, 2), "w4a8", torch.randn(8, 4))

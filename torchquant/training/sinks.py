@@ -6,6 +6,7 @@ import csv
 import io
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -223,13 +224,19 @@ class TerminalSink:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         cells = cells_of(step, numbers)
         self._table.add(cells)
-        if not self._console.is_terminal:
+        if self._is_live():
+            self._live.update(self._table.render(), refresh=True)
+        else:
             self._console.print(self._table.line(cells), markup=False, highlight=False, soft_wrap=True)
-            return
-        if self._live is None:
-            self._live = require("rich.live", "cli").Live(console=self._console, auto_refresh=False)
-            self._live.start()
-        self._live.update(self._table.render(), refresh=True)
+
+    def _is_live(self) -> bool:
+        """Start the display if there can be one: not off a terminal, nor beside another one with an older rich."""
+        if self._live is None and self._console.is_terminal:
+            live = require("rich.live", "cli").Live(console=self._console, auto_refresh=False)
+            with suppress(require("rich.errors", "cli").LiveError):
+                live.start()
+                self._live = live
+        return self._live is not None
 
     def close(self) -> None:
         """Leave the last table on the terminal."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._units import decibels
+from torchquant.errors import ConfigError
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import WeightSlot
@@ -197,9 +198,17 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def sites_of(model: nn.Module, n: int | None) -> list[Site]:
-    """Return every quantizer of the model, in its order; one that stands in several places only once."""
+    """Return every quantizer of the model, in its order; one that stands in several places only once.
+
+    Raises ConfigError for a model whose parameters are sharded over ranks.
+    """
     found: dict[int, Site] = {}
-    for _, module in qmodules(model):
+    for path, module in qmodules(model):
+        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
+            raise ConfigError(
+                f"the parameters of {path or 'the model'} are sharded over ranks, as fully_shard does, and a monitor "
+                "looks at whole weights; train with DistributedDataParallel, or without a monitor"
+            )
         weights = {slot.name: slot for slot in module.weight_slots()}
         for name, quantizer in module.quantizers().items():
             if id(quantizer) not in found:
