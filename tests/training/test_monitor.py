@@ -276,19 +276,32 @@ def test_the_calls_of_a_shared_module_are_added() -> None:
     assert last(monitor)["root/output/above"] == 1 / 4
 
 
+class Drawn(Quantizer):
+    """Of a user: it has no codes, and draws a step for each element."""
+
+    n_bits = 8
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.rand_like(x)
+
+
 def test_a_training_does_not_notice() -> None:
-    """The same numbers bit for bit, with levels that are drawn and with dropout."""
+    """The same numbers bit for bit, with numbers that are drawn and with dropout."""
 
     def trained(watch: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(
             wrapper("binary"),
             nn.Dropout(0.5),
+            QWrapper(nn.Linear(4, 4), Drawn(), Drawn()),
             QWrapper(nn.Linear(4, 4), None, tq.make_quantizer("bnn:1,stochastic=true", "output")),
         )
         tq.set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
         monitor = Monitor(model, every=2) if watch else None
         train(model, 5, monitor.step if monitor else lambda: None, x=torch.rand(3, 4))
+        if monitor:
+            assert last(monitor)["2/weight/sqnr"] is not None
+            assert last(monitor)["2/weight/flips"] is None
         return dict(model.state_dict())
 
     with_it, without = trained(True), trained(False)
