@@ -521,6 +521,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             metric=None,
             loss=None,
             with_targets=True,
+            apart=True,
             out=None,
             max_batches=1,
             device="cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
@@ -112,6 +113,23 @@ def test_added_and_inherited_errors_are_those_of_a_layer_run_by_itself(
     assert site.added_db == pytest.approx(10 * math.log10(signal / float((got - inherited).square().sum())), abs=1e-6)
     assert site.inherited_db == pytest.approx(10 * math.log10(signal / float((inherited - y).square().sum())), abs=1e-6)
     assert analysis.site("quantize_x").inherited_db == math.inf
+
+
+def test_slots_apart_are_those_of_a_model_without_the_other_quantizers(model: nn.Module) -> None:
+    (x,) = pictures(1)
+    found = analyze(model, [x], apart=True)
+    reference = output_with(model, set(), x)
+    for path in ("first", "third", "head"):
+        apart = found.site(path).apart
+        assert set(apart) == {"weight", "output"}
+        for slot, names in (("weight", ("acts_quantizer",)), ("output", ("weight_quantizer",))):
+            bare = copy.deepcopy(model)
+            for name in names:
+                setattr(bare.get_submodule(path), name, None)
+            truth = sqnr(reference, output_with(bare, {path}, x))
+            assert apart[slot].sqnr_db == pytest.approx(truth, abs=1e-6)
+    assert Analysis.from_dict(found.to_dict()) == found
+    assert "forward" not in model.first.weight_quantizer.__dict__
 
 
 def test_what_comes_before_a_site_is_not_run_again(model: nn.Module) -> None:

@@ -82,11 +82,12 @@ def _sites(analysis: Analysis) -> Section:
 
 
 def _slots(analysis: Analysis) -> Section:
-    header = ["slot", "scheme", "bits", "SQNR", "below", "above", "levels used", "of", "entropy", "largest channel"]
-    header += ["kurtosis", "killed channels", "data from", "to", "levels from", "to"]
+    header = ["slot", "scheme", "bits", "alone", "SQNR", "below", "above", "levels used", "of", "entropy"]
+    header += ["largest channel", "kurtosis", "killed channels", "data from", "to", "levels from", "to"]
     rows = [
         [
-            *(facts.name, facts.scheme, facts.n_bits, _cell(facts.sqnr_db)),
+            *(facts.name, facts.scheme, facts.n_bits),
+            *(_cell(site.apart[facts.slot].sqnr_db if site.apart else None), _cell(facts.sqnr_db)),
             *(f"{facts.below:.2%}", f"{facts.above:.2%}", facts.used, facts.n_codes, facts.entropy),
             *(facts.channel_ratio, facts.kurtosis, facts.killed),
             *(facts.data_min, facts.data_max, facts.low, facts.high),
@@ -95,6 +96,7 @@ def _slots(analysis: Analysis) -> Section:
         for facts in site.slots
     ]
     caption = (
+        "`alone`: SQNR of the model's output with this slot alone quantized, if it was measured; `SQNR`: its own. "
         "`below`, `above`: shares of the values that are clipped. `entropy`: of the codes, bits. `largest channel`: "
         "its range over that of the median channel."
     )

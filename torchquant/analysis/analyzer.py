@@ -19,6 +19,7 @@ from torchquant.analysis.replay import Kept, Replay
 from torchquant.analysis.result import Analysis, SiteAnalysis
 from torchquant.analysis.saved_sums import SavedSums
 from torchquant.analysis.sites import SiteSums
+from torchquant.analysis.stand_ins import called_once, passing
 from torchquant.errors import ConfigError
 from torchquant.graph.called import first_real
 from torchquant.graph.recording import call_with
@@ -38,6 +39,7 @@ def analyze(
     metric: Metric | None = None,
     loss: Loss | None = None,
     with_targets: bool | None = None,
+    apart: bool = False,
     out: str | os.PathLike[str] | None = None,
     max_batches: int | None = None,
     device: str | torch.device | None = None,
@@ -56,9 +58,10 @@ def analyze(
     accuracy where targets are classes; and with `loss(outputs, targets)`, the mean of a batch, also the loss. One batch
     is in memory at a time, with the results of all layers. The model runs in eval mode, without gradients; what comes
     before a site is not run again for it, so that all sites cost about (sites + 3) runs of the model. Modes and states
-    are restored, and the model is not changed. `out`: a folder in which the sums are kept after each batch, so that a
-    killed run of the same model and batches goes on there; the result is saved in it. The other arguments are as in
-    `calibrate`.
+    are restored, and the model is not changed. `apart`: measure each slot alone too, such as the weight of a layer
+    without its input and output, for half a run of the model each. `out`: a folder in which the sums are kept after
+    each batch, so that a killed run of the same model and batches resumes there; the result is saved in it. The other
+    arguments are as in `calibrate`.
 
     Raises ConfigError if there are no batches, nothing is quantized, or the folder holds another analysis,
     UnobservedRangeError before calibration.
@@ -72,9 +75,9 @@ def analyze(
     '0'
     """
     check_batches(batches, max_batches)
-    work = _Analyzer(model, Judge(metric, loss))
+    work = _Analyzer(model, Judge(metric, loss), apart)
     where = place(model, device)
-    saved = None if out is None else SavedSums(out, model, (metric, loss))
+    saved = None if out is None else SavedSums(out, model, (metric, loss, apart))
     if saved is not None and saved.sums:
         work.load(saved.sums)
     n_batches = 0
@@ -100,28 +103,11 @@ def analyze(
     return result
 
 
-@contextmanager
-def called_once(module: nn.Module) -> Iterator[None]:
-    """Let the module return its first result again in every further call, while the context lasts."""
-    results: list[Any] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not results:
-            results.append(type(module).forward(module, *args, **kwargs))
-        return results[0]
-
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-
-
 class _Analyzer:
     """Runs a model on batches and keeps the sums."""
 
-    def __init__(self, model: nn.Module, judge: Judge) -> None:
-        self.model, self.judge = model, judge
+    def __init__(self, model: nn.Module, judge: Judge, apart: bool) -> None:
+        self.model, self.judge, self.apart = model, judge, apart
         self.sites = {path or "(root)": module for path, module in qmodules(model) if module.quantizers()}
         if not self.sites:
             raise ConfigError(
@@ -149,6 +135,10 @@ class _Analyzer:
 
             for path, module in self.sites.items():
                 add(ALONE, path, self._changed(floats, module, QModuleState.QUANT_EVAL, run))
+                for slot in module.quantizers() if self.apart else ():
+                    with self._only(module, slot):
+                        output = self._changed(floats, module, QModuleState.QUANT_EVAL, run)
+                    add(f"{ALONE} {slot}", path, output)
         with self._all_in(QModuleState.QUANT_EVAL):
             with self.facts.watching(is_first=self.samples == 0):
                 add(WHOLE, "", quantized.record(run, partial(self.facts.add_call, floats)))
@@ -169,6 +159,15 @@ class _Analyzer:
             for quantizer in weights:
                 if quantizer is not None:
                     stack.enter_context(called_once(quantizer))
+            yield
+
+    @contextmanager
+    def _only(self, module: QModule, slot: str) -> Iterator[None]:
+        """Let the values of all other slots of a module pass unchanged."""
+        with ExitStack() as stack:
+            for name, quantizer in module.quantizers().items():
+                if name != slot:
+                    stack.enter_context(passing(quantizer))
             yield
 
     def _changed(
@@ -226,6 +225,7 @@ class _Analyzer:
                 self.facts.sqnr_db(module, "added"),
                 self.facts.sqnr_db(module, "inherited"),
                 self.facts.facts(module),
+                {slot: self._effect(f"{ALONE} {slot}", path) for slot in module.quantizers()} if self.apart else {},
             )
             for path, module in self.sites.items()
         ]

@@ -28,7 +28,8 @@ class SiteAnalysis:
     `what`: class of the layer or operator. `alone`: the model with this site quantized and all others float;
     `all_but`: with all others quantized and this one float. `added_db`, `inherited_db`: SQNR of the site's output with
     the error that the site adds to what it reads, and with the error of what it reads; None for a site that no batch
-    reached, or that is inside another quantized module. `slots`: the facts of its quantizers.
+    reached, or that is inside another quantized module. `slots`: the facts of its quantizers. `apart`: slot
+    -> the model with this slot alone quantized, if that was asked for.
     """
 
     path: str
@@ -38,6 +39,7 @@ class SiteAnalysis:
     added_db: float | None = None
     inherited_db: float | None = None
     slots: tuple[SlotFacts, ...] = ()
+    apart: Mapping[str, Effect] = field(default_factory=dict)
 
     def by_sqnr(self) -> list[SlotFacts]:
         """Return the facts of the slots by rising SQNR."""
@@ -54,6 +56,7 @@ class SiteAnalysis:
             "added_db": _finite(self.added_db),
             "inherited_db": _finite(self.inherited_db),
             "slots": [facts.to_dict() for facts in self.slots],
+            "apart": {slot: effect.to_dict() for slot, effect in self.apart.items()},
         }
 
     @classmethod
@@ -68,6 +71,7 @@ class SiteAnalysis:
             exact if data["added_db"] is None else data["added_db"],
             exact if data["inherited_db"] is None else data["inherited_db"],
             tuple(SlotFacts.from_dict(slot) for slot in data["slots"]),
+            {slot: Effect.from_dict(effect) for slot, effect in data["apart"].items()},
         )
 
 
@@ -161,12 +165,14 @@ class Analysis(ShownAsTables):
 
     def slots_table(self) -> str:
         """Return a table with one line per slot."""
-        header = ["slot", "scheme", "bits", "SQNR", "clipped", "levels used", "entropy", "span", "channels", "kurtosis"]
+        header = ["slot", "scheme", "bits", "alone", "SQNR", "clipped", "levels used", "entropy", "span"]
+        header += ["channels", "kurtosis"]
         rows = [
             [
                 facts.name,
                 facts.scheme,
                 facts.n_bits,
+                decibel(site.apart[facts.slot].sqnr_db) if site.apart else "-",
                 decibel(facts.sqnr_db),
                 f"{facts.clipped:.2%}",
                 "-" if facts.used is None else f"{facts.used} of {facts.n_codes}",
@@ -249,9 +255,15 @@ class Analysis(ShownAsTables):
             | {f"all_but_{name}": value for name, value in asdict(site.all_but).items()}
             for site in self.sites
         ]
-        slots = [asdict(facts) for site in self.sites for facts in site.slots]
+        slots = [
+            asdict(facts) | {f"alone_{name}": value for name, value in asdict(site.apart[facts.slot]).items()}
+            if site.apart
+            else asdict(facts)
+            for site in self.sites
+            for facts in site.slots
+        ]
         write_csv(Path(folder) / "sites.csv", list(sites[0]) if sites else ["path"], sites)
-        write_csv(Path(folder) / "slots.csv", [f.name for f in fields(SlotFacts)], slots)
+        write_csv(Path(folder) / "slots.csv", list(slots[0]) if slots else ["path"], slots)
         return write_json(Path(folder) / FILE, self.to_dict())
 
     @classmethod

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchquant._modes import in_mode
 from torchquant.analysis.effects import Effect, EffectSum, Judge
+from torchquant.analysis.stand_ins import passing
 from torchquant.graph.copies import copy_model
 from torchquant.graph.recording import call_with
 from torchquant.graph.traced import graphs_running
@@ -81,12 +82,8 @@ class Trials:
     @contextmanager
     def without(self, path: str, slot: str) -> Iterator[None]:
         """Let the values of a slot pass its quantizer unchanged while the context lasts."""
-        quantizer = self.quantizer(path, slot)
-        quantizer.__dict__["forward"] = _pass
-        try:
+        with passing(self.quantizer(path, slot)):
             yield
-        finally:
-            del quantizer.__dict__["forward"]
 
     def show(self, path: str, slot: str, new: Quantizer) -> None:
         """Let a new quantizer see what reaches its slot: the weight, or the values of the float model."""
@@ -116,10 +113,6 @@ class Trials:
         model = copy_model(self.model)
         change(model, [batch.inputs for batch in self.batches])
         return self.effect(model)
-
-
-def _pass(x: Tensor, clamp: tuple[float | None, float | None] | None = None, **unread: Any) -> Tensor:
-    return x if clamp is None else x.clamp(*clamp)
 
 
 def post_training(stages: tuple[str, ...]) -> Callable[[nn.Module, list[Any]], object]:

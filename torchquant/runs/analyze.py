@@ -47,8 +47,8 @@ class AnalyzeConfig:
 
     `target`: the folder of a finished `torchquant quantize` or `search` run, or a model as in `JobConfig`, which is
     quantized with `rules` into the folder `run` of the output first. `images`: of the test data. `sites`: for how many
-    of the worst sites remedies are tried, 0 for none. `apply`: write the plan with the kept remedies. The others as in
-    `JobConfig`; of a run's folder they are known. Raises ConfigError.
+    of the worst sites remedies are tried, 0 for none. `apart`: as in `analyze`. `apply`: write the plan with the kept
+    remedies. The others as in `JobConfig`; of a run's folder they are known. Raises ConfigError.
     """
 
     target: str = argument("The folder of a run, or a model: a name of torchvision or timm, demo, or file.py:function.")
@@ -58,6 +58,7 @@ class AnalyzeConfig:
     float_epochs: int = option(30, "Of a model: epochs of float training; 0: none.")
     images: int = option(256, "Test images to analyze on.")
     sites: int = option(5, "Worst sites for which remedies are tried; 0: none.")
+    apart: bool = option(False, "Measure each slot alone too: weight, input and output of a layer.")
     apply: bool = option(False, "Write advised_plan.yaml, the plan with the remedies that help together.")
     seed: int = seed_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
@@ -107,7 +108,11 @@ def _run(model: nn.Module, data: TrainingData, config: AnalyzeConfig, out: Path,
     batches = list(_batches(data, config.images))
     shown.start(len(batches) + (1.0 if config.sites else 0.0))
     options: dict[str, Any] = {"loss": F.cross_entropy, "with_targets": True}
-    analysis = analyze(model, batches, out=out, on_batch=lambda n: shown.advance(1.0, f"batch {n}"), **options)
+
+    def tell(n: int) -> None:
+        shown.advance(1.0, f"analyzed {n} of {len(batches)} batches")
+
+    analysis = analyze(model, batches, apart=config.apart, out=out, on_batch=tell, **options)
     advice = None
     if config.sites:
         shown.advance(0.0, "trying remedies")
