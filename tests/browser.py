@@ -55,7 +55,7 @@ USE = """(async () => {
   const plots = [...document.querySelectorAll(".plot")].filter(plot => plot.checkVisibility());
   for (const plot of plots) {
     plot.scrollIntoView();
-    for (let i = 0; i < 500 && plot.dataset.drawn === undefined && !plot.hidden; i++) await wait();
+    for (let i = 0; i < 2500 && plot.dataset.drawn === undefined && !plot.hidden; i++) await wait();
   }
   found.plots = plots.length;
   found.drawn = plots.filter(plot => plot.querySelector(".main-svg")).length;
@@ -133,8 +133,8 @@ class Browser:
     def next(self) -> dict[str, Any]:
         """Return the next message of the browser."""
         while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.received], [], [], 60.0)
-            assert ready, "the browser has said nothing for a minute"
+            ready, _, _ = select.select([self.received], [], [], 180.0)
+            assert ready, "the browser has said nothing for three minutes"
             more = os.read(self.received.fileno(), 1 << 20)
             assert more, "the browser has ended"
             self.rest += more
