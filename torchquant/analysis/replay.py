@@ -40,6 +40,7 @@ class Replay:
 
     def __init__(self, model: nn.Module) -> None:
         self._parts = list(parts_of(model))
+        self._part_with = {inner: part for part in self._parts for inner in part.modules()}
         self._kept: dict[tuple[nn.Module, int], Kept] = {}
         self._counts: Counter[nn.Module] = Counter()
         self._start: nn.Module | None = None
@@ -82,14 +83,10 @@ class Replay:
 
         known: what the first call of `module` returns now, if that is known; it is not run then.
         """
-        self._start, self.n_skipped = self.part_with(module), 0
+        self._start, self.n_skipped = self._part_with[module], 0
         self._known = known if self._start is module and is_unchanged(known) else None
         with self._watching():
             return run()
-
-    def part_with(self, module: nn.Module) -> nn.Module:
-        """Return the module itself, or the outermost quantized module around it."""
-        return next(part for part in self._parts if any(module is inner for inner in part.modules()))
 
     def result(self, module: nn.Module, number: int) -> Any:
         """Return the kept result of a call of a part; None if there is none."""
