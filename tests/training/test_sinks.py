@@ -31,7 +31,7 @@ from torchquant.training import (
     series,
 )
 from torchquant.training.batches import make_bar
-from torchquant.training.growing_table import MOST_ROWS
+from torchquant.training.growing_table import MOST_ROWS, GrowingTable
 from torchquant.training.sinks import open_sinks
 
 ROWS: list[tuple[int, dict[str, float]]] = [
@@ -202,6 +202,14 @@ def test_a_table_that_grows_on_a_terminal() -> None:
     last = shown[shown.rfind("training") :]
     assert "│ 2 " not in last
     assert f"│ {MOST_ROWS + 2} " in last
+
+
+def test_a_table_whose_names_come_and_go() -> None:
+    table = GrowingTable("training")
+    for cells in ({"step": "1", "loss": "2"}, {"step": "3", "rate": "4", "loss": "5"}, {"step": "6", "rate": "7"}):
+        table.add(cells)
+    found = {column.header: list(column.cells) for column in table.render().columns}
+    assert found == {"step": ["1", "3", "6"], "loss": ["2", "5", "-"], "rate": ["-", "4", "7"]}
 
 
 @pytest.mark.parametrize("allows_two", [True, False])

@@ -27,8 +27,10 @@ class GrowingTable:
         return f"{self.title}: " + ", ".join(f"{name} {text}" for name, text in cells.items())
 
     def render(self) -> Any:
-        """Return the last rows as a table of rich."""
-        return make_table(self.title, list(self._rows[0]), [list(row.values()) for row in self._rows[-MOST_ROWS:]], "")
+        """Return the last rows as a table of rich; a row without a column has "-" there."""
+        last = self._rows[-MOST_ROWS:]
+        header = list(dict.fromkeys(name for row in last for name in row))
+        return make_table(self.title, header, [[row.get(name, "-") for name in header] for row in last], "")
 
 
 def make_table(title: str, header: list[str], rows: list[list[str]], note: str) -> Any:
