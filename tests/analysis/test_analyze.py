@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from tests.analysis.test_planted import Net, Tied, calibrated, pictures, trained
-from torchquant.analysis import Analysis, analyze, sqnr
+from torchquant.analysis import Analysis, advise, analyze, sqnr
 from torchquant.analysis.facts import SlotSum
 from torchquant.analysis.replay import Replay
 from torchquant.errors import ConfigError, UnobservedRangeError
@@ -288,6 +288,8 @@ def test_a_stopped_analysis_goes_on_where_it_was(
     assert {file.name for file in tmp_path.iterdir()} >= {"analysis.json", "sites.csv", "slots.csv"}
     with pytest.raises(ConfigError, match="batch 0 is not the one"):
         analyze(model, labelled[1:], **options)
+    with pytest.raises(ConfigError, match="is of 3 batches, and there are 2 now; choose another folder"):
+        analyze(model, labelled[:2], **options)
     torch.manual_seed(5)
     other = calibrated(trained(Net()), RULES, pictures())
     with pytest.raises(ConfigError, match="of another model, metric or loss"):
@@ -395,3 +397,109 @@ def test_errors_say_what_is_missing() -> None:
         analyze(nn.Sequential(chooses, Above(99.0)), [torch.randn(4, 4)])
     with pytest.raises(ConfigError, match="no batches to analyze"):
         analyze(calibrated(trained(Net()), RULES, pictures()), [])
+
+
+def layers(weights: list[tq.Quantizer], outputs: list[tq.Quantizer | None]) -> tuple[nn.Module, Tensor]:
+    """Return two calibrated linear layers with these quantizers, and a batch."""
+    torch.manual_seed(0)
+    made = [nn.Linear(8, 16), nn.Linear(16, 4)]
+    pairs = zip(made, weights, outputs, strict=True)
+    model, x = (
+        nn.Sequential(*(tq.QWrapper(layer, weight, output) for layer, weight, output in pairs)),
+        torch.randn(8, 8),
+    )
+    tq.calibrate(model, [x])
+    return model, x
+
+
+def test_sites_that_share_a_quantizer_are_told_apart() -> None:
+    weight, output = tq.make_quantizer("affine:8,symmetric=narrow"), tq.make_quantizer("affine:8", "output")
+    model, x = layers([weight, weight], [output, output])
+    found = analyze(model, [x])
+    for path in ("0", "1"):
+        expected = sqnr(output_with(model, set(), x), output_with(model, {path}, x))
+        assert found.site(path).alone.sqnr_db == pytest.approx(expected, abs=1e-6)
+        assert [facts.name for facts in found.site(path).slots] == [f"{path} weight", f"{path} output"]
+
+
+class Rounds(tq.Quantizer):
+    """A quantizer of the published contract, which names no bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros(()))
+
+    def pre_observe(self, x: Tensor) -> None:
+        self.step.copy_(x.detach().abs().max() / 7)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return (x / self.step).round() * self.step
+
+    def post_observe(self, x: Tensor) -> None:
+        """Do nothing."""
+
+
+def test_quantizers_without_bits() -> None:
+    model, x = layers([Rounds(), Rounds()], [Rounds(), None])
+    found = analyze(model, [x])
+    assert [row[-1] for row in found.rows()] == ["w- o-", "w-"]
+    assert "None" not in str(found)
+    shared = Rounds()
+    tied = layers([shared, Rounds()], [None, None])[0]
+    tied[1].layer.weight = tied[0].layer.weight
+    assert advise(model, [x], found).before == found.whole
+
+
+def test_values_of_half_precision_have_sums_beyond_its_range() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(8, 4), torch.randn(16, 8)
+    with torch.no_grad():
+        net.weight *= 1000.0
+    rules = [{"weight": "affine:4,symmetric=narrow"}]
+    wide, half = calibrated(net, rules, [x]), calibrated(copy.deepcopy(net).half(), rules, [x.half()])
+    expected = analyze(wide, [x])
+    found = analyze(half, [x.half()])
+    assert found.whole.sqnr_db == pytest.approx(expected.whole.sqnr_db, abs=0.1)
+    assert found.sites[0].added_db == pytest.approx(expected.sites[0].added_db, abs=0.1)
+
+
+def test_channels_with_one_number_are_not_dead() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(16, 8)
+    model = calibrated(net, [{"weight": "affine:8", "bias": "affine:8", "output": "affine:8"}], [x])
+    found = analyze(model, [x[:1]])
+    assert {facts.slot for site in found.sites for facts in site.slots} >= {"bias", "output"}
+    assert "dead channels" not in {finding.cause for finding in found.findings()}
+
+
+def test_the_plan_of_the_advice_has_the_remedy_of_an_input() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
+    model = calibrated(net, [{"weight": "affine:8", "input": "affine:3", "output": "affine:8"}], [x])
+    found = advise(model, [x], n_sites=1)
+    (kept,) = (remedy for remedy in found.kept if remedy.path == "quantize_input_1")
+    assert found.plan is not None
+    assert [site.input for site in found.plan.sites] == [kept.spec, model.plan.sites[1].input]
+    again = found.plan.apply(net)
+    tq.calibrate(again, [x])
+    assert again.quantize_input_1.quantizers()["output"].n_bits == 8
+
+
+class Both(nn.Module):
+    """Adds two inputs, which have one spec in a plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(x + y)
+
+
+def test_a_remedy_that_no_plan_can_have_is_told() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    model = calibrated(Both(), [{"weight": "affine:8", "input": "affine:3", "output": "affine:8"}], [(x, y)])
+    with pytest.warns(UserWarning, match="lacks the remedy at quantize_x output"):
+        found = advise(model, [(x, y)], n_sites=1)
+    assert found.plan == model.plan

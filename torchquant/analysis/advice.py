@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torchquant._arguments import checked
 from torchquant._files import write_json
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.analysis.analyzer import analyze
-from torchquant.analysis.causes import Finding
 from torchquant.analysis.effects import Effect, Judge, Loss, decibel
+from torchquant.analysis.facts import SlotFacts
 from torchquant.analysis.remedies import Change, changes_for
 from torchquant.analysis.result import Analysis, SiteAnalysis
 from torchquant.analysis.trials import Trials, post_training
@@ -210,11 +211,14 @@ class _Adviser:
             with self.trials.without(site.path, facts.slot):
                 most = _rise(self.before, self.trials.effect())
             if most >= LEAST_GAIN:
-                self._try_slot(site.path, facts.slot, self.analysis.findings_at(facts), facts.sqnr_db)
+                self._try_slot(facts)
 
-    def _try_slot(self, path: str, slot: str, findings: Sequence[Finding], sqnr_db: float) -> None:
+    def _try_slot(self, facts: SlotFacts) -> None:
+        path, slot, findings = facts.path, facts.slot, self.analysis.findings_at(facts)
+        noise = decibel(facts.sqnr_db)
+        plain = f"its SQNR is {noise}" if facts.n_bits is None else f"{facts.n_bits} bits give it an SQNR of {noise}"
         best: tuple[Remedy, Change] | None = None
-        lead, old = EQUAL, self.trials.quantizer(path, slot)
+        lead = EQUAL
         for change in self._changes(path, slot):
             try:
                 self.trials.show(path, slot, change.new)
@@ -224,10 +228,8 @@ class _Adviser:
                 self.failed.append((f"{path} {slot}: {change.what}", one_line(error)))
                 continue
             cause = next((f for f in findings if f.cause in change.answers), None)
-            because = f"{old.n_bits} bits give it an SQNR of {decibel(sqnr_db)}" if cause is None else cause.words
-            remedy = Remedy(
-                path, slot, cause.cause if cause else "", because, change.what, change.spec, (), self.before, after
-            )
+            name, because = ("", plain) if cause is None else (cause.cause, cause.words)
+            remedy = Remedy(path, slot, name, because, change.what, change.spec, (), self.before, after)
             is_aimed = bool(findings) and findings[0].cause in change.answers
             if remedy.gain_db >= LEAST_GAIN and (best is None or remedy.gain_db > best[0].gain_db + lead):
                 best, lead = (remedy, change), AIMED if is_aimed else EQUAL
@@ -276,8 +278,7 @@ class _Adviser:
             kept.append(remedy)
             now = after
             if plan is not None and remedy.spec is not None:
-                place = "weight" if remedy.slot not in ACTIVATIONS else remedy.slot
-                plan = plan.replace("" if remedy.path == "(root)" else remedy.path, **{place: remedy.spec})
+                plan = self._planned(plan, remedy)
         of_model = next((remedy for remedy, change in ranked if change is None), None)
         if of_model is not None:
             after = self.trials.changed_copy(post_training(of_model.stages)) if kept else of_model.after
@@ -285,6 +286,29 @@ class _Adviser:
                 kept.append(of_model)
                 now = after
         return Advice(self.before, tuple(r for r, _ in ranked), tuple(kept), now, plan, tuple(self.failed))
+
+    def _planned(self, plan: QuantPlan, remedy: Remedy) -> QuantPlan:
+        """Return the plan with the spec of a remedy; that of the input of the model stands at the sites that read it.
+
+        Warns if the plan cannot have it.
+        """
+        path = "" if remedy.path == "(root)" else remedy.path
+        if remedy.path in self.specs:
+            return plan.replace(path, **{"weight" if remedy.slot not in ACTIVATIONS else remedy.slot: remedy.spec})
+        sources = self.trials.sources()
+        readers = [self.specs.get(reader or "(root)") for reader, read in sources.items() if path in read]
+        planned = [site for site in readers if site is not None and site.input and not site.probabilities]
+        shared = [s for site in planned for s in sources[site.path] if s != path and (s or "(root)") not in self.specs]
+        if not planned or len(planned) < len(readers) or shared:
+            warnings.warn(
+                f"the plan of the advice lacks the remedy at {remedy.name}: it is no site of the plan, and the sites "
+                f"that read it have one spec for several tensors. Give the slot of the model '{remedy.spec}' yourself",
+                stacklevel=5,
+            )
+        else:
+            for site in planned:
+                plan = plan.replace(site.path, input=remedy.spec)
+        return plan
 
 
 def _rise(before: Effect, after: Effect) -> float:

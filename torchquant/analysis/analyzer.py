@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -97,6 +98,8 @@ def analyze(
             advance()
     if not n_batches:
         raise ConfigError("there are no batches to analyze on; give at least one")
+    if saved is not None:
+        saved.check_end(n_batches)
     result = work.result()
     if out is not None:
         result.save(out)
@@ -152,12 +155,12 @@ class _Analyzer:
     def _all_in(self, state: QModuleState) -> Iterator[None]:
         """Put all modules in a state; traced models run their graphs in each, so that the same modules are called.
 
-        Weights do not change meanwhile, so each is quantized once.
+        Weights do not change meanwhile, so each is quantized once, unless several share a quantizer.
         """
-        weights = [slot.quantizer for module in self.sites.values() for slot in module.weight_slots()]
+        held = Counter(slot.quantizer for module in self.sites.values() for slot in module.weight_slots())
         with qmodule_state(self.model, state), graphs_running(), ExitStack() as stack:
-            for quantizer in weights:
-                if quantizer is not None:
+            for quantizer, n_weights in held.items():
+                if quantizer is not None and n_weights == 1:
                     stack.enter_context(called_once(quantizer))
             yield
 

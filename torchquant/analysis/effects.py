@@ -14,6 +14,8 @@ from torchquant._arguments import one_number
 from torchquant._units import decibels
 from torchquant.errors import ConfigError
 from torchquant.graph.called import first_real
+from torchquant.quantizers_functional._gradient import compute_dtype
+from torchquant.range_observers._calls import widest
 from torchquant.training.evaluation import Metric, summed, top1
 
 Loss = Callable[[Any, Any], Tensor]
@@ -97,12 +99,12 @@ class EffectSum:
             raise ConfigError(
                 f"outputs are compared number by number, but the float model returns {tuple(wanted.shape)} and the "
                 f"quantized one {tuple(got.shape)}; analyze a module that returns the numbers behind them, such as the "
-                "scores of all boxes before the best are selected"
+                "scores of all boxes before the best are selected, and leave empty batches out"
             )
         self._add(signal=energy(wanted), noise=energy(got - wanted))
         if (axis := judge.classes(wanted, targets)) is not None:
-            p, q = (value.double().log_softmax(axis) for value in (wanted, got))
-            agree = (wanted.argmax(axis) == got.argmax(axis)).double()
+            p, q = (value.to(widest(value.device)).log_softmax(axis) for value in (wanted, got))
+            agree = wanted.argmax(axis) == got.argmax(axis)
             kl = (p.exp() * (p - q)).nan_to_num(0.0).sum(axis)
             self._add(kl=float(kl.sum()), agree=float(agree.sum()), predictions=float(kl.numel()))
         if targets is None:
@@ -128,5 +130,5 @@ class EffectSum:
 
 
 def energy(x: Tensor) -> float:
-    """Return the sum of squares, added up in float64."""
-    return float(x.square().sum(dtype=torch.float64))
+    """Return the sum of squares, of half precision too, added up in float64 where the device has it."""
+    return float(x.to(compute_dtype(x)).square().sum(dtype=widest(x.device)))

@@ -15,7 +15,9 @@ from torchquant._units import decibels
 from torchquant.analysis.effects import energy
 from torchquant.errors import TorchQuantError
 from torchquant.qmodule import QModule
+from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.quantizers import Quantizer
+from torchquant.range_observers._calls import widest
 
 SAMPLE = 16_384
 """Elements of an activation that are looked at for each call, at random positions, always the same ones."""
@@ -78,7 +80,7 @@ class SlotFacts:
     @property
     def is_weight(self) -> bool:
         """Whether the tensor is a weight or a bias."""
-        return self.slot not in ("input", "output", "preactivation", "probabilities")
+        return self.slot not in ACTIVATIONS
 
     @property
     def clipped(self) -> float:
@@ -132,7 +134,7 @@ class SlotSum:
         self._add_channels(x, quantized)
         is_whole = x.numel() <= SAMPLE or self.is_per_channel or self.slot_is_weight
         real, levels = (x, quantized) if is_whole else (self._sample(x), self._sample(quantized))
-        wide = real.double()
+        wide = real.to(widest(real.device))
         self.sums["signal"] += energy(real)
         self.sums["noise"] += energy(levels - real)
         for power in (1, 2, 3, 4):
@@ -144,7 +146,7 @@ class SlotSum:
     @property
     def slot_is_weight(self) -> bool:
         """Whether the slot holds a weight or a bias."""
-        return self.slot not in ("input", "output", "preactivation", "probabilities")
+        return self.slot not in ACTIVATIONS
 
     @property
     def is_per_channel(self) -> bool:
@@ -162,8 +164,8 @@ class SlotSum:
         """Join the lowest and highest value of each channel, before and after."""
         axis = channel_axis(self.module, x, self.slot_is_weight)
         others = [i for i in range(x.ndim) if i != axis % max(x.ndim, 1)]
-        rows = [part for t in (x, quantized) for part in (t.amin(others), t.amax(others))] if others else [x, x] * 2
-        rows = [row.flatten().double().cpu() for row in rows]
+        rows = [part for t in (x, quantized) for part in ((t.amin(others), t.amax(others)) if others else (t, t))]
+        rows = [row.flatten().cpu().double() for row in rows]
         if self.channels and len(self.channels[0]) == len(rows[0]):
             joined = [torch.minimum, torch.maximum] * 2
             self.channels = [join(a, b) for join, a, b in zip(joined, self.channels, rows, strict=True)]
@@ -219,7 +221,7 @@ class SlotSum:
             "data_min": float(low.min()),
             "data_max": float(high.max()),
             "n_channels": len(ranges),
-            "dead": int((low == high).sum()) if len(ranges) > 1 else 0,
+            "dead": int((low == high).sum()) if 1 < len(ranges) < sums["elements"] else 0,
             "killed": int(((got_low == got_high) & (low < high)).sum()),
             "kurtosis": _kurtosis(sums, n),
         }

@@ -146,7 +146,7 @@ class Analysis(ShownAsTables):
                 *site.alone.words()[:3],
                 decibel(site.all_but.sqnr_db),
                 *("-" if value is None else decibel(value) for value in (site.added_db, site.inherited_db)),
-                " ".join(f"{facts.slot[0]}{facts.n_bits}" for facts in site.slots),
+                " ".join(f"{facts.slot[0]}{_width(facts)}" for facts in site.slots),
             ]
             for site in self.worst()
         ]
@@ -171,7 +171,7 @@ class Analysis(ShownAsTables):
             [
                 facts.name,
                 facts.scheme,
-                facts.n_bits,
+                _width(facts),
                 decibel(site.apart[facts.slot].sqnr_db) if site.apart else "-",
                 decibel(facts.sqnr_db),
                 f"{facts.clipped:.2%}",
@@ -271,6 +271,10 @@ class Analysis(ShownAsTables):
         """Read an `analysis.json`, or the one in a folder. Raises ConfigError."""
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         return cls.from_dict(read_json(file), f"{file}")
+
+
+def _width(facts: SlotFacts) -> str:
+    return "-" if facts.n_bits is None else f"{facts.n_bits}"
 
 
 def _finite(value: float | None) -> float | None:

@@ -42,6 +42,14 @@ class SavedSums:
             raise ConfigError(f"batch {number} is not the one that {self.path} was made with; choose another folder")
         return True
 
+    def check_end(self, n_batches: int) -> None:
+        """Raise ConfigError if the sums hold more batches than these."""
+        if n_batches < len(self.batches):
+            raise ConfigError(
+                f"{self.path} is of {len(self.batches)} batches, and there are {n_batches} now; choose another folder, "
+                "or delete that file"
+            )
+
     def save(self, batch: Any, sums: dict[str, Any]) -> None:
         """Keep the sums, which now hold this batch too."""
         self.batches.append(digest(batch))

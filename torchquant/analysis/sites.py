@@ -91,9 +91,11 @@ class SiteSums:
 
     def facts(self, module: QModule) -> tuple[SlotFacts, ...]:
         """Return the facts of the slots of a module that saw data."""
-        found = [self.slots[quantizer] for quantizer in module.quantizers().values()]
+        path = self.paths[module] or "(root)"  # not that of the sums: slots may share a quantizer
         return tuple(
-            replace(slot.facts(), tied_to=self.tied.get(slot.quantizer, ())) for slot in found if slot.sums["elements"]
+            replace(self.slots[quantizer].facts(), path=path, slot=slot, tied_to=self.tied.get(quantizer, ()))
+            for slot, quantizer in module.quantizers().items()
+            if self.slots[quantizer].sums["elements"]
         )
 
     def state(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torchquant._modes import in_mode
 from torchquant.analysis.effects import Effect, EffectSum, Judge
 from torchquant.analysis.stand_ins import passing
 from torchquant.graph.copies import copy_model
+from torchquant.graph.dataflow import site_edges
 from torchquant.graph.recording import call_with
 from torchquant.graph.traced import graphs_running
 from torchquant.qmodule import QModule, QModuleState
@@ -56,6 +57,13 @@ class Trials:
                 output = call_with(model, batch.inputs, "a batch")
                 found.add(self.judge, batch.reference, output, batch.given, batch.targets)
         return found.effect()
+
+    def sources(self) -> dict[str, set[str]]:
+        """Return the path of each module -> those of the modules whose results it reads."""
+        found: dict[str, set[str]] = {}
+        for source, path in site_edges(self.model, self.batches[0].inputs):
+            found.setdefault(path, set()).add(source)
+        return found
 
     def quantizer(self, path: str, slot: str) -> Quantizer:
         """Return the quantizer that is in a slot now."""
