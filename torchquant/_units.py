@@ -31,12 +31,13 @@ UNITS: Mapping[str, float] = {**SIZES, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 def decibels(signal: float, noise: float) -> float:
     """Return the ratio of two sums of squares in dB; inf without noise, -inf for noise without a signal.
 
-    >>> decibels(100.0, 1.0)
-    20.0
+    >>> decibels(100.0, 1.0), decibels(100.0, math.inf)
+    (20.0, -inf)
     """
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf if signal == 0.0 else math.nan
+    ratio = signal / noise
+    return 10.0 * math.log10(ratio) if ratio > 0.0 else -math.inf if ratio == 0.0 else math.nan
 
 
 def bytes_of(value: object, what: str) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import torchquant as tq
 from tests.analysis.test_planted import Net, Tied, calibrated, pictures, trained
 from torchquant.analysis import Analysis, advise, analyze, sqnr
+from torchquant.analysis.effects import EffectSum, Judge
 from torchquant.analysis.facts import SlotSum
 from torchquant.analysis.replay import Replay
 from torchquant.errors import ConfigError, UnobservedRangeError
@@ -503,3 +506,35 @@ def test_a_remedy_that_no_plan_can_have_is_told() -> None:
     with pytest.warns(UserWarning, match="lacks the remedy at quantize_x output"):
         found = advise(model, [(x, y)], n_sites=1)
     assert found.plan == model.plan
+
+
+class Masked(nn.Module):
+    """Never chooses the first class."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__()
+        self.layer, self.low = nn.Linear(8, 4), low
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).masked_fill(torch.tensor([True, False, False, False]), self.low)
+
+
+def test_outputs_that_are_infinite_in_both_models_have_no_error() -> None:
+    torch.manual_seed(0)
+    x, found = torch.randn(16, 8), []
+    for low in (0.0, -math.inf):
+        torch.manual_seed(0)
+        found.append(analyze(calibrated(Masked(low), [{"weight": "affine:4"}], [x]), [x]).whole)
+    assert found[1].sqnr_db == found[0].sqnr_db
+    broken = EffectSum()
+    broken.add(Judge(), torch.ones(2), torch.tensor([1.0, math.nan]), x, None)
+    assert broken.effect().sqnr_db == -math.inf
+
+
+@pytest.mark.parametrize("sqnr_db", [math.inf, -math.inf, 12.5])
+def test_every_ratio_is_read_as_it_was_written(sqnr_db: float, analysis: Analysis) -> None:
+    facts = replace(analysis.sites[0].slots[0], sqnr_db=sqnr_db)
+    effect, site = replace(analysis.whole, sqnr_db=sqnr_db), analysis.sites[0]
+    site = replace(site, alone=effect, added_db=sqnr_db, inherited_db=sqnr_db, slots=(facts,))
+    whole = replace(analysis, whole=effect, sites=(site,))
+    assert Analysis.from_dict(json.loads(json.dumps(whole.to_dict(), allow_nan=False))) == whole

@@ -38,14 +38,14 @@ class Effect:
     metric: float | None = None
     loss: float | None = None
 
-    def to_dict(self) -> dict[str, float | None]:
-        """Return the figures for JSON, which has no infinity: without any error the SQNR is None."""
-        return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Return the figures for JSON, with the SQNR as `plain_decibel` gives it."""
+        return asdict(self) | {"sqnr_db": plain_decibel(self.sqnr_db)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Effect:
         """Make an effect from the result of `to_dict`."""
-        return cls(**data | {"sqnr_db": math.inf if data["sqnr_db"] is None else data["sqnr_db"]})
+        return cls(**data | {"sqnr_db": decibel_of(data["sqnr_db"])})
 
     def words(self) -> list[str]:
         """Return the cells of a table, in the order of the fields."""
@@ -63,6 +63,20 @@ def decibel(value: float) -> str:
     ('12.3 dB', 'exact')
     """
     return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def plain_decibel(value: float) -> float | str | None:
+    """Return an SQNR for JSON, which has no infinity: None without any error, a word for what is no number else.
+
+    >>> plain_decibel(12.5), plain_decibel(math.inf), plain_decibel(-math.inf)
+    (12.5, None, '-inf')
+    """
+    return value if math.isfinite(value) else None if value == math.inf else str(value)
+
+
+def decibel_of(plain: float | str | None) -> float:
+    """Return the SQNR that `plain_decibel` made this of."""
+    return math.inf if plain is None else float(plain)
 
 
 @dataclass
@@ -101,7 +115,7 @@ class EffectSum:
                 f"quantized one {tuple(got.shape)}; analyze a module that returns the numbers behind them, such as the "
                 "scores of all boxes before the best are selected, and leave empty batches out"
             )
-        self._add(signal=energy(wanted), noise=energy(got - wanted))
+        self._add(signal=_finite_energy(wanted), noise=_error_energy(wanted, got))
         if (axis := judge.classes(wanted, targets)) is not None:
             p, q = (value.to(widest(value.device)).log_softmax(axis) for value in (wanted, got))
             agree = wanted.argmax(axis) == got.argmax(axis)
@@ -132,3 +146,19 @@ class EffectSum:
 def energy(x: Tensor) -> float:
     """Return the sum of squares, of half precision too, added up in float64 where the device has it."""
     return float(x.to(compute_dtype(x)).square().sum(dtype=widest(x.device)))
+
+
+def _finite_energy(x: Tensor) -> float:
+    """Return the sum of squares of the finite numbers."""
+    found = energy(x)
+    return found if math.isfinite(found) else energy(x.nan_to_num(0.0, 0.0, 0.0))
+
+
+def _error_energy(wanted: Tensor, got: Tensor) -> float:
+    """Return the sum of squared differences: 0 where both are the same infinity, inf where one alone is no number."""
+    found = energy(got - wanted)
+    if math.isfinite(found):
+        return found
+    is_equal = (got == wanted) | (got.isnan() & wanted.isnan())
+    found = energy((got - wanted).masked_fill(is_equal, 0.0))
+    return math.inf if math.isnan(found) else found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._units import decibels
-from torchquant.analysis.effects import energy
+from torchquant.analysis.effects import decibel_of, energy, plain_decibel
 from torchquant.errors import TorchQuantError
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import ACTIVATIONS
@@ -96,15 +96,15 @@ class SlotFacts:
         return (self.high - self.low) / (high - low)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts for JSON, which has no infinity: without any error the SQNR is None."""
+        """Return the facts for JSON, with the SQNR as `plain_decibel` gives it."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return found | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
+        return found | {"sqnr_db": plain_decibel(self.sqnr_db)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SlotFacts:
         """Make facts from the result of `to_dict`."""
-        exact = {"sqnr_db": math.inf if data["sqnr_db"] is None else data["sqnr_db"]}
-        return cls(**data | exact | {"tied_to": tuple((path, slot) for path, slot in data["tied_to"])})
+        tied_to = tuple((path, slot) for path, slot in data["tied_to"])
+        return cls(**data | {"sqnr_db": decibel_of(data["sqnr_db"]), "tied_to": tied_to})
 
 
 class SlotSum:

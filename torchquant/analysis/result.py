@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import Any
 from torchquant._files import check_format, read_json, write_csv, write_json
 from torchquant._tables import ShownAsTables, text_table
 from torchquant.analysis.causes import Finding, findings_of
-from torchquant.analysis.effects import Effect, decibel
+from torchquant.analysis.effects import Effect, decibel, decibel_of, plain_decibel
 from torchquant.analysis.facts import SlotFacts
 from torchquant.errors import ConfigError, one_line
 
@@ -46,15 +45,15 @@ class SiteAnalysis:
         return sorted(self.slots, key=lambda facts: facts.sqnr_db)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the analysis of the site for JSON, which has no infinity: without any error an SQNR is None."""
+        """Return the analysis of the site for JSON, with SQNRs as `plain_decibel` gives them."""
         return {
             "path": self.path,
             "what": self.what,
             "alone": self.alone.to_dict(),
             "all_but": self.all_but.to_dict(),
             "reached": self.added_db is not None,
-            "added_db": _finite(self.added_db),
-            "inherited_db": _finite(self.inherited_db),
+            "added_db": None if self.added_db is None else plain_decibel(self.added_db),
+            "inherited_db": None if self.inherited_db is None else plain_decibel(self.inherited_db),
             "slots": [facts.to_dict() for facts in self.slots],
             "apart": {slot: effect.to_dict() for slot, effect in self.apart.items()},
         }
@@ -62,14 +61,16 @@ class SiteAnalysis:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SiteAnalysis:
         """Make it from the result of `to_dict`."""
-        exact = math.inf if data["reached"] else None
+        added, inherited = (
+            decibel_of(data[name]) if data["reached"] else None for name in ("added_db", "inherited_db")
+        )
         return cls(
             data["path"],
             data["what"],
             Effect.from_dict(data["alone"]),
             Effect.from_dict(data["all_but"]),
-            exact if data["added_db"] is None else data["added_db"],
-            exact if data["inherited_db"] is None else data["inherited_db"],
+            added,
+            inherited,
             tuple(SlotFacts.from_dict(slot) for slot in data["slots"]),
             {slot: Effect.from_dict(effect) for slot, effect in data["apart"].items()},
         )
@@ -275,10 +276,6 @@ class Analysis(ShownAsTables):
 
 def _width(facts: SlotFacts) -> str:
     return "-" if facts.n_bits is None else f"{facts.n_bits}"
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
 
 
 def _loss_of(change: Change) -> float:
