@@ -36,7 +36,10 @@ from torchquant.deploy import export_onnx, load_packed, run_onnx, save_packed
 from torchquant.quantizers import LAWS, catalogue
 from torchquant.range_observers import OBSERVERS
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/deploy.md", "docs/monitor.md", "docs/ptq.md", "docs/search.md")
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "docs/analyze.md", "docs/deploy.md", "docs/monitor.md", "docs/ptq.md"),
+    "docs/search.md",
+)
 BLOCK = re.compile(
     r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
 )

@@ -538,3 +538,19 @@ def test_every_ratio_is_read_as_it_was_written(sqnr_db: float, analysis: Analysi
     site = replace(site, alone=effect, added_db=sqnr_db, inherited_db=sqnr_db, slots=(facts,))
     whole = replace(analysis, whole=effect, sites=(site,))
     assert Analysis.from_dict(json.loads(json.dumps(whole.to_dict(), allow_nan=False))) == whole
+
+
+def test_a_tied_weight_gets_the_quantizer_of_the_other_as_it_is() -> None:
+    torch.manual_seed(0)
+    batch = torch.randint(50, (8, 12))
+    rules = [{"weight": "affine:8,symmetric=narrow"}, {"names": ["head"], "weight": "affine:2,symmetric=narrow"}]
+    model = calibrated(Tied().eval(), rules, [batch])
+    range_observer = model.embedding.weight_quantizers["weight"].observer
+    range_observer.force_ranges(-5.0, 5.0)
+    found = advise(model, [batch], n_sites=1)
+    (remedy,) = (r for r in found.kept if r.change == "the quantizer of embedding weight")
+    assert found.plan is not None
+    assert found.plan.diff(model.plan)[0].before == remedy.spec == "affine:8,symmetric=narrow"
+    with_same = copy.deepcopy(model)
+    with_same.head.replace_quantizer("weight", copy.deepcopy(with_same.embedding.weight_quantizers["weight"]))
+    assert remedy.after == analyze(with_same, [batch]).whole

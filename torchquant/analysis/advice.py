@@ -237,18 +237,23 @@ class _Adviser:
             self.remedies.append(best)
 
     def _changes(self, path: str, slot: str) -> Iterable[Change]:
-        old, site = self.trials.quantizer(path, slot), self.specs.get(path)
-        spec = getattr(site, "weight" if slot not in ACTIVATIONS else slot, None)
+        old, spec = self.trials.quantizer(path, slot), self._spec(path, slot)
         slots = self.trials.modules[path].weight_slots()
         is_linear = bool(slots) and all(s.weight.ndim == 2 for s in slots)
         yield from self._shared(path, slot)
-        yield from changes_for(old, spec if isinstance(spec, str) else None, slot not in ACTIVATIONS, is_linear)
+        yield from changes_for(old, spec, slot not in ACTIVATIONS, is_linear)
 
     def _shared(self, path: str, slot: str) -> Iterable[Change]:
         """Yield the quantizers that other sites have for the same weight."""
         for other_path, other_slot in self.shared.get((path, slot), ()):
             new = self.trials.quantizer(other_path, other_slot)
-            yield Change(f"the quantizer of {other_path} {other_slot}", new, None, ("tied weights differ",))
+            what, spec = f"the quantizer of {other_path} {other_slot}", self._spec(other_path, other_slot)
+            yield Change(what, new, spec, ("tied weights differ",))
+
+    def _spec(self, path: str, slot: str) -> str | None:
+        """Return the spec string of a slot in the plan, if it has one."""
+        spec = getattr(self.specs.get(path), _field_of(slot), None)
+        return spec if isinstance(spec, str) else None
 
     def try_stages(self, stages: tuple[str, ...]) -> None:
         """Try post-training stages on the whole model."""
@@ -294,7 +299,7 @@ class _Adviser:
         """
         path = "" if remedy.path == "(root)" else remedy.path
         if remedy.path in self.specs:
-            return plan.replace(path, **{"weight" if remedy.slot not in ACTIVATIONS else remedy.slot: remedy.spec})
+            return plan.replace(path, **{_field_of(remedy.slot): remedy.spec})
         sources = self.trials.sources()
         readers = [self.specs.get(reader or "(root)") for reader, read in sources.items() if path in read]
         planned = [site for site in readers if site is not None and site.input and not site.probabilities]
@@ -309,6 +314,11 @@ class _Adviser:
             for site in planned:
                 plan = plan.replace(site.path, input=remedy.spec)
         return plan
+
+
+def _field_of(slot: str) -> str:
+    """Return the field of a site of a plan that has the spec of a slot."""
+    return slot if slot in ACTIVATIONS else "weight"
 
 
 def _rise(before: Effect, after: Effect) -> float:

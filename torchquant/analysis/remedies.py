@@ -11,7 +11,7 @@ from torchquant.quantizers import Quantizer, QuantSpec, find_scheme, make_quanti
 from torchquant.quantizers._spec import takes_observer
 from torchquant.range_observers._statistics import StatisticTracker
 
-OBSERVE, SHARE = "observe again", "share"
+OBSERVE = "observe again"
 
 
 @dataclass(frozen=True)

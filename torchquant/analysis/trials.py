@@ -94,7 +94,12 @@ class Trials:
             yield
 
     def show(self, path: str, slot: str, new: Quantizer) -> None:
-        """Let a new quantizer see what reaches its slot: the weight, or the values of the float model."""
+        """Let a new quantizer see what reaches its slot: the weight, or the values of the float model.
+
+        One that another slot of the model has keeps its numbers.
+        """
+        if any(new is module for module in self.model.modules()):
+            return
         module, old = self.modules[path], self.quantizer(path, slot)
         place = next((tensor.device for tensor in (*old.parameters(), *old.buffers())), None)
         new.to(place).train(old.training)
