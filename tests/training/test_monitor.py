@@ -394,6 +394,19 @@ def test_a_look_on_a_device_waits_for_nothing(spec: str, monkeypatch: pytest.Mon
         assert monitor._pending is not None
 
 
+def test_a_model_may_move_after_its_monitor_was_made() -> None:
+    model = wrapper("affine:8,symmetric=narrow/channel", "affine:4")
+    tq.set_qmodule_state(model, QModuleState.QUANT_AWARE_TRAIN)
+    model(torch.randn(3, 4))
+    monitor, device = Monitor(model, every=1), FakeDevice()
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({name: device.tensor(tensor) for name, tensor in held.items() if tensor is not None})
+    with device._mode:
+        found = [site.look(None) for site in monitor._each()]
+    assert {value.device.type for sums in found for value in sums.values()} == {"cuda"}
+
+
 def test_numbers_are_written_when_they_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
     model = conv_net()

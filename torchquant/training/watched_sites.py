@@ -72,10 +72,9 @@ class Site(nn.Module):
         found = dict(tally.sums)
         if tally.used is not None:
             found["dead_codes"] = 1.0 - tally.used.mean()
-        former = self.scale
-        scale = self._keep_scale()
+        former, scale = self.scale, self._keep_scale()
         if scale is not None:
-            found["scale"] = scale.mean()
+            found["scale"], former = scale.mean(), former.to(scale.device)
             if scale.shape == former.shape:
                 safe = torch.where(former == 0, torch.ones_like(former), former)
                 found["scale_drift"] = torch.where(former == 0, 0.0, (scale - former).abs() / safe).mean()
