@@ -180,6 +180,29 @@ def test_results_that_are_written_to_are_computed_again() -> None:
         assert site.alone.sqnr_db == pytest.approx(sqnr(reference, output_with(model, {site.path}, x)), abs=1e-6)
 
 
+class Overwrites(nn.Module):
+    """Writes to what its first layer returned, in a forward that calls quantized modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = [tq.make_quantizer("affine:4,symmetric=narrow") for _ in range(2)]
+        self.first, self.second = (tq.QWrapper(nn.Linear(8, 8), quantizer) for quantizer in made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.view(-1, 8)).relu_())
+
+
+def test_a_result_that_is_written_to_has_no_figures_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = Overwrites(), torch.randn(8, 8)
+    tq.calibrate(model, [x])
+    found = analyze(model, [x])
+    assert (found.site("first").added_db, found.site("first").inherited_db) == (None, None)
+    assert found.site("second").added_db is not None
+    with torch.inference_mode():
+        assert analyze(model, [x.clone()]) == found
+
+
 def test_replay_gives_the_recorded_output_from_every_module(model: nn.Module) -> None:
     x = pictures(1)[0]
     replay = Replay(model)

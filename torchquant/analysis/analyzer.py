@@ -83,6 +83,7 @@ def analyze(
         work.load(saved.sums)
     n_batches = 0
     with (
+        torch.inference_mode(False),  # its results do not tell whether they were written to
         torch.no_grad(),
         in_mode(False, model),
         progress_bar("analyzing", count(batches, max_batches), show_progress, on_batch) as advance,

@@ -21,12 +21,16 @@ OnCall = Callable[[nn.Module, int, Callable[[], Any], Any], object]
 
 def kept_now(result: Any) -> Kept:
     """Return the result with the present versions of its tensors."""
-    return result, [(t, t._version) for t in tree_leaves(result) if isinstance(t, Tensor)]
+    return result, [(t, _version(t)) for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def is_unchanged(kept: Kept | None) -> bool:
     """Tell whether no tensor of a kept result was written to since."""
-    return kept is not None and all(tensor._version == version for tensor, version in kept[1])
+    return kept is not None and all(_version(tensor) == version for tensor, version in kept[1])
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # views of the inputs of an inference count no writes
 
 
 class Replay:

@@ -27,8 +27,8 @@ class SiteAnalysis:
     `what`: class of the layer or operator. `alone`: the model with this site quantized and all others float;
     `all_but`: with all others quantized and this one float. `added_db`, `inherited_db`: SQNR of the site's output with
     the error that the site adds to what it reads, and with the error of what it reads; None for a site that no batch
-    reached, or that is inside another quantized module. `slots`: the facts of its quantizers. `apart`: slot
-    -> the model with this slot alone quantized, if that was asked for.
+    reached, whose result the model writes to, or that is inside another quantized module. `slots`: the facts of its
+    quantizers. `apart`: slot -> the model with this slot alone quantized, if that was asked for.
     """
 
     path: str

@@ -72,6 +72,8 @@ class SiteSums:
             module.state = state
         if number == 0:
             self.own_results[module] = kept_now(own)
+        if reference is None:  # it was written to after the call
+            return
         sums = self.errors[module]
         for y, inherited, got in zip(*map(_reals, (reference, own, result)), strict=False):
             if y.shape != got.shape:
@@ -85,7 +87,7 @@ class SiteSums:
         sums["calls"] = max(sums["calls"], number + 1.0)
 
     def sqnr_db(self, module: QModule, which: str) -> float | None:
-        """Return the SQNR of the module's output with the "added" or the "inherited" error; None if never run."""
+        """Return the SQNR of the module's output with the "added" or the "inherited" error; None if unknown."""
         sums = self.errors[module]
         return decibels(sums["signal"], sums[which]) if sums["calls"] else None
 
