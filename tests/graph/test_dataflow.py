@@ -51,6 +51,18 @@ def test_a_forward_that_is_not_traced_is_followed_too() -> None:
     assert {("a", "b"), ("b", "a"), ("c", "d")} <= set(edges)
 
 
+def test_values_that_are_written_into_a_tensor_are_followed() -> None:
+    class Fills(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.zeros(2, 8)
+            y[:, :4] = self.a(x)
+            y[:, 4:] = self.b(x)
+            return self.c(y[:, 2:6])
+
+    model = quantize(Fills(), WEIGHTS, torch.randn(2, 4))
+    assert set(site_edges(model, torch.randn(2, 4))) == {("a", "c"), ("b", "c")}
+
+
 def test_added_operators_are_sites_of_the_graph() -> None:
     class Adds(Parts):
         def forward(self, x: Tensor) -> Tensor:

@@ -357,6 +357,8 @@ def test_the_state_is_saved() -> None:
     other = conv_net("lsq:4/channel")
     with pytest.raises(RuntimeError, match="size mismatch"):
         Monitor(other, samples=10).load_state_dict(saved[1])
+    with pytest.raises(ConfigError, match=r"the state is of a monitor of \d+ quantizers, and this one watches 2"):
+        Monitor(wrapper("affine:8", "affine:4")).load_state_dict(saved[1])
 
 
 def test_the_state_is_plain_tensors(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class _Flow(TorchFunctionMode):
         read = self._sources_of((args, kwargs or {}))
         value = func(*args, **(kwargs or {}))
         if read:
-            for tensor in tensors_in(value):
+            for tensor in tensors_in(args[:1] if value is None else value):  # x[i] = y returns nothing, and writes to x
                 self.sources[tensor] = read
         return value
 

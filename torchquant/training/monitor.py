@@ -180,7 +180,13 @@ class Monitor(nn.Module):
         return torch.tensor([self.n_steps, *(site.is_started for site in self._each())])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.n_steps, *started = (int(number) for number in state)
+        n_steps, *started = (int(number) for number in state)
+        if len(started) != len(self.sites):
+            raise ConfigError(
+                f"the state is of a monitor of {len(started)} quantizers, and this one watches {len(self.sites)}; load "
+                "it into a monitor of the same model"
+            )
+        self.n_steps = n_steps
         for site, is_started in zip(self._each(), started, strict=True):
             site.is_started = bool(is_started)
         self._pending = None
