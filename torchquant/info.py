@@ -13,6 +13,7 @@ from torchquant.errors import ConfigError
 from torchquant.kernels import why_not_on_gpu
 from torchquant.kernels._build import built, cache_folder
 from torchquant.kernels._compiler import SWITCH, CompileError, find_compiler
+from torchquant.kernels.compiled import OPERATORS
 
 
 def report() -> str:
@@ -22,6 +23,7 @@ def report() -> str:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "kernels on cpu": f"active, {built().path}" if built().library else f"not active: {built().reason}",
+        "in compiled code": _in_compiled_code(),
         "kernels on cuda": _on_gpu(),
         "compiler": _compiler(),
         "cache": _cache(),
@@ -31,6 +33,12 @@ def report() -> str:
     return "\n".join(
         f"{name:<{width}}  " + text.replace("\n", "\n" + " " * (width + 2)) for name, text in lines.items()
     )
+
+
+def _in_compiled_code() -> str:
+    if not built().library:
+        return "PyTorch's operators, since there are no kernels on cpu"
+    return f"{', '.join(f'torchquant::{name}' for name in OPERATORS)} on cpu, where a mask is kept for backward"
 
 
 def _on_gpu() -> str:

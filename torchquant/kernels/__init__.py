@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchquant.kernels.compiled import OPERATORS
+
 Kernel = Callable[..., Any]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BY_DEVICE: dict[str, dict[tuple[str, torch.dtype], Kernel]] = {}
@@ -48,6 +50,24 @@ def find_backward(operation: str, x: Tensor, grad: Tensor) -> Kernel | None:
     return find(operation, x)
 
 
+def find_compiled(operation: str, x: Tensor) -> Kernel | None:
+    """Return the operator of torch with which code that is being compiled calls a kernel of the CPU.
+
+    None outside of compiled code, in exported programs, and where `find` finds no kernel for such tensors.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not x.is_cpu or not _is_ordered(x):
+        return None
+    return OPERATORS[operation] if _is_built(operation, x.dtype) else None
+
+
+def _is_built(operation: str, dtype: torch.dtype) -> bool:
+    return (operation, dtype) in load("cpu")
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler when this package is imported.
+_is_built._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_watched() -> bool:
     return (
         torch._C._get_tracing_state() is not None
@@ -60,8 +80,11 @@ def _is_plain(x: Tensor) -> bool:
     """Whether x is numbers in memory without gaps, in an order that kernels know, which autograd does not record."""
     if x.layout is not torch.strided or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg():
         return False
-    is_ordered = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return is_ordered and x.data_ptr() != 0  # 0: an empty tensor, or one without memory
+    return _is_ordered(x) and x.data_ptr() != 0  # 0: an empty tensor, or one without memory
+
+
+def _is_ordered(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def load(device: str) -> dict[tuple[str, torch.dtype], Kernel]:

@@ -320,6 +320,8 @@ class UniformGrid(Format):
     ) -> tuple[Tensor, Tensor | None] | None:
         """Return what `Format.fused` does; not for a subclass with a projection of its own, nor for an offset."""
         kernel = kernels.find("uniform", x)
+        if kernel is None and (want_inside or is_strict):
+            kernel = kernels.find_compiled("uniform", x)
         if kernel is None or self.offset is not None or type(self).project is not UniformGrid.project:
             return None
         found = kernel(x, self.step(x), *self._codes_in(x), clamp, is_strict and clamp is not None, want_inside)
