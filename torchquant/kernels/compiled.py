@@ -6,6 +6,9 @@ Compiled code calls them where a mask is kept for backward, which the compiler's
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,4 +79,4 @@ def _n_bytes(x: Tensor) -> int:
     return (x.numel() + 7) // 8
 
 
-OPERATORS = {"uniform": uniform, "masked": masked}
+OPERATORS: dict[str, Callable[..., Any]] = {"uniform": uniform, "masked": masked}
