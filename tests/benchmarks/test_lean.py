@@ -109,7 +109,7 @@ def test_lean_training_saves_less_than_float_training(name: str, saved: float, r
     steps = {way: step_of(name, WAYS[way], 16, 32) for way in (BASELINE, "plain", "lean", "lean, recomputed")}
     assert all(step.void_because() == "" for step in steps.values())
     counted = {way: step.saved_bytes() for way, step in steps.items()}
-    assert counted["plain"] > counted[BASELINE] * 1.05
+    assert counted["plain"] > counted[BASELINE], "there is something to save"
     assert counted["lean"] <= saved * counted[BASELINE]
     assert counted["lean, recomputed"] <= recomputed * counted[BASELINE]
 
