@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import torchquant as tq
-from torchquant.analysis import Advice, Analysis, advise, analyze
+from torchquant.analysis import Advice, Analysis, Effect, advise, analyze
+from torchquant.analysis.advice import helps
 
 PER_TENSOR = {"weight": "affine:8,symmetric=narrow", "output": "affine:8", "input": "affine:8"}
 
@@ -156,3 +157,23 @@ def test_planted_faults_are_named_first_and_the_remedy_helps(fault: str) -> None
     assert advice.together.sqnr_db >= best.after.sqnr_db
     assert best.because in best.words
     assert f"{best.after.sqnr_db:.1f} dB" in best.words
+
+
+def test_a_remedy_that_raises_the_loss_is_none() -> None:
+    """Of a model that was trained quantized the float weights may be the worse ones."""
+    now = Effect(10.0, loss=1.0)
+    assert helps(now, Effect(12.0, loss=0.9))
+    assert helps(now, Effect(12.0, loss=1.005))
+    assert not helps(now, Effect(12.0, loss=1.2))
+    assert not helps(now, Effect(10.05, loss=0.5))
+    assert helps(Effect(10.0), Effect(12.0))
+
+
+def test_advice_for_a_loss_that_likes_the_error_is_empty() -> None:
+    torch.manual_seed(0)
+    model, batches = two_bits()
+    with torch.no_grad():
+        pairs = [(x, model(x)) for x in batches]
+    advice = advise(model, pairs, loss=nn.functional.mse_loss, with_targets=True, n_sites=2)
+    assert advice.before.loss == 0.0
+    assert advice.remedies == advice.kept == ()

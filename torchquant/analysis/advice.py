@@ -30,6 +30,8 @@ from torchquant.training.evaluation import Metric
 
 LEAST_GAIN = 0.1
 """A remedy gains at least so many dB."""
+MOST_LOSS = 0.01
+"""A remedy raises the loss by at most this share: so much may be the noise of few samples."""
 EQUAL = 0.2
 """The simplest of several remedies is advised if their gains differ by fewer dB."""
 AIMED = 3.0
@@ -155,9 +157,10 @@ def advise(
     For each of their slots: its range observed again on the batches, a range of least squared error, one without
     outliers, a scale for each channel or token, 8 bits, another scheme; and for the whole model cross-layer
     equalization and bias correction. A slot that gains nothing even when it is left float is not tried. A remedy is
-    judged by the output of the whole quantized model; those that still gain when applied together are `kept`, and the
-    plan of the result has them. The batches stay in memory, with the outputs of the float model. `analysis`: the result
-    of `analyze` on the same batches; None runs it. The other arguments are as in `analyze`. Raises ConfigError.
+    judged by the output of the whole quantized model, and where there is a loss it must not raise it by more than 1 %;
+    those that still gain when applied together are `kept`, and the plan of the result has them. The batches stay in
+    memory, with the outputs of the float model. `analysis`: the result of `analyze` on the same batches; None runs it.
+    The other arguments are as in `analyze`. Raises ConfigError.
 
     >>> import torchquant as tq
     >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
@@ -231,7 +234,7 @@ class _Adviser:
             name, because = ("", plain) if cause is None else (cause.cause, cause.words)
             remedy = Remedy(path, slot, name, because, change.what, change.spec, (), self.before, after)
             is_aimed = bool(findings) and findings[0].cause in change.answers
-            if remedy.gain_db >= LEAST_GAIN and (best is None or remedy.gain_db > best[0].gain_db + lead):
+            if helps(self.before, after) and (best is None or remedy.gain_db > best[0].gain_db + lead):
                 best, lead = (remedy, change), AIMED if is_aimed else EQUAL
         if best is not None:
             self.remedies.append(best)
@@ -264,7 +267,7 @@ class _Adviser:
             self.failed.append((name, one_line(error)))
             return
         remedy = Remedy("", "", "", "", f"post-training {name}", None, stages, self.before, after)
-        if remedy.gain_db >= LEAST_GAIN:
+        if helps(self.before, after):
             self.remedies.append((remedy, None))
 
     def advice(self) -> Advice:
@@ -277,7 +280,7 @@ class _Adviser:
             former = self.trials.quantizer(remedy.path, remedy.slot)
             self.trials.replace(remedy.path, remedy.slot, change.new)
             after = self.trials.effect()
-            if _rise(now, after) < LEAST_GAIN:
+            if not helps(now, after):
                 self.trials.replace(remedy.path, remedy.slot, former)
                 continue
             kept.append(remedy)
@@ -287,7 +290,7 @@ class _Adviser:
         of_model = next((remedy for remedy, change in ranked if change is None), None)
         if of_model is not None:
             after = self.trials.changed_copy(post_training(of_model.stages)) if kept else of_model.after
-            if _rise(now, after) >= LEAST_GAIN:
+            if helps(now, after):
                 kept.append(of_model)
                 now = after
         return Advice(self.before, tuple(r for r, _ in ranked), tuple(kept), now, plan, tuple(self.failed))
@@ -319,6 +322,15 @@ class _Adviser:
 def _field_of(slot: str) -> str:
     """Return the field of a site of a plan that has the spec of a slot."""
     return slot if slot in ACTIVATIONS else "weight"
+
+
+def helps(before: Effect, after: Effect) -> bool:
+    """Tell whether a change gains `LEAST_GAIN` dB, and does not raise the loss, where there is one.
+
+    A model that was trained quantized can be better than its own float weights: nearer to them is then no gain.
+    """
+    is_worse = before.loss is not None and after.loss is not None and after.loss > before.loss * (1.0 + MOST_LOSS)
+    return _rise(before, after) >= LEAST_GAIN and not is_worse
 
 
 def _rise(before: Effect, after: Effect) -> float:
