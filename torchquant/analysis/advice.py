@@ -25,7 +25,7 @@ from torchquant.analysis.trials import Trials, post_training
 from torchquant.errors import ConfigError, TorchQuantError, one_line
 from torchquant.plan import QuantPlan
 from torchquant.qmodule.state import ACTIVATIONS
-from torchquant.training.batches import OnBatch, check_batches, inputs_of, place, progress_bar, taken
+from torchquant.training.batches import OnBatch, check_batches, place, progress_bar, split_batch, taken
 from torchquant.training.evaluation import Metric
 
 LEAST_GAIN = 0.1
@@ -178,10 +178,7 @@ def advise(
     given = list(taken(batches, max_batches, where, on_batch))
     if analysis is None:
         analysis = analyze(model, given, metric, loss, with_targets, show_progress=show_progress)
-    found = []
-    for i, batch in enumerate(given):
-        inputs = inputs_of(model, batch, i, with_targets)
-        found.append((inputs, None if inputs is batch else batch[1], batch))
+    found = [(*split_batch(model, batch, i, with_targets), batch) for i, batch in enumerate(given)]
     trials = Trials(model, found, Judge(metric, loss))
     worst = analysis.worst()[:n_sites]
     with progress_bar("trying remedies", len(worst) + len(STAGES), show_progress, on_batch) as advance:

@@ -26,7 +26,7 @@ from torchquant.graph.called import first_real
 from torchquant.graph.recording import call_with
 from torchquant.graph.traced import graphs_running
 from torchquant.qmodule import QModule, QModuleState
-from torchquant.training.batches import OnBatch, check_batches, count, inputs_of, place, progress_bar, taken
+from torchquant.training.batches import OnBatch, check_batches, count, place, progress_bar, split_batch, taken
 from torchquant.training.evaluation import Metric, summed
 from torchquant.utils import qmodule_state, qmodules
 
@@ -89,8 +89,7 @@ def analyze(
         progress_bar("analyzing", count(batches, max_batches), show_progress, on_batch) as advance,
     ):
         for i, batch in enumerate(taken(batches, max_batches, where, on_batch)):
-            inputs = inputs_of(model, batch, i, with_targets)
-            targets = None if inputs is batch else batch[1]
+            inputs, targets = split_batch(model, batch, i, with_targets)
             n_batches += 1
             if saved is None or not saved.has(i, batch):
                 work.add(inputs, targets, batch)

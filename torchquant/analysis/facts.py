@@ -28,7 +28,7 @@ _PLAIN = ("low", "high", "channels", "calls", "largest_output")
 
 @dataclass(frozen=True)
 class SlotFacts:
-    """What the quantizer of one slot does to the tensors that it gets. Shares are 0..1; None: it does not apply.
+    """The facts of one quantizer and of the tensors that it gets. Shares are 0..1; None: it does not apply.
 
     `sqnr_db`: of the tensor itself. `low`, `high`: lowest and highest level of all channels; `data_min`, `data_max`:
     of the data. `below`, `above`: shares beyond the levels by more than half a step; `clip_noise`: the share of the

@@ -22,7 +22,7 @@ HEADER = ("site", "what", "alone", "kl", "agreement", "all but it", "added", "in
 
 @dataclass(frozen=True)
 class SiteAnalysis:
-    """What quantization does at one site.
+    """The effects of quantization at one site.
 
     `what`: class of the layer or operator. `alone`: the model with this site quantized and all others float;
     `all_but`: with all others quantized and this one float. `added_db`, `inherited_db`: SQNR of the site's output with
@@ -96,7 +96,7 @@ class Changes(ShownAsTables, list[Change]):
 
 @dataclass(frozen=True)
 class Analysis(ShownAsTables):
-    """What quantization does to a model: as a whole, site by site, and what stands out.
+    """The effects of quantization on a model: as a whole, site by site, and what stands out.
 
     `float_metric`, `float_loss`: of the float model, with targets. `whole`: the effect with everything quantized.
     `sites`: in the order of `named_modules`. `samples`: number of samples in the batches.

@@ -23,7 +23,7 @@ from torchquant.utils import qmodules, weight_slots
 
 
 class SiteSums:
-    """What the sites of a model do while it runs quantized, summed over batches.
+    """The errors and facts of the sites of a model while it runs quantized, summed over batches.
 
     Each site is run again in float on its own, quantized inputs. What that result lacks of the float model's comes from
     earlier sites: the inherited error. What the site's quantized result lacks of it is the error that the site adds.
@@ -39,7 +39,7 @@ class SiteSums:
         }
         self.tied = _tied(model)
         self.own_results: dict[nn.Module, Kept] = {}
-        """What each module makes of its quantized inputs in float, in its first call on the current batch."""
+        """The float result of each module for its quantized inputs, in its first call on the current batch."""
 
     @contextmanager
     def watching(self, is_first: bool) -> Iterator[None]:

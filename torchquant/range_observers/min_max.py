@@ -137,4 +137,4 @@ class ExpAvgMinMax(_MinMax):
 
 
 _OWN = (_MinMax.measure, RunningMinMax.measure)
-"""What the kernel measures, too."""
+"""Statistics that the kernel measures too."""

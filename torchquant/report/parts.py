@@ -21,7 +21,7 @@ NO_VALUE = ("", "-", "–")
 
 @dataclass
 class Rendering:
-    """What a page knows of its parts while they are rendered: how many figures and graphs, and if figures are drawn."""
+    """The state of a page while it is rendered: how many figures and graphs it has so far, and if figures are drawn."""
 
     draws: bool = True
     n_figures: int = 0

@@ -33,7 +33,7 @@ VERDICTS = {
     "certificate.txt names before you use it.",
     "INCOMPLETE": "Every code that was compared is within its bound, but some sites could not be compared.",
 }
-"""What the verdict of a certificate means."""
+"""Verdict of a certificate -> a sentence that says its meaning."""
 AGAIN = "write it again with torchquant certify"
 
 

@@ -101,6 +101,12 @@ def inputs_of(model: nn.Module, batch: Any, i: int, with_targets: bool | None) -
     return batch[0] if takes_one else batch
 
 
+def split_batch(model: nn.Module, batch: Any, i: int, with_targets: bool | None) -> tuple[Any, Any]:
+    """Return the inputs and the targets in batch `i`, None without targets; the arguments are those of `inputs_of`."""
+    inputs = inputs_of(model, batch, i, with_targets)
+    return inputs, None if inputs is batch else batch[1]
+
+
 def is_first_rank() -> bool:
     """Tell whether this process is the one that writes files and shows progress."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -13,7 +13,7 @@ from torchquant.training.sinks import STEP, read_rows
 
 @dataclass(frozen=True)
 class Look:
-    """What a monitor has seen after `step` optimizer steps.
+    """The figures that a monitor has seen after `step` optimizer steps.
 
     `numbers`: a figure under "PATH/SLOT/NAME"; None where the scheme has no such figure, or nothing was seen.
     """

@@ -1,4 +1,4 @@
-"""What some elements of a tensor tell about its quantizer: sums on the tensor's device, without waiting for it."""
+"""Look at some elements of a tensor for figures of its quantizer: sums on its device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOLDEN = 0.6180339887498949
 
 @dataclass
 class Tally:
-    """What the looks at one quantizer have found: sums over the elements that were looked at, 0-dimensional tensors.
+    """The findings of the looks at one quantizer: sums over the elements that were looked at, 0-dimensional tensors.
 
     `n`: how many elements these were; `n_elements`: those of the whole tensors. `used`: 1 for each code that occurred,
     (codes,), None if it is not known which codes there are. `codes`: of the last tensor, (n,); None without codes.

@@ -196,7 +196,7 @@ class Monitor(nn.Module):
 
 @dataclass(frozen=True)
 class _Part:
-    """What a look has found at one quantizer."""
+    """The figures that a look has found at one quantizer."""
 
     site: Site
     sums: Mapping[str, Tensor]
