@@ -55,7 +55,7 @@ PLUG_INS = {
 # What a file may import as it is loaded; everything else waits for the function that needs it.
 EAGER = {"torch", "torchquant", *sys.stdlib_module_names}
 EAGER_OUTSIDE_CORE = {"numpy"}
-OWN_LIBRARY = {("kernels", "gpu"): {"triton"}}
+OWN_LIBRARY = {("kernels", path.stem): {"triton"} for path in (PACKAGE / "kernels").glob("gpu*.py")}
 """Files that are written in a library, which only code that knows it to be there may import."""
 DYING = ("torch.ao", "torch.quantization")
 

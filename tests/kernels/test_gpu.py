@@ -1,7 +1,7 @@
 """Each Triton kernel equals the pure PyTorch code that it stands for, bit for bit.
 
-On a machine with a GPU this file proves it there: `pytest tests/kernels/test_gpu.py`. On any other one, the kernels run
-on the CPU in Triton's interpreter, in a process of their own, and the code that is made for a GPU is read.
+On a machine with a GPU the files test_gpu*.py prove it there. On any other one, the kernels run on the CPU in Triton's
+interpreter, in a process of their own, and the code that is made for a GPU is read.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.on_gpu import DEVICE, FLOATS, HAS_GPU, IS_INTERPRETED, on_device, use
 from tests.kernels.tensors import hard, is_same, shifted
-from tests.kernels.test_cpu import CLAMPS, IMAGES, check, codes_and_values
+from tests.kernels.test_cpu import CLAMPS, IMAGES, codes_and_values, reference
 from torchquant import kernels
 from torchquant.quantizers_functional import UniformGrid
 from torchquant.quantizers_functional._bits import masked, pack_mask, unpack_mask
-from torchquant.quantizers_functional.lsq import lsq_quantize
 
-triton = pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
-HAS_GPU, IS_INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if HAS_GPU else "cpu"
 ROOT = Path(__file__).parents[2]
-FLOATS = (torch.float32, torch.float64)
-on_device = pytest.mark.skipif(not (HAS_GPU or IS_INTERPRETED), reason="run by test_kernels_in_the_interpreter")
-not_interpreted = pytest.mark.skipif(IS_INTERPRETED, reason="the kernels are interpreted, not compiled")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, wanted: bool = True) -> None:
-    from torchquant.kernels import gpu
-
-    monkeypatch.setattr(kernels, "_BY_DEVICE", {DEVICE: gpu.kernels() if wanted else {}})
+def check(grid: UniformGrid, x: Tensor, clamp: Any = None) -> None:
+    """Compare values and masks; a mask is there if it was asked for."""
+    for want_inside, is_strict in ((False, False), (True, False), (False, True), (True, True)):
+        found = grid.fused(x, want_inside, clamp, is_strict)
+        assert found is not None
+        value, bits = reference(grid, x, want_inside, clamp, is_strict)
+        assert is_same(found[0], value)
+        assert (found[1] is None) == (bits is None)
+        assert bits is None or (found[1] is not None and torch.equal(found[1], bits))
 
 
 @pytest.fixture
@@ -43,11 +43,12 @@ def active(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch)
 
 
-@pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(marked: str) -> None:
     if HAS_GPU or IS_INTERPRETED:
-        pytest.skip("the tests of this file run here")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(__file__)]
+        pytest.skip("the tests of these files run here")
+    files = [str(path) for path in sorted(Path(__file__).parent.glob("test_gpu*.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked, *files]
     command += ["-W", "ignore::RuntimeWarning"]  # numpy, in which the interpreter computes, warns of infinity and NaN
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -118,25 +119,6 @@ def test_mask_times_gradient(dtype: torch.dtype) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_learned_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def levels(x: Tensor, offset: Tensor | None) -> list[Tensor]:
-        steps = torch.linspace(0.05, 0.3, 5, dtype=dtype, device=DEVICE).view(1, 5, 1, 1)
-        step = torch.tensor(0.1, dtype=dtype, device=DEVICE)
-        return [lsq_quantize(x, step, 4, offset=offset), lsq_quantize(x, steps, 8, False, offset=offset)]
-
-    x = hard(IMAGES, dtype=dtype).to(DEVICE)
-    for offset in (None, torch.tensor(0.013, dtype=dtype, device=DEVICE)):
-        use(monkeypatch)
-        found = levels(x, offset)
-        use(monkeypatch, wanted=False)
-        for one, other in zip(found, levels(x, offset), strict=True):
-            assert is_same(one, other)
-            if not HAS_GPU:  # where PyTorch's own clamp(-0.0, 0.0) need not be -0.0
-                assert torch.equal(one.signbit()[~one.isnan()], other.signbit()[~one.isnan()])
-
-
-@on_device
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_quantize_is_the_same_with_and_without_kernels(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
@@ -152,48 +134,6 @@ def test_quantize_is_the_same_with_and_without_kernels(
         found = results(dtype)
         use(monkeypatch, wanted=False)
         assert all(map(is_same, found, results(dtype)))
-
-
-def instructions(name: str, dtype: str) -> str:
-    """The code of a kernel for an NVIDIA GPU of compute capability 8.0, in PTX; nothing is run."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from torchquant.kernels import gpu
-
-    pointer, kernel = f"*{dtype}", getattr(gpu, name).fn
-    given = {"x": pointer, "value": pointer, "bits": "*u8", "step": pointer, "offset": pointer, "low": "fp32"}
-    given |= {"high": "fp32", "below": "fp32", "above": "fp32", "grad": pointer, "out": pointer, "codes": "*u8"}
-    constants = {"STEP": 1, "OFFSET": 1, "LOW": -1, "HIGH": -1, "BELOW": -1, "ABOVE": -1}
-    constants |= {"INSIDE": True, "PACKS": True, "WIDE": False, "ROWS": 64}
-    names = kernel.arg_names
-    signature = {key: "constexpr" if key in constants else given.get(key, "i32") for key in names}
-    source = ASTSource(kernel, signature, {key: value for key, value in constants.items() if key in names})
-    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False, "num_warps": 2})
-    return str(made.asm["ptx"])
-
-
-@not_interpreted
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("_uniform", "fp32"),
-        ("_learned_step", "fp64"),
-        pytest.param("_uniform", "fp64", marks=pytest.mark.slow),
-        pytest.param("_learned_step", "fp32", marks=pytest.mark.slow),
-        *(pytest.param("_to_codes", dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")),
-        *(pytest.param("_from_codes", dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")),
-        *(pytest.param("_masked", dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp64", "fp16", "bf16")),
-    ],
-)
-def test_compiled_code_computes_as_ieee_754_says(name: str, dtype: str) -> None:
-    code, kind = instructions(name, dtype), dtype.replace("fp", "f")
-    assert not re.search(r"\bdiv\.(full|approx)|\brcp\.|\bfma\.rn\.f|\.ftz\b", code)
-    if name in ("_uniform", "_learned_step", "_to_codes"):
-        assert re.search(rf"\bdiv\.rn\.{kind}\b", code)
-    if name in ("_uniform", "_learned_step"):
-        n_sums = len(re.findall(rf"\b(?:add|sub)\.(?:rn\.)?{kind}\b", code))
-        assert n_sums >= 2 * len(re.findall(rf"\bdiv\.rn\.{kind}\b", code))  # the two sums that round
 
 
 def test_reasons_why_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:

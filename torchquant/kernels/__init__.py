@@ -1,8 +1,8 @@
 """Compiled kernels of the inner loops, found by name and tensor; where there is none, the pure PyTorch code runs.
 
 A kernel equals the reference bit for bit, so that nothing but time depends on which of the two runs. `cpu.py` has the
-wrappers of the C++ functions beside it, `gpu.py` the kernels in Triton; docs/decisions/0047 and 0049 say why they are
-built as they are.
+wrappers of the C++ functions beside it, `gpu*.py` the kernels in Triton; docs/decisions/0047, 0049 and 0056 say why
+they are built as they are.
 """
 
 from __future__ import annotations
