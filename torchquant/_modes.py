@@ -1,4 +1,4 @@
-"""Keep and restore the training or evaluation mode of every module of a model."""
+"""What the modules of a model have beside their numbers: hooks, and a training or evaluation mode to be restored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 @contextmanager
@@ -19,3 +20,10 @@ def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def has_hooks(module: nn.Module, or_all: bool = False) -> bool:
+    """Tell whether the module has forward or backward hooks; `or_all`: or whether all modules have."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) or (or_all and _has_any_global_hook())

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchquant._modes import has_hooks
 from torchquant.graph.called import ATTENTION
-from torchquant.graph.hooks import has_hooks
 from torchquant.graph.ops import (
     about_tensors,
     activation_of,

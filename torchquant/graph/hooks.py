@@ -7,13 +7,6 @@ from typing import Any
 from torch import nn
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether the module has forward or backward hooks."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Apply the forward pre-hooks of a module to its arguments."""
     for key, hook in list(module._forward_pre_hooks.items()):

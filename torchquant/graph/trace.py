@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchquant._modes import in_mode
+from torchquant._modes import has_hooks, in_mode
 from torchquant.graph.calls import Signature
 from torchquant.graph.copies import copy_model
 from torchquant.graph.flat import FunctionRef as _FunctionRef  # noqa: F401 - old pickles look here
 from torchquant.graph.flat import NodeRef as _NodeRef  # noqa: F401
-from torchquant.graph.hooks import has_hooks
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.ops import is_norm, name_of
 from torchquant.graph.traced import TracedModule as TracedModule

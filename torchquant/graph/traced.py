@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchquant._modes import has_hooks
 from torchquant.graph.calls import Signature, fits, leaves
 from torchquant.graph.flat import flattened, unflattened
 from torchquant.graph.guards import Unseen, found_global, found_on, read_global, read_now
-from torchquant.graph.hooks import has_hooks
 from torchquant.qmodule.aside import aside
 from torchquant.qmodule.state import QModule, QModuleState
 

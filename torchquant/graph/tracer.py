@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from torchquant._modes import has_hooks
 from torchquant.graph.calls import Signature, filled, names_of
 from torchquant.graph.guards import STORES, Guard, read_global, read_now
-from torchquant.graph.hooks import has_hooks, run_hooks, run_pre_hooks
+from torchquant.graph.hooks import run_hooks, run_pre_hooks
 from torchquant.graph.ops import about_tensors, is_of_torch, name_of, tells_of_tensors
 from torchquant.graph.outside import globals_kept, globals_of, random_states, random_states_kept
 

@@ -1,7 +1,7 @@
 // The steps and zero points of affine grids over ranges: a dozen operations on small tensors in one call.
 #include <limits>
 
-#include "common.h"
+#include "steps.h"
 
 namespace tq {
 
@@ -15,7 +15,7 @@ static inline T clamp(T x, T low, T high) {
 }
 
 template <typename T>
-static void affine(const T* least, const T* most, T* step, T* zero_point, int64_t n, T n_steps, T qmin, T qmax) {
+void affine(const T* least, const T* most, T* step, T* zero_point, int64_t n, T n_steps, T qmin, T qmax) {
     const T limit = std::numeric_limits<T>::max() / 2;
     const T largest = sizeof(T) == 4 ? T(LARGEST_STEP) : std::numeric_limits<T>::max();
     for (int64_t i = 0; i < n; ++i) {
@@ -25,6 +25,9 @@ static void affine(const T* least, const T* most, T* step, T* zero_point, int64_
         if (zero_point != nullptr) zero_point[i] = clamp(qmin + std::rint(-low / step[i]), qmin, qmax);
     }
 }
+
+template void affine(const float*, const float*, float*, float*, int64_t, float, float, float);
+template void affine(const double*, const double*, double*, double*, int64_t, double, double, double);
 
 }  // namespace tq
 

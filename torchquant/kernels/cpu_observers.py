@@ -10,10 +10,25 @@ import torch
 from torch import Tensor
 
 from torchquant.kernels._bounds import Clamp
-from torchquant.kernels.cpu import COUNT, FLAG, FLOATS, POINTER, REAL, WALK, along, call, operation, threads_for
+from torchquant.kernels.cpu import (
+    ALL_ONES,
+    COUNT,
+    FLAG,
+    FLOATS,
+    NONE,
+    POINTER,
+    REAL,
+    WALK,
+    along,
+    call,
+    operation,
+    threads_for,
+)
 
 ADDED, MOVED = 0, 1
 """How the library says what it did with a batch."""
+NO_MEMORY, NOT_FINITE = 1, 3
+"""How it says why it did nothing."""
 
 
 @operation(FLOATS, POINTER, *2 * [COUNT], *3 * [POINTER], COUNT, *2 * [FLAG])
@@ -95,15 +110,65 @@ def track(
     Returns False, and changes nothing, where an end is not finite, or where the range is not of x's type.
     `starts_at_first`: the first tensor counts alone. `joins`: the range never shrinks.
     """
-    for held in (range_min, range_max, weight):
-        if held.dtype != x.dtype or not held.is_cpu or not held.is_contiguous():
-            return False
-    shape = (1, 1, x.numel()) if axis is None or x.ndim == 0 else along(x, axis % x.ndim)
+    held = range_min, range_max, weight
+    if not _are_of_type(x, held):
+        return False
     least, most = clamp or (None, None)
-    pointers = x.data_ptr(), range_min.data_ptr(), range_max.data_ptr(), weight.data_ptr()
     ends = -math.inf if least is None else least, math.inf if most is None else most
     flags = starts_at_first, joins, axis is not None
-    failed = function(*pointers, *shape, *ends, momentum, *flags, *threads_for(x))
+    pointers = x.data_ptr(), *(one.data_ptr() for one in held)
+    failed = function(*pointers, *_slices(x, axis), *ends, momentum, *flags, *threads_for(x))
     if failed == 0:
-        torch.autograd.graph.increment_version((range_min, range_max, weight))
+        torch.autograd.graph.increment_version(held)
     return not failed
+
+
+@operation(FLOATS, *6 * [POINTER], *WALK, REAL, *3 * [FLAG], *4 * [REAL], *2 * [REAL], *2 * [FLAG])
+def observed(
+    function: Any,
+    x: Tensor,
+    held: tuple[Tensor, Tensor, Tensor],
+    axis: int | None,
+    average: tuple[float, bool, bool],
+    grid: tuple[float, int, int, float | None],
+    clamp: Clamp | None,
+    is_strict: bool,
+    wants_inside: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Do what `track` does, then quantize x on the affine grid over the range, as `affine` and `uniform` do.
+
+    held: the ends of the range and its weight. average: momentum, `starts_at_first` and `joins` of `track`. grid:
+    number of steps in the range, lowest and highest code, and the zero point, None if it follows from the range.
+    Returns value and mask of `uniform`; None, and changes nothing, where `track` returns False.
+    """
+    if not _are_of_type(x, held):
+        return None
+    shape, (*rule, zero_point), (least, most) = _slices(x, axis), grid, clamp or (None, None)
+    value, bits, bits_pointer = torch.empty_like(x), None, None
+    if wants_inside or is_strict:
+        bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        bits_pointer = bits.data_ptr()
+    low, high, weight = held
+    found = function(
+        *(x.data_ptr(), value.data_ptr(), bits_pointer, low.data_ptr(), high.data_ptr(), weight.data_ptr(), *shape),
+        *(*average, axis is not None, *rule, NONE if zero_point is None else zero_point),
+        *(NONE if least is None else least, NONE if most is None else most, is_strict, wants_inside, *threads_for(x)),
+    )
+    if found in (NO_MEMORY, NOT_FINITE):
+        return None
+    torch.autograd.graph.increment_version(held)
+    return value, None if found == ALL_ONES else bits
+
+
+def _are_of_type(x: Tensor, held: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether the numbers of a range lie in memory in the type of x, as a kernel takes them."""
+    low, high, weight = held
+    return (
+        low.dtype is high.dtype is weight.dtype is x.dtype
+        and (low.is_cpu and high.is_cpu and weight.is_cpu)
+        and (low.is_contiguous() and high.is_contiguous() and weight.is_contiguous())
+    )
+
+
+def _slices(x: Tensor, axis: int | None) -> tuple[int, int, int]:
+    return (1, 1, x.numel()) if axis is None or x.ndim == 0 else along(x, axis % x.ndim)

@@ -1,5 +1,5 @@
 // Uniform grids, their codes, and masks. Each function equals the pure torch code it stands for, bit for bit.
-#include "common.h"
+#include "steps.h"
 
 namespace tq {
 
@@ -103,19 +103,6 @@ static inline T centred(Number<T> code, Number<T> zero_point, int64_t c) {
     return code.of(c) - zero_point.of(c);
 }
 
-// What x is clamped to, NaN for an end that is open, and whether the mask is 0 at its ends and beyond them.
-struct Clamp {
-    double low, high;
-    bool is_strict;
-
-    // Narrow the bounds of codes, counted from real 0, to those of clamped numbers: rounding is monotone.
-    template <typename T>
-    void narrow(T step, T* least, T* most) const {
-        if (!std::isnan(low)) *least = greater(*least, low == 0.0 ? T(0) : std::rint(T(low) / step));
-        if (!std::isnan(high)) *most = greater(lesser(*most, std::rint(T(high) / step)), *least);
-    }
-};
-
 // Whether all of n flags that were packed are 1.
 static inline bool are_ones(const uint8_t* bits, int64_t n) {
     int64_t i = 0;
@@ -130,10 +117,9 @@ static inline bool are_ones(const uint8_t* bits, int64_t n) {
     return true;
 }
 
-// Returns 2 where the mask is 1 everywhere.
 template <typename T>
-static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step, Number<T> low, Number<T> high,
-                   Number<T> zero_point, Clamp clamp, int inside, void* parallel, int threads) {
+int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step, Number<T> low, Number<T> high,
+            Number<T> zero_point, Clamp clamp, int inside, void* parallel, int threads) {
     Rows<T> rows(3, walk.channels);
     if (rows.is_missing()) return 1;
     for (int64_t c = 0; c < walk.channels; ++c) {
@@ -150,8 +136,13 @@ static int uniform(const T* x, T* out, uint8_t* bits, Walk walk, Number<T> step,
         if (bits == nullptr) grid.template part<false>(walk, first, last);
         else grid.template part<true>(walk, pack_at_once(grid, walk, first, last), last);
     });
-    return bits != nullptr && are_ones(bits, walk.n()) ? 2 : 0;
+    return bits != nullptr && are_ones(bits, walk.n()) ? ALL_ONES : 0;
 }
+
+template int uniform(const float*, float*, uint8_t*, Walk, Number<float>, Number<float>, Number<float>, Number<float>, Clamp,
+                     int, void*, int);
+template int uniform(const double*, double*, uint8_t*, Walk, Number<double>, Number<double>, Number<double>,
+                     Number<double>, Clamp, int, void*, int);
 
 // Codes of levels, counted from `low`, 0 for NaN. Returns whether there is a NaN. `step[i]`, `low[i]`: of each element.
 template <bool DIVIDES, typename T, typename Each>

@@ -1,5 +1,6 @@
 // What range observers measure.
 #include "ends.h"
+#include "steps.h"
 
 namespace tq {
 
@@ -34,19 +35,9 @@ static int min_max(const T* x, T* low, T* high, Walk walk, void* parallel, int t
     return failed;
 }
 
-// How a range takes in the ends of one more tensor.
-struct Average {
-    double momentum;
-    bool starts_at_first;  // the first tensor counts alone
-    bool joins;            // the range never shrinks
-    bool copies;           // a full rate copies the ends, which keeps the sign of zero, as for rows of numbers
-};
-
-// Take the ends of a tensor, clamped, into the range of each channel and its weight. Returns 2, and changes nothing, if
-// an end is not finite.
 template <typename T>
-static int track(const T* x, T* low, T* high, T* weight, Walk walk, double least, double most, Average average,
-                 void* parallel, int threads) {
+int track(const T* x, T* low, T* high, T* weight, Walk walk, double least, double most, Average average, void* parallel,
+          int threads) {
     const int64_t channels = walk.channels;
     Rows<T> found(2, channels);
     if (found.is_missing()) return 1;
@@ -58,7 +49,7 @@ static int track(const T* x, T* low, T* high, T* weight, Walk walk, double least
         if (average.joins && is_observed) *end = i < channels ? lesser(*end, low[i]) : greater(*end, high[i - channels]);
         *end = *end < T(least) ? T(least) : *end;
         *end = *end > T(most) ? T(most) : *end;
-        if (!std::isfinite(*end)) return 2;
+        if (!std::isfinite(*end)) return NOT_FINITE;
     }
     const double seen = *weight > 0 ? double(*weight) : 0.0;
     const double momentum = average.starts_at_first && !is_observed ? 0.0 : average.momentum;
@@ -71,6 +62,9 @@ static int track(const T* x, T* low, T* high, T* weight, Walk walk, double least
     *weight = T(sum);
     return 0;
 }
+
+template int track(const float*, float*, float*, float*, Walk, double, double, Average, void*, int);
+template int track(const double*, double*, double*, double*, Walk, double, double, Average, void*, int);
 
 }  // namespace tq
 

@@ -12,6 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from torchquant._modes import has_hooks
 from torchquant.errors import ConfigError, UnsupportedPatternError
 from torchquant.qmodule.aside import RunsAside
 
@@ -87,9 +88,7 @@ class Holder(RunsAside):
     def _call_held(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `forward(*args, **kwargs)` as the forward of the held module, between its hooks."""
         module = self.held
-        if module is None or not (
-            module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-        ):
+        if module is None or not has_hooks(module):
             return forward(*args, **kwargs)
         attributes = module.__dict__
         former = {"forward": attributes["forward"]} if "forward" in attributes else {}

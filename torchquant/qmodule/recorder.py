@@ -122,9 +122,13 @@ class LeanRecorder:
             self.note_quantized(result, format, result)
 
     def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
+        is_other = self.may_change(gradient, x, clamp) and is_whole(format) and self._is_on_top()
+        return ClippedAgain(format) if is_other else gradient
+
+    def may_change(self, gradient: Gradient, x: Tensor, clamp: Clamp | None) -> bool:
         if clamp is not None or type(gradient) is not ClippedSTE or x.numel() < FEWEST_ELEMENTS:
-            return gradient
-        return ClippedAgain(format) if is_parameter(x) and is_whole(format) and self._is_on_top() else gradient
+            return False
+        return is_parameter(x)
 
     def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
         if self.recomputes and value.numel() >= FEWEST_ELEMENTS and inputs[0] is not None and self.knows(inputs[0]):

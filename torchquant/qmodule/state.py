@@ -225,7 +225,18 @@ class QModule(Holder):
                 "data. Run a batch in QModuleState.CALIBRATION (or QUANT_AWARE_TRAIN), or set its range by hand "
                 "with force_ranges(min, max). Start a running average of models (EMA) after that"
             )
-        quantized = quantizer(x, **kwargs)
+        return self._told(quantizer, quantizer(x, **kwargs), x, **kwargs)
+
+    def _observe_and_quantize(self, site: str, quantizer: Quantizer, x: Tensor, **kwargs: Any) -> Tensor:
+        quantized = quantizer.observe_and_quantize(x, **kwargs)
+        if quantized is None:
+            quantizer.pre_observe(x, **kwargs)
+            return self._quantize_site(site, quantizer, x, **kwargs)
+        return self._told(quantizer, quantized, x, **kwargs)
+
+    @staticmethod
+    def _told(quantizer: Quantizer, quantized: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
+        """Return what a quantizer made of x, after the recorder and the quantizer have been told."""
         recorder = current_recorder()
         if recorder is not None and quantizer.is_idempotent and recorder.misses(quantized):
             recorder.note_quantized(quantized, quantizer.format(), x, **kwargs)
@@ -259,9 +270,12 @@ class QModule(Holder):
                 clamp = activation_clamp(activation)
             x = activation(x) if clamp is None else x
         kwargs = {} if clamp is None else {"clamp": clamp}
-        if state.is_act_observed:
-            quantizer.pre_observe(x, **kwargs)
-        return self._quantize_site(site, quantizer, x, **kwargs) if state.is_act_quantized else x
+        if not state.is_act_observed:
+            return self._quantize_site(site, quantizer, x, **kwargs)
+        if state.is_act_quantized:
+            return self._observe_and_quantize(site, quantizer, x, **kwargs)
+        quantizer.pre_observe(x, **kwargs)
+        return x
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.state.value, dtype=torch.float32)

@@ -197,14 +197,10 @@ class QWrapper(InputSlots):
     def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
         """Run the layer with its weight times `factor`, observed if the state says so, then quantized."""
         assert self.weight_quantizer is not None
-        weight = self._channels_first_weight(factor)
-        if self.state.is_weight_observed:
-            self.weight_quantizer.pre_observe(weight)
-        weight = self._quantize_site("weight", self.weight_quantizer, weight)
+        quantize = self._observe_and_quantize if self._state.is_weight_observed else self._quantize_site
+        weight = quantize("weight", self.weight_quantizer, self._channels_first_weight(factor))
         if self.bias_quantizer is not None and bias is not None:
-            if self.state.is_weight_observed:
-                self.bias_quantizer.pre_observe(bias)
-            bias = self._quantize_site("bias", self.bias_quantizer, bias)
+            bias = quantize("bias", self.bias_quantizer, bias)
         return self._run_layer(x, self.row.channels_first(self.layer, weight), bias)
 
     def _run_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torchquant._renamed import renamed_attribute, warn_renamed
 from torchquant.errors import ConfigError, NoAffineViewError, NoCodesError
 from torchquant.quantizers._state import CalibratedState
 from torchquant.quantizers_functional._formula import Formula
-from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
+from torchquant.quantizers_functional._gradient import Clamp, cast_back, compute_dtype
 from torchquant.quantizers_functional.formats import AffineParams, Format, IntegerTerms
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer scheme")
@@ -96,6 +96,14 @@ class Quantizer(CalibratedState, ABC):
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
         """Map real values to real values on the grid; same shape, dtype and memory format as x."""
+
+    def observe_and_quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor | None:
+        """Do what `pre_observe` and `quantize` do, one after the other, in one call of a kernel.
+
+        Returns None, and changes nothing, where there is no such kernel for x, or where another class or a hook has
+        something to do between the two. `clamp` as in `quantize`, for a quantizer that `fuses_clamp`.
+        """
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call `quantize`."""

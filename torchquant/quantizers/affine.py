@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from torchquant._modes import has_hooks
 from torchquant.quantizers._base import QUANTIZERS, About, UniformQuantizer
-from torchquant.quantizers_functional.affine import AffineParams, affine_grid, check_affine
+from torchquant.quantizers_functional._gradient import Clamp, apply_at_once
+from torchquant.quantizers_functional._recording import current_recorder
+from torchquant.quantizers_functional.affine import AffineParams, affine_grid, affine_rule, check_affine
+from torchquant.quantizers_functional.formats import UniformGrid
+from torchquant.quantizers_functional.kernels import KERNELS
 from torchquant.range_observers import BatchMinMax, RangeObserver
+from torchquant.range_observers.min_max import MinMax
+
+_STEPS = frozenset({"pre_observe", "forward", "quantize", "format", "affine_params"})
+"""The methods that observing and quantizing in one call stands for."""
 
 
 @QUANTIZERS.register("affine")
@@ -45,6 +57,25 @@ class AffineQuantizer(UniformQuantizer):
 
     def affine_params(self) -> AffineParams:
         return affine_grid(*self.observer.get_ranges(), self.n_bits, self.symmetric)
+
+    def observe_and_quantize(self, x: Tensor, clamp: Clamp | None = None) -> Tensor | None:
+        rule = affine_rule(self.n_bits, self.symmetric)
+        observer, recorder = self.observer, current_recorder()
+        if (
+            rule is None
+            or torch.compiler.is_compiling()
+            or not isinstance(observer, MinMax)
+            or has_hooks(self, or_all=True)
+            or not self.is_open_as(AffineQuantizer, _STEPS)
+            or (recorder is not None and recorder.may_change(self.gradient, x, clamp))
+            or KERNELS.find(UniformGrid, x.device.type) is not None
+        ):
+            return None
+
+        def project(x: Tensor, is_strict: bool, wants_inside: bool) -> tuple[Tensor, Tensor | None] | None:
+            return observer.observe_and_project(x, rule, clamp, is_strict, wants_inside)
+
+        return apply_at_once(x, project, self.gradient, clamp)
 
     @classmethod
     def examples(cls, axis: int | None = None) -> list[AffineQuantizer]:

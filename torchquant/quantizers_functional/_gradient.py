@@ -201,6 +201,26 @@ def apply_projection(
     return gradient.attach(Projected(x, value, mask, training, ends, step))
 
 
+def apply_at_once(
+    x: Tensor,
+    project: Callable[[Tensor, bool, bool], tuple[Tensor, Tensor | None] | None],
+    gradient: Gradient,
+    clamp: Clamp | None,
+) -> Tensor | None:
+    """Do what `apply_projection` does, by `project(x, is_strict, wants_inside)`; None where that returns None.
+
+    `project` returns the projection of `x.clamp(*clamp)` and its packed mask, as `Format.fused` does; it does not
+    return None after it has changed something. None too for an estimator that needs more than these.
+    """
+    if type(gradient).attach is not Gradient.attach or not gradient.packs:
+        return None
+    needs_grad = _wants_gradient(x)
+    found = project(x.detach(), needs_grad and clamp is not None, needs_grad and gradient.wants_inside)
+    if found is None or not needs_grad:
+        return None if found is None else found[0]
+    return pass_through(x, *found)
+
+
 def _unpacked(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Return the mask of x as 0 and 1 in x's type, if it is packed."""
     if mask is None or mask.dtype != torch.uint8:

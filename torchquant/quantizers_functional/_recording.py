@@ -27,6 +27,9 @@ class Recorder(Protocol):
     def gradient_of(self, gradient: Gradient, format: Format, x: Tensor, clamp: Clamp | None) -> Gradient:
         """Return the estimator to use in place of `gradient`, with the same gradients."""
 
+    def may_change(self, gradient: Gradient, x: Tensor, clamp: Clamp | None) -> bool:
+        """Whether `gradient_of` may return another estimator for x."""
+
     def note_computed(self, value: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
         """Note that `value` is `compute(*inputs)`, which computes the same every time."""
 

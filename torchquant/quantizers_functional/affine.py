@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -65,22 +65,48 @@ def affine_params(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: 
     return affine_grid(range_min, range_max, n_bits, symmetric)
 
 
+class AffineRule(NamedTuple):
+    """How the grid over a range follows from it: `n_steps` steps are the range, or its larger magnitude if centred.
+
+    `zero_point`: that of a centred grid; None: it follows from the range.
+    """
+
+    n_steps: float
+    qmin: int
+    qmax: int
+    zero_point: int | None
+
+
+def affine_rule(n_bits: int, symmetric: bool | str) -> AffineRule | None:
+    """Return the rule of a grid; None for "full", whose ends follow rules of their own."""
+    half = 2 ** (n_bits - 1)
+    if symmetric is False:
+        return AffineRule(2 * half - 1, 0, 2 * half - 1, None)
+    if symmetric == "narrow":
+        return AffineRule(half - 1, 1 - half, half - 1, 0)
+    if symmetric == "asymmetric-narrow":
+        return AffineRule(2 * half - 2, 1 - half, half - 1, None)
+    if symmetric == "full":
+        return None
+    return (
+        AffineRule(half - 0.5, 0, 2 * half - 1, half)
+        if symmetric == "torch"
+        else AffineRule(half - 0.5, -half, half - 1, 0)
+    )
+
+
 def affine_grid(range_min: Tensor, range_max: Tensor, n_bits: int, symmetric: bool | str) -> AffineParams:
     """Compute `affine_params` of arguments that have been checked."""
-    half = 2 ** (n_bits - 1)
-    if symmetric is False or symmetric == "asymmetric-narrow":
-        codes = (0, 2 * half - 1) if symmetric is False else (1 - half, half - 1)
-        return AffineParams(*_shifted(range_min, range_max, *codes), *codes)
-    if symmetric == "narrow":
-        return AffineParams(_centred(range_min, range_max, half - 1), 0, 1 - half, half - 1)
-    if symmetric == "full":
+    rule = affine_rule(n_bits, symmetric)
+    if rule is None:
+        half = 2 ** (n_bits - 1)
         low, high = _ends(range_min, range_max)
         span = -low / half if half == 1 else torch.maximum(-low / half, high / (half - 1))
         return AffineParams(step(span, 1.0), 0, -half, half - 1)
-    delta = _centred(range_min, range_max, half - 0.5)
-    return (
-        AffineParams(delta, half, 0, 2 * half - 1) if symmetric == "torch" else AffineParams(delta, 0, -half, half - 1)
-    )
+    n_steps, *codes, zero_point = rule
+    if zero_point is None:
+        return AffineParams(*_shifted(range_min, range_max, *codes), *codes)
+    return AffineParams(_centred(range_min, range_max, n_steps), zero_point, *codes)
 
 
 def _ends(range_min: Tensor, range_max: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +52,13 @@ class Pinnable(nn.Module):
     def is_pinned(self) -> bool:
         """Whether the numbers are kept fixed."""
         return self._buffers.get("pinned") is not None
+
+    def is_open_as(self, kind: type[Pinnable], methods: frozenset[str]) -> bool:
+        """Whether it is not pinned, and neither its class nor the instance overrides these methods of `kind`."""
+        if self._buffers.get("pinned") is not None or not methods.isdisjoint(self.__dict__):
+            return False
+        own = type(self)
+        return own is kind or [*map(partial(getattr, own), methods)] == [*map(partial(getattr, kind), methods)]
 
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Pin the module, with these tensors for the buffers in `kept`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,12 +11,18 @@ from torch import Tensor
 from torchquant import kernels
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp
+from torchquant.quantizers_functional.affine import AffineRule
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
 from torchquant.range_observers._distributed import reduce_max, world_size
 from torchquant.range_observers._statistics import ends_along
 
+_STEPS = frozenset({"observe_batch", "observe_clamped", "get_ranges"})
+"""The methods that observing and quantizing in one call stands for."""
 
-class _MinMax(RangeObserver):
+
+class MinMax(RangeObserver):
+    """The base of the observers here: the ends of a batch, and what they become with those before."""
+
     joins = False
     """Whether the range never shrinks."""
 
@@ -25,21 +32,48 @@ class _MinMax(RangeObserver):
 
     def _track(self, x: Tensor, clamp: Clamp | None) -> bool:
         """Observe by one call of a kernel; False where the steps have to run one by one, as for numbers to refuse."""
-        if self._n_calls > 1 or self.nonfinite != "raise" or type(self).measure not in _OWN or world_size() > 1:
-            return False
         x = x.detach()
-        kernel = kernels.find("track", x)
+        kernel = self._kernel("track", x)
         if kernel is None:
             return False
-        if self.axis is not None:
-            self._expect_channels(x.shape[self.axis :][:1])
-        low, high, weight = (cast(Tensor, self._buffers[name]) for name in (*self.statistics, "observed_weight"))
-        is_done = not weight.is_inference() and kernel(
-            x, low, high, weight, self.axis, clamp, self.momentum, self.starts_at_first, self.joins
-        )
+        rest = self.axis, clamp, self.momentum, self.starts_at_first, self.joins
+        is_done = bool(kernel(x, *self._held(), *rest))
         if is_done:
             self._note(True)
-        return bool(is_done)
+        return is_done
+
+    def observe_and_project(
+        self, x: Tensor, grid: AffineRule, clamp: Clamp | None, is_strict: bool, wants_inside: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Observe x, or `x.clamp(*clamp)`, and put it on the grid over the range, by one call of a kernel.
+
+        Returns the values and the mask of `Format.fused`; None, and changes nothing, where the steps have to run one by
+        one. x: (*), without autograd history.
+        """
+        kernel = self._kernel("observed", x)
+        if kernel is None or not self.is_open_as(MinMax, _STEPS):
+            return None
+        average = self.momentum, self.starts_at_first, self.joins
+        found = kernel(x, self._held(), self.axis, average, grid, clamp, is_strict, wants_inside)
+        if found is not None:
+            self._note(True)
+        return cast("tuple[Tensor, Tensor | None] | None", found)
+
+    def _kernel(self, name: str, x: Tensor) -> Callable[..., Any] | None:
+        """Return a kernel that changes the range; None where the steps have to run one by one."""
+        if self._n_calls > 1 or self.nonfinite != "raise" or type(self).measure not in _OWN or world_size() > 1:
+            return None
+        kernel = kernels.find(name, x)
+        if kernel is None or cast(Tensor, self._buffers["observed_weight"]).is_inference():
+            return None
+        if self.axis is not None:
+            self._expect_channels(x.shape[self.axis :][:1])
+        return kernel
+
+    def _held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ends of the range, and how much data was seen."""
+        buffers: Any = self._buffers
+        return buffers["range_min"], buffers["range_max"], buffers["observed_weight"]
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(x) if self.axis is None else ends_along(x, self.axis)
@@ -67,7 +101,7 @@ class _MinMax(RangeObserver):
 
 
 @OBSERVERS.register("minmax")
-class BatchMinMax(_MinMax):
+class BatchMinMax(MinMax):
     """The range of the last batch seen, the published default for weights.
 
     `axis`: None, or the axis each of whose slices has its own range. Ranks of torch.distributed agree on
@@ -84,7 +118,7 @@ class BatchMinMax(_MinMax):
 
 
 @OBSERVERS.register("running")
-class RunningMinMax(_MinMax):
+class RunningMinMax(MinMax):
     """The range of all data seen: smallest minimum, largest maximum (docs/algorithms.md C1).
 
     >>> observer = RunningMinMax()
@@ -110,7 +144,7 @@ class RunningMinMax(_MinMax):
 
 
 @OBSERVERS.register("ema")
-class ExpAvgMinMax(_MinMax):
+class ExpAvgMinMax(MinMax):
     """An exponential average of the batches' ranges, with bias correction, for activations.
 
     `momentum` in (0, 1). `init="first"` starts the average at the first batch instead, without correction (Jacob et
@@ -136,5 +170,5 @@ class ExpAvgMinMax(_MinMax):
         self.starts_at_first = init == "first"
 
 
-_OWN = (_MinMax.measure, RunningMinMax.measure)
+_OWN = (MinMax.measure, RunningMinMax.measure)
 """Statistics that the kernel measures too."""

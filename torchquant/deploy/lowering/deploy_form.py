@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torchquant._modes import has_hooks
 from torchquant._shown import running
 from torchquant.deploy.integer.context import IntegerRun, active_run, integer_run
 from torchquant.deploy.integer.operators import IntegerTensor  # importing it registers the handlers of operators
@@ -30,7 +31,6 @@ from torchquant.deploy.lowering.stand_in import LeftOut, PassedOn, StandIn, leav
 from torchquant.deploy.lowering.stored_weights import Stored, stored_weight, without_weight
 from torchquant.deploy.lowering.weights_form import DeployWeights
 from torchquant.errors import ExportError
-from torchquant.graph.hooks import has_hooks
 from torchquant.graph.operators import OPERATORS
 from torchquant.graph.ops import operator_of_module
 from torchquant.graph.recording import call_with
