@@ -19,6 +19,7 @@ PACKAGE = Path(torchquant.__file__).parent
 ROWS = (
     (
         "errors",
+        "_user_code",
         "_shown",
         "_units",
         "_locks",

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import sys
-import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from torchquant._locks import lock
+from torchquant._user_code import failure
 from torchquant.errors import ConfigError, TorchQuantError, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -49,8 +49,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
             return path
         _remove_leftovers(target)
         with _temporary(target) as temporary:
+            mode = temporary.stat().st_mode  # as the umask has it; some libraries put a file of another mode in place
             write(temporary)
-            _settle(temporary, target)
+            _settle(temporary, target, mode)
             os.replace(temporary, target)
         _flush_folder(target.parent)
     except UnwritableError:
@@ -99,10 +100,11 @@ def _remove_leftovers(target: Path) -> None:
                 os.close(descriptor)
 
 
-def _settle(temporary: Path, target: Path) -> None:
-    """Give the file the mode of the file that it replaces, and flush it to disk."""
+def _settle(temporary: Path, target: Path, mode: int) -> None:
+    """Give the file the mode of the file that it replaces, otherwise `mode`, and flush it to disk."""
     with suppress(FileNotFoundError):
-        os.chmod(temporary, target.stat().st_mode & 0o7777)
+        mode = target.stat().st_mode
+    os.chmod(temporary, mode & 0o7777)
     with temporary.open("rb") as file:
         if sys.platform != "win32":
             os.fsync(file.fileno())
@@ -155,6 +157,14 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any
     writer.writeheader()
     writer.writerows(rows)
     return write_whole(path, lambda temporary: temporary.write_text(table.getvalue(), encoding="utf-8"))
+
+
+def is_file(name: str) -> bool:
+    """Tell whether the name is that of an existing file; False for names that no file system accepts."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -249,7 +259,7 @@ def digest_of(path: Path) -> str:
 def run_python_file(path: Path, kind: str) -> ModuleType:
     """Run a Python file as the module `torchquant_KIND_STEM`, which pickle and torch.compile find by this name.
 
-    Raises ConfigError with the line of a file that fails; an AssertionError of the file passes unchanged.
+    Raises ConfigError that names the file and the line that failed; an AssertionError of the file passes unchanged.
     """
     name = f"torchquant_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -266,18 +276,5 @@ def run_python_file(path: Path, kind: str) -> ModuleType:
             sys.modules[name] = former
         if isinstance(error, TorchQuantError | AssertionError) or not isinstance(error, Exception | SystemExit):
             raise
-        raise ConfigError(failure(path, error)) from error
+        raise ConfigError(failure(error, str(path))) from error
     return module
-
-
-def failure(path: Path, error: BaseException) -> str:
-    """Describe how running a Python file failed, and in which line.
-
-    >>> failure(Path("net.py"), ValueError("no layers"))
-    'net.py failed: ValueError: no layers'
-    """
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    if isinstance(error, SyntaxError):
-        return f"{path} is not Python: line {error.lineno}: {error.msg}"
-    where = f", line {lines[-1]}," if lines else ""
-    return f"{path}{where} failed: {type(error).__name__}: {one_line(error)}"

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+from torchquant._shown import shown
 from torchquant.errors import NameClashError, UnknownNameError
 
 T = TypeVar("T")
@@ -19,6 +20,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" did you mean '{close[0]}'?" if close else ""
+
+
+def not_one_of(what: str, value: object, allowed: Iterable[str]) -> str:
+    """Say that a value is none of the allowed ones, which they are, and which one is near.
+
+    >>> not_one_of("mode", "qta", ["ptq", "qat"])
+    "mode must be one of ptq, qat, got 'qta'; did you mean 'qat'?"
+    """
+    known = list(allowed)
+    hint = did_you_mean(value, known) if isinstance(value, str) else ""
+    return f"{what} must be one of {', '.join(known)}, got {shown(value)}{hint and ';'}{hint}"
 
 
 class Registry(Generic[T]):

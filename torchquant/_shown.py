@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
+from torchquant._user_code import line_of
 from torchquant.errors import ConfigError, TorchQuantError
 
 SHOWN = 100
@@ -76,8 +77,8 @@ must be Tensor, not int. A tensor, a tuple of arguments or a dictionary of keywo
         raise
     except _OF_MODELS as error:
         raise ConfigError(
-            f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}. A tensor, a tuple "
-            "of arguments or a dictionary of keyword arguments is given to its forward"
+            f"{type(model).__name__} does not run on {what} ({shown(inputs)}): {first_line(error)}{line_of(error)}. A "
+            "tensor, a tuple of arguments or a dictionary of keyword arguments is given to its forward"
         ) from error
 
 

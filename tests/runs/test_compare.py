@@ -122,7 +122,7 @@ def test_the_leaderboard_in_a_browser(finished, browser: Browser, tmp_path: Path
     [
         (["--schemes", "afine"], "no quantizer scheme 'afine'; did you mean 'affine'"),
         (["--schemes", "twn", "--bits", "8"], "twn has none of the widths 8"),
-        (["--bits", "two"], "--bits takes whole numbers separated by commas"),
+        (["--bits", "two"], "bits must be whole numbers from 1, such as '4', '2,3,4' or '2-8'; got 'two'"),
         (["--model", "vgg99"], "model must be one of demo, small_mobilenet, resnet18, resnet34, resnet50"),
         (["--data", "missing"], "data must be digits, cifar10 or a folder of pictures, got 'missing'"),
         (["--checkpoint", "missing.pt"], "the checkpoint missing.pt is not a file"),

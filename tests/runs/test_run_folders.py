@@ -52,6 +52,37 @@ class Head(nn.Linear):
         super().__init__(64, 10)
 """
 RULES = "- {weight: 'affine:BITS,symmetric=narrow/channel', input: 'affine:8'}\n"
+RAISES = """
+import torch
+from torch import nn
+
+class Forward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(256, 10)
+    def forward(self, x):
+        return self.fc(x.flatten(1)) + torch.zeros(3, 7)
+
+def build():
+    return {}["layers"]
+
+class Later(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(256, 10)
+    def forward(self, x):
+        return self.fc(x.flatten(1) if not self.training else {}["later"])
+"""
+MANY = "torchquant_ptq: 1\ndata: {samples: 64000, batch: 32}\nstages: [gptq]\n"
+BROKEN_PLUGIN = """
+import torchquant as tq
+
+@tq.QUANTIZERS.register("broken")
+class Broken(tq.TernaryQuantizer):
+    about = tq.quantizers.About(formula="none", paper="none", bits="2")
+    def measure(self, x):
+        return None + 1
+"""
 PLUGIN = """
 import torchquant as tq
 
@@ -399,6 +430,24 @@ def test_a_command_that_was_killed_before_it_made_anything_gives_way(tmp_path: P
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--learning-rate", "nan"], "learning_rate must be above 0"),
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--penalty", "nan"], "penalty must be above 0 and finite"),
         (["search", "qpl", "torch.nn:ReLU", "--budget", "bits<=3"], "must return scores of shape (2, 10)"),
+        (["quantize", "OWN", "--mode", "qta"], "mode must be one of ptq, qat, got 'qta'; did you mean 'qat'?"),
+        (["quantize", "OWN", "--rules", "w4a4lsq"], "there is no file 'w4a4lsq'; did you mean 'w4a4-lsq'?"),
+        (["quantize", "RAISES:build"], "raises.py, line 13, failed: KeyError: 'layers' (in: return {}[\"layers\"])"),
+        (["quantize", "RAISES:Forward"], "raises.py, line 10, failed: RuntimeError: The size of tensor a (10)"),
+        (["quantize", "RAISES:Later", "--mode", "qat"], "raises.py, line 20)"),
+        (["ptq", "OWN", "--recipe", "gptqq"], "there is no 'gptqq'. did you mean 'gptq'?"),
+        (["ptq", "OWN", "--recipe", "MANY"], "digits has 1347 training images, fewer than the recipe asks"),
+        (["ptq", "OWN", "--recipe", "brecq:no_such_option"], "no_such_option"),
+        (["analyze", "OWN", "--rules", "w8a9"], "there is no file 'w8a9'"),
+        (["analyze", "RAISES:Forward"], "raises.py, line 10, failed: RuntimeError"),
+        (["search", "allocate", "OWN", "--budget", "bits<=3", "--method", "hesian"], "did you mean 'hessian'?"),
+        (["search", "qss", "OWN", "--schemes", "twinn"], "presets: bnn"),
+        (["search", "qss", "OWN", "--bits", "4-2"], "bits must be whole numbers from 1, such as '4', '2,3,4' or '2-8'"),
+        (["compare", "--bits", "2..4"], "bits must be whole numbers from 1, such as '4', '2,3,4' or '2-8'"),
+        (["compare", "--acts", "0"], "acts must be whole numbers from 1"),
+        (["compare", "--schemes", "lsq, afine"], "no quantizer scheme 'afine'; did you mean 'affine'"),
+        (["compare", "--model", "resnet19"], "did you mean 'resnet18'?"),
+        (["compare", "--plugin", "PLUGIN", "--schemes", "broken", "--bits", "2"], "plug.py, line 8, failed: TypeError"),
         (["compare", "--jobs", 0], "jobs must be a whole number of at least 1, got 0"),
         (["compare", "--jobs", -2], "jobs must be a whole number of at least 1, got -2"),
         (["compare", "--checkpoint", "BAD"], "does not hold the state_dict of this network"),
@@ -417,7 +466,16 @@ def test_what_is_asked_wrongly_is_refused_before_the_folder_is_touched(
     bad = tmp_path / "bad.yaml"
     bad.write_text("- {types: [Conv9d], weight: 'affine:8'}\n")
     places = {"OWN": work.model, "BAD": bad}
-    refused(command(*(places.get(word, word) for word in words), "--out", tmp_path / "out"), message)
+    for name, text in (("raises.py", RAISES), ("plug.py", BROKEN_PLUGIN), ("many.yaml", MANY)):
+        (tmp_path / name).write_text(text)
+    raises, plugin, many = (str(tmp_path / name) for name in ("raises.py", "plug.py", "many.yaml"))
+    places |= {"PLUGIN": plugin, "MANY": many}
+    given = [places.get(word, str(word).replace("RAISES", raises)) for word in words]
+    try:
+        refused(command(*given, "--out", tmp_path / "out"), message)
+    finally:
+        if "broken" in QUANTIZERS:
+            QUANTIZERS.unregister("broken")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,12 +3,10 @@
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Any
 
-from torchquant.errors import MissingDependencyError, TorchQuantError, require
+from torchquant.errors import MissingDependencyError, require
 
 __all__ = ["build_app", "main"]
 
@@ -29,16 +27,12 @@ def build_app() -> Any:
     from torchquant.cli._options import typed
 
     typer = require("typer", "cli")
-    app = typer.Typer(help="Quantization of PyTorch models.", no_args_is_help=True, add_completion=False)
-
-    @contextmanager
-    def explained() -> Iterator[None]:
-        """Turn an error that torchquant or the operating system raised into one line and exit status 1."""
-        try:
-            yield
-        except (TorchQuantError, OSError) as error:
-            typer.echo(f"torchquant: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
+    app = typer.Typer(
+        help="Quantization of PyTorch models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
 
     def show_version(wanted: bool) -> None:
         if wanted:
@@ -56,10 +50,10 @@ def build_app() -> Any:
     for name in sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")):
         module = importlib.import_module(f"{__name__}.{name}")
         if hasattr(module, "command"):
-            app.command(name)(typed(module.command, typer, explained))
+            app.command(name)(typed(module.command, typer))
             continue
         group = typer.Typer(help=module.ABOUT, no_args_is_help=True)
         for function in module.COMMANDS:
-            group.command(function.__name__)(typed(function, typer, explained))
+            group.command(function.__name__)(typed(function, typer))
         app.add_typer(group, name=name)
     return app

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from torchquant.cli._explained import explained
 from torchquant.runs.settings import HELP
 
 
@@ -34,11 +34,11 @@ class Only:
     known: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def typed(function: Callable[..., object], typer: Any, explained: Callable[[], AbstractContextManager[None]]) -> Any:
+def typed(function: Callable[..., object], typer: Any) -> Any:
     """Turn a function into a typer command. Each parameter is annotated with its type and help, or is a settings class.
 
-    A parameter without a default is an argument, any other is an option. `explained`: a context that turns errors
-    raised on purpose into messages. The exit status is 1 for a function that returns False.
+    A parameter without a default is an argument, any other is an option. The exit status is 1 for a function that
+    returns False, and for one that raises; `explained` says why.
     """
     settings: dict[str, tuple[type, Mapping[str, Any], list[str]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -55,7 +55,7 @@ def typed(function: Callable[..., object], typer: Any, explained: Callable[[], A
             parameters.append(_parameter(typer, name, kind, parameter.default, notes[0]))
 
     def command(**given: Any) -> None:
-        with explained():
+        with explained(typer, given.get("out")):
             for name, (kind, known, names) in settings.items():
                 given[name] = kind(**known, **{key: given.pop(key) for key in names})
             result = function(**given)

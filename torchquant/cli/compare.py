@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from torchquant.errors import ConfigError
 from torchquant.runs.compare import Recipe, compare, leaderboard, load_plugin, make_cases, write_leaderboard
 from torchquant.runs.compare.board import HEADER, cells
 from torchquant.runs.console import Terminal
-from torchquant.runs.settings import words_of
+from torchquant.runs.settings import split_list, widths, words_of
 
 TERMINAL_COLUMNS = 7
 """Columns that fit on a terminal; the files have all of them."""
@@ -18,8 +17,8 @@ TERMINAL_COLUMNS = 7
 def command(
     recipe: Recipe,
     schemes: Annotated[str, "Names of schemes, separated by commas, or all."] = "all",
-    bits: Annotated[str, "Weight bits, separated by commas."] = "2,3,4,8",
-    acts: Annotated[str, "Activation bits, separated by commas."] = "8",
+    bits: Annotated[str, "Weight bits, such as 4, 2,3,4 or 2-8."] = "2,3,4,8",
+    acts: Annotated[str, "Activation bits, such as 8 or 2-8."] = "8",
     seeds: Annotated[int, "Number of runs of each case, with seeds 0, 1, ..."] = 3,
     jobs: Annotated[int, "Number of parallel processes."] = 1,
     plugin: Annotated[list[Path] | None, "A Python file that registers your own quantizers."] = None,
@@ -29,8 +28,8 @@ def command(
     plugins = plugin or []
     for file in plugins:
         load_plugin(file)
-    names = [name for name in schemes.split(",") if name]
-    cases = make_cases(names, whole_numbers("bits", bits), whole_numbers("acts", acts), seeds)
+    names = split_list(schemes)
+    cases = make_cases(names, widths("bits", bits), widths("acts", acts), seeds)
     terminal = Terminal()
     rows = leaderboard(compare(cases, recipe, out, jobs, plugins, terminal))
     words = ["torchquant compare", f"--schemes {','.join(names)}", f"--bits {bits}", f"--acts {acts}"]
@@ -40,11 +39,3 @@ def command(
     shown = [cells(row)[narrow] for row in rows]
     terminal.table("leaderboard", list(HEADER[narrow]), shown, "mean over the seeds, +- standard deviation")
     terminal.message(f"leaderboard: {out / 'leaderboard.html'}")
-
-
-def whole_numbers(name: str, text: str) -> list[int]:
-    """Parse whole numbers separated by commas. Raises ConfigError."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--{name} takes whole numbers separated by commas, such as 2,4,8; got {text!r}") from None

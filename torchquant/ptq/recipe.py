@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from torchquant._arguments import Bounds, Count, checked, described, fits
+from torchquant._files import is_file
 from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant._units import bytes_of
@@ -102,14 +102,6 @@ class Recipe:
 def _check_keys(what: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
     if unknown := [str(key) for key in given if key not in allowed]:
         raise ConfigError(f"{what} of a recipe has no {', '.join(unknown)}; it has {', '.join(allowed)}")
-
-
-def is_file(name: str) -> bool:
-    """Whether the name is that of an existing file; False for names that no file system accepts."""
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 RECIPES: dict[str, Recipe] = {

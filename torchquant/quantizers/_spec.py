@@ -147,7 +147,8 @@ def find_scheme(name: str) -> tuple[type[Quantizer], Mapping[str, Any]]:
     try:
         return QUANTIZERS[name], {}
     except UnknownNameError as error:
-        raise UnknownNameError(f"{error}; presets: {', '.join(sorted(known))}") from None
+        near = did_you_mean(name, known) if "did you mean" not in str(error) else ""
+        raise UnknownNameError(f"{error}; presets: {', '.join(sorted(known))}{near and ';'}{near}") from None
 
 
 def schemes() -> list[tuple[str, type[Quantizer]]]:

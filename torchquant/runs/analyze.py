@@ -21,7 +21,7 @@ from torchquant.runs.contents import contents_of, pinned
 from torchquant.runs.data import TrainingData
 from torchquant.runs.export import load_run
 from torchquant.runs.folder import CONTENTS, claimed
-from torchquant.runs.quantize import JobConfig, run_job
+from torchquant.runs.quantize import JobConfig, check_job, run_job
 from torchquant.runs.report import MOST_IMAGES, REPORT, made_section
 from torchquant.runs.settings import (
     argument,
@@ -94,6 +94,8 @@ def run_analysis(config: AnalyzeConfig, out: str | os.PathLike[str], show: NullP
     """
     with show or NullProgress() as shown:
         run = Path(config.target)
+        if not config.is_run:
+            check_job(config.job())
         found = contents_of([str(run / "quantized.pt")], [], config.target) if config.is_run else {}
         settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
         with claimed(Path(out) / "analyze.json", settings, "another analysis", "one", MADE, shown.message) as folder:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import site
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -13,9 +11,8 @@ from types import FunctionType, ModuleType
 from torch import nn
 
 from torchquant._files import digest_of
+from torchquant._user_code import is_installed
 from torchquant.errors import ConfigError
-
-OURS = Path(__file__).parent.parent
 
 
 def contents_of(paths: Iterable[str | None], nets: Iterable[nn.Module] = (), model: str = "") -> dict[str, str]:
@@ -54,7 +51,7 @@ def _own_files(starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
         name = waiting.pop()
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
-        if name in seen or module is None or file is None or _is_installed(Path(file)):
+        if name in seen or module is None or file is None or is_installed(Path(file)):
             continue
         seen.add(name)
         yield (Path(file).name if name.startswith("torchquant_") else f"{name.replace('.', '/')}.py"), Path(file)
@@ -63,9 +60,3 @@ def _own_files(starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
             for value in list(vars(module).values())
             if isinstance(value, ModuleType | FunctionType) or inspect.isclass(value)
         ]
-
-
-def _is_installed(file: Path) -> bool:
-    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders += [*site.getsitepackages(), site.getusersitepackages(), str(OURS)]
-    return any(Path(folder).resolve() in file.resolve().parents for folder in folders)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._files import reading, write_json
+from torchquant._registry import not_one_of
 from torchquant.deploy import Certificate, Lowered, certify, export_onnx, lower, save_packed, to_integer
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan, quantize
@@ -105,7 +106,7 @@ def export_run(
     beside the file. Raises ConfigError, ExportError.
     """
     if form not in FORMS:
-        raise ConfigError(f"the form must be one of {', '.join(FORMS)}, got {form!r}")
+        raise ConfigError(not_one_of("the form", form, FORMS))
     if with_certificate and form != "onnx":
         raise ConfigError(f"only an ONNX file can have a certificate, got the form {form!r}; use the form 'onnx'")
     model, data, config = load_run(folder)

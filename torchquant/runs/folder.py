@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.runs.contents import changed_contents
 from torchquant.runs.settings import check_types
+from torchquant.training.loop import epochs_done
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ CONTENTS = "contents"
 """Key of the settings in the JSON file: name of each input file -> sha256. Older folders do not have it."""
 PROCESSES = "processes"
 """Key of the settings with the number of processes, if more than one: other shares of the data give other numbers."""
+SETTINGS = ("config.json", "recipe.json", "analyze.json")
+"""Names of the JSON file with the settings, one of which is in the folder of a run that resumes."""
 MOST_CHANGES = 6
 LOCK = ".lock"
 REMAKE = "delete it, and it is made again, or use another folder"
@@ -48,6 +51,20 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def _made_folder(path: Path) -> Iterator[Path]:
+    """Make the folder, and remove it after an error if it was new and nothing is in it."""
+    was_there = path.exists()
+    folder = output_folder(path)
+    try:
+        yield folder
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def claimed(
     path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
 ) -> Iterator[Path]:
@@ -58,8 +75,7 @@ def claimed(
     that are useless without the settings. `tell` is called with a note where an older folder cannot be checked. Raises
     ConfigError for a folder with other settings, or one that another process uses.
     """
-    folder = output_folder(path.parent)
-    with hold(folder / LOCK) as other:
+    with _made_folder(path.parent) as folder, hold(folder / LOCK) as other:
         if other is not None:
             raise ConfigError(f"{folder} is in use by {other}; wait for it, or choose another folder")
         before = _files(folder)
@@ -146,6 +162,27 @@ def read_as(path: Path, kind: type[T], found: Any, remedy: str) -> T:
         made = kind(**found)
         check_types(made)
         return made
+
+
+def contents_in_words(folder: Path) -> str:
+    """Name what a run has made in its folder, with the finished epochs of trainings under way; "" if nothing.
+
+    >>> contents_in_words(Path("no folder"))
+    ''
+    """
+    if not any((folder / name).is_file() for name in SETTINGS):
+        return ""
+    words = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime):
+        if path.is_dir() and (n := len(_files(path))):
+            words.append(f"{path.name}/ ({n} file{'s' * (n > 1)})")
+        elif path.match("*.progress.pt"):
+            words.append(path.name)
+            with suppress(ConfigError):  # progress of something that has no epochs
+                words[-1] += f" (after epoch {epochs_done(path)})"
+        elif not path.name.startswith(".") and path.name not in SETTINGS and path.is_file():
+            words.append(path.name)
+    return ", ".join(words)
 
 
 def _files(folder: Path) -> set[Path]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from torchquant._registry import did_you_mean
 from torchquant._shown import shown
+from torchquant._user_code import failure
 from torchquant.compat.checkpoints import load_checkpoint
 from torchquant.deploy.packed.references import model_of
-from torchquant.errors import ConfigError, one_line, require
+from torchquant.errors import ConfigError, require
 from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory
 from torchquant.runs.data import TrainingData
@@ -154,9 +155,7 @@ def tried(net: nn.Module, data: TrainingData, name: str, checkpoint: str | None)
     try:
         scores = net(images)
     except Exception as error:
-        raise ConfigError(
-            f"the model {name} does not take {takes}: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        raise ConfigError(f"the model {name} does not take {takes}: {failure(error, 'it')}") from error
     wanted = f"scores of shape ({len(images)}, {data.n_classes})"
     if not isinstance(scores, Tensor):
         raise ConfigError(f"the model {name} must return {wanted} for {takes}, got {type(scores).__name__}")

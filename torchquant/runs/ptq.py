@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from torchquant import ptq
-from torchquant._files import write_json
+from torchquant._files import is_file, write_json
 from torchquant._units import bytes_of
 from torchquant.analysis.sections import accuracy_table
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, require
 from torchquant.plan import QuantPlan, quantize
-from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe, is_file
+from torchquant.ptq.recipe import RECIPES, Recipe, find_recipe
 from torchquant.qmodule import QModuleState
 from torchquant.report import Section, Text
 from torchquant.runs.console import NullProgress
@@ -26,6 +26,7 @@ from torchquant.runs.data import BATCH_SIZE, DATA, TrainBatches, TrainingData, l
 from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import build_model, tried
+from torchquant.runs.rehearsal import rehearse
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
     check_above_zero,
@@ -114,7 +115,9 @@ def run_ptq(
     with show or NullProgress() as shown:
         shown.start(3.0)
         data, recipe, net, rules = _built(config)
-        _tried(config, data, net, rules, strict)
+        model = _tried(config, data, net, rules, strict)
+        ptq.preview(model, recipe.stages, recipe.names, recipe.skip)
+        rehearse(model, data, trains=False)
         files = [config.checkpoint, *files_of(str(config.data), config.rules)]
         files += [config.recipe] if is_file(config.recipe) else []
         settings = {name: value for name, value in asdict(config).items() if name != "cache_bytes"}
@@ -132,7 +135,13 @@ def preview_ptq(config: PTQConfig, strict: bool = False) -> tuple[ptq.Preview, p
 
 def _built(config: PTQConfig) -> tuple[TrainingData, Recipe, nn.Module, Any]:
     """Load the data and the recipe, and build the float model; with the rules of the plan."""
+    require("yaml", "cli")  # which the plan is written with
     data, recipe = load_data(str(config.data), config.seed), find_recipe(config.recipe)
+    n_batches = -(-data.n_train // recipe.data.get("batch", BATCH_SIZE))
+    if "samples" in recipe.data and n_batches < (config.batches or 0):
+        raise ConfigError(
+            f"data: samples: {config.data} has {data.n_train} training images, fewer than the recipe asks"
+        )
     torch.manual_seed(config.seed)
     net = build_model(config.model, data)
     rules = recipe.rules if config.rules is None else config.rules
@@ -167,11 +176,6 @@ def _run(
     shown.message(f"rounded to nearest: accuracy {nearest_accuracy:.2%}, {len(plan.sites)} sites")
     shown.advance(1.0, "post-training")
     batches = list(itertools.islice(TrainBatches(data, *drawn), n_batches))
-
-    if "samples" in recipe.data and len(batches) < n_batches:
-        raise ConfigError(
-            f"data: samples: {config.data} has {data.n_train} training images, fewer than the recipe asks"
-        )
 
     def work() -> None:
         ptq.run(

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from torchquant._files import write_csv, write_json
-from torchquant._shown import shown
 from torchquant.analysis import weight_bytes
 from torchquant.analysis.sections import accuracy_table
-from torchquant.errors import ConfigError
+from torchquant.errors import ConfigError, require
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
@@ -27,10 +26,12 @@ from torchquant.runs.data import TrainingData, load_data
 from torchquant.runs.folder import CONTENTS, claimed, write_checkpoint
 from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import build_model, tried
+from torchquant.runs.rehearsal import rehearse
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
     check_above_zero,
     check_at_least,
+    check_one_of,
     check_seed,
     check_types,
     checkpoint_option,
@@ -84,8 +85,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.mode not in MODES:
-            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}")
+        check_one_of(self, mode=MODES)
         check_at_least(self, float_epochs=0, epochs=1, calibration_batches=1)
         check_above_zero(self, "learning_rate", "distill")
         if self.monitor is not None:
@@ -133,17 +133,28 @@ def run_job(
     """
     with show or NullProgress() as shown:
         shown.start(4.0)
-        data = load_data(config.data, config.seed)
-        torch.manual_seed(config.seed)
-        net = build_model(config.model, data)
-        rules = read_rules(config.rules)
-        with torch.random.fork_rng(devices=[]):
-            trial = tried(net, data, config.model, config.checkpoint)
-            quantize(trial, rules, data.test_images[:2], strict=strict)
+        data, net, rules = check_job(config, strict)
         found = contents_of([config.checkpoint, *files_of(config.data, config.rules)], [net], config.model)
         settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
         with claimed(Path(out) / "config.json", settings, "another job", "job", MADE, shown.message) as folder:
             return _run(net, rules, config, data, Stages(folder, shown))
+
+
+def check_job(config: JobConfig, strict: bool = False) -> tuple[TrainingData, nn.Module, Any]:
+    """Load the data and the rules, build the float model, and rehearse the job on a copy of it; writes nothing.
+
+    Raises what `run_job` would raise, before anything is trained.
+    """
+    require("yaml", "cli")  # which the plan is written with
+    data = load_data(config.data, config.seed)
+    torch.manual_seed(config.seed)
+    net = build_model(config.model, data)
+    rules = read_rules(config.rules)
+    with torch.random.fork_rng(devices=[]):
+        trial = tried(net, data, config.model, config.checkpoint)
+        trial = quantize(trial, rules, data.test_images[:2], strict=strict)
+        rehearse(trial, data, trains=config.mode == "qat")
+    return data, net, rules
 
 
 def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stages: Stages) -> JobResult:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from torchquant._arguments import described, fits
+from torchquant._files import is_file
+from torchquant._registry import did_you_mean, not_one_of
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.plan import RULE_SETS, QuantPlan, read_yaml
 from torchquant.runs.data import DATA
 
 MAX_SEED = 2**32 - 1
+MOST_NUMBERS = 1000
+"""Largest number of numbers that one range gives."""
 HELP = "help"
 """Key in the metadata of a field for its help on the command line."""
 
@@ -94,6 +98,19 @@ def check_types(instance: Any) -> None:
             raise ConfigError(f"{name} must be {described(hint)}, got {shown(value)}")
 
 
+def check_one_of(instance: Any, **allowed: Iterable[str]) -> None:
+    """Raise ConfigError for a field that is not one of the allowed words.
+
+    >>> from types import SimpleNamespace
+    >>> check_one_of(SimpleNamespace(mode="qta"), mode=["ptq", "qat"])
+    Traceback (most recent call last):
+    torchquant.errors.ConfigError: mode must be one of ptq, qat, got 'qta'; did you mean 'qat'?
+    """
+    for name, words in allowed.items():
+        if getattr(instance, name) not in words:
+            raise ConfigError(not_one_of(name, getattr(instance, name), words))
+
+
 def check_at_least(instance: Any, **least: int) -> None:
     """Raise ConfigError for a field below its minimum.
 
@@ -126,10 +143,44 @@ def read_rules(rules: str) -> Any:
     if rules in RULE_SETS:
         return rules
     path = Path(rules)
-    if not path.is_file():
-        raise ConfigError(f"rules must be one of {', '.join(RULE_SETS)}, or a YAML file; there is no file {rules!r}")
+    if not is_file(rules):
+        hint = did_you_mean(rules, RULE_SETS)
+        raise ConfigError(
+            f"rules must be one of {', '.join(RULE_SETS)}, or a YAML file; there is no file {shown(rules)}"
+            f"{hint and ';'}{hint}"
+        )
     found = read_yaml(path)
     return QuantPlan.load(path) if isinstance(found, dict) else found
+
+
+def split_list(text: str) -> list[str]:
+    """Split a list of names that are separated by commas; spaces around them do not count.
+
+    >>> split_list("lsq, esb")
+    ['lsq', 'esb']
+    """
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def widths(name: str, text: str) -> list[int]:
+    """Parse whole numbers and ranges of them with a hyphen, separated by commas. Raises ConfigError.
+
+    >>> widths("bits", "2-4"), widths("bits", "8, 2"), widths("bits", "2-4,8")
+    ([2, 3, 4], [2, 8], [2, 3, 4, 8])
+    """
+    numbers: set[int] = set()
+    try:
+        for part in text.split(","):
+            low, hyphen, high = part.partition("-")
+            found = range(int(low), int(high if hyphen else low) + 1)
+            numbers |= set(found[:MOST_NUMBERS])
+            if not found:
+                raise ValueError("an empty range")
+    except ValueError:
+        numbers = set()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{name} must be whole numbers from 1, such as '4', '2,3,4' or '2-8'; got {shown(text)}")
+    return sorted(numbers)
 
 
 def files_of(data: str, rules: str | None) -> Iterator[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from torchquant._files import failure, run_python_file
-from torchquant.errors import ConfigError, TorchQuantError, one_line
+from torchquant._files import run_python_file
+from torchquant._user_code import failure, user_frame
+from torchquant.errors import ConfigError, TorchQuantError
 
 FORM = "a model of your own is path/to/file.py:function"
 
@@ -35,7 +36,7 @@ def model_of(reference: str, **arguments: Any) -> nn.Module:
     except TorchQuantError:
         raise
     except Exception as error:
-        raise ConfigError(f"{reference} failed: {type(error).__name__}: {one_line(error)}") from error
+        raise ConfigError(failure(error, reference)) from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{reference} must return a model (torch.nn.Module), got {type(made).__name__}")
     return made
@@ -56,8 +57,10 @@ def _module(place: str) -> ModuleType:
     try:
         return run_python_file(Path(place), "model") if is_file else importlib.import_module(place)
     except ImportError as error:
+        if user_frame(error) is not None:
+            raise ConfigError(failure(error, place)) from error
         raise ConfigError(f"{error}; {FORM}, a model in a package is package.module:function") from error
     except (TorchQuantError, AssertionError):
         raise
     except Exception as error:
-        raise ConfigError(failure(Path(place), error)) from error
+        raise ConfigError(failure(error, place)) from error

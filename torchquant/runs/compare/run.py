@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +39,7 @@ from torchquant.runs.folder import (
 )
 from torchquant.runs.loop import accuracy_on, calibrate, train
 from torchquant.runs.networks import NETWORKS
+from torchquant.runs.rehearsal import rehearse_quantizer
 from torchquant.runs.settings import check_seed
 
 MADE = ("float-seed*.pt", "runs/*.json")
@@ -91,7 +94,6 @@ def compare(
         claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, screen.message),
     ):
         screen.start(len(cases))
-        (folder / "runs").mkdir(exist_ok=True)
         missing = [case for case in cases if _is_missing(case, folder, screen)]
         screen.advance(
             len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases have results already"
@@ -99,6 +101,7 @@ def compare(
         seeds = sorted({case.seed for case in missing})
         for _ in in_processes(_train_float, [(recipe, seed, str(folder)) for seed in seeds], jobs):
             screen.message("a float network is trained")
+        (folder / "runs").mkdir(exist_ok=True)
         tasks = [(case, recipe, str(folder), tuple(map(str, plugins))) for case in missing]
         for name, score in in_processes(_run_case, tasks, jobs):
             screen.message(f"{name}: accuracy {score:.2%}")
@@ -113,8 +116,9 @@ def _check(cases: Sequence[Case], recipe: Recipe) -> None:
     with torch.random.fork_rng(devices=[]):
         for case in cases:
             check_seed(case.seed)
-            make_quantizer(case.weight)
-            make_quantizer(case.acts, site="output")
+        for slot, specs in (("weight", {c.weight for c in cases}), ("output", {c.acts for c in cases})):
+            for spec in specs:
+                rehearse_quantizer(spec, slot)
         network = NETWORKS[recipe.model].build(_data(recipe, cases[0].seed))
         if recipe.checkpoint is not None:
             _load(network, recipe.checkpoint)
@@ -172,7 +176,10 @@ def in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iter
             torch.set_num_threads(threads)
         return
     try:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with (
+            ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_at_once) as pool,
+            _ended_with_this_process(),
+        ):
             for future in as_completed([pool.submit(work, *task) for task in tasks]):
                 yield future.result()
     except BrokenProcessPool as error:
@@ -180,6 +187,24 @@ def in_processes(work: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iter
             f"one of {jobs} processes was killed from outside, probably because memory ran out; give fewer "
             "jobs. Finished cases are kept"
         ) from error
+
+
+def _end_at_once() -> None:
+    """Let Ctrl-C end a worker without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def _ended_with_this_process() -> Iterator[None]:
+    """End the workers that are started meanwhile when Ctrl-C stops this process, which would wait for them."""
+    others = multiprocessing.active_children()
+    try:
+        yield
+    except (KeyboardInterrupt, GeneratorExit):
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
 
 
 @cache

@@ -14,6 +14,7 @@ from torchquant.runs.networks import NETWORKS
 from torchquant.runs.settings import (
     check_above_zero,
     check_at_least,
+    check_one_of,
     check_types,
     checkpoint_option,
     data_option,
@@ -45,8 +46,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.model not in NETWORKS:
-            raise ConfigError(f"model must be one of {', '.join(NETWORKS)}, got {shown(self.model)}")
+        check_one_of(self, model=NETWORKS)
         if self.data not in DATA and not Path(self.data).is_dir():
             raise ConfigError(f"data must be {', '.join(DATA)} or a folder of pictures, got {shown(self.data)}")
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():

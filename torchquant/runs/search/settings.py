@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan
 from torchquant.quantizers import QUANTIZERS, catalogue, find_scheme, weight_spec
@@ -14,6 +14,7 @@ from torchquant.runs.settings import (
     argument,
     check_above_zero,
     check_at_least,
+    check_one_of,
     check_seed,
     check_types,
     checkpoint_option,
@@ -22,6 +23,8 @@ from torchquant.runs.settings import (
     option,
     read_rules,
     seed_option,
+    split_list,
+    widths,
 )
 from torchquant.search import (
     Budget,
@@ -106,10 +109,14 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        allowed = {"kind": KINDS, "per": SCOPES, "form": FORMS, "method": METHODS, "solver": SOLVERS}
-        for name, words in allowed.items():
-            if getattr(self, name) not in words:
-                raise ConfigError(f"{name} must be one of {', '.join(words)}, got {shown(getattr(self, name))}")
+        allowed: dict[str, Iterable[str]] = {
+            "kind": KINDS,
+            "per": SCOPES,
+            "form": FORMS,
+            "method": METHODS,
+            "solver": SOLVERS,
+        }
+        check_one_of(self, **allowed)
         check_at_least(self, float_epochs=0, epochs=1, retrain_epochs=0, calibration_batches=1)
         check_above_zero(self, "learning_rate", "arch_rate", "temperature", "penalty")
         check_seed(self.seed)
@@ -189,7 +196,7 @@ def split_specs(text: str) -> list[str]:
     """
     names = {*QUANTIZERS, *(preset for entry in catalogue() for preset in entry.presets)}
     found: list[str] = []
-    for part in filter(None, map(str.strip, text.split(","))):
+    for part in split_list(text):
         is_argument = found and ("=" in part or re.search("[:,]", found[-1]))
         if is_argument and re.split("[:/@]", part)[0] not in names:
             found[-1] += f",{part}"
@@ -198,23 +205,6 @@ def split_specs(text: str) -> list[str]:
     if not found:
         raise ConfigError("there must be at least one spec, such as 'affine:8'")
     return found
-
-
-def widths(name: str, text: str) -> list[int]:
-    """Parse whole numbers separated by commas, or a range with a hyphen. Raises ConfigError.
-
-    >>> widths("bits", "2-4"), widths("bits", "2,8")
-    ([2, 3, 4], [2, 8])
-    """
-    try:
-        low, hyphen, high = text.partition("-")
-        found = range(int(low), int(high) + 1) if hyphen else map(int, text.split(","))
-        numbers = sorted(set(found))
-    except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1:
-        raise ConfigError(f"{name} must be whole numbers from 1, such as '4', '2,3,4' or '2-8'; got {text!r}")
-    return numbers
 
 
 def ends(name: str, text: str) -> tuple[int, int]:
