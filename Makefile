@@ -21,11 +21,11 @@ PACKAGING := pyproject.toml setup.py
 PINS :=
 PIP_OPTIONS :=
 
-.PHONY: help demo test test-slow test-oldest test-newest check bench lean real-networks clean
+.PHONY: help demo test test-slow test-oldest test-newest check docs bench lean real-networks clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-slow | test-oldest | test-newest | check | bench | lean | real-networks | clean"
+	@echo "make demo | test | test-slow | test-oldest | test-newest | check | docs | bench | lean | real-networks | clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m mypy
 	$(BIN)/python -m tests.size_report
 
+# The documentation site, in docs/_build/html; tutorials are run, and a warning is an error.
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
 bench: $(VENV)/.installed-dev $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.fake_quant
 	$(BIN)/python -m benchmarks.qat_step
@@ -75,5 +79,6 @@ real-networks: $(VENV)/.installed-dev $(VENV)/.installed-networks
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info demo_out
+	rm -rf docs/_build docs/catalogue docs/reference docs/repository
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

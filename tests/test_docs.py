@@ -37,17 +37,20 @@ from torchquant.quantizers import LAWS, catalogue
 from torchquant.range_observers import OBSERVERS
 
 DOCUMENTS = (
-    *("README.md", "CONTRIBUTING.md", "docs/analyze.md", "docs/deploy.md", "docs/monitor.md", "docs/ptq.md"),
-    "docs/search.md",
+    *("README.md", "CONTRIBUTING.md", "docs/analyze.md", "docs/coming-from.md", "docs/coming-from-others.md"),
+    *("docs/deploy.md", "docs/index.md", "docs/models.md", "docs/monitor.md", "docs/ptq.md", "docs/quantizers.md"),
+    *("docs/searching.md", "docs/training.md"),
 )
 BLOCK = re.compile(
-    r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE
+    r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```\n(?:\n```\n(?P<output>.*?)^```\n)?",
+    re.DOTALL | re.MULTILINE,
 )
 
 
-def runnable_blocks(text: str) -> list[tuple[int, str]]:
-    """(line, code) of each Python block that no `<!-- no-run: reason -->` stands before."""
-    return [(text.count("\n", 0, m.start("code")), m["code"]) for m in BLOCK.finditer(text) if not m["skip"]]
+def runnable_blocks(text: str) -> list[tuple[int, str, str | None]]:
+    """(line, code, output that stands right behind it) of each block without `<!-- no-run: reason -->` before it."""
+    blocks = [m for m in BLOCK.finditer(text) if not m["skip"]]
+    return [(text.count("\n", 0, m.start("code")), m["code"], m["output"]) for m in blocks]
 
 
 @pytest.fixture
@@ -61,19 +64,23 @@ def keeps_registry() -> Iterator[None]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 @pytest.mark.usefixtures("keeps_registry")
-def test_document_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_document_runs(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     blocks = runnable_blocks((ROOT / document).read_text(encoding="utf-8"))
     assert blocks, f"{document} has no runnable Python block"
     monkeypatch.chdir(tmp_path)
     module = ModuleType("document_under_test")  # a real module, so that classes it defines can be pickled
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for line, code in blocks:
+    for line, code, output in blocks:
+        capsys.readouterr()
         exec(compile("\n" * line + code, document, "exec"), module.__dict__)
+        assert output in (None, capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("keeps_registry")
 def test_the_scheme_of_the_page_is_everywhere_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (_, code), (_, learned) = runnable_blocks((ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8"))
+    (_, code, _), (_, learned, _) = runnable_blocks((ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8"))
     assert len(code.splitlines()) <= 30
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     plugin = tmp_path / "cubic.py"
@@ -107,8 +114,8 @@ def test_the_scheme_of_the_page_is_everywhere_at_once(tmp_path: Path, monkeypatc
 
 def test_blocks_are_found_and_skipped() -> None:
     skipped = "<!-- no-run: needs a camera -->\n```python\nfail()\n```\n"
-    text = f"a\n```py\nx = 1\n```\n{skipped}```sh\nls\n```\n```python\ny\n```\n"
-    assert runnable_blocks(text) == [(2, "x = 1\n"), (12, "y\n")]
+    text = f"a\n```py\nx = 1\n```\n{skipped}```sh\nls\n```\n```python\ny\n```\n\n```\n1\n```\n"
+    assert runnable_blocks(text) == [(2, "x = 1\n", None), (12, "y\n", "1\n")]
 
 
 # The snippets of the published README, word for word but for one comma that it lacks.

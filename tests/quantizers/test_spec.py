@@ -7,8 +7,9 @@ import torch
 
 import torchquant as tq
 from torchquant.errors import ConfigError, NoCodesError, UnknownNameError
-from torchquant.quantizers import QUANTIZERS, GroupQuantizer
+from torchquant.quantizers import QUANTIZERS, AffineQuantizer, GroupQuantizer
 from torchquant.quantizers._spec import find_scheme, schemes
+from torchquant.range_observers import BatchMinMax
 
 TEXTS = [
     "affine:8",
@@ -183,3 +184,19 @@ def test_a_group_refuses_what_it_cannot_do() -> None:
 def test_an_option_that_nobody_takes_is_refused_beside_those_there_are(spec: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         tq.make_quantizer(spec)
+
+
+def test_an_option_without_a_declared_type_has_that_of_its_default() -> None:
+    @QUANTIZERS.register("undeclared")
+    class Undeclared(AffineQuantizer):
+        def __init__(self, n_bits=4, axis=None, power=1.5, fold=False):  # type: ignore[no-untyped-def]
+            super().__init__(n_bits, BatchMinMax(axis=axis))
+            self.power, self.fold = power, fold
+
+    try:
+        made = tq.make_quantizer("undeclared:4,power=1.25,fold")
+        assert (made.power, made.fold) == (1.25, True)
+        with pytest.raises(ConfigError, match="power takes float, got 'high'"):
+            tq.make_quantizer("undeclared:4,power=high")
+    finally:
+        QUANTIZERS.unregister("undeclared")

@@ -9,7 +9,7 @@ from torchquant.cli._options import Argument
 from torchquant.cli._tables import show_all, show_one
 from torchquant.quantizers import SchemeEntry, catalogue, scheme_entry
 
-_PAGE = """# Schemes
+_PAGE = """# All schemes in one table
 
 This page lists every registered scheme by the name it has in a spec string
 (`scheme[:n_bits][,key=value|,flag ...][/tensor|/channel|/in_channel|/group=G|/block=AxB|/token][@gradient]`).

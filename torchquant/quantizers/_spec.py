@@ -310,12 +310,14 @@ class _Builder:
                 arguments.setdefault(name, value)
 
     def _take_options(self, owner: type, parameters: Mapping[str, Any], arguments: dict[str, Any]) -> None:
-        """Move the options for which `owner` has a parameter into `arguments`, in the parameter's type."""
+        """Move the options for which `owner` has a parameter into `arguments`, in its type or its default's."""
         hints = get_type_hints(owner.__init__)  # type: ignore[misc]
         for name in [name for name in self.options if name in parameters and name not in ("axis", "range_observer")]:
             given = self.options.pop(name)
             _require(name not in arguments, self.text, f"{name} is given twice, or fixed by {self.spec.scheme}")
-            arguments[name] = self._typed(name, given, hints.get(name, str))
+            default = parameters[name].default
+            undeclared = type(default) if isinstance(default, bool | int | float) else str
+            arguments[name] = self._typed(name, given, hints.get(name, undeclared))
 
     def _typed(self, name: str, given: str | None, hint: Any) -> Any:
         """Convert the text to the first of the parameter's types that can read it."""

@@ -1,4 +1,4 @@
-"""Choose quantizers: search schemes (QSS), learn bit widths (QPL), allocate by sensitivity. See docs/search.md."""
+"""Choose quantizers: search schemes (QSS), learn bit widths (QPL), allocate by sensitivity. See docs/searching.md."""
 
 from torchquant.search.allocation.assignment import Allocation as Allocation
 from torchquant.search.allocation.assignment import allocate as allocate

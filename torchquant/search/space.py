@@ -19,7 +19,7 @@ from torchquant.search.learning.mixture import MixtureQuantizer
 WIDTH = "{n}"
 WIDEST = 32
 DEFAULT_SCHEMES = ("qfmt", "resq", "vecq", "ul2q", "esb", "clipq", "pot", "zoomq")
-"""AutoQNN's eight: fixed point, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ; docs/search.md."""
+"""AutoQNN's eight: fixed, residual (greedy), VecQ, uL2Q, ESB, and its own ClipQ, PotQ, ZoomQ (docs/searching.md)."""
 
 
 @checked
