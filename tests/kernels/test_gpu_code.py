@@ -12,9 +12,9 @@ from tests.kernels.on_gpu import not_interpreted, triton
 
 ASKED = dict.fromkeys(("INSIDE", "PACKS", "STRICT", "ADDS", "WANTS_X", "WANTS_STEP", "WANTS_OFFSET", "WANTS_END"), True)
 EACH = dict.fromkeys(("STEP", "OFFSET", "END", "SCALE", "OTHER", "THIRD"), 1)
-ARGUMENTS = dict.fromkeys(("LOW", "HIGH", "BELOW", "ABOVE", "UNIT"), -1)
+ARGUMENTS = dict.fromkeys(("LOW", "HIGH", "BELOW", "ABOVE", "UNIT", "LEAST", "MOST"), -1)
 BYTES = ("bits", "inside", "above", "codes")
-COUNTS = ("n", "inner", "channels", "size")
+COUNTS = ("n", "inner", "channels", "size", "share", "n_bins")
 
 
 def instructions(kernel: Any, dtype: str, **constants: Any) -> str:
@@ -22,11 +22,11 @@ def instructions(kernel: Any, dtype: str, **constants: Any) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.fn.arg_names
+    names = kernel.arg_names
     known = {**EACH, **ARGUMENTS, "DELTA": 0, **ASKED, "WIDE": False, "ROWS": 64, **constants}
     constants = {name: value for name, value in known.items() if name in names}
     signature = {name: _type_of(name, names, constants, dtype) for name in names}
-    source = ASTSource(kernel.fn, signature, constants)
+    source = ASTSource(kernel.fn if hasattr(kernel, "configs") else kernel, signature, constants)
     made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False, "num_warps": 2})
     return str(made.asm["ptx"])
 
@@ -37,9 +37,11 @@ def _type_of(name: str, names: list[str], constants: dict[str, Any], dtype: str)
     if constants.get(name.upper()) == -1:
         return "fp32"
     is_mask = name in BYTES and name.upper() not in names
-    return "i32" if name in COUNTS else "*u8" if is_mask else f"*{dtype}"
+    return "i32" if name in COUNTS else "*u8" if is_mask else "*i64" if name == "counts" else f"*{dtype}"
 
 
+ROUNDS = ("_uniform", "_learned_step", "_differentiate", "_clip", "shifted_floats", "shifted_midrise")
+"""Kernels and forms that divide and round."""
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpu_uniform._uniform", "fp32 fp64", {}),
     ("gpu_uniform._to_codes", "fp32 fp64", {}),
@@ -57,6 +59,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpu_projections._project", "fp32", {"FORM": "powers_of_two", "CONSTANTS": (8.0,)}),
     ("gpu_projections._project", "fp32", {"FORM": "shifted_floats", "CONSTANTS": (0.25, 4.0, 0.5, 6.0)}),
     ("gpu_projections._project", "fp32", {"FORM": "shifted_midrise", "CONSTANTS": (-8.0, 7.0)}),
+    ("gpu_observers._ends", "fp32 fp64", {"TILE": 1}),
+    ("gpu_observers._ends", "fp32", {"TILE": 32, "WIDE": True}),
+    ("gpu_observers._average", "fp32 fp64", {"MOMENTUM": 0.9, "STARTS": True, "JOINS": True, "AT_ONCE": 512}),
+    ("gpu_observers._histogram", "fp32 fp64", {"BINS": 2048, "WITH_ZEROS": False, "MAGNITUDE": True}),
 ]
 """File and name of a kernel, types of its elements, constants; a function among these by its name"""
 
@@ -70,11 +76,12 @@ def test_compiled_code_computes_as_ieee_754_says(kernel: str, dtype: str, consta
         key: getattr(module, value, None) or forms.FORMS[value] if isinstance(value, str) else value
         for key, value in constants.items()
     }
-    code, kind = instructions(getattr(module, name), dtype, **given), dtype.replace("fp", "f")
+    code = instructions(getattr(module, name), dtype, **given)
+    kind = "f64" if name == "_average" else dtype.replace("fp", "f")
     assert not re.search(r"\bdiv\.(full|approx)|\brcp\.|\bfma\.rn\.f|\.ftz\b|\b(atom|red)\.\S*\.f(16|32|64)", code)
     n_divisions = len(re.findall(rf"\bdiv\.rn\.{kind}\b", code))
     n_sums = len(re.findall(rf"\b(?:add|sub)\.(?:rn\.)?{kind}\b", code))
     form = constants.get("FORM", name)
-    assert (n_divisions > 0) == (form not in ("_masked", "_from_codes", "_differentiate_clip", "signs", "ternary"))
-    if n_divisions and form not in ("_to_codes", "powers_of_two"):
+    assert (n_divisions > 0) == (form in (*ROUNDS, "_to_codes", "powers_of_two", "_average"))
+    if form in ROUNDS:
         assert n_sums >= 2 * n_divisions  # the two sums that round

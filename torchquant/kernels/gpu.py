@@ -40,7 +40,7 @@ def operation(dtypes: tuple[torch.dtype, ...]) -> Callable[[Callable[..., Any]],
 
 def kernels() -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type."""
-    from torchquant.kernels import gpu_learned, gpu_projections, gpu_uniform  # noqa: F401  # these enter their operations
+    from torchquant.kernels import gpu_learned, gpu_observers, gpu_projections, gpu_uniform  # noqa: F401  # these enter their operations
 
     return {(name, dtype): function for name, (function, dtypes) in OPERATIONS.items() for dtype in dtypes}
 
@@ -52,13 +52,16 @@ def tuned(kernel: Any, resets: tuple[str, ...] = ()) -> Any:
     return triton.autotune(configs, key=["size"], reset_to_zero=list(resets))(kernel)
 
 
-def launch(kernel: Any, x: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel over the elements of x, on its device and current stream, without fused multiply-adds."""
-    n = x.numel()
+def run(kernel: Any, x: Tensor, grid: Any, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel on the device of x and its current stream, without fused multiply-adds."""
     with torch.cuda.device_of(x):
-        kernel[lambda chosen: (triton.cdiv(n, FLAGS * chosen["ROWS"]),)](
-            *arguments, n.bit_length(), WIDE=n > MOST_IN_32_BITS, enable_fp_fusion=False, **constants
-        )
+        kernel[grid](*arguments, WIDE=x.numel() > MOST_IN_32_BITS, enable_fp_fusion=False, **constants)
+
+
+def launch(kernel: Any, x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel over the elements of x, eight for each row of a block; its last argument is their `size`."""
+    n = x.numel()
+    run(kernel, x, lambda chosen: (triton.cdiv(n, FLAGS * chosen["ROWS"]),), *arguments, n.bit_length(), **constants)
 
 
 def _readable(number: Number | None, x: Tensor) -> tuple[Number, int]:

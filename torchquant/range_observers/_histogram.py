@@ -35,8 +35,9 @@ class Bins:
         rows: (C, n), finite, in the bins' type. `of_magnitude`: count |x|.
         """
         kernel = kernels.find("histogram", rows)
-        if kernel is not None:
-            return cast(Tensor, kernel(rows, self.low, self.scale, self.n_bins, with_zeros, of_magnitude))
+        found = None if kernel is None else kernel(rows, self.low, self.scale, self.n_bins, with_zeros, of_magnitude)
+        if found is not None:
+            return cast(Tensor, found)
         rows = rows.abs() if of_magnitude else rows
         if torch.compiler.is_compiling() or rows.device.type != "cpu":
             index = self._place(rows).nan_to_num_(0.0).to(torch.int64)
@@ -46,8 +47,8 @@ class Bins:
             zeros = [] if with_zeros else [rows.shape[1] - torch.count_nonzero(rows, 1)]
         else:
             pieces = [rows] if rows.numel() <= AT_ONCE else rows.split(max(1, AT_ONCE // len(rows)), 1)
-            found = [self._counted(piece) for piece in pieces]
-            counts = found[0] if len(found) == 1 else torch.stack(found).sum(0)
+            parts = [self._counted(piece) for piece in pieces]
+            counts = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
             counts = counts.view(len(rows), self.n_bins).to(torch.float64)
             # A sum of floats is the fastest way to count.
             zeros = [] if with_zeros else [torch.eq(p, 0.0, out=torch.empty_like(p)).sum(1) for p in pieces]

@@ -273,9 +273,13 @@ class StatisticTracker(CallsOfABatch):
 
     def _average_in(self, values: Sequence[Tensor | float], seen: Tensor | float, usable: Tensor | float) -> None:
         buffers: Any = self._buffers
-        momentum = 0.0 if self.starts_at_first and not self.is_observed else self.momentum
-        weight = seen * self.momentum + (1.0 - momentum)
-        rate = (1.0 - momentum) / weight * usable
+        fresh: Tensor | float = 1.0 - self.momentum
+        if self.starts_at_first and isinstance(seen, Tensor):  # 0 also if every batch so far had NaN and was refused
+            fresh = torch.full_like(seen, 1.0 - self.momentum).masked_fill_(seen == 0, 1.0)
+        elif self.starts_at_first and not self.is_observed:
+            fresh = 1.0
+        weight = seen * self.momentum + fresh
+        rate = fresh / weight * usable
         for name, value in zip(self.statistics, values, strict=True):
             if not (name in self.set_once and self.is_observed):
                 _move_towards(buffers[name], value, rate)

@@ -140,7 +140,12 @@ class RunningMinMax(MinMax):
         least, most = (cast(Tensor, self._buffers[name]) for name in self.statistics)
         if low.dtype != least.dtype:
             least, most = least.to(low.dtype), most.to(high.dtype)
-        return torch.minimum(low, least), torch.maximum(high, most)
+        joined = torch.minimum(low, least), torch.maximum(high, most)
+        if low.is_cpu and not torch.compiler.is_compiling():
+            return joined
+        # Only the device knows whether every batch so far had NaN and was refused.
+        is_known = self.observed_weight > 0
+        return torch.where(is_known, joined[0], low), torch.where(is_known, joined[1], high)
 
 
 @OBSERVERS.register("ema")
