@@ -493,6 +493,12 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         },
         "write_latency": lambda: {"path": "latency.json", "table": latency_table()},
     },
+    "torchquant.integrations": {
+        "TorchquantConfig": lambda: {
+            **{"rules": "w4a8", "example_inputs": X, "trace": True, "save_as": "codes", "plan": None},
+            **{"weights": None, "tied": None, "version": "0.1.0", "quant_method": "torchquant"},
+        },
+    },
     "torchquant.deploy": {
         "certify": lambda: {
             **{"model": quantized(), "path": file("onnx"), "data": BATCHES, "bound": 0, "tie_bound": 1e-3},

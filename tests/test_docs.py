@@ -39,7 +39,7 @@ from torchquant.range_observers import OBSERVERS
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "docs/analyze.md", "docs/coming-from.md", "docs/coming-from-others.md"),
     *("docs/deploy.md", "docs/index.md", "docs/models.md", "docs/monitor.md", "docs/ptq.md", "docs/quantizers.md"),
-    *("docs/searching.md", "docs/training.md"),
+    *("docs/integrations.md", "docs/searching.md", "docs/training.md"),
 )
 BLOCK = re.compile(
     r"^(?P<skip><!-- no-run: .+? -->\s*\n)?```(?:python|py)\n(?P<code>.*?)^```\n(?:\n```\n(?P<output>.*?)^```\n)?",

@@ -41,7 +41,7 @@ ROWS = (
     ("graph", "plan", "models"),
     ("training", "ptq", "search", "analysis"),
     ("deploy", "compat"),
-    ("runs",),
+    ("runs", "integrations"),
     ("info", "cli", "demo", "compare", "job", "export_run", "search_run"),
 )
 ROW = {unit: row for row, units in enumerate(ROWS) for unit in units} | {"__init__": len(ROWS), "__main__": len(ROWS)}

@@ -20,6 +20,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "Search schemes and bit widths": ("torchquant.search", "torchquant.search_run"),
     "Analyze": ("torchquant.analysis",),
     "Deploy": ("torchquant.deploy",),
+    "Other libraries": ("torchquant.integrations",),
     "Compare schemes": ("torchquant.compare",),
     "Commands from Python": (
         *("torchquant.runs.quantize", "torchquant.runs.ptq", "torchquant.runs.analyze", "torchquant.runs.export"),

@@ -21,10 +21,10 @@ from torchquant import cli
 from torchquant.analysis import layer_errors, weight_bytes
 from torchquant.deploy import file_sizes, load_packed, save_packed
 from torchquant.deploy.lowering.deploy_form import deploy_form
-from torchquant.deploy.packed import file as packed
+from torchquant.deploy.packed import contents as packed_contents
 from torchquant.deploy.packed import head as packed_head
 from torchquant.deploy.packed.references import model_of
-from torchquant.errors import ConfigError, ExportError
+from torchquant.errors import ConfigError, ExportError, require
 from torchquant.plan import QuantPlan
 from torchquant.qmodule import QWeights
 from torchquant.quantizers import QUANTIZERS, Quantizer
@@ -234,12 +234,12 @@ class Tied(nn.Module):
 def test_a_file_of_0_1_with_the_keys_of_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, net = torch.randn(3, 6), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
     model = ready(tq.quantize(net, "w8a8", x), x)
-    now = packed._float_state
+    now = packed_contents._float_state
 
     def then(*given: Any) -> dict[str, Tensor]:
         return {key.replace(".bias", ".layer.bias"): value for key, value in now(*given).items()}
 
-    monkeypatch.setattr(packed, "_float_state", then)
+    monkeypatch.setattr(packed_contents, "_float_state", then)
     save_packed(model, tmp_path / "model.safetensors")
     assert "0.layer.bias" in safetensors.load_file(tmp_path / "model.safetensors")
     assert torch.equal(load_packed(tmp_path / "model.safetensors", net)(x), model(x))
@@ -453,7 +453,7 @@ def file(tmp_path: Path) -> Path:
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
     """Change what the file holds, with a checksum that fits."""
-    with packed.require("safetensors", "deploy").safe_open(file, "pt") as opened:
+    with require("safetensors", "deploy").safe_open(file, "pt") as opened:
         tensors, said = (
             {k: opened.get_tensor(k) for k in opened.keys()},  # noqa: SIM118
             json.loads(opened.metadata()[packed_head.FORMAT]),

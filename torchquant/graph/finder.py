@@ -39,7 +39,9 @@ from torchquant.graph.trace import NotTraceable, pattern_without_example, rename
 from torchquant.qmodule.patterns import plain_type
 from torchquant.qmodule.state import QModule
 
-Patterns = Mapping[str, tuple[Any, ...]]
+Patterns = Mapping[str, tuple[Any, ...] | str]
+"""Path of a module -> how it is called, or the reason why its forward is not traced."""
+BETWEEN = "operators between its layers: "
 RAW_WHY = "a weight that no layer owns: a forward uses it directly"
 VARYING_WHY = "its calls multiply values in different ways, so that no quantizer belongs to a product"
 
@@ -77,7 +79,7 @@ def capture(
     if fuse not in (True, False, "bn"):
         raise ConfigError(f"fuse must be True, False or 'bn', got {fuse!r}")
     twin, run = copy_model(model), copy_model(model) if example_inputs is not None else None
-    known, counts = dict(patterns or {}), dict[str, int]()
+    known, counts = dict[str, tuple[Any, ...] | str](patterns or {}), dict[str, int]()
     if run is not None:
         calls = recorded_calls(run, example_inputs)
         known, counts = {path: pattern_of(values) for path, values in calls.values.items()}, calls.counts
@@ -140,6 +142,8 @@ class Finder(Found):
 
     def _followed(self, path: str, module: nn.Module) -> Region:
         pattern = self.patterns.get(path) or pattern_without_example(module)
+        if isinstance(pattern, str):
+            raise NotTraceable(pattern)
         names: dict[Any, str] = {}
         traced = traced_variants(module, pattern)
         ways = tuple(Way(replace(each, graph=renamed(each.graph, names))) for each in traced)
@@ -184,7 +188,7 @@ class Finder(Found):
                 self.floats.append(Unquantized(below, type(child).__name__, NORM_WHY))
         is_container = type(module).forward is nn.Module.forward
         if reason and not is_container and len(self.sites) > has_sites:
-            self.floats.append(Unquantized(path, type(module).__name__, f"operators between its layers: {reason}"))
+            self.floats.append(Unquantized(path, type(module).__name__, BETWEEN + reason))
 
     @torch.no_grad()
     def keep_real(self, run: nn.Module, example_inputs: Any) -> None:
@@ -247,7 +251,7 @@ class Finder(Found):
 
     def tell_of_raw_weights(self) -> None:
         """List the weights that belong to no site, such as tables and kernels that a forward uses directly."""
-        told = {left.path: left.type for left in self.floats if not left.why.startswith("operators between")}
+        told = {left.path: left.type for left in self.floats if not left.why.startswith(BETWEEN)}
         layers = [site.module for site in self.sites.values() if site.module is not None]
         owned = {id(p) for module in layers for p in module.parameters()}
         for path, module in self.model.named_modules():

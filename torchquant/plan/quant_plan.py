@@ -21,7 +21,7 @@ from torchquant.graph.calls import calls_from_data, calls_to_data, is_default_ca
 from torchquant.graph.copies import copy_model
 from torchquant.graph.cost import PlanCost, plan_cost
 from torchquant.graph.coverage import Coverage, coverage_of
-from torchquant.graph.finder import capture
+from torchquant.graph.finder import BETWEEN, capture
 from torchquant.graph.rewrite import SHARE, revert, rewrite
 from torchquant.graph.sites import SLOTS, Captured, Site, SitePlan, Unquantized
 from torchquant.plan.rules import Rules, check_keys, choice, read_rules
@@ -142,12 +142,9 @@ class QuantPlan(ShownAsTables):
         model does not have the sites of the plan.
         """
         target = model if inplace else copy_model(model)
-        return self.apply_to(
-            capture(
-                *(target, None, self.trace, self.fuse),
-                *(getattr(self, name, {}) for name in ("patterns", "products")),  # old pickles do not have them
-            )
-        )
+        patterns, products = (getattr(self, name, {}) for name in ("patterns", "products"))  # not in old pickles
+        untraced = {left.path: left.why.removeprefix(BETWEEN) for left in self.floats if left.why.startswith(BETWEEN)}
+        return self.apply_to(capture(target, None, self.trace, self.fuse, {**patterns, **untraced}, products))
 
     def apply_to(self, captured: Captured) -> nn.Module:
         """Do the same as `apply` for a model that was captured before, in place."""

@@ -18,6 +18,7 @@ from torchquant.graph.finder import capture
 from torchquant.graph.recording import call_with_copies, undisturbed
 from torchquant.graph.sites import Unquantized
 from torchquant.graph.traced import graphs_running
+from torchquant.plan.adapters import tell_adapters
 from torchquant.plan.quant_plan import QuantPlan
 from torchquant.plan.rules import Rules
 from torchquant.qmodule.lean import set_lean
@@ -78,6 +79,7 @@ def quantize(
     if example_inputs is not None:
         made: Any = quantized.conversion
         made.example = tree_map_only(Tensor, lambda x: x.detach().to("meta"), example_inputs)
+    tell_adapters(quantized)
     return quantized
 
 

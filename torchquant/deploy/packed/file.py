@@ -5,38 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchquant._arguments import checked
 from torchquant._files import write_whole
-from torchquant._modes import in_mode
-from torchquant.deploy.packed.head import Head, metadata_of, read_head, type_name
+from torchquant.deploy.packed.contents import contents_of, load_contents
+from torchquant.deploy.packed.head import Head, metadata_of, read_head
 from torchquant.deploy.packed.reading import read_safetensors
 from torchquant.deploy.packed.references import model_of, split_reference
 from torchquant.deploy.packed.weight_codes import (
     CodesQuantizer,
-    coded_tensors,
-    codes_of,
-    pack_codes,
     quantized_slots,
-    tied_slots,
-    unpack_codes,
 )
 from torchquant.errors import ConfigError, ExportError, require
-from torchquant.graph.own_inputs import expect_slots
 from torchquant.plan import QuantPlan, quantize
-from torchquant.qmodule import QModule, QModuleState
-from torchquant.qmodule.fused_part import current_keys
-from torchquant.range_observers._pins import Pinnable
-from torchquant.utils import set_qmodule_state
-
-CODES, SHARED = ".codes", ".shared"
-"""Name endings of the tensors of a weight: the bits of its codes, and the bits that all codes of a block share."""
+from torchquant.qmodule import QModule
 
 Build = str | tuple[str, Mapping[str, Any]]
 
@@ -75,20 +63,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str], build: Build | N
             "torchquant.quantize, or save its state_dict"
         )
     reference = _checked_build(build)
-    weights: dict[str, list[Any]] = {}
-    with in_mode(False, model):
-        slots = {key: (slot, codes_of(slot)) for key, slot in quantized_slots(model).items()}
-    tied = tied_slots(slots)
-    tensors = _float_state(model, [slots[key][0].state_prefix for key in tied])
-    for key, (slot, codes) in slots.items():
-        assert slot.quantizer is not None
-        form, elements, shared = pack_codes(codes.cpu(), slot.quantizer)
-        weights[key] = [list(codes.shape), type_name(slot.weight), *form]
-        if key not in tied:
-            tensors[key + CODES] = elements
-            if shared is not None:
-                tensors[key + SHARED] = shared
-    head = Head(weights, _plan_of(model), reference, tied)
+    tensors, head = contents_of(model, reference)
     metadata = metadata_of(tensors, head)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +89,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     MissingDependencyError.
 
     >>> import tempfile
-    >>> from torchquant import observe_weights, quantize
+    >>> from torchquant import QModuleState, observe_weights, quantize, set_qmodule_state
     >>> net = nn.Sequential(nn.Linear(4, 2))
     >>> model = quantize(net, [{"weight": "affine:4/channel"}])
     >>> observe_weights(model)
@@ -128,41 +103,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     tensors, metadata = read_safetensors(path)
     head = read_head(path, tensors, metadata)
     loaded = _built(path, head, model)
-    expect_slots(loaded, tensors)
-    none = torch.zeros(0, dtype=torch.uint8)
-    bits = {key: (tensors.pop(key + CODES, none), tensors.pop(key + SHARED, none)) for key in head.weights}
-    slots = quantized_slots(loaded)
-    _expect(path, loaded, "quantized weight", head.weights, slots)
-    for key, other in head.tied.items():
-        there, here = slots[other].state_prefix, slots[key].state_prefix
-        tensors |= {here + k.removeprefix(there): value for k, value in tensors.items() if k.startswith(there)}
-    current = current_keys(loaded, tensors)
-    tensors = {current.get(key, key): value for key, value in tensors.items()}
-    for name, module in loaded.named_modules(remove_duplicate=False):
-        if isinstance(module, Pinnable):
-            module.expect_pins(tensors, f"{name}." if name else "")
-    _load_state(path, loaded, tensors)
-    coded = coded_tensors(loaded, loaded.state_dict(keep_vars=True))
-    codes: dict[str, Tensor] = {}
-    for key, (shape, kind, *form) in head.weights.items():
-        slot = slots[key]
-        quantizer, weight = slot.quantizer, slot.weight
-        assert quantizer is not None
-        if (shape, kind) != (list(slot.seen().shape), type_name(weight)):
-            here = f"{type_name(weight)} of shape {list(slot.seen().shape)}"
-            raise ConfigError(f"{path} holds another model: {key} is {kind} of shape {shape} there, {here} here")
-        source = head.tied.get(key, key)
-        if source not in codes:
-            try:
-                codes[source] = unpack_codes(form, shape, *bits[source], quantizer)
-            except ConfigError as error:
-                raise ConfigError(f"{path}, {key}: {error}") from error
-        stored = CodesQuantizer(quantizer, codes[source].to(weight.device))
-        slot.replace_quantizer(stored)
-        if id(weight) in coded:
-            slot.set_weight(stored.decode(stored.codes, weight.dtype))
-            weight.requires_grad_(False)
-    set_qmodule_state(loaded, QModuleState.QUANT_EVAL)
+    load_contents(path, loaded, tensors, head)
     return loaded.eval()
 
 
@@ -176,35 +117,6 @@ def _checked_build(build: Build | None) -> tuple[str, dict[str, Any]] | None:
     except TypeError as error:
         raise ConfigError(f"the arguments of {reference} must be plain JSON data: {error}") from error
     return reference, dict(arguments)
-
-
-def _float_state(model: nn.Module, left_out_keys: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Return the state without the weights that codes represent, each tensor once, by the keys before packing.
-
-    `left_out_keys`: prefixes of keys that are left out too.
-    """
-    state = model.state_dict(keep_vars=True)
-    left_out = coded_tensors(model, state)
-    packed = [f"{p}." for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, CodesQuantizer)]
-    kept = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ExportError(f"{key} of the state_dict is a {type(value).__name__}; a packed file holds tensors only")
-        prefix = next((p for p in packed if key.startswith(p)), "")
-        if id(value) in left_out or (prefix and key == f"{prefix}codes") or key.startswith(tuple(left_out_keys)):
-            continue
-        left_out.add(id(value))
-        name = prefix + key.removeprefix(prefix).removeprefix("quantizer.") if prefix else key
-        kept[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return kept
-
-
-def _plan_of(model: nn.Module) -> dict[str, Any] | None:
-    plan = getattr(model, "plan", None)
-    try:
-        return plan.to_dict() if isinstance(plan, QuantPlan) else None
-    except ConfigError:  # it has functions
-        return None
 
 
 def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) -> nn.Module:
@@ -230,40 +142,3 @@ def _built(path: str | os.PathLike[str], head: Head, model: nn.Module | None) ->
         if isinstance(slot.quantizer, CodesQuantizer):
             slot.replace_quantizer(slot.quantizer.quantizer)
     return own
-
-
-def _load_state(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load everything but the codes into the model. A tensor under several keys is stored under one of them."""
-    state = model.state_dict(keep_vars=True)
-    coded = coded_tensors(model, state)
-    given = {id(state[key]): value for key, value in tensors.items() if key in state}
-    found = {id(value): value for value in state.values() if id(value) in coded} | given
-    _expect(path, model, "key", tensors, [k for k, value in state.items() if k in tensors or id(value) not in found])
-    for key in tensors:
-        there, here = type_name(tensors[key]), type_name(state[key])
-        if there != here:
-            raise ConfigError(f"{path}: {key} is {there} in the file, {here} in the model; use model.to(torch.{there})")
-    try:
-        model.load_state_dict({key: found[id(value)] for key, value in state.items()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} holds another model: {reason}") from error
-
-
-def _expect(
-    path: str | os.PathLike[str], model: nn.Module, what: str, there: Collection[str], here: Collection[str]
-) -> None:
-    """Raise ConfigError unless the file and the model have the same names."""
-    problems = [
-        f"{len(names)} {what}{'s' if len(names) > 1 else ''} only {where}: {', '.join(names[:3])}"
-        for where, names in (
-            ("in the file", [name for name in there if name not in here]),
-            ("in the model", [name for name in here if name not in there]),
-        )
-        if names
-    ]
-    if problems:
-        raise ConfigError(
-            f"{path} holds another model than this {type(model).__name__}: {'; '.join(problems)}. Build it as it was "
-            "for saving"
-        )

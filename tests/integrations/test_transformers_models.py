@@ -1,0 +1,207 @@
+"""Models of transformers: quantized by `from_pretrained`, saved and loaded by transformers' own functions."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchquant as tq
+from tests.integrations.hf_nets import NETS, bert, hf, inputs_of, made, output
+from torchquant.errors import ConfigError, ExportError, UnobservedRangeError
+from torchquant.integrations import TorchquantConfig
+
+safetensors = pytest.importorskip("safetensors.torch")
+WEIGHT_ONLY = [{"weight": "affine:4/channel"}]
+
+
+def saved(model: Any, folder: Path, **options: Any) -> Any:
+    """Save a model and load it again."""
+    model.save_pretrained(folder, **options)
+    return getattr(hf, type(model).__name__).from_pretrained(folder)
+
+
+def quantized(name: str, folder: Path, rules: Any = "w4a8", **options: Any) -> Any:
+    """Load a float model from a folder with a config, and calibrate it."""
+    net = made(name)
+    net.save_pretrained(folder / "float")
+    with pytest.warns(UserWarning, match=r"have seen no data.*torchquant.calibrate\(model, batches\)"):
+        model = type(net).from_pretrained(folder / "float", quantization_config=TorchquantConfig(rules, **options))
+    tq.calibrate(model, [inputs_of(net)])
+    return model
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_round_trip_computes_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = quantized(name, tmp_path)
+    inputs = inputs_of(model)
+    expected = output(model, inputs)
+    assert not torch.equal(expected, output(made(name), inputs))
+    loaded = saved(model, tmp_path / "once")
+    assert torch.equal(output(loaded, inputs), expected)
+    again = saved(loaded, tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert torch.equal(output(again, inputs), expected)
+    assert {module.state for _, module in tq.utils.qmodules(again)} == {tq.QModuleState.QUANT_EVAL}
+    stored = tensors_in(tmp_path / "once")
+    n_codes = sum(value.numel() for value in stored.values() if value.dtype is torch.uint8)
+    n_weights = sum(p.numel() for p in made(name).parameters() if p.ndim == 2)
+    assert n_weights / 2 <= n_codes < 1.1 * n_weights
+    assert not any(value.is_floating_point() and value.ndim == 2 and value.numel() for value in stored.values())
+    if model.can_generate():
+        options = {"max_new_tokens": 5, "pad_token_id": 0, "attention_mask": inputs["attention_mask"]}
+        assert torch.equal(
+            again.generate(inputs["input_ids"], **options), model.generate(inputs["input_ids"], **options)
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_quantize_made_saves_itself(name: str, tmp_path: Path) -> None:
+    net = made(name)
+    inputs = inputs_of(net)
+    model = tq.quantize(net, "w8a8", inputs)
+    tq.calibrate(model, [inputs])
+    assert torch.equal(output(saved(model, tmp_path), inputs), output(model, inputs))
+    assert getattr(net.config, "quantization_config", None) is None
+    auto = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
+    assert torch.equal(output(auto.from_pretrained(tmp_path), inputs), output(model, inputs))
+
+
+def test_weights_alone_need_no_calibration(tmp_path: Path) -> None:
+    net = made("bert")
+    net.save_pretrained(tmp_path / "float")
+    model = hf.AutoModel.from_pretrained(tmp_path / "float", quantization_config=TorchquantConfig(WEIGHT_ONLY))
+    expected = output(model, inputs_of(net))
+    assert torch.equal(output(saved(model, tmp_path / "q"), inputs_of(net)), expected)
+
+
+def test_a_model_that_was_not_calibrated_says_so(tmp_path: Path) -> None:
+    made("bert").save_pretrained(tmp_path / "float")
+    config = TorchquantConfig("w4a8")
+    with pytest.warns(UserWarning, match="19 quantizers of BertModel have seen no data"):
+        model = hf.AutoModel.from_pretrained(tmp_path / "float", quantization_config=config)
+    with pytest.raises(UnobservedRangeError, match="query: the input quantizer"):
+        output(model, inputs_of(model))
+    with pytest.warns(UserWarning, match="19 quantizers of BertModel have seen no data"):
+        loaded = saved(model, tmp_path / "q")
+    with pytest.raises(UnobservedRangeError, match="query: the input quantizer"):
+        output(loaded, inputs_of(model))
+
+
+def test_graphs_and_a_plan_of_ones_own(tmp_path: Path) -> None:
+    inputs = inputs_of(made("bert"))
+    graphs = quantized("bert", tmp_path, trace=True, example_inputs=inputs)
+    assert any("GELU" in what for what in graphs.plan.types.values())
+    assert torch.equal(output(saved(graphs, tmp_path / "q"), inputs), output(graphs, inputs))
+    plan = graphs.plan.replace(graphs.plan.sites[3].path, weight=None)
+    model = quantized("bert", tmp_path / "own", plan)
+    assert [site.weight for site in model.plan.sites] == [site.weight for site in plan.sites]
+    assert torch.equal(output(saved(model, tmp_path / "q2"), inputs), output(model, inputs))
+
+
+def test_without_torchquant_nothing_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized("bert", tmp_path, WEIGHT_ONLY + [{"types": ["Linear"], "input": "affine:8"}])
+    model.save_pretrained(tmp_path / "q")
+    auto = hf.quantizers.auto
+    for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(table, "torchquant")
+    with pytest.raises(ValueError, match="import torchquant.integrations.transformers"):
+        hf.AutoModel.from_pretrained(tmp_path / "q")
+    with pytest.raises(RuntimeError, match="`ignore_mismatched_sizes` to `False`"):
+        hf.AutoModel.from_pretrained(tmp_path / "q", attn_implementation="eager")
+
+
+def test_the_float_weights_to_train_on(tmp_path: Path) -> None:
+    model = quantized("llama", tmp_path, save_as="float")
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_AWARE_TRAIN)
+    inputs = inputs_of(model)
+    loaded = saved(model, tmp_path / "q")
+    assert {module.state for _, module in tq.utils.qmodules(loaded)} == {tq.QModuleState.QUANT_AWARE_TRAIN}
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight.requires_grad
+    tq.set_qmodule_state(loaded, tq.QModuleState.QUANT_EVAL)
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_EVAL)
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+
+
+def test_a_reverted_model_is_saved_as_a_float_one(tmp_path: Path) -> None:
+    model = quantized("bert", tmp_path)
+    model.save_pretrained(tmp_path / "q")
+    net = model.plan.revert(model)
+    net.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not {"quantization_config", "attn_implementation"} & written.keys()
+    assert torch.equal(
+        output(hf.AutoModel.from_pretrained(tmp_path / "again"), inputs_of(net)), output(made("bert"), inputs_of(net))
+    )
+
+
+def test_another_class_a_part_and_another_type_are_refused(tmp_path: Path) -> None:
+    model = quantized("masked", tmp_path)
+    model.save_pretrained(tmp_path / "q")
+    with pytest.raises(ConfigError, match="saved from BertForMaskedLM, and BertModel has other weights"):
+        hf.AutoModel.from_pretrained(tmp_path / "q")
+    with pytest.raises(ConfigError, match="BertModel is part of a quantized model"):
+        model.bert.save_pretrained(tmp_path / "part")
+    with pytest.raises(ConfigError, match="stand for weights of float32; got dtype=torch.bfloat16"):
+        hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="loaded onto one device"):
+        hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "q", device_map={"bert": "cpu", "cls": "disk"})
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    made("bert").to(torch.bfloat16).save_pretrained(tmp_path / "float")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = hf.AutoModel.from_pretrained(tmp_path / "float", quantization_config=TorchquantConfig("w8a8"))
+    tq.calibrate(model, [inputs_of(model)])
+    loaded = saved(model, tmp_path / "q")
+    assert loaded.dtype is torch.bfloat16
+    assert torch.equal(output(loaded, inputs_of(model)), output(model, inputs_of(model)))
+
+
+def test_a_weight_without_codes_is_named(tmp_path: Path) -> None:
+    model = tq.quantize(bert().eval(), "w8a8", inputs_of(bert()))
+    with pytest.raises(ExportError, match=r"embeddings.word_embeddings.*has seen no data|not ready|no range"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give rules"),
+        ({"rules": "w4a9"}, "there is no rule set 'w4a9'"),
+        ({"rules": "w4a8", "save_as": "int"}, "save_as must be one of codes, float, got 'int'"),
+        ({"rules": "w4a8", "quant_method": "gptq"}, "quant_method must be 'torchquant', got 'gptq'"),
+    ],
+)
+def test_settings_that_are_none(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TorchquantConfig(**arguments)
+
+
+def test_a_config_of_another_version() -> None:
+    with pytest.raises(ConfigError, match="the quantization_config of torchquant 9.9.*newer"):
+        TorchquantConfig.from_dict({"plan": {}, "version": "9.9", "newer": 1})
+
+
+def test_pictures_need_an_example(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    net = hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=8, **sizes)).eval()
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="ViTModel reads pixel_values; give TorchquantConfig example_inputs"):
+        hf.AutoModel.from_pretrained(tmp_path, quantization_config=TorchquantConfig("w4a8"))
+    x = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    with pytest.warns(UserWarning, match="have seen no data"):
+        model = hf.AutoModel.from_pretrained(tmp_path, quantization_config=TorchquantConfig("w4a8", x))
+    tq.calibrate(model, [x])
+    assert torch.equal(output(saved(model, tmp_path / "q"), x), output(model, x))
