@@ -14,6 +14,7 @@ from tests.oracles import GOLDEN
 from torchquant.errors import ConfigError
 from torchquant.qmodule.bn_folding import FOLD_MODES
 from torchquant.quantizers import Quantizer
+from torchquant.quantizers_functional.bn_fold import channel_view
 
 TRAIN = tq.QModuleState.QUANT_AWARE_TRAIN
 
@@ -147,6 +148,27 @@ def test_rescale_runs_the_layer_once_a_step_and_the_others_twice() -> None:
         with Count():
             wrapper.train()(x)
         assert runs == (1 if mode == "rescale" else 2), mode
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rescale_has_the_gradients_of_what_it_computes(name: str) -> None:
+    """The weight lies on a coarse grid, so that the gradients of folding and of its division do not cancel."""
+    found = []
+    for direct in (False, True):
+        torch.manual_seed(0)
+        quantizer = tq.AffineQuantizer(2, tq.BatchMinMax(axis=0), "narrow", gradient_clip=True)
+        wrapper, _, x = make(name, "rescale", quantizer)
+        tq.set_qmodule_state(wrapper, TRAIN)
+        if direct:
+            factor = wrapper.bn.weight / (wrapper.bn.running_var.clone() + wrapper.bn.eps).sqrt()
+            y = wrapper._run(x, factor, None) / channel_view(factor, x.ndim)
+            bias = wrapper.bias_in_use
+            y = wrapper.bn(y if bias is None else y + channel_view(bias, x.ndim)).relu()
+        else:
+            y = wrapper.train()(x)
+        y.backward(torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view(y.shape))
+        found.append([y, wrapper.bn.weight.grad, wrapper.layer.weight.grad])
+    assert all(map(close, *found))
 
 
 def test_gamma_zero_stays_finite_in_rescale() -> None:

@@ -9,16 +9,18 @@ statistics, `Q` the weight quantizer (or nothing), `f` the fold factor gamma / s
 | running | update R by the float layer; `y = conv(x, Q(W f_R)) + bias_R` | 2 |
 | batch | update R; `y = conv(x, Q(W f_B)) + bias_B`, gradients through the batch statistics | 2 |
 | corrected | update R; `y = conv(x, Q(W f_R)) * sigma_R / sigma_B + bias_B` | 2 |
-| rescale | `y = BN(conv(x, Q(W f_R)) / f_R + b)`, which also updates R | 1 |
+| rescale | `y = BN(conv(x, Q(W f_R) / f_R) + b)`, which also updates R | 1 |
 
 With the batch norm frozen or in eval mode all of them are `conv(x, Q(W f_R)) + bias_R`.
 Sources: running, NNI 3.0; batch, Jacob et al. 2018 (arXiv:1712.05877) figure C8; corrected,
-Krishnamoorthi 2018 (arXiv:1806.08342) section 3.2.2; rescale, the ConvBn modules of torch.ao.
+Krishnamoorthi 2018 (arXiv:1806.08342) section 3.2.2; rescale, the ConvBn modules of torch.ao, which divide the
+result: the same but for rounding, and the weight is the smaller tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +31,11 @@ from torchquant.quantizers_functional.bn_fold import bn_sigma, channel_view, fol
 
 FOLD_MODES = ("running", "batch", "corrected", "rescale")
 
-# (x, factor (C,), bias (C,) or None) -> output of the layer with the weight times factor, quantized
-RunScaled = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+class RunScaled(Protocol):
+    """Runs the layer with its weight times `factor` (C,), quantized; `unfolds`: and divided by it again."""
+
+    def __call__(self, x: Tensor, factor: Tensor, bias: Tensor | None, unfolds: bool = False) -> Tensor: ...
 
 
 def check_fold(fold_bn: bool | str, bn: _BatchNorm | None, out_channels: int) -> str | None:
@@ -73,10 +78,10 @@ def folded_forward(
     if not bn.training:
         return run(x, running_factor(bn), running_bias(bn, bias))
     if mode == "rescale":
-        factor = running_factor(bn)
-        factor = torch.where(factor == 0, running_sigma(bn).reciprocal(), factor)
-        y = run(x, factor, None)
-        y = y / channel_view(factor, y.ndim)
+        sigma = running_sigma(bn)
+        factor = fold_factor(bn.weight, sigma)
+        factor = torch.where(factor == 0, sigma.reciprocal(), factor)
+        y = run(x, factor, None, True)
         return bn(y if bias is None else y + channel_view(bias, y.ndim))
     if mode == "running":
         with torch.no_grad():

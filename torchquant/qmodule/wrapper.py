@@ -194,11 +194,16 @@ class QWrapper(InputSlots):
         if self._is_new_weight([quantizer], sources):
             self._observe_weight()
 
-    def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Run the layer with its weight times `factor`, observed if the state says so, then quantized."""
+    def _run(self, x: Tensor, factor: Tensor | None, bias: Tensor | None, unfolds: bool = False) -> Tensor:
+        """Run the layer with its weight times `factor`, observed if the state says so, then quantized.
+
+        `unfolds`: the quantized weight is divided by the factor again.
+        """
         assert self.weight_quantizer is not None
         quantize = self._observe_and_quantize if self._state.is_weight_observed else self._quantize_site
         weight = quantize("weight", self.weight_quantizer, self._channels_first_weight(factor))
+        if unfolds and factor is not None:
+            weight = weight / channel_view(factor, weight.ndim, 0)
         if self.bias_quantizer is not None and bias is not None:
             bias = quantize("bias", self.bias_quantizer, bias)
         return self._run_layer(x, self.row.channels_first(self.layer, weight), bias)
