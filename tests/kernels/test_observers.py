@@ -166,3 +166,23 @@ def test_a_tracked_range_refuses_what_is_not_finite_and_counts_its_writes(
     assert [float(end) for end in observer.get_ranges()] == [-1.0, 2.0]
     observer.observe_clamped(torch.tensor([torch.inf, 1.0]), (0.0, 6.0))
     assert observer.range_max > 2.0
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+@pytest.mark.parametrize("name", ["aciq", "meanstd"])
+def test_moments_are_those_by_tensors(
+    name: str, axis: int | None, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        drawn = torch.randn(6, 4001, generator=torch.Generator().manual_seed(0)).mul(3)
+        batches = [drawn, drawn.relu(), torch.cat([drawn[:3], drawn[3:].relu()]), torch.zeros(6, 9), drawn.mul(1e-30)]
+        found = []
+        for active in (cpu_kernels, {}):
+            monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": active})
+            ends = []
+            for batch in batches:
+                observer = OBSERVERS[name](axis=axis, **({"n_bits": 4} if name == "aciq" else {}))
+                observer.to(torch.float64).observe_batch(batch.to(dtype))
+                ends += observer.get_ranges()
+            found.append(ends)
+        assert all(map(torch.equal, *found))

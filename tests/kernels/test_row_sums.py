@@ -10,10 +10,13 @@ from tests.kernels.conftest import Kernels
 from torchquant import kernels
 from torchquant.quantizers_functional._row_statistics import (
     _kernels_add_as_torch,
+    cut_off,
+    distances,
     row_mean_magnitudes,
     row_mean_squares,
     row_moments,
     row_sums_by_kernel,
+    wide_means,
 )
 from torchquant.quantizers_functional.midrise import point_sums
 from torchquant.quantizers_functional.residual import residual_alphas
@@ -38,6 +41,9 @@ def rows(seed: int, shape: tuple[int, ...]) -> Tensor:
 def statistics(x: Tensor) -> list[Tensor]:
     found = row_mean_squares(x), row_mean_magnitudes(x), *ternary_params(x), *row_moments(x)
     cell = 0.3 * row_mean_squares(x).sqrt()
+    ends = torch.stack([cell * k for k in (1, 3, 9)]).double()
+    mean, share = wide_means(x)
+    found += mean, share, *distances(x, mean), *cut_off(x, -ends, 0.7 * ends)
     found += *point_sums(x, cell, 4), *(residual_alphas(x, bits, "greedy") for bits in (1, 4, 8))
     return [number.nan_to_num(7.0) for number in found]
 

@@ -27,6 +27,14 @@ def _sums(function: Any, rows: Tensor, n_sums: int, *arguments: Any) -> Tensor |
     return totals if least >= LEAST and most <= MOST else None
 
 
+def _sums_of_any(function: Any, rows: Tensor, n_sums: int, *numbers: Tensor) -> Tensor:
+    """Return the sums over each row, (n_sums, C) float64, of numbers of any size."""
+    totals, numbers = rows.new_empty((n_sums, len(rows)), dtype=torch.float64), tuple(n.contiguous() for n in numbers)
+    pointers = (n.data_ptr() for n in numbers)
+    call(function, rows, rows.data_ptr(), totals.data_ptr(), None, *rows.shape, *pointers)
+    return totals
+
+
 @operation(SINGLE, *ROWS)
 def plain_sums(function: Any, rows: Tensor) -> Tensor | None:
     """Return the sum of each row, (1, C) float64; None if the numbers of a row are too small or too large.
@@ -86,8 +94,28 @@ def sums_above(function: Any, rows: Tensor, thresholds: Tensor) -> Tensor:
 
     rows: (C, n). thresholds: (C,) float64, rounded to the type of rows.
     """
-    n_rows, n = rows.shape
-    thresholds = thresholds.contiguous()
-    totals = rows.new_empty((2, n_rows), dtype=torch.float64)
-    call(function, rows, rows.data_ptr(), totals.data_ptr(), None, n_rows, n, thresholds.data_ptr())
-    return totals
+    return _sums_of_any(function, rows, 2, thresholds)
+
+
+@operation(SINGLE, *ROWS)
+def wide_sums(function: Any, rows: Tensor) -> Tensor:
+    """Return the sum of each row, and the number of its elements other than 0, (2, C) float64, added in float64."""
+    return _sums_of_any(function, rows, 2)
+
+
+@operation(SINGLE, *ROWS, POINTER)
+def distance_sums(function: Any, rows: Tensor, centres: Tensor) -> Tensor:
+    """Return the sums of `(x - centre)**2` and of `|x - centre|` over each row, and how many x are above 0; (3, C).
+
+    centres: (C,) float64, in which differences are taken and added.
+    """
+    return _sums_of_any(function, rows, 3, centres)
+
+
+@operation(SINGLE, *ROWS, *2 * [POINTER])
+def cut_sums(function: Any, rows: Tensor, lows: Tensor, highs: Tensor) -> Tensor | None:
+    """Return the sum of `(x - x.clamp(low, high))**2` over each row for each of three ranges, (3, C) float64.
+
+    lows, highs: (3, C) float64. None for another number of ranges.
+    """
+    return _sums_of_any(function, rows, 3, lows, highs) if len(lows) == 3 else None

@@ -77,6 +77,33 @@ struct CentredSquare {
     }
 };
 
+struct Wide {
+    auto of(int64_t) const { return [](float v) { return double(v); }; }
+};
+
+struct Nonzero {
+    auto of(int64_t) const { return [](float v) { return float(v != 0.0f); }; }
+};
+
+struct Positive {
+    auto of(int64_t) const { return [](float v) { return float(v > 0.0f); }; }
+};
+
+struct CentredMagnitude {
+    const double* centres;
+    auto of(int64_t row) const { return [centre = centres[row]](float v) { return std::fabs(double(v) - centre); }; }
+};
+
+struct SquaredCut {  // the square of what a clamp takes away
+    const double *lows, *highs;
+    auto of(int64_t row) const {
+        return [low = lows[row], high = highs[row]](float v) {
+            const double cut = double(v) - lesser(greater(double(v), low), high);
+            return cut * cut;
+        };
+    }
+};
+
 struct Cells {  // of equal width around 0; a point is the middle of one, in widths
     const float* widths;
     float low, high;
@@ -211,6 +238,18 @@ EXPORT int sums_above_float32(ROWS, const double* thresholds, void* parallel, in
 
 EXPORT int centred_square_sums_float32(ROWS, const double* centres, void* parallel, int threads) {
     SUMS(tq::CentredSquare{centres});
+}
+
+EXPORT int wide_sums_float32(ROWS, void* parallel, int threads) { SUMS(tq::Wide{}, tq::Nonzero{}); }
+
+EXPORT int distance_sums_float32(ROWS, const double* centres, void* parallel, int threads) {
+    SUMS(tq::CentredSquare{centres}, tq::CentredMagnitude{centres}, tq::Positive{});
+}
+
+// The ends of three clamps: the low ends of all rows of the first, of the second, of the third, and the high ends alike.
+EXPORT int cut_sums_float32(ROWS, const double* lows, const double* highs, void* parallel, int threads) {
+    SUMS(tq::SquaredCut{lows, highs}, tq::SquaredCut{lows + rows, highs + rows},
+         tq::SquaredCut{lows + 2 * rows, highs + 2 * rows});
 }
 
 EXPORT int cell_sums_float32(ROWS, const float* widths, double low, double high, void* parallel, int threads) {

@@ -231,6 +231,61 @@ def mean_deviation(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor
     return mean, torch.where(distance > 1e-7 * mean.abs(), distance, torch.zeros_like(distance))
 
 
+def wide_means(rows: Tensor, parts: Joining = WHOLE) -> tuple[Tensor, Tensor]:
+    """Compute the mean of each row, and its share of elements other than 0, in float64. rows: (C, n). Two (C,).
+
+    >>> wide_means(torch.tensor([[0.0, 3.0]]))
+    (tensor([1.5000], dtype=torch.float64), tensor([0.5000], dtype=torch.float64))
+    """
+    sums = row_sums_by_kernel("wide_sums", rows)
+    if sums is None:
+
+        def numbers(rows: Tensor) -> tuple[Tensor, ...]:
+            return rows.to(torch.float64), (rows != 0).to(torch.float64)
+
+        sums = torch.stack(row_sums_of(numbers, rows))
+    mean, share = parts.mean(sums / rows.shape[1])
+    return mean, share
+
+
+def distances(rows: Tensor, centre: Tensor, parts: Joining = WHOLE) -> Tensor:
+    """Compute the mean square and the mean magnitude of x - centre, and the share of x > 0, in float64. (3, C).
+
+    rows: (C, n). centre: (C,) float64.
+
+    >>> distances(torch.tensor([[-1.0, 3.0]]), torch.tensor([1.0], dtype=torch.float64)).T
+    tensor([[4.0000, 2.0000, 0.5000]], dtype=torch.float64)
+    """
+    sums = row_sums_by_kernel("distance_sums", rows, centre)
+    if sums is None:
+
+        def numbers(rows: Tensor) -> tuple[Tensor, ...]:
+            centred = rows.to(torch.float64) - centre[:, None]
+            return centred.square(), centred.abs_(), (rows > 0).to(torch.float64)
+
+        sums = torch.stack(row_sums_of(numbers, rows))
+    return parts.mean(sums / rows.shape[1])
+
+
+def cut_off(rows: Tensor, low: Tensor, high: Tensor, parts: Joining = WHOLE) -> Tensor:
+    """Compute the mean square of what clamps to some ranges take away from each row, in float64. (k, C).
+
+    rows: (C, n). low, high: (k, C) float64.
+
+    >>> cut_off(torch.tensor([[-1.0, 3.0]]), *torch.tensor([[[-1.0]], [[1.0]]], dtype=torch.float64))
+    tensor([[2.]], dtype=torch.float64)
+    """
+    sums = row_sums_by_kernel("cut_sums", rows, low, high)
+    if sums is None:
+
+        def squares(rows: Tensor) -> tuple[Tensor, ...]:
+            wide, ends = rows.to(torch.float64), zip(low, high, strict=True)
+            return tuple((wide - wide.clamp(a[:, None], b[:, None])).square_() for a, b in ends)
+
+        sums = torch.stack(row_sums_of(squares, rows))
+    return parts.mean(sums / rows.shape[1])
+
+
 def usable_scale(scale: Tensor, largest_level: float) -> Tensor:
     """Bound the scale so that no level overflows float32 and no quotient is lost; 0, NaN and Inf stay unchanged."""
     bounded = scale.clamp(2.0**-126, torch.finfo(torch.float32).max / 2 / largest_level)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.quantizers_functional._row_statistics import row_moments, row_sums
+from torchquant.quantizers_functional._row_statistics import cut_off, distances, row_moments, wide_means
 from torchquant.range_observers._base import OBSERVERS, RangeObserver
-from torchquant.range_observers._distributed import ranks, reduce_max, reduce_mean
-from torchquant.range_observers._statistics import rows
+from torchquant.range_observers._distributed import ranks, reduce_max
+from torchquant.range_observers._pins import HALF_TYPES
+from torchquant.range_observers._statistics import ends_of, rows
 
 # n_bits -> clip of least modelled error, in standard deviations of a Gaussian; docs/algorithms.md H7.
 ACIQ_GAUSS = {
@@ -41,12 +42,9 @@ FAMILIES = ("auto", "gauss", "laplace")
 
 
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = reduce_max(torch.stack([-x.amin(1), x.amax(1)]).to(torch.float64))
+    low, high = ends_of(x)
+    low, high = reduce_max(torch.stack([-low, high]).to(torch.float64))
     return -low, high
-
-
-def _mean(x: Tensor) -> Tensor:
-    return reduce_mean(row_sums(x) / x.shape[1])
 
 
 @OBSERVERS.register("meanstd")
@@ -113,38 +111,36 @@ class ACIQObserver(RangeObserver):
         self.family = family
 
     def measure(self, x: Tensor) -> tuple[Tensor, ...]:
-        wide = rows(x, self.axis).to(torch.float64)  # in which fourth powers neither overflow nor vanish
-        low, high = _extremes(wide)
+        x = rows(x, self.axis)
+        x = x.to(torch.float32) if x.dtype in HALF_TYPES else x
+        low, high = _extremes(x)
         is_relu = low >= 0
+        mean, nonzero = wide_means(x, ranks())
         # For the output of a ReLU, the moments of the positive part about 0 are those of the whole bell around 0.
-        centre = torch.where(is_relu, torch.zeros_like(low), _mean(wide))
-        centred = wide - centre[:, None]
-        counted = torch.where(is_relu[:, None], (wide > 0).to(torch.float64), torch.ones_like(centred))
-        share = _mean(counted).clamp_min(1e-12)
-        square = _mean(centred.square()) / share
-        spread = _mean(centred.abs()) / share
+        centre = torch.where(is_relu, torch.zeros_like(low), mean)
+        square, spread, positive = distances(x, centre, ranks())
+        share = torch.where(is_relu, positive, torch.ones_like(positive)).clamp_min(1e-12)
         clips = {
-            "gauss": square.sqrt() * self._constant(ACIQ_GAUSS, is_relu),
-            "laplace": spread * self._constant(ACIQ_LAPLACE, is_relu),
+            "gauss": (square / share).sqrt() * self._constant(ACIQ_GAUSS, is_relu),
+            "laplace": spread / share * self._constant(ACIQ_LAPLACE, is_relu),
         }
         ranges = {
             family: (torch.maximum(low, centre - clip), torch.minimum(high, centre + clip))
             for family, clip in clips.items()
         }
-        ends = ranges.get(self.family) or self._best(wide, [(low, high), *ranges.values()])
+        ends = ranges.get(self.family) or self._best(x, nonzero, [(low, high), *ranges.values()])
         return tuple(end if self.axis is not None else end.squeeze(0) for end in ends)
 
-    def _best(self, wide: Tensor, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Choose the range, (C,) ends each, with the least modelled error on rows (C, n); the first of equals."""
-        share = _mean((wide != 0).to(torch.float64))
-        errors = []
-        for low, high in ranges:
-            cut_off = _mean((wide - wide.clamp(low[:, None], high[:, None])).square_())
-            step = (high.clamp_min(0.0) - low.clamp_max(0.0)) / 2**self.n_bits
-            errors.append(cut_off + share * step.square() / 12)
-        best = torch.stack(errors).argmin(0, keepdim=True)
-        low, high = (torch.stack(ends).gather(0, best).squeeze(0) for ends in zip(*ranges, strict=True))
-        return low, high
+    def _best(self, x: Tensor, nonzero: Tensor, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Choose the range, (C,) ends each, with the least modelled error on rows (C, n); the first of equals.
+
+        nonzero: the share of elements other than 0.
+        """
+        low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+        step = (high.clamp_min(0.0) - low.clamp_max(0.0)) / 2**self.n_bits
+        errors = cut_off(x, low, high, ranks()) + nonzero * step.square() / 12
+        best = errors.argmin(0, keepdim=True)
+        return low.gather(0, best).squeeze(0), high.gather(0, best).squeeze(0)
 
     def _constant(self, table: dict[int, float], is_relu: Tensor) -> Tensor:
         return torch.where(is_relu, table[self.n_bits + 1], table[self.n_bits]).to(torch.float64)
