@@ -494,6 +494,10 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "write_latency": lambda: {"path": "latency.json", "table": latency_table()},
     },
     "torchquant.integrations": {
+        "TorchquantCallback": lambda: {
+            **{"calibration_batches": 8, "quant_start_step": 0, "freeze_observer_step": 5, "freeze_bn_step": None},
+            **{"schedules": [], "monitor": None, "bn_batches": 0},
+        },
         "TorchquantConfig": lambda: {
             **{"rules": "w4a8", "example_inputs": X, "trace": True, "save_as": "codes", "plan": None},
             **{"weights": None, "tied": None, "version": "0.1.0", "quant_method": "torchquant"},

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 from torchquant._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from torchquant.integrations.transformers.callback import TorchquantCallback as TorchquantCallback
     from torchquant.integrations.transformers.config import TorchquantConfig as TorchquantConfig
 
-__all__ = ["TorchquantConfig"]
+__all__ = ["TorchquantCallback", "TorchquantConfig"]
 
-__getattr__ = lazy_names(__name__, {"TorchquantConfig": "torchquant.integrations.transformers"}, ("transformers",))
+_ADAPTERS = dict.fromkeys(__all__, "torchquant.integrations.transformers")
+__getattr__ = lazy_names(__name__, _ADAPTERS, ("transformers",))
 
 
 def __dir__() -> list[str]:

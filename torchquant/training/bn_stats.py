@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState 
     """Estimate the running mean and variance of every batch norm again, with the current quantized weights.
 
     During quantization-aware training the running statistics lag behind weights that jump between levels; Nagel et al.
-    2022 (arXiv:2203.11086) found that this causes most of the loss at low bit widths. `batches`: inputs, or tuples that
-    begin with the input; each passes through the model once in `state`. The mean over the batches replaces the
-    statistics. Parameters, ranges, modes and states do not change. Returns the number of batches. Raises ConfigError if
-    there are none.
+    2022 (arXiv:2203.11086) found that this causes most of the loss at low bit widths. `batches`: inputs (a tensor, or a
+    dictionary of arguments), or tuples that begin with them; each passes through the model once in `state`. The mean
+    over the batches replaces the statistics. Parameters, ranges, modes and states do not change. Returns the number of
+    batches. Raises ConfigError if there are none.
 
     >>> from torchquant import QWrapper
     >>> model = QWrapper([nn.Linear(2, 2), nn.BatchNorm1d(2)], None, None)
@@ -51,7 +51,8 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], state: QModuleState 
                 norm.momentum = 0.0
                 norm.num_batches_tracked = None
             for batch in batches:
-                call_with(model, (batch[0] if isinstance(batch, tuple | list) and batch else batch,), "a batch")
+                inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+                call_with(model, inputs if isinstance(inputs, Mapping) else (inputs,), "a batch")
                 n_batches += 1
     finally:
         for hook in hooks:

@@ -111,12 +111,7 @@ class QuantizationSchedule(_Schedule):
         freeze_bn_step: int | None = None,
     ) -> None:
         super().__init__(model)
-        if quant_start_step < 0:
-            raise ConfigError(f"quant_start_step must be at least 0, got {quant_start_step!r}")
-        if freeze_observer_step is not None and freeze_observer_step <= quant_start_step:
-            raise ConfigError(
-                f"freeze_observer_step must come after quant_start_step {quant_start_step}, got {freeze_observer_step}"
-            )
+        check_steps(quant_start_step, freeze_observer_step)
         self.quant_start_step = quant_start_step
         self.freeze_observer_step = freeze_observer_step
         self.freeze_bn_step = freeze_bn_step
@@ -134,6 +129,16 @@ class QuantizationSchedule(_Schedule):
             state = QModuleState.QUANT_EVAL
         set_qmodule_state(self.model, state)
         freeze_bn(self.model, self.freeze_bn_step is not None and step >= self.freeze_bn_step)
+
+
+def check_steps(quant_start_step: int, freeze_observer_step: int | None) -> None:
+    """Raise ConfigError for steps that QuantizationSchedule cannot have."""
+    if quant_start_step < 0:
+        raise ConfigError(f"quant_start_step must be at least 0, got {quant_start_step!r}")
+    if freeze_observer_step is not None and freeze_observer_step <= quant_start_step:
+        raise ConfigError(
+            f"freeze_observer_step must come after quant_start_step {quant_start_step}, got {freeze_observer_step}"
+        )
 
 
 @checked

@@ -3,5 +3,6 @@
 Importing this registers the method "torchquant" with transformers.
 """
 
+from torchquant.integrations.transformers.callback import TorchquantCallback as TorchquantCallback
 from torchquant.integrations.transformers.config import TorchquantConfig as TorchquantConfig
 from torchquant.integrations.transformers.hf_quantizer import TorchquantHfQuantizer as TorchquantHfQuantizer
