@@ -22,6 +22,7 @@ from torchquant.qmodule import ActivationPattern, LayerPattern
 from torchquant.quantizers_functional import FloatFormat
 from torchquant.quantizers_functional._row_statistics import Joining
 from torchquant.range_observers import BatchMinMax
+from torchquant.training import Monitor
 
 Arguments = dict[str, Any]
 X = torch.linspace(-1.0, 1.0, 32).reshape(8, 4)
@@ -494,6 +495,16 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "write_latency": lambda: {"path": "latency.json", "table": latency_table()},
     },
     "torchquant.integrations": {
+        "QuantizationCallback": lambda: {
+            **{
+                "calibration_batches": 2,
+                "inputs": None,
+                "quant_start_step": 0,
+                "freeze_observer_step": 3,
+                "freeze_bn_step": 2,
+            },
+            **{"schedules": [Monitor], "monitor": 5, "export": "model.onnx", "certified": True, "network": ""},
+        },
         "TorchquantCallback": lambda: {
             **{"calibration_batches": 8, "quant_start_step": 0, "freeze_observer_step": 5, "freeze_bn_step": None},
             **{"schedules": [], "monitor": None, "bn_batches": 0},

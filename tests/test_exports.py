@@ -127,7 +127,7 @@ PUBLIC: dict[str, list[str]] = {
         "IntegerModel", "Lowered", "OutputRow", "SiteParity", "certify", "export_onnx", "export_qonnx",
         "file_sizes", "load_packed", "lower", "run_onnx", "runtime_exact", "save_packed", "to_integer",
     ],
-    "torchquant.integrations": ["TorchquantCallback", "TorchquantConfig"],
+    "torchquant.integrations": ["QuantizationCallback", "TorchquantCallback", "TorchquantConfig"],
     "torchquant.models": [
         "FusedEfficientNet", "FusedMobileNetV2", "FusedResNet",
     ],

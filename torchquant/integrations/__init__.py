@@ -5,13 +5,17 @@ from typing import TYPE_CHECKING
 from torchquant._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from torchquant.integrations.lightning import QuantizationCallback as QuantizationCallback
     from torchquant.integrations.transformers.callback import TorchquantCallback as TorchquantCallback
     from torchquant.integrations.transformers.config import TorchquantConfig as TorchquantConfig
 
-__all__ = ["TorchquantCallback", "TorchquantConfig"]
+__all__ = ["QuantizationCallback", "TorchquantCallback", "TorchquantConfig"]
 
-_ADAPTERS = dict.fromkeys(__all__, "torchquant.integrations.transformers")
-__getattr__ = lazy_names(__name__, _ADAPTERS, ("transformers",))
+_ADAPTERS = {
+    "QuantizationCallback": "torchquant.integrations.lightning",
+    **dict.fromkeys(("TorchquantCallback", "TorchquantConfig"), "torchquant.integrations.transformers"),
+}
+__getattr__ = lazy_names(__name__, _ADAPTERS, ("lightning", "transformers"))
 
 
 def __dir__() -> list[str]:
