@@ -216,6 +216,12 @@ def monitor_file() -> Path:
     return path
 
 
+def grouped_weights() -> nn.Module:
+    model = tq.quantize(nn.Sequential(nn.Linear(32, 4)), [{"weight": "affine:4/group=32"}])
+    tq.observe_weights(model)
+    return model
+
+
 def packed_arguments() -> Arguments:
     return {"model": quantized(), "path": "packed.safetensors", "build": None}
 
@@ -518,6 +524,11 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "certify": lambda: {
             **{"model": quantized(), "path": file("onnx"), "data": BATCHES, "bound": 0, "tie_bound": 1e-3},
             **{"ways": ("integer",), "stamp": False},
+        },
+        "export_compressed_tensors": lambda: {"model": grouped_weights(), "folder": "weights", "config": {}},
+        "export_gguf": lambda: {
+            **{"model": grouped_weights(), "path": "a.gguf", "architecture": "mine", "metadata": {}, "names": {}},
+            "round_scales": True,
         },
         "export_onnx": on_model(
             path="a.onnx",

@@ -20,6 +20,8 @@ from torchquant.deploy.packed.file import save_packed as save_packed
 from torchquant.deploy.packed.size import FileSize as FileSize
 from torchquant.deploy.packed.size import FileSizes as FileSizes
 from torchquant.deploy.packed.size import file_sizes as file_sizes
+from torchquant.deploy.weight_files.compressed_tensors import export_compressed_tensors as export_compressed_tensors
+from torchquant.deploy.weight_files.gguf import export_gguf as export_gguf
 
 __all__ = [
     "Certificate",
@@ -33,6 +35,8 @@ __all__ = [
     "OutputRow",
     "SiteParity",
     "certify",
+    "export_compressed_tensors",
+    "export_gguf",
     "export_onnx",
     "export_qonnx",
     "file_sizes",

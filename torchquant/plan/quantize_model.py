@@ -37,11 +37,11 @@ def quantize(
     """Copy a float model and put quantizers where the rules say, ready to calibrate.
 
     `rules`: the name of a rule set ("w8a8", "w4a8", "w4a8-minmax", "w4a4-lsq", "w2a2-lsq", "ternary", "w8a8-products",
-    "w8a8-transformer", "w4a8-transformer", "int8-ort", "int8-openvino"), a list of rules, or a QuantPlan; see
-    `QuantPlan.from_rules`. `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it forwards are
-    traced as they are called, and the graphs are compared with the float model in evaluation and in training; where
-    they compute something else, layers are wrapped one by one instead. The plan is `model.plan`. The given model is not
-    changed or run, unless `inplace`.
+    "w8a8-transformer", "w4a8-transformer", "int8-ort", "int8-openvino", "int8-tensorrt"), a list of rules, or a
+    QuantPlan; see `QuantPlan.from_rules`. `example_inputs`: a tensor, a tuple or a dictionary of arguments; with it
+    forwards are traced as they are called, and the graphs are compared with the float model in evaluation and in
+    training; where they compute something else, layers are wrapped one by one instead. The plan is `model.plan`. The
+    given model is not changed or run, unless `inplace`.
 
     The result trains lean, see `set_lean`: it keeps codes for backward in place of floats, with the same gradients.
     In QModuleState.BYPASSED the result runs the forwards of the float model. `model.plan.coverage` gives the quantized

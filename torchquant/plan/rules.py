@@ -26,6 +26,7 @@ SETTINGS = (*SLOTS, "fold_bn", "skip", "unread")
 POSITIONS = ("first", "last")
 
 _INT8 = {"weight": "affine:8,symmetric=narrow/channel", "input": "affine:8", "output": "affine:8"}
+_INT8_SIGNED = {**_INT8, "input": "affine:8,symmetric=narrow", "output": "affine:8,symmetric=narrow"}
 _TABLES = {"types": ["Embedding"], "weight": _INT8["weight"]}  # runtimes look up the codes of embeddings
 _ENDS = {"position": ["first", "last"]}
 _CONVS = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
@@ -95,8 +96,13 @@ RULE_SETS: dict[str, list[dict[str, Any]]] = {
         {"types": ["cat"], "output": SHARE},
         _TABLES,
     ],
+    "int8-tensorrt": [
+        {"types": [*_LAYERS, "add", "matmul", "avg_pool"], **_INT8_SIGNED, "fold_bn": True},
+    ],
 }
-"""Rule sets by name. The last two quantize operators that have integer kernels in ONNX Runtime and OpenVINO.
+"""Rule sets by name. The last three quantize operators that have integer kernels in a runtime.
+
+TensorRT takes signed codes with zero points of 0 only; export such a model with `keep_signed=True`.
 
 A convolution of ONNX Runtime gives codes or computes in float32, so it has an output quantizer whoever reads it.
 In sets with 8-bit weights recurrent layers have a scale for each 8 weights (docs/decisions/0032).
