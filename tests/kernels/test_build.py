@@ -58,6 +58,17 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "kernels on cpu not active: TORCHQUANT_KERNELS=0 switches them off" in shown()
 
 
+def test_schemes_are_listed_by_the_operations_they_look_for() -> None:
+    listed = dict(line.strip().removeprefix("by operation").split(maxsplit=1) for line in report().splitlines())
+    on_cpu = "cpu" if kernels.load("cpu") else "PyTorch"
+    assert listed["learned_step_backward"] == f"{on_cpu:<8}  ewgs, lsq, lsqplus"
+    assert listed["floats"] == f"{on_cpu:<8}  esb, minifloat"
+    assert "nf4" in listed["none"]
+    with kernels.asked() as asked:
+        torch.ones(3).abs()
+    assert asked == set()
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -x")
     assert kernels.find("uniform", torch.ones(3)) is None

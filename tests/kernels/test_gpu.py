@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import torchquant as tq
 from tests.kernels.on_gpu import DEVICE, FLOATS, HAS_GPU, IS_INTERPRETED, on_device, use
 from tests.kernels.tensors import hard, is_same, shifted
 from tests.kernels.test_cpu import CLAMPS, IMAGES, codes_and_values, reference
@@ -134,6 +135,42 @@ def test_quantize_is_the_same_with_and_without_kernels(
         found = results(dtype)
         use(monkeypatch, wanted=False)
         assert all(map(is_same, found, results(dtype)))
+
+
+def test_what_has_a_kernel_on_a_cpu_has_one_on_a_gpu_or_a_reason() -> None:
+    from torchquant.kernels import cpu, gpu
+
+    found, reasons = gpu.kernels(), gpu.LEFT_TO_PYTORCH
+    if cpu.kernels():
+        assert {name for name, _ in found} | set(reasons) == set(cpu.OPERATIONS)
+    assert not {name for name, _ in found} & set(reasons)
+    missing = [(name, t) for name, (_, ts, _) in cpu.OPERATIONS.items() for t in ts if (name, t) not in found]
+    assert {name for name, _ in missing} <= set(reasons)
+
+
+@on_device
+def test_layers_find_every_kernel_they_look_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of calibration and one of training with quantized weights and activations fall back nowhere silently."""
+    from torchquant.kernels import gpu
+
+    use(monkeypatch)
+    kernel_of, missed = kernels.find, set()
+
+    def find(operation: str, x: Tensor, *others: Any) -> Any:
+        found = kernel_of(operation, x, *others)
+        missed.update({operation} if found is None else ())
+        return found
+
+    monkeypatch.setattr(kernels, "find", find)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)).to(DEVICE)
+    for weight, output in (("lsq:4/channel", "affine:8"), ("esb:4,k=1/channel@clipped", "lsqplus:4")):
+        model = tq.quantize(net, [{"weight": weight, "output": output}])
+        for state in (tq.QModuleState.CALIBRATION, tq.QModuleState.QUANT_AWARE_TRAIN):
+            tq.set_qmodule_state(model, state)
+            with kernels.asked() as asked:
+                model(torch.randn(2, 3, 8, 8, device=DEVICE)).square().sum().backward()
+            assert asked
+    assert missed <= set(gpu.LEFT_TO_PYTORCH)
 
 
 def test_reasons_why_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:

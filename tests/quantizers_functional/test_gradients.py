@@ -255,3 +255,21 @@ def test_an_estimator_of_ones_own_goes_with_every_format() -> None:
         assert gradient_of(quantizer, x, torch.ones(9)).tolist() == [0.25] * 9
     finally:
         GRADIENTS.unregister("half")
+
+
+BATCHED = ("affine:4@clipped", "affine:4@ewgs", "esb:4,k=1@clipped", "lsq:4", "lsqplus:4", "ewgs:4", "tqt:4", "apot:4")
+
+
+@pytest.mark.parametrize("spec", BATCHED)
+def test_a_batch_of_gradients_is_many_gradients(spec: str) -> None:
+    """`is_grads_batched`, as for a Jacobian, gives tensors that are not in memory as they look."""
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    quantizer = tq.make_quantizer(spec)
+    quantizer.pre_observe(0.5 * x)
+    leaves, upstream = [x.requires_grad_(), *quantizer.parameters()], torch.randn(3, 5, 7)
+    y = quantizer(x)
+    together = torch.autograd.grad(y, leaves, upstream, retain_graph=True, is_grads_batched=True)
+    for i in range(3):
+        alone = torch.autograd.grad(y, leaves, upstream[i], retain_graph=True)
+        for found, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchquant as tq
 from benchmarks import search_step
@@ -413,3 +415,36 @@ def test_it_can_be_copied_and_saved_between() -> None:
     quantizers = observed(("clipq:4", "lsq:4"), x)
     again = copy.deepcopy(quantizers)
     assert torch.equal(mix(x, quantizers, shares), mix(x, again, shares))
+
+
+class Watching(TorchDispatchMode):
+    """Runs every operation as it is."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clamp", [None, (0.0, 1.5)])
+def test_backward_without_the_kernel_of_forward(clamp: Any) -> None:
+    """Modes and batches of gradients that come in backward alone are served by PyTorch's operators."""
+    if kernels.find("mixture", torch.ones(1)) is None:
+        pytest.skip("there are no compiled kernels here")
+    specs = [f"{spec.partition('@')[0]}/channel{spec[len(spec.partition('@')[0]) :]}" for spec in PLAIN]
+    x, shares = leaves(len(PLAIN), scale=2.0)
+    quantizers = observed((*specs[:5], *PLAIN[5:]), x / 2)
+    known = gradients(mix(x, quantizers, shares, clamp), x, shares, [])
+    y = mix(x, quantizers, shares, clamp)
+    assert type(y.grad_fn).__name__ == FUSED
+    for quantizer in quantizers:
+        quantizer.pre_observe(x * 3.0)  # only what the quantizers were in forward counts
+    with Watching():
+        found = gradients(y, x, shares, [])
+    assert torch.equal(found[0], known[0])
+    torch.testing.assert_close(found[1], known[1], rtol=1e-5, atol=1e-4)
+    upstream = torch.randn(2, *y.shape)
+    y = mix(x, quantizers, shares, clamp)
+    many = torch.autograd.grad(y, (x, shares), upstream, retain_graph=True, is_grads_batched=True)
+    for i in range(2):
+        one = torch.autograd.grad(y, (x, shares), upstream[i], retain_graph=True)
+        for batched, expected in zip(many, one, strict=True):
+            torch.testing.assert_close(batched[i], expected, rtol=1e-5, atol=1e-4)

@@ -7,7 +7,8 @@ they are built as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchquant.kernels.compiled import OPERATORS
 Kernel = Callable[..., Any]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BY_DEVICE: dict[str, dict[tuple[str, torch.dtype], Kernel]] = {}
+_asked: set[str] | None = None
 
 
 def find(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> Kernel | None:
@@ -32,12 +34,25 @@ def find(operation: str, x: Tensor, dtype: torch.dtype | None = None) -> Kernel 
     """
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or _is_watched():
         return None
+    if _asked is not None:
+        _asked.add(operation)
     device = "cpu" if x.is_cpu else x.device.type
     kernels = _BY_DEVICE.get(device)
     if kernels is None:
         kernels = _BY_DEVICE[device] = load(device)
     kernel = kernels.get((operation, dtype or x.dtype))
     return kernel if kernel is not None and _is_plain(x) else None
+
+
+@contextmanager
+def asked() -> Iterator[set[str]]:
+    """Collect, within the context, the operations for which a kernel is looked for, whether there is one or not."""
+    global _asked
+    outer, _asked = _asked, set()
+    try:
+        yield _asked
+    finally:
+        _asked = outer
 
 
 def find_backward(operation: str, x: Tensor, grad: Tensor) -> Kernel | None:
@@ -80,7 +95,10 @@ def _is_plain(x: Tensor) -> bool:
     """Whether x is numbers in memory without gaps, in an order that kernels know, which autograd does not record."""
     if x.layout is not torch.strided or (x.requires_grad and torch.is_grad_enabled()) or x.is_neg():
         return False
-    return _is_ordered(x) and x.data_ptr() != 0  # 0: an empty tensor, or one without memory
+    try:
+        return _is_ordered(x) and x.data_ptr() != 0  # 0: an empty tensor, or one without memory
+    except RuntimeError:  # a batch of gradients, which is only seen as one tensor
+        return False
 
 
 def _is_ordered(x: Tensor) -> bool:

@@ -27,6 +27,18 @@ BLOCKS = ((64, 2), (128, 4), (512, 8))
 """Rows of a block and warps that compute it; the fastest for a size of tensors is found at its first call."""
 OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {}
 
+_SUMS = "the order of PyTorch's own sums sets scales"
+LEFT_TO_PYTORCH = {
+    **dict.fromkeys(("plain_sums", "magnitude_sums", "square_sums", "centred_square_sums"), _SUMS),
+    **dict.fromkeys(("cell_sums", "left_sums", "sums_above", "wide_sums", "distance_sums", "cut_sums"), _SUMS),
+    "rebinned": "the order of PyTorch's own cumulative sum moves the counts",
+    "batch": "it decides on the host, which would wait for the device",
+    "affine": "its operators take a few numbers",
+    "observed": "the grid needs the range that all programs find together: track, then uniform",
+    **dict.fromkeys(("mixture", "mixture_backward"), "no kernel yet"),
+}
+"""Operations with a kernel on a CPU and none here, and why."""
+
 
 def operation(dtypes: tuple[torch.dtype, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator for the function of an operation, which takes tensors of these types."""

@@ -61,7 +61,7 @@ def masked(grad: Tensor, bits: Tensor, channels_last: bool = False) -> Tensor:
     """
     grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     kernel = kernels.find("masked", grad) or kernels.find_compiled("masked", grad)
-    return unpack_mask(bits, grad.shape, grad.dtype, channels_last).mul_(grad) if kernel is None else kernel(grad, bits)
+    return unpack_mask(bits, grad.shape, grad.dtype, channels_last) * grad if kernel is None else kernel(grad, bits)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

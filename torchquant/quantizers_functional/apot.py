@@ -112,7 +112,7 @@ class _LearnedClip(torch.autograd.Function):
         for_clip = None
         if ctx.needs_input_grad[1]:
             levels = apot_values(apot_codes(u, n_bits, signed), n_bits, signed, u.dtype)
-            for_clip = levels.sub_(bounded * inside).mul_(grad).sum_to_size(clip.shape)
+            for_clip = (grad * levels.sub_(bounded * inside)).sum_to_size(clip.shape)
         return grad * inside if ctx.needs_input_grad[0] else None, for_clip, None, None
 
 

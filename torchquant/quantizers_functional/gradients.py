@@ -300,4 +300,4 @@ class _Leaning(torch.autograd.Function):
         (grad,) = grads
         lean, bits = ctx.saved_tensors
         leaned = torch.addcmul(grad, grad.abs(), lean.to(grad.dtype))
-        return unpack_mask(bits, grad.shape, grad.dtype, ctx.channels_last).mul_(leaned), None, None, None
+        return unpack_mask(bits, grad.shape, grad.dtype, ctx.channels_last) * leaned, None, None, None

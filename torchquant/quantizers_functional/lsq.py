@@ -115,7 +115,7 @@ def _gradients(
     if wanted[1]:
         # round(v) - v inside; at and beyond an end the end itself, where the last term vanishes.
         inside = torch.ops.aten.hardtanh_backward(scaled, scaled, low, high)
-        for_step = clamped.round().sub_(inside).mul_(grad).sum_to_size(step.shape)
+        for_step = (grad * clamped.round().sub_(inside)).sum_to_size(step.shape)
     if wanted[0] or wanted[2]:
         passed = grad
         if delta is not None:

@@ -62,7 +62,7 @@ def _gradients(
     for_step = None
     if wanted[1]:
         inside = torch.ops.aten.hardtanh_backward(scaled, rounded, *ends)
-        for_step = rounded.clamp(qmin, qmax).sub_(inside).mul_(grad).sum_to_size(step.shape)
+        for_step = (grad * rounded.clamp(qmin, qmax).sub_(inside)).sum_to_size(step.shape)
     return torch.ops.aten.hardtanh_backward(grad, rounded, *ends) if wanted[0] else None, for_step
 
 

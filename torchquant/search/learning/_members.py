@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,29 @@ from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional.formats import Format, KernelCall, Number
 from torchquant.quantizers_functional.gradients import STE, ClippedSTE
 from torchquant.quantizers_functional.kernels import KERNELS
+
+
+class Gathered(NamedTuple):
+    """The projections of a mixture, as the kernel takes them, and the formats that they are of."""
+
+    members: Members
+    formats: Sequence[Format]
+
+    def gradients(
+        self, x: Tensor, grad: Tensor, shares: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and of the shares, those that are `wanted`, by PyTorch's operators."""
+        for_x: Tensor | None = None
+        of_shares = []
+        for form, clips, share in zip(self.formats, self.members.clips, shares, strict=True):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_(wanted[0])
+                y = form.quantize(leaf, "clipped" if clips else "ste", self.members.clamp)
+            if wanted[0]:
+                (of_x,) = torch.autograd.grad(y, leaf, grad * share)
+                for_x = of_x if for_x is None else for_x + of_x
+            of_shares.append((grad * y.detach()).sum())
+        return for_x, torch.stack(of_shares) if wanted[1] else None
 
 
 def is_plain(quantizer: Quantizer) -> bool:
@@ -26,8 +50,8 @@ def is_plain(quantizer: Quantizer) -> bool:
 
 
 @torch.no_grad()
-def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Members | None:
-    """Return the projections of the clamped x by the quantizers; None if one has a format that the kernel lacks.
+def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> Gathered | None:
+    """Gather the projections of the clamped x by the quantizers; None if one has a format that the kernel lacks.
 
     The numbers of the formats are copied, so that later observations do not change them.
     """
@@ -41,7 +65,7 @@ def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> M
         return None
     own = [_rows(call) for call in calls]
     n_channels = max(row.shape[-1] for rows in own for row in rows)
-    return Members(
+    members = Members(
         kernels=[(name, constants) for name, _, constants in calls],
         rows=[sum(len(row) for row in rows) for rows in own],
         clips=[isinstance(q.gradient, ClippedSTE) for q in plain],
@@ -49,6 +73,7 @@ def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> M
         axis=next(iter(axes)) if n_channels > 1 else None,
         clamp=clamp,
     )
+    return Gathered(members, [form.with_numbers([n.clone() for n in form.numbers()]) for form, _ in found])
 
 
 def _is_taken(form: Format, call: KernelCall) -> bool:

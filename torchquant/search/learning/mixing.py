@@ -12,13 +12,12 @@ from torch.func import functional_call
 
 from torchquant import kernels
 from torchquant.errors import ConfigError
-from torchquant.kernels.cpu_mixtures import Members
 from torchquant.quantizers import Quantizer
 from torchquant.quantizers_functional._bits import is_channels_last
 from torchquant.quantizers_functional._gradient import Clamp
 from torchquant.quantizers_functional._levels import in_layout_of
 from torchquant.quantizers_functional.gradients import STE
-from torchquant.search.learning._members import is_plain, members_of
+from torchquant.search.learning._members import Gathered, is_plain, members_of
 from torchquant.search.learning._steps import Cells, Steps, has_only_numbers, steps_of
 
 TABLE_PAYS = 2**18
@@ -55,9 +54,9 @@ def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp
         x = _clamped(x, clamp)
         return quantizers[0](x) if len(quantizers) == 1 else _sum([quantizer(x) for quantizer in quantizers], shares)
     if kernels.find("mixture", x.detach()) is not None and shares.dtype == torch.float32:
-        members = members_of(quantizers, clamp)
-        if members is not None:
-            return _Fused.apply(x, shares, members)
+        gathered = members_of(quantizers, clamp)
+        if gathered is not None:
+            return _Fused.apply(x, shares, gathered)
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * (len(quantizers) - 2) >= TABLE_PAYS:
         steps = steps_of(quantizers, clamp)
         cells = None if steps is None else Cells.over(steps.edges)
@@ -169,18 +168,21 @@ class _Fused(torch.autograd.Function):
     """Computes the sum by one kernel, in forward and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shares: Tensor, members: Members) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shares: Tensor, gathered: Gathered) -> Tensor:
         ctx.save_for_backward(x, shares)
-        ctx.members = members
-        return cast(Tensor, cast(kernels.Kernel, kernels.find("mixture", x))(x, shares, members))
+        ctx.gathered = gathered
+        return cast(Tensor, cast(kernels.Kernel, kernels.find("mixture", x))(x, shares, gathered.members))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, shares = ctx.saved_tensors
         grad, wanted = in_layout_of(grads[0], x), ctx.needs_input_grad[:2]
-        kernel = cast(kernels.Kernel, kernels.find("mixture_backward", x))
-        for_x, of_shares = kernel(x, grad, shares, ctx.members, wanted)
+        kernel = kernels.find_backward("mixture_backward", x, grad)
+        if kernel is None:  # a mode that watches backward alone
+            for_x, of_shares = ctx.gathered.gradients(x, grad, shares, wanted)
+        else:
+            for_x, of_shares = kernel(x, grad, shares, ctx.gathered.members, wanted)
         return for_x, None if of_shares is None else of_shares.to(shares.dtype), None
 
 
