@@ -55,6 +55,10 @@ def _file(folder: Path, kind: str) -> Path:
     return deploy.export_onnx(_quantized(), folder / "model.onnx", X)
 
 
+def lora_config() -> Any:
+    return importlib.import_module("peft").LoraConfig(r=2, target_modules=["0"])
+
+
 def net() -> nn.Module:
     return copy.deepcopy(_net())
 
@@ -515,6 +519,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
             **{"calibration_batches": 8, "quant_start_step": 0, "freeze_observer_step": 5, "freeze_bn_step": None},
             **{"schedules": [], "monitor": None, "bn_batches": 0},
         },
+        "quantized_lora": lambda: {"model": quantized(), "config": lora_config()},
         "TorchquantConfig": lambda: {
             **{"rules": "w4a8", "example_inputs": X, "trace": True, "save_as": "codes", "plan": None},
             **{"weights": None, "tied": None, "version": "0.1.0", "quant_method": "torchquant"},

@@ -128,7 +128,7 @@ PUBLIC: dict[str, list[str]] = {
         "export_onnx", "export_qonnx", "file_sizes", "load_packed", "lower", "run_onnx", "runtime_exact",
         "save_packed", "to_integer",
     ],
-    "torchquant.integrations": ["QuantizationCallback", "TorchquantCallback", "TorchquantConfig"],
+    "torchquant.integrations": ["QuantizationCallback", "TorchquantCallback", "TorchquantConfig", "quantized_lora"],
     "torchquant.models": [
         "FusedEfficientNet", "FusedMobileNetV2", "FusedResNet",
     ],

@@ -25,10 +25,12 @@ class CodesQuantizer(Quantizer):
     """The quantizer of a weight that is stored as codes: `quantize` of any tensor returns their decoded values.
 
     `quantizer` decodes, and provides everything else. Observing changes nothing. The codes do not change with the
-    weight, so it is for inference: in train mode it raises ConfigError.
+    weight, so it is for inference: in train mode it raises ConfigError, unless `trains_beside`.
     """
 
     codes: Tensor
+    trains_beside = False
+    """Whether something beside the codes is trained, such as adapters."""
 
     def __init__(self, quantizer: Quantizer, codes: Tensor) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class CodesQuantizer(Quantizer):
         self.n_bits, self.axis, self.signed = quantizer.n_bits, quantizer.axis, quantizer.signed
 
     def quantize(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not self.trains_beside:
             raise ConfigError(
                 "a packed model is for inference: its codes are fixed. Call model.eval(), or train the model it was "
                 "saved from"

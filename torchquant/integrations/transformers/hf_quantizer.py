@@ -92,6 +92,8 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
         A model that was turned back into a float one is saved as such. Raises ExportError that names a weight that
         has no codes yet, ConfigError for a part of a model, and for a plan that holds functions.
         """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters alone are saved
         config = model.config
         if not any(True for _ in qmodules(model)):
             for name in ("quantization_config", "attn_implementation"):
@@ -102,6 +104,11 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
             raise ConfigError(
                 f"{type(model).__name__} is part of a quantized model, or was quantized without a plan; save the whole "
                 "model, quantized with torchquant.quantize"
+            )
+        if adapted := [path for path, _ in qmodules(model) if path.endswith(".base_layer")]:
+            raise ConfigError(
+                f"{type(model).__name__} has adapters ({some(adapted)}), which PEFT saves: save the PeftModel, or the "
+                "model after merge_and_unload() or unload()"
             )
         tensors, head = tensors_to_save(model, plan, self.quantization_config.save_as)
         config.quantization_config = self.quantization_config = self.quantization_config.saved(head)
