@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.adapters import ADAPTERS
 from benchmarks.adapters.base import Adapter
+from benchmarks.harness import Clock
 from benchmarks.machine import command_line, keep_memory_mapped, machine_facts
 from benchmarks.results import Report
 
@@ -33,6 +35,15 @@ def parser(description: str, threads: int, rounds: int, adapters: bool = True) -
         help="let glibc keep large blocks mapped, for every candidate (%(default)s)",
     )
     return options
+
+
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def add_clock(options: argparse.ArgumentParser) -> None:
+    """Add the option that chooses what is counted."""
+    about = "seconds of the wall, or of the cores: for one thread on a busy machine (%(default)s)"
+    options.add_argument("--clock", choices=list(CLOCKS), default="wall", help=about)
 
 
 def results_path(text: str) -> Path:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.adapters.base import Adapter
-from benchmarks.command import available, finish, parser, start
-from benchmarks.harness import compare
+from benchmarks.command import CLOCKS, add_clock, available, finish, parser, start
+from benchmarks.harness import Clock, compare
 from benchmarks.models import FUSED, MODELS, build_float, image_batch
 from benchmarks.results import Report
 from benchmarks.saved_bytes import saved_bytes, state_tensors
@@ -51,7 +51,13 @@ class TrainingStep:
 
 
 def measure(
-    report: Report, adapters: Sequence[Adapter], name: str, batch: int, size: int, rounds: int
+    report: Report,
+    adapters: Sequence[Adapter],
+    name: str,
+    batch: int,
+    size: int,
+    rounds: int,
+    clock: Clock = CLOCKS["wall"],
 ) -> dict[str, TrainingStep]:
     """Add the rows of one model; return the measured steps by adapter."""
     net = build_float(name, size)
@@ -63,7 +69,7 @@ def measure(
         step()  # ranges exist from here on
     float_bytes = base.saved_bytes()
     saved = {adapter: step.saved_bytes() / float_bytes for adapter, step in steps.items()}
-    comparison = compare(base, calls, rounds, control)
+    comparison = compare(base, calls, rounds, control, clock=clock)
     case = MODELS[name]
     notes = {adapter: step.void_because() for adapter, step in steps.items()}
     report.add(name, comparison, saved, case.target, case.saved_target, notes)
@@ -75,6 +81,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--models", nargs="+", choices=FUSED, default=FUSED)
     options.add_argument("--batch", type=int, default=32, help="images per step (%(default)s)")
     options.add_argument("--size", type=int, default=128, help="pixels per side (%(default)s)")
+    add_clock(options)
     return options.parse_args(argv)
 
 
@@ -84,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = start("qat_step", "step time over float, W8A8, every layer", "saved/float", options)
     adapters = available(options.adapters, report)
     for name in options.models:
-        measure(report, adapters, name, options.batch, options.size, options.rounds)
+        measure(report, adapters, name, options.batch, options.size, options.rounds, CLOCKS[options.clock])
     return finish(report, options.out)
 
 

@@ -36,8 +36,10 @@ class ObserveAndQuantize(nn.Module):
         self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        self.quantizer.pre_observe(x)
-        quantized = self.quantizer.quantize(x)
+        quantized = self.quantizer.observe_and_quantize(x)
+        if quantized is None:
+            self.quantizer.pre_observe(x)
+            quantized = self.quantizer.quantize(x)
         self.quantizer.post_observe(quantized)
         return quantized
 

@@ -297,15 +297,19 @@ def test_adapter_calibrates(adapter: Adapter) -> None:
     assert all("quantizer" in key for key in changed)
 
 
+_TINY = ["--models", "resnet18", "--batch", "2", "--size", "32"]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
         (fake_quant, ["--cases", AFFINE, "--sizes", "1M"]),
-        (qat_step, ["--models", "resnet18", "--batch", "2", "--size", "32"]),
-        (calibration, ["--models", "resnet18", "--batch", "2", "--size", "32", "--batches", "1"]),
+        (qat_step, _TINY),
+        (calibration, [*_TINY, "--batches", "1"]),
+        (calibration, [*_TINY, "--batches", "1", "--observer", "histogram", "--clock", "cpu"]),
     ],
-    ids=["fake_quant", "qat_step", "calibration"],
+    ids=["fake_quant", "qat_step", "calibration", "calibration-histogram"],
 )
 def test_commands_write_their_file(
     command: object, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
