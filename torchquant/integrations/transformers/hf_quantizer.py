@@ -80,7 +80,7 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
             _quantize(model, self.quantization_config)
         else:
             carriers, self._carriers = self._carriers, None
-            load_quantized(model, self.quantization_config, carriers.take(model))
+            load_quantized(model, self.quantization_config, carriers.take())
         attach(model, self)
         model.eval()  # also what was added after transformers set this
         _tell_unready(model)

@@ -1,17 +1,15 @@
 """The tensors of a saved model: their names and shapes between a packed file and a checkpoint of transformers.
 
 Codes have the name of the weight, which keeps transformers' own bookkeeping (ties, shards, missing weights) right, and
-the shape (rows of the weight, 1, bytes), which is that of no matrix: whoever reads them as floats gets an error.
+the shape (bytes,), which is that of no matrix: whoever reads them as floats gets an error.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchquant._shown import some
@@ -21,7 +19,6 @@ from torchquant.errors import ConfigError
 from torchquant.graph.own_inputs import expect_slots
 from torchquant.integrations.transformers.config import TorchquantConfig
 from torchquant.plan import QuantPlan, quantize
-from torchquant.quantizers_functional.bit_packing import packed_bytes
 
 BESIDE = {CODES: "_codes", SHARED: "_shared"}
 """Ending of a name in a packed file -> that of the buffer that holds it, for codes beside a float weight."""
@@ -39,12 +36,11 @@ def tensors_to_save(model: Any, plan: QuantPlan, save_as: str) -> tuple[dict[str
     for key in list(tensors):
         if (name := _source(model, key)) not in tensors:
             tensors[name] = tensors.pop(key)
-    rows = {key: len(value) for key, value in model.state_dict().items() if value.ndim}
+    known = model.state_dict().keys()
     for key in head.weights:
         name = _source(model, key)
-        if key + CODES in tensors and name in rows and name not in tensors:
-            codes = tensors.pop(key + CODES)
-            tensors[name] = F.pad(codes, (0, -len(codes) % rows[name])).view(rows[name], 1, -1)
+        if key + CODES in tensors and name in known and name not in tensors:
+            tensors[name] = tensors.pop(key + CODES)
         for inside, beside in BESIDE.items():
             if key + inside in tensors:
                 tensors[key + beside] = tensors.pop(key + inside)
@@ -74,14 +70,13 @@ def load_quantized(model: Any, config: TorchquantConfig, stored: Mapping[str, Te
         expect_slots(model, tensors)
         load_state(place, model, tensors)
         return
-    for key, (shape, _, _, width, _) in head.weights.items():
+    for key in head.weights:
         for inside, beside in BESIDE.items():
             if key + beside in tensors:
                 tensors[key + inside] = tensors.pop(key + beside)
         name = _source(model, key)
         if key not in head.tied and key + CODES not in tensors:
-            codes = tensors.pop(name).flatten()
-            tensors[key + CODES] = codes[: packed_bytes(width, math.prod(shape))]
+            tensors[key + CODES] = tensors.pop(name)
     load_contents(place, model, {key: value.cpu() for key, value in tensors.items()}, head)
 
 
