@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from tests.browser import CHROMIUM, Browser
+
+os.environ["TORCHQUANT_FLOATS"] = "0"  # float models of one test are not those of another one
 
 
 def pytest_collection_finish() -> None:

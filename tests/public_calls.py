@@ -181,6 +181,8 @@ def fit_arguments(**options: Any) -> Callable[[], Arguments]:
         "device": "cpu",
         "show_progress": False,
         "teacher": net(),
+        "amp": "bf16",
+        "compiled": False,
     }
 
 

@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from tests import ROOT
 from torchquant import cli
 from torchquant.runs.compare import Recipe
+from torchquant.runs.options import RunOptions
 from torchquant.runs.quantize import JobConfig
 from torchquant.runs.search import SearchConfig
 
 typer = pytest.importorskip("typer")
 
 NOT_ASKED = {"contents"}
+OPTIONS = {entry.name for entry in fields(RunOptions)}
 LEARNED_ONLY = {"per", "form", "epochs", "arch_rate", "temperature", "penalty"}
 MEASURED_ONLY = {"method", "solver"}
 
@@ -33,16 +35,16 @@ def parameters(*words: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("words", "settings", "left_out", "own"),
     [
-        (["quantize"], JobConfig, set(), {"out", "strict"}),
-        (["compare"], Recipe, set(), {"out", "schemes", "bits", "acts", "seeds", "jobs", "plugin"}),
-        (["search", "qss"], SearchConfig, {"kind"} | MEASURED_ONLY, {"out", "device", "distributed"}),
-        (["search", "qpl"], SearchConfig, {"kind"} | MEASURED_ONLY, {"out", "device", "distributed"}),
-        (["search", "allocate"], SearchConfig, {"kind"} | LEARNED_ONLY, {"out", "device"}),
+        (["quantize"], JobConfig, set(), {"out", "strict"} | OPTIONS),
+        (["compare"], Recipe, set(), {"out", "schemes", "bits", "acts", "seeds", "jobs", "plugin"} | OPTIONS),
+        (["search", "qss"], SearchConfig, {"kind"} | MEASURED_ONLY, {"out", "distributed"} | OPTIONS),
+        (["search", "qpl"], SearchConfig, {"kind"} | MEASURED_ONLY, {"out", "distributed"} | OPTIONS),
+        (["search", "allocate"], SearchConfig, {"kind"} | LEARNED_ONLY, {"out"} | OPTIONS),
         (
             ["search", "study"],
             SearchConfig,
             {"arch_rate", "temperature", "penalty"} | MEASURED_ONLY,
-            {"out", "trials", "storage", "name"},
+            {"out", "trials", "storage", "name"} | OPTIONS - {"force"},
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -25,15 +25,13 @@ from torchquant.errors import ConfigError
 from torchquant.plan import quantize
 from torchquant.quantizers import QUANTIZERS
 from torchquant.runs import export as export_file
-from torchquant.runs import quantize as quantize_file
-from torchquant.runs import report, stages
+from torchquant.runs import networks, report, stages
 from torchquant.runs.compare import Recipe, read_leaderboard, write_leaderboard
 from torchquant.runs.compare import run as compare_run
 from torchquant.runs.data import Digits, load_digits
 from torchquant.runs.folder import claimed
 from torchquant.runs.quantize import JobConfig, run_job
 from torchquant.runs.search import SearchConfig, run_search, write_report
-from torchquant.runs.search import run as search_file
 
 OWN_MODEL = """
 import torch
@@ -103,7 +101,7 @@ def tiny_data() -> Iterator[None]:
         all_of_them.test_labels[:64],
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (quantize_file, export_file, search_file, compare_run):
+        for module in (networks, export_file, compare_run):
             original = module.load_data
             patch.setattr(module, "load_data", lambda name, *r, o=original: few if name == "digits" else o(name, *r))
         compare_run._data.cache_clear()
@@ -461,7 +459,7 @@ def test_what_is_asked_wrongly_is_refused_before_the_folder_is_touched(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("something was trained")
 
-    for module in (stages, quantize_file, search_file, compare_run):
+    for module in (stages, compare_run):
         monkeypatch.setattr(module, "train", never)
     bad = tmp_path / "bad.yaml"
     bad.write_text("- {types: [Conv9d], weight: 'affine:8'}\n")

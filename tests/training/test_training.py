@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import operator
 import os
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import torchquant as tq
 from tests.processes import CONTEXT
+from torchquant.errors import ConfigError
 
 STATES = list(tq.QModuleState)
 QAT = tq.QModuleState.QUANT_AWARE_TRAIN
@@ -296,3 +298,48 @@ def test_context_restores_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), tq.qmodule_state(net, QAT):
         raise ZeroDivisionError
     assert set(states_of(net)) == {tq.QModuleState.CALIBRATION}
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_fit_in_mixed_precision_learns_and_resumes_the_same(amp: str, tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    batches = [data()] * 2
+
+    def trained(epochs: int, progress: Path | None) -> tuple[list[float], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        net, losses = SmallNet(), list[float]()
+        handle = net.register_forward_hook(lambda module, args, found: seen.append(found.dtype))
+        options: dict[str, Any] = {"progress": progress, "on_epoch": lambda epoch, loss: losses.append(loss)}
+        tq.training.fit_quantized(net, batches, epochs, 0.02, amp=amp, **options)
+        handle.remove()
+        return losses, net.state_dict()
+
+    losses, whole = trained(3, tmp_path / "whole.pt")
+    assert set(seen) == {torch.bfloat16 if amp == "bf16" else torch.float16}
+    assert losses[-1] < losses[0]
+    assert all(value.dtype != torch.float16 and value.dtype != torch.bfloat16 for value in whole.values())
+    saved = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert ("scaler" in saved) == (amp == "fp16")
+    assert all(torch.equal(value, whole[name]) for name, value in trained(3, tmp_path / "whole.pt")[1].items())
+    with pytest.raises(ConfigError, match="amp must be one of bf16, fp16, got 'bf61'; did you mean 'bf16'"):
+        tq.fit(SmallNet(), batches, 1, 0.1, amp="bf61")
+
+
+@pytest.mark.slow
+def test_fit_with_torch_compile_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_eager(module: torch.nn.Module) -> Any:
+        compiled.append(module)
+        return real(module, backend="eager")  # dynamo without the compiler, which takes half a minute
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eager)
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    for is_compiled, found in losses.items():
+        torch.manual_seed(0)
+        net = SmallNet()
+        on_epoch = functools.partial(lambda found, epoch, loss: found.append(loss), found)
+        tq.training.fit_quantized(net, [data()] * 2, 2, 0.02, compiled=is_compiled, on_epoch=on_epoch)
+    assert len(compiled) == 1
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)

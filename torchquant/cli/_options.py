@@ -84,6 +84,7 @@ def _parameter(typer: Any, name: str, kind: Any, default: Any, note: object) -> 
     elif isinstance(note, Count):
         made = typer.Option(help=note.words, min=1)
     else:
-        flag = (f"--{name.replace('_', '-')}",) if kind is bool else ()
+        words = name.replace("_", "-")
+        flag = (f"--{words}" + (f"/--no-{words}" if default else ""),) if kind is bool else ()
         made = typer.Option(*flag, help=note)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])

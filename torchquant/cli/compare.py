@@ -8,6 +8,7 @@ from typing import Annotated
 from torchquant.runs.compare import Recipe, compare, leaderboard, load_plugin, make_cases, write_leaderboard
 from torchquant.runs.compare.board import HEADER, cells
 from torchquant.runs.console import Terminal
+from torchquant.runs.options import RunOptions
 from torchquant.runs.settings import split_list, widths, words_of
 
 TERMINAL_COLUMNS = 7
@@ -16,6 +17,7 @@ TERMINAL_COLUMNS = 7
 
 def command(
     recipe: Recipe,
+    options: RunOptions,
     schemes: Annotated[str, "Names of schemes, separated by commas, or all."] = "all",
     bits: Annotated[str, "Weight bits, such as 4, 2,3,4 or 2-8."] = "2,3,4,8",
     acts: Annotated[str, "Activation bits, such as 8 or 2-8."] = "8",
@@ -31,7 +33,7 @@ def command(
     names = split_list(schemes)
     cases = make_cases(names, widths("bits", bits), widths("acts", acts), seeds)
     terminal = Terminal()
-    rows = leaderboard(compare(cases, recipe, out, jobs, plugins, terminal))
+    rows = leaderboard(compare(cases, recipe, out, jobs, plugins, terminal, options))
     words = ["torchquant compare", f"--schemes {','.join(names)}", f"--bits {bits}", f"--acts {acts}"]
     words += [f"--seeds {seeds}", *words_of(recipe), *(f"--plugin {file}" for file in plugins)]
     write_leaderboard(rows, recipe, " ".join(words), out)

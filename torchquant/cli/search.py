@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from torchquant.cli._options import Only
 from torchquant.runs.console import NullProgress, Terminal
+from torchquant.runs.options import RunOptions
 from torchquant.runs.ranks import is_first_of_environment
 from torchquant.runs.search import SearchConfig, run_search, run_study
 from torchquant.runs.search.settings import KINDS_OF
@@ -13,7 +14,6 @@ from torchquant.runs.search.study import SPACES
 
 ABOUT = "Choose quantizers layer by layer, within a budget of bytes, bits or bit operations."
 Out = Annotated[Path, "Folder for plan, checkpoints and report; a stopped run resumes."]
-Device = Annotated[str | None, "cpu, cuda, ..."]
 Distributed = Annotated[bool, "Run as one of several processes; start them with torchrun."]
 OUT = Path("search_out")
 
@@ -24,27 +24,27 @@ def _of(kind: str) -> Only:
 
 
 def qss(
-    config: Annotated[SearchConfig, _of("qss")], out: Out = OUT, device: Device = None, distributed: Distributed = False
+    config: Annotated[SearchConfig, _of("qss")], options: RunOptions, out: Out = OUT, distributed: Distributed = False
 ) -> None:
     """Search a scheme for each layer, by gradient."""
-    _run(config, out, device, distributed)
+    _run(config, options, out, distributed)
 
 
 def qpl(
-    config: Annotated[SearchConfig, _of("qpl")], out: Out = OUT, device: Device = None, distributed: Distributed = False
+    config: Annotated[SearchConfig, _of("qpl")], options: RunOptions, out: Out = OUT, distributed: Distributed = False
 ) -> None:
     """Learn a bit width for each layer, by gradient."""
-    _run(config, out, device, distributed)
+    _run(config, options, out, distributed)
 
 
-def allocate(config: Annotated[SearchConfig, _of("allocate")], out: Out = OUT, device: Device = None) -> None:
+def allocate(config: Annotated[SearchConfig, _of("allocate")], options: RunOptions, out: Out = OUT) -> None:
     """Allocate bits to each layer by sensitivity, for the least degradation."""
-    _run(config, out, device, distributed=False)
+    _run(config, options, out, distributed=False)
 
 
-def _run(config: SearchConfig, out: Path, device: str | None, distributed: bool) -> None:
+def _run(config: SearchConfig, options: RunOptions, out: Path, distributed: bool) -> None:
     terminal = Terminal() if is_first_of_environment() or not distributed else NullProgress()
-    header, rows, note = run_search(config, out, terminal, distributed, device).table()
+    header, rows, note = run_search(config, out, terminal, distributed, options).table()
     terminal.table(f"torchquant search {config.kind} {config.model}", header, rows, "")
     terminal.message(note)
     terminal.message(f"plan: {out / 'plan.yaml'}; report: {out / 'report.html'}")
@@ -59,6 +59,7 @@ def _is_studied(entry: Field[Any]) -> bool:
 
 def study(
     config: Annotated[SearchConfig, Only(_is_studied)],
+    options: Annotated[RunOptions, Only(lambda entry: entry.name != "force")],
     trials: Annotated[int, "Total number of finished trials, of all machines together."] = 20,
     storage: Annotated[str | None, "A URL, or a journal file; default: study.db in the folder."] = None,
     name: Annotated[str, "Name of the study in the storage."] = "search",
@@ -66,7 +67,7 @@ def study(
 ) -> None:
     """Run many searches with settings that Optuna proposes; several machines can join."""
     terminal = Terminal()
-    result = run_study(config, out, trials, storage, name, terminal)
+    result = run_study(config, out, trials, storage, name, terminal, options)
     terminal.table(f"study {name}", *result.table())
     terminal.message(f"best run: {result.best.folder}; all runs: {out / 'study.json'}")
 

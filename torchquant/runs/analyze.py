@@ -21,6 +21,7 @@ from torchquant.runs.contents import contents_of, pinned
 from torchquant.runs.data import TrainingData
 from torchquant.runs.export import load_run
 from torchquant.runs.folder import CONTENTS, claimed
+from torchquant.runs.options import RunOptions
 from torchquant.runs.quantize import JobConfig, check_job, run_job
 from torchquant.runs.report import MOST_IMAGES, REPORT, made_section
 from torchquant.runs.settings import (
@@ -87,23 +88,33 @@ class Analyzed:
     advice: Advice | None
 
 
-def run_analysis(config: AnalyzeConfig, out: str | os.PathLike[str], show: NullProgress | None = None) -> Analyzed:
+def run_analysis(
+    config: AnalyzeConfig,
+    out: str | os.PathLike[str],
+    show: NullProgress | None = None,
+    options: RunOptions | None = None,
+) -> Analyzed:
     """Analyze and write `analysis.json`, `sites.csv`, `slots.csv`, `advice.json` and `report.html` into `out`.
 
-    A run that was stopped goes on after the last batch. Raises ConfigError, also if `out` holds another analysis.
+    A run that was stopped resumes after the last batch. `options`: how it is carried out; the analysis itself is on the
+    CPU. Raises ConfigError, also if `out` holds another analysis.
     """
+    how = options or RunOptions()
     with show or NullProgress() as shown:
         run = Path(config.target)
         if not config.is_run:
-            check_job(config.job())
+            check_job(config.job(), options=how)
         found = contents_of([str(run / "quantized.pt")], [], config.target) if config.is_run else {}
         settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
-        with claimed(Path(out) / "analyze.json", settings, "another analysis", "one", MADE, shown.message) as folder:
+        path = Path(out) / "analyze.json"
+        with claimed(path, settings, "another analysis", "one", MADE, shown.message, how.force) as folder:
             if not config.is_run:
                 run = folder / "run"
-                run_job(config.job(), run)
+                run_job(config.job(), run, shown, options=how)
             model, data, _ = load_run(run)
-            return _run(model, data, config, folder, shown)
+            with how.computing(model, data.test_images[:1]) as threads:
+                shown.message(f"analysis of {run}, {threads}")
+                return _run(model, data, config, folder, shown)
 
 
 def _run(model: nn.Module, data: TrainingData, config: AnalyzeConfig, out: Path, shown: NullProgress) -> Analyzed:

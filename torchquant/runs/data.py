@@ -6,10 +6,13 @@ The digits are shifted, rotated and made noisy, so that 8x8 pixels are not trivi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,10 @@ from torch import Tensor
 
 from torchquant.errors import ConfigError, one_line, require
 
+T = TypeVar("T")
+
+AHEAD = 2
+"""Number of batches that a worker prepares ahead."""
 IMAGE_SIZE = 16
 MAX_ANGLE = 0.35
 """Largest rotation, radians."""
@@ -67,15 +74,52 @@ class TrainBatches:
     >>> torchquant.fit(net, batches, epochs=1, learning_rate=1e-2)
     """
 
-    def __init__(self, data: TrainingData, seed: int = 0, batch_size: int = BATCH_SIZE) -> None:
-        self.data, self.batch_size = data, batch_size
+    def __init__(self, data: TrainingData, seed: int = 0, batch_size: int = BATCH_SIZE, workers: int = 0) -> None:
+        self.data, self.batch_size, self.workers = data, batch_size, workers
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return -(-self.data.n_train // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.data.train_batches(self.generator, self.batch_size)
+        return in_threads(batch_tasks(self.data, self.generator, self.batch_size), self.workers)
+
+
+BatchTask = Callable[[], tuple[Tensor, Tensor]]
+"""Makes one batch from random numbers that were drawn before."""
+
+
+def batch_tasks(data: TrainingData, generator: torch.Generator, batch_size: int) -> Iterator[BatchTask]:
+    """Yield what makes the batches of an epoch: random numbers are drawn in order, and any thread can do the rest."""
+    tasks = getattr(data, "train_tasks", None)
+    if tasks is not None:
+        yield from tasks(generator, batch_size)
+    else:
+        for batch in data.train_batches(generator, batch_size):
+            yield partial(_same, batch)
+
+
+def _same(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def in_threads(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
+    """Do the tasks in `workers` threads, some of them ahead, and yield the results in order; 0: in this thread.
+
+    >>> list(in_threads([lambda: 1, lambda: 2, lambda: 3], 2))
+    [1, 2, 3]
+    """
+    if not workers:
+        yield from (task() for task in tasks)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[T]] = deque()
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @dataclass(frozen=True)
@@ -157,8 +201,17 @@ class Pictures:
 
     def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches in a new random order, each distorted anew."""
+        return (task() for task in self.train_tasks(generator, batch_size))
+
+    def train_tasks(self, generator: torch.Generator, batch_size: int) -> Iterator[BatchTask]:
+        """Yield what makes these batches; the random numbers of a batch are drawn before it is yielded."""
         for index in torch.randperm(self.n_train, generator=generator).split(batch_size):
-            yield _distorted(self.train_images[index], self.mean, self.std, generator), self.train_labels[index]
+            drawn = _draw(len(index), max(self.train_images.shape[-2] // 8, 1), generator)
+            yield partial(self._batch, index, *drawn)
+
+    def _batch(self, index: Tensor, shift: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        images = _distorted(self.train_images[index], self.mean, self.std, shift, mirrored)
+        return images, self.train_labels[index]
 
 
 def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -168,14 +221,19 @@ def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     )
 
 
-def _distorted(images: Tensor, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(n: int, margin: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw the shifts (2, n), from 0 to twice the margin, and whether a picture is mirrored, (n,)."""
+    shift = torch.randint(0, 2 * margin + 1, (2, n), generator=generator)
+    return shift, torch.rand(n, generator=generator) < 0.5
+
+
+def _distorted(images: Tensor, mean: Tensor, std: Tensor, shift: Tensor, mirrored: Tensor) -> Tensor:
     n, _, height, width = images.shape
     margin = max(height // 8, 1)
     padded = F.pad(images, [margin] * 4)
-    top, left = torch.randint(0, 2 * margin + 1, (2, n), generator=generator)
+    top, left = shift
     rows = top[:, None] + torch.arange(height)
     columns = left[:, None] + torch.arange(width)
-    mirrored = torch.rand(n, generator=generator) < 0.5
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     picked = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return _normalized(picked.permute(0, 3, 1, 2), mean, std)

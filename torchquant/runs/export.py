@@ -64,8 +64,8 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
             f"it does not hold {', '.join(missing)}"
         )
     known = read_settings(run / "config.json")
-    if "kind" in known:
-        known = {name: value for name, value in known.items() if name in SHARED}
+    names = SHARED if "kind" in known else {*known} - {"amp"}
+    known = {name: value for name, value in known.items() if name in names}
     config = read_as(run / "config.json", JobConfig, known, ELSEWHERE)
     data = load_data(config.data, config.seed)
     net = build_model(config.model, data)

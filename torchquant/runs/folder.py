@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,17 @@ PROCESSES = "processes"
 """Key of the settings with the number of processes, if more than one: other shares of the data give other numbers."""
 SETTINGS = ("config.json", "recipe.json", "analyze.json")
 """Names of the JSON file with the settings, one of which is in the folder of a run that resumes."""
+WRITTEN = (
+    *SETTINGS,
+    *("float.pt", "float-seed*.pt", "calibrated.pt", "trained.pt", "searched.pt", "quantized.pt", "*.progress.pt"),
+    *("model.onnx", "model.onnx.data", "model.safetensors", "integer.json", "certificate.json", "certificate.txt"),
+    *("plan.yaml", "advised_plan.yaml", "sites.csv", "slots.csv", "monitor.csv", "choices.csv", "history.csv"),
+    *("losses.json", "result.json", "history.json", "pareto.json", "sensitivity.json", "analysis.json", "advice.json"),
+    *("report.html", "leaderboard.*", "study.json", "study.db", "runs", "run", "steps", "trial-*"),
+)
+"""Patterns of what runs write into their folder."""
+BESIDE = (CONTENTS, PROCESSES, "amp")
+"""Keys of the settings that are no fields of the settings class of the run."""
 MOST_CHANGES = 6
 LOCK = ".lock"
 REMAKE = "delete it, and it is made again, or use another folder"
@@ -66,18 +78,27 @@ def _made_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(
-    path: Path, settings: Mapping[str, Any], holds: str, thing: str, made: Sequence[str], tell: Callable[[str], object]
+    path: Path,
+    settings: Mapping[str, Any],
+    holds: str,
+    thing: str,
+    made: Sequence[str],
+    tell: Callable[[str], object],
+    force: bool = False,
 ) -> Iterator[Path]:
     """Claim the folder of the JSON file `path` for this process while the context lasts, and keep the settings in it.
 
     A run with the same settings resumes. A run that failed or was killed before it made a file is replaced.
     `holds` and `thing` are words for the error: "runs of another recipe", "recipe". `made`: patterns of the files
-    that are useless without the settings. `tell` is called with a note where an older folder cannot be checked. Raises
-    ConfigError for a folder with other settings, or one that another process uses.
+    that are useless without the settings. `tell` is called with a note where an older folder cannot be checked.
+    `force`: delete what a run left in the folder first. Raises ConfigError for a folder with other settings, or one
+    that another process uses.
     """
     with _made_folder(path.parent) as folder, hold(folder / LOCK) as other:
         if other is not None:
             raise ConfigError(f"{folder} is in use by {other}; wait for it, or choose another folder")
+        if force and any((folder / name).is_file() for name in SETTINGS):
+            _clear(folder, settings.get(CONTENTS) or ())
         before = _files(folder)
         keep_settings(path, settings, holds, thing, made, tell)
         try:
@@ -111,7 +132,7 @@ def _compare(
     thing: str,
     tell: Callable[[str], object],
 ) -> None:
-    if unknown := [name for name in known if name not in {*settings, CONTENTS, PROCESSES}]:
+    if unknown := [name for name in known if name not in {*settings, *BESIDE}]:
         raise ConfigError(
             f"{path} was written by another, perhaps newer, version: {shown(unknown[0])} is unknown here; use that "
             "version or another folder"
@@ -130,7 +151,8 @@ def _compare(
     if changed:
         words = ", ".join(changed[:MOST_CHANGES]) + (", ..." if len(changed) > MOST_CHANGES else "")
         raise ConfigError(
-            f"{path.parent} holds {holds} ({words}); choose another folder, or use the {thing} that {path.name} holds"
+            f"{path.parent} holds {holds} ({words}); choose another folder, use the {thing} that {path.name} "
+            "holds, or replace it with --force"
         )
 
 
@@ -162,6 +184,19 @@ def read_as(path: Path, kind: type[T], found: Any, remedy: str) -> T:
         made = kind(**found)
         check_types(made)
         return made
+
+
+def _clear(folder: Path, inputs: Iterable[str]) -> None:
+    """Delete what a run has written into its folder; other files stay. Raises ConfigError if an input is among it."""
+    found = [path for pattern in WRITTEN for path in folder.glob(pattern)]
+    for name in inputs:
+        if any(path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents) for path in found):
+            raise ConfigError(f"force would delete {name}, which this run reads; move it out of {folder} first")
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def contents_in_words(folder: Path) -> str:

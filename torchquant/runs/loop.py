@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from torchquant import training
 from torchquant._modes import in_mode
 from torchquant.runs.data import BATCH_SIZE, TrainBatches, TrainingData
+from torchquant.runs.options import RunOptions
 from torchquant.training import Distillation, Monitor, OnEpoch
 from torchquant.training.evaluation import top1
 
 TEST_BATCH = 512
+OnBatchOfEpoch = Callable[[int, int], object]
+"""Called after batch n of an epoch of so many batches."""
 
 
 def train(
@@ -28,17 +32,37 @@ def train(
     quantized: bool = False,
     teacher: Distillation | None = None,
     monitor: Monitor | None = None,
+    options: RunOptions | None = None,
+    on_batch: OnBatchOfEpoch | None = None,
 ) -> None:
     """Run `training.fit` on the training batches that `seed` draws; leaves the model in eval mode.
 
     `quantized`: train with the quantizers on; the model ends in QUANT_EVAL. `teacher`: whom it learns from as well.
-    `monitor`: what watches the quantizers.
+    `monitor`: what watches the quantizers. `options`: workers, mixed precision, compilation. `on_batch(n, of)`: called
+    after batch n of an epoch with `of` batches.
     """
-    batches = TrainBatches(data, seed)
+    how = options or RunOptions()
+    batches = TrainBatches(data, seed, workers=how.workers)
     loop = training.fit_quantized if quantized else training.fit
-    options: dict[str, Any] = {"on_epoch": on_epoch, "progress": progress, "generator": batches.generator}
-    options |= {"teacher": teacher, "monitor": monitor}
-    loop(model, batches, epochs, learning_rate, show_progress=False, **options)
+    given: dict[str, Any] = {"on_epoch": on_epoch, "progress": progress, "generator": batches.generator}
+    given |= {"teacher": teacher, "monitor": monitor, "amp": how.amp, "compiled": how.compile}
+    seen = batches if on_batch is None else _Counted(batches, on_batch)
+    loop(model, seen, epochs, learning_rate, show_progress=False, **given)
+
+
+class _Counted:
+    """Batches that tell how many of an epoch were taken."""
+
+    def __init__(self, batches: TrainBatches, on_batch: OnBatchOfEpoch) -> None:
+        self.batches, self.on_batch = batches, on_batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for n, batch in enumerate(self.batches, 1):
+            yield batch
+            self.on_batch(n, len(self))
 
 
 def calibrate(model: nn.Module, data: TrainingData, n_batches: int, seed: int, batch_size: int = BATCH_SIZE) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from torchquant.deploy.packed.references import model_of
 from torchquant.errors import ConfigError, require
 from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory
-from torchquant.runs.data import TrainingData
+from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.options import RunOptions
+from torchquant.runs.ranks import Ranks
 from torchquant.runs.small_mobilenet import SmallMobileNetV2
 from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 
@@ -117,6 +120,11 @@ NETWORKS = {
 }
 
 
+def network_of(name: str) -> Network:
+    """Return a network by name, or one that `build_model` builds and a plan quantizes. Raises ConfigError."""
+    return NETWORKS.get(name) or Network(partial(build_model, name), _by_plan, 1e-3, 3e-4)
+
+
 def build_model(name: str, data: TrainingData) -> nn.Module:
     """Build a model by name, for the classes and channels of the data. Raises ConfigError, MissingDependencyError.
 
@@ -142,6 +150,27 @@ def build_model(name: str, data: TrainingData) -> nn.Module:
             "torchvision.models.list_models() and timm.list_models(); a model of your own is path/to/file.py:function"
         )
     return timm.create_model(name, pretrained=False, num_classes=data.n_classes, in_chans=data.n_channels)
+
+
+class Job(Protocol):
+    """Interface of the settings of a run with one model."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def data(self) -> str | None: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def place_job(config: Job, options: RunOptions, ranks: Ranks | None = None) -> tuple[TrainingData, nn.Module]:
+    """Load the data of a run and build its float model, in eval mode; both are on the device of the options."""
+    where = ranks or Ranks(device=options.device or "cpu")
+    data = where.share(load_data(str(config.data), config.seed))
+    torch.manual_seed(config.seed)
+    return data, build_model(config.model, data).to(where.device).eval()
 
 
 @torch.no_grad()

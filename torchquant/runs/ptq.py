@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from torchquant.qmodule import QModuleState
 from torchquant.report import Section, Text
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
-from torchquant.runs.data import BATCH_SIZE, DATA, TrainBatches, TrainingData, load_data
+from torchquant.runs.data import BATCH_SIZE, DATA, TrainBatches, TrainingData
 from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.loop import accuracy_on, calibrate
-from torchquant.runs.networks import build_model, tried
+from torchquant.runs.networks import place_job, tried
+from torchquant.runs.options import RunOptions
 from torchquant.runs.rehearsal import rehearse
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
@@ -53,6 +55,8 @@ ABOUT_ROUNDED = (
 )
 MADE = ("float.pt", "calibrated.pt", "quantized.pt", "*.progress.pt")
 """Files that a later run of the same settings goes on from."""
+PTQ_UNITS = 4.0
+"""About how many epochs of float training the stages take."""
 
 
 @dataclass(frozen=True)
@@ -105,45 +109,55 @@ class PTQResult:
 
 
 def run_ptq(
-    config: PTQConfig, out: str | os.PathLike[str], show: NullProgress | None = None, strict: bool = False
+    config: PTQConfig,
+    out: str | os.PathLike[str],
+    show: NullProgress | None = None,
+    strict: bool = False,
+    options: RunOptions | None = None,
 ) -> PTQResult:
     """Float model, plan, calibration, stages, evaluation; files in `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `steps/` (`ptq.json`, `steps.csv`, a file a layer),
     `quantized.pt`, `result.json`, `report.html`. What is there is not done again. Raises as `run_job`.
     """
+    how = options or RunOptions()
     with show or NullProgress() as shown:
-        shown.start(3.0)
-        data, recipe, net, rules = _built(config)
+        shown.start(config.float_epochs + PTQ_UNITS)
+        data, recipe, net, rules = _built(config, how)
         model = _tried(config, data, net, rules, strict)
         ptq.preview(model, recipe.stages, recipe.names, recipe.skip)
         rehearse(model, data, trains=False)
         files = [config.checkpoint, *files_of(str(config.data), config.rules)]
         files += [config.recipe] if is_file(config.recipe) else []
         settings = {name: value for name, value in asdict(config).items() if name != "cache_bytes"}
-        settings |= {CONTENTS: pinned(config.contents, contents_of(files, [net], config.model))}
-        with claimed(Path(out) / "config.json", settings, "another run", "run", MADE, shown.message) as folder:
-            return _run(net, rules, recipe, config, data, Stages(folder, shown))
+        found = contents_of(files, [net], config.model)
+        settings |= {CONTENTS: pinned(config.contents, found)} | how.that_change_numbers()
+        path = Path(out) / "config.json"
+        with (
+            claimed(path, settings, "another run", "run", MADE, shown.message, how.force) as folder,
+            how.computing(net, data.test_images[:1]) as threads,
+        ):
+            shown.message(f"{config.model} on {how.device or 'cpu'}, {threads}")
+            return _run(net, rules, recipe, config, data, Stages(folder, shown, options=how), found)
 
 
 def preview_ptq(config: PTQConfig, strict: bool = False) -> tuple[ptq.Preview, ptq.Blocks]:
     """Say what a run would do, and which blocks its model has; nothing is trained, calibrated or written."""
-    data, recipe, net, rules = _built(config)
+    data, recipe, net, rules = _built(config, RunOptions())
     model = _tried(config, data, net, rules, strict)
     return ptq.preview(model, recipe.stages, recipe.names, recipe.skip), ptq.find_blocks(model)
 
 
-def _built(config: PTQConfig) -> tuple[TrainingData, Recipe, nn.Module, Any]:
+def _built(config: PTQConfig, options: RunOptions) -> tuple[TrainingData, Recipe, nn.Module, Any]:
     """Load the data and the recipe, and build the float model; with the rules of the plan."""
     require("yaml", "cli")  # which the plan is written with
-    data, recipe = load_data(str(config.data), config.seed), find_recipe(config.recipe)
+    recipe = find_recipe(config.recipe)
+    data, net = place_job(config, options)
     n_batches = -(-data.n_train // recipe.data.get("batch", BATCH_SIZE))
     if "samples" in recipe.data and n_batches < (config.batches or 0):
         raise ConfigError(
             f"data: samples: {config.data} has {data.n_train} training images, fewer than the recipe asks"
         )
-    torch.manual_seed(config.seed)
-    net = build_model(config.model, data)
     rules = recipe.rules if config.rules is None else config.rules
     rules = read_rules("w4a8" if rules is None else rules) if isinstance(rules, str | None) else list(rules)
     return data, recipe, net, rules
@@ -156,13 +170,19 @@ def _tried(config: PTQConfig, data: TrainingData, net: nn.Module, rules: Any, st
 
 
 def _run(
-    net: nn.Module, rules: Any, recipe: Recipe, config: PTQConfig, data: TrainingData, stages: Stages
+    net: nn.Module,
+    rules: Any,
+    recipe: Recipe,
+    config: PTQConfig,
+    data: TrainingData,
+    stages: Stages,
+    contents: Mapping[str, str],
 ) -> PTQResult:
     folder, shown, n_batches = stages.folder, stages.shown, config.batches
     drawn = recipe.data.get("seed", config.seed), recipe.data.get("batch", BATCH_SIZE)
     cache_bytes = recipe.cache_bytes if config.cache_bytes is None else bytes_of(config.cache_bytes, "cache_bytes")
     assert n_batches is not None
-    stages.float_model(net, config, data)
+    stages.float_model(net, config, data, contents)
     float_accuracy = accuracy_on(net, data)
     shown.message(f"float: accuracy {float_accuracy:.2%}")
     model = quantize(net, rules, data.test_images[:2])
@@ -174,7 +194,7 @@ def _run(
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     nearest_accuracy = accuracy_on(model, data)
     shown.message(f"rounded to nearest: accuracy {nearest_accuracy:.2%}, {len(plan.sites)} sites")
-    shown.advance(1.0, "post-training")
+    shown.advance(0.0, "post-training")
     batches = list(itertools.islice(TrainBatches(data, *drawn), n_batches))
 
     def work() -> None:
@@ -197,7 +217,7 @@ def _run(
     result = PTQResult(float_accuracy, nearest_accuracy, accuracy_on(model, data))
     write_json(folder / "result.json", asdict(result))
     _report(result, model, config, data, folder)
-    shown.advance(1.0, "done")
+    shown.advance(PTQ_UNITS, "done")
     return result
 
 

@@ -6,6 +6,7 @@ Each stage writes a file, so that a run that was stopped resumes where it was.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +23,11 @@ from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
-from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.data import TrainingData
 from torchquant.runs.folder import CONTENTS, claimed, write_checkpoint
-from torchquant.runs.loop import accuracy_on, calibrate, train
-from torchquant.runs.networks import build_model, tried
+from torchquant.runs.loop import accuracy_on, calibrate
+from torchquant.runs.networks import place_job, tried
+from torchquant.runs.options import RunOptions
 from torchquant.runs.rehearsal import rehearse
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
@@ -43,7 +45,7 @@ from torchquant.runs.settings import (
     read_rules,
     seed_option,
 )
-from torchquant.runs.stages import Stages
+from torchquant.runs.stages import QAT_UNITS, Stages
 from torchquant.training import CSVSink, Distillation, Monitor
 from torchquant.training.monitor import EVERY
 from torchquant.training.sinks import cells_of
@@ -121,34 +123,45 @@ class JobResult:
 
 
 def run_job(
-    config: JobConfig, out: str | os.PathLike[str], show: NullProgress | None = None, strict: bool = False
+    config: JobConfig,
+    out: str | os.PathLike[str],
+    show: NullProgress | None = None,
+    strict: bool = False,
+    options: RunOptions | None = None,
 ) -> JobResult:
     """Make the float model and the plan, calibrate, train and evaluate; write the files into `out`.
 
     `config.json`, `float.pt`, `plan.yaml`, `calibrated.pt`, `quantized.pt` (state dicts), `losses.json`, `sites.csv`,
     `result.json`, `report.html`. "qat" also writes `monitor.csv`: what a `Monitor` saw. A stage whose file exists is
     not run again. Every setting is tried on the untrained model before the folder is touched; `strict` as in
-    `quantize`. Raises ConfigError, also if `out` holds another job, a job with other contents, or a job that is
-    running.
+    `quantize`; `options`: how the run is carried out. Raises ConfigError, also if `out` holds another job, a job with
+    other contents, or a job that is running.
     """
+    how = options or RunOptions()
     with show or NullProgress() as shown:
-        shown.start(4.0)
-        data, net, rules = check_job(config, strict)
+        qat_units = QAT_UNITS * config.epochs if config.mode == "qat" else 0.0
+        shown.start(config.float_epochs + qat_units + 1.0)
+        data, net, rules = check_job(config, strict, how)
         found = contents_of([config.checkpoint, *files_of(config.data, config.rules)], [net], config.model)
-        settings = asdict(config) | {CONTENTS: pinned(config.contents, found)}
-        with claimed(Path(out) / "config.json", settings, "another job", "job", MADE, shown.message) as folder:
-            return _run(net, rules, config, data, Stages(folder, shown))
+        settings = asdict(config) | how.that_change_numbers() | {CONTENTS: pinned(config.contents, found)}
+        path = Path(out) / "config.json"
+        with (
+            claimed(path, settings, "another job", "job", MADE, shown.message, how.force) as folder,
+            how.computing(net, data.test_images[:1]) as threads,
+        ):
+            shown.message(f"{config.model} on {how.device or 'cpu'}, {threads}")
+            return _run(net, rules, config, data, Stages(folder, shown, options=how), found)
 
 
-def check_job(config: JobConfig, strict: bool = False) -> tuple[TrainingData, nn.Module, Any]:
+def check_job(
+    config: JobConfig, strict: bool = False, options: RunOptions | None = None
+) -> tuple[TrainingData, nn.Module, Any]:
     """Load the data and the rules, build the float model, and rehearse the job on a copy of it; writes nothing.
 
     Raises what `run_job` would raise, before anything is trained.
     """
     require("yaml", "cli")  # which the plan is written with
-    data = load_data(config.data, config.seed)
-    torch.manual_seed(config.seed)
-    net = build_model(config.model, data)
+    data, net = place_job(config, options or RunOptions())
     rules = read_rules(config.rules)
     with torch.random.fork_rng(devices=[]):
         trial = tried(net, data, config.model, config.checkpoint)
@@ -157,9 +170,11 @@ def check_job(config: JobConfig, strict: bool = False) -> tuple[TrainingData, nn
     return data, net, rules
 
 
-def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stages: Stages) -> JobResult:
+def _run(
+    net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stages: Stages, contents: Mapping[str, str]
+) -> JobResult:
     folder, shown = stages.folder, stages.shown
-    stages.float_model(net, config, data)
+    stages.float_model(net, config, data, contents)
     float_accuracy = accuracy_on(net, data)
     float_bytes = sum(site.total for site in weight_bytes(net))
     shown.message(f"float: accuracy {float_accuracy:.2%}")
@@ -167,12 +182,12 @@ def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stag
     plan: QuantPlan = model.plan  # type: ignore[assignment]
     if all(isinstance(c, str | None) for s in plan.sites for c in (s.weight, s.input, s.output, s.bias)):
         plan.save(folder / "plan.yaml")
-    shown.advance(1.0, "calibrating")
+    shown.advance(0.0, "calibrating")
     stages.run("calibrated.pt", model, lambda: calibrate(model, data, config.calibration_batches, config.seed))
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     ptq_accuracy = accuracy_on(model, data)
     shown.message(f"calibrated: accuracy {ptq_accuracy:.2%}, {len(plan.sites)} sites, {len(plan.floats)} left float")
-    shown.advance(1.0, "training")
+    shown.advance(0.5, "calibrated")
     qat_accuracy = _trained(model, net, config, data, stages) if config.mode == "qat" else None
     write_checkpoint(folder / "quantized.pt", model)
     result = JobResult(
@@ -187,7 +202,7 @@ def _run(net: nn.Module, rules: Any, config: JobConfig, data: TrainingData, stag
     write_json(folder / "result.json", asdict(result))
     write_csv(folder / "sites.csv", list(SiteReport.__dataclass_fields__), state_report(model).to_dicts())
     _report(result, model, config, data, folder)
-    shown.advance(1.0, "done")
+    shown.advance(0.5, "done")
     return result
 
 
@@ -209,16 +224,16 @@ def _report(result: JobResult, model: nn.Module, config: JobConfig, data: Traini
 def _trained(model: nn.Module, net: nn.Module, config: JobConfig, data: TrainingData, stages: Stages) -> float:
     """Train quantization-aware, with the float network as the teacher if one is asked for; return the accuracy."""
     teacher = None if config.distill is None else Distillation(net, config.distill)
-    tell, progress = stages.tell("quantized", config.epochs), stages.folder / "qat.progress.pt"
-    rate = config.learning_rate / 3.0
+    progress, rate, units = "qat.progress.pt", config.learning_rate / 3.0, QAT_UNITS
 
     def work() -> None:
         with ExitStack() as stack:
             is_watched = config.monitor != 0 and any(module.quantizers() for _, module in qmodules(model))
             watch = stack.enter_context(_monitor(model, config, stages)) if is_watched else None
-            train(model, data, config.epochs, rate, config.seed, tell, progress, True, teacher, watch)
+            options: dict[str, Any] = {"quantized": True, "teacher": teacher, "monitor": watch}
+            stages.train("quantized", model, data, config.epochs, rate, config.seed, progress, units, **options)
 
-    stages.run("trained.pt", model, work, progress.name)
+    stages.run("trained.pt", model, work, progress, units * config.epochs)
     set_qmodule_state(model, QModuleState.QUANT_EVAL)
     found = accuracy_on(model, data)
     stages.shown.message(f"trained quantized: accuracy {found:.2%}")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchquant.errors import ConfigError
-from torchquant.runs.data import BATCH_SIZE, TrainBatches, TrainingData
+from torchquant.runs.data import BATCH_SIZE, BatchTask, TrainBatches, TrainingData, batch_tasks
 from torchquant.training.batches import usable_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -98,10 +99,18 @@ class Share:
 
     def train_batches(self, generator: torch.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of this process; all batches are drawn, so that all generators stay equal."""
+        return (task() for task in self.train_tasks(generator, batch_size))
+
+    def train_tasks(self, generator: torch.Generator, batch_size: int) -> Iterator[BatchTask]:
+        """Yield what makes these batches."""
         n_batches = -(-self.data.n_train // batch_size) // self.world * self.world
-        for i, (images, labels) in enumerate(self.data.train_batches(generator, batch_size)):
+        for i, task in enumerate(batch_tasks(self.data, generator, batch_size)):
             if i % self.world == self.rank and i < n_batches:
-                yield images.to(self.device), labels.to(self.device)
+                yield partial(self._moved, task)
+
+    def _moved(self, task: BatchTask) -> tuple[Tensor, Tensor]:
+        images, labels = task()
+        return images.to(self.device), labels.to(self.device)
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def certificate_section(certificate: Mapping[str, Any]) -> Section:
 def made_section(command: str, settings: Mapping[str, Any], about: str = "") -> Section:
     """Return the section with the command line that runs it again, the settings, and the versions that computed it."""
     rows = [[name, "–" if value is None else str(value)] for name, value in settings.items() if name != CONTENTS]
-    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    own = (item for item in versions().items() if item[0] != "threads")  # a report can be written again elsewhere
+    used = ", ".join(f"{name} {version}" for name, version in own)
     parts: list[Part] = [Code(command), Text(f"{about} Made with {used}.".strip(), is_note=True)]
     return Section("How this was made", [*parts, *([Table(["setting", "value"], rows)] if rows else [])])
 

@@ -20,6 +20,7 @@ from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.graph.recording import call_with
 from torchquant.qmodule import QModuleState
+from torchquant.training.amp import grad_scaler, mixed_precision
 from torchquant.training.batches import check_batches, count, is_first_rank, pair_of, place, progress_bar, taken
 from torchquant.training.distillation import Distillation, teaching
 from torchquant.training.monitor import Monitor
@@ -50,6 +51,8 @@ def fit(
     show_progress: bool | None = None,
     teacher: nn.Module | Distillation | None = None,
     monitor: Monitor | None = None,
+    amp: str | None = None,
+    compiled: bool = False,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate; leaves the model in eval mode.
 
@@ -63,7 +66,9 @@ def fit(
     rises. `device`: the device for the model and the batches; None: that of the model. `show_progress`: a progress bar;
     None: one if `on_epoch` is not given, rich is installed, and the output is a terminal. `teacher`: a model, such as
     the float one, whose predictions are learned too; a `Distillation` says how. `monitor`: a monitor of the model; it
-    gets the loss of each step, and its state is saved in `progress`. With torch.distributed, gradients are averaged
+    gets the loss of each step, and its state is saved in `progress`. `amp`: mixed precision, "bf16" or "fp16"; fp16
+    scales gradients, and does not step where they overflow. `compiled`: train with `torch.compile`, which takes a
+    while at first; the model itself stays as it is. With torch.distributed, gradients are averaged
     over the ranks; the first rank writes `progress`, and all ranks read it. Raises ConfigError for no epochs or no
     batches.
 
@@ -81,7 +86,10 @@ def fit(
     if state is not None:
         set_qmodule_state(model, state)
     module = across_ranks(model)
-    course = _Course(model, learning_rate, epochs * n_steps, warm_up, generator, monitor)
+    if compiled:
+        module = torch.compile(module)  # type: ignore[assignment]
+    scaler = grad_scaler(amp, where)
+    course = _Course(model, learning_rate, epochs * n_steps, warm_up, generator, monitor, scaler)
     model.train()
     first = 1 + (0 if progress is None or not progress.exists() else course.resume(progress))
     n_left = (epochs - first + 1) * n_steps
@@ -93,8 +101,9 @@ def fit(
             losses = []
             stream = taken(_of_epoch(batches), max_batches, where)
             for inputs, targets in (pair_of(batch, i) for i, batch in enumerate(stream)):
-                outputs = call_with(module, inputs, "a batch")
-                value = lesson(one_number(loss(outputs, targets), "the loss"), outputs, inputs)
+                with mixed_precision(amp, where):
+                    outputs = call_with(module, inputs, "a batch")
+                    value = lesson(one_number(loss(outputs, targets), "the loss"), outputs, inputs)
                 course.step(value)
                 losses.append(value.detach())
                 advance()
@@ -129,12 +138,13 @@ class _Course:
         warm_up: float,
         generator: torch.Generator | None,
         monitor: Monitor | None,
+        scaler: torch.amp.GradScaler,
     ) -> None:
         learned = quantizer_parameters(model)
         of_quantizers = set(map(id, learned["params"]))
         weights = {"params": [p for p in model.parameters() if id(p) not in of_quantizers]}
         groups = [weights, learned] if of_quantizers else [weights]
-        self.model, self.generator, self.monitor = model, generator, monitor
+        self.model, self.generator, self.monitor, self.scaler = model, generator, monitor, scaler
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=1e-2)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, learning_rate, total_steps=n_steps, pct_start=warm_up
@@ -142,9 +152,12 @@ class _Course:
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
+        self.scaler.scale(loss).backward()
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= before:  # otherwise gradients overflowed, and there was no step
+            self.schedule.step()
         if self.monitor is not None:
             self.monitor.step({"loss": loss})
 
@@ -152,6 +165,7 @@ class _Course:
         """Write everything that is needed to resume after the epoch."""
         saved: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         saved |= {"schedule": self.schedule.state_dict(), "epoch": epoch, "random": random_state()}
+        saved |= {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
         saved |= {} if self.generator is None else {"batches": self.generator.get_state()}
         saved |= {} if self.monitor is None else {"monitor": self.monitor.state_dict()}
         write_whole(progress, partial(torch.save, saved))
@@ -163,6 +177,8 @@ class _Course:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(saved["scaler"])
             if self.generator is not None:
                 self.generator.set_state(saved["batches"])
             if self.monitor is not None and "monitor" in saved:

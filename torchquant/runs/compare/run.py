@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torchquant.runs.compare.settings import Case, Recipe
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import changed_contents, contents_of, pinned
 from torchquant.runs.data import DATA, TrainBatches, TrainingData, load_data
+from torchquant.runs.float_cache import float_key, keep_float, take_float
 from torchquant.runs.folder import (
     CONTENTS,
     REMAKE,
@@ -38,7 +39,8 @@ from torchquant.runs.folder import (
     write_checkpoint,
 )
 from torchquant.runs.loop import accuracy_on, calibrate, train
-from torchquant.runs.networks import NETWORKS
+from torchquant.runs.networks import network_of, tried
+from torchquant.runs.options import RunOptions
 from torchquant.runs.rehearsal import rehearse_quantizer
 from torchquant.runs.settings import check_seed
 
@@ -71,13 +73,15 @@ def compare(
     jobs: int = 1,
     plugins: Sequence[str | os.PathLike[str]] = (),
     show: NullProgress | None = None,
+    options: RunOptions | None = None,
 ) -> list[CaseResult]:
     """Run the cases that `out` does not hold yet; return all results, in the order of `cases`.
 
     Every case starts from the float network of its seed and sees the same batches. Each result is a
-    file `out/runs/NAME.json`, written whole: a killed comparison resumes where it was. `jobs`
-    processes run at a time, with one thread each, so that the numbers do not depend on `jobs`. `plugins`:
-    Python files with your own quantizers. Raises ConfigError if `out` holds runs of another recipe.
+    file `out/runs/NAME.json`, written whole: a killed comparison resumes where it was. `jobs` processes run at a time,
+    with one thread each unless `options` say otherwise, so that the numbers do not depend on `jobs`. `plugins`: Python
+    files with your own quantizers. `options`: how the cases are carried out. Raises ConfigError if `out` holds runs of
+    another recipe.
     """
     if type(jobs) is not int or jobs < 1:
         raise ConfigError(f"jobs must be a whole number of at least 1, got {shown(jobs)}")
@@ -85,27 +89,32 @@ def compare(
         require("sklearn", "demo")
     for plugin in plugins:
         load_plugin(plugin)
+    how = options or RunOptions()
+    how = replace(how, threads=how.threads or 1)
     _check(cases, recipe)
     folder = Path(out)
     found = pinned(recipe.contents, contents_of([recipe.checkpoint, *([] if recipe.data in DATA else [recipe.data])]))
-    settings = asdict(recipe) | {CONTENTS: found}
+    settings = asdict(recipe) | how.that_change_numbers() | {CONTENTS: found}
     with (
         show or NullProgress() as screen,
-        claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, screen.message),
+        claimed(folder / "recipe.json", settings, "runs of another recipe", "recipe", MADE, screen.message, how.force),
     ):
-        screen.start(len(cases))
+        screen.start(len(cases) + len({case.seed for case in cases}))
+        screen.message(f"{recipe.model} on {how.device or 'cpu'}, {jobs} at a time with threads: {how.threads}")
         missing = [case for case in cases if _is_missing(case, folder, screen)]
-        screen.advance(
-            len(cases) - len(missing), f"{len(cases) - len(missing)} of {len(cases)} cases have results already"
-        )
+        screen.skip(len(cases) - len(missing))
         seeds = sorted({case.seed for case in missing})
-        for _ in in_processes(_train_float, [(recipe, seed, str(folder)) for seed in seeds], jobs):
-            screen.message("a float network is trained")
+        screen.advance(0, f"float networks; {len(cases) - len(missing)} of {len(cases)} cases have results already")
+        floats = [(recipe, seed, str(folder), how) for seed in seeds]
+        for n, words in enumerate(in_processes(_train_float, floats, jobs), 1):
+            screen.message(words)
+            screen.advance(1, f"float networks: {n} of {len(seeds)}")
+        screen.advance(0, f"cases: {len(cases) - len(missing)} of {len(cases)}")
         (folder / "runs").mkdir(exist_ok=True)
-        tasks = [(case, recipe, str(folder), tuple(map(str, plugins))) for case in missing]
-        for name, score in in_processes(_run_case, tasks, jobs):
+        tasks = [(case, recipe, str(folder), tuple(map(str, plugins)), how) for case in missing]
+        for n, (name, score) in enumerate(in_processes(_run_case, tasks, jobs), len(cases) - len(missing) + 1):
             screen.message(f"{name}: accuracy {score:.2%}")
-            screen.advance(1, name)
+            screen.advance(1, f"cases: {n} of {len(cases)}")
         return [_read(_path(case, folder))[0] for case in cases]
 
 
@@ -119,9 +128,10 @@ def _check(cases: Sequence[Case], recipe: Recipe) -> None:
         for slot, specs in (("weight", {c.weight for c in cases}), ("output", {c.acts for c in cases})):
             for spec in specs:
                 rehearse_quantizer(spec, slot)
-        network = NETWORKS[recipe.model].build(_data(recipe, cases[0].seed))
+        network = network_of(recipe.model).build(_data(recipe, cases[0].seed))
         if recipe.checkpoint is not None:
             _load(network, recipe.checkpoint)
+        tried(network, _data(recipe, cases[0].seed), recipe.model, None)
 
 
 def _path(case: Case, folder: Path) -> Path:
@@ -212,19 +222,30 @@ def _data(recipe: Recipe, seed: int) -> TrainingData:
     return load_data(recipe.data, seed, recipe.test_copies)
 
 
-def _train_float(recipe: Recipe, seed: int, folder: str) -> None:
+def _train_float(recipe: Recipe, seed: int, folder: str, options: RunOptions) -> str:
+    """Make the float network of a seed; return what was done, in words."""
     path = Path(folder) / f"float-seed{seed}.pt"
     if path.exists():
-        return
-    torch.set_num_threads(1)
+        return f"float network of seed {seed}: found in the folder"
+    torch.set_num_threads(options.threads or 1)
+    kind, data = network_of(recipe.model), _data(recipe, seed)
     torch.manual_seed(seed)
-    kind, data = NETWORKS[recipe.model], _data(recipe, seed)
-    network = kind.build(data)
+    network = kind.build(data).to(options.device or "cpu")
+    words = "loaded from the checkpoint"
     if recipe.checkpoint is None:
-        train(network, data, recipe.float_epochs, kind.float_rate, seed)
+        given = [recipe.float_epochs, kind.float_rate, seed, recipe.test_copies, options.device]
+        contents = contents_of([] if recipe.data in DATA else [recipe.data], [network], recipe.model)
+        settings = {"training": given, "contents": contents, "amp": options.amp, "compile": options.compile}
+        key = float_key(network, data, settings)
+        words = "taken over from a run with the same training"
+        if not (options.reuse_float and take_float(network, key)):
+            train(network, data, recipe.float_epochs, kind.float_rate, seed, options=options)
+            keep_float(network, key)
+            words = "trained"
     else:
         _load(network, recipe.checkpoint)
     write_checkpoint(path, network)
+    return f"float network of seed {seed}: {words}"
 
 
 def _load(network: nn.Module, checkpoint: str) -> None:
@@ -236,14 +257,17 @@ def _load(network: nn.Module, checkpoint: str) -> None:
         ) from error
 
 
-def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...]) -> tuple[str, float]:
+def _run_case(
+    case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...], options: RunOptions
+) -> tuple[str, float]:
     for plugin in plugins:
         load_plugin(plugin)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads or 1)
+    kind, data = network_of(recipe.model), _data(recipe, case.seed)
     torch.manual_seed(case.seed)
-    kind, data = NETWORKS[recipe.model], _data(recipe, case.seed)
     network = kind.build(data)
     read_checkpoint_into(network, Path(folder) / f"float-seed{case.seed}.pt")
+    network.to(options.device or "cpu")
     float_accuracy = accuracy_on(network, data)
     model = kind.quantize(
         network.eval(),
@@ -251,14 +275,14 @@ def _run_case(case: Case, recipe: Recipe, folder: str, plugins: tuple[str, ...])
         lambda module: make_quantizer(case.acts, site="output"),
         # Weights that leave their units need the batch norm for their scale; folding it in would undo the scale.
         "rescale" if _keeps_units(case.weight) else False,
-    )
+    ).to(options.device or "cpu")
     calibrate(model, data, recipe.calibration_batches, case.seed)
     started = time.perf_counter()
     if recipe.epochs:
         rate = recipe.learning_rate or kind.rate
-        train(model, data, recipe.epochs, rate, case.seed, quantized=True)
+        train(model, data, recipe.epochs, rate, case.seed, quantized=True, options=options)
     seconds = (time.perf_counter() - started) / recipe.epochs if recipe.epochs else None
-    found = layer_errors(model, data.test_images[:64])
+    found = layer_errors(model, data.test_images[:64].to(options.device or "cpu"))
     errors = [min(e.weight.sqnr_db, LOSSLESS_DB) for e in found if e.weight is not None]
     result = CaseResult(
         case,

@@ -26,13 +26,16 @@ from torchquant.runs.settings import (
 class Recipe:
     """The recipe of every scheme: network, data, float training, calibration, quantization-aware training.
 
-    `model`: one of `NETWORKS`. `data`: see `load_data`. `checkpoint`: a float state_dict to start from instead of
-    `float_epochs` of training. `epochs` of quantization-aware training, 0 for calibration only; `learning_rate` None
-    is the network's own. `test_copies`: distorted versions of each test image, for digits. `contents`: name -> sha256
-    of the files that take part, as a comparison recorded them. Raises ConfigError.
+    `model`: one of `NETWORKS`, or a model with a colon as in `build_model`. `data`: see `load_data`. `checkpoint`: a
+    float state_dict to start from instead of `float_epochs` of training. `epochs` of quantization-aware training, 0 for
+    calibration only; `learning_rate` None is the network's own. `test_copies`: distorted versions of each test image,
+    for digits. `contents`: name -> sha256 of the files that take part, as a comparison recorded them. Raises
+    ConfigError.
     """
 
-    model: str = option("demo", "demo, resnet18, mobilenet_v2, efficientnet_b0, ...")
+    model: str = option(
+        "demo", "demo, resnet18, mobilenet_v2, efficientnet_b0, ..., timm:NAME or path/to/file.py:function."
+    )
     data: str = data_option()
     float_epochs: int = option(30, "Epochs of float training.")
     epochs: int = option(10, "Epochs of quantization-aware training; 0: calibrate only.")
@@ -46,7 +49,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_one_of(self, model=NETWORKS)
+        if ":" not in self.model:
+            check_one_of(self, model=NETWORKS)
         if self.data not in DATA and not Path(self.data).is_dir():
             raise ConfigError(f"data must be {', '.join(DATA)} or a folder of pictures, got {shown(self.data)}")
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():

@@ -19,10 +19,11 @@ from torchquant.plan import QuantPlan
 from torchquant.qmodule import QModuleState
 from torchquant.runs.console import NullProgress
 from torchquant.runs.contents import contents_of, pinned
-from torchquant.runs.data import TrainBatches, TrainingData, load_data
+from torchquant.runs.data import TrainBatches, TrainingData
 from torchquant.runs.folder import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
-from torchquant.runs.loop import accuracy_on, calibrate, train
-from torchquant.runs.networks import build_model, tried
+from torchquant.runs.loop import accuracy_on, calibrate
+from torchquant.runs.networks import place_job, tried
+from torchquant.runs.options import RunOptions
 from torchquant.runs.ranks import Ranks, process_group
 from torchquant.runs.search.results import (
     FRONT,
@@ -36,7 +37,7 @@ from torchquant.runs.search.results import (
 )
 from torchquant.runs.search.settings import KINDS, SearchConfig
 from torchquant.runs.settings import files_of
-from torchquant.runs.stages import Stages
+from torchquant.runs.stages import QAT_UNITS, Stages
 from torchquant.search import Budget, CostModel, EpochRecord
 from torchquant.search.allocation.assignment import allocate
 from torchquant.search.allocation.fronts import pareto
@@ -52,6 +53,8 @@ MADE = ("float.pt", SEARCHED, PLAN, QUANTIZED, SENSITIVITY, "*.progress.pt")
 """Files from which a later run with the same settings resumes."""
 POINTS = 8
 """Number of budgets in the picture of the Pareto front."""
+SEARCH_UNITS = 4.0
+"""About how many epochs of float training an epoch of a search, or all of an allocation, takes."""
 
 
 def run_search(
@@ -59,7 +62,7 @@ def run_search(
     out: str | os.PathLike[str],
     show: NullProgress | None = None,
     distributed: bool = False,
-    device: str | None = None,
+    options: RunOptions | None = None,
 ) -> SearchRunResult:
     """Make the float model, search or measure sensitivities, make the plan, retrain, evaluate; write files into `out`.
 
@@ -67,12 +70,15 @@ def run_search(
     `searched.pt` (float weights after a search), `plan.yaml`, `choices.csv`, `quantized.pt`, `losses.json`,
     `result.json`, `report.html`. A stage whose file exists is not run again, and within a stage every epoch, or search
     point, is saved. `distributed`: this is one of several processes that torchrun started; all must see `out`, and the
-    first one writes it. Raises ConfigError, also if `out` holds another search.
+    first one writes it. `options`: how the run is carried out. Raises ConfigError, also if `out` holds another search.
     """
     if distributed and config.kind == "allocate":
         raise ConfigError("allocate measures in one process; distributed is for qss and qpl")
     require("yaml", "cli")
-    return search_from(config, out, show or NullProgress(), distributed, device)
+    how = options or RunOptions()
+    if how.amp == "fp16":
+        raise ConfigError("a search takes amp bf16: the steps of its widths and logits have no scaled gradients")
+    return search_from(config, out, show or NullProgress(), distributed, how)
 
 
 def search_from(
@@ -80,15 +86,19 @@ def search_from(
     out: str | os.PathLike[str],
     show: NullProgress,
     distributed: bool = False,
-    device: str | None = None,
+    options: RunOptions | None = None,
     float_file: Path | None = None,
 ) -> SearchRunResult:
     """Do the same as `run_search`; `float_file`: the float.pt of a run with the same float training."""
-    with process_group(distributed, device) as ranks, show if ranks.is_first else NullProgress() as shown:
-        shown.start(4.0)
-        run = _Run(config, Path(out), shown, ranks)
+    how = options or RunOptions()
+    with process_group(distributed, how.device) as ranks, show if ranks.is_first else NullProgress() as shown:
+        retraining = QAT_UNITS * config.retrain_epochs
+        shown.start(config.float_epochs + search_units(config) + retraining + 1.0)
+        run = _Run(config, Path(out), shown, ranks, how)
         with ExitStack() as stack:
             ranks.at_first(lambda: stack.enter_context(run.claimed()))
+            threads = stack.enter_context(how.computing(run.net, run.example[:1]))
+            shown.message(f"{config.model} on {ranks.device}, {threads}")
             run.float_stage(float_file)
             run.plan_stage()
             run.retrain_stage()
@@ -98,25 +108,30 @@ def search_from(
     return result
 
 
-def checked_settings(config: SearchConfig) -> dict[str, Any]:
+def checked_settings(config: SearchConfig, options: RunOptions) -> dict[str, Any]:
     """Return the settings that `run_search` keeps in config.json. Raises the same ConfigError; writes nothing."""
-    return _Run(config, Path(), NullProgress(), Ranks()).settings()
+    return _Run(config, Path(), NullProgress(), Ranks(), options).settings()
 
 
-def _epoch(data: TrainingData, seed: int, number: int) -> TrainBatches:
+def search_units(config: SearchConfig) -> float:
+    """Estimate how many epochs of float training the search takes."""
+    return SEARCH_UNITS * (1 if config.kind == "allocate" else config.epochs)
+
+
+def _epoch(data: TrainingData, seed: int, number: int, workers: int = 0) -> TrainBatches:
     """Return the batches of an epoch by its number; they are the same at each call."""
-    return TrainBatches(data, 1_000_003 * (seed + 1) + number)
+    return TrainBatches(data, 1_000_003 * (seed + 1) + number, workers=workers)
 
 
 class _Run:
     """The state that the stages of a run share. Candidates and budgets are checked at construction."""
 
-    def __init__(self, config: SearchConfig, folder: Path, shown: NullProgress, ranks: Ranks) -> None:
-        self.config, self.folder, self.shown, self.ranks = config, folder, shown, ranks
-        self.stages = Stages(folder, shown, ranks)
-        torch.manual_seed(config.seed)
-        self.data = ranks.share(load_data(config.data, config.seed))
-        self.net = build_model(config.model, self.data).to(ranks.device).eval()
+    def __init__(
+        self, config: SearchConfig, folder: Path, shown: NullProgress, ranks: Ranks, options: RunOptions
+    ) -> None:
+        self.config, self.folder, self.shown, self.ranks, self.options = config, folder, shown, ranks, options
+        self.stages = Stages(folder, shown, ranks, options)
+        self.data, self.net = place_job(config, options, ranks)
         self.example = self.data.test_images[:2]
         tried(self.net, self.data, config.model, config.checkpoint)
         self.space = config.space(self.net, self.example)
@@ -127,28 +142,41 @@ class _Run:
     def settings(self) -> dict[str, Any]:
         """Return the settings with the contents of the files that take part and the number of processes."""
         config = self.config
+        contents = pinned(config.contents, self.contents())
+        numbers = self.options.that_change_numbers()
+        return (
+            asdict(config)
+            | numbers
+            | {CONTENTS: contents}
+            | ({PROCESSES: self.ranks.world} if self.ranks.world > 1 else {})
+        )
+
+    def contents(self) -> dict[str, str]:
+        """Return name -> sha256 of the files that take part."""
+        config = self.config
         paths = [config.checkpoint, config.latency, *files_of(config.data, config.rules)]
-        contents = pinned(config.contents, contents_of(paths, [self.net], config.model))
-        return asdict(config) | {CONTENTS: contents} | ({PROCESSES: self.ranks.world} if self.ranks.world > 1 else {})
+        return contents_of(paths, [self.net], config.model)
 
     def claimed(self) -> AbstractContextManager[Path]:
         """Claim the folder for this run."""
         path = self.folder / "config.json"
-        return claimed(path, self.settings(), "another search", "search", MADE, self.shown.message)
+        return claimed(path, self.settings(), "another search", "search", MADE, self.shown.message, self.options.force)
 
     def float_stage(self, float_file: Path | None) -> None:
         """Make float.pt, and measure the accuracy of the float model."""
         if float_file is not None and not (self.folder / "float.pt").exists():
             copied = float_file.read_bytes()
             write_whole(self.folder / "float.pt", lambda path: path.write_bytes(copied))
-        self.stages.float_model(self.net, self.config, self.data)
+        self.stages.float_model(self.net, self.config, self.data, self.contents())
         self.costs = self._costs()
         self.float_accuracy = accuracy_on(self.net, self.data)
         self.shown.message(f"float: accuracy {self.float_accuracy:.2%}")
 
     def plan_stage(self) -> None:
         """Make plan.yaml; the float model then has the searched weights."""
-        if not self.ranks.of_first((self.folder / PLAN).exists()):
+        if self.ranks.of_first((self.folder / PLAN).exists()):
+            self.shown.skip(search_units(self.config))
+        else:
             torch.manual_seed(self.config.seed)
             plan = self._allocate() if self.config.kind == "allocate" else self._search()
             self.ranks.at_first(lambda: plan.save(self.folder / PLAN))
@@ -184,9 +212,15 @@ class _Run:
 
         def tell(record: EpochRecord) -> None:
             self.shown.row("search", epoch_words(record, config.epochs, config.budgets))
-            self.shown.advance(1.0 / config.epochs, f"search: epoch {record.epoch} of {config.epochs}")
+            self.shown.advance(SEARCH_UNITS, f"search: epoch {record.epoch} of {config.epochs}")
 
-        history = search.run(lambda epoch: _epoch(self.data, config.seed, epoch), out=self.folder, on_epoch=tell)
+        search.amp = self.options.amp
+        if self.options.compile:
+            search.compile()
+        workers = self.options.workers
+        history = search.run(
+            lambda epoch: _epoch(self.data, config.seed, epoch, workers), out=self.folder, on_epoch=tell
+        )
         self.ranks.at_first(lambda: write_checkpoint(self.folder / SEARCHED, search.float_model()))
         self.ranks.at_first(lambda: write_history(self.folder, history))
         return search.derive()
@@ -196,7 +230,7 @@ class _Run:
         batches = list(itertools.islice(_epoch(self.data, config.seed, 0), config.calibration_batches))
 
         def tell(point: tuple[str, str], degradations: tuple[float, ...]) -> None:
-            self.shown.advance(1.0 / len(self.costs.points), f"sensitivity of {'.'.join(point)}")
+            self.shown.advance(SEARCH_UNITS / len(self.costs.points), f"sensitivity of {'.'.join(point)}")
 
         degradations = sensitivity(
             self.net, self.space, self.example, batches, config.method, out=self.folder, on_place=tell, seed=config.seed
@@ -211,18 +245,17 @@ class _Run:
 
     def retrain_stage(self) -> None:
         """Make quantized.pt: calibrate under the plan, then train."""
-        config, progress = self.config, self.folder / "retrain.progress.pt"
+        config, progress = self.config, "retrain.progress.pt"
         torch.manual_seed(config.seed)
         self.model = self.plan.apply(self.net)
 
         def work() -> None:
             calibrate(self.model, self.data, config.calibration_batches, config.seed)
             if config.retrain_epochs:
-                tell, rate = self.stages.tell("retraining", config.retrain_epochs), config.learning_rate / 3.0
-                epochs = config.retrain_epochs
-                train(self.model, self.data, epochs, rate, config.seed, tell, progress, quantized=True)
+                given = (config.retrain_epochs, config.learning_rate / 3.0, config.seed, progress, QAT_UNITS)
+                self.stages.train("retraining", self.model, self.data, *given, quantized=True)
 
-        self.stages.run(QUANTIZED, self.model, work, progress.name)
+        self.stages.run(QUANTIZED, self.model, work, progress, QAT_UNITS * config.retrain_epochs)
         set_qmodule_state(self.model, QModuleState.QUANT_EVAL)
         self.accuracy = accuracy_on(self.model, self.data)
         self.shown.message(f"retrained: accuracy {self.accuracy:.2%}")

@@ -16,6 +16,7 @@ from torchquant._locks import hold
 from torchquant.errors import ConfigError, require
 from torchquant.runs.console import NullProgress
 from torchquant.runs.folder import ELSEWHERE, LOCK, REMAKE, keep_settings, output_folder
+from torchquant.runs.options import RunOptions
 from torchquant.runs.search.results import amount
 from torchquant.runs.search.run import checked_settings, search_from
 from torchquant.runs.search.settings import SearchConfig
@@ -70,6 +71,7 @@ def run_study(
     storage: str | None = None,
     name: str = "search",
     show: NullProgress | None = None,
+    options: RunOptions | None = None,
 ) -> StudyResult:
     """Run searches that differ in the settings of `SPACES`, in `out/trial-N`, until `trials` of them are finished.
 
@@ -77,7 +79,7 @@ def run_study(
     shared file system; None: `out/study.db`. Every process that names the same storage and study joins it. A trial that
     was stopped resumes where it was, in the same folder. The float network is trained once. `out/study.json` has the
     finished trials. Accuracy is measured on the test images, so the best trial is chosen by them. Needs the extra
-    `search`. Raises ConfigError, MissingDependencyError.
+    `search`. `options`: how each search is carried out. Raises ConfigError, MissingDependencyError.
     """
     if config.kind not in SPACES:
         raise ConfigError(
@@ -86,7 +88,10 @@ def run_study(
     if trials < 1:
         raise ConfigError(f"trials must be at least 1, got {trials}")
     optuna = require("optuna", "search")
-    settings = checked_settings(config)
+    how = options or RunOptions()
+    if how.force:
+        raise ConfigError("a study may be shared with other machines, so force deletes none; use another folder")
+    settings = checked_settings(config, how)
     folder, shown = output_folder(out), show or NullProgress()
     with _quiet(optuna), _opened(optuna, storage, folder) as opened:
         _claim(settings, folder, shown)
@@ -94,12 +99,12 @@ def run_study(
             study = optuna.create_study(storage=opened, study_name=name, direction="maximize", load_if_exists=True)
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             if (folder / f"trial-{trial.number}").is_dir():
-                _perform(study, optuna.trial.Trial(study, trial._trial_id), config, folder, shown)
+                _perform(study, optuna.trial.Trial(study, trial._trial_id), config, folder, shown, how)
         while len(_finished(study)) < trials:
             trial = study.ask()
             for setting, (least, most) in SPACES[config.kind].items():
                 trial.suggest_float(setting, least, most, log=True)
-            _perform(study, trial, config, folder, shown)
+            _perform(study, trial, config, folder, shown, how)
         result = StudyResult(tuple(sorted(_finished(study), key=lambda t: -t.accuracy)))
     write_json(folder / "study.json", [asdict(trial) for trial in result.trials])
     return result
@@ -118,7 +123,9 @@ def _claim(settings: dict[str, Any], folder: Path, shown: NullProgress) -> None:
     raise ConfigError(f"{folder} is in use by {other}; wait for it, or choose another folder")
 
 
-def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: NullProgress) -> None:
+def _perform(
+    study: Any, trial: Any, config: SearchConfig, folder: Path, shown: NullProgress, options: RunOptions
+) -> None:
     """Run one trial, unless another process runs it, or it was stopped before its settings were known."""
     own = output_folder(folder / f"trial-{trial.number}")
     with hold(folder / f".trial-{trial.number}.lock") as other:
@@ -131,7 +138,9 @@ def _perform(study: Any, trial: Any, config: SearchConfig, folder: Path, shown: 
                 read_saved(kept)
         words = ", ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
         shown.message(f"trial {trial.number}: {words}")
-        result = search_from(replace(config, **trial.params), own, shown, float_file=kept if kept.exists() else None)
+        result = search_from(
+            replace(config, **trial.params), own, shown, options=options, float_file=kept if kept.exists() else None
+        )
         if not kept.exists():
             write_whole(kept, lambda path: path.write_bytes((own / "float.pt").read_bytes()))
         trial.set_user_attr("costs", result.costs)

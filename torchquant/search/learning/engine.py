@@ -30,6 +30,7 @@ from torchquant.search.learning.supernet import build_supernet
 from torchquant.search.settings import EpochRecord, SearchSettings
 from torchquant.search.space import search_rules
 from torchquant.training import Loss, OnEpoch, calibrate, fit_quantized
+from torchquant.training.amp import mixed_precision
 from torchquant.training.batches import is_first_rank
 from torchquant.training.loop import across_ranks, epochs_done, random_state, set_random_state
 from torchquant.utils import set_qmodule_state
@@ -103,6 +104,8 @@ class Search:
         """Running mean of the task's gradient for each width."""
         set_qmodule_state(self.model, QModuleState.QUANT_AWARE_TRAIN)
         self.module = across_ranks(self.model)
+        self.amp: str | None = None
+        """Mixed precision of the steps: "bf16", or None."""
         self._optimizers: dict[str, torch.optim.Optimizer] | None = None
 
     def compile(self, **options: Any) -> None:
@@ -153,7 +156,8 @@ class Search:
         optimizers = self.optimizers()
         self._learn(weights, architecture)
         inputs, targets = batch
-        value = self.loss(call_with(self.module, inputs, "a batch"), targets)
+        with mixed_precision(self.amp, next(self.model.parameters()).device):
+            value = self.loss(call_with(self.module, inputs, "a batch"), targets)
         if value.requires_grad:
             value.backward()
         if architecture:
