@@ -434,7 +434,7 @@ def test_a_command_that_was_killed_before_it_made_anything_gives_way(tmp_path: P
         (["quantize", "RAISES:Forward"], "raises.py, line 10, failed: RuntimeError: The size of tensor a (10)"),
         (["quantize", "RAISES:Later", "--mode", "qat"], "raises.py, line 20)"),
         (["ptq", "OWN", "--recipe", "gptqq"], "there is no 'gptqq'. did you mean 'gptq'?"),
-        (["ptq", "OWN", "--recipe", "MANY"], "digits has 1347 training images, fewer than the recipe asks"),
+        (["ptq", "OWN", "--recipe", "MANY"], "digits has 128 training images, fewer than the recipe asks"),
         (["ptq", "OWN", "--recipe", "brecq:no_such_option"], "no_such_option"),
         (["analyze", "OWN", "--rules", "w8a9"], "there is no file 'w8a9'"),
         (["analyze", "RAISES:Forward"], "raises.py, line 10, failed: RuntimeError"),
@@ -666,11 +666,11 @@ def test_a_full_disk_ends_a_run_in_one_line_that_names_the_file(
     settle = _files._settle
     left = [0]
 
-    def full(temporary: Path, target: Path) -> None:
+    def full(temporary: Path, target: Path, mode: int) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        settle(temporary, target)
+        settle(temporary, target, mode)
 
     with monkeypatch.context() as patch:
         patch.setattr(_files, "_settle", full)
