@@ -89,47 +89,39 @@ def test_a_single_candidate_is_that_scheme_bit_for_bit(spec: str) -> None:
         assert torch.equal(parameter.grad, ours[name].grad), name
 
 
-@pytest.mark.parametrize(
-    ("n_bits", "candidates", "winner"),
-    [
-        # the least squared error on N(0, 1) of the tables H1 to H4
-        pytest.param(
-            2, ["clipq:2", "esb:2,k=0", "pot:2", "residual:2,method=greedy"], "clipq:2", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            3, ["clipq:3", "esb:3,k=0", "pot:3", "residual:3,method=greedy"], "clipq:3", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            4, ["clipq:4", "esb:4,k=1", "pot:4", "residual:4,method=greedy"], "clipq:4", marks=pytest.mark.slow
-        ),
-        (5, ["clipq:5", "esb:5,k=2", "pot:5", "residual:5,method=greedy"], "esb:5,k=2"),
-    ],
-)
-def test_the_winner_on_gaussian_weights_is_the_scheme_of_least_error(
-    n_bits: int, candidates: list[str], winner: str
-) -> None:
-    net, eye, data = weight_task(gaussian_weight(1024))
-    tables = {
-        "clipq": {2: 0.11884605, 3: 0.037439659, 4: 0.011542884, 5: 0.0034952114},
-        "esb": {2: 0.19017404, 3: 0.047560218, 4: 0.012684904, 5: 0.0032559967},
-        "pot": {2: 0.1581177, 3: 0.04415447, 4: 0.03773798, 5: 0.03772893},
-        "residual": {2: 0.13045411, 3: 0.058393595, 4: 0.032897691, 5: 0.022627025},
-    }
-    expected = min(candidates, key=lambda spec: tables[spec.partition(":")[0]][n_bits])
-    assert expected == winner
-    torch.manual_seed(int(n_bits == 5))  # with 0, clipq and esb of 5 bits end within a rounding error of each other
+ERRORS_ON_GAUSSIAN = {
+    "clipq": {2: 0.11884605, 3: 0.037439659, 4: 0.011542884, 5: 0.0034952114},
+    "esb": {2: 0.19017404, 3: 0.047560218, 4: 0.012684904, 5: 0.0032559967},
+    "pot": {2: 0.1581177, 3: 0.04415447, 4: 0.03773798, 5: 0.03772893},
+    "residual": {2: 0.13045411, 3: 0.058393595, 4: 0.032897691, 5: 0.022627025},
+}
+"""Least squared error on N(0, 1) of each scheme and width, docs/algorithms.md H1 to H4."""
+
+
+@pytest.mark.parametrize("n_bits", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4)), 5])
+def test_the_winner_on_gaussian_weights_is_a_scheme_of_least_error(n_bits: int) -> None:
+    """Samples of shares are random: one search tells errors apart that differ by a third, some searches by a tenth."""
+    candidates = [f"clipq:{n_bits}", f"esb:{n_bits},k={max(n_bits - 3, 0)}", f"pot:{n_bits}"]
+    candidates.append(f"residual:{n_bits},method=greedy")
+    errors = torch.tensor([ERRORS_ON_GAUSSIAN[spec.partition(":")[0]][n_bits] for spec in candidates])
+    net, eye, data = weight_task(gaussian_weight())
     settings = SearchSettings(epochs=10, warmup=0, temperature=(1.0, 0.1), arch_rate=5e-2)
 
     def loss(y: Tensor, target: Tensor) -> Tensor:  # as large as a cross entropy: logits have a weight decay
         return 1e4 * F.mse_loss(y, target)
 
-    search = Search(net, [{"weight": candidates}], eye, settings=settings, loss=loss)
-    for epoch in range(1, 11):
-        for mixture in search.every_mixture:
+    total = torch.zeros(len(candidates))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        search = Search(net, [{"weight": candidates}], eye, settings=settings, loss=loss)
+        (mixture,) = search.every_mixture
+        for epoch in range(1, 11):
             mixture.temperature.fill_(settings.temperature_at(epoch))
-        for _ in range(40):
-            search.step(data[0])
-    assert search.derive().sites[0].weight == winner
+            for _ in range(40):
+                search.step(data[0])
+        assert errors[candidates.index(search.derive().sites[0].weight)] < 1.34 * errors.min()
+        total += mixture.theta.detach()
+    assert errors[total.argmax()] < 1.1 * errors.min()
 
 
 def test_hard_samples_are_one_candidate_and_teach_all() -> None:
