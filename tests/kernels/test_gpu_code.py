@@ -42,6 +42,18 @@ def _type_of(name: str, names: list[str], constants: dict[str, Any], dtype: str)
 
 ROUNDS = ("_uniform", "_learned_step", "_differentiate", "_clip", "shifted_floats", "shifted_midrise")
 """Kernels and forms that divide and round."""
+DIVIDES = (*ROUNDS, "_to_codes", "powers_of_two", "_average", "_mix", "_differentiate_mix")
+MEMBERS = (
+    ("ternary", 0, 2, False, ()),
+    ("powers_of_two", 2, 1, True, (8.0,)),
+    ("floats", 3, 1, True, (0.25, 4.0, 0.5, 6.0)),
+    ("shifted_floats", 4, 2, False, (0.25, 4.0, 0.5, 6.0)),
+    ("midrise", 6, 2, True, (-8.0, 7.0)),
+    ("shifted_midrise", 8, 3, True, (-8.0, 7.0)),
+    ("uniform", 11, 3, True, ()),
+    ("levels", 14, 16, True, ()),
+)
+"""A member of a mixture for each kernel: its name, its first row of numbers, rows, whether it clips, constants."""
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpu_uniform._uniform", "fp32 fp64", {}),
     ("gpu_uniform._to_codes", "fp32 fp64", {}),
@@ -59,6 +71,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpu_projections._project", "fp32", {"FORM": "powers_of_two", "CONSTANTS": (8.0,)}),
     ("gpu_projections._project", "fp32", {"FORM": "shifted_floats", "CONSTANTS": (0.25, 4.0, 0.5, 6.0)}),
     ("gpu_projections._project", "fp32", {"FORM": "shifted_midrise", "CONSTANTS": (-8.0, 7.0)}),
+    ("gpu_mixtures._mix", "fp32", {"MEMBERS": MEMBERS, "EACH": 1}),
+    ("gpu_mixtures._differentiate_mix", "fp32", {"MEMBERS": MEMBERS, "EACH": 0, "WANTS_SHARES": True}),
     ("gpu_observers._ends", "fp32 fp64", {"TILE": 1}),
     ("gpu_observers._ends", "fp32", {"TILE": 32, "WIDE": True}),
     ("gpu_observers._average", "fp32 fp64", {"MOMENTUM": 0.9, "STARTS": True, "JOINS": True, "AT_ONCE": 512}),
@@ -82,6 +96,6 @@ def test_compiled_code_computes_as_ieee_754_says(kernel: str, dtype: str, consta
     n_divisions = len(re.findall(rf"\bdiv\.rn\.{kind}\b", code))
     n_sums = len(re.findall(rf"\b(?:add|sub)\.(?:rn\.)?{kind}\b", code))
     form = constants.get("FORM", name)
-    assert (n_divisions > 0) == (form in (*ROUNDS, "_to_codes", "powers_of_two", "_average"))
+    assert (n_divisions > 0) == (form in DIVIDES)
     if form in ROUNDS:
         assert n_sums >= 2 * n_divisions  # the two sums that round

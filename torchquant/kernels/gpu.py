@@ -35,7 +35,6 @@ LEFT_TO_PYTORCH = {
     "batch": "it decides on the host, which would wait for the device",
     "affine": "its operators take a few numbers",
     "observed": "the grid needs the range that all programs find together: track, then uniform",
-    **dict.fromkeys(("mixture", "mixture_backward"), "no kernel yet"),
 }
 """Operations with a kernel on a CPU and none here, and why."""
 
@@ -52,7 +51,7 @@ def operation(dtypes: tuple[torch.dtype, ...]) -> Callable[[Callable[..., Any]],
 
 def kernels() -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type."""
-    from torchquant.kernels import gpu_learned, gpu_observers, gpu_projections, gpu_uniform  # noqa: F401  # these enter their operations
+    from torchquant.kernels import gpu_learned, gpu_mixtures, gpu_observers, gpu_projections, gpu_uniform  # noqa: F401  # these enter their operations
 
     return {(name, dtype): function for name, (function, dtypes) in OPERATIONS.items() for dtype in dtypes}
 

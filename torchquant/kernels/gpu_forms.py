@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from torchquant.kernels.gpu_math import (
+    between,
     clamp,
     divide,
     floor,
@@ -21,14 +22,9 @@ from torchquant.kernels.gpu_math import (
 
 
 @triton.jit
-def _between(v, low, high):
-    return clamp(v, tl.full(v.shape, low, v.dtype), tl.full(v.shape, high, v.dtype))
-
-
-@triton.jit
 def signs(v, scale, other, third, constants: tl.constexpr):
     """Return the scale times 1 where v >= 0, else -1."""
-    code = _between(v, 0.0, 0.0) + (v >= 0.0).to(v.dtype)
+    code = between(v, 0.0, 0.0) + (v >= 0.0).to(v.dtype)
     return (code * 2.0 - 1.0) * scale, tl.abs(v) <= 1.5 * scale
 
 
@@ -36,7 +32,7 @@ def signs(v, scale, other, third, constants: tl.constexpr):
 def ternary(v, scale, threshold, third, constants: tl.constexpr):
     """Return `scale * sign(v)` where |v| is above the threshold, else 0."""
     sign = (v > 0.0).to(v.dtype) - (v < 0.0).to(v.dtype)
-    zero_or_nan = _between(v, 0.0, 1.0) * 0.0
+    zero_or_nan = between(v, 0.0, 1.0) * 0.0
     return ((tl.abs(v) > threshold).to(v.dtype) * sign + zero_or_nan) * scale, tl.abs(v) <= 1.5 * scale
 
 
@@ -45,7 +41,7 @@ def powers_of_two(v, scale, other, third, constants: tl.constexpr):
     """Return the scale times `+-2**i`, from 1 to a largest power, which is the constant."""
     scaled = divide(tl.abs(v), tl.where(scale > 0.0, scale, 1.0))
     lower = power_below(divide(scaled, tl.full(v.shape, 1.5, v.dtype)))
-    magnitude = _between(lower * 2.0, 1.0, constants[0]) + _between(scaled, 0.0, 1.0) * 0.0
+    magnitude = between(lower * 2.0, 1.0, constants[0]) + between(scaled, 0.0, 1.0) * 0.0
     return magnitude * tl.where(v >= 0.0, 1.0, -1.0) * scale, tl.abs(v) <= scale * constants[0]
 
 
@@ -53,9 +49,9 @@ def powers_of_two(v, scale, other, third, constants: tl.constexpr):
 def _nearest_float(v, scale, constants: tl.constexpr):
     """Return the nearest number times the scale; constants: smallest normal, largest power, spacing at 1, largest."""
     scaled = divide(v, scale)
-    spacing = _between(power_below(scaled), constants[0], constants[1]) * constants[2]
+    spacing = between(power_below(scaled), constants[0], constants[1]) * constants[2]
     nearest = whole(scaled * reciprocal_of_power(spacing)) * spacing
-    return _between(nearest, -constants[3], constants[3]) * scale
+    return between(nearest, -constants[3], constants[3]) * scale
 
 
 @triton.jit
@@ -75,7 +71,7 @@ def shifted_floats(v, scale, shift, third, constants: tl.constexpr):
 def _middle(v, scale, cell, constants: tl.constexpr):
     """Return the middle of the cell of v, times the scale."""
     code = floor(divide(v, tl.where(cell > 0.0, cell, 1.0)))
-    return (_between(code, constants[0], constants[1]) + 0.5) * scale
+    return (between(code, constants[0], constants[1]) + 0.5) * scale
 
 
 @triton.jit
@@ -89,6 +85,14 @@ def shifted_midrise(v, scale, cell, shift, constants: tl.constexpr):
     """Return what `midrise` does, on levels and cells that are shifted."""
     centred = v - shift
     return _middle(centred, scale, cell, constants) + shift, tl.abs(centred) <= cell * (constants[1] + 1.0)
+
+
+@triton.jit
+def uniform(v, step, low, high, constants: tl.constexpr):
+    """Return the nearest level of a uniform grid whose codes, from low to high, are counted from real 0."""
+    rounded = whole(divide(v, step))
+    code = clamp(rounded, low, high)
+    return code * step, code == rounded
 
 
 FORMS = {

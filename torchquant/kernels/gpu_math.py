@@ -78,6 +78,12 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def between(x, low: tl.constexpr, high: tl.constexpr):
+    """Clamp to two plain numbers, as `clamp` does."""
+    return clamp(x, tl.full(x.shape, low, x.dtype), tl.full(x.shape, high, x.dtype))
+
+
+@triton.jit
 def sum_of_row(x):
     """Add the 8 elements of each row by pairs of neighbours; `tl.sum` adds in an order that depends on the block."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], 4, 2)))

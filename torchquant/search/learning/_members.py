@@ -59,11 +59,12 @@ def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> G
     if len(plain) < len(quantizers):
         return None
     found = [(form, form.kernel_call()) for form in (q.format() for q in plain)]
-    calls = [call for form, call in found if call is not None and _is_taken(form, call)]
+    device = next((number.device for form, _ in found for number in form.numbers()), torch.device("cpu"))
+    calls = [call for form, call in found if call is not None and _is_taken(form, call, device)]
     axes = {form.axis for form, _ in found if form.axis is not None}
     if len(calls) < len(found) or len(axes) > 1:
         return None
-    own = [_rows(call) for call in calls]
+    own = [_rows(call, device) for call in calls]
     n_channels = max(row.shape[-1] for rows in own for row in rows)
     members = Members(
         kernels=[(name, constants) for name, _, constants in calls],
@@ -76,19 +77,21 @@ def members_of(quantizers: Sequence[Quantizer], clamp: Clamp | None = None) -> G
     return Gathered(members, [form.with_numbers([n.clone() for n in form.numbers()]) for form, _ in found])
 
 
-def _is_taken(form: Format, call: KernelCall) -> bool:
+def _is_taken(form: Format, call: KernelCall, device: torch.device) -> bool:
     """Whether the mixture's kernel has the form, and nobody has registered another kernel for the format."""
-    return call[0] in KINDS and KERNELS.find(type(form), "cpu") is None
+    return call[0] in KINDS and KERNELS.find(type(form), device.type) is None
 
 
-def _rows(call: KernelCall) -> list[Tensor]:
+def _rows(call: KernelCall, device: torch.device) -> list[Tensor]:
     """Return the numbers of a kernel as rows of channels, (n, C) each, (n, 1) if they are those of the whole tensor."""
     name, numbers, _ = call
     if name == "levels":
-        table = _single(numbers[0])
+        table = _single(numbers[0], device)
         return [table.T if table.ndim == 2 else table[:, None]]
-    return [_single(number).view(1, -1) for number in numbers]
+    return [_single(number, device).view(1, -1) for number in numbers]
 
 
-def _single(number: Number) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float32)
+def _single(number: Number, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)

@@ -33,10 +33,10 @@ def mix(x: Tensor, quantizers: Sequence[Quantizer], shares: Tensor, clamp: Clamp
     numbers are the sums over the quantizers, weighted by shares. Memory for backward does not grow with K, because
     backward quantizes again; a quantizer that draws noise draws it anew. Raises ConfigError.
 
-    On a CPU, quantizers of float32 that learn nothing and have a straight-through or clipped gradient are mixed by one
-    kernel, which reads x once in forward and once in backward, if it has the format of each of them. Without kernels, a
-    large tensor is looked up in one table of all levels if these quantizers work per tensor: the time hardly depends on
-    K, and an element on a threshold may take the other of its two levels. Compiled code computes the plain sum.
+    Quantizers of float32 that learn nothing and have a straight-through or clipped gradient are mixed by one kernel,
+    which reads x once in forward and once in backward, if it has the format of each of them. On a CPU without kernels,
+    a large tensor is looked up in one table of all levels if these quantizers work per tensor: the time hardly depends
+    on K, and an element on a threshold may take the other of its two levels. Compiled code computes the plain sum.
 
     >>> from torchquant.quantizers import make_quantizer
     >>> x, shares = torch.tensor([-1.0, 0.2, 1.0]), torch.tensor([0.25, 0.75], requires_grad=True)
