@@ -507,6 +507,7 @@ CALLS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "write_latency": lambda: {"path": "latency.json", "table": latency_table()},
     },
     "torchquant.integrations": {
+        "UpdateCodec": lambda: {"spec": "affine:4/channel"},
         "QuantizationCallback": lambda: {
             **{
                 "calibration_batches": 2,
@@ -743,5 +744,6 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
             "WeightChange",
         ),
     },
+    "torchquant.integrations": {RECORD: ("Packet",)},
     "torchquant.plan": {RECORD: ("PlanChange",), "a type alias": ("Rules",)},
 }

@@ -19,12 +19,18 @@ SMALL = {"bnn_cifar10.py": ["--data", "digits", "--width", "8", "--epochs", "2",
 """What downloads a data set otherwise, on a small one."""
 
 
+NEEDS = {"federated.py": "flwr"}
+"""Example -> a library that is not among those of the tests: flwr pins versions of typer and rich."""
+
+
 def test_there_are_examples() -> None:
     assert "quickstart.py" in [path.name for path in EXAMPLES]
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name not in SMALL], ids=lambda path: path.name)
 def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if example.name in NEEDS:
+        pytest.importorskip(NEEDS[example.name])
     monkeypatch.chdir(tmp_path)
     module = ModuleType("example_under_test")  # a real module, so that classes it defines can be pickled
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -42,6 +48,8 @@ def run_alone(example: Path, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name not in SMALL], ids=lambda path: path.name)
 def test_example_runs_in_a_process_of_its_own(example: Path, tmp_path: Path) -> None:
+    if example.name in NEEDS:
+        pytest.importorskip(NEEDS[example.name])
     run_alone(example, tmp_path)
 
 

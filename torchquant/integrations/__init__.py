@@ -9,15 +9,26 @@ if TYPE_CHECKING:
     from torchquant.integrations.peft import quantized_lora as quantized_lora
     from torchquant.integrations.transformers.callback import TorchquantCallback as TorchquantCallback
     from torchquant.integrations.transformers.config import TorchquantConfig as TorchquantConfig
+    from torchquant.integrations.updates import Packet as Packet
+    from torchquant.integrations.updates import UpdateCodec as UpdateCodec
 
-__all__ = ["QuantizationCallback", "TorchquantCallback", "TorchquantConfig", "quantized_lora"]
+__all__ = [
+    "Packet",
+    "QuantizationCallback",
+    "TorchquantCallback",
+    "TorchquantConfig",
+    "UpdateCodec",
+    "quantized_lora",
+]
 
-_ADAPTERS = {
-    "QuantizationCallback": "torchquant.integrations.lightning",
-    **dict.fromkeys(("TorchquantCallback", "TorchquantConfig"), "torchquant.integrations.transformers"),
-    "quantized_lora": "torchquant.integrations.peft",
+_MODULES = {
+    "lightning": ("QuantizationCallback",),
+    "peft": ("quantized_lora",),
+    "transformers": ("TorchquantCallback", "TorchquantConfig"),
+    "updates": ("Packet", "UpdateCodec"),
 }
-__getattr__ = lazy_names(__name__, _ADAPTERS, ("lightning", "peft", "transformers"))
+_ADAPTERS = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+__getattr__ = lazy_names(__name__, _ADAPTERS, ("flower", *_MODULES))
 
 
 def __dir__() -> list[str]:
