@@ -174,8 +174,8 @@ def test_names_are_the_listed_ones(address: str) -> None:
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
-NEED_MORE = ("torchquant.kernels.gpu", "torchquant.integrations.flower")
-"""Beginnings of modules that need triton or flwr, which the environment of the tests does not have."""
+NEED_MORE = ("torchquant.kernels.gpu", "torchquant.integrations.flower", "torchquant.integrations.speechbrain")
+"""Beginnings of modules that need triton, flwr or speechbrain, which the environment of the tests does not have."""
 
 
 def test_every_address_with_public_names_is_listed() -> None:

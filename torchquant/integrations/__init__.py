@@ -28,7 +28,7 @@ _MODULES = {
     "updates": ("Packet", "UpdateCodec"),
 }
 _ADAPTERS = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
-__getattr__ = lazy_names(__name__, _ADAPTERS, ("flower", *_MODULES))
+__getattr__ = lazy_names(__name__, _ADAPTERS, ("flower", "speechbrain", *_MODULES))
 
 
 def __dir__() -> list[str]:
