@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 
 import torchquant as tq
 from tests.integrations.hf_nets import NETS, OTHERS, bert, hf, inputs_of, made, output
-from torchquant.errors import ConfigError, ExportError, UnobservedRangeError
+from torchquant.errors import ConfigError, ExportError, MissingDependencyError, UnobservedRangeError
 from torchquant.integrations import TorchquantConfig
+from torchquant.plan import adapters
 
 safetensors = pytest.importorskip("safetensors.torch")
 WEIGHT_ONLY = [{"weight": "affine:4/channel"}]
@@ -158,14 +158,18 @@ def test_another_class_a_part_and_another_type_are_refused(tmp_path: Path) -> No
         hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "q", device_map={"bert": "cpu", "cls": "disk"})
 
 
-def test_half_precision(tmp_path: Path) -> None:
-    made("bert").to(torch.bfloat16).save_pretrained(tmp_path / "float")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = hf.AutoModel.from_pretrained(tmp_path / "float", quantization_config=TorchquantConfig("w8a8"))
+@pytest.mark.parametrize(("name", "dtype"), [("bert", torch.bfloat16), ("t5", torch.float16)])
+def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    net = made(name)  # T5 keeps some weights in float32
+    net.save_pretrained(tmp_path / "float")
+    config = TorchquantConfig("w4a8")
+    with pytest.warns(UserWarning, match="have seen no data"):
+        model = type(net).from_pretrained(tmp_path / "float", dtype=dtype, quantization_config=config)
     tq.calibrate(model, [inputs_of(model)])
     loaded = saved(model, tmp_path / "q")
-    assert loaded.dtype is torch.bfloat16
+    kinds = {key: value.dtype for key, value in model.named_parameters()}
+    assert {key: value.dtype for key, value in loaded.named_parameters()} == kinds
+    assert dtype in kinds.values()
     assert torch.equal(output(loaded, inputs_of(model)), output(model, inputs_of(model)))
 
 
@@ -223,3 +227,13 @@ def test_real_weights(tmp_path: Path) -> None:
     error = (expected - output(net, inputs)).square().sum() / expected.square().sum()
     assert 10 * torch.log10(error) < -15
     assert (tmp_path / "model.safetensors").stat().st_size < 0.27 * 4 * sum(p.numel() for p in net.parameters())
+
+
+def test_an_old_transformers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> Any:
+        raise MissingDependencyError("this needs transformers 5.22 or newer")
+
+    monkeypatch.setattr(adapters, "import_module", import_module)
+    with pytest.warns(UserWarning, match="transformers cannot save this model with its quantizers: .* 5.22"):
+        model = tq.quantize(made("bert"), WEIGHT_ONLY)
+    assert not hasattr(model, "hf_quantizer")

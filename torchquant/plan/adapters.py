@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
 from torch import nn
+
+from torchquant.errors import MissingDependencyError
 
 ADAPTERS = {
     ("transformers.modeling_utils", "PreTrainedModel"): ("torchquant.integrations.transformers.hf_quantizer", "attach")
@@ -14,7 +17,17 @@ ADAPTERS = {
 
 
 def tell_adapters(model: nn.Module) -> None:
-    """Call the adapter of the library that the class of the model belongs to, if there is one."""
+    """Call the adapter of the library that the class of the model belongs to, if there is one.
+
+    Warns if the adapter cannot be used with the version that is installed.
+    """
     for (library, base), (adapter, function) in ADAPTERS.items():
-        if library in sys.modules and isinstance(model, getattr(sys.modules[library], base)):
-            getattr(import_module(adapter), function)(model)
+        if not (library in sys.modules and isinstance(model, getattr(sys.modules[library], base))):
+            continue
+        try:
+            tell = getattr(import_module(adapter), function)
+        except MissingDependencyError as error:
+            name = library.partition(".")[0]
+            warnings.warn(f"{name} cannot save this model with its quantizers: {error}", stacklevel=4)
+        else:
+            tell(model)

@@ -39,13 +39,14 @@ def _dtype(part: Any) -> torch.dtype:
 class Carriers:
     """Gives the float model a parameter or buffer for each entry that it does not have, all on the meta device.
 
-    The float weight whose name codes have is replaced by them. `take()` undoes it and returns what was loaded; it is
-    called once before transformers initializes what no file has, for which it reads the shapes of weights.
+    The float weight whose name codes have is replaced by them; `types`: the type of each. `take()` undoes this, and
+    returns what was loaded; transformers' initialization of what no file has calls it first: it reads weights' shapes.
     """
 
-    def __init__(self, model: nn.Module, entries: Entries) -> None:
+    def __init__(self, model: nn.Module, entries: Entries, types: Mapping[str, torch.dtype]) -> None:
         self._added: list[tuple[nn.Module, str]] = []
         self._replaced: list[tuple[str, nn.Module, str, Tensor]] = []
+        self._types = types
         self._names: list[tuple[str, nn.Module, str]] = []
         self._found: dict[str, Tensor] | None = None
         own = model.state_dict(keep_vars=True)
@@ -97,7 +98,7 @@ class Carriers:
             codes = owner._parameters[leaf]
             assert codes is not None
             found[name] = codes.data
-            weight: Any = nn.Parameter(torch.empty_like(former, device=codes.device))
+            weight: Any = nn.Parameter(torch.empty(former.shape, dtype=self._types[name], device=codes.device))
             weight._is_hf_initialized = True
             owner._parameters[leaf] = weight
         for owner, name in reversed(self._added):

@@ -10,7 +10,7 @@ from torchquant import __version__
 from torchquant._arguments import checked
 from torchquant._registry import did_you_mean
 from torchquant.deploy.packed.head import Head
-from torchquant.errors import ConfigError, require
+from torchquant.errors import ConfigError, MissingDependencyError, require
 from torchquant.plan import RULE_SETS, QuantPlan
 from torchquant.plan.rules import check_keys
 
@@ -18,6 +18,11 @@ METHOD = "torchquant"
 SAVE_AS = ("codes", "float")
 
 _quantizers: Any = require("transformers.quantizers.auto", "transformers")
+if not hasattr(_quantizers.HfQuantizer, "get_new_dtype"):
+    raise MissingDependencyError(
+        f"this needs transformers 5.22 or newer, and {require('transformers', 'transformers').__version__} is "
+        "installed; run: pip install 'torchquant[transformers]'"
+    )
 
 
 @_quantizers.register_quantization_config(METHOD)

@@ -13,7 +13,12 @@ from torchquant._shown import some
 from torchquant.errors import ConfigError, require
 from torchquant.integrations.transformers.carriers import Carriers, entries_of
 from torchquant.integrations.transformers.config import METHOD, TorchquantConfig
-from torchquant.integrations.transformers.saved_tensors import expect_floats, load_quantized, tensors_to_save
+from torchquant.integrations.transformers.saved_tensors import (
+    expect_floats,
+    load_quantized,
+    tensors_to_save,
+    types_of_weights,
+)
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
 from torchquant.utils import observe_weights, qmodules, set_qmodule_state, state_report
@@ -59,19 +64,25 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Raise ConfigError for another type than that of the weights that the codes stand for."""
         kinds = sorted({form[1] for form in self.quantization_config.weights.values()})
-        if self.pre_quantized and kinds and kinds != [str(dtype).removeprefix("torch.")]:
+        if self.pre_quantized and kinds and str(dtype).removeprefix("torch.") not in kinds:
             raise ConfigError(
                 f"the codes of this model stand for weights of {', '.join(kinds)}; got dtype={dtype}. Load it with "
                 "dtype='auto'"
             )
         return dtype
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Keep the type of statistics, which may be finer than the weights beside them."""
+        kept = hasattr(param, "get_dtype") and param.get_dtype() == "F64"
+        found: torch.dtype | None = None if kept else super().get_new_dtype(converter, param, dtype)
+        return found
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         if not self.pre_quantized:
             return
         entries = entries_of(checkpoint_files or [])
         expect_floats(model, entries)
-        self._carriers = Carriers(model, entries)
+        self._carriers = Carriers(model, entries, types_of_weights(model, self.quantization_config.head))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

@@ -59,6 +59,11 @@ def expect_floats(model: Any, entries: Mapping[str, Tensor]) -> None:
         )
 
 
+def types_of_weights(model: Any, head: Head) -> dict[str, torch.dtype]:
+    """Return the name under which each quantized weight is saved -> the type of the values behind its codes."""
+    return {_source(model, key): getattr(torch, kind) for key, (_, kind, *_) in head.weights.items()}
+
+
 @torch.no_grad()
 def load_quantized(model: Any, config: TorchquantConfig, stored: Mapping[str, Tensor]) -> None:
     """Quantize a float model that was loaded, by its saved plan, and load what was stored beside its floats."""
