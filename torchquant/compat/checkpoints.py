@@ -78,7 +78,7 @@ def load_checkpoint(
     0.weight    0.weight
     0.bias      0.bias
     """
-    state = _unwrapped(read_checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
+    state = plain_state(read_checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint)
     state, numbers_of_nni = unwrapped(state)
     calibration = numbers_of_nni or None if calibration is None else calibration
     own = model.state_dict()
@@ -160,7 +160,7 @@ def save_autoqnn(model: nn.Module, path: str | os.PathLike[str]) -> KeyMap:
     return KeyMap([*rows, *(KeyMapRow("", key, note) for key, (_, note) in quantizers.items())])
 
 
-def _unwrapped(state: Any) -> dict[str, Tensor]:
+def plain_state(state: Any) -> dict[str, Tensor]:
     """Extract the tensors of a state dict, without enclosing dictionaries and prefixes of wrappers."""
     for name in ENVELOPES:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):

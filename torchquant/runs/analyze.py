@@ -27,12 +27,14 @@ from torchquant.runs.report import MOST_IMAGES, REPORT, made_section
 from torchquant.runs.settings import (
     argument,
     check_at_least,
+    check_start,
     check_types,
     checkpoint_option,
     command_line,
     data_option,
     option,
     seed_option,
+    weights_option,
 )
 
 __all__ = ["AnalyzeConfig", "Analyzed", "run_analysis"]
@@ -62,10 +64,12 @@ class AnalyzeConfig:
     apart: bool = option(False, "Measure each slot alone too: weight, input and output of a layer.")
     apply: bool = option(False, "Write advised_plan.yaml, the plan with the remedies that help together.")
     seed: int = seed_option()
+    weights: str | None = weights_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_start(self)
         check_at_least(self, images=1, sites=0, float_epochs=0)
         if self.apply and not self.sites:
             raise ConfigError("apply writes the plan with the remedies that help, but sites 0 tries none")
@@ -77,7 +81,16 @@ class AnalyzeConfig:
 
     def job(self) -> JobConfig:
         """Return the settings of the run that quantizes a model."""
-        return JobConfig(self.target, self.rules, self.data, "ptq", self.checkpoint, self.float_epochs, seed=self.seed)
+        return JobConfig(
+            self.target,
+            self.rules,
+            self.data,
+            "ptq",
+            self.checkpoint,
+            self.float_epochs,
+            seed=self.seed,
+            weights=self.weights,
+        )
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Terminal(NullProgress):
         self._tables: dict[str, GrowingTable] = {}
         self._bar = make_bar(self._console, lambda: (table.render() for table in self._tables.values()))
         self._task: Any = None
-        self._clock, self._doing, self._printed = Clock(0.0), "starting", time.monotonic()
+        self._clock, self._doing, self._printed = Clock(0.0), "checking everything", time.monotonic()
         self._ended = threading.Event()
         self._depth = 0  # a run can show the runs that are a part of it
 
@@ -86,7 +86,7 @@ class Terminal(NullProgress):
         self._clock = Clock(total)
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task("starting", total=total)
+        self._task = self._bar.add_task("checking everything", total=total)
 
     def message(self, text: str) -> None:
         self._printed = time.monotonic()

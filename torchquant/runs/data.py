@@ -239,27 +239,49 @@ def _distorted(images: Tensor, mean: Tensor, std: Tensor, shift: Tensor, mirrore
     return _normalized(picked.permute(0, 3, 1, 2), mean, std)
 
 
-def make_pictures(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], n_classes: int) -> Pictures:
-    """Make `Pictures` from (images uint8 (N, 3, H, W), labels (N,)) pairs, normalized by the training moments."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures are prepared: the middle square, of which `crop` is kept, resized to `size`; then normalized."""
+
+    size: int = FOLDER_SIZE
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop: float = 1.0
+    interpolation: str = "bilinear"
+
+
+def make_pictures(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    n_classes: int,
+    prepared: Preprocessing = Preprocessing(),  # noqa: B008 - a frozen value
+) -> Pictures:
+    """Make `Pictures` from (images uint8 (N, 3, H, W), labels (N,)) pairs.
+
+    They are normalized by the mean and deviation of `prepared`, or by those of the training pictures.
+    """
     sample = train[0][:10000].to(torch.float32) / 255.0
     mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+    if prepared.mean is not None and prepared.std is not None:
+        mean, std = torch.tensor(prepared.mean), torch.tensor(prepared.std)
     return Pictures(train[0], train[1], _normalized(test[0], mean, std), test[1], mean, std, n_classes)
 
 
-def load_data(name: str, seed: int = 0, test_copies: int = 4) -> TrainingData:
+def load_data(name: str, seed: int = 0, test_copies: int = 4, prepared: Preprocessing | None = None) -> TrainingData:
     """Load "digits", "cifar10", or a folder with subfolders train and test (or val), one folder of pictures per class.
 
-    CIFAR-10 is downloaded once, to `~/.cache/torchquant` or where `TORCHQUANT_DATA` says. Raises ConfigError,
-    MissingDependencyError.
+    CIFAR-10 is downloaded once, to `~/.cache/torchquant` or where `TORCHQUANT_DATA` says. `prepared`: how
+    pictures are prepared for pretrained weights; CIFAR-10 keeps its size, and digits stay as they are. Raises
+    ConfigError, MissingDependencyError.
     """
     if name == "digits":
         return load_digits(seed, test_copies)
     if name == "cifar10":
-        return _cifar10()
-    return _folder(Path(name))
+        return _cifar10(prepared or Preprocessing())
+    return _folder(Path(name), prepared or Preprocessing())
 
 
-def _cifar10() -> Pictures:
+def _cifar10(prepared: Preprocessing) -> Pictures:
     datasets = require("torchvision.datasets", "all")
     root = Path(os.environ.get("TORCHQUANT_DATA", CACHE)).expanduser()
     parts = []
@@ -272,10 +294,10 @@ def _cifar10() -> Pictures:
                 "there, or set TORCHQUANT_DATA to where it is"
             ) from error
         parts.append((torch.as_tensor(found.data).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(found.targets)))
-    return make_pictures(parts[0], parts[1], 10)
+    return make_pictures(parts[0], parts[1], 10, prepared)
 
 
-def _folder(root: Path) -> Pictures:
+def _folder(root: Path, prepared: Preprocessing) -> Pictures:
     splits = {name: root / name for name in ("train", "test", "val")}
     test = splits["test"] if splits["test"].is_dir() else splits["val"]
     if not (splits["train"].is_dir() and test.is_dir()):
@@ -293,7 +315,7 @@ def _folder(root: Path) -> Pictures:
         images = []
         for path, _ in found.samples:
             try:
-                images.append(_square(image.open(path), image))
+                images.append(_square(image.open(path), image, prepared))
             except (OSError, ValueError, SyntaxError) as error:  # PIL raises several kinds of errors for damaged files
                 raise ConfigError(
                     f"{path} is not a picture that can be read: {one_line(error)}; remove or replace it"
@@ -304,14 +326,15 @@ def _folder(root: Path) -> Pictures:
     test_images, test_labels, test_classes = read(test)
     if classes != test_classes:
         raise ConfigError(f"the classes of {splits['train']} and {test} differ: {classes} and {test_classes}")
-    return make_pictures((train_images, train_labels), (test_images, test_labels), len(classes))
+    return make_pictures((train_images, train_labels), (test_images, test_labels), len(classes), prepared)
 
 
-def _square(picture: Any, image: Any) -> Tensor:
-    """Crop the middle square of a picture and resize it, in colour: (3, FOLDER_SIZE, FOLDER_SIZE) uint8."""
-    picture = picture.convert("RGB")
-    side = min(picture.size)
+def _square(picture: Any, image: Any, prepared: Preprocessing) -> Tensor:
+    """Crop the middle square of a picture and resize it, in colour: (3, size, size) uint8."""
+    picture, size = picture.convert("RGB"), prepared.size
+    side = max(round(min(picture.size) * prepared.crop), 1)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((FOLDER_SIZE, FOLDER_SIZE), image.BILINEAR)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(FOLDER_SIZE, FOLDER_SIZE, 3)
+    picture = picture.crop((left, top, left + side, top + side))
+    picture = picture.resize((size, size), getattr(image, prepared.interpolation.upper()))
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels.permute(2, 0, 1).contiguous()

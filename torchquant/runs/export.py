@@ -18,10 +18,10 @@ from torchquant.errors import ConfigError
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
 from torchquant.runs.contents import changed_contents, contents_of
-from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.data import TrainingData
 from torchquant.runs.folder import CONTENTS, ELSEWHERE, read_as, read_checkpoint_into, read_settings
 from torchquant.runs.loop import accuracy
-from torchquant.runs.networks import build_model
+from torchquant.runs.networks import build_model, data_of, is_published, model_for
 from torchquant.runs.quantize import JobConfig
 from torchquant.runs.settings import files_of
 from torchquant.utils import set_qmodule_state
@@ -30,7 +30,17 @@ __all__ = ["Exported", "certify_run", "export_run", "float_model", "load_run"]
 
 FORMS = ("onnx", "packed", "integer")
 FILES = {"onnx": "model.onnx", "packed": "model.safetensors", "integer": "integer.json"}
-SHARED = ("model", "data", "checkpoint", "float_epochs", "learning_rate", "calibration_batches", "seed", CONTENTS)
+SHARED = (
+    "model",
+    "data",
+    "checkpoint",
+    "float_epochs",
+    "learning_rate",
+    "calibration_batches",
+    "seed",
+    "weights",
+    CONTENTS,
+)
 """Settings of a search that `JobConfig` has too."""
 AGAIN = "run it again in another folder"
 SAMPLES = 256
@@ -67,8 +77,8 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
     names = SHARED if "kind" in known else {*known} - {"amp"}
     known = {name: value for name, value in known.items() if name in names}
     config = read_as(run / "config.json", JobConfig, known, ELSEWHERE)
-    data = load_data(config.data, config.seed)
-    net = build_model(config.model, data)
+    data = data_of(config)
+    net = model_for(config, data)
     found = contents_of(files_of(config.data, None), [net], config.model)
     if changed := changed_contents(
         {name: sha for name, sha in (config.contents or found).items() if name in found}, found
@@ -83,13 +93,14 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, J
     return model, data, config
 
 
-def float_model(model: str, n_classes: int, n_channels: int) -> nn.Module:
+def float_model(model: str, n_classes: int, n_channels: int, published: bool = False) -> nn.Module:
     """Build the float model of a run from the name that `torchquant quantize` takes; packed files name this function.
 
     >>> float_model("demo", 10, 1)(torch.zeros(1, 1, 16, 16)).shape
     torch.Size([1, 10])
     """
-    return build_model(model, SimpleNamespace(n_classes=n_classes, n_channels=n_channels))  # type: ignore[arg-type]
+    data: Any = SimpleNamespace(n_classes=n_classes, n_channels=n_channels)
+    return build_model(model, data, published)
 
 
 def export_run(
@@ -119,7 +130,9 @@ def export_run(
         if with_certificate:
             certificate = _certified(lowered, path, images, labels)
     elif form == "packed":
-        shape = {"model": config.model, "n_classes": data.n_classes, "n_channels": data.n_channels}
+        shape: dict[str, Any] = {"model": config.model, "n_classes": data.n_classes, "n_channels": data.n_channels}
+        if is_published(config):
+            shape["published"] = True
         save_packed(model, path, ("torchquant.runs.export:float_model", shape))
     else:
         integer = to_integer(model, images[:2])

@@ -21,6 +21,7 @@ from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory
 from torchquant.runs.data import TrainingData, load_data
 from torchquant.runs.options import RunOptions
+from torchquant.runs.pretrained import SOURCES, check_weights, load_weights, preprocessing_of, source_of
 from torchquant.runs.ranks import Ranks
 from torchquant.runs.small_mobilenet import SmallMobileNetV2
 from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
@@ -125,31 +126,36 @@ def network_of(name: str) -> Network:
     return NETWORKS.get(name) or Network(partial(build_model, name), _by_plan, 1e-3, 3e-4)
 
 
-def build_model(name: str, data: TrainingData) -> nn.Module:
+def build_model(name: str, data: TrainingData, published: bool = False) -> nn.Module:
     """Build a model by name, for the classes and channels of the data. Raises ConfigError, MissingDependencyError.
 
-    A name is looked up in the networks of `torchquant compare`, then in torchvision, then in timm; or it is
-    "path/to/file.py:function".
+    A name is looked up in the networks of `torchquant compare`, then in torchvision, then in timm; "torchvision:NAME"
+    and "timm:NAME" name the library; or it is "path/to/file.py:function". `published`: leave the network as it is
+    published, with the beginning and the three channels that pretrained weights are for.
     """
-    if ":" in name:
+    library, colon, plain = name.partition(":")
+    if colon and library not in SOURCES:
         return model_of(name)
-    if name in NETWORKS:
+    if name in NETWORKS and not published:
         return NETWORKS[name].build(data)
     models = require("torchvision.models", "all")
-    if name in models.list_models():
-        net = models.get_model(name, num_classes=data.n_classes)
+    wanted = plain if colon else name
+    if wanted in models.list_models() and library != "timm":
+        net = models.get_model(wanted, num_classes=data.n_classes)
         return net if data.n_channels == 3 else Gray(net)
     try:
         timm = require("timm", "dev")
     except ImportError as error:
         raise ConfigError(f"no model '{name}' in torchvision, and timm is not installed; pip install timm") from error
-    if not timm.is_model(name):
-        hint = did_you_mean(name, [*NETWORKS, *models.list_models(), *timm.list_models()])
+    if not timm.is_model(wanted) or library == "torchvision":
+        known = [*NETWORKS, *models.list_models(), *([] if library == "torchvision" else timm.list_models())]
         raise ConfigError(
-            f"no model {shown(name)} in torchvision or timm;{hint} Valid names are listed by "
+            f"no model {shown(name)} in torchvision or timm;{did_you_mean(wanted, known)} Valid names are listed by "
             "torchvision.models.list_models() and timm.list_models(); a model of your own is path/to/file.py:function"
         )
-    return timm.create_model(name, pretrained=False, num_classes=data.n_classes, in_chans=data.n_channels)
+    channels = 3 if published else data.n_channels
+    net = timm.create_model(wanted, pretrained=False, num_classes=data.n_classes, in_chans=channels)
+    return net if data.n_channels == channels else Gray(net)
 
 
 class Job(Protocol):
@@ -164,13 +170,74 @@ class Job(Protocol):
     @property
     def seed(self) -> int: ...
 
+    @property
+    def checkpoint(self) -> str | None: ...
 
-def place_job(config: Job, options: RunOptions, ranks: Ranks | None = None) -> tuple[TrainingData, nn.Module]:
-    """Load the data of a run and build its float model, in eval mode; both are on the device of the options."""
+    @property
+    def weights(self) -> str | None: ...
+
+    @property
+    def float_epochs(self) -> int: ...
+
+
+def data_of(config: Job) -> TrainingData:
+    """Load the data of a run, prepared as for the pretrained weights that it starts from."""
+    if config.weights is not None:
+        check_weights(config.model, config.weights)
+    prepared = preprocessing_of(config.model, config.weights)
+    if prepared is None:
+        return load_data(str(config.data), config.seed)
+    return load_data(str(config.data), config.seed, prepared=prepared)
+
+
+def model_for(config: Job, data: TrainingData) -> nn.Module:
+    """Build the float model of a run, without pretrained weights."""
+    return build_model(config.model, data, is_published(config))
+
+
+def is_published(config: Job) -> bool:
+    """Tell whether the network stays as its library has published it, since it starts from pretrained weights."""
+    return config.weights is not None and bool(source_of(config.model)[0])
+
+
+def start_in_words(config: Job, new: list[str]) -> str:
+    """Say what the float model of a run starts from, and whether it is trained.
+
+    `new`: the parameters that pretrained weights do not have. Raises ConfigError if they would stay untrained.
+    """
+    if config.checkpoint is not None:
+        return f"{config.model} is the float model of {config.checkpoint}"
+    trained = f"trained for {config.float_epochs} epochs on {config.data}" if config.float_epochs else "not trained"
+    if config.weights is None:
+        is_own = ":" in config.model and config.model.partition(":")[0] not in SOURCES
+        start = "as its function builds it" if is_own else "from RANDOM weights"
+        more = "" if is_own else "; --weights takes pretrained ones, --checkpoint your own"
+        return f"{config.model} starts {start} and is {trained} in float{more}"
+    if new and not config.float_epochs:
+        raise ConfigError(
+            f"{', '.join(new)} has other classes in the weights {config.weights}, so it is new and must be trained; "
+            "float_epochs must be at least 1"
+        )
+    words = f", except for {', '.join(new)}, which is new" if new else ""
+    return f"{config.model} starts from the weights {config.weights}{words}, and is {trained} in float"
+
+
+def place_job(
+    config: Job, options: RunOptions, ranks: Ranks | None = None, tell: Callable[[str], object] | None = None
+) -> tuple[TrainingData, nn.Module]:
+    """Load the data of a run and build its float model, in eval mode; both are on the device of the options.
+
+    `tell` is called with what the model starts from, in words.
+    """
     where = ranks or Ranks(device=options.device or "cpu")
-    data = where.share(load_data(str(config.data), config.seed))
+    data = where.share(data_of(config))
     torch.manual_seed(config.seed)
-    return data, build_model(config.model, data).to(where.device).eval()
+    net = model_for(config, data)
+    new = [] if config.weights is None else load_weights(net, config.model, config.weights)
+    words = start_in_words(config, new)
+    if tell is not None:
+        tell(words)
+    return data, net.to(where.device).eval()
 
 
 @torch.no_grad()

@@ -77,13 +77,20 @@ class RunOptions:
         Threads wait for each other at every operation: for small operations, and beside busy programs, more of them
         are slower, many times.
         """
-        former = torch.get_num_threads()
         number, reason = self.threads_for(model, image)
-        torch.set_num_threads(number)
-        try:
+        with on_threads(number):
             yield f"{number} thread{'s' * (number > 1)} ({reason}; --threads N for another number)"
-        finally:
-            torch.set_num_threads(former)
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Compute on so many CPU threads while the context lasts."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
 
 
 def usable_cores() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from torchquant.runs.data import BATCH_SIZE, DATA, TrainBatches, TrainingData
 from torchquant.runs.folder import CONTENTS, claimed
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import place_job, tried
-from torchquant.runs.options import RunOptions
+from torchquant.runs.options import RunOptions, on_threads
 from torchquant.runs.rehearsal import rehearse
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
     check_above_zero,
     check_at_least,
     check_seed,
+    check_start,
     check_types,
     checkpoint_option,
     command_line,
@@ -42,6 +43,7 @@ from torchquant.runs.settings import (
     option,
     read_rules,
     seed_option,
+    weights_option,
 )
 from torchquant.runs.stages import Stages
 from torchquant.utils import set_qmodule_state
@@ -77,10 +79,12 @@ class PTQConfig:
     batches: int | None = option(None, "Training batches to look at; else the samples of the recipe, or 8.")
     seed: int = seed_option()
     cache_bytes: str | None = option(None, "Memory for inputs that wait before a layer, as 500MB; more goes to files.")
+    weights: str | None = weights_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_start(self)
         data = find_recipe(self.recipe).data
         batch_size = data.get("batch", BATCH_SIZE)
         if self.data is None:
@@ -123,11 +127,11 @@ def run_ptq(
     how = options or RunOptions()
     with show or NullProgress() as shown:
         shown.start(config.float_epochs + PTQ_UNITS)
-        data, recipe, net, rules = _built(config, how)
+        data, recipe, net, rules = _built(config, how, shown.message)
         model = _tried(config, data, net, rules, strict)
         ptq.preview(model, recipe.stages, recipe.names, recipe.skip)
         rehearse(model, data, trains=False)
-        files = [config.checkpoint, *files_of(str(config.data), config.rules)]
+        files = [config.checkpoint, *files_of(str(config.data), config.rules, config.weights)]
         files += [config.recipe] if is_file(config.recipe) else []
         settings = {name: value for name, value in asdict(config).items() if name != "cache_bytes"}
         found = contents_of(files, [net], config.model)
@@ -148,11 +152,13 @@ def preview_ptq(config: PTQConfig, strict: bool = False) -> tuple[ptq.Preview, p
     return ptq.preview(model, recipe.stages, recipe.names, recipe.skip), ptq.find_blocks(model)
 
 
-def _built(config: PTQConfig, options: RunOptions) -> tuple[TrainingData, Recipe, nn.Module, Any]:
+def _built(
+    config: PTQConfig, options: RunOptions, tell: Callable[[str], object] | None = None
+) -> tuple[TrainingData, Recipe, nn.Module, Any]:
     """Load the data and the recipe, and build the float model; with the rules of the plan."""
     require("yaml", "cli")  # which the plan is written with
     recipe = find_recipe(config.recipe)
-    data, net = place_job(config, options)
+    data, net = place_job(config, options, tell=tell)
     n_batches = -(-data.n_train // recipe.data.get("batch", BATCH_SIZE))
     if "samples" in recipe.data and n_batches < (config.batches or 0):
         raise ConfigError(
@@ -165,7 +171,7 @@ def _built(config: PTQConfig, options: RunOptions) -> tuple[TrainingData, Recipe
 
 def _tried(config: PTQConfig, data: TrainingData, net: nn.Module, rules: Any, strict: bool) -> nn.Module:
     """Quantize a copy of the float model, so that a plan that does not fit is known at once."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), on_threads(1):
         return quantize(tried(net, data, config.model, config.checkpoint), rules, data.test_images[:2], strict=strict)
 
 

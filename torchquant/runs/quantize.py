@@ -6,7 +6,7 @@ Each stage writes a file, so that a run that was stopped resumes where it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from torchquant.runs.data import TrainingData
 from torchquant.runs.folder import CONTENTS, claimed, write_checkpoint
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import place_job, tried
-from torchquant.runs.options import RunOptions
+from torchquant.runs.options import RunOptions, on_threads
 from torchquant.runs.rehearsal import rehearse
 from torchquant.runs.report import made_section, write_run_report
 from torchquant.runs.settings import (
@@ -35,6 +35,7 @@ from torchquant.runs.settings import (
     check_at_least,
     check_one_of,
     check_seed,
+    check_start,
     check_types,
     checkpoint_option,
     command_line,
@@ -44,6 +45,7 @@ from torchquant.runs.settings import (
     option,
     read_rules,
     seed_option,
+    weights_option,
 )
 from torchquant.runs.stages import QAT_UNITS, Stages
 from torchquant.training import CSVSink, Distillation, Monitor
@@ -83,10 +85,12 @@ class JobConfig:
     seed: int = seed_option()
     distill: float | None = option(None, "qat: share of the loss, above 0 to 1, that is learned from the float model.")
     monitor: int | None = option(None, "qat: steps between two looks in monitor.csv, by default 50; 0: none.")
+    weights: str | None = weights_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_start(self)
         check_one_of(self, mode=MODES)
         check_at_least(self, float_epochs=0, epochs=1, calibration_batches=1)
         check_above_zero(self, "learning_rate", "distill")
@@ -141,8 +145,10 @@ def run_job(
     with show or NullProgress() as shown:
         qat_units = QAT_UNITS * config.epochs if config.mode == "qat" else 0.0
         shown.start(config.float_epochs + qat_units + 1.0)
-        data, net, rules = check_job(config, strict, how)
-        found = contents_of([config.checkpoint, *files_of(config.data, config.rules)], [net], config.model)
+        data, net, rules = check_job(config, strict, how, shown.message)
+        found = contents_of(
+            [config.checkpoint, *files_of(config.data, config.rules, config.weights)], [net], config.model
+        )
         settings = asdict(config) | how.that_change_numbers() | {CONTENTS: pinned(config.contents, found)}
         path = Path(out) / "config.json"
         with (
@@ -154,16 +160,19 @@ def run_job(
 
 
 def check_job(
-    config: JobConfig, strict: bool = False, options: RunOptions | None = None
+    config: JobConfig,
+    strict: bool = False,
+    options: RunOptions | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> tuple[TrainingData, nn.Module, Any]:
     """Load the data and the rules, build the float model, and rehearse the job on a copy of it; writes nothing.
 
     Raises what `run_job` would raise, before anything is trained.
     """
     require("yaml", "cli")  # which the plan is written with
-    data, net = place_job(config, options or RunOptions())
+    data, net = place_job(config, options or RunOptions(), tell=tell)
     rules = read_rules(config.rules)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), on_threads(1):
         trial = tried(net, data, config.model, config.checkpoint)
         trial = quantize(trial, rules, data.test_images[:2], strict=strict)
         rehearse(trial, data, trains=config.mode == "qat")

@@ -36,7 +36,7 @@ def option(default: Any, words: str, **more: Any) -> Any:
 
 def model_argument() -> Any:
     """Define the setting `model`, for `build_model`."""
-    return argument("A name of torchvision or timm, demo, or path/to/file.py:function.")
+    return argument("demo, a name of torchvision or timm, timm:NAME, or path/to/file.py:function.")
 
 
 def data_option() -> Any:
@@ -49,9 +49,23 @@ def checkpoint_option() -> Any:
     return option(None, "A float state_dict to start from, instead of float training.")
 
 
+def weights_option() -> Any:
+    """Define the setting `weights`, from which float training starts."""
+    return option(None, "Pretrained weights to start from: DEFAULT, a name that torchvision or timm has, or a file.")
+
+
+def check_start(config: Any) -> None:
+    """Raise ConfigError if the settings name both a checkpoint and weights."""
+    if config.checkpoint is not None and config.weights is not None:
+        raise ConfigError(
+            "checkpoint and weights were both given; a checkpoint is the float model itself, float training starts "
+            "from weights: give one of them"
+        )
+
+
 def seed_option() -> Any:
     """Define the setting `seed`."""
-    return option(0, "Random seed; the same seed gives the same numbers.")
+    return option(0, "Random seed; the same seed gives the same numbers, with the same number of threads.")
 
 
 def words_of(config: Any) -> list[str]:
@@ -183,8 +197,10 @@ def widths(name: str, text: str) -> list[int]:
     return sorted(numbers)
 
 
-def files_of(data: str, rules: str | None) -> Iterator[str]:
-    """Yield the data and the rules where they are paths and not names."""
+def files_of(data: str, rules: str | None, weights: str | None = None) -> Iterator[str]:
+    """Yield the data, the rules and the weights where they are paths and not names."""
+    if weights is not None and is_file(weights):
+        yield weights
     if data not in DATA:
         yield data
     if rules is not None and rules not in RULE_SETS:

@@ -23,6 +23,7 @@ from torchquant.runs.demo.settings import DemoConfig
 from torchquant.runs.folder import output_folder, write_checkpoint
 from torchquant.runs.loop import accuracy, accuracy_on, calibrate, predict, train
 from torchquant.runs.losses import Losses
+from torchquant.runs.options import on_threads
 from torchquant.runs.report import REPORT, versions
 from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 from torchquant.training import OnEpoch
@@ -47,19 +48,8 @@ def run_demo(
     for package in PACKAGES:
         require(package, "demo")
     folder = output_folder(out)
-    with torch.random.fork_rng(devices=[]), _one_thread(), show or NullProgress() as shown:
+    with torch.random.fork_rng(devices=[]), on_threads(1), show or NullProgress() as shown:
         return _Job(config or DemoConfig.preset(), folder, shown).run()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: sums do not depend on the number of cores, and threads never wait for each other."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
 
 
 class _Job:

@@ -23,7 +23,7 @@ from torchquant.runs.data import TrainBatches, TrainingData
 from torchquant.runs.folder import CONTENTS, ELSEWHERE, PROCESSES, claimed, read_checkpoint_into, write_checkpoint
 from torchquant.runs.loop import accuracy_on, calibrate
 from torchquant.runs.networks import place_job, tried
-from torchquant.runs.options import RunOptions
+from torchquant.runs.options import RunOptions, on_threads
 from torchquant.runs.ranks import Ranks, process_group
 from torchquant.runs.search.results import (
     FRONT,
@@ -131,9 +131,10 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.shown, self.ranks, self.options = config, folder, shown, ranks, options
         self.stages = Stages(folder, shown, ranks, options)
-        self.data, self.net = place_job(config, options, ranks)
+        self.data, self.net = place_job(config, options, ranks, shown.message)
         self.example = self.data.test_images[:2]
-        tried(self.net, self.data, config.model, config.checkpoint)
+        with on_threads(1):
+            tried(self.net, self.data, config.model, config.checkpoint)
         self.space = config.space(self.net, self.example)
         self.latency: LatencyTable | None = None if config.latency is None else read_latency(config.latency)
         self._costs().check_feasible(config.budgets)
@@ -154,7 +155,7 @@ class _Run:
     def contents(self) -> dict[str, str]:
         """Return name -> sha256 of the files that take part."""
         config = self.config
-        paths = [config.checkpoint, config.latency, *files_of(config.data, config.rules)]
+        paths = [config.checkpoint, config.latency, *files_of(config.data, config.rules, config.weights)]
         return contents_of(paths, [self.net], config.model)
 
     def claimed(self) -> AbstractContextManager[Path]:

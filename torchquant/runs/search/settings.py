@@ -16,6 +16,7 @@ from torchquant.runs.settings import (
     check_at_least,
     check_one_of,
     check_seed,
+    check_start,
     check_types,
     checkpoint_option,
     data_option,
@@ -24,6 +25,7 @@ from torchquant.runs.settings import (
     read_rules,
     seed_option,
     split_list,
+    weights_option,
     widths,
 )
 from torchquant.search import (
@@ -105,10 +107,12 @@ class SearchConfig:
     )
     calibration_batches: int = option(8, "Batches for calibration and for measuring sensitivity.")
     seed: int = seed_option()
+    weights: str | None = weights_option()
     contents: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_start(self)
         allowed: dict[str, Iterable[str]] = {
             "kind": KINDS,
             "per": SCOPES,
