@@ -20,6 +20,7 @@ from torchquant.quantizers import QUANTIZERS, catalogue
 from torchquant.runs.console import NullProgress, Terminal
 from torchquant.runs.demo import DemoConfig
 from torchquant.runs.demo import run as demo_run
+from torchquant.runs.options import RunOptions
 
 
 @pytest.fixture
@@ -46,14 +47,16 @@ def test_demo_passes_its_options_on(runner: CliRunner, monkeypatch: pytest.Monke
         def table(self) -> tuple[list[str], list[list[str]], str]:
             return ["scheme", "accuracy"], [["W8A8", "97.00%"]], "a note"
 
-    def run(config: DemoConfig, out: Path, show: NullProgress) -> Result:
-        calls.append((config, out, type(show)))
+    def run(config: DemoConfig, out: Path, show: NullProgress, options: RunOptions) -> Result:
+        calls.append((config, out, type(show), options))
         return Result()
 
     monkeypatch.setattr(demo_command, "run_demo", run)
-    result = runner.invoke(cli.build_app(), ["demo", "--out", str(tmp_path), "--seed", "7", "--quick"])
+    result = runner.invoke(
+        cli.build_app(), ["demo", "--out", str(tmp_path), "--seed", "7", "--quick", "--workers", "1"]
+    )
     assert result.exit_code == 0, result.output
-    assert calls == [(DemoConfig.preset(7, quick=True), tmp_path, Terminal)]
+    assert calls == [(DemoConfig.preset(7, quick=True), tmp_path, Terminal, RunOptions(workers=1))]
     assert "97.00%" in result.output
     assert "report.html" in result.output
 

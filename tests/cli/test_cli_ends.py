@@ -72,7 +72,10 @@ def test_ctrl_c_before_anything_was_made(own_model: str, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(quantize_run, "check_job", stop)
     stopped = run("quantize", own_model, "--out", tmp_path / "out")
-    assert (stopped.exit_code, stopped.stderr) == (130, "\ntorchquant: stopped; nothing was made yet\n")
+    assert (stopped.exit_code, stopped.stderr) == (
+        130,
+        "\ntorchquant: stopped; nothing was made yet that the next run could use\n",
+    )
     assert not (tmp_path / "out").exists()
 
 

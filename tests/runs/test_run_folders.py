@@ -24,7 +24,6 @@ from torchquant.compat.nni.compiled import compile_config
 from torchquant.errors import ConfigError
 from torchquant.plan import quantize
 from torchquant.quantizers import QUANTIZERS
-from torchquant.runs import export as export_file
 from torchquant.runs import networks, report, stages
 from torchquant.runs.compare import Recipe, read_leaderboard, write_leaderboard
 from torchquant.runs.compare import run as compare_run
@@ -101,7 +100,7 @@ def tiny_data() -> Iterator[None]:
         all_of_them.test_labels[:64],
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (networks, export_file, compare_run):
+        for module in (networks, compare_run):
             original = module.load_data
             patch.setattr(module, "load_data", lambda name, *r, o=original: few if name == "digits" else o(name, *r))
         compare_run._data.cache_clear()
@@ -428,6 +427,11 @@ def test_a_command_that_was_killed_before_it_made_anything_gives_way(tmp_path: P
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--learning-rate", "nan"], "learning_rate must be above 0"),
         (["search", "qpl", "OWN", "--budget", "bits<=3", "--penalty", "nan"], "penalty must be above 0 and finite"),
         (["search", "qpl", "torch.nn:ReLU", "--budget", "bits<=3"], "must return scores of shape (2, 10)"),
+        (["quantize", "OWN", "--data", "digts"], "got 'digts'; did you mean 'digits'?"),
+        (["quantize", "OWN", "--device", "abacus"], "the device 'abacus' cannot be used"),
+        (["quantize", "OWN", "--amp", "fp8"], "amp must be one of bf16, fp16, got 'fp8'"),
+        (["quantize", "OWN", "--weights", "DEFAULT"], "is not a model of torchvision or timm, so it has no weights"),
+        (["compare", "--data", "digts"], "got 'digts'; did you mean 'digits'?"),
         (["quantize", "OWN", "--mode", "qta"], "mode must be one of ptq, qat, got 'qta'; did you mean 'qat'?"),
         (["quantize", "OWN", "--rules", "w4a4lsq"], "there is no file 'w4a4lsq'; did you mean 'w4a4-lsq'?"),
         (["quantize", "RAISES:build"], "raises.py, line 13, failed: KeyError: 'layers' (in: return {}[\"layers\"])"),

@@ -61,7 +61,7 @@ def _stopped(out: object) -> Iterator[str]:
     """Yield lines about a command that was stopped: what its folder has kept, and the line that resumes it."""
     kept = contents_in_words(out) if isinstance(out, Path) else ""
     if not kept:
-        yield "\ntorchquant: stopped; nothing was made yet"
+        yield "\ntorchquant: stopped; nothing was made yet that the next run could use"
         return
     yield f"\ntorchquant: stopped; {out} keeps {kept}"
     yield f"resume with: {resuming_line(sys.argv[1:])}"

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchquant._registry import did_you_mean
 from torchquant.errors import ConfigError, one_line, require
 
 T = TypeVar("T")
@@ -301,9 +302,10 @@ def _folder(root: Path, prepared: Preprocessing) -> Pictures:
     splits = {name: root / name for name in ("train", "test", "val")}
     test = splits["test"] if splits["test"].is_dir() else splits["val"]
     if not (splits["train"].is_dir() and test.is_dir()):
+        hint = did_you_mean(str(root), DATA)
         raise ConfigError(
             f"data must be digits, cifar10 or a folder with the subfolders train and test (or val), each with a folder "
-            f"of pictures per class; got {str(root)!r}"
+            f"of pictures per class; got {str(root)!r}{hint and ';'}{hint}"
         )
     datasets, image = require("torchvision.datasets", "all"), require("PIL.Image", "all")
 

@@ -19,7 +19,7 @@ from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
 from torchquant.runs.contents import changed_contents, contents_of
 from torchquant.runs.data import TrainingData
-from torchquant.runs.folder import CONTENTS, ELSEWHERE, read_as, read_checkpoint_into, read_settings
+from torchquant.runs.folder import CONTENTS, ELSEWHERE, output_folder, read_as, read_checkpoint_into, read_settings
 from torchquant.runs.loop import accuracy
 from torchquant.runs.networks import build_model, data_of, is_published, model_for
 from torchquant.runs.quantize import JobConfig
@@ -120,8 +120,10 @@ def export_run(
         raise ConfigError(not_one_of("the form", form, FORMS))
     if with_certificate and form != "onnx":
         raise ConfigError(f"only an ONNX file can have a certificate, got the form {form!r}; use the form 'onnx'")
-    model, data, config = load_run(folder)
     path = Path(folder) / FILES[form] if out is None else Path(out)
+    if out is not None:
+        output_folder(path.parent)
+    model, data, config = load_run(folder)
     images, labels = data.test_images[:samples], data.test_labels[:samples]
     certificate, integer_accuracy = None, None
     if form == "onnx":

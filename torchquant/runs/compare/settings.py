@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torchquant._registry import did_you_mean
 from torchquant._shown import shown
 from torchquant.errors import ConfigError
 from torchquant.quantizers import QUANTIZERS, AffineQuantizer, find_scheme, make_quantizer, weight_spec
@@ -52,7 +53,10 @@ class Recipe:
         if ":" not in self.model:
             check_one_of(self, model=NETWORKS)
         if self.data not in DATA and not Path(self.data).is_dir():
-            raise ConfigError(f"data must be {', '.join(DATA)} or a folder of pictures, got {shown(self.data)}")
+            hint = did_you_mean(self.data, DATA)
+            raise ConfigError(
+                f"data must be {', '.join(DATA)} or a folder of pictures, got {shown(self.data)}{hint and ';'}{hint}"
+            )
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise ConfigError(f"the checkpoint {self.checkpoint} is not a file")
         check_at_least(self, float_epochs=1, epochs=0, calibration_batches=1, test_copies=1)

@@ -23,7 +23,7 @@ from torchquant.runs.demo.settings import DemoConfig
 from torchquant.runs.folder import output_folder, write_checkpoint
 from torchquant.runs.loop import accuracy, accuracy_on, calibrate, predict, train
 from torchquant.runs.losses import Losses
-from torchquant.runs.options import on_threads
+from torchquant.runs.options import RunOptions, on_threads
 from torchquant.runs.report import REPORT, versions
 from torchquant.runs.small_resnet import QuantSmallResNet, SmallResNet
 from torchquant.training import OnEpoch
@@ -37,33 +37,37 @@ PACKAGES = ("sklearn", "onnx", "onnxscript", "onnxruntime")
 
 
 def run_demo(
-    config: DemoConfig | None = None, out: str | os.PathLike[str] = "demo_out", show: NullProgress | None = None
+    config: DemoConfig | None = None,
+    out: str | os.PathLike[str] = "demo_out",
+    show: NullProgress | None = None,
+    options: RunOptions | None = None,
 ) -> DemoResult:
     """Run the demo and write report.html, results.json, checkpoints and w8a8.onnx into the folder `out`.
 
     The same seed gives the same numbers on one machine: the demo computes on one thread, which for so small a network
-    is no slower, and restores the caller's random state and number of threads. Raises ConfigError for a bad `out`,
+    is no slower, and restores the caller's random state and number of threads. `options`: device, mixed precision,
+    compilation and workers. Raises ConfigError for a bad `out`,
     MissingDependencyError before any work is done.
     """
     for package in PACKAGES:
         require(package, "demo")
     folder = output_folder(out)
     with torch.random.fork_rng(devices=[]), on_threads(1), show or NullProgress() as shown:
-        return _Job(config or DemoConfig.preset(), folder, shown).run()
+        return _Job(config or DemoConfig.preset(), folder, shown, options or RunOptions()).run()
 
 
 class _Job:
     """A run of the demo; its steps share the data, the float network and the clock."""
 
-    def __init__(self, config: DemoConfig, folder: Path, show: NullProgress) -> None:
-        self.config = config
+    def __init__(self, config: DemoConfig, folder: Path, show: NullProgress, options: RunOptions) -> None:
+        self.config, self.options, self.device = config, options, options.device or "cpu"
         self.folder = folder
         self.show = show
         self.seconds: dict[str, float] = {}
         self.losses = Losses()
         self.data: Digits = load_digits(config.seed, config.test_copies)
         torch.manual_seed(config.seed)
-        self.network = SmallResNet()
+        self.network = SmallResNet().to(self.device)
 
     def run(self) -> DemoResult:
         epochs = self.config.float_epochs + sum(2 * self.config.qat_epochs(s) + 1 for s in SCHEMES)
@@ -72,8 +76,10 @@ class _Job:
         rows = [self._float()]
         models = {}
         for scheme in SCHEMES:
-            models[scheme.name] = model = scheme.build(self.network)
+            models[scheme.name] = model = scheme.build(self.network).to(self.device)
             rows.append(self._scheme(scheme, model))
+        for model in models.values():
+            model.cpu()
         onnx = self._onnx(models[EXPORTED])
         self.show.advance(1, "analysing layers and drawing the report")
         with self._timed("analysis"):
@@ -96,6 +102,7 @@ class _Job:
                 FLOAT_RATE,
                 config.seed,
                 self._tell(1, "float"),
+                options=self.options,
             )
             found = accuracy_on(self.network, self.data)
         write_checkpoint(self.folder / "float.pt", self.network)
@@ -116,6 +123,7 @@ class _Job:
                     config.seed,
                     self._tell(2, scheme.title),
                     quantized=True,
+                    options=self.options,
                 )
             found = accuracy_on(model, self.data)
         write_checkpoint(self.folder / f"{scheme.name}.pt", model)
