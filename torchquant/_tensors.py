@@ -21,6 +21,11 @@ def constant(values: float | Sequence[float], dtype: torch.dtype, device: torch.
     return torch.as_tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """Divide by a plain number with the same rounding on all devices: on a GPU, `/` multiplies by its reciprocal."""
+    return x / number if x.is_cpu else x / x.new_full((), number)
+
+
 def rows(x: Tensor, axis: int | None) -> Tensor:
     """View x as (C, n): one row per slice of `axis`, or a single row."""
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).unsqueeze(-1).flatten(1)

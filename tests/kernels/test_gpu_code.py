@@ -42,7 +42,7 @@ def _type_of(name: str, names: list[str], constants: dict[str, Any], dtype: str)
 
 ROUNDS = ("_uniform", "_learned_step", "_differentiate", "_clip", "shifted_floats", "shifted_midrise")
 """Kernels and forms that divide and round."""
-DIVIDES = (*ROUNDS, "_to_codes", "powers_of_two", "_average", "_mix", "_differentiate_mix")
+DIVIDES = (*ROUNDS, "_affine", "_to_codes", "powers_of_two", "_average", "_mix", "_differentiate_mix")
 MEMBERS = (
     ("ternary", 0, 2, False, ()),
     ("powers_of_two", 2, 1, True, (8.0,)),
@@ -54,11 +54,14 @@ MEMBERS = (
     ("levels", 14, 16, True, ()),
 )
 """A member of a mixture for each kernel: its name, its first row of numbers, rows, whether it clips, constants."""
+AFFINE = {"N_STEPS": 255.0, "LEAST": 0.0, "MOST": 255.0, "LIMIT": 1.7e38, "LARGEST": 3.3e38}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpu_uniform._uniform", "fp32 fp64", {}),
     ("gpu_uniform._to_codes", "fp32 fp64", {}),
     ("gpu_uniform._from_codes", "fp32 fp64", {}),
     ("gpu_uniform._masked", "fp32 fp64 fp16 bf16", {}),
+    ("gpu_affine._affine", "fp32 fp64", {**AFFINE, "SHIFTS": True}),
+    ("gpu_affine._affine", "fp32 fp64", {**AFFINE, "SHIFTS": False}),
     ("gpu_learned._learned_step", "fp32 fp64", {}),
     ("gpu_learned._differentiate", "fp32 fp64", {"RULE": "_clamped_first"}),
     ("gpu_learned._differentiate", "fp32 fp64", {"RULE": "_rounded_first", "OFFSET": -2, "WANTS_OFFSET": False}),

@@ -40,7 +40,7 @@ class Driver:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of the kernels that were compiled, for each block, instead of launched."""
-    from torchquant.kernels import gpu, gpu_learned, gpu_mixtures, gpu_observers, gpu_projections, gpu_uniform
+    from torchquant.kernels import gpu, gpu_observers
 
     names: set[str] = set()
 
@@ -51,9 +51,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             function.warmup(*arguments, grid=(1,), WIDE=False, enable_fp_fusion=False, **constants, **options)
         names.add(function.__name__)
 
-    for file in (gpu, gpu_learned, gpu_mixtures, gpu_observers, gpu_projections, gpu_uniform):
-        if hasattr(file, "run"):
-            monkeypatch.setattr(file, "run", run)
+    for file in (gpu, gpu_observers):
+        monkeypatch.setattr(file, "run", run)
     monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": {}})
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     return names
@@ -65,6 +64,8 @@ def call_all(x: Tensor, other: Tensor) -> None:
 
     found = {name: function for (name, dtype), function in gpu.kernels().items() if dtype == x.dtype}
     clamp, three, two = (0.0, 0.7), (True, True, True), (True, True)
+    found["affine"](x, x, 127.5)
+    found["affine"](x, x, 255, (0, 255))
     _, bits = found["uniform"](x, other, -8, 7, 0, clamp, True, True)
     found["masked"](x, bits)
     codes, _ = found["to_codes"](x, other, -8)

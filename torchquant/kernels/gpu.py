@@ -33,7 +33,6 @@ LEFT_TO_PYTORCH = {
     **dict.fromkeys(("cell_sums", "left_sums", "sums_above", "wide_sums", "distance_sums", "cut_sums"), _SUMS),
     "rebinned": "the order of PyTorch's own cumulative sum moves the counts",
     "batch": "it decides on the host, which would wait for the device",
-    "affine": "its operators take a few numbers",
     "observed": "the grid needs the range that all programs find together: track, then uniform",
 }
 """Operations with a kernel on a CPU and none here, and why."""
@@ -51,7 +50,8 @@ def operation(dtypes: tuple[torch.dtype, ...]) -> Callable[[Callable[..., Any]],
 
 def kernels() -> dict[tuple[str, torch.dtype], Callable[..., Any]]:
     """Return the function for each operation and type."""
-    from torchquant.kernels import gpu_learned, gpu_mixtures, gpu_observers, gpu_projections, gpu_uniform  # noqa: F401  # these enter their operations
+    # These enter their operations.
+    from torchquant.kernels import gpu_affine, gpu_learned, gpu_mixtures, gpu_observers, gpu_projections, gpu_uniform  # noqa: F401
 
     return {(name, dtype): function for name, (function, dtypes) in OPERATIONS.items() for dtype in dtypes}
 

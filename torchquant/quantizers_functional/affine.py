@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchquant import kernels
 from torchquant._arguments import explained
+from torchquant._tensors import divided
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient
 from torchquant.quantizers_functional.formats import AffineParams as AffineParams
@@ -34,7 +35,7 @@ def step(span: Tensor, n_steps: float) -> Tensor:
     The step is at most the largest bfloat16, below that of float32: a level of one step must not overflow in bfloat16.
     """
     largest = torch.finfo(torch.bfloat16 if span.dtype == torch.float32 else span.dtype).max
-    delta = (span / n_steps).clamp(2.0**-126, largest)
+    delta = divided(span, n_steps).clamp(2.0**-126, largest)
     return torch.where(span > 0, delta, torch.ones_like(delta))
 
 

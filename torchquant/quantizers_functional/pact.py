@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchquant import kernels
 from torchquant._arguments import explained
-from torchquant._tensors import in_layout_of
+from torchquant._tensors import divided, in_layout_of
 from torchquant.quantizers_functional._bits import is_channels_last, unpack_mask
 from torchquant.quantizers_functional._gradient import cast_back, compute_dtype
 from torchquant.quantizers_functional.uniform import integer_codes, like
@@ -73,7 +73,7 @@ class _Calibrated(torch.autograd.Function):
         for_alpha = None
         if wants_alpha:
             unit = (x / alpha).clamp(0.0, 1.0)
-            moved = above + torch.round(unit * ctx.n_steps) / ctx.n_steps - unit
+            moved = above + divided(torch.round(unit * ctx.n_steps), ctx.n_steps) - unit
             for_alpha = (grad * moved).sum_to_size(alpha.shape)
         return grad * inside if wants_x else None, for_alpha, None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchquant._arguments import explained
-from torchquant._tensors import like
+from torchquant._tensors import divided, like
 from torchquant.errors import ConfigError
 from torchquant.quantizers_functional._gradient import Clamp, Gradient, apply_projection
 from torchquant.quantizers_functional._powers import floor_pow2, pow2
@@ -37,7 +37,9 @@ def pot_magnitudes(x: Tensor, alpha: Tensor | float, n_bits: int) -> Tensor:
     safe = like(alpha, x)
     safe = torch.where(safe > 0, safe, torch.ones_like(safe))
     scaled = x.abs().div_(safe)
-    return floor_pow2(scaled / 1.5).mul_(2.0).clamp_(1.0, pot_max(n_bits)).add_(scaled.clamp_(0.0, 1.0).mul_(0.0))
+    return (
+        floor_pow2(divided(scaled, 1.5)).mul_(2.0).clamp_(1.0, pot_max(n_bits)).add_(scaled.clamp_(0.0, 1.0).mul_(0.0))
+    )
 
 
 def signs(x: Tensor) -> Tensor:
