@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -48,6 +48,10 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "vit": lambda: hf.ViTModel(hf.ViTConfig(image_size=16, patch_size=8, **SIZES)),
 }
 """Models with experts, with a table that transformers computes, and of pictures."""
+
+
+def some_slow(names: Iterable[str], slow: set[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def made(name: str) -> Any:

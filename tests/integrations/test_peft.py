@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import torchquant as tq
-from tests.integrations.hf_nets import inputs_of, made, output
+from tests.integrations.hf_nets import hf, inputs_of, made, output
 from torchquant.errors import ConfigError
 from torchquant.integrations import quantized_lora
 
@@ -73,6 +73,18 @@ def test_adapters_train_and_the_model_stays(name: str, codes: bool, tmp_path: Pa
     config = quantized_lora(again, peft.PeftConfig.from_pretrained(tmp_path / "adapter"))
     loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter", config=config)
     assert torch.equal(output(loaded, inputs), trained)
+
+
+def test_the_trainer_trains_adapters_beside_codes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = from_codes(tmp_path / "q")
+    ids = inputs_of(model)["input_ids"]
+    with_adapters = adapted(model)
+    learned = {name: p.detach().clone() for name, p in with_adapters.named_parameters() if p.requires_grad}
+    options = {"max_steps": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    words = [{"input_ids": row, "labels": row} for row in ids]
+    hf.Trainer(with_adapters, hf.TrainingArguments(str(tmp_path), **options), train_dataset=words).train()
+    assert all(not torch.equal(with_adapters.get_parameter(name), before) for name, before in learned.items())
 
 
 def test_merging_quantizes_anew_and_says_so() -> None:

@@ -114,7 +114,9 @@ def test_a_training_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert resumed.classifier.weight_quantizer.gradient.rho == 0.0
 
 
-@pytest.mark.parametrize("rules", [W4A8, LSQ], ids=["affine", "lsq"])
+@pytest.mark.parametrize(
+    "rules", [pytest.param(W4A8, marks=pytest.mark.slow, id="affine"), pytest.param(LSQ, id="lsq")]
+)
 def test_an_evaluation_changes_nothing(rules: Any, tmp_path: Path) -> None:
     plain = trained(tmp_path / "a", rules)
     watched = trained(tmp_path / "b", rules, eval_strategy="steps", eval_steps=2)
@@ -138,6 +140,32 @@ def test_what_is_loaded_with_a_config_trains(tmp_path: Path) -> None:
         )
     trainer(model, tmp_path, TorchquantCallback(1)).train()
     assert all(row.calibrated for row in tq.state_report(model))
+
+
+class Pictures(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        x = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i))
+        return {"pixel_values": x + i % 2, "labels": torch.tensor(i % 2)}
+
+
+def test_batch_norms_are_frozen_and_estimated_again(tmp_path: Path) -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 2, "layer_type": "basic"}
+    net = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+    x = {"pixel_values": torch.stack([Pictures()[i]["pixel_values"] for i in range(4)])}
+    means = []
+    for n in (0, 2):
+        torch.manual_seed(0)
+        model = tq.quantize(net, tq.QuantPlan.from_rules("w8a8", net, x, trace=False, fuse="bn"))
+        callback = TorchquantCallback(2, freeze_bn_step=0, bn_batches=n)
+        options = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        arguments = hf.TrainingArguments(str(tmp_path), **options)
+        hf.Trainer(model, arguments, train_dataset=Pictures(), callbacks=[callback]).train()
+        means.append(torch.cat([m.running_mean for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]))
+    assert torch.equal(means[0], torch.zeros_like(means[0]))  # frozen from the first step on
+    assert (means[1] != 0).all()
 
 
 def test_weight_decay_of_steps_is_said(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torchquant.integrations.transformers.saved_tensors import (
 )
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
-from torchquant.utils import observe_weights, qmodules, set_qmodule_state, state_report
+from torchquant.utils import observe_weights, qmodules, set_qmodule_state, state_report, weight_slots
 
 GUARD = (
     "of a model that torchquant quantized - run 'import torchquant.integrations.transformers' before from_pretrained"
@@ -96,6 +96,18 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
         model.eval()  # also what was added after transformers set this
         _tell_unready(model)
         return model
+
+    @torch.no_grad()
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Turn the model into a float one, in place, whose weights are the values of their codes."""
+        for slot in weight_slots(model):
+            if slot.quantizer is not None:
+                slot.set_weight(slot.quantizer(slot.seen()))
+        model.plan.revert(model, inplace=True)
+        for module in model.modules():
+            module.__dict__.pop("hf_quantizer", None)
+        model.hf_quantizer = self  # transformers removes it, with the config
+        return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Return the tensors that `save_pretrained` writes; the model's config gets what is needed to load them.
