@@ -60,9 +60,9 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_schemes_are_listed_by_the_operations_they_look_for() -> None:
     listed = dict(line.strip().removeprefix("by operation").split(maxsplit=1) for line in report().splitlines())
-    on_cpu = "cpu" if kernels.load("cpu") else "PyTorch"
-    assert listed["learned_step_backward"] == f"{on_cpu:<8}  ewgs, lsq, lsqplus"
-    assert listed["floats"] == f"{on_cpu:<8}  esb, minifloat"
+    devices = " ".join(device for device in ("cpu", "cuda") if kernels.load(device)) or "PyTorch"
+    assert listed["learned_step_backward"] == f"{devices:<8}  ewgs, lsq, lsqplus"
+    assert listed["floats"] == f"{devices:<8}  esb, minifloat"
     assert "nf4" in listed["none"]
     with kernels.asked() as asked:
         torch.ones(3).abs()

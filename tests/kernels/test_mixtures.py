@@ -38,9 +38,9 @@ def mixed(x: Tensor, quantizers: list[Quantizer], clamp: Any = None) -> tuple[st
     """Return how x was mixed, and the value, the gradient of x and that of the shares."""
     generator = torch.Generator().manual_seed(1)
     leaf = x.detach().requires_grad_()
-    shares = torch.rand(len(quantizers), generator=generator).requires_grad_()
+    shares = torch.rand(len(quantizers), generator=generator).to(x.device).requires_grad_()
     y = mix(leaf, quantizers, shares, clamp)
-    grad = torch.randn(y.shape, generator=generator)
+    grad = torch.randn(y.shape, generator=generator).to(x.device)
     return type(y.grad_fn).__name__, [y.detach(), *torch.autograd.grad(y, [leaf, shares], grad)]
 
 
