@@ -44,6 +44,7 @@ def test_every_scheme_keeps_the_laws(name: str, axis: int | None, i: int) -> Non
 COMPILED_ALWAYS = {
     ("affine", None),
     ("lsq", 0),
+    ("codebook", None),
     ("mx", None),
 }
 

@@ -64,6 +64,8 @@ class _ToBoth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # torch 2.14 does not trace `mark_dirty` of a value that needs a gradient
+            return value.clone()
         ctx.mark_dirty(value)
         return value
 
