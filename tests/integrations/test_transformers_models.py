@@ -23,7 +23,7 @@ WEIGHT_ONLY = [{"weight": "affine:4/channel"}]
 def saved(model: Any, folder: Path, **options: Any) -> Any:
     """Save a model and load it again."""
     model.save_pretrained(folder, **options)
-    return getattr(hf, type(model).__name__).from_pretrained(folder)
+    return type(model).from_pretrained(folder)
 
 
 def quantized(name: str, folder: Path, rules: Any = "w4a8", **options: Any) -> Any:

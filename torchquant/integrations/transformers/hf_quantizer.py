@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchquant._shown import some
 from torchquant.errors import ConfigError, require
+from torchquant.graph.traced import TracedModule, remove
 from torchquant.integrations.transformers.carriers import Carriers, entries_of
 from torchquant.integrations.transformers.config import METHOD, TorchquantConfig
 from torchquant.integrations.transformers.saved_tensors import (
@@ -78,6 +79,8 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
         return found
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+        if isinstance(model, TracedModule):  # from_pretrained of the class of a model that `quantize` made
+            remove(model)
         if not self.pre_quantized:
             return
         entries = entries_of(checkpoint_files or [])
