@@ -710,7 +710,8 @@ NOT_CALLED: dict[str, dict[str, tuple[str, ...]]] = {
         RECORD: (
             *("Certificate", "Comparison", "FileSize", "FileSizes", "FirstDifference", "FloatOperator"),
             *("IntegerModel", "Lowered", "OutputRow", "SiteParity"),
-        )
+        ),
+        "needs a package that the tests do not install": ("export_executorch", "run_executorch"),
     },
     "torchquant.analysis": {
         RECORD: (

@@ -124,9 +124,9 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "torchquant.deploy": [
         "Certificate", "Comparison", "FileSize", "FileSizes", "FirstDifference", "FloatOperator",
-        "IntegerModel", "Lowered", "OutputRow", "SiteParity", "certify", "export_compressed_tensors", "export_gguf",
-        "export_onnx", "export_qonnx", "file_sizes", "load_packed", "lower", "run_onnx", "runtime_exact",
-        "save_packed", "to_integer",
+        "IntegerModel", "Lowered", "OutputRow", "SiteParity", "certify", "export_compressed_tensors",
+        "export_executorch", "export_gguf", "export_onnx", "export_qonnx", "file_sizes", "load_packed",
+        "lower", "run_executorch", "run_onnx", "runtime_exact", "save_packed", "to_integer",
     ],
     "torchquant.integrations": [
         "Packet", "QuantizationCallback", "TorchquantCallback", "TorchquantConfig", "UpdateCodec", "quantized_lora",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from torchquant.deploy import certify, export_onnx
+from torchquant.deploy import certify, export_executorch, export_onnx, run_executorch
+from torchquant.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
 
@@ -26,11 +27,16 @@ class Residual(nn.Module):
         return self.head(self.pool(torch.relu(y + self.second(y))).flatten(1))
 
 
-def written(rules: str, folder: Path) -> tuple[nn.Module, torch.Tensor, Path]:
+def quantized(rules: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 12, 12)
     model = tq.quantize(Residual().eval(), rules, x)
     tq.calibrate(model, [x])
+    return model, x
+
+
+def written(rules: str, folder: Path) -> tuple[nn.Module, torch.Tensor, Path]:
+    model, x = quantized(rules)
     return model, x, export_onnx(model, folder / "model.onnx", x[:2], keep_signed=True)
 
 
@@ -69,3 +75,23 @@ def test_files_for_tensorrt_have_signed_codes_around_zero(tmp_path: Path) -> Non
             assert {a.name: a.i for a in node.attribute}["axis"] == 0
     assert of_weights == 3
     assert kinds["QuantizeLinear"] >= 5
+
+
+def test_executorch_computes_the_numbers_of_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="executorch is not installed: pip install executorch, then run this test")
+    model, x = quantized("int8-openvino")
+    path = export_executorch(model, tmp_path / "model.pte", x[:2])
+    with torch.no_grad():
+        wanted = model(x[:2])
+    (found,) = run_executorch(path, x[:2])
+    step = float(model.head.acts_quantizer.format().step(wanted))
+    assert (found - wanted).abs().max() <= step * 1.001
+    assert b"quantized_decomposed" not in path.read_bytes()  # XNNPACK took all of it
+
+
+def test_what_xnnpack_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="executorch is not installed: pip install executorch, then run this test")
+    model, x = quantized("int8-tensorrt")
+    with pytest.raises(ExportError, match="XNNPACK clips codes at the ends of 8 bits only"):
+        export_executorch(model, tmp_path / "model.pte", x[:2])
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ from torchquant.deploy.certificate.parity import SiteParity as SiteParity
 from torchquant.deploy.certificate.record import Certificate as Certificate
 from torchquant.deploy.certificate.record import Comparison as Comparison
 from torchquant.deploy.certificate.record import OutputRow as OutputRow
+from torchquant.deploy.executorch import export_executorch as export_executorch
+from torchquant.deploy.executorch import run_executorch as run_executorch
 from torchquant.deploy.integer.model import IntegerModel as IntegerModel
 from torchquant.deploy.integer.model import to_integer as to_integer
 from torchquant.deploy.integer.simulation import runtime_exact as runtime_exact
@@ -36,12 +38,14 @@ __all__ = [
     "SiteParity",
     "certify",
     "export_compressed_tensors",
+    "export_executorch",
     "export_gguf",
     "export_onnx",
     "export_qonnx",
     "file_sizes",
     "load_packed",
     "lower",
+    "run_executorch",
     "run_onnx",
     "runtime_exact",
     "save_packed",
