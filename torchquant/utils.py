@@ -278,12 +278,28 @@ class StateReport(ShownAsTables, list[SiteReport]):
         return text_table(_COLUMNS, (list(row.values()) for row in self.to_dicts()))
 
 
+_WHOLE = (
+    "and a report reads whole numbers; report on a model that is not sharded, with the state of "
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+)
 _COLUMNS = [name for name in SiteReport.__dataclass_fields__ if name != "numbers"]
+
+
+def expect_whole(part: nn.Module, path: str, why: str) -> None:
+    """Raise ConfigError if parameters of this part of a model are sharded over ranks; `why` says what to do."""
+    if any(hasattr(parameter, "full_tensor") for parameter in part.parameters()):
+        raise ConfigError(f"the parameters of {path or 'the model'} are sharded over ranks, as fully_shard does, {why}")
 
 
 @checked
 def state_report(model: nn.Module) -> StateReport:
-    """Report on every quantizer of the model: path, slot, state, scheme, bits, whether calibrated, ranges."""
+    """Report on every quantizer of the model: path, slot, state, scheme, bits, whether calibrated, ranges.
+
+    Raises ConfigError where numbers that a quantizer learns are sharded over ranks.
+    """
+    for path, module in qmodules(model):
+        for site, quantizer in module.quantizers().items():
+            expect_whole(quantizer, f"{path} {site}".strip(), _WHOLE)
     return StateReport(
         SiteReport(
             path=path or "(root)",

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import torchquant as tq
 from tests.processes import run_ranks
+from torchquant.errors import ConfigError
 from torchquant.utils import qmodules
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
@@ -63,6 +64,13 @@ def evaluated(model: nn.Module) -> Tensor:
         return model(images(0)).clone()
 
 
+def refused(model: nn.Module) -> str:
+    try:
+        return str(len(tq.state_report(model)))
+    except ConfigError as error:
+        return str(error)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -87,6 +95,7 @@ def work(rank: int, folder: str) -> None:
             train(fresh, other, rank, range(2, 4))
             found[name] = {
                 "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
+                "report": refused(fresh),
                 "states": {module.state.name for _, module in qmodules(fresh)},
                 "outputs": (saved, loaded),
                 "trained": (evaluated(model), evaluated(fresh)),
@@ -113,6 +122,13 @@ def test_a_loaded_training_continues_with_the_same_numbers(name: str, ranks: lis
         assert torch.equal(*found["outputs"])
         assert torch.equal(*found["trained"])
         assert not torch.equal(found["outputs"][0], found["trained"][0])
+
+
+def test_a_report_reads_whole_numbers(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["ranges"]["report"] == str(len(tq.state_report(net("w4a8"))))
+        assert "the parameters of 0 weight are sharded over ranks" in rank["learned steps"]["report"]
+        assert "report on a model that is not sharded" in rank["learned steps"]["report"]
 
 
 @pytest.mark.parametrize("name", RULES)

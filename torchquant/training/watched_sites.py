@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from torchquant._units import decibels
-from torchquant.errors import ConfigError
 from torchquant.qmodule import QModule
 from torchquant.qmodule.state import ACTIVATIONS
 from torchquant.qmodule.weight_slots import WeightSlot
 from torchquant.quantizers import Quantizer
 from torchquant.training.looks import Tally, gradient_of, look_at, steps_of
 from torchquant.training.oscillation import reversals
-from torchquant.utils import qmodules, scalar_key
+from torchquant.utils import expect_whole, qmodules, scalar_key
 
 RAW = ("signal", "noise")
 """Sums from which the SQNR is computed."""
@@ -196,6 +195,9 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
+_WHOLE = "and a monitor looks at whole weights; train with DistributedDataParallel, or without a monitor"
+
+
 def sites_of(model: nn.Module, n: int | None) -> list[Site]:
     """Return every quantizer of the model, in its order; one that stands in several places only once.
 
@@ -203,11 +205,7 @@ def sites_of(model: nn.Module, n: int | None) -> list[Site]:
     """
     found: dict[int, Site] = {}
     for path, module in qmodules(model):
-        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
-            raise ConfigError(
-                f"the parameters of {path or 'the model'} are sharded over ranks, as fully_shard does, and a monitor "
-                "looks at whole weights; train with DistributedDataParallel, or without a monitor"
-            )
+        expect_whole(module, path, _WHOLE)
         weights = {slot.name: slot for slot in module.weight_slots()}
         for name, quantizer in module.quantizers().items():
             if id(quantizer) not in found:
