@@ -91,6 +91,21 @@ def test_widths_may_differ_and_the_file_is_small(tmp_path: Path) -> None:
         assert torch.equal(loaded.eval()(input_ids=IDS).logits, model(input_ids=IDS, use_cache=False).logits)
 
 
+def test_float_tensors_may_share_memory(tmp_path: Path) -> None:
+    """Views of one tensor are written as what they are, also one that a transpose makes look like another."""
+    from safetensors.torch import load_file
+
+    net, table = nn.Sequential(nn.Linear(64, 8)), torch.arange(16.0).view(4, 4)
+    views = {"table": table, "turned": table.T, "rows": table[:2], "wide": torch.ones(3, 1).expand(3, 2)}
+    for name, view in views.items():
+        net.register_buffer(name, view)
+    model = tq.quantize(net, [{"weight": "affine:4/channel"}], torch.ones(1, 64))
+    tq.observe_weights(model)
+    kept = load_file(export_compressed_tensors(model, tmp_path, config={}) / "model.safetensors")
+    for name, view in views.items():
+        assert torch.equal(kept[name], view)
+
+
 def test_what_the_format_cannot_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="layers.0.mlp.gate_proj: output is quantized"):
         export_compressed_tensors(quantized(llama(True), {"types": ["Linear"], "output": "affine:8"}), tmp_path)
@@ -104,6 +119,11 @@ def test_what_the_format_cannot_hold_is_named(tmp_path: Path) -> None:
         )
     model = tq.quantize(nn.Sequential(nn.Linear(8, 8)), [{"weight": "affine:4/channel"}], torch.ones(1, 8))
     tq.observe_weights(model)
+    model.add_module("1", tq.quantize(nn.Linear(8, 8), [{"weight": "affine:4/channel"}]))
+    with pytest.raises(ExportError, match="1.weight: Linear with AffineQuantizer .*has seen no data"):
+        export_compressed_tensors(model, tmp_path, config={})
+    with pytest.raises(ExportError, match="the weight is torch.bfloat16, .*Call model.float()"):
+        export_compressed_tensors(model.bfloat16(), tmp_path, config={})
     with pytest.raises(ConfigError, match="give `config`"):
         export_compressed_tensors(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ def test_scales_are_rounded_on_demand_only(weight: str, kind: str, tmp_path: Pat
     slot = next(iter(weight_slots(model)))
     wanted = slot.quantizer.quantize(slot.seen())
     assert kinds["0.weight"] == kind
-    assert (values["0.weight"] - wanted).abs().max() <= wanted.abs().max() * 2.0**-10
+    assert (values["0.weight"] - wanted).abs().max() <= wanted.abs().max() / 1000
     assert not torch.equal(values["0.weight"], wanted)
 
 
@@ -73,8 +73,12 @@ def test_scales_are_rounded_on_demand_only(weight: str, kind: str, tmp_path: Pat
     [
         ({"weight": "affine:4/channel"}, ExportError, "0.weight: Linear with AffineQuantizer"),
         ({"weight": "qfmt:8,signed/group=16"}, ExportError, "0.weight: Linear with"),
+        ({"weight": "affine:10/group=32"}, ExportError, "Linear with GroupQuantizer .*which 8 bits do not hold"),
         ({"metadata": {"a": None}}, ConfigError, "metadata: a must be text"),
+        ({"metadata": {"a": [1, "x"]}}, ConfigError, "a list of one kind of these"),
+        ({"metadata": {"a": 2**64}}, ConfigError, "a number of at most 64 bits"),
         ({"names": {"7.weight": "x"}}, ConfigError, "has no 7.weight"),
+        ({"names": {"0.weight": "2.weight"}}, ConfigError, "two tensors would be called 2.weight"),
     ],
 )
 def test_what_a_file_cannot_hold_is_named(
@@ -83,3 +87,22 @@ def test_what_a_file_cannot_hold_is_named(
     model = quantized(options.pop("weight", "qfmt:8,signed/group=32"))
     with pytest.raises(error, match=message):
         export_gguf(model, tmp_path / "m.gguf", "llama", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e8])
+def test_scales_that_half_precision_loses_are_refused(factor: float, tmp_path: Path) -> None:
+    model = quantized("affine:8,symmetric=narrow/group=32")
+    model[0].layer.weight.data.mul_(factor)
+    tq.observe_weights(model)
+    with pytest.raises(ExportError, match="half precision, which ends at 65504 and loses digits below 6e-5"):
+        export_gguf(model, tmp_path / "m.gguf", "llama", round_scales=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "value", [7, -7, 2**40, -(2**40), True, 0.5, "text", [1, 2], [3, -4], ["a", "b"], [True], [0.5]]
+)
+def test_metadata_is_read_back(value: Any, tmp_path: Path) -> None:
+    path = export_gguf(quantized("qfmt:8,signed/group=32"), tmp_path / "m.gguf", "llama", {"llama.key": value})
+    assert gguf.GGUFReader(path).fields["llama.key"].contents() == value

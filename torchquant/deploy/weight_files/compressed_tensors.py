@@ -28,9 +28,9 @@ def export_compressed_tensors(
 ) -> Path:
     """Write the weights of linear layers as packed codes in a folder that `from_pretrained` and vLLM read.
 
-    model: a calibrated model whose linear layers have uniform weights of at most 8 bits, per tensor, channel or group
-    of inputs ("affine:4,symmetric=narrow/group=128"), and whose activations are float. config: what `config.json` holds
-    beside the quantization; by default that of a model of transformers. The values of the file are those of the
+    model: a calibrated float32 model whose linear layers have uniform weights of at most 8 bits, per tensor, channel or
+    group of inputs ("affine:4,symmetric=narrow/group=128"), and whose activations are float. config: what `config.json`
+    holds beside the quantization; by default that of a model of transformers. The values of the file are those of the
     quantizers, bit for bit, in float32; a runtime may round them to its own type. Weights with zero points are stored
     as the library stores them, but transformers (5.24) does not load these; symmetric ones it does.
 
@@ -60,10 +60,8 @@ def export_compressed_tensors(
     if ties_are_config and not _is_tied(model, ties):
         settings["tie_word_embeddings"] = ties_are_config = False
     for key, tensor in parts.floats.items():
-        if key not in ties:
-            tensors[key] = tensor.detach().contiguous()
-        elif not ties_are_config:
-            tensors[key] = tensor.detach().clone()
+        if key not in ties or not ties_are_config:  # copied: safetensors refuses tensors that share memory
+            tensors[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
     settings["quantization_config"] = _quantization(parts)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,12 @@ from torchquant.qmodule.weight_slots import WeightSlot
 
 BLOCK = 32
 """How many neighbours of a row share the numbers of a block, in every type written here."""
+SIMPLE = {bool: "BOOL", str: "STRING", int: "INT64", float: "FLOAT32"}
+"""Type of a value of metadata -> its type in the file; that of whole numbers depends on their range."""
+ROUNDING = 2**-11
+"""How far the numbers of a weight may be from their values in half precision, as a share of the largest of them."""
+WHOLE = {"UINT32": (0, 2**32), "INT32": (-(2**31), 2**31), "UINT64": (0, 2**64), "INT64": (-(2**63), 2**63)}
+"""The types of whole numbers in metadata, and their ranges; most keys have the first."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,17 @@ def export_gguf(
 ) -> Path:
     """Write a model whose linear layers have 4- or 8-bit weights in groups of 32 as a GGUF file. Returns its path.
 
-    model: a calibrated model with float activations. Weights of symmetric uniform schemes become Q4_0 (codes -8..7) or
-    Q8_0 ("affine:8,symmetric=narrow/group=32"), others of 4 bits ("affine:4/group=32") Q4_1. All other tensors are
-    written in float32. architecture: `general.architecture` of the file. metadata: further keys. names: key of the
-    float model -> name in the file, as llama.cpp expects them ("blk.0.attn_q.weight"); others keep theirs. Tokenizers
-    and hyperparameters are not added: give them as `metadata`, or add them with the tools of llama.cpp.
+    model: a calibrated float32 model with float activations. Weights of symmetric uniform schemes become Q4_0 (codes
+    -8..7) or Q8_0 ("affine:8,symmetric=narrow/group=32"), others of 4 bits ("affine:4/group=32") Q4_1. All other
+    tensors are written in float32. architecture: `general.architecture` of the file. metadata: further keys. names: key
+    of the float model -> name in the file, as llama.cpp expects them ("blk.0.attn_q.weight"); others keep theirs.
+    Tokenizers and hyperparameters are not added: give them as `metadata`, or add them with the tools of llama.cpp.
 
     GGUF keeps the scale of a block in half precision. A scale that has no such value is refused, unless
     `round_scales`: then the file holds the codes of the model with rounded scales, values that differ from the model's
-    by up to 0.05 %. Needs the extra `gguf`. Raises ExportError that names what the format cannot hold, ConfigError for
-    unknown names, MissingDependencyError. Source: github.com/ggml-org/ggml, docs/gguf.md.
+    by up to 0.1 % of the largest. Needs the extra `gguf`. Raises ExportError that names what the format cannot hold,
+    ConfigError for names or metadata that it does not take, MissingDependencyError. Source: github.com/ggml-org/ggml,
+    docs/gguf.md.
 
     >>> import tempfile
     >>> from torchquant import observe_weights, quantize
@@ -66,22 +74,25 @@ def export_gguf(
     gguf = require("gguf", "gguf")
     parts = split(model, "GGUF", _matrix_of(round_scales))
     tensors: dict[str, Tensor | Matrix] = {**parts.floats, **parts.matrices}
-    called = dict(names or {})
-    if unknown := sorted(set(called) - set(tensors)):
+    if unknown := sorted(set(names or {}) - set(tensors)):
         raise ConfigError(f"names: {type(model).__name__} has no {', '.join(unknown[:3])}; it has {', '.join(tensors)}")
+    called = {key: (names or {}).get(key, key) for key in tensors}
+    if twice := [name for name, n in Counter(called.values()).items() if n > 1]:
+        raise ConfigError(f"names: two tensors would be called {', '.join(twice[:3])}; give each a name of its own")
+    types = {key: _type_of(gguf, key, value) for key, value in (metadata or {}).items()}
 
     def write(temporary: Path) -> None:
         writer = gguf.GGUFWriter(os.fspath(temporary), architecture)
         for key, value in (metadata or {}).items():
-            writer.add_key_value(key, value, *_type_of(gguf, key, value))
+            writer.add_key_value(key, value, *types[key])
         for key, tensor in tensors.items():
             if isinstance(tensor, Matrix):
                 kind = _kind_of(tensor)
                 assert kind is not None
                 packed = kind.pack(tensor).cpu().numpy()
-                writer.add_tensor(called.get(key, key), packed, raw_dtype=gguf.GGMLQuantizationType[kind.name])
+                writer.add_tensor(called[key], packed, raw_dtype=gguf.GGMLQuantizationType[kind.name])
             else:
-                writer.add_tensor(called.get(key, key), tensor.detach().to(torch.float32).cpu().contiguous().numpy())
+                writer.add_tensor(called[key], tensor.detach().to(torch.float32).cpu().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -93,15 +104,20 @@ def export_gguf(
 
 
 def _type_of(gguf: Any, key: str, value: Any) -> tuple[Any, Any]:
-    """Return the types of a value of the metadata and of its elements; whole numbers are unsigned, as most keys are."""
-    types = gguf.GGUFValueType
-    if isinstance(value, list | tuple) and value:
-        return types.ARRAY, _type_of(gguf, key, value[0])[0]
-    if not isinstance(value, str | bool | int | float):
-        raise ConfigError(f"metadata: {key} must be text, a number, a bool or a list of these, got {shown(value)}")
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return types.UINT32, None
-    return types.get_type(value), None
+    """Return the types of a value of the metadata and of its elements."""
+    types, elements = gguf.GGUFValueType, value if isinstance(value, list | tuple) else [value]
+    kinds = {next((kind for kind in SIMPLE if isinstance(element, kind)), None) for element in elements}
+    if kinds == {int}:
+        fitting = [k for k, (low, end) in WHOLE.items() if low <= min(elements) and max(elements) < end]
+    else:
+        fitting = [SIMPLE[kind] for kind in kinds if kind is not None]
+    if len(kinds) != 1 or not fitting:
+        raise ConfigError(
+            f"metadata: {key} must be text, a number of at most 64 bits, a bool or a list of one kind of these, got "
+            f"{shown(value)}"
+        )
+    kind = types[fitting[0]]
+    return (types.ARRAY, kind) if elements is value else (kind, None)
 
 
 def _matrix_of(round_scales: bool) -> Callable[[WeightSlot], Matrix | None]:
@@ -110,12 +126,18 @@ def _matrix_of(round_scales: bool) -> Callable[[WeightSlot], Matrix | None]:
         if matrix is None or matrix.size != BLOCK or _kind_of(matrix) is None:
             return None
         numbers = [matrix.scale, _lowest(matrix)] if _kind_of(matrix) is TYPES[-1] else [matrix.scale]
-        is_exact = all(torch.equal(number.half().float(), number) for number in numbers)
-        if not is_exact and not round_scales:
+        away = [float((number.half().float() - number).abs().max()) for number in numbers]
+        if any(away) and not round_scales:
             raise ExportError(
-                f"{slot.key}: GGUF keeps the scale and the lowest value of a block in half precision, which cannot "
-                "hold those of this weight. Give round_scales=True to write rounded ones; the values of the file then "
-                "differ from the model's by up to 0.05 %. Powers of two are exact: qfmt:8,signed/group=32"
+                "GGUF keeps the scale and the lowest value of a block in half precision, which cannot hold those of "
+                "this weight. Give round_scales=True to write rounded ones; the values of the file then differ from "
+                "the model's by up to 0.1 % of the largest. Powers of two are exact: qfmt:8,signed/group=32"
+            )
+        largest = [float(number.abs().max()) for number in numbers]
+        if not all(off <= ROUNDING * number for off, number in zip(away, largest, strict=True)):
+            raise ExportError(
+                "GGUF keeps the scale and the lowest value of a block in half precision, which ends at 65504 and loses "
+                f"digits below 6e-5; those of this weight go up to {', '.join(f'{number:.3g}' for number in largest)}"
             )
         return replace(matrix, scale=matrix.scale.half().float())
 

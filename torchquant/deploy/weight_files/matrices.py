@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ class Matrix:
 def split(model: nn.Module, what: str, to_matrix: Callable[[WeightSlot], Matrix | None]) -> Split:
     """Split a calibrated model into quantized matrices and float tensors, both under the keys of the float model.
 
-    `what`: the name of the format for messages. `to_matrix`: makes the matrix of a weight, None where the format cannot
-    hold it. Raises ExportError that names every site whose numbers would not be those of the model.
+    `what`: the name of the format for messages. `to_matrix`: makes the matrix of a weight; None, or an ExportError that
+    says why, where the format cannot hold it. Raises ExportError that names every site whose numbers would not be those
+    of the model.
     """
     problems = [f"{path or '(root)'}: {slot} is quantized" for path, slot in _quantized_activations(model)]
     problems += [f"{path}: a transform or a product beside the weight" for path in _transformed(model)]
@@ -46,11 +48,15 @@ def split(model: nn.Module, what: str, to_matrix: Callable[[WeightSlot], Matrix 
     for slot in weight_slots(model):
         if slot.quantizer is None:
             continue
-        found = None
+        found, why = None, ""
         if type(slot.module.layer) is nn.Linear and slot.fold_factor is None:
-            found = to_matrix(slot)
+            try:
+                found = to_matrix(slot)
+            except ExportError as error:
+                why = f" ({error})"
         if found is None:
-            problems.append(f"{slot.key}: {type(slot.module.layer).__name__} with {type(slot.quantizer).__name__}")
+            kind = f"{type(slot.module.layer).__name__} with {type(slot.quantizer).__name__}"
+            problems.append(f"{slot.key}: {kind}{why}")
         else:
             matrices[slot.path] = slot.weight, found
     if problems:
@@ -80,12 +86,12 @@ class Split:
 
 
 def uniform_matrix(slot: WeightSlot) -> Matrix | None:
-    """Return the weight as codes of uniform grids, per tensor, channel or group of inputs; None for other schemes."""
+    """Return the weight as codes of uniform grids, per tensor, channel or group of inputs; None for other schemes.
+
+    Raises ExportError for a weight that is not calibrated, not in float32 or of more than 8 bits.
+    """
     assert slot.quantizer is not None
-    try:
-        kept = encoded_weight(slot.seen().detach(), slot.quantizer, slot.key, slot.path)
-    except ExportError:
-        return None
+    kept = encoded_weight(slot.seen().detach(), slot.quantizer, slot.key, slot.path)
     low, high = slot.quantizer.code_range
     if isinstance(kept, GroupCodes):
         scale, zero_point, axis, size = kept.along_longer_side()
@@ -120,10 +126,10 @@ def tied_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     >>> tied_keys({"a": shared, "b": shared.clone(), "c": shared})
     {'c': 'a'}
     """
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     found = {}
     for key, tensor in tensors.items():
-        known = first.setdefault((tensor.data_ptr(), tensor.shape), key)
+        known = first.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), key)
         if known != key and tensor.numel():
             found[key] = known
     return found
