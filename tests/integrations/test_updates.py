@@ -125,6 +125,14 @@ def test_a_packet_of_another_model_or_spec_is_refused() -> None:
             codec.decode(data, reference)
     with pytest.raises(ConfigError, match=f"ends after {len(data) - 9} bytes.*send it again"):
         UpdateCodec(SPECS[4]).decode(data[:-9], before)
+    with pytest.raises(ConfigError, match="2 bytes too many; send it again"):
+        UpdateCodec(SPECS[4]).decode(data + b"..", before)
+    with pytest.raises(ConfigError, match="a tensor has form 9; send it again"):
+        UpdateCodec(SPECS[4]).decode(data[:8] + bytes([9]) + data[9:], before)
+    with pytest.raises(ConfigError, match="the left-over tensors and the reference .*only one has 9.bias"):
+        UpdateCodec(SPECS[4]).encode(before, before, {"9.bias": torch.zeros(3)})
+    with pytest.raises(ConfigError, match=r"the left-over tensors: 0.bias has shape \(2, 32\), in the reference"):
+        UpdateCodec(SPECS[4]).encode(before, before, {"0.bias": torch.zeros(2, 32)})
     with pytest.raises(ConfigError, match=r"0.weight has shape \(32, 1, 3, 3\), in the reference \(3, 3\)"):
         UpdateCodec().encode(before, other)
     with pytest.raises(ConfigError, match="must have the same names; only one has 0.bias"):

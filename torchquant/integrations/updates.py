@@ -24,6 +24,7 @@ FORM = struct.Struct("<iBBI")
 """Lowest code, bits of a code, bits that a block shares, and the number of bytes of these."""
 SAME, CODES, HALF, WHOLE = range(4)
 """Forms of a tensor in a packet: nothing, the codes of its change, its change in float16, the tensor itself."""
+AGAIN = "send it again"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class UpdateCodec:
     """Encodes by how much tensors differ from a reference that both sides have.
 
     The change of a tensor with two axes or more is quantized by `spec`, as a weight would be; one with fewer, such as a
-    bias or a statistic of a batch norm, is sent in float16; a tensor that is not of floating-point numbers, or not
-    finite, as it is; an unchanged one not at all. Both sides need the same spec and the same reference.
+    bias or a statistic of a batch norm, is sent in float16; a tensor that float16 cannot hold, or that is not of
+    floating-point numbers, as it is; an unchanged one not at all. Both sides need the same spec and the same reference.
 
     Raises ConfigError for tensors that differ from the reference in names or shapes, and for a packet of another spec
-    or model; NonFiniteError for a change that is NaN.
+    or model, or a damaged one; NonFiniteError for a change to be quantized that is not finite.
 
     >>> codec = UpdateCodec("affine:4,symmetric=narrow")
     >>> before = {"weight": torch.zeros(64, 64)}
@@ -71,6 +72,7 @@ class UpdateCodec:
         This is error feedback: what one packet lacks comes with the next, so that errors of rounding do not add up.
         """
         _expect_alike(tensors, reference)
+        _expect_alike({**reference, **left_over}, reference, "the left-over tensors")
         wanted = {name: _wide(tensors[name].to(old)) for name, old in reference.items()}
         wanted |= {name: wanted[name] + rest for name, rest in left_over.items()}
         parts = [self._seal(reference)]
@@ -94,7 +96,10 @@ class UpdateCodec:
                 "spec and the same model"
             )
         packet = _Reader(data, SEAL)
-        return {name: self._unpacked(packet, old) for name, old in reference.items()}
+        found = {name: self._unpacked(packet, old) for name, old in reference.items()}
+        if packet.position < len(data):
+            raise ConfigError(f"the packet has {len(data) - packet.position} bytes too many; {AGAIN}")
+        return found
 
     def _seal(self, reference: Mapping[str, Tensor]) -> bytes:
         known = [(name, list(x.shape), str(x.dtype)) for name, x in reference.items()]
@@ -122,6 +127,8 @@ class UpdateCodec:
             return packet.tensor(old.shape, old.dtype).to(old.device)
         if form == HALF:
             change = packet.tensor(old.shape, torch.float16)
+        elif form != CODES:
+            raise ConfigError(f"the packet is damaged: a tensor has form {form}; {AGAIN}")
         else:
             low, width, shared_width, n_shared = FORM.unpack(packet.take(FORM.size))
             quantizer = self._observed(torch.zeros(old.shape))
@@ -148,7 +155,7 @@ class _Reader:
         part = self.data[self.position : self.position + n_bytes]
         self.position += n_bytes
         if len(part) < n_bytes:
-            raise ConfigError(f"the packet ends after {len(self.data)} bytes, before its last tensor; send it again")
+            raise ConfigError(f"the packet ends after {len(self.data)} bytes, before its last tensor; {AGAIN}")
         return part
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -166,11 +173,11 @@ def _bytes(x: Tensor) -> bytes:
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _expect_alike(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+def _expect_alike(tensors: Mapping[str, Tensor], reference: Mapping[str, Tensor], what: str = "the tensors") -> None:
     """Raise ConfigError unless both have the same names and shapes."""
     missing = [name for name in reference if name not in tensors] + [name for name in tensors if name not in reference]
     if missing:
-        raise ConfigError(f"the tensors and the reference must have the same names; only one has {some(missing)}")
+        raise ConfigError(f"{what} and the reference must have the same names; only one has {some(missing)}")
     if other := [name for name, x in reference.items() if x.shape != tensors[name].shape]:
         there, here = (tuple(x[other[0]].shape) for x in (reference, tensors))
-        raise ConfigError(f"{other[0]} has shape {here}, in the reference {there}")
+        raise ConfigError(f"{what}: {other[0]} has shape {here}, in the reference {there}")
