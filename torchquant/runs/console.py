@@ -69,6 +69,8 @@ class Terminal(NullProgress):
     def __enter__(self) -> Terminal:
         self._depth += 1
         self._bar.start()
+        if self._task is None:
+            self._task = self._bar.add_task(self._doing, total=None)
         if self._depth == 1 and not self._console.is_terminal:
             self._ended.clear()
             threading.Thread(target=self._pulse, daemon=True).start()
@@ -86,7 +88,7 @@ class Terminal(NullProgress):
         self._clock = Clock(total)
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task("checking everything", total=total)
+        self._task = self._bar.add_task("starting", total=total)
 
     def message(self, text: str) -> None:
         self._printed = time.monotonic()

@@ -34,7 +34,7 @@ class RunOptions:
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps, ...; default: cpu.")
     amp: str | None = option(None, "Train in mixed precision: bf16 or fp16.")
-    compile: bool = option(False, "Train with torch.compile.")
+    compile: bool = option(False, "Train with torch.compile, which takes minutes at first.")
     workers: int = option(0, "Threads that prepare batches ahead; no number depends on them.")
     threads: int | None = option(
         None,

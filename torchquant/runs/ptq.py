@@ -126,7 +126,6 @@ def run_ptq(
     """
     how = options or RunOptions()
     with show or NullProgress() as shown:
-        shown.start(config.float_epochs + PTQ_UNITS)
         data, recipe, net, rules = _built(config, how, shown.message)
         model = _tried(config, data, net, rules, strict)
         ptq.preview(model, recipe.stages, recipe.names, recipe.skip)
@@ -142,6 +141,7 @@ def run_ptq(
             how.computing(net, data.test_images[:1]) as threads,
         ):
             shown.message(f"{config.model} on {how.device or 'cpu'}, {threads}")
+            shown.start(config.float_epochs + PTQ_UNITS)
             return _run(net, rules, recipe, config, data, Stages(folder, shown, options=how), found)
 
 

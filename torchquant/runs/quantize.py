@@ -143,8 +143,6 @@ def run_job(
     """
     how = options or RunOptions()
     with show or NullProgress() as shown:
-        qat_units = QAT_UNITS * config.epochs if config.mode == "qat" else 0.0
-        shown.start(config.float_epochs + qat_units + 1.0)
         data, net, rules = check_job(config, strict, how, shown.message)
         found = contents_of(
             [config.checkpoint, *files_of(config.data, config.rules, config.weights)], [net], config.model
@@ -156,6 +154,8 @@ def run_job(
             how.computing(net, data.test_images[:1]) as threads,
         ):
             shown.message(f"{config.model} on {how.device or 'cpu'}, {threads}")
+            qat_units = QAT_UNITS * config.epochs if config.mode == "qat" else 0.0
+            shown.start(config.float_epochs + qat_units + 1.0)
             return _run(net, rules, config, data, Stages(folder, shown, options=how), found)
 
 

@@ -92,13 +92,13 @@ def search_from(
     """Do the same as `run_search`; `float_file`: the float.pt of a run with the same float training."""
     how = options or RunOptions()
     with process_group(distributed, how.device) as ranks, show if ranks.is_first else NullProgress() as shown:
-        retraining = QAT_UNITS * config.retrain_epochs
-        shown.start(config.float_epochs + search_units(config) + retraining + 1.0)
         run = _Run(config, Path(out), shown, ranks, how)
         with ExitStack() as stack:
             ranks.at_first(lambda: stack.enter_context(run.claimed()))
             threads = stack.enter_context(how.computing(run.net, run.example[:1]))
             shown.message(f"{config.model} on {ranks.device}, {threads}")
+            retraining = QAT_UNITS * config.retrain_epochs
+            shown.start(config.float_epochs + search_units(config) + retraining + 1.0)
             run.float_stage(float_file)
             run.plan_stage()
             run.retrain_stage()
