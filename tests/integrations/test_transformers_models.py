@@ -163,6 +163,22 @@ def test_dequantize_leaves_the_values_of_the_codes(stored: str, tmp_path: Path) 
     assert torch.equal(output(hf.BertForMaskedLM.from_pretrained(tmp_path / "float"), inputs), output(net, inputs))
 
 
+@pytest.mark.parametrize("rule", [{"types": ["Linear"]}, {}])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "masked"])
+def test_dequantize_unties_what_has_other_values(name: str, rule: dict[str, Any], tmp_path: Path) -> None:
+    """A float embedding keeps its values where the head that is tied to it was quantized."""
+    made(name).save_pretrained(tmp_path / "float")
+    config = TorchquantConfig([{"weight": "affine:3/channel", **rule}])
+    model = type(made(name)).from_pretrained(tmp_path / "float", quantization_config=config)
+    inputs = inputs_of(model)
+    expected = output(model, inputs)
+    net = model.dequantize()
+    assert torch.equal(output(net, inputs), expected)
+    assert (net.get_input_embeddings().weight is net.get_output_embeddings().weight) == (rule == {})
+    net.save_pretrained(tmp_path / "float_again")
+    assert torch.equal(output(type(net).from_pretrained(tmp_path / "float_again"), inputs), expected)
+
+
 def test_another_class_a_part_and_another_type_are_refused(tmp_path: Path) -> None:
     model = quantized("masked", tmp_path)
     model.save_pretrained(tmp_path / "q")

@@ -142,6 +142,25 @@ def test_what_is_loaded_with_a_config_trains(tmp_path: Path) -> None:
     assert all(row.calibrated for row in tq.state_report(model))
 
 
+def test_a_training_after_one_that_failed_saves_as_it_was_told(tmp_path: Path) -> None:
+    class Stop(hf.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            raise KeyboardInterrupt
+
+    bert("BertForSequenceClassification").save_pretrained(tmp_path / "float")
+    rules = TorchquantConfig([{"types": ["Linear"], "weight": "affine:4/channel"}])
+    model = hf.BertForSequenceClassification.from_pretrained(tmp_path / "float", quantization_config=rules)
+    run = trainer(model, tmp_path, TorchquantCallback(), max_steps=1, eval_strategy="steps", eval_steps=1)
+    run.add_callback(Stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(Stop)
+    run.train()
+    assert states(model) == {"QUANT_EVAL"}
+    model.save_pretrained(tmp_path / "q")
+    assert hf.AutoConfig.from_pretrained(tmp_path / "q").quantization_config["save_as"] == "codes"
+
+
 class Pictures(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return 32

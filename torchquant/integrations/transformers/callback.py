@@ -77,6 +77,7 @@ class TorchquantCallback(_trainer.TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         """Calibrate what has seen no data, and set up the model for the step at which the training begins."""
         _check_trainable(model)
+        self._restore()
         if (
             self.calibration_batches
             and not state.global_step
@@ -126,8 +127,14 @@ class TorchquantCallback(_trainer.TrainerCallback):  # type: ignore[misc]
             reestimate_bn(model, _batches(more["train_dataloader"], self.bn_batches))
         if self.monitor is not None:
             self.monitor.flush()
+        self._restore()
+
+    def _restore(self) -> None:
+        """Undo what a training changes for as long as it runs, also for one that was interrupted."""
+        self._step_back()
         for config, save_as in self._save_as:
             config.save_as = save_as
+        self._save_as = []
 
     def _step_aside(self, model: nn.Module) -> None:
         """Put the model in the state in which it is evaluated; `_step_back` undoes this."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchquant._shown import some
+from torchquant.deploy.packed.weight_codes import coded_tensors, quantized_slots
 from torchquant.errors import ConfigError, require
 from torchquant.graph.traced import TracedModule, remove
 from torchquant.integrations.transformers.carriers import Carriers, entries_of
@@ -22,7 +24,8 @@ from torchquant.integrations.transformers.saved_tensors import (
 )
 from torchquant.plan import QuantPlan, quantize
 from torchquant.qmodule import QModuleState
-from torchquant.utils import observe_weights, qmodules, set_qmodule_state, state_report, weight_slots
+from torchquant.qmodule.weight_slots import WeightSlot
+from torchquant.utils import observe_weights, qmodules, set_qmodule_state, state_report
 
 GUARD = (
     "of a model that torchquant quantized - run 'import torchquant.integrations.transformers' before from_pretrained"
@@ -102,10 +105,17 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Turn the model into a float one, in place, whose weights are the values of their codes."""
-        for slot in weight_slots(model):
-            if slot.quantizer is not None:
-                slot.set_weight(slot.quantizer(slot.seen()))
+        """Turn the model into a float one, in place, whose weights are the values of their codes.
+
+        A weight that is tied to one of other values, such as that of a float embedding, is untied.
+        """
+        slots = list(quantized_slots(model).values())
+        if _untie(model, slots):
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
+        for slot in slots:
+            assert slot.quantizer is not None
+            slot.set_weight(slot.quantizer(slot.seen()))
         model.plan.revert(model, inplace=True)
         for module in model.modules():
             module.__dict__.pop("hf_quantizer", None)
@@ -152,6 +162,21 @@ def attach(model: nn.Module, hf_quantizer: Any = None) -> None:
     for module in model.modules():
         if isinstance(module, base):
             module.hf_quantizer = hf_quantizer
+
+
+def _untie(model: nn.Module, slots: Iterable[WeightSlot]) -> bool:
+    """Give slots a weight of their own if others read it as other values. Tells whether there were such slots."""
+    coded, found = coded_tensors(model, model.state_dict(keep_vars=True)), False
+    first: dict[int, Tensor] = {}
+    for slot in slots:
+        assert slot.quantizer is not None
+        weight, values = slot.weight, slot.quantizer(slot.seen())
+        if id(weight) not in coded or not torch.equal(first.setdefault(id(weight), values), values):
+            owner, _, leaf = slot.name.rpartition(".")
+            own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            setattr(slot.module.layer.get_submodule(owner), leaf, own)
+            found = True
+    return found
 
 
 def _quantize(model: Any, config: TorchquantConfig) -> None:
