@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import torchquant as tq
-from torchquant.deploy import certify, export_executorch, export_onnx, run_executorch
+from torchquant.deploy import certify, export_executorch, export_onnx, lower, run_executorch
+from torchquant.deploy.executorch import decomposed
 from torchquant.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
@@ -87,6 +88,18 @@ def test_executorch_computes_the_numbers_of_the_model(tmp_path: Path) -> None:
     step = float(model.head.acts_quantizer.format().step(wanted))
     assert (found - wanted).abs().max() <= step * 1.001
     assert b"quantized_decomposed" not in path.read_bytes()  # XNNPACK took all of it
+
+
+@pytest.mark.parametrize(
+    "weight", ["affine:4/group=32", "affine:8,symmetric=narrow/group=32", "affine:8/channel", "affine:3/in_channel"]
+)
+def test_weights_are_decomposed_as_they_are(weight: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64)
+    model = tq.quantize(nn.Sequential(nn.Linear(64, 6)), [{"weight": weight}], x)
+    tq.calibrate(model, [x])
+    lowered = lower(model, x, keep_signed=True)
+    torch.testing.assert_close(decomposed(lowered.form, (x,))(x), lowered.form(x))
 
 
 def test_what_xnnpack_would_compute_otherwise_is_refused(tmp_path: Path) -> None:

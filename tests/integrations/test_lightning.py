@@ -189,7 +189,7 @@ def test_the_exported_file_is_certified(tmp_path: Path) -> None:
 
 
 def test_bfloat16_by_autocast(tmp_path: Path) -> None:
-    module = Classifier("w4a8-lsq" if "w4a8-lsq" in tq.plan.RULE_SETS else "w4a8")
+    module = Classifier("w4a8")
     start = copy.deepcopy(module.net)
     trainer(tmp_path, QuantizationCallback(2), precision="bf16-mixed", max_epochs=2).fit(module, loader(), loader())
     losses = [loss for _, loss in module.validated]
@@ -197,6 +197,14 @@ def test_bfloat16_by_autocast(tmp_path: Path) -> None:
     assert sum(losses[-6:]) < sum(losses[:6])
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), module.net.parameters(), strict=True))
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_double_precision(tmp_path: Path) -> None:
+    """Batches to calibrate on are in the type that the trainer gives to the steps."""
+    module = Classifier()
+    trainer(tmp_path, QuantizationCallback(2), precision="64-true", max_epochs=1).fit(module, loader())
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert module.state() == "QUANT_EVAL"
 
 
 def rank_work(rank: int, folder: str) -> None:

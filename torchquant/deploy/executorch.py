@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torchquant._arguments import checked
 from torchquant._files import write_whole
 from torchquant.deploy.lowering.lowered import Lowered, lowered_as
-from torchquant.deploy.lowering.qdq import onnx_nodes
+from torchquant.deploy.lowering.qdq import BLOCK, dequantize_linear, onnx_nodes
 from torchquant.deploy.onnx.export import checked_inputs, tell_of_left_out
 from torchquant.errors import ExportError, one_line, require
 
@@ -130,9 +130,9 @@ def _dequantize(traced: Any, sources: list[fx.Node], attributes: dict[str, Any])
         numbers = (float(scale), _signed(zero_point), -128, 127, torch.int8)
         return traced.graph.call_function(_op("dequantize_per_tensor"), (sources[0], *numbers))
     codes = _value(traced, sources[0])
-    if "block_size" in attributes or codes.dtype == torch.int32:
-        shape = [-1 if i == attributes.get("axis") else 1 for i in range(codes.ndim)] if scale.ndim else []
-        return _constant(traced, codes.float() * (scale.reshape(shape) if shape else scale))
+    if BLOCK in attributes or codes.dtype == torch.int32:
+        values = dequantize_linear(codes, scale, zero_point, attributes.get("axis"), attributes.get(BLOCK))
+        return _constant(traced, values)
     stored = _constant(traced, (codes.to(torch.int16) - SHIFT * (codes.dtype == torch.uint8)).to(torch.int8))
     if not scale.ndim:
         numbers = (float(scale), _signed(zero_point), -128, 127, torch.int8)

@@ -176,12 +176,13 @@ class QuantizationCallback(_lightning.Callback):  # type: ignore[misc]
             one.load_state_dict(state)
 
     def _data(self, trainer: Any) -> list[Any]:
-        """Return the batches to calibrate on; with `inputs`, what it makes of them."""
+        """Return the batches to calibrate on, in the precision of the trainer; with `inputs`, what it makes of them."""
         if isinstance(self._batches, int):
             trainer.fit_loop.setup_data()
             batches = list(itertools.islice(trainer.train_dataloader, self._batches))
         else:
             batches = self._batches
+        batches = [trainer.precision_plugin.convert_input(batch) for batch in batches]
         return batches if self._inputs is None else [self._inputs(batch) for batch in batches]
 
     def _write(self, network: nn.Module, path: Path, batches: Sequence[Any]) -> None:
