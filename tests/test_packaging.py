@@ -46,11 +46,15 @@ def pip(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def built_wheel(source: Path, out: Path) -> Path:
-    """A wheel built from a copy of the sources, so that nothing left in `build/` can slip in."""
+def copy_sources(source: Path) -> None:
     for name in SHIPPED:
         shutil.copy(ROOT / name, source / name)
     shutil.copytree(ROOT / "torchquant", source / "torchquant", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def built_wheel(source: Path, out: Path) -> Path:
+    """A wheel built from a copy of the sources, so that nothing left in `build/` can slip in."""
+    copy_sources(source)
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     (built,) = out.glob("*.whl")
     return built
@@ -108,6 +112,24 @@ print(torchquant.__file__, len(names))
     origin, count = run_python(code, tmp_path, site).split()
     assert Path(origin).is_relative_to(site)
     assert int(count) == sum(p.name != "__main__.py" for p in (ROOT / "torchquant").rglob("*.py"))
+
+
+def test_an_editable_install_is_found_beside_the_clone(tmp_path: Path) -> None:
+    # The folder of a clone is a namespace package to Python, and hides packages that a hook of setuptools would find.
+    clone, site = tmp_path / "torchquant", tmp_path / "site"
+    clone.mkdir()
+    copy_sources(clone)
+    run_python(f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})", clone)
+    (editable,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(editable) as archive:
+        archive.extractall(site)
+    code = (
+        "import site, sys, importlib.util as u; site.addsitedir(sys.argv[1]); print(u.find_spec('torchquant').origin)"
+    )
+    command = [sys.executable, "-S", "-c", code, str(site)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(clone / "torchquant" / "__init__.py"), done.stderr
 
 
 def test_core_needs_torch_only(tmp_path: Path) -> None:

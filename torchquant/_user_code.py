@@ -13,6 +13,8 @@ from torchquant.errors import one_line
 
 OURS = Path(__file__).parent
 LONGEST_LINE = 100
+PACKAGES = {"site-packages", "dist-packages"}
+"""Names of folders of installed packages, also of another Python's that PYTHONPATH or a .pth file adds."""
 
 
 @functools.cache
@@ -20,7 +22,8 @@ def is_installed(file: Path) -> bool:
     """Tell whether a file belongs to Python, an installed package or torchquant."""
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders += [*site.getsitepackages(), site.getusersitepackages(), str(OURS)]
-    return any(Path(folder).resolve() in file.resolve().parents for folder in folders)
+    path = file.resolve()
+    return not PACKAGES.isdisjoint(path.parts) or any(Path(folder).resolve() in path.parents for folder in folders)
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:

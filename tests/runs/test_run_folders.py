@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from torchquant.quantizers import QUANTIZERS
 from torchquant.runs import networks, report, stages
 from torchquant.runs.compare import Recipe, read_leaderboard, write_leaderboard
 from torchquant.runs.compare import run as compare_run
+from torchquant.runs.contents import contents_of
 from torchquant.runs.data import Digits, load_digits
 from torchquant.runs.folder import claimed
 from torchquant.runs.quantize import JobConfig, run_job
@@ -239,22 +241,32 @@ def test_a_checkpoint_that_changed_is_noticed_by_every_command(finished: Any, tm
         refused(run(out, "--checkpoint", checkpoint), checkpoint)
 
 
-def test_data_that_changed_is_noticed(work: Work, tmp_path: Path) -> None:
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")
-    pictures = tmp_path / "pictures"
+    folder = tmp_path / "pictures"
     for split in ("train", "test"):
         for i, name in enumerate("ab"):
-            (pictures / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for n in range(2):
-                image.new("RGB", (8, 8), (i * 200, n, 0)).save(pictures / split / name / f"{n}.png")
+                image.new("RGB", (8, 8), (i * 200, n, 0)).save(folder / split / name / f"{n}.png")
+    return folder
+
+
+def test_a_model_of_one_channel_is_told_that_pictures_are_in_colour(work: Work, pictures: Path, tmp_path: Path) -> None:
+    words = "does not take pictures of shape (2, 3, 64, 64), which are always in colour: "
+    refused(command("quantize", work.model, "--data", pictures, "--out", tmp_path / "out"), words)
+
+
+def test_data_that_changed_is_noticed(pictures: Path, tmp_path: Path) -> None:
     words = ["quantize", "demo", "--data", pictures, "--float-epochs", 0, "--out", tmp_path / "out"]
     assert command(*words).exit_code == 0
     assert command(*words).exit_code == 0
     picture = pictures / "train" / "a" / "0.png"
     os.utime(picture, (0, 0))  # touched is not changed
     assert command(*words).exit_code == 0
-    image.new("RGB", (8, 8), (9, 9, 9)).save(picture)
+    picture.write_bytes((pictures / "train" / "b" / "0.png").read_bytes())
     refused(command(*words), "holds another job", pictures, "has changed")
     refused(command("export", tmp_path / "out"), pictures, "has changed")
     picture.write_bytes(b"no picture")
@@ -285,6 +297,18 @@ def test_a_plug_in_that_changed_makes_its_cases_run_again(tmp_path: Path) -> Non
     assert "affine-w2a8-seed0:" not in again
     found = json.loads((out / "runs" / "coarse-w2a8-seed0.json").read_text())
     assert found["weight_sqnr_db"] != first["weight_sqnr_db"]
+
+
+def test_packages_of_another_python_are_not_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "lib" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "layers_of_others.py").write_text("from torch import nn\n")
+    # torch.ops names a file that does not exist
+    (tmp_path / "net_of_mine.py").write_text("from torch import nn, ops\nimport layers_of_others\n")
+    for folder in (site, tmp_path):
+        monkeypatch.syspath_prepend(folder)
+    importlib.import_module("net_of_mine")
+    assert set(contents_of([], model="net_of_mine:build")) == {"net_of_mine.py"}
 
 
 def test_settings_come_back_with_their_contents(finished: Any, tmp_path: Path) -> None:

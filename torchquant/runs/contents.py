@@ -53,6 +53,8 @@ def _own_files(starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
         file = getattr(module, "__file__", None)
         if name in seen or module is None or file is None or is_installed(Path(file)):
             continue
+        if not Path(file).is_file():
+            continue  # torch.ops and torch.classes name files that do not exist
         seen.add(name)
         yield (Path(file).name if name.startswith("torchquant_") else f"{name.replace('.', '/')}.py"), Path(file)
         waiting += [

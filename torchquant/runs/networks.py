@@ -19,7 +19,7 @@ from torchquant.deploy.packed.references import model_of
 from torchquant.errors import ConfigError, require
 from torchquant.plan import quantize
 from torchquant.quantizers import QuantizerFactory
-from torchquant.runs.data import TrainingData, load_data
+from torchquant.runs.data import Pictures, TrainingData, load_data
 from torchquant.runs.options import RunOptions
 from torchquant.runs.pretrained import SOURCES, check_weights, load_weights, preprocessing_of, source_of
 from torchquant.runs.ranks import Ranks
@@ -251,7 +251,8 @@ def tried(net: nn.Module, data: TrainingData, name: str, checkpoint: str | None)
     try:
         scores = net(images)
     except Exception as error:
-        raise ConfigError(f"the model {name} does not take {takes}: {failure(error, 'it')}") from error
+        colour = ", which are always in colour" if isinstance(data, Pictures) else ""
+        raise ConfigError(f"the model {name} does not take {takes}{colour}: {failure(error, 'it')}") from error
     wanted = f"scores of shape ({len(images)}, {data.n_classes})"
     if not isinstance(scores, Tensor):
         raise ConfigError(f"the model {name} must return {wanted} for {takes}, got {type(scores).__name__}")
