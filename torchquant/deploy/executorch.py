@@ -45,8 +45,8 @@ def export_executorch(
     outputs are farther than `LARGEST_ERROR` from the model's; XNNPACK rounds by scales in float32, so that codes may
     differ by a step.
 
-    Needs the package executorch: pip install executorch. Source: pytorch.org/executorch, the XNNPACK backend. Raises
-    ExportError for what has no form there and if the program computes something else, MissingDependencyError.
+    Needs the extra `executorch`. Source: pytorch.org/executorch, the XNNPACK backend. Raises ExportError for what has
+    no form there and if the program computes something else, MissingDependencyError.
     """
     exir = require("executorch.exir", "executorch")
     require("executorch.kernels.quantized", "executorch")  # registers what is left to portable kernels
