@@ -16,6 +16,7 @@ from torchquant.deploy.certificate.checking import metadata_of
 from torchquant.errors import ConfigError
 from torchquant.runs.export import certify_run, export_run, load_run
 from torchquant.runs.loop import accuracy
+from torchquant.runs.ptq import PTQConfig, run_ptq
 from torchquant.runs.quantize import JobConfig, run_job
 
 onnx = pytest.importorskip("onnx")
@@ -47,6 +48,17 @@ def test_the_run_comes_back_as_it_was(run: Path) -> None:
         found = accuracy(model(data.test_images), data.test_labels)
     assert found == json.loads((run / "result.json").read_text())["ptq_accuracy"]
     assert config.model == "demo"
+
+
+@pytest.mark.parametrize("recipe", ["cnn-w8a8", "smoothquant,calibrate,gptq,bias_correction"])
+def test_a_model_that_was_rounded_after_training_is_exported(recipe: str, tmp_path: Path) -> None:
+    result = run_ptq(PTQConfig("demo", recipe, rules="int8-ort", float_epochs=1, batches=2), tmp_path)
+    model, data, _ = load_run(tmp_path)
+    with torch.no_grad():
+        assert accuracy(model(data.test_images), data.test_labels) == result.accuracy
+    exported = export_run(tmp_path, with_certificate=True, samples=8)
+    assert exported.certificate is not None
+    assert exported.certificate.passed
 
 
 def test_onnx_with_certificate(written: tuple[Path, Any]) -> None:
@@ -96,7 +108,7 @@ def test_integer_is_a_report(run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["export", "NOWHERE"], "is not the folder of a finished `torchquant quantize` run"),
+        (["export", "NOWHERE"], "is not the folder of a finished run of `torchquant quantize`, `ptq` or `search`"),
         (["export", "RUN", "--to", "tflite"], "the form must be one of onnx, packed, integer, got 'tflite'"),
         (["export", "RUN", "--to", "packed", "--certify"], "only an ONNX file can have a certificate"),
         (["certify", "RUN", "--onnx", "missing.onnx"], "there is no file missing.onnx"),

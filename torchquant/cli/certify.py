@@ -10,7 +10,7 @@ from torchquant.deploy import Certificate
 from torchquant.runs.console import Terminal
 from torchquant.runs.export import certify_run
 
-RUN = "Folder of a finished `torchquant quantize` or search run."
+RUN = "Folder of a finished run of `torchquant quantize`, `ptq` or `search`."
 SAMPLES = "Number of test images to compare on."
 
 

@@ -48,10 +48,10 @@ MADE = ("analysis.progress.pt", "analysis.json", "advice.json")
 class AnalyzeConfig:
     """The settings of `torchquant analyze`.
 
-    `target`: the folder of a finished `torchquant quantize` or `search` run, or a model as in `JobConfig`, which is
-    quantized with `rules` into the folder `run` of the output first. `images`: of the test data. `sites`: for how many
-    of the worst sites remedies are tried, 0 for none. `apart`: as in `analyze`. `apply`: write the plan with the kept
-    remedies. The others as in `JobConfig`; of a run's folder they are known. Raises ConfigError.
+    `target`: the folder of a finished run of `torchquant quantize`, `ptq` or `search`, or a model as in `JobConfig`,
+    which is quantized with `rules` into the folder `run` of the output first. `images`: of the test data. `sites`: for
+    how many of the worst sites remedies are tried, 0 for none. `apart`: as in `analyze`. `apply`: write the plan with
+    the kept remedies. The others as in `JobConfig`; of a run's folder they are known. Raises ConfigError.
     """
 
     target: str = argument("The folder of a run, or a model: a name of torchvision or timm, demo, or file.py:function.")

@@ -1,4 +1,4 @@
-"""Export the model of a `torchquant quantize` or `search` run to files for other runtimes, with a certificate."""
+"""Export the model of a `torchquant quantize`, `ptq` or `search` run for other runtimes, with a certificate."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ SHARED = (
     "weights",
     CONTENTS,
 )
-"""Settings of a search that `JobConfig` has too."""
+"""Settings of searches and of `torchquant ptq` that `JobConfig` has too, where they have them."""
+OTHERS = {"kind", "recipe"}
+"""Settings that only the folder of a search has, and only that of `torchquant ptq`."""
 AGAIN = "run it again in another folder"
 SAMPLES = 256
 BATCH = 64
@@ -62,19 +64,19 @@ class Exported:
 def load_run(folder: str | os.PathLike[str]) -> tuple[nn.Module, TrainingData, JobConfig]:
     """Load the quantized model of a finished run, in eval mode and QUANT_EVAL, with its data and its settings.
 
-    For a search, only the settings that `JobConfig` has are returned. Raises ConfigError for a folder without a
-    finished run.
+    For a search or `torchquant ptq`, only the settings that `JobConfig` has are returned. Raises ConfigError for a
+    folder without a finished run.
     """
     run = Path(folder)
     needed = ["config.json", "plan.yaml", "quantized.pt"]
     missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{run} is not the folder of a finished `torchquant quantize` run or search: "
+            f"{run} is not the folder of a finished run of `torchquant quantize`, `ptq` or `search`: "
             f"it does not hold {', '.join(missing)}"
         )
     known = read_settings(run / "config.json")
-    names = SHARED if "kind" in known else {*known} - {"amp"}
+    names = {*known} - {"amp"} if OTHERS.isdisjoint(known) else SHARED
     known = {name: value for name, value in known.items() if name in names}
     config = read_as(run / "config.json", JobConfig, known, ELSEWHERE)
     data = data_of(config)
