@@ -72,7 +72,7 @@ class PTQConfig:
     model: str = model_argument()
     recipe: str = option("cnn-w4a8", f"{', '.join(RECIPES)}, a YAML file, or stages: gptq,bias_correction.")
     rules: str | None = option(None, "A plan other than the recipe's: a rule set, or a YAML file.")
-    data: str | None = option(None, "digits, cifar10, or a folder with train/ and test/; else the recipe's, or digits.")
+    data: str | None = option(None, "digits, cifar10, or a folder of pictures; else the recipe's, or digits.")
     checkpoint: str | None = checkpoint_option()
     float_epochs: int = option(30, "Epochs of float training; 0: none.")
     learning_rate: float = option(1e-3, "Learning rate of float training.")

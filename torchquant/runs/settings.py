@@ -41,7 +41,7 @@ def model_argument() -> Any:
 
 def data_option() -> Any:
     """Define the setting `data`, for `load_data`."""
-    return option("digits", "digits, cifar10, or a folder with train/ and test/.")
+    return option("digits", "digits, cifar10, or a folder of pictures: train/CLASS/ and test/CLASS/.")
 
 
 def checkpoint_option() -> Any:
