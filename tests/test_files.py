@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import signal
 import stat
 import sys
@@ -176,6 +177,12 @@ def test_a_library_that_hides_what_the_disk_said_is_seen_through(tmp_path: Path)
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot write .*a.yaml: there is no folder .*nowhere"):
         QuantPlan(()).save(tmp_path / "nowhere" / "a.yaml")
+
+
+def test_a_folder_is_not_written_by_any_library(tmp_path: Path) -> None:
+    """A library that has errors of its own is not asked."""
+    with pytest.raises(ConfigError, match=f"cannot write {re.escape(str(tmp_path))}: Is a directory"):
+        write_whole(tmp_path, lambda path: pytest.fail("was asked"))
 
 
 class Bomb:

@@ -44,7 +44,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
         raise ConfigError(f"'{path}' does not name a file to write; give a path that ends in a file name")
     target = Path(os.path.realpath(path))
     try:
-        if path.exists() and not path.is_file():  # a device, a pipe; a folder cannot be written
+        if path.is_dir():  # said here: `write` may be of a library with errors of its own
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a device, a pipe
             write(path)
             return path
         _remove_leftovers(target)
