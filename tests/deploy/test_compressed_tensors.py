@@ -117,6 +117,10 @@ def test_what_the_format_cannot_hold_is_named(tmp_path: Path) -> None:
         export_compressed_tensors(
             quantized(llama(True), {"types": ["Linear"], "weight": "affine:10/channel"}), tmp_path
         )
+    model = tq.quantize(nn.Linear(8, 8), [{"weight": "affine:4/channel"}])
+    tq.observe_weights(model)
+    with pytest.raises(ExportError, match="the model is one layer"):
+        export_compressed_tensors(model, tmp_path, config={})
     model = tq.quantize(nn.Sequential(nn.Linear(8, 8)), [{"weight": "affine:4/channel"}], torch.ones(1, 8))
     tq.observe_weights(model)
     model.add_module("1", tq.quantize(nn.Linear(8, 8), [{"weight": "affine:4/channel"}]))

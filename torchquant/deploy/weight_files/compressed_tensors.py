@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchquant._arguments import checked
 from torchquant._files import write_json, write_whole
 from torchquant.deploy.weight_files.matrices import Matrix, Split, split, tied_keys, uniform_matrix
-from torchquant.errors import ConfigError, require
+from torchquant.errors import ConfigError, ExportError, require
 
 FORMAT = "pack-quantized"
 WIDTHS = (4, 8)
@@ -51,6 +51,10 @@ def export_compressed_tensors(
     safetensors = require("safetensors.torch", "deploy")
     settings = _config_of(model, config)
     parts = split(model, "compressed-tensors", uniform_matrix)
+    if "weight" in parts.matrices:
+        raise ExportError(
+            "the model is one layer, and the format names layers by their place; export nn.Sequential(net)"
+        )
     tensors: dict[str, Tensor] = {}
     for key, matrix in parts.matrices.items():
         name = key.removesuffix(".weight")
