@@ -21,11 +21,11 @@ PACKAGING := pyproject.toml setup.py
 PINS :=
 PIP_OPTIONS :=
 
-.PHONY: help demo test test-slow test-oldest test-newest check docs bench lean real-networks clean
+.PHONY: help demo test test-slow test-integrations test-oldest test-newest check docs bench lean real-networks clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-slow | test-oldest | test-newest | check | docs | bench | lean | real-networks | clean"
+	@echo "make demo | test | test-slow | test-integrations | test-oldest | test-newest | check | docs | bench | lean | real-networks | clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,13 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=3600 -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS)
+
+# Libraries that pin other releases than the dev extra has, in an environment of their own.
+test-integrations:
+	$(MAKE) VENV=.venv-integrations .venv-integrations/.installed-integrations
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations/test_flower.py \
+		tests/integrations/test_speechbrain.py tests/deploy/test_other_runtimes.py \
+		-W ignore::DeprecationWarning -W ignore::UserWarning -o faulthandler_timeout=$(TEST_SECONDS) $(PYTEST_ARGS)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS="$(OLDEST)"
@@ -78,7 +85,7 @@ real-networks: $(VENV)/.installed-dev $(VENV)/.installed-networks
 	$(BIN)/python -m benchmarks.real_networks $(REAL_ARGS)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info demo_out
+	rm -rf .venv .venv-integrations .venv-oldest .venv-newest build dist *.egg-info demo_out
 	rm -rf docs/_build docs/catalogue docs/reference docs/repository
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
