@@ -209,8 +209,26 @@ def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_a_weight_without_codes_is_named(tmp_path: Path) -> None:
     model = tq.quantize(bert().eval(), "w8a8", inputs_of(bert()))
+    tq.set_qmodule_state(model, tq.QModuleState.QUANT_EVAL)
     with pytest.raises(ExportError, match=r"embeddings.word_embeddings.*has seen no data|not ready|no range"):
         model.save_pretrained(tmp_path)
+
+
+def test_the_state_decides_what_is_saved_of_a_model_that_quantize_made(tmp_path: Path) -> None:
+    model = tq.quantize(bert().eval(), "w8a8", inputs_of(bert()))
+    tq.calibrate(model, [inputs_of(bert())])
+    with torch.no_grad():
+        wanted = model(**inputs_of(bert()))[0]
+    sizes = {}
+    for state in (tq.QModuleState.QUANT_AWARE_TRAIN, tq.QModuleState.QUANT_EVAL):
+        with tq.qmodule_state(model, state):
+            model.save_pretrained(tmp_path / state.name)
+        sizes[state.name] = (tmp_path / state.name / "model.safetensors").stat().st_size
+        loaded = type(model).from_pretrained(tmp_path / state.name)
+        tq.set_qmodule_state(loaded.eval(), tq.QModuleState.QUANT_EVAL)
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs_of(bert()))[0], wanted)
+    assert sizes["QUANT_AWARE_TRAIN"] > 1.5 * sizes["QUANT_EVAL"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +236,7 @@ def test_a_weight_without_codes_is_named(tmp_path: Path) -> None:
     [
         ({}, "give rules"),
         ({"rules": "w4a9"}, "there is no rule set 'w4a9'"),
-        ({"rules": "w4a8", "save_as": "int"}, "save_as must be one of codes, float, got 'int'"),
+        ({"rules": "w4a8", "save_as": "int"}, "save_as must be one of codes, float, state, got 'int'"),
         ({"rules": "w4a8", "quant_method": "gptq"}, "quant_method must be 'torchquant', got 'gptq'"),
     ],
 )

@@ -15,7 +15,7 @@ from torchquant.plan import RULE_SETS, QuantPlan
 from torchquant.plan.rules import check_keys
 
 METHOD = "torchquant"
-SAVE_AS = ("codes", "float")
+SAVE_AS = ("codes", "float", "state")
 
 _quantizers: Any = require("transformers.quantizers.auto", "transformers")
 if not hasattr(_quantizers.HfQuantizer, "get_new_dtype"):
@@ -34,8 +34,9 @@ class TorchquantConfig(_quantizers.QuantizationConfigMixin):  # type: ignore[mis
     `example_inputs`: arguments of the model's forward, on which its products are found; None: `model.dummy_inputs`,
     which models of text have. `trace`: True also quantizes what flows between layers, in graphs of the forwards; a
     model that generates takes paths that no graph has, so that by default layers are quantized one by one.
-    `save_as`: what `save_pretrained` writes of a quantized weight: "codes" at their true width, for inference, or the
-    "float" weight, to train on. The other arguments are read from the config.json of a saved model.
+    `save_as`: what `save_pretrained` writes of a quantized weight: "codes" at their true width, for inference, the
+    "float" weight, to train on, or "state": codes of a model in QUANT_EVAL, floats in any other state. The other
+    arguments are read from the config.json of a saved model.
 
     Raises ConfigError for an unknown rule set and for settings of another version; MissingDependencyError.
 
@@ -85,9 +86,9 @@ class TorchquantConfig(_quantizers.QuantizationConfigMixin):  # type: ignore[mis
         rules = self.rules.to_dict() if isinstance(self.rules, QuantPlan) else self.rules
         return {**said, "rules": rules if isinstance(rules, str) else repr(rules), "trace": self.trace}
 
-    def saved(self, head: Head) -> TorchquantConfig:
+    def saved(self, head: Head, save_as: str) -> TorchquantConfig:
         """Return the config of a model that is saved with this head."""
-        return TorchquantConfig(plan=head.plan, save_as=self.save_as, weights=head.weights, tied=head.tied)
+        return TorchquantConfig(plan=head.plan, save_as=save_as, weights=head.weights, tied=head.tied)
 
     @property
     def head(self) -> Head:

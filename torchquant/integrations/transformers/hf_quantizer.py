@@ -146,8 +146,10 @@ class TorchquantHfQuantizer(_quantizers.HfQuantizer):  # type: ignore[misc]
                 f"{type(model).__name__} has adapters ({some(adapted)}), which PEFT saves: save the PeftModel, or the "
                 "model after merge_and_unload() or unload()"
             )
-        tensors, head = tensors_to_save(model, plan, self.quantization_config.save_as)
-        config.quantization_config = self.quantization_config = self.quantization_config.saved(head)
+        own = self.quantization_config
+        save_as = own.save_as if own.save_as != "state" else ("codes" if _is_frozen(model) else "float")
+        tensors, head = tensors_to_save(model, plan, save_as)
+        config.quantization_config, self.quantization_config = own.saved(head, save_as), own.saved(head, own.save_as)
         config.__dict__["attn_implementation"] = GUARD
         model._weight_conversions = []  # names and shapes stay as they are here
         return tensors, {}
@@ -158,10 +160,14 @@ def attach(model: nn.Module, hf_quantizer: Any = None) -> None:
     base = require("transformers.modeling_utils", "transformers").PreTrainedModel
     if hf_quantizer is None:
         plan: Any = model.plan
-        hf_quantizer = TorchquantHfQuantizer(TorchquantConfig(plan), pre_quantized=False)
+        hf_quantizer = TorchquantHfQuantizer(TorchquantConfig(plan, save_as="state"), pre_quantized=False)
     for module in model.modules():
         if isinstance(module, base):
             module.hf_quantizer = hf_quantizer
+
+
+def _is_frozen(model: nn.Module) -> bool:
+    return all(module.state is QModuleState.QUANT_EVAL for _, module in qmodules(model))
 
 
 def _untie(model: nn.Module, slots: Iterable[WeightSlot]) -> bool:
