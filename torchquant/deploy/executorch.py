@@ -103,6 +103,7 @@ def decomposed(form: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
                 raise ExportError(f"{_REFUSED.get(kind, f'{kind} has no form in ExecuTorch')}; or export to ONNX")
             with traced.graph.inserting_before(node):
                 made = _FORMS[kind](traced, sources, attributes)
+            made.meta = node.meta
             node.replace_all_uses_with(made)
             traced.graph.erase_node(node)
     _quantize_moved(traced)
@@ -117,8 +118,7 @@ def _quantize(traced: Any, sources: list[fx.Node], attributes: dict[str, Any]) -
     scale, zero_point = (_value(traced, source) for source in sources[1:])
     if scale.ndim:
         raise ExportError("activations with a scale for each channel have no form in ExecuTorch")
-    numbers = (float(scale), _signed(zero_point), -128, 127, torch.int8)
-    return traced.graph.call_function(_op("quantize_per_tensor"), (sources[0], *numbers))
+    return traced.graph.call_function(_op("quantize_per_tensor"), (sources[0], *_numbers(scale, zero_point)))
 
 
 def _dequantize(traced: Any, sources: list[fx.Node], attributes: dict[str, Any]) -> fx.Node:
@@ -127,24 +127,21 @@ def _dequantize(traced: Any, sources: list[fx.Node], attributes: dict[str, Any])
     if sources[0].op != "get_attr":
         if sources[0].target is not _op("quantize_per_tensor"):
             raise ExportError(f"{sources[0].name} computes on codes, which has no form in ExecuTorch")
-        numbers = (float(scale), _signed(zero_point), -128, 127, torch.int8)
-        return traced.graph.call_function(_op("dequantize_per_tensor"), (sources[0], *numbers))
+        return traced.graph.call_function(_op("dequantize_per_tensor"), (sources[0], *_numbers(scale, zero_point)))
     codes = _value(traced, sources[0])
     if BLOCK in attributes or codes.dtype == torch.int32:
         values = dequantize_linear(codes, scale, zero_point, attributes.get("axis"), attributes.get(BLOCK))
         return _constant(traced, values)
-    stored = _constant(traced, (codes.to(torch.int16) - SHIFT * (codes.dtype == torch.uint8)).to(torch.int8))
+    stored = _constant(traced, _signed(codes).to(torch.int8))
     if not scale.ndim:
-        numbers = (float(scale), _signed(zero_point), -128, 127, torch.int8)
-        return traced.graph.call_function(_op("dequantize_per_tensor"), (stored, *numbers))
-    zeros = zero_point.to(torch.int64) - SHIFT * (zero_point.dtype == torch.uint8)
-    sizes = (_constant(traced, scale), _constant(traced, zeros.expand_as(scale).contiguous()))
+        return traced.graph.call_function(_op("dequantize_per_tensor"), (stored, *_numbers(scale, zero_point)))
+    sizes = (_constant(traced, scale), _constant(traced, _signed(zero_point).expand_as(scale).contiguous()))
     channels = (*sizes, attributes["axis"], -128, 127, torch.int8)
     return traced.graph.call_function(_op("dequantize_per_channel"), (stored, *channels))
 
 
 def _mean(traced: Any, sources: list[fx.Node], attributes: dict[str, Any]) -> fx.Node:
-    dims = list(range(2, sources[0].meta["val"].ndim)) if "val" in sources[0].meta else [2, 3]
+    dims = list(range(2, sources[0].meta["val"].ndim))
     return traced.graph.call_function(torch.ops.aten.mean.dim, (sources[0], dims, True))
 
 
@@ -194,8 +191,13 @@ def _op(name: str) -> Any:
     return getattr(torch.ops.quantized_decomposed, name).default
 
 
-def _signed(zero_point: Tensor) -> int:
-    return int(zero_point) - SHIFT * (zero_point.dtype == torch.uint8)
+def _numbers(scale: Tensor, zero_point: Tensor) -> tuple[Any, ...]:
+    """Return what the operators for one scale take beside the tensor."""
+    return float(scale), int(_signed(zero_point)), -128, 127, torch.int8
+
+
+def _signed(codes: Tensor) -> Tensor:
+    return codes.to(torch.int64) - SHIFT * (codes.dtype == torch.uint8)
 
 
 def _value(traced: Any, source: fx.Node) -> Tensor:
