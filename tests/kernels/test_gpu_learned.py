@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.on_gpu import DEVICE, FLOATS, have_equal_signs, on_device, triton, use
 from tests.kernels.tensors import hard, is_same, shifted
-from tests.kernels.test_learned import FUNCTIONS, numbers_of, results
+from tests.kernels.test_learned import FUNCTIONS, check_each_gradient_alone, numbers_of, results
 from torchquant.quantizers_functional import lsq, tqt
 
 SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
@@ -95,9 +95,4 @@ def test_sums_have_one_order(
 def test_only_what_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch)
     x, numbers = torch.randn(3, 50, device=DEVICE), [n.to(DEVICE) for n in numbers_of(name, (3, 1), torch.float32)]
-    _, *everything = results(name, x, numbers, torch.ones_like(x))
-    for i in range(len(everything)):
-        given = [t.clone().requires_grad_(i == k) for k, t in enumerate((x, *numbers))]
-        FUNCTIONS[name][0](*given).sum().backward()
-        assert [t.grad is None for t in given] == [i != k for k in range(len(given))]
-        assert torch.equal(given[i].grad, everything[i])  # type: ignore[arg-type]
+    check_each_gradient_alone(name, x, numbers)

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.kernels.on_gpu import DEVICE, on_device, use
-from tests.kernels.tensors import hard, is_same, shifted
-from tests.kernels.test_mixtures import SPECS, mixed
-from torchquant.quantizers import Quantizer, make_quantizer
+from tests.kernels.tensors import hard, shifted
+from tests.kernels.test_mixtures import check_reference, fitted, mixed
+from torchquant.quantizers import Quantizer
 from torchquant.search.learning import mixing
-
-
-def fitted(granularity: str, x: Tensor, specs: tuple[str, ...] = SPECS) -> list[Quantizer]:
-    quantizers = []
-    for spec in specs:
-        scheme, at, gradient = spec.partition("@")
-        quantizers.append(make_quantizer(f"{scheme}/{granularity}{at}{gradient}").to(DEVICE))
-        quantizers[-1].pre_observe(x)
-    return quantizers
 
 
 def check(x: Tensor, quantizers: list[Quantizer], monkeypatch: pytest.MonkeyPatch, clamp: Any = None) -> None:
@@ -30,13 +21,7 @@ def check(x: Tensor, quantizers: list[Quantizer], monkeypatch: pytest.MonkeyPatc
     name, (value, of_x, of_shares) = mixed(x, quantizers, clamp)
     assert name == "_FusedBackward"
     use(monkeypatch, wanted=False)
-    name, (expected, known_of_x, known_of_shares) = mixed(x, quantizers, clamp)
-    assert name == "_MixedBackward"
-    assert is_same(value, expected)
-    if clamp is not None and None not in clamp:
-        known_of_x[x.isnan()] = of_x[x.isnan()]  # hardtanh_backward answers differently in whole vectors and the rest
-    assert is_same(of_x, known_of_x)
-    torch.testing.assert_close(of_shares, known_of_shares, rtol=1e-4, atol=1e-4 * math.sqrt(x.numel()), equal_nan=True)
+    check_reference(x, quantizers, clamp, value, of_x, of_shares)
 
 
 @pytest.fixture(autouse=True)

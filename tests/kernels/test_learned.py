@@ -105,16 +105,21 @@ def test_sums_do_not_depend_on_threads(name: str, cpu_kernels: Kernels, monkeypa
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_only_what_is_asked_for(name: str, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": cpu_kernels})
-    x, numbers = torch.randn(3, 50), numbers_of(name, (3, 1), torch.float32)
+def check_each_gradient_alone(name: str, x: Tensor, numbers: list[Tensor]) -> None:
+    """Check that a gradient that is asked for alone is the one among all, and the only one."""
     _, *everything = results(name, x, numbers, torch.ones_like(x))
     for i in range(len(everything)):
         given = [t.clone().requires_grad_(i == k) for k, t in enumerate((x, *numbers))]
         FUNCTIONS[name][0](*given).sum().backward()
         assert [t.grad is None for t in given] == [i != k for k in range(len(given))]
         assert torch.equal(given[i].grad, everything[i])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_only_what_is_asked_for(name: str, cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": cpu_kernels})
+    x, numbers = torch.randn(3, 50), numbers_of(name, (3, 1), torch.float32)
+    check_each_gradient_alone(name, x, numbers)
 
 
 def test_pact_keeps_two_bits_an_element(cpu_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

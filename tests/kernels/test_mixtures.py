@@ -26,11 +26,12 @@ SPECS = (
 CLAMPS = (None, (0.0, None), (0.0, 1.5), (-0.3, 0.7))
 
 
-def fitted(granularity: str, x: Tensor) -> list[Quantizer]:
-    specs = [f"{spec.partition('@')[0]}/{granularity}{spec[len(spec.partition('@')[0]) :]}" for spec in SPECS]
-    quantizers = [make_quantizer(spec) for spec in specs]
-    for quantizer in quantizers:
-        quantizer.pre_observe(x)
+def fitted(granularity: str, x: Tensor, specs: tuple[str, ...] = SPECS) -> list[Quantizer]:
+    quantizers = []
+    for spec in specs:
+        scheme, at, gradient = spec.partition("@")
+        quantizers.append(make_quantizer(f"{scheme}/{granularity}{at}{gradient}").to(x.device))
+        quantizers[-1].pre_observe(x)
     return quantizers
 
 
@@ -55,6 +56,13 @@ def check(
             mix(x, quantizers, torch.rand(len(SPECS), generator=torch.Generator().manual_seed(1)), clamp), value
         )
     monkeypatch.setattr(kernels, "_BY_DEVICE", {"cpu": {}})
+    check_reference(x, quantizers, clamp, value, of_x, of_shares)
+
+
+def check_reference(
+    x: Tensor, quantizers: list[Quantizer], clamp: Any, value: Tensor, of_x: Tensor, of_shares: Tensor
+) -> None:
+    """Check a value and gradients against those of the PyTorch code, which must be what runs now."""
     name, (expected, known_of_x, known_of_shares) = mixed(x, quantizers, clamp)
     assert name == "_MixedBackward"
     assert is_same(value, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torchquant as tq
-from tests.processes import run_ranks
+from tests.processes import results_of_ranks
 from torchquant.errors import ConfigError, NonFiniteError
 from torchquant.search import PrecisionLearning, SearchSettings
 
@@ -237,8 +236,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(work, str(folder), n_ranks=WORLD_SIZE)
-    return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(WORLD_SIZE)]
+    return results_of_ranks(work, folder, WORLD_SIZE)
 
 
 @pytest.fixture(scope="module")

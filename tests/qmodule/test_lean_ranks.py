@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import torchquant as tq
-from tests.processes import run_ranks
+from tests.processes import results_of_ranks
 from tests.qmodule.test_lean import W8A8, WAYS, images, net
 from torchquant.qmodule import recorder
 
@@ -129,8 +128,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(work, str(folder))
-    return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(2)]
+    return results_of_ranks(work, folder)
 
 
 @pytest.mark.parametrize(("name", "wrapped"), CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import torchquant as tq
-from tests.processes import run_ranks
+from tests.processes import results_of_ranks
 from torchquant.quantizers import QUANTIZERS
 from torchquant.range_observers import OBSERVERS
 
@@ -91,8 +90,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
     folder = tmp_path_factory.mktemp("shares")
-    run_ranks(work, str(folder))
-    return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(2)]
+    return results_of_ranks(work, folder)
 
 
 @pytest.fixture(scope="module")

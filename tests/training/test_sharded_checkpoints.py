@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import torchquant as tq
-from tests.processes import run_ranks
+from tests.processes import results_of_ranks
 from torchquant.errors import ConfigError
 from torchquant.utils import qmodules
 
@@ -109,8 +108,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(work, str(folder))
-    return [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(2)]
+    return results_of_ranks(work, folder)
 
 
 @pytest.mark.parametrize("name", RULES)
