@@ -1,4 +1,4 @@
-"""What the modules of a model have beside their numbers: hooks, and a training or evaluation mode to be restored."""
+"""Keep and restore what modules have beside their numbers: hooks, and a training or evaluation mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the elements of a block, their numbers, masks, and the arithmetic of IEEE 754."""
+"""Find the elements of a block and their numbers, pack masks, and compute by IEEE 754, for all Triton kernels."""
 
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def"
 # ruff: noqa: N803

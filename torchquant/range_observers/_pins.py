@@ -54,7 +54,7 @@ class Pinnable(nn.Module):
         return self._buffers.get("pinned") is not None
 
     def is_open_as(self, kind: type[Pinnable], methods: frozenset[str]) -> bool:
-        """Whether it is not pinned, and neither its class nor the instance overrides these methods of `kind`."""
+        """Tell whether it is not pinned, and neither its class nor the instance overrides these methods of `kind`."""
         if self._buffers.get("pinned") is not None or not methods.isdisjoint(self.__dict__):
             return False
         own = type(self)

@@ -1,4 +1,4 @@
-"""What transformers asks of a quantization method, as a value: the `quantization_config` of a model's config.json."""
+"""Describe a quantization for transformers, as a value: the `quantization_config` of a model's config.json."""
 
 from __future__ import annotations
 
